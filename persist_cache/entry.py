@@ -1,0 +1,169 @@
+"""The plain values the rest of the package speaks in: tiers, entries, matches.
+
+Nothing here touches a disk or a model.
+"""
+
+from __future__ import annotations
+
+import enum
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+TOKEN_BYTES = 8
+"""Bytes per stored token id: signed 64 bits, because mlx-lm's image ids are 60-bit negatives."""
+
+
+class Tier(enum.IntEnum):
+    """Role class of an entry; a higher tier is kept longer (mlx-lm's `cache_type`)."""
+
+    ASSISTANT = 0
+    USER = 1
+    SYSTEM = 2
+
+    @classmethod
+    def parse(cls, name: str | Tier) -> Tier:
+        """Return the tier called `name`.
+
+        Raises:
+            ValueError: `name` is not one of `assistant`, `user`, `system`.
+        """
+        if isinstance(name, Tier):
+            return name
+        try:
+            return cls[name.upper()]
+        except (KeyError, AttributeError):
+            raise ValueError(
+                f"unknown tier {name!r}: use one of assistant, user, system"
+            ) from None
+
+    @property
+    def label(self) -> str:
+        return self.name.lower()
+
+
+TIER_LABELS = tuple(tier.label for tier in Tier)
+"""`("assistant", "user", "system")`: eviction order, as in mlx-lm's `CacheOrder`."""
+
+
+def pack_tokens(tokens: Sequence[int]) -> bytes:
+    """Encode token ids as little-endian signed 64-bit integers.
+
+    Comparing prompts as bytes is two orders of magnitude faster than as lists, so a
+    request's list is converted once, here.
+
+    Raises:
+        ValueError: an id is not an integer of at most 64 bits.
+    """
+    try:
+        packed = array("q", tokens)
+    except (TypeError, OverflowError) as error:
+        raise ValueError(f"token ids must be integers of at most 64 bits: {error}") from None
+    return _little_endian(packed).tobytes()
+
+
+def unpack_tokens(packed: bytes) -> list[int]:
+    """Decode what `pack_tokens` made."""
+    tokens = array("q")
+    tokens.frombytes(packed)
+    return _little_endian(tokens).tolist()
+
+
+def _little_endian(tokens: array[int]) -> array[int]:
+    import sys
+
+    if sys.byteorder == "big":
+        tokens.byteswap()
+    return tokens
+
+
+def common_prefix_bytes(a: bytes, b: bytes) -> int:
+    """Number of leading *tokens* that the packed `a` and `b` share.
+
+    Bisects on `bytes` equality, which runs at the speed of memcmp.
+    """
+    low, high = 0, min(len(a), len(b)) // TOKEN_BYTES
+    if a[: high * TOKEN_BYTES] == b[: high * TOKEN_BYTES]:
+        return high
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low * TOKEN_BYTES : middle * TOKEN_BYTES] == b[low * TOKEN_BYTES : middle * TOKEN_BYTES]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One stored prompt prefix that can be resumed.
+
+    Attributes:
+        id: 16 hex digits, a digest of namespace and tokens: stable over restarts.
+        fingerprint: Hex digest of the model identity it belongs to.
+        tier: Role class.
+        num_tokens: Length of the prefix.
+        own_bytes: Bytes of files that only this entry needs.
+        shared_bytes: Bytes of files that it shares with other entries.
+        created: UTC seconds.
+        last_use: UTC seconds; survives restarts.
+        hits: Times it was restored.
+        saved_s: Seconds of prefill those hits saved, estimated.
+        pinned: Exempt from eviction.
+        expires: UTC seconds after which it is evicted first, or None.
+        label: Name given by the user, or "".
+        resumable: Can be restored (False only while a checkpoint is missing).
+    """
+
+    id: str
+    fingerprint: str
+    tier: Tier
+    num_tokens: int
+    own_bytes: int
+    shared_bytes: int
+    created: float
+    last_use: float
+    hits: int = 0
+    saved_s: float = 0.0
+    pinned: bool = False
+    expires: float | None = None
+    label: str = ""
+    resumable: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The leading rows of one blob, as a part of a path.
+
+    Attributes:
+        blob: Name of the blob (32 hex digits).
+        start: Position of the blob's first token in the prompt.
+        num_tokens: Tokens used, counted from `start`; at most the blob's own length.
+    """
+
+    blob: str
+    start: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The longest stored prefix of a prompt that can be resumed.
+
+    Attributes:
+        num_tokens: Tokens that need not be computed; 0 is a miss.
+        runs: Blobs to read, in order; together they cover `num_tokens`.
+        checkpoint: Blob that holds the state at `num_tokens`, or None when rows suffice.
+        common_tokens: Tokens shared with any stored path, resumable or not.
+        entries: Entries on the path, shallowest first, that this match uses.
+        nbytes: Bytes that reading it takes.
+        reason: Why it is no longer, in words for `explain` and `stats`.
+    """
+
+    num_tokens: int
+    runs: tuple[Run, ...] = ()
+    checkpoint: str | None = None
+    common_tokens: int = 0
+    entries: tuple[str, ...] = field(default=())
+    nbytes: int = 0
+    reason: str = ""
