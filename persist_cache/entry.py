@@ -33,9 +33,7 @@ class Tier(enum.IntEnum):
         try:
             return cls[name.upper()]
         except (KeyError, AttributeError):
-            raise ValueError(
-                f"unknown tier {name!r}: use one of assistant, user, system"
-            ) from None
+            raise ValueError(f"unknown tier {name!r}: use one of assistant, user, system") from None
 
     @property
     def label(self) -> str:
@@ -87,7 +85,10 @@ def common_prefix_bytes(a: bytes, b: bytes) -> int:
         return high
     while low < high:
         middle = (low + high + 1) // 2
-        if a[low * TOKEN_BYTES : middle * TOKEN_BYTES] == b[low * TOKEN_BYTES : middle * TOKEN_BYTES]:
+        if (
+            a[low * TOKEN_BYTES : middle * TOKEN_BYTES]
+            == b[low * TOKEN_BYTES : middle * TOKEN_BYTES]
+        ):
             low = middle
         else:
             high = middle - 1
@@ -109,10 +110,11 @@ class Entry:
         last_use: UTC seconds; survives restarts.
         hits: Times it was restored.
         saved_s: Seconds of prefill those hits saved, estimated.
+        prefill_s: Seconds that computing it took; 0 when nobody measured.
         pinned: Exempt from eviction.
         expires: UTC seconds after which it is evicted first, or None.
         label: Name given by the user, or "".
-        resumable: Can be restored (False only while a checkpoint is missing).
+        parent: Id of the nearest entry that is a prefix of this one, or None.
     """
 
     id: str
@@ -125,10 +127,11 @@ class Entry:
     last_use: float
     hits: int = 0
     saved_s: float = 0.0
+    prefill_s: float = 0.0
     pinned: bool = False
     expires: float | None = None
     label: str = ""
-    resumable: bool = True
+    parent: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,1 @@
+"""The `persist-cache` command."""

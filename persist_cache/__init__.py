@@ -1,0 +1,1 @@
+"""A prompt cache for mlx-lm that survives restarts."""

@@ -1,0 +1,547 @@
+"""Blobs: immutable safetensors files, each with the KV of one run or the state at one position.
+
+A blob is written once under a temporary name, made durable, and renamed to its final one; it is
+never changed afterwards. While its writer lives it holds the file's `flock`, so a file that no
+record names is garbage exactly when its lock is free. `docs/format.md` describes the bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import xxhash
+
+from persist_cache import fs
+from persist_cache.errors import CorruptBlobError, StoreFormatError
+
+FORMAT_VERSION = "1"
+ALIGNMENT = 16 * 1024
+"""Tensor data starts at a multiple of this: the page size of Apple silicon."""
+TOKENS = "tokens"
+"""Name of the tensor that holds a run's own token ids, int64."""
+SUFFIX = ".safetensors"
+_MAX_HEADER_BYTES = 32 << 20
+_DTYPE_BYTES = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
+    **dict.fromkeys(("U32", "I32", "F32"), 4),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A tensor to be written: its bytes, in pieces, in file order.
+
+    Attributes:
+        name: Unique in its blob.
+        dtype: safetensors name, such as `BF16`.
+        shape: Row-major shape of the pieces joined.
+        pieces: Flat byte views; the writer reads them and nothing else, so whoever made them
+            keeps the memory unchanged until the write has ended.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: Sequence[memoryview]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(len(piece) for piece in self.pieces)
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """What a codec puts into one blob: tensors, and a note to itself.
+
+    Attributes:
+        tensors: The KV rows of a run, or the state at a position.
+        detail: JSON by which the codec reads them back; opaque to the store.
+    """
+
+    tensors: Sequence[Tensor]
+    detail: str = "{}"
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where a stored tensor lies, and the digest of its bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+    xxh3: str
+
+
+@dataclass(frozen=True, slots=True)
+class BlobHeader:
+    """What a blob says of itself; enough to rebuild the index from files alone.
+
+    Attributes:
+        kind: `run` or `checkpoint`.
+        complete: The run holds rows of every layer, so any position in it can be resumed.
+        fingerprint: Hex digest of the model identity.
+        identity: JSON of the readable identity fields.
+        layout: JSON of the cache classes and their geometry, by the codec.
+        detail: The codec's note for this blob.
+        start: Position of the first token.
+        end: Position behind the last token; for a checkpoint both are the position it resumes.
+        prefix: Hex digest of all tokens before `start`.
+        parent: Name of the blob whose rows come right before, or "".
+        tier: Label of the tier of the entry that it was written for.
+        entry: An entry ends at `end`.
+        created: UTC seconds.
+        tensors: By name.
+    """
+
+    kind: str
+    complete: bool
+    fingerprint: str
+    identity: str
+    layout: str
+    detail: str
+    start: int
+    end: int
+    prefix: str
+    parent: str
+    tier: str
+    entry: bool
+    created: float
+    tensors: Mapping[str, TensorInfo] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A published file: what its index record must say."""
+
+    name: str
+    nbytes: int
+    disk_bytes: int
+    digest: bytes
+
+
+def prefix_digest(packed: bytes | memoryview) -> str:
+    """Hex digest of packed tokens, as a blob names the prefix before it."""
+    return str(xxhash.xxh3_128_hexdigest(packed))
+
+
+def header_bytes(header: BlobHeader, tensors: Sequence[Tensor]) -> bytes:
+    """Serialise the safetensors header, padded so that the data is aligned."""
+    table: dict[str, Any] = {}
+    checksums: dict[str, str] = {}
+    offset = 0
+    for tensor in tensors:
+        _check_shape(tensor)
+        end = offset + tensor.nbytes
+        table[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        checksums[tensor.name] = _checksum(tensor.pieces)
+        offset = end
+    metadata = {
+        "format": "persist-cache",
+        "version": FORMAT_VERSION,
+        "kind": header.kind,
+        "complete": str(int(header.complete)),
+        "fingerprint": header.fingerprint,
+        "identity": header.identity,
+        "layout": header.layout,
+        "detail": header.detail,
+        "start": str(header.start),
+        "end": str(header.end),
+        "prefix": header.prefix,
+        "parent": header.parent,
+        "tier": header.tier,
+        "entry": str(int(header.entry)),
+        "created": repr(header.created),
+        "checksums": msgspec.json.encode(checksums).decode(),
+    }
+    metadata["seal"] = _seal(metadata, table)
+    raw = msgspec.json.encode({"__metadata__": metadata, **table})
+    padding = -(8 + len(raw)) % ALIGNMENT
+    raw += b" " * padding
+    return len(raw).to_bytes(8, "little") + raw
+
+
+def _check_shape(tensor: Tensor) -> None:
+    count = 1
+    for extent in tensor.shape:
+        count *= extent
+    if count * _DTYPE_BYTES[tensor.dtype] != tensor.nbytes:
+        raise ValueError(
+            f"tensor {tensor.name!r}: {tensor.nbytes} bytes do not fill {tensor.shape} {tensor.dtype}"
+        )
+
+
+def _checksum(pieces: Sequence[memoryview]) -> str:
+    digest = xxhash.xxh3_128()
+    for piece in pieces:
+        digest.update(piece)
+    return str(digest.hexdigest())
+
+
+def _seal(metadata: Mapping[str, str], table: Mapping[str, Any]) -> str:
+    """Digest of everything a header says, so that it can be trusted without the index."""
+    said = {name: value for name, value in metadata.items() if name != "seal"}
+    return str(xxhash.xxh3_128_hexdigest(msgspec.json.encode([said, table], order="sorted")))
+
+
+class BlobWriter:
+    """One blob on its way to the disk; use as a context manager.
+
+    The file exists from construction on, under a temporary name and with its lock held, so that
+    its reservation can be told from a dead one. Leaving the context gives the lock back: do that
+    only after the record is committed. A blob not published by then is removed.
+    """
+
+    def __init__(self, folder: BlobFolder) -> None:
+        self._folder = folder
+        self.name = secrets.token_hex(16)
+        self.path = folder.temporary_path(self.name)
+        self._fd = fs.create(self.path)
+        self._done = False
+        if not fs.try_lock(self._fd):
+            os.close(self._fd)
+            raise OSError(f"{self.path} is locked by somebody else")
+
+    def __enter__(self) -> BlobWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        try:
+            self.discard()
+        finally:
+            os.close(self._fd)
+
+    def discard(self) -> None:
+        """Remove the file, unless `keep` was called."""
+        if not self._done:
+            with contextlib.suppress(OSError):
+                fs.unlink(self.path)
+
+    def write(self, header: BlobHeader, tensors: Sequence[Tensor]) -> Written:
+        """Write the whole file and make its bytes durable.
+
+        Raises:
+            OSError: The disk is full or failed; leaving the context removes the file.
+        """
+        head = header_bytes(header, tensors)
+        pieces = [memoryview(head)]
+        for tensor in tensors:
+            pieces.extend(tensor.pieces)
+        nbytes = fs.write_all(self._fd, pieces)
+        fs.sync(self._fd)
+        digest = xxhash.xxh3_128_digest(head)
+        return Written(self.name, nbytes, fs.disk_bytes(self.path), digest)
+
+    def publish(self) -> None:
+        """Give the file its final name, durably. The lock stays held."""
+        target = self._folder.path(self.name)
+        self._folder.ensure_parent(target)
+        fs.rename(self.path, target)
+        self.path = target
+        fs.sync_folder(target.parent)
+
+    def keep(self) -> None:
+        """Say that a record now names the file: it stays when the context is left."""
+        self._done = True
+
+
+class BlobReader:
+    """One verified, open blob.
+
+    Thread safety: `read` may be called from several threads at once (`preadv`, no shared state).
+    """
+
+    def __init__(self, path: Path, *, nbytes: int | None = None, digest: bytes | None = None):
+        """Open and check the header.
+
+        Args:
+            path: The file.
+            nbytes: Size its record names, if there is a record.
+            digest: xxh3-128 of its header bytes, from the record; without it the header's own
+                seal is checked.
+
+        Raises:
+            FileNotFoundError: The blob is gone.
+            CorruptBlobError: The file is not what was written.
+            StoreFormatError: It was written by an unknown version.
+        """
+        self.path = path
+        self.name = path.name.removesuffix(SUFFIX)
+        self._fd = fs.open_read(path)
+        try:
+            self.nbytes = os.fstat(self._fd).st_size
+            if nbytes is not None and self.nbytes != nbytes:
+                raise CorruptBlobError(path, f"{self.nbytes} bytes long instead of {nbytes}")
+            self.header = self._read_header(digest)
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def release(self) -> None:
+        """Give the descriptor back until the next `read`.
+
+        A path of thousands of runs would exceed the limit of open files. The name stands for
+        the same bytes for ever, so opening it again is safe; it may be gone by then.
+        """
+        self.close()
+
+    def __enter__(self) -> BlobReader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def read(self, name: str, buffers: Sequence[memoryview]) -> None:
+        """Fill `buffers` with the tensor's bytes in file order, and verify them.
+
+        Args:
+            name: A name in `header.tensors`.
+            buffers: Writable flat byte views whose lengths sum up to the tensor's size.
+
+        Raises:
+            CorruptBlobError: Torn or flipped bytes; the buffers then hold garbage.
+        """
+        info = self.header.tensors[name]
+        if sum(len(buffer) for buffer in buffers) != info.nbytes:
+            raise ValueError(f"buffers for {name!r} do not sum up to {info.nbytes} bytes")
+        with self._descriptor() as fd:
+            count = fs.read_into(fd, info.offset, buffers)
+        if count != info.nbytes:
+            raise CorruptBlobError(self.path, f"ends within tensor {name!r}")
+        if _checksum(buffers) != info.xxh3:
+            raise CorruptBlobError(self.path, f"checksum of tensor {name!r} differs")
+
+    def read_bytes(self, name: str) -> bytes:
+        """The verified bytes of a small tensor."""
+        buffer = bytearray(self.header.tensors[name].nbytes)
+        self.read(name, [memoryview(buffer)])
+        return bytes(buffer)
+
+    def verify(self) -> None:
+        """Read every tensor and check it; nothing is kept.
+
+        Raises:
+            CorruptBlobError: Some bytes differ from what was written.
+        """
+        scratch = memoryview(bytearray(1 << 20))
+        for name, info in self.header.tensors.items():
+            digest = xxhash.xxh3_128()
+            for start in range(0, info.nbytes, len(scratch)):
+                part = scratch[: min(len(scratch), info.nbytes - start)]
+                if fs.read_into(self._fd, info.offset + start, [part]) != len(part):
+                    raise CorruptBlobError(self.path, f"ends within tensor {name!r}")
+                digest.update(part)
+            if digest.hexdigest() != info.xxh3:
+                raise CorruptBlobError(self.path, f"checksum of tensor {name!r} differs")
+
+    @contextlib.contextmanager
+    def _descriptor(self) -> Iterator[int]:
+        if self._fd >= 0:
+            yield self._fd
+            return
+        fd = fs.open_read(self.path)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def _read_header(self, digest: bytes | None) -> BlobHeader:
+        length = self._exactly(0, 8)
+        size = int.from_bytes(length, "little")
+        # A damaged length must not become an allocation of 2^60 bytes.
+        if not 2 <= size <= min(_MAX_HEADER_BYTES, self.nbytes - 8):
+            raise CorruptBlobError(self.path, "its header length is impossible")
+        raw = self._exactly(8, size)
+        self.digest = xxhash.xxh3_128_digest(length + raw)
+        if digest is not None and self.digest != digest:
+            raise CorruptBlobError(self.path, "its header differs from what was written")
+        return self._parse(raw, data_start=8 + size)
+
+    def _exactly(self, offset: int, size: int) -> bytes:
+        buffer = bytearray(size)
+        if fs.read_into(self._fd, offset, [memoryview(buffer)]) != size:
+            raise CorruptBlobError(self.path, "ends within its header")
+        return bytes(buffer)
+
+    def _parse(self, raw: bytes, data_start: int) -> BlobHeader:
+        try:
+            table = msgspec.json.decode(raw, type=dict[str, dict[str, Any]])
+            metadata = msgspec.convert(table.pop("__metadata__"), dict[str, str])
+        except (msgspec.DecodeError, KeyError, UnicodeDecodeError):
+            raise CorruptBlobError(self.path, "its header is not that of a blob") from None
+        if metadata.get("format") != "persist-cache":
+            raise CorruptBlobError(self.path, "it was not written by persist-cache")
+        if metadata.get("version") != FORMAT_VERSION:
+            raise StoreFormatError(
+                f"{self.path.name} has blob format {metadata.get('version')!r}, "
+                f"this version of persist-cache reads {FORMAT_VERSION!r} only."
+            )
+        if metadata.get("seal") != _seal(metadata, table):
+            raise CorruptBlobError(self.path, "its header contradicts its seal")
+        try:
+            return BlobHeader(
+                kind=metadata["kind"],
+                complete=metadata["complete"] == "1",
+                fingerprint=metadata["fingerprint"],
+                identity=metadata["identity"],
+                layout=metadata["layout"],
+                detail=metadata["detail"],
+                start=int(metadata["start"]),
+                end=int(metadata["end"]),
+                prefix=metadata["prefix"],
+                parent=metadata["parent"],
+                tier=metadata["tier"],
+                entry=metadata["entry"] == "1",
+                created=float(metadata["created"]),
+                tensors=self._tensors(table, metadata["checksums"], data_start),
+            )
+        except (KeyError, ValueError, TypeError, msgspec.DecodeError) as error:
+            raise CorruptBlobError(self.path, f"its header is malformed ({error})") from None
+
+    def _tensors(
+        self, table: Mapping[str, Any], checksums: str, data_start: int
+    ) -> dict[str, TensorInfo]:
+        digests = msgspec.json.decode(checksums, type=dict[str, str])
+        tensors: dict[str, TensorInfo] = {}
+        expected = 0
+        for name, said in table.items():
+            shape = tuple(msgspec.convert(said["shape"], list[int]))
+            begin, end = msgspec.convert(said["data_offsets"], tuple[int, int])
+            count = _DTYPE_BYTES[said["dtype"]]
+            for extent in shape:
+                count *= extent
+            if begin != expected or end - begin != count or min(shape, default=0) < 0:
+                raise ValueError(f"tensor {name!r} does not fit its place")
+            tensors[name] = TensorInfo(
+                said["dtype"], shape, data_start + begin, count, digests[name]
+            )
+            expected = end
+        if data_start + expected != self.nbytes:
+            raise ValueError("the file is not as long as its tensors")
+        return tensors
+
+
+class BlobFolder:
+    """The folders that hold blobs: `blobs/<2 hex>/` for the living, `tmp/`, `quarantine/`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.blobs = root / "blobs"
+        self.temporary = root / "tmp"
+        self.quarantined = root / "quarantine"
+
+    def create(self) -> None:
+        for folder in (self.blobs, self.temporary, self.quarantined):
+            fs.make_folder(folder)
+
+    def path(self, name: str) -> Path:
+        return self.blobs / name[:2] / (name + SUFFIX)
+
+    def temporary_path(self, name: str) -> Path:
+        return self.temporary / (name + SUFFIX)
+
+    def ensure_parent(self, path: Path) -> None:
+        if not path.parent.is_dir():
+            fs.make_folder(path.parent)
+            fs.sync_folder(self.blobs)
+
+    def names(self) -> Iterator[tuple[str, Path]]:
+        """Every file that looks like a published blob."""
+        for folder in sorted(self.blobs.iterdir()):
+            if len(folder.name) == 2 and folder.is_dir():
+                for path in sorted(folder.iterdir()):
+                    if is_blob_name(path.name.removesuffix(SUFFIX)) and path.suffix == SUFFIX:
+                        yield path.name.removesuffix(SUFFIX), path
+
+    def temporaries(self) -> Iterator[tuple[str, Path]]:
+        """Every file that looks like a blob on its way."""
+        for path in sorted(self.temporary.iterdir()):
+            if is_blob_name(path.name.removesuffix(SUFFIX)) and path.suffix == SUFFIX:
+                yield path.name.removesuffix(SUFFIX), path
+
+    def overhead_bytes(self) -> int:
+        """What the folders themselves take on disk."""
+        total = 0
+        for folder in (self.root, self.blobs, self.temporary, self.quarantined):
+            total += fs.disk_bytes(folder)
+        with os.scandir(self.blobs) as fans:
+            total += sum(fan.stat(follow_symlinks=False).st_blocks * 512 for fan in fans)
+        return total
+
+    def remove(self, name: str) -> None:
+        """Unlink a blob, published or in quarantine; one that is gone already is fine.
+
+        Raises:
+            OSError: The folder does not let go of it; the caller tries again later.
+        """
+        for path in (self.path(name), self.quarantined / (name + SUFFIX)):
+            with contextlib.suppress(FileNotFoundError):
+                fs.unlink(path)
+
+    def quarantine(self, name: str) -> Path | None:
+        """Move a damaged blob aside, for whoever wants to see it; returns its new path."""
+        target = self.quarantined / (name + SUFFIX)
+        try:
+            fs.rename(self.path(name), target)
+        except FileNotFoundError:
+            return None
+        os.utime(target, (time.time(), time.time()))
+        return target
+
+
+def is_blob_name(name: str) -> bool:
+    """Whether `name` is 32 lower-case hex digits: no other file is ever touched."""
+    return len(name) == 32 and all(digit in "0123456789abcdef" for digit in name)
+
+
+def try_remove_orphan(path: Path, is_known: Callable[[], bool]) -> bool:
+    """Remove the file `path` if its writer is dead and no record names it.
+
+    Args:
+        path: A temporary or published blob that looked unknown.
+        is_known: Called without arguments while the lock is held: looks again, in a fresh
+            transaction, whether a record names the file by now.
+
+    Returns:
+        Whether the file was removed.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        if not fs.try_lock(fd) or is_known():
+            return False
+        # The name may meanwhile be another file, or have been renamed into its final place.
+        try:
+            if os.stat(path, follow_symlinks=False).st_ino != os.fstat(fd).st_ino:
+                return False
+        except FileNotFoundError:
+            return False
+        fs.unlink(path)
+        return True
+    finally:
+        os.close(fd)

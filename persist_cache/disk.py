@@ -1,0 +1,127 @@
+"""The open parts of a store that its modules share: index, blob folder, limits, clock, uses.
+
+Thread safety: `Disk` may be shared between threads; `_lock` guards buffered uses and counts and
+the set of entries that are being read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from persist_cache.blobs import BlobFolder
+from persist_cache.budget import Budget, Limits
+from persist_cache.errors import StoreError
+from persist_cache.index import Index, Reader, Writer
+
+
+@dataclass(slots=True)
+class _Use:
+    last_use: float
+    hits: int = 0
+    saved_s: float = 0.0
+
+
+class Disk:
+    """What every module of the store works on."""
+
+    def __init__(
+        self,
+        root: Path,
+        index: Index,
+        folder: BlobFolder,
+        limits: Limits,
+        clock: Callable[[], float],
+    ) -> None:
+        self.root = root
+        self.index = index
+        self.folder = folder
+        self.limits = limits
+        self.budget = Budget(limits, index, folder, clock)
+        self.clock = clock
+        self._lock = threading.Lock()
+        self._uses: dict[int, _Use] = {}
+        self._counts: Counter[str] = Counter()
+        self._serving: Counter[int] = Counter()
+
+    @contextlib.contextmanager
+    def serving(self, entries: Iterable[int]) -> Iterator[None]:
+        """Keep eviction in this process away from entries that are being read."""
+        numbers = list(entries)
+        with self._lock:
+            self._serving.update(numbers)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._serving.subtract(numbers)
+                self._serving = +self._serving
+
+    def nodes_served(self, txn: Reader) -> set[int]:
+        """Nodes of the entries that are being read."""
+        with self._lock:
+            serving = list(self._serving)
+        return {record.node for number in serving if (record := txn.entry(number)) is not None}
+
+    def touch(self, entries: list[int], saved_s: float) -> None:
+        """Note a use of `entries`; the last one is credited with the hit. Writes nothing yet."""
+        now = self.clock()
+        with self._lock:
+            for number in entries:
+                self._uses.setdefault(number, _Use(now)).last_use = now
+            if entries:
+                self._uses[entries[-1]].hits += 1
+                self._uses[entries[-1]].saved_s += saved_s
+
+    def count(self, name: str, amount: int = 1) -> None:
+        """Add to a counter of the store. Writes nothing yet."""
+        with self._lock:
+            self._counts[name] += amount
+
+    def counts(self) -> Counter[str]:
+        """Counts that are not written yet."""
+        with self._lock:
+            return Counter(self._counts)
+
+    def flush(self) -> None:
+        """Commit buffered uses and counts together; they stay buffered if that fails.
+
+        Raises:
+            StoreError: The index cannot be written.
+        """
+        with self._lock:
+            uses, self._uses = self._uses, {}
+            counts, self._counts = self._counts, Counter()
+        if not uses and not counts:
+            return
+
+        def apply(txn: Writer) -> None:
+            for number, use in uses.items():
+                record = txn.entry(number)
+                if record is not None:
+                    txn.put_entry(
+                        number,
+                        record._replace(
+                            last_use_us=max(record.last_use_us, int(use.last_use * 1e6)),
+                            hits=record.hits + use.hits,
+                            saved_s=record.saved_s + use.saved_s,
+                        ),
+                    )
+            for name, amount in counts.items():
+                txn.add(name, amount)
+
+        try:
+            self.index.update(apply)
+        except StoreError:
+            with self._lock:
+                for number, use in uses.items():
+                    newer = self._uses.setdefault(number, use)
+                    if newer is not use:
+                        newer.hits += use.hits
+                        newer.saved_s += use.saved_s
+                self._counts.update(counts)
+            raise

@@ -1,0 +1,187 @@
+"""Making room: what goes, in which order, and the trash through which it goes.
+
+One commit removes the records and lists the files in `trash`; only then are they unlinked; the
+next commit strikes them from the list. A file that cannot be unlinked stays listed, and counted.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from persist_cache import paths
+from persist_cache.disk import Disk
+from persist_cache.errors import StoreFullError
+from persist_cache.index import Writer
+from persist_cache.records import SizedRecord, entry_id
+
+log = logging.getLogger(__name__)
+
+
+class Evictor:
+    """Frees bytes of one store. Thread safety: as `Disk`."""
+
+    def __init__(self, disk: Disk) -> None:
+        self._disk = disk
+
+    def reserve(
+        self, names: Sequence[bytes], nbytes: int, num_tokens: int, protected: frozenset[int]
+    ) -> None:
+        """Make room for files called `names`, and note in the index that the room is taken.
+
+        Args:
+            names: Blob names, 16 bytes each; their temporary files exist and are locked.
+            nbytes: Upper estimate of what they will take together.
+            num_tokens: New tokens, for the growth of the index.
+            protected: Nodes whose entries must stay: the path that is being extended.
+
+        Raises:
+            StoreFullError: There is not enough that may go; nothing was evicted.
+        """
+        self._disk.flush()
+        self.empty_trash()
+        budget = self._disk.budget
+        share = nbytes // len(names) + 1
+        now = self._disk.clock()
+
+        def attempt(txn: Writer) -> bool:
+            budget.refuse_impossible(txn, nbytes, num_tokens)
+            excess = budget.excess(txn, nbytes, num_tokens)
+            if excess <= 0:
+                for name in names:
+                    txn.put_sized(b"pending", name, SizedRecord(share, now))
+                return False
+            if self._free(txn, excess, protected) < excess:
+                # Raising undoes the evictions: they would have been for nothing.
+                raise StoreFullError(
+                    "There is no room left: what remains is pinned or in use. Unpin or evict "
+                    "something, free some disk space, or raise the budget "
+                    f"(now {self._disk.limits.max_bytes} bytes)."
+                )
+            return True
+
+        while self._disk.index.update(attempt):
+            self.empty_trash()
+
+    def release(self, names: Sequence[bytes]) -> None:
+        """Give a reservation back."""
+
+        def forget(txn: Writer) -> None:
+            for name in names:
+                txn.delete_sized(b"pending", name)
+
+        self._disk.index.update(forget)
+
+    def evict(self, numbers: Sequence[int], reason: str) -> int:
+        """Remove entries, and every byte that nothing else needs; returns the bytes freed.
+
+        Raises:
+            KeyError: One of them is not stored; nothing was removed.
+        """
+
+        def drop(txn: Writer) -> int:
+            before = txn.counter(paths.BLOB_BYTES)
+            for number in numbers:
+                if txn.entry(number) is None:
+                    raise KeyError(entry_id(number))
+                paths.drop_entry(txn, number, reason, self._disk.clock())
+            txn.add("evicted", len(numbers))
+            return before - txn.counter(paths.BLOB_BYTES)
+
+        freed = self._disk.index.update(drop)
+        self.empty_trash()
+        return freed
+
+    def evict_to(self, max_bytes: int) -> int:
+        """Evict in order until the store takes at most `max_bytes`, or the rest is pinned.
+
+        Returns:
+            Bytes on disk afterwards.
+        """
+        self._disk.flush()
+        budget = self._disk.budget
+
+        def shrink(txn: Writer) -> None:
+            excess = budget.usage(txn).total - max_bytes
+            if excess > 0:
+                self._free(txn, excess, frozenset())
+
+        self._disk.index.update(shrink)
+        self.empty_trash()
+        with self._disk.index.read() as txn:
+            return budget.usage(txn).total
+
+    def expire(self) -> int:
+        """Remove entries past their expiry; returns how many."""
+        with self._disk.index.read() as txn:
+            if not paths.expired(txn, self._disk.clock()):
+                return 0
+        dropped = self._disk.index.update(lambda txn: self._drop_expired(txn, set()))
+        self.empty_trash()
+        return dropped
+
+    def empty_trash(self) -> int:
+        """Unlink what the trash lists and strike it off; returns how many files went.
+
+        A file that cannot be removed stays listed, and counted against the budget.
+        """
+        with self._disk.index.read() as txn:
+            doomed = list(txn.sized(b"trash"))
+        gone = []
+        for name in doomed:
+            try:
+                self._disk.folder.remove(name.hex())
+                gone.append(name)
+            except OSError as error:
+                log.warning("blob %s cannot be removed: %s", name.hex(), error)
+        if gone:
+
+            def strike(txn: Writer) -> None:
+                for name in gone:
+                    txn.delete_sized(b"trash", name)
+
+            self._disk.index.update(strike)
+        return len(gone)
+
+    def _free(self, txn: Writer, excess: int, protected: frozenset[int]) -> int:
+        """Drop entries until `excess` bytes are freed or nothing may go; returns bytes freed."""
+        now = self._disk.clock()
+        start = txn.counter(paths.BLOB_BYTES)
+        waste = self._drop_quarantine(txn)
+        shielded = protected | self._disk.nodes_served(txn)
+
+        def freed() -> int:
+            return waste + start - txn.counter(paths.BLOB_BYTES)
+
+        self._drop_expired(txn, shielded)
+        dropped = 0
+        if freed() < excess:
+            for number in paths.victims(txn, shielded):
+                paths.drop_entry(txn, number, "evicted to make room", now)
+                dropped += 1
+                if freed() >= excess:
+                    break
+        if dropped:
+            txn.add("evicted", dropped)
+        return freed()
+
+    def _drop_expired(self, txn: Writer, shielded: set[int] | frozenset[int]) -> int:
+        now = self._disk.clock()
+        dropped = 0
+        for number in paths.expired(txn, now):
+            record = txn.entry(number)
+            if record is not None and record.node not in shielded:
+                paths.drop_entry(txn, number, "expired", now)
+                dropped += 1
+        if dropped:
+            txn.add("expired", dropped)
+        return dropped
+
+    def _drop_quarantine(self, txn: Writer) -> int:
+        """Damaged files are kept out of courtesy only: they go before anything useful does."""
+        freed = 0
+        for name, record in txn.sized(b"quarantine").items():
+            txn.delete_sized(b"quarantine", name)
+            txn.put_sized(b"trash", name, record)
+            freed += record.nbytes
+        return freed

@@ -1,0 +1,156 @@
+"""The file-system calls of the store, in one place.
+
+Everything that changes the disk goes through here, so that durability rules and platform limits
+are written once, and so that a test can cut any single step. Callers use `fs.name(...)`, never
+`from fs import name`: replacing a function of this module replaces it everywhere.
+
+Limits handled: at most `IOV_MAX` buffers and 1 GiB a call (macOS fails above 2 GiB), short reads
+and writes, `F_FULLFSYNC` where plain fsync does not reach the platter (macOS).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+FILE_MODE = 0o600
+FOLDER_MODE = 0o700
+_MAX_BUFFERS = 1000  # IOV_MAX is 1024 on Linux and macOS
+_MAX_BYTES = 1 << 30
+
+
+def create(path: Path) -> int:
+    """Create `path`, which must not exist, for reading and writing; returns a descriptor."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
+
+
+def open_read(path: Path) -> int:
+    """Open `path` for reading, refusing a symbolic link in its last part."""
+    return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+def write_all(fd: int, buffers: Sequence[memoryview]) -> int:
+    """Write `buffers` one after the other at the file's position; returns the bytes written."""
+    written = 0
+    for batch in _batches(buffers):
+        pending = batch
+        while pending:
+            count = os.writev(fd, pending)
+            if count == 0:
+                raise OSError(errno.EIO, "the file system wrote nothing")
+            written += count
+            pending = _advance(pending, count)
+    return written
+
+
+def read_into(fd: int, offset: int, buffers: Sequence[memoryview]) -> int:
+    """Fill `buffers` from `offset`; returns the bytes read, fewer only at the end of the file."""
+    done = 0
+    for batch in _batches(buffers):
+        pending = batch
+        while pending:
+            count = os.preadv(fd, pending, offset + done)
+            if count == 0:
+                return done
+            done += count
+            pending = _advance(pending, count)
+    return done
+
+
+def sync(fd: int) -> None:
+    """Make the file's bytes durable."""
+    if sys.platform == "darwin":
+        with contextlib.suppress(OSError):  # not every file system knows F_FULLFSYNC
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(fd)
+
+
+def sync_folder(path: Path) -> None:
+    """Make creations, renames and removals in the folder `path` durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        sync(fd)
+    finally:
+        os.close(fd)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Move `source` to `target`; within one file system this is atomic."""
+    os.rename(source, target)
+
+
+def unlink(path: Path) -> None:
+    """Remove the name `path`; processes that have the file open keep reading it."""
+    os.unlink(path)
+
+
+def make_folder(path: Path) -> None:
+    """Create the folder `path` for its owner alone, whatever the umask, unless it exists."""
+    try:
+        os.mkdir(path, FOLDER_MODE)
+    except FileExistsError:
+        return
+    os.chmod(path, FOLDER_MODE)
+
+
+def try_lock(fd: int) -> bool:
+    """Take the exclusive `flock` of `fd` if nobody holds it; it ends with the descriptor."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def lock(fd: int) -> None:
+    """Wait for the exclusive `flock` of `fd`."""
+    fcntl.flock(fd, fcntl.LOCK_EX)
+
+
+def unlock(fd: int) -> None:
+    """Give the `flock` of `fd` back."""
+    fcntl.flock(fd, fcntl.LOCK_UN)
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that an unprivileged process may still write to the file system of `path`."""
+    status = os.statvfs(path)
+    return status.f_bavail * status.f_frsize
+
+
+def disk_bytes(path: Path) -> int:
+    """Bytes the file `path` occupies, as `du` counts them; 0 when it does not exist."""
+    try:
+        return os.lstat(path).st_blocks * 512
+    except FileNotFoundError:
+        return 0
+
+
+def _batches(buffers: Sequence[memoryview]) -> Iterator[list[memoryview]]:
+    batch: list[memoryview] = []
+    size = 0
+    for buffer in buffers:
+        for start in range(0, len(buffer), _MAX_BYTES):
+            piece = buffer[start : start + _MAX_BYTES]
+            if batch and (len(batch) == _MAX_BUFFERS or size + len(piece) > _MAX_BYTES):
+                yield batch
+                batch, size = [], 0
+            batch.append(piece)
+            size += len(piece)
+    if batch:
+        yield batch
+
+
+def _advance(buffers: list[memoryview], count: int) -> list[memoryview]:
+    """Drop the first `count` bytes of `buffers`."""
+    for index, buffer in enumerate(buffers):
+        if count < len(buffer):
+            return [buffer[count:], *buffers[index + 1 :]]
+        count -= len(buffer)
+    return []

@@ -1,0 +1,230 @@
+"""Keeping a store sound: sweep after dead writers, quarantine what is damaged, check everything.
+
+`check` compares the index with the files both ways; `repair` mends what it found without ever
+removing a file whose writer lives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from persist_cache import paths
+from persist_cache.blobs import BlobReader, try_remove_orphan
+from persist_cache.disk import Disk
+from persist_cache.errors import CorruptBlobError, StoreError
+from persist_cache.evict import Evictor
+from persist_cache.index import Writer
+from persist_cache.records import BlobRecord, SizedRecord
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something `check` found.
+
+    Attributes:
+        kind: `index`, `missing`, `damaged`, `orphan` or `trash`.
+        message: One sentence.
+        blob: Name of the blob concerned, or "".
+    """
+
+    kind: str
+    message: str
+    blob: str = ""
+
+
+def sweep(disk: Disk, evictor: Evictor) -> int:
+    """Finish what dead processes left behind: reservations, temporary files, trash.
+
+    Cheap enough for every start: it looks at what the index lists and at the temporary folder,
+    never at all blobs.
+
+    Returns:
+        Number of files removed.
+    """
+    removed = 0
+    dead: list[bytes] = []
+    with disk.index.read() as txn:
+        pending = list(txn.sized(b"pending"))
+    for name in pending:
+        # A writer renames from the first place to the second, so in this order none is missed.
+        places = (disk.folder.temporary_path(name.hex()), disk.folder.path(name.hex()))
+        outcomes = [
+            try_remove_orphan(path, lambda name=name: _is_recorded(disk, name))
+            for path in places
+            if path.exists()
+        ]
+        removed += sum(outcomes)
+        if all(outcomes):
+            dead.append(name)
+    if dead:
+        evictor.release(dead)
+    for name_hex, path in list(disk.folder.temporaries()):
+        name = bytes.fromhex(name_hex)
+        removed += try_remove_orphan(path, lambda name=name: _is_pending(disk, name))
+    removed += evictor.empty_trash()
+    disk.index.reader_check()
+    return removed
+
+
+def remove_orphans(disk: Disk) -> int:
+    """Remove published files that no record names and whose writer is dead; scans all folders."""
+    removed = 0
+    for name_hex, path in list(disk.folder.names()):
+        name = bytes.fromhex(name_hex)
+        if not _is_recorded(disk, name):
+            removed += try_remove_orphan(path, lambda name=name: _is_recorded(disk, name))
+    return removed
+
+
+def quarantine(disk: Disk, name_hex: str, reason: str) -> bool:
+    """Take a bad blob out of service: its records and all that hangs on them go, the file moves.
+
+    Returns:
+        Whether a record named it; False when somebody else was first.
+    """
+    name = bytes.fromhex(name_hex)
+    now = disk.clock()
+
+    def expel(txn: Writer) -> bool:
+        number = txn.blob_number(name)
+        record = None if number is None else txn.blob(number)
+        if number is None or record is None:
+            return False
+        why = f"quarantined: {reason}"
+        for key in [key for key, edge in txn.edges() if edge.blob == number]:
+            paths.drop_subtree(txn, key, why, now)
+        for entry, resumed in list(txn.entries()):
+            if resumed.checkpoint == number:
+                paths.drop_entry(txn, entry, why, now)
+        txn.delete_sized(b"trash", name)
+        txn.put_sized(b"quarantine", name, SizedRecord(record.disk_bytes, now, reason))
+        txn.add("quarantined", 1)
+        return True
+
+    found = disk.index.update(expel)
+    if found:
+        log.warning("blob %s was put into quarantine: %s", name_hex, reason)
+        try:
+            moved = disk.folder.quarantine(name_hex)
+        except OSError as error:
+            log.warning("blob %s cannot be moved: %s", name_hex, error)
+            moved = None
+        if moved is None:
+            disk.index.update(lambda txn: _discard_quarantined(txn, name))
+    return found
+
+
+def _discard_quarantined(txn: Writer, name: bytes) -> None:
+    """There is nothing to keep, or it stays where it is: let the trash deal with it."""
+    record = txn.sized(b"quarantine").get(name)
+    if record is not None:
+        txn.delete_sized(b"quarantine", name)
+        txn.put_sized(b"trash", name, record)
+
+
+def check(
+    disk: Disk,
+    *,
+    read_data: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Problem]:
+    """Compare index and files both ways; changes nothing.
+
+    Args:
+        disk: The store.
+        read_data: Also read every byte and verify its checksum.
+        progress: Called with bytes done and bytes in total while data is read.
+
+    Returns:
+        What is wrong; empty for a sound store.
+    """
+    with disk.index.read() as txn:
+        problems = [Problem("index", message) for message in paths.audit(txn)]
+        blobs = [record for _, record in txn.blobs()]
+        pending = set(txn.sized(b"pending"))
+        trash = set(txn.sized(b"trash"))
+    total, done = sum(blob.nbytes for blob in blobs), 0
+    for blob in blobs:
+        problem = _check_blob(disk, blob, read_data)
+        # A blob evicted while it was looked at is no problem.
+        if problem is not None and _is_recorded(disk, blob.name):
+            problems.append(problem)
+        done += blob.nbytes
+        if progress is not None:
+            progress(done, total)
+    known = {blob.name for blob in blobs} | pending | trash
+    for name_hex, _ in disk.folder.names():
+        name = bytes.fromhex(name_hex)
+        if name not in known and not (_is_recorded(disk, name) or _is_pending(disk, name)):
+            problems.append(Problem("orphan", "no record names this file", name_hex))
+    problems += [
+        Problem("trash", "this file was evicted but is still there", name.hex())
+        for name in trash
+        if disk.folder.path(name.hex()).exists()
+    ]
+    return problems
+
+
+def repair(disk: Disk, evictor: Evictor, problems: list[Problem]) -> None:
+    """Mend what `check` found in blobs and folders; a broken index is rebuilt elsewhere."""
+    for problem in problems:
+        if problem.kind in ("missing", "damaged"):
+            quarantine(disk, problem.blob, problem.message)
+    sweep(disk, evictor)
+    remove_orphans(disk)
+
+
+def _check_blob(disk: Disk, blob: BlobRecord, read_data: bool) -> Problem | None:
+    name = blob.name.hex()
+    path = disk.folder.path(name)
+    try:
+        if not read_data:
+            size = path.stat().st_size
+            if size != blob.nbytes:
+                return Problem("damaged", f"{size} bytes long instead of {blob.nbytes}", name)
+            return None
+        with BlobReader(path, nbytes=blob.nbytes, digest=blob.digest) as reader:
+            reader.verify()
+    except FileNotFoundError:
+        return Problem("missing", "its file is missing", name)
+    except CorruptBlobError as error:
+        return Problem("damaged", error.reason, name)
+    except StoreError as error:
+        return Problem("damaged", str(error), name)
+    except OSError as error:
+        return Problem("damaged", f"it cannot be read ({error.strerror})", name)
+    return None
+
+
+def _is_recorded(disk: Disk, name: bytes) -> bool:
+    with disk.index.read() as txn:
+        return txn.blob_number(name) is not None
+
+
+def _is_pending(disk: Disk, name: bytes) -> bool:
+    with disk.index.read() as txn:
+        return txn.in_database(b"pending", name)
+
+
+def forget_empty_namespaces(disk: Disk, older_than_s: float) -> int:
+    """Drop models of which nothing is left; returns how many."""
+    limit = disk.clock() - older_than_s
+
+    def forget(txn: Writer) -> int:
+        gone = [
+            key
+            for key, record in txn.namespaces()
+            if record.created < limit and not txn.children(record.root, limit=1)
+        ]
+        for key in gone:
+            txn.delete_namespace(key)
+        return len(gone)
+
+    with contextlib.suppress(StoreError):
+        return disk.index.update(forget)
+    return 0

@@ -1,0 +1,521 @@
+"""The LMDB environment: opening, locking, growing, and typed access within one transaction.
+
+This is the only module that imports lmdb. What the records mean together, the trie, is the
+business of `paths`.
+
+Thread safety: an `Index` may be shared between threads. Reads run side by side; writes are
+serialised between threads by `_write_lock` and between processes by the `flock` of `writer.lock`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import lmdb
+
+from persist_cache import fs
+from persist_cache.entry import Tier
+from persist_cache.errors import (
+    StoreError,
+    StoreFormatError,
+    StoreFullError,
+    StoreInUseError,
+    StoreReadOnlyError,
+)
+from persist_cache.records import (
+    BlobRecord,
+    Edge,
+    EntryRecord,
+    NamespaceRecord,
+    SizedRecord,
+    edge_parent,
+    pack_counter,
+    pack_number,
+    recency_key,
+    unpack_counter,
+    unpack_number,
+)
+
+SCHEMA_VERSION = 1
+_DATABASES = (
+    b"meta",
+    b"namespaces",
+    b"edges",
+    b"parents",
+    b"tokens",
+    b"blobs",
+    b"names",
+    b"entries",
+    b"recency",
+    b"trash",
+    b"pending",
+    b"quarantine",
+    b"departed",
+)
+_GIB = 1 << 30
+T = TypeVar("T")
+
+
+class DamagedIndexError(StoreError):
+    """`data.mdb` cannot be what LMDB wrote; the store rebuilds it from the blobs."""
+
+
+class Reader:
+    """Typed look-ups in one read transaction; valid inside its `with` block only."""
+
+    def __init__(self, txn: lmdb.Transaction, databases: dict[bytes, object]) -> None:
+        self._txn = txn
+        self._db = databases
+
+    def counter(self, name: str) -> int:
+        raw = self._txn.get(name.encode(), db=self._db[b"meta"])
+        return 0 if raw is None else unpack_counter(raw)
+
+    def counters(self) -> dict[str, int]:
+        with self._txn.cursor(db=self._db[b"meta"]) as cursor:
+            return {
+                bytes(key).decode(): unpack_counter(value)
+                for key, value in cursor
+                if len(value) == 8
+            }
+
+    def meta(self, name: str) -> bytes | None:
+        raw = self._txn.get(name.encode(), db=self._db[b"meta"])
+        return None if raw is None else bytes(raw)
+
+    def namespaces(self, prefix: bytes = b"") -> list[tuple[bytes, NamespaceRecord]]:
+        """All namespaces whose key begins with `prefix`: one per layout of a fingerprint."""
+        found = []
+        with self._txn.cursor(db=self._db[b"namespaces"]) as cursor:
+            if cursor.set_range(prefix):
+                for key, value in cursor:
+                    if not bytes(key).startswith(prefix):
+                        break
+                    found.append((bytes(key), NamespaceRecord.unpack(value)))
+        return found
+
+    def edge(self, key: bytes) -> Edge | None:
+        raw = self._txn.get(key, db=self._db[b"edges"])
+        return None if raw is None else Edge.unpack(raw)
+
+    def children(self, node: int, limit: int | None = None) -> list[tuple[bytes, Edge]]:
+        """Edges below `node` in the order of their first tokens' bytes."""
+        prefix = pack_number(node)
+        found: list[tuple[bytes, Edge]] = []
+        with self._txn.cursor(db=self._db[b"edges"]) as cursor:
+            if cursor.set_range(prefix):
+                for key, value in cursor:
+                    if bytes(key[:8]) != prefix or (limit is not None and len(found) >= limit):
+                        break
+                    found.append((bytes(key), Edge.unpack(value)))
+        return found
+
+    def edges(self) -> Iterator[tuple[bytes, Edge]]:
+        with self._txn.cursor(db=self._db[b"edges"]) as cursor:
+            for key, value in cursor:
+                yield bytes(key), Edge.unpack(value)
+
+    def parent_key(self, node: int) -> bytes | None:
+        """Key of the edge that leads to `node`; None for a root."""
+        raw = self._txn.get(pack_number(node), db=self._db[b"parents"])
+        return None if raw is None else bytes(raw)
+
+    def parents(self) -> Iterator[tuple[int, bytes]]:
+        with self._txn.cursor(db=self._db[b"parents"]) as cursor:
+            for key, value in cursor:
+                yield unpack_number(key), bytes(value)
+
+    def blob(self, number: int) -> BlobRecord | None:
+        raw = self._txn.get(pack_number(number), db=self._db[b"blobs"])
+        return None if raw is None else BlobRecord.unpack(raw)
+
+    def blobs(self) -> Iterator[tuple[int, BlobRecord]]:
+        with self._txn.cursor(db=self._db[b"blobs"]) as cursor:
+            for key, value in cursor:
+                yield unpack_number(key), BlobRecord.unpack(value)
+
+    def blob_number(self, name: bytes) -> int | None:
+        raw = self._txn.get(name, db=self._db[b"names"])
+        return None if raw is None else unpack_number(raw)
+
+    def tokens(self, blob: int, first_row: int, rows: int) -> bytes:
+        """Packed tokens of rows `[first_row, first_row + rows)` of a blob."""
+        raw = self._txn.get(pack_number(blob), db=self._db[b"tokens"])
+        return b"" if raw is None else bytes(raw[first_row * 8 : (first_row + rows) * 8])
+
+    def entry(self, number: int) -> EntryRecord | None:
+        raw = self._txn.get(pack_number(number), db=self._db[b"entries"])
+        return None if raw is None else EntryRecord.unpack(raw)
+
+    def entries(self) -> Iterator[tuple[int, EntryRecord]]:
+        with self._txn.cursor(db=self._db[b"entries"]) as cursor:
+            for key, value in cursor:
+                yield unpack_number(key), EntryRecord.unpack(value)
+
+    def entries_from(self, low: int) -> Iterator[int]:
+        """Entry numbers from `low` upwards: how a short id is completed."""
+        with self._txn.cursor(db=self._db[b"entries"]) as cursor:
+            if cursor.set_range(pack_number(low)):
+                for key in cursor.iternext(values=False):
+                    yield unpack_number(key)
+
+    def recency(self, tier: Tier, after: bytes = b"") -> Iterator[int]:
+        """Entries of one tier, least recently used first, behind the key `after`."""
+        prefix = bytes([tier])
+        with self._txn.cursor(db=self._db[b"recency"]) as cursor:
+            if cursor.set_range(after or prefix):
+                for key in cursor.iternext(values=False):
+                    raw = bytes(key)
+                    if raw[:1] != prefix:
+                        break
+                    if raw != after:
+                        yield unpack_number(raw[9:])
+
+    def recency_keys(self) -> Iterator[bytes]:
+        with self._txn.cursor(db=self._db[b"recency"]) as cursor:
+            for key in cursor.iternext(values=False):
+                yield bytes(key)
+
+    def sized(self, database: bytes) -> dict[bytes, SizedRecord]:
+        """All records of `trash`, `pending`, `quarantine`: name (16 bytes) to record."""
+        with self._txn.cursor(db=self._db[database]) as cursor:
+            return {bytes(key): SizedRecord.unpack(value) for key, value in cursor}
+
+    def in_database(self, database: bytes, key: bytes) -> bool:
+        return self._txn.get(key, db=self._db[database]) is not None
+
+    def departed(self, entry: int) -> SizedRecord | None:
+        """Why an entry is no longer here, if that is remembered."""
+        raw = self._txn.get(pack_number(entry), db=self._db[b"departed"])
+        return None if raw is None else SizedRecord.unpack(raw)
+
+    def is_empty(self) -> bool:
+        return self._txn.stat(self._db[b"edges"])["entries"] == 0  # type: ignore[no-any-return]
+
+    def size_of(self, database: bytes) -> int:
+        """Number of records in a sub-database."""
+        return int(self._txn.stat(self._db[database])["entries"])
+
+
+class Writer(Reader):
+    """Typed changes in one write transaction; they all happen at its commit or not at all."""
+
+    def set_meta(self, name: str, value: bytes) -> None:
+        self._txn.put(name.encode(), value, db=self._db[b"meta"])
+
+    def add(self, name: str, amount: int) -> int:
+        """Add to a counter and return its new value."""
+        value = self.counter(name) + amount
+        self._txn.put(name.encode(), pack_counter(value), db=self._db[b"meta"])
+        return value
+
+    def put_namespace(self, key: bytes, record: NamespaceRecord) -> None:
+        self._txn.put(key, record.pack(), db=self._db[b"namespaces"])
+
+    def delete_namespace(self, key: bytes) -> None:
+        self._txn.delete(key, db=self._db[b"namespaces"])
+
+    def put_edge(self, key: bytes, edge: Edge) -> None:
+        """Write an edge and the way back from its node."""
+        self._txn.put(key, edge.pack(), db=self._db[b"edges"])
+        self._txn.put(pack_number(edge.node), key, db=self._db[b"parents"])
+
+    def delete_edge(self, key: bytes, node: int | None) -> None:
+        """Remove an edge, and the way back unless `node` has moved to another edge."""
+        self._txn.delete(key, db=self._db[b"edges"])
+        if node is not None:
+            self._txn.delete(pack_number(node), db=self._db[b"parents"])
+
+    def put_blob(self, number: int, record: BlobRecord) -> None:
+        self._txn.put(pack_number(number), record.pack(), db=self._db[b"blobs"])
+        self._txn.put(record.name, pack_number(number), db=self._db[b"names"])
+
+    def put_tokens(self, blob: int, packed: bytes) -> None:
+        self._txn.put(pack_number(blob), packed, db=self._db[b"tokens"])
+
+    def delete_blob(self, number: int, name: bytes) -> None:
+        self._txn.delete(pack_number(number), db=self._db[b"blobs"])
+        self._txn.delete(pack_number(number), db=self._db[b"tokens"])
+        self._txn.delete(name, db=self._db[b"names"])
+
+    def put_entry(self, number: int, record: EntryRecord) -> None:
+        """Write an entry and move it to its place in the order of eviction."""
+        self._forget_recency(number)
+        self._txn.put(pack_number(number), record.pack(), db=self._db[b"entries"])
+        key = recency_key(record.tier, record.last_use_us, number)
+        self._txn.put(key, b"", db=self._db[b"recency"])
+
+    def delete_entry(self, number: int) -> None:
+        self._forget_recency(number)
+        self._txn.delete(pack_number(number), db=self._db[b"entries"])
+
+    def _forget_recency(self, number: int) -> None:
+        old = self.entry(number)
+        if old is not None:
+            key = recency_key(old.tier, old.last_use_us, number)
+            self._txn.delete(key, db=self._db[b"recency"])
+
+    def put_sized(self, database: bytes, key: bytes, record: SizedRecord) -> None:
+        self._txn.put(key, record.pack(), db=self._db[database])
+
+    def delete_sized(self, database: bytes, key: bytes) -> bool:
+        return bool(self._txn.delete(key, db=self._db[database]))
+
+
+class Index:
+    """One open LMDB environment."""
+
+    def __init__(self, root: Path, *, read_only: bool, map_bytes: int = 16 * _GIB) -> None:
+        """Open the index in the folder `root`, creating it unless `read_only`.
+
+        Raises:
+            DamagedIndexError: The file cannot be what LMDB wrote.
+            StoreFormatError: It has a schema of an unknown version.
+            StoreInUseError: This process has it open already.
+        """
+        self.root = root
+        self.data_path = root / "data.mdb"
+        self.read_only = read_only
+        self._pid = os.getpid()
+        self._write_lock = threading.Lock()
+        self._gate = threading.Condition()
+        self._readers = 0
+        self._growing = False
+        self._lock_fd = -1
+        self._check_length()
+        self._env = _open_environment(root, read_only, map_bytes)
+        try:
+            self._check_last_page()
+            if not read_only:
+                self._lock_fd = os.open(
+                    root / "writer.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, fs.FILE_MODE
+                )
+                self._env.reader_check()
+            self._db = self._open_databases()
+            self._check_schema()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self._env.close()
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+
+    @contextlib.contextmanager
+    def read(self) -> Iterator[Reader]:
+        """A consistent view of the index; nothing taken from it may outlive the block undecoded."""
+        self._check_process()
+        with self._gate:
+            while self._growing:
+                self._gate.wait()
+            self._readers += 1
+        try:
+            with self._begin_read() as txn:
+                yield Reader(txn, self._db)
+        except lmdb.Error as error:
+            raise _translated(error) from error
+        finally:
+            with self._gate:
+                self._readers -= 1
+                self._gate.notify_all()
+
+    def update(self, change: Callable[[Writer], T]) -> T:
+        """Run `change` in a write transaction and commit it durably.
+
+        `change` may run more than once (the map may have to grow first), so it must have no
+        effect besides the transaction. If it raises, nothing is changed.
+
+        Raises:
+            StoreFullError: The disk or the map is full; nothing was changed.
+            StoreReadOnlyError: The store is open read-only.
+        """
+        if self.read_only:
+            raise StoreReadOnlyError("The store is open read-only; nothing was changed.")
+        self._check_process()
+        with self._write_lock, self._process_lock():
+            while True:
+                try:
+                    with self._counted(), self._env.begin(write=True, buffers=True) as txn:
+                        return change(Writer(txn, self._db))
+                except lmdb.MapFullError:
+                    self._grow(self._env.info()["map_size"] * 2)
+                except lmdb.MapResizedError:
+                    self._grow(0)
+                except lmdb.Error as error:
+                    raise _translated(error) from error
+
+    def reader_check(self) -> int:
+        """Free the slots of readers that died; returns how many there were."""
+        return int(self._env.reader_check())
+
+    def file_bytes(self) -> int:
+        """Bytes the index takes on disk, as `du` counts."""
+        names = ("data.mdb", "lock.mdb", "writer.lock")
+        return sum(fs.disk_bytes(self.root / name) for name in names)
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise StoreInUseError(
+                "The store was opened before this process was forked; open it again in the child "
+                "under another process start method (spawn)."
+            )
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        with self._gate:
+            while self._growing:
+                self._gate.wait()
+            self._readers += 1
+        try:
+            yield
+        finally:
+            with self._gate:
+                self._readers -= 1
+                self._gate.notify_all()
+
+    def _begin_read(self) -> lmdb.Transaction:
+        try:
+            return self._env.begin(buffers=True)
+        except lmdb.ReadersFullError:
+            self._env.reader_check()
+            return self._env.begin(buffers=True)
+        except lmdb.MapResizedError:
+            with self._gate:
+                # This thread counts as one reader itself, but holds no transaction.
+                self._growing = True
+                while self._readers > 1:
+                    self._gate.wait()
+                self._env.set_mapsize(0)
+                self._growing = False
+                self._gate.notify_all()
+            return self._env.begin(buffers=True)
+
+    def _grow(self, size: int) -> None:
+        """Resize the map, which LMDB allows only while this process holds no transaction."""
+        with self._gate:
+            self._growing = True
+            while self._readers:
+                self._gate.wait()
+            try:
+                self._env.set_mapsize(size)
+            finally:
+                self._growing = False
+                self._gate.notify_all()
+
+    @contextlib.contextmanager
+    def _process_lock(self) -> Iterator[None]:
+        """Hold `writer.lock`; its first byte is 1 while somebody is inside a transaction."""
+        fs.lock(self._lock_fd)
+        try:
+            if os.pread(self._lock_fd, 1, 0) == b"\x01":
+                self._repair_semaphore()
+            os.pwrite(self._lock_fd, b"\x01", 0)
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                os.pwrite(self._lock_fd, b"\x00", 0)
+            fs.unlock(self._lock_fd)
+
+    def _repair_semaphore(self) -> None:
+        """A writer died inside its transaction. Robust mutexes (Linux) recover by themselves."""
+        import sys
+
+        if sys.platform == "darwin":
+            from persist_cache import semaphores
+
+            semaphores.release_abandoned(self.root / "lock.mdb")
+
+    def _check_length(self) -> None:
+        """A file shorter than its two meta pages kills the process that maps it (SIGBUS)."""
+        try:
+            size = self.data_path.stat().st_size
+        except FileNotFoundError:
+            return
+        if 0 < size < 8192:
+            raise DamagedIndexError(f"{self.data_path} is truncated to {size} bytes.")
+
+    def _check_last_page(self) -> None:
+        """A truncated file would raise SIGBUS at the first look-up beyond its end."""
+        needed = (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
+        size = self.data_path.stat().st_size
+        if size < needed:
+            raise DamagedIndexError(f"{self.data_path} has {size} of its {needed} bytes.")
+
+    def _open_databases(self) -> dict[bytes, object]:
+        try:
+            return {name: self._env.open_db(name, create=not self.read_only) for name in _DATABASES}
+        except lmdb.NotFoundError:
+            raise DamagedIndexError(f"{self.data_path} lacks tables of the index.") from None
+        except lmdb.Error as error:
+            raise _translated(error) from error
+
+    def _check_schema(self) -> None:
+        with self.read() as txn:
+            found = txn.meta("schema")
+        if found is None:
+            if self.read_only:
+                raise DamagedIndexError(f"{self.data_path} has no schema version.")
+            self.update(_initialise)
+        elif unpack_counter(found) != SCHEMA_VERSION:
+            raise StoreFormatError(
+                f"The store at {self.root} has schema version {unpack_counter(found)}; this version "
+                f"of persist-cache knows {SCHEMA_VERSION} only. Use the version that wrote it, or "
+                "another --store."
+            )
+
+
+def _initialise(txn: Writer) -> None:
+    if txn.meta("schema") is None:
+        txn.add("schema", SCHEMA_VERSION)
+        txn.set_meta("store_id", os.urandom(16))
+        txn.add("created", int(time.time()))
+
+
+def _open_environment(root: Path, read_only: bool, map_bytes: int) -> lmdb.Environment:
+    # lib_version=0 fixes the engine: others read and write other file formats. metasync=False
+    # saves half of the commit and loses at most the last one, never consistency.
+    # A reader on a read-only file system cannot register itself in the lock file.
+    lockable = not read_only or os.access(root / "lock.mdb", os.W_OK)
+    try:
+        return lmdb.open(
+            str(root),
+            lib_version=0,
+            map_size=map_bytes,
+            max_dbs=16,
+            max_readers=512,
+            max_spare_txns=1,
+            metasync=False,
+            mode=fs.FILE_MODE,
+            readonly=read_only,
+            create=not read_only,
+            lock=lockable,
+        )
+    except lmdb.InvalidError as error:
+        raise DamagedIndexError(f"{root / 'data.mdb'} is not an LMDB file.") from error
+    except lmdb.Error as error:
+        if "already open" in str(error):
+            raise StoreInUseError(
+                f"The store at {root} is open in this process already; share that object."
+            ) from error
+        raise _translated(error) from error
+
+
+def _translated(error: lmdb.Error) -> StoreError:
+    text = str(error)
+    if isinstance(error, lmdb.MapFullError) or os.strerror(errno.ENOSPC) in text:
+        return StoreFullError("The disk is full; nothing was changed in the index.")
+    if isinstance(error, lmdb.CorruptedError | lmdb.InvalidError | lmdb.PageNotFoundError):
+        return DamagedIndexError(f"The index is damaged ({text}); run `persist-cache check`.")
+    return StoreError(f"The index failed: {text}.")
+
+
+__all__ = ["DamagedIndexError", "Index", "Reader", "Writer", "edge_parent"]

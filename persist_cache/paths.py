@@ -1,0 +1,500 @@
+"""The trie of prompts inside the index: walk, split, attach, drop, merge.
+
+Its edges are rows of blobs. All functions work within one transaction given by the caller and
+keep these invariants (`audit` checks them):
+
+- an edge never spans blobs, and begins at the position where its parent node lies;
+- a blob's references equal the edges, or for a checkpoint the entries, that use it;
+- the live part of a blob is a prefix of it: only tails die;
+- a node without entry and with a single child that goes on in the same blob is merged away;
+- every leaf carries an entry.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from persist_cache.entry import TOKEN_BYTES, Tier, common_prefix_bytes
+from persist_cache.index import Reader, Writer
+from persist_cache.records import (
+    NO_BLOB,
+    NO_ENTRY,
+    BlobKind,
+    BlobRecord,
+    Edge,
+    EntryRecord,
+    SizedRecord,
+    edge_key,
+    edge_parent,
+    entry_id,
+    recency_key,
+)
+
+BLOB_BYTES = "blob_bytes"
+"""Counter: bytes on disk of all blobs that a record names."""
+EXPIRING = "expiring"
+"""Counter: entries that have an expiry."""
+NEXT_NODE = "next_node"
+_VICTIMS_AT_ONCE = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One edge of a walk.
+
+    Attributes:
+        key: The edge's key.
+        edge: The edge.
+        start: Position of its first token.
+        used: Leading tokens of it that the prompt shares; fewer than `edge.rows` only at the end.
+    """
+
+    key: bytes
+    edge: Edge
+    start: int
+    used: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.used
+
+    @property
+    def is_whole(self) -> bool:
+        return self.used == self.edge.rows
+
+
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """How far a prompt follows the tree of one namespace."""
+
+    root: int
+    steps: tuple[Step, ...]
+    common: int
+
+    @property
+    def complete_tokens(self) -> int:
+        """Leading tokens whose rows exist for every layer: any position in them is resumable."""
+        end = 0
+        for step in self.steps:
+            if not step.edge.complete:
+                break
+            end = step.end
+        return end
+
+    @property
+    def node(self) -> int | None:
+        """The node at the end of the walk, or None when it ended within an edge."""
+        if not self.steps:
+            return self.root
+        return self.steps[-1].edge.node if self.steps[-1].is_whole else None
+
+
+def walk(txn: Reader, root: int, packed: bytes) -> Walk:
+    """Follow `packed` down from `root`; linear in the prompt, whatever else is stored."""
+    steps: list[Step] = []
+    node, position, length = root, 0, len(packed) // TOKEN_BYTES
+    while position < length:
+        offset = position * TOKEN_BYTES
+        key = edge_key(node, packed[offset : offset + TOKEN_BYTES])
+        edge = txn.edge(key)
+        if edge is None:
+            break
+        run = txn.tokens(edge.blob, edge.first_row, edge.rows)
+        if packed.startswith(run, offset) and run:
+            used = edge.rows
+        else:
+            used = common_prefix_bytes(run, packed[offset : offset + len(run)])
+        steps.append(Step(key, edge, position, used))
+        position += used
+        if used < edge.rows:
+            break
+        node = edge.node
+    return Walk(root, tuple(steps), position)
+
+
+def resumable(txn: Reader, path: Walk, limit: int) -> tuple[int, int]:
+    """The longest resumable position on `path`, at most `limit`.
+
+    Returns:
+        The position, and the checkpoint blob to use there or `NO_BLOB` when rows suffice.
+    """
+    by_rows = min(path.complete_tokens, limit)
+    for step in reversed(path.steps):
+        if step.end <= by_rows:
+            break
+        if step.is_whole and step.end <= limit and step.edge.entry != NO_ENTRY:
+            entry = txn.entry(step.edge.entry)
+            if entry is not None and entry.checkpoint != NO_BLOB:
+                return step.end, entry.checkpoint
+    return by_rows, NO_BLOB
+
+
+def entries_used(txn: Reader, path: Walk, position: int) -> list[int]:
+    """Entries that a hit at `position` makes use of: those on the way, else the nearest below."""
+    on_path = [
+        step.edge.entry
+        for step in path.steps
+        if step.edge.entry != NO_ENTRY and step.is_whole and step.end <= position
+    ]
+    last = next((step for step in path.steps if step.end >= position), None)
+    if last is not None and last.start + last.edge.rows > position:
+        carrier = _first_entry_below(txn, last.edge)
+        if carrier != NO_ENTRY:
+            on_path.append(carrier)
+    return on_path
+
+
+def _first_entry_below(txn: Reader, edge: Edge) -> int:
+    while edge.entry == NO_ENTRY:
+        below = txn.children(edge.node, limit=1)
+        if not below:
+            return NO_ENTRY
+        edge = below[0][1]
+    return edge.entry
+
+
+def path_of(txn: Reader, node: int) -> list[tuple[bytes, Edge]]:
+    """Edges from the root down to `node`."""
+    found: list[tuple[bytes, Edge]] = []
+    key = txn.parent_key(node)
+    while key is not None:
+        edge = txn.edge(key)
+        assert edge is not None, "a node's way back names no edge"
+        found.append((key, edge))
+        key = txn.parent_key(edge_parent(key))
+    return found[::-1]
+
+
+def tokens_of(txn: Reader, node: int) -> bytes:
+    """Packed tokens from the root down to `node`."""
+    return b"".join(
+        txn.tokens(edge.blob, edge.first_row, edge.rows) for _, edge in path_of(txn, node)
+    )
+
+
+def new_node(txn: Writer) -> int:
+    return txn.add(NEXT_NODE, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A new run to hang below a walk: rows of a blob whose record exists already."""
+
+    blob: int
+    num_tokens: int
+    complete: bool
+
+
+def attach(txn: Writer, path: Walk, packed: bytes, pieces: Sequence[Piece]) -> int:
+    """Extend `path` by `pieces`, splitting the edge it ended in; returns the node at the end.
+
+    Each piece's blob must have been written with no references; the edge adds the first.
+    """
+    node = path.node
+    if node is None:
+        node = _split(txn, path.steps[-1])
+    position = path.common
+    for piece in pieces:
+        below = new_node(txn)
+        offset = position * TOKEN_BYTES
+        key = edge_key(node, packed[offset : offset + TOKEN_BYTES])
+        txn.put_edge(key, Edge(piece.complete, piece.blob, below, NO_ENTRY, 0, piece.num_tokens))
+        _refer(txn, piece.blob, 1)
+        node, position = below, position + piece.num_tokens
+    return node
+
+
+def _split(txn: Writer, step: Step) -> int:
+    """Put a node into the middle of an edge: index work only, both halves share the blob."""
+    edge = step.edge
+    middle = new_node(txn)
+    below = txn.tokens(edge.blob, edge.first_row + step.used, 1)
+    txn.put_edge(step.key, edge._replace(node=middle, entry=NO_ENTRY, rows=step.used))
+    txn.put_edge(
+        edge_key(middle, below),
+        edge._replace(first_row=edge.first_row + step.used, rows=edge.rows - step.used),
+    )
+    _refer(txn, edge.blob, 1)
+    return middle
+
+
+def set_entry(txn: Writer, node: int, entry: int) -> None:
+    """Make `entry` end at `node`, or none with `NO_ENTRY`."""
+    key = txn.parent_key(node)
+    edge = None if key is None else txn.edge(key)
+    assert key is not None and edge is not None, "entries end below the root"
+    txn.put_edge(key, edge._replace(entry=entry))
+
+
+def put_entry(txn: Writer, number: int, record: EntryRecord) -> None:
+    """Write an entry's record and keep the count of those that expire."""
+    old = txn.entry(number)
+    change = bool(record.expires) - bool(old.expires if old else 0.0)
+    if change:
+        txn.add(EXPIRING, change)
+    txn.put_entry(number, record)
+
+
+def drop_entry(txn: Writer, number: int, reason: str, now: float) -> None:
+    """Remove an entry, and every row and checkpoint that nothing needs without it.
+
+    Blobs that lose their last reference go to the trash, whose files the caller unlinks after
+    the commit. `reason` is remembered for `explain`.
+    """
+    record = txn.entry(number)
+    assert record is not None, "only stored entries are dropped"
+    _forget_entry(txn, number, record, reason, now)
+    set_entry(txn, record.node, NO_ENTRY)
+    _prune(txn, record.node, now)
+
+
+def drop_subtree(txn: Writer, key: bytes, reason: str, now: float) -> None:
+    """Remove an edge and all that hangs below it, entries included."""
+    edge = txn.edge(key)
+    if edge is None:
+        return
+    pending = [(key, edge)]
+    while pending:
+        at, this = pending.pop()
+        pending.extend(txn.children(this.node))
+        if this.entry != NO_ENTRY:
+            record = txn.entry(this.entry)
+            if record is not None:
+                _forget_entry(txn, this.entry, record, reason, now)
+        txn.delete_edge(at, this.node)
+        _unrefer(txn, this.blob, now)
+    _prune(txn, edge_parent(key), now)
+
+
+def _forget_entry(txn: Writer, number: int, record: EntryRecord, reason: str, now: float) -> None:
+    if record.expires:
+        txn.add(EXPIRING, -1)
+    txn.delete_entry(number)
+    remember_departed(txn, number, reason, now)
+    if record.checkpoint != NO_BLOB:
+        _unrefer(txn, record.checkpoint, now)
+
+
+def _prune(txn: Writer, node: int, now: float) -> None:
+    """Remove what leads nowhere from `node` upwards, then merge what no longer branches."""
+    while True:
+        key = txn.parent_key(node)
+        if key is None:
+            return
+        edge = txn.edge(key)
+        assert edge is not None, "a node's way back names no edge"
+        below = txn.children(node, limit=2)
+        if edge.entry != NO_ENTRY or len(below) > 1:
+            return
+        if len(below) == 1:
+            _merge(txn, key, edge, *below[0])
+            return
+        txn.delete_edge(key, node)
+        _unrefer(txn, edge.blob, now)
+        node = edge_parent(key)
+
+
+def _merge(txn: Writer, key: bytes, upper: Edge, lower_key: bytes, lower: Edge) -> None:
+    if upper.blob != lower.blob or upper.first_row + upper.rows != lower.first_row:
+        return
+    txn.delete_edge(lower_key, None)
+    txn.delete_edge(key, upper.node)
+    txn.put_edge(key, lower._replace(first_row=upper.first_row, rows=upper.rows + lower.rows))
+    _refer(txn, upper.blob, -1)
+
+
+def _refer(txn: Writer, blob: int, change: int) -> BlobRecord:
+    record = txn.blob(blob)
+    assert record is not None, "an edge names a blob without record"
+    record = record._replace(references=record.references + change)
+    txn.put_blob(blob, record)
+    return record
+
+
+def refer_checkpoint(txn: Writer, blob: int) -> None:
+    """Count one more entry that resumes from the checkpoint `blob`."""
+    _refer(txn, blob, 1)
+
+
+def release_checkpoint(txn: Writer, blob: int, now: float) -> None:
+    """Count one entry less; with the last one the checkpoint goes to the trash."""
+    _unrefer(txn, blob, now)
+
+
+def _unrefer(txn: Writer, blob: int, now: float) -> None:
+    record = _refer(txn, blob, -1)
+    if record.references == 0:
+        txn.delete_blob(blob, record.name)
+        txn.put_sized(b"trash", record.name, SizedRecord(record.disk_bytes, now))
+        txn.add(BLOB_BYTES, -record.disk_bytes)
+
+
+_MAX_DEPARTED = 4096
+
+
+def remember_departed(txn: Writer, number: int, reason: str, now: float) -> None:
+    """Note why an entry went, so that `explain` can tell; the notes are bounded."""
+    from persist_cache.records import pack_number
+
+    if txn.size_of(b"departed") >= _MAX_DEPARTED:
+        oldest = sorted(txn.sized(b"departed").items(), key=lambda item: item[1].since)
+        for key, _ in oldest[: _MAX_DEPARTED // 4]:
+            txn.delete_sized(b"departed", key)
+    txn.put_sized(b"departed", pack_number(number), SizedRecord(0, now, reason))
+
+
+def expired(txn: Reader, now: float) -> list[int]:
+    """Entries past their time, pinned ones included: an expiry was asked for, too."""
+    if txn.counter(EXPIRING) == 0:
+        return []
+    return [number for number, record in txn.entries() if 0 < record.expires <= now]
+
+
+def victims(txn: Reader, protected: Collection[int]) -> Iterator[int]:
+    """Entries in the order of eviction; the caller may drop each before asking for the next.
+
+    Tier by tier, inside a tier by last use, leaves before their parents, so that a whole pass is
+    repeated while it found something: dropping a leaf may make a leaf of its parent. An entry
+    with a checkpoint of its own may go before those below it, because they do without.
+
+    Args:
+        txn: The transaction in which the caller drops them.
+        protected: Nodes whose entries must stay.
+    """
+    progress = True
+    while progress:
+        progress = False
+        for tier in Tier:
+            for number in _evictable(txn, tier, protected):
+                progress = True
+                yield number
+
+
+def _evictable(txn: Reader, tier: Tier, protected: Collection[int]) -> Iterator[int]:
+    after = b""
+    while True:
+        chunk = list(islice(txn.recency(tier, after), _VICTIMS_AT_ONCE))
+        for number in chunk:
+            record = txn.entry(number)
+            assert record is not None, "the order of eviction names an entry without record"
+            after = recency_key(tier, record.last_use_us, number)
+            if record.pinned or record.node in protected:
+                continue
+            if record.checkpoint != NO_BLOB or not txn.children(record.node, limit=1):
+                yield number
+        if len(chunk) < _VICTIMS_AT_ONCE:
+            return
+
+
+def audit(txn: Reader) -> list[str]:
+    """Check every invariant of the index; returns a sentence for each one that is broken."""
+    problems: list[str] = []
+    references: Counter[int] = Counter()
+    live_rows: Counter[int] = Counter()
+    spans: dict[int, list[tuple[int, int]]] = {}
+    parents = dict(txn.parents())
+    edges = dict(txn.edges())
+    entries = dict(txn.entries())
+    blobs = dict(txn.blobs())
+    roots = {record.root for _, record in txn.namespaces()}
+    depth = dict.fromkeys(roots, 0)
+    children: Counter[int] = Counter(edge_parent(key) for key in edges)
+    by_parent: dict[int, list[bytes]] = {}
+    for key in edges:
+        by_parent.setdefault(edge_parent(key), []).append(key)
+    pending = list(roots)
+    seen_entries: dict[int, int] = {}
+    reached = 0
+    while pending:
+        node = pending.pop()
+        for key in by_parent.get(node, ()):
+            edge = edges[key]
+            reached += 1
+            depth[edge.node] = depth[node] + edge.rows
+            pending.append(edge.node)
+            references[edge.blob] += 1
+            live_rows[edge.blob] += edge.rows
+            spans.setdefault(edge.blob, []).append((edge.first_row, edge.rows))
+            if parents.get(edge.node) != key:
+                problems.append(f"node {edge.node} does not know its way back")
+            blob = blobs.get(edge.blob)
+            if blob is None:
+                problems.append(f"node {edge.node} hangs on blob {edge.blob}, which is unknown")
+                continue
+            if edge.rows < 1 or edge.first_row + edge.rows > blob.num_tokens:
+                problems.append(f"node {edge.node} uses rows that blob {blob.name.hex()} lacks")
+            if blob.start + edge.first_row != depth[node]:
+                problems.append(f"node {edge.node} begins elsewhere than its rows")
+            if txn.tokens(edge.blob, edge.first_row, 1) != key[8:]:
+                problems.append(f"node {edge.node} is filed under another token")
+            if edge.entry != NO_ENTRY:
+                seen_entries[edge.entry] = edge.node
+            elif children[edge.node] == 0:
+                problems.append(f"node {edge.node} is a leaf without entry")
+            elif children[edge.node] == 1:
+                (only,) = by_parent[edge.node]
+                lower = edges[only]
+                if lower.blob == edge.blob and edge.first_row + edge.rows == lower.first_row:
+                    problems.append(f"node {edge.node} should be merged with its only child")
+    if reached != len(edges):
+        problems.append(f"{len(edges) - reached} edges cannot be reached from a root")
+    if len(parents) != len(edges):
+        problems.append(f"{len(edges)} edges but {len(parents)} ways back")
+    problems += _audit_entries(txn, entries, seen_entries, depth, blobs, references)
+    for number, blob in blobs.items():
+        if blob.references != references[number]:
+            problems.append(
+                f"blob {blob.name.hex()} counts {blob.references} references "
+                f"instead of {references[number]}"
+            )
+        if txn.blob_number(blob.name) != number:
+            problems.append(f"blob {blob.name.hex()} cannot be found by its name")
+        covered = 0
+        for first, rows in sorted(spans.get(number, ())):
+            if first != covered:
+                problems.append(f"blob {blob.name.hex()} has dead rows before living ones")
+                break
+            covered += rows
+    total = sum(blob.disk_bytes for blob in blobs.values())
+    if total != txn.counter(BLOB_BYTES):
+        problems.append(
+            f"blobs sum up to {total} bytes, the counter says {txn.counter(BLOB_BYTES)}"
+        )
+    return problems
+
+
+def _audit_entries(
+    txn: Reader,
+    entries: dict[int, EntryRecord],
+    seen: dict[int, int],
+    depth: dict[int, int],
+    blobs: dict[int, BlobRecord],
+    references: Counter[int],
+) -> list[str]:
+    problems = []
+    expected_keys = set()
+    for number, record in entries.items():
+        expected_keys.add(recency_key(record.tier, record.last_use_us, number))
+        if seen.get(number) != record.node:
+            problems.append(f"entry {entry_id(number)} is not where it says it is")
+        elif depth[record.node] != record.num_tokens:
+            problems.append(f"entry {entry_id(number)} has another length than its path")
+        if record.checkpoint != NO_BLOB:
+            references[record.checkpoint] += 1
+            blob = blobs.get(record.checkpoint)
+            if blob is None or blob.kind != BlobKind.CHECKPOINT or blob.start != record.num_tokens:
+                problems.append(f"entry {entry_id(number)} names a checkpoint that is not its own")
+    problems += [
+        f"node {node} carries entry {entry_id(number)}, which has no record"
+        for number, node in seen.items()
+        if number not in entries
+    ]
+    if set(txn.recency_keys()) != expected_keys:
+        problems.append("the order of eviction does not list exactly the entries")
+    expiring = sum(1 for record in entries.values() if record.expires)
+    if expiring != txn.counter(EXPIRING):
+        problems.append(f"{expiring} entries expire, the counter says {txn.counter(EXPIRING)}")
+    return problems

@@ -1,0 +1,208 @@
+"""Rebuilding a lost or damaged index from the blobs alone.
+
+Every blob says which tokens its rows stand for, what came before them, and which blob it hangs
+on. What cannot be proved to belong is left to the orphan sweep. Uses, pins and labels are lost;
+tiers and dates are not.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from persist_cache import fs, paths
+from persist_cache.blobs import TOKENS, BlobFolder, BlobHeader, BlobReader, Written, prefix_digest
+from persist_cache.entry import TOKEN_BYTES, Tier
+from persist_cache.errors import CorruptBlobError, StoreError
+from persist_cache.index import Index, Writer
+from persist_cache.insert import add_blob, place_entry
+from persist_cache.records import (
+    BlobKind,
+    EntryRecord,
+    NamespaceRecord,
+    namespace_key,
+)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    name: str
+    header: BlobHeader
+    written: Written
+    packed: bytes
+
+
+def put_aside(root: Path) -> Path:
+    """Rename a damaged index, so that a new one can take its place; returns its new path."""
+    target = root / f"data.mdb.damaged-{int(time.time())}-{os.getpid()}"
+    fs.rename(root / "data.mdb", target)
+    return target
+
+
+def rebuild(
+    index: Index, folder: BlobFolder, progress: Callable[[int, int], None] | None = None
+) -> int:
+    """Fill the empty `index` from the blobs in `folder`, in one commit.
+
+    Args:
+        index: A fresh index.
+        folder: The blobs.
+        progress: Called with files read and files in total.
+
+    Returns:
+        Number of blobs that found their place.
+    """
+    found: dict[str, _Found] = {}
+    files = list(folder.names())
+    for done, (name, path) in enumerate(files, 1):
+        one = _inspect(name, path)
+        if one is not None:
+            found[name] = one
+        if progress is not None:
+            progress(done, len(files))
+
+    def fill(txn: Writer) -> int:
+        placed = 0
+        tokens: dict[str, bytes] = {}
+        in_order = sorted(
+            found.values(), key=lambda one: (one.header.start, one.header.kind != "run", one.name)
+        )
+        for one in in_order:
+            packed = _path_tokens(one, found, tokens)
+            if packed is not None and _place(txn, one, packed):
+                placed += 1
+        _finish_leaves(txn)
+        return placed
+
+    return index.update(fill)
+
+
+def _inspect(name: str, path: Path) -> _Found | None:
+    """Read a blob's header and tokens; None for anything that cannot be trusted."""
+    try:
+        with BlobReader(path) as reader:
+            header = reader.header
+            packed = reader.read_bytes(TOKENS) if header.kind == "run" else b""
+            if len(packed) != (header.end - header.start) * TOKEN_BYTES:
+                raise CorruptBlobError(path, "its tokens do not fill its span")
+            written = Written(name, reader.nbytes, fs.disk_bytes(path), reader.digest)
+    except (StoreError, OSError, ValueError, KeyError) as error:
+        log.warning("blob %s is left out of the new index: %s", name, error)
+        return None
+    return _Found(name, header, written, packed)
+
+
+def _path_tokens(one: _Found, found: dict[str, _Found], known: dict[str, bytes]) -> bytes | None:
+    """All tokens up to the end of a blob, if its chain of parents proves them."""
+    header = one.header
+    if header.start == 0 or not header.parent:
+        before: bytes | None = b""
+    else:
+        before = known.get(header.parent)
+        if before is not None:
+            before = before[: header.start * TOKEN_BYTES]
+    if (
+        before is None
+        or len(before) != header.start * TOKEN_BYTES
+        or prefix_digest(before) != header.prefix
+    ):
+        return None
+    packed = before + one.packed
+    if header.kind == "run":
+        known[one.name] = packed
+    return packed
+
+
+def _place(txn: Writer, one: _Found, packed: bytes) -> bool:
+    header = one.header
+    fingerprint = bytes.fromhex(header.fingerprint)
+    key = namespace_key(fingerprint, header.layout)
+    namespace = _namespace(txn, key, header)
+    path = paths.walk(txn, namespace.root, packed)
+    wanted = EntryRecord.fresh(Tier.parse(header.tier), header.end, header.created)._replace(
+        namespace=namespace.number
+    )
+    if header.kind == "run":
+        if path.common != header.start or header.end == header.start:
+            return False  # another blob has these tokens already
+        blob = add_blob(
+            txn,
+            one.written,
+            kind=BlobKind.RUN,
+            created=header.created,
+            start=header.start,
+            packed=one.packed,
+        )
+        piece = paths.Piece(blob, header.end - header.start, header.complete)
+        node = paths.attach(txn, path, packed, [piece])
+        grown = paths.walk(txn, namespace.root, packed)
+        if header.entry and grown.complete_tokens == header.end:
+            place_entry(txn, key, packed, wanted._replace(node=node))
+        return True
+    if path.common != header.end or header.end == 0:
+        return False
+    node = paths.attach(txn, path, packed, [])
+    blob = add_blob(
+        txn,
+        one.written,
+        kind=BlobKind.CHECKPOINT,
+        created=header.created,
+        start=header.start,
+        packed=b"",
+    )
+    place_entry(txn, key, packed, wanted._replace(node=node, checkpoint=blob))
+    return True
+
+
+def _namespace(txn: Writer, key: bytes, header: BlobHeader) -> NamespaceRecord:
+    found = txn.namespaces(key)
+    if found:
+        return found[0][1]
+    record = NamespaceRecord(
+        number=txn.add("next_namespace", 1),
+        root=paths.new_node(txn),
+        identity=header.identity,
+        layout=header.layout,
+        created=header.created,
+    )
+    txn.put_namespace(key, record)
+    return record
+
+
+def _finish_leaves(txn: Writer) -> None:
+    """Every leaf carries an entry: one whose checkpoint is lost, or whose tail is, may not."""
+    while True:
+        bare = [
+            (key, edge)
+            for key, edge in list(txn.edges())
+            if not edge.entry and not txn.children(edge.node, limit=1)
+        ]
+        if not bare:
+            return
+        for key, edge in bare:
+            chain = paths.path_of(txn, edge.node)
+            if all(one.complete for _, one in chain):
+                _adopt(txn, edge.node)
+            else:
+                paths.drop_subtree(txn, key, "its state was lost", time.time())
+
+
+def _adopt(txn: Writer, node: int) -> None:
+    """Give a resumable leaf an entry of the lowest tier."""
+    chain = paths.path_of(txn, node)
+    root = int.from_bytes(chain[0][0][:8], "big")
+    packed = paths.tokens_of(txn, node)
+    for key, namespace in txn.namespaces():
+        if namespace.root == root:
+            blob = txn.blob(chain[-1][1].blob)
+            created = blob.created if blob else 0.0
+            fresh = EntryRecord.fresh(Tier.ASSISTANT, len(packed) // TOKEN_BYTES, created)
+            wanted = fresh._replace(namespace=namespace.number, node=node)
+            place_entry(txn, key, packed, wanted)
+            return

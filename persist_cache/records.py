@@ -1,0 +1,301 @@
+"""The binary records of the index: what each sub-database holds, byte for byte.
+
+Fixed little-endian layouts that begin with a version byte; keys are big-endian, so that LMDB sorts
+them as numbers. `docs/format.md` has the tables. Nothing here touches LMDB.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from typing import NamedTuple
+
+import msgspec
+import xxhash
+
+from persist_cache.entry import Tier
+from persist_cache.errors import StoreFormatError
+
+RECORD_VERSION = 1
+NO_ENTRY = 0
+NO_BLOB = 0
+MAX_BLOB = (1 << 32) - 1
+
+_NUMBER = struct.Struct(">Q")
+_EDGE = struct.Struct("<BBHIQQII")
+_BLOB = struct.Struct("<BBHIIIQQd16s16s")
+_ENTRY = struct.Struct("<BBHIIIIQQQddd")
+_SIZED = struct.Struct("<BxxxxxxxQd")
+_COUNTER = struct.Struct("<q")
+
+
+class BlobKind(enum.IntEnum):
+    RUN = 0
+    CHECKPOINT = 1
+
+
+class Edge(NamedTuple):
+    """A stretch of tokens below a node: rows of one blob.
+
+    Attributes:
+        complete: The rows are those of every layer; no checkpoint is needed within them.
+        blob: Number of the blob.
+        node: The node at the lower end.
+        entry: Entry that ends there, or `NO_ENTRY`.
+        first_row: First row of the blob, counted in tokens from the blob's start.
+        rows: Tokens on the edge.
+    """
+
+    complete: bool
+    blob: int
+    node: int
+    entry: int
+    first_row: int
+    rows: int
+
+    def pack(self) -> bytes:
+        return _EDGE.pack(
+            RECORD_VERSION,
+            self.complete,
+            0,
+            self.blob,
+            self.node,
+            self.entry,
+            self.first_row,
+            self.rows,
+        )
+
+    @classmethod
+    def unpack(cls, raw: bytes | memoryview) -> Edge:
+        version, flags, _, blob, node, entry, first_row, rows = _EDGE.unpack(raw)
+        _check_version(version)
+        return cls(bool(flags & 1), blob, node, entry, first_row, rows)
+
+
+class BlobRecord(NamedTuple):
+    """A published file.
+
+    Attributes:
+        kind: Run or checkpoint.
+        references: Edges, or entries for a checkpoint, that use it; it goes with the last one.
+        num_tokens: Tokens of the run; 0 for a checkpoint.
+        start: Position of its first token.
+        nbytes: Length of the file.
+        disk_bytes: What it occupies, as `du` counts.
+        created: UTC seconds.
+        name: 16 bytes; in hex the file's name.
+        digest: xxh3-128 of its header bytes.
+    """
+
+    kind: BlobKind
+    references: int
+    num_tokens: int
+    start: int
+    nbytes: int
+    disk_bytes: int
+    created: float
+    name: bytes
+    digest: bytes
+
+    def pack(self) -> bytes:
+        return _BLOB.pack(
+            RECORD_VERSION,
+            self.kind,
+            0,
+            self.references,
+            self.num_tokens,
+            self.start,
+            self.nbytes,
+            self.disk_bytes,
+            self.created,
+            self.name,
+            self.digest,
+        )
+
+    @classmethod
+    def unpack(cls, raw: bytes | memoryview) -> BlobRecord:
+        version, kind, _, *rest = _BLOB.unpack(raw)
+        _check_version(version)
+        return cls(BlobKind(kind), *rest)
+
+
+class EntryRecord(NamedTuple):
+    """One stored prefix that can be resumed.
+
+    Attributes:
+        tier: Role class.
+        pinned: Exempt from eviction.
+        num_tokens: Length of the prefix: the depth of its node.
+        checkpoint: Blob with the state at its end, or `NO_BLOB` when rows suffice.
+        namespace: Number of its namespace.
+        hits: Times it was restored.
+        node: Its node.
+        created_us, last_use_us: UTC microseconds.
+        prefill_s: Seconds its prefill took, 0 when nobody measured.
+        saved_s: Seconds of prefill its hits saved.
+        expires: UTC seconds, 0 for never.
+        label: The user's name for it.
+    """
+
+    tier: Tier
+    pinned: bool
+    num_tokens: int
+    checkpoint: int
+    namespace: int
+    hits: int
+    node: int
+    created_us: int
+    last_use_us: int
+    prefill_s: float
+    saved_s: float
+    expires: float
+    label: str
+
+    @classmethod
+    def fresh(cls, tier: Tier, num_tokens: int, created: float) -> EntryRecord:
+        """An entry nobody has used yet; `node` and `namespace` are still to be set."""
+        created_us = int(created * 1e6)
+        return cls(
+            tier=tier,
+            pinned=False,
+            num_tokens=num_tokens,
+            checkpoint=NO_BLOB,
+            namespace=0,
+            hits=0,
+            node=0,
+            created_us=created_us,
+            last_use_us=created_us,
+            prefill_s=0.0,
+            saved_s=0.0,
+            expires=0.0,
+            label="",
+        )
+
+    def pack(self) -> bytes:
+        fixed = _ENTRY.pack(
+            RECORD_VERSION,
+            self.tier,
+            self.pinned,
+            self.num_tokens,
+            self.checkpoint,
+            self.namespace,
+            self.hits,
+            self.node,
+            self.created_us,
+            self.last_use_us,
+            self.prefill_s,
+            self.saved_s,
+            self.expires,
+        )
+        return fixed + self.label.encode()
+
+    @classmethod
+    def unpack(cls, raw: bytes | memoryview) -> EntryRecord:
+        version, tier, pinned, *rest = _ENTRY.unpack_from(raw)
+        _check_version(version)
+        label = bytes(raw[_ENTRY.size :]).decode()
+        return cls(Tier(tier), bool(pinned), *rest, label)
+
+
+class NamespaceRecord(msgspec.Struct, frozen=True):
+    """One model identity together with one cache layout: the root of a tree.
+
+    Attributes:
+        number: Short name used by entries.
+        root: Root node.
+        identity: JSON of the readable identity fields.
+        layout: JSON of the cache classes and their geometry.
+        created: UTC seconds.
+    """
+
+    number: int
+    root: int
+    identity: str
+    layout: str
+    created: float
+
+    def pack(self) -> bytes:
+        return bytes([RECORD_VERSION]) + msgspec.msgpack.encode(self)
+
+    @classmethod
+    def unpack(cls, raw: bytes | memoryview) -> NamespaceRecord:
+        _check_version(raw[0])
+        return msgspec.msgpack.decode(raw[1:], type=cls)
+
+
+class SizedRecord(NamedTuple):
+    """Bytes on disk that no entry owns: reserved, in the trash, or quarantined.
+
+    Attributes:
+        nbytes: Bytes as `du` counts, or expected.
+        since: UTC seconds.
+        note: Why, in words.
+    """
+
+    nbytes: int
+    since: float
+    note: str = ""
+
+    def pack(self) -> bytes:
+        return _SIZED.pack(RECORD_VERSION, self.nbytes, self.since) + self.note.encode()
+
+    @classmethod
+    def unpack(cls, raw: bytes | memoryview) -> SizedRecord:
+        version, nbytes, since = _SIZED.unpack_from(raw)
+        _check_version(version)
+        return cls(nbytes, since, bytes(raw[_SIZED.size :]).decode())
+
+
+def pack_number(number: int) -> bytes:
+    """A node, blob or entry number as a key."""
+    return _NUMBER.pack(number)
+
+
+def unpack_number(raw: bytes | memoryview) -> int:
+    return int(_NUMBER.unpack(raw)[0])
+
+
+def pack_counter(value: int) -> bytes:
+    return _COUNTER.pack(value)
+
+
+def unpack_counter(raw: bytes | memoryview) -> int:
+    return int(_COUNTER.unpack(raw)[0])
+
+
+def edge_key(parent: int, first_token: bytes) -> bytes:
+    """Key of the edge below `parent` that begins with the packed token `first_token`."""
+    return _NUMBER.pack(parent) + first_token
+
+
+def edge_parent(key: bytes) -> int:
+    return int(_NUMBER.unpack_from(key)[0])
+
+
+def recency_key(tier: Tier, last_use_us: int, entry: int) -> bytes:
+    """Sorts by tier, then by last use: the first key of a tier is its next victim."""
+    return bytes([tier]) + _NUMBER.pack(last_use_us) + _NUMBER.pack(entry)
+
+
+def namespace_key(fingerprint: bytes, layout: str) -> bytes:
+    """Fingerprint (32 bytes), then the digest of the layout: one prefix lists all layouts."""
+    return fingerprint + xxhash.xxh3_128_digest(layout.encode())
+
+
+def entry_number(namespace: bytes, packed: bytes | memoryview) -> int:
+    """Number of the entry for these tokens: the same in every store, and after a rebuild."""
+    digest = xxhash.xxh3_64(namespace)
+    digest.update(packed)
+    return int(digest.intdigest()) or 1
+
+
+def entry_id(number: int) -> str:
+    return f"{number:016x}"
+
+
+def _check_version(version: int) -> None:
+    if version != RECORD_VERSION:
+        raise StoreFormatError(
+            f"The index holds a record of version {version}; this version of persist-cache "
+            f"knows version {RECORD_VERSION} only."
+        )

@@ -1,0 +1,598 @@
+"""The store: index and blobs kept consistent, within a budget, for any number of processes.
+
+It knows tokens, tiers and bytes, never models. A record never names a file that is missing or
+torn, because a file is durable before its record is committed, and its record is gone before it
+is unlinked. This module opens a store and finds and reads in it; `insert`, `evict`, `health` and
+`catalog` do the rest of its work.
+
+Thread safety: a `Store` may be shared between threads. The index serialises writers; no lock is
+held while a file is read or written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from persist_cache import catalog, fs, health, paths, rebuild
+from persist_cache.blobs import BlobFolder, BlobReader
+from persist_cache.budget import DEFAULT_MAX_BYTES, DEFAULT_MIN_FREE_BYTES, Limits
+from persist_cache.catalog import Catalog, StoreStats
+from persist_cache.disk import Disk
+from persist_cache.entry import TOKEN_BYTES, Entry, Match, Run, Tier, pack_tokens
+from persist_cache.errors import (
+    CorruptBlobError,
+    StoreAccessError,
+    StoreError,
+    StoreFullError,
+    StoreReadOnlyError,
+)
+from persist_cache.evict import Evictor
+from persist_cache.fingerprint import Fingerprint
+from persist_cache.health import Problem
+from persist_cache.index import DamagedIndexError, Index, Reader, Writer
+from persist_cache.insert import Insertion, PutResult, Source
+from persist_cache.records import (
+    NO_BLOB,
+    BlobRecord,
+    EntryRecord,
+    NamespaceRecord,
+    entry_id,
+    pack_counter,
+    unpack_counter,
+)
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+DEFAULT_RUN_TOKENS = 4096
+"""Longest run written into one blob: large and sequential, yet a tail can be freed."""
+_MAX_ATTEMPTS = 4
+_MAX_OPEN_FILES = 200
+_NAMESPACE_MEMORY_S = 30 * 86400.0
+_CACHEDIR_TAG = (
+    b"Signature: 8a477f597d28d172789f06886806bc55\n"
+    b"# This folder is a cache of persist-cache; backups may leave it out.\n"
+)
+
+
+def default_store_path() -> Path:
+    """`$PERSIST_CACHE_HOME`, else a folder in the platform's place for caches."""
+    home = os.environ.get("PERSIST_CACHE_HOME")
+    if home:
+        return Path(home).expanduser()
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("persist-cache")) / "store"
+
+
+class Store:
+    """A folder of blobs with its index; made by `Store.open`."""
+
+    def __init__(self, disk: Disk, run_tokens: int) -> None:
+        self.root = disk.root
+        self.limits = disk.limits
+        self.read_only = disk.index.read_only
+        self._disk = disk
+        self._evictor = Evictor(disk)
+        self._run_tokens = run_tokens
+        self._closed = False
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        max_bytes: int | None = None,
+        min_free_bytes: int | None = None,
+        daily_write_bytes: int | None = None,
+        read_only: bool = False,
+        run_tokens: int = DEFAULT_RUN_TOKENS,
+        clock: Callable[[], float] = time.time,
+    ) -> Store:
+        """Open the store at `path`, creating it unless `read_only`.
+
+        What dead writers left is removed. A damaged index is put aside and rebuilt from the blobs.
+
+        Args:
+            path: Its folder; `default_store_path()` when None.
+            max_bytes: Budget for everything it takes on disk. None: as last set, else 32 GiB.
+            min_free_bytes: Bytes to leave free on the file system. None: as last set, else 2 GiB.
+            daily_write_bytes: Bytes that may be written per UTC day; None for no limit.
+            read_only: Change nothing, not even recency; the store must exist.
+            run_tokens: Longest run in one blob, in tokens.
+            clock: UTC seconds; for tests.
+
+        Raises:
+            StoreAccessError: The folder is missing, not ours, or not writable.
+            StoreInUseError: This process has it open already.
+            StoreFormatError: It was written by an unknown version.
+            StoreError: The index is damaged and may not be rebuilt, since `read_only`.
+            ValueError: A limit is negative.
+        """
+        Limits(max_bytes or 0, min_free_bytes or 0, daily_write_bytes)
+        if run_tokens < 1:
+            raise ValueError(f"run_tokens must be at least 1, got {run_tokens}")
+        root = Path(path) if path is not None else default_store_path()
+        folder = BlobFolder(root)
+        _prepare_folder(root, folder, read_only)
+        index = _open_index(root, folder, read_only)
+        try:
+            limits = _settle_limits(index, max_bytes, min_free_bytes, daily_write_bytes)
+            store = cls(Disk(root, index, folder, limits, clock), run_tokens)
+            if not read_only:
+                # A full disk must not keep anybody from reading, or from evicting.
+                with contextlib.suppress(StoreFullError):
+                    health.sweep(store._disk, store._evictor)
+        except BaseException:
+            index.close()
+            raise
+        return store
+
+    def close(self) -> None:
+        """Write buffered uses and close the index. Further calls do nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self.flush()
+        except StoreError as error:
+            log.warning("recent uses could not be saved: %s", error)
+        self._disk.index.close()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    # ---- find and read -----------------------------------------------------------------------
+
+    def match(
+        self,
+        fingerprint: Fingerprint,
+        tokens: Sequence[int] | bytes,
+        *,
+        limit: int | None = None,
+    ) -> Match:
+        """Find the longest stored prefix of `tokens` that can be resumed. Reads only.
+
+        Args:
+            fingerprint: Identity of the model.
+            tokens: Prompt token ids, in order, or what `pack_tokens` made of them.
+            limit: Use at most this many tokens; the whole prompt when None.
+
+        Returns:
+            A Match; `num_tokens` is 0 on a miss, and `reason` says why it is no longer.
+        """
+        packed = _packed(tokens)
+        length = len(packed) // TOKEN_BYTES
+        limit = length if limit is None else min(limit, length)
+        best = Match(0, reason="nothing is stored for this model")
+        with self._disk.index.read() as txn:
+            for _, namespace in txn.namespaces(fingerprint.digest):
+                found = _match_in(txn, namespace, packed, limit)
+                if (found.num_tokens, found.common_tokens) >= (best.num_tokens, best.common_tokens):
+                    best = found
+        return best
+
+    def fetch(
+        self,
+        fingerprint: Fingerprint,
+        tokens: Sequence[int] | bytes,
+        restore: Callable[[Sequence[tuple[BlobReader, int]], BlobReader | None, int], T],
+        *,
+        limit: int | None = None,
+        min_tokens: int = 1,
+    ) -> tuple[T, Match] | None:
+        """Find, read and verify the longest stored prefix.
+
+        No transaction is open while files are read. A blob that fails verification is put into
+        quarantine together with everything that hangs on it, and the look-up starts again without.
+
+        Args:
+            fingerprint: Identity of the model.
+            tokens: Prompt token ids, or packed.
+            restore: Builds the value from open readers (each with the number of tokens to use of
+                it), the checkpoint's reader or None, and the tokens in total. Raises
+                `CorruptBlobError` for anything that is not as it was written.
+            limit: Use at most this many tokens.
+            min_tokens: A shorter prefix counts as a miss.
+
+        Returns:
+            The value and its match, or None on a miss.
+        """
+        packed = _packed(tokens)
+        for _ in range(_MAX_ATTEMPTS):
+            match = self.match(fingerprint, packed, limit=limit)
+            if match.num_tokens < max(1, min_tokens):
+                return None
+            numbers = [int(entry, 16) for entry in match.entries]
+            try:
+                with self._disk.serving(numbers), self._readers(match) as (runs, checkpoint):
+                    return restore(runs, checkpoint, match.num_tokens), match
+            except FileNotFoundError as error:
+                # Evicted meanwhile, unless its record is still there.
+                self._quarantine(Path(error.filename).stem, "its file is missing")
+            except CorruptBlobError as error:
+                self._quarantine(error.path.stem, error.reason)
+            except (OSError, StoreError) as error:
+                self.count("read_errors")
+                log.warning("a stored prompt could not be read: %s", error)
+                return None
+        return None
+
+    @contextlib.contextmanager
+    def _readers(
+        self, match: Match
+    ) -> Iterator[tuple[list[tuple[BlobReader, int]], BlobReader | None]]:
+        with contextlib.ExitStack() as stack:
+            runs = []
+            for run in match.runs:
+                reader = stack.enter_context(self._reader(run.blob))
+                if len(runs) >= _MAX_OPEN_FILES:
+                    reader.release()
+                runs.append((reader, run.num_tokens))
+            checkpoint = None
+            if match.checkpoint is not None:
+                checkpoint = stack.enter_context(self._reader(match.checkpoint))
+            yield runs, checkpoint
+
+    def _reader(self, name: str) -> BlobReader:
+        path = self._disk.folder.path(name)
+        with self._disk.index.read() as txn:
+            number = txn.blob_number(bytes.fromhex(name))
+            record = None if number is None else txn.blob(number)
+        if record is None:
+            raise FileNotFoundError(errno.ENOENT, "the blob was evicted", str(path))
+        return BlobReader(path, nbytes=record.nbytes, digest=record.digest)
+
+    def _quarantine(self, name: str, reason: str) -> None:
+        """Take a bad blob out of service, if the store may be changed; never fails."""
+        self.count("bad_reads")
+        if self.read_only:
+            log.warning("blob %s is bad: %s", name, reason)
+            return
+        try:
+            health.quarantine(self._disk, name, reason)
+            self._evictor.empty_trash()
+        except StoreError as error:
+            log.warning("blob %s is bad (%s) and could not be removed: %s", name, reason, error)
+
+    # ---- write -------------------------------------------------------------------------------
+
+    def put(
+        self,
+        fingerprint: Fingerprint,
+        tokens: Sequence[int] | bytes,
+        source: Source,
+        *,
+        tier: Tier | str = Tier.ASSISTANT,
+        prefill_s: float = 0.0,
+        label: str = "",
+        pinned: bool = False,
+        expires: float | None = None,
+    ) -> PutResult:
+        """Store a prompt prefix durably: only the run that is not there yet, within the budget.
+
+        An entry that exists already keeps the higher of both tiers, its pin and its uses.
+
+        Args:
+            fingerprint: Identity of the model.
+            tokens: The prefix, or packed; `source` has the KV of exactly these.
+            source: Rows and state; not used after the call.
+            tier: Role class.
+            prefill_s: Seconds that computing the prefix took, if known.
+            label: The user's name for it.
+            pinned: Exempt from eviction.
+            expires: UTC seconds after which it goes first.
+
+        Returns:
+            The entry's id and what was written.
+
+        Raises:
+            StoreFullError: No room within the budget, or the disk is full; nothing was changed.
+            StoreReadOnlyError: The store is open read-only.
+            StoreError: The disk failed; nothing was changed.
+        """
+        if self.read_only:
+            raise StoreReadOnlyError("The store is open read-only; nothing was stored.")
+        packed = _packed(tokens)
+        if not packed:
+            return PutResult(None, 0, 0)
+        wanted = EntryRecord.fresh(
+            Tier.parse(tier), len(packed) // TOKEN_BYTES, self._disk.clock()
+        )._replace(prefill_s=prefill_s, label=label, pinned=pinned, expires=expires or 0.0)
+        return Insertion(
+            self._disk, self._evictor, fingerprint, packed, source, wanted, self._run_tokens
+        ).run()
+
+    def touch(self, match: Match, saved_s: float = 0.0) -> None:
+        """Note that `match` was served. Buffered: `flush` or the next put writes it."""
+        self._disk.touch([int(entry, 16) for entry in match.entries], saved_s)
+
+    def count(self, name: str, amount: int = 1) -> None:
+        """Add to a counter that `stats` shows. Buffered like `touch`."""
+        self._disk.count(name, amount)
+
+    def flush(self) -> None:
+        """Commit buffered uses and counts.
+
+        Raises:
+            StoreError: The index cannot be written; they stay buffered.
+        """
+        if not self.read_only:
+            self._disk.flush()
+
+    # ---- look after --------------------------------------------------------------------------
+
+    def entries(self) -> list[Entry]:
+        """All entries, in the order of their ids."""
+        with self._disk.index.read() as txn:
+            return Catalog(txn).entries()
+
+    def get(self, prefix: str) -> Entry:
+        """The entry whose id begins with `prefix`.
+
+        Raises:
+            KeyError: No entry, or more than one, has such an id.
+        """
+        number = self._number(prefix)
+        with self._disk.index.read() as txn:
+            record = txn.entry(number)
+            if record is None:
+                raise KeyError(prefix)
+            return Catalog(txn).entry(number, record)
+
+    def pin(self, prefix: str, pinned: bool = True) -> None:
+        """Exempt an entry from eviction, or no longer.
+
+        Raises:
+            KeyError: No entry, or more than one, has such an id.
+        """
+        self._change(prefix, lambda record: record._replace(pinned=pinned))
+
+    def expire_at(self, prefix: str, when: float | None) -> None:
+        """Let an entry expire at `when` (UTC seconds), or never.
+
+        Raises:
+            KeyError: No entry, or more than one, has such an id.
+        """
+        self._change(prefix, lambda record: record._replace(expires=when or 0.0))
+
+    def set_label(self, prefix: str, label: str) -> None:
+        """Name an entry.
+
+        Raises:
+            KeyError: No entry, or more than one, has such an id.
+        """
+        self._change(prefix, lambda record: record._replace(label=label))
+
+    def evict(self, prefixes: Sequence[str]) -> int:
+        """Remove entries, and every byte that nothing else needs; returns the bytes freed.
+
+        Rows shared with other entries stay for those.
+
+        Raises:
+            KeyError: An id is unknown or ambiguous; nothing was removed.
+        """
+        numbers = list(dict.fromkeys(self._number(prefix) for prefix in prefixes))
+        return self._evictor.evict(numbers, "evicted by request")
+
+    def evict_to(self, max_bytes: int) -> int:
+        """Evict in order until the store takes at most `max_bytes`, or the rest is pinned.
+
+        Returns:
+            Bytes on disk afterwards.
+        """
+        return self._evictor.evict_to(max_bytes)
+
+    def stats(self) -> StoreStats:
+        """Totals, budget and counters."""
+        return catalog.store_stats(self._disk)
+
+    def check(
+        self,
+        *,
+        read_data: bool = False,
+        repair: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Problem]:
+        """Compare index and files both ways.
+
+        Args:
+            read_data: Also read every byte and verify its checksum.
+            repair: Quarantine what is damaged, drop records of missing files, remove orphans.
+            progress: Called with bytes done and bytes in total while data is read.
+
+        Returns:
+            What was wrong before any repair; empty for a sound store.
+        """
+        problems = health.check(self._disk, read_data=read_data, progress=progress)
+        if repair and problems:
+            health.repair(self._disk, self._evictor, problems)
+        return problems
+
+    def gc(self) -> int:
+        """Finish dead writers' work, apply expiry and budget; returns bytes freed on disk."""
+        with self._disk.index.read() as txn:
+            before = self._disk.budget.usage(txn).total
+        health.sweep(self._disk, self._evictor)
+        health.remove_orphans(self._disk)
+        self._evictor.expire()
+        health.forget_empty_namespaces(self._disk, _NAMESPACE_MEMORY_S)
+        return before - self._evictor.evict_to(self.limits.max_bytes)
+
+    def _number(self, prefix: str) -> int:
+        """The number of the one entry whose id begins with `prefix`."""
+        if not prefix or len(prefix) > 16 or any(c not in "0123456789abcdef" for c in prefix):
+            raise KeyError(f"{prefix!r} is not an entry id: use hex digits as `list` shows them")
+        low = int(prefix.ljust(16, "0"), 16)
+        with self._disk.index.read() as txn:
+            found: list[str] = []
+            for number in txn.entries_from(low):
+                if not entry_id(number).startswith(prefix) or len(found) == 2:
+                    break
+                found.append(entry_id(number))
+        if not found:
+            raise KeyError(f"no entry has an id that begins with {prefix!r}")
+        if len(found) > 1:
+            raise KeyError(f"several entries have an id that begins with {prefix!r}")
+        return int(found[0], 16)
+
+    def _change(self, prefix: str, change: Callable[[EntryRecord], EntryRecord]) -> None:
+        number = self._number(prefix)
+
+        def apply(txn: Writer) -> None:
+            record = txn.entry(number)
+            if record is None:
+                raise KeyError(f"no entry has an id that begins with {prefix!r}")
+            paths.put_entry(txn, number, change(record))
+
+        self._disk.index.update(apply)
+
+
+def _packed(tokens: Sequence[int] | bytes) -> bytes:
+    return tokens if isinstance(tokens, bytes) else pack_tokens(tokens)
+
+
+def _match_in(txn: Reader, namespace: NamespaceRecord, packed: bytes, limit: int) -> Match:
+    path = paths.walk(txn, namespace.root, packed)
+    position, checkpoint = paths.resumable(txn, path, limit)
+    reason = ""
+    if path.common == 0:
+        reason = "no stored prompt begins with the first token"
+    elif position < min(path.common, limit):
+        reason = "no checkpoint there: this model's cache cannot be trimmed"
+    elif position == path.common < len(packed) // TOKEN_BYTES:
+        reason = "what is stored ends here or goes on differently"
+    if position == 0:
+        return Match(0, common_tokens=path.common, reason=reason)
+    runs: list[Run] = []
+    nbytes = 0
+    for step in path.steps:
+        if step.start >= position:
+            break
+        record = _known(txn, step.edge.blob)
+        used = min(step.used, position - step.start)
+        name = record.name.hex()
+        if runs and runs[-1].blob == name:
+            runs[-1] = Run(name, runs[-1].start, runs[-1].num_tokens + used)
+        else:
+            runs.append(Run(name, step.start, used))
+            nbytes += record.nbytes
+    state = None if checkpoint == NO_BLOB else _known(txn, checkpoint)
+    return Match(
+        num_tokens=position,
+        runs=tuple(runs),
+        checkpoint=None if state is None else state.name.hex(),
+        common_tokens=path.common,
+        entries=tuple(entry_id(number) for number in paths.entries_used(txn, path, position)),
+        nbytes=nbytes + (0 if state is None else state.nbytes),
+        reason=reason,
+    )
+
+
+def _known(txn: Reader, blob: int) -> BlobRecord:
+    record = txn.blob(blob)
+    assert record is not None, "the index names a blob without record"
+    return record
+
+
+def _prepare_folder(root: Path, folder: BlobFolder, read_only: bool) -> None:
+    """Make sure that the folder exists, is ours, and that nobody else can read it.
+
+    KV tensors reveal their prompt, so modes are repaired, and a foreign owner is refused.
+    """
+    try:
+        if not read_only:
+            root.parent.mkdir(parents=True, exist_ok=True)
+            fs.make_folder(root)
+        status = root.stat()
+        if status.st_uid != os.geteuid():
+            raise StoreAccessError(
+                f"{root} belongs to another user; use a folder of your own (--store PATH)."
+            )
+        if read_only:
+            return
+        if status.st_mode & 0o077:
+            log.warning("%s was open to other users; it is yours alone now", root)
+            root.chmod(fs.FOLDER_MODE)
+        folder.create()
+        tag = root / "CACHEDIR.TAG"
+        if not tag.exists():
+            tag.write_bytes(_CACHEDIR_TAG)
+    except FileNotFoundError:
+        raise StoreAccessError(f"There is no store at {root}.") from None
+    except NotADirectoryError:
+        raise StoreAccessError(f"{root} is not a folder.") from None
+    except OSError as error:
+        raise StoreAccessError(f"{root} cannot be used ({error.strerror}).") from error
+
+
+def _open_index(root: Path, folder: BlobFolder, read_only: bool) -> Index:
+    if read_only and not (root / "data.mdb").exists():
+        raise StoreAccessError(f"There is no store at {root}.")
+    lost = not read_only and not (root / "data.mdb").exists()
+    try:
+        index = Index(root, read_only=read_only)
+    except DamagedIndexError as error:
+        if read_only:
+            raise
+        aside = rebuild.put_aside(root)
+        log.warning("%s It was put aside as %s and is rebuilt from the blobs.", error, aside.name)
+        lost = True
+        index = Index(root, read_only=False)
+    if lost:
+        try:
+            placed = rebuild.rebuild(index, folder)
+        except BaseException:
+            index.close()
+            raise
+        if placed:
+            log.warning("the index of %s was rebuilt from %d blobs", root, placed)
+    return index
+
+
+def _settle_limits(
+    index: Index,
+    max_bytes: int | None,
+    min_free_bytes: int | None,
+    daily_write_bytes: int | None,
+) -> Limits:
+    """Limits given win and are remembered, so that the command line knows the server's."""
+    given = {"max_bytes": max_bytes, "min_free_bytes": min_free_bytes}
+    with index.read() as txn:
+        stored = {name: txn.meta(name) for name in given}
+    news = {
+        name: value
+        for name, value in given.items()
+        if value is not None and stored[name] != pack_counter(value)
+    }
+    if news and not index.read_only:
+
+        def remember(txn: Writer) -> None:
+            for name, value in news.items():
+                txn.set_meta(name, pack_counter(value))
+
+        with contextlib.suppress(StoreFullError):
+            index.update(remember)
+
+    def settle(name: str, default: int) -> int:
+        value = given[name]
+        if value is not None:
+            return value
+        raw = stored[name]
+        return default if raw is None else unpack_counter(raw)
+
+    return Limits(
+        settle("max_bytes", DEFAULT_MAX_BYTES),
+        settle("min_free_bytes", DEFAULT_MIN_FREE_BYTES),
+        daily_write_bytes,
+    )

@@ -1,0 +1,36 @@
+"""mlx-lm caches as named tensors, and back.
+
+A cache is a list of layers. Each layer either has *rows* (row `i` of its buffers belongs to token
+`i`, so any run of tokens can be cut out, and any position resumed) or a *state* that is good at
+one position only. `source` turns a cache into bytes without copying them, `restore` reads bytes
+into new caches that are ready to decode; `layers` holds all that is known of each cache class.
+
+This package is the only importer of `mlx.core` and `mlx_lm.models.cache` in the library.
+"""
+
+from persist_cache.tensors.live import (
+    LayerStatus,
+    can_trim,
+    copy_cache,
+    nbytes,
+    num_tokens,
+    prepare,
+    supported,
+    trim,
+)
+from persist_cache.tensors.restore import restore
+from persist_cache.tensors.source import CacheSource, source
+
+__all__ = [
+    "CacheSource",
+    "LayerStatus",
+    "can_trim",
+    "copy_cache",
+    "nbytes",
+    "num_tokens",
+    "prepare",
+    "restore",
+    "source",
+    "supported",
+    "trim",
+]

@@ -1,0 +1,312 @@
+"""From blobs to a cache that is ready to decode.
+
+Rows are read straight to where the cache wants them, in buffers that have room for the next
+tokens: no array is joined, grown or copied afterwards, so many blobs cost what one costs. What is
+checked is the memory that will be used, after it was read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from persist_cache.blobs import BlobReader, TensorInfo
+from persist_cache.errors import CorruptBlobError, UnsupportedCacheError
+from persist_cache.tensors import pool
+from persist_cache.tensors._mlx import mlx_cache, mx
+from persist_cache.tensors.layers import (
+    DTYPES,
+    ArraysKind,
+    Layout,
+    RowGeometry,
+    RowKind,
+    decode_layout,
+    describe,
+    encode_layout,
+    kind_named,
+    layout_leaves,
+)
+
+_MX_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
+
+
+class _Detail(msgspec.Struct):
+    """A checkpoint's note: which layers it holds, and the numbers that go with each."""
+
+    states: dict[str, dict[str, int]]
+
+
+class _Fill:
+    """The leading rows of one stored tensor, and where they go."""
+
+    def __init__(self, reader: BlobReader, name: str, first: int, used: int, total: int) -> None:
+        self.reader = reader
+        self.name = name
+        self.first = first
+        self.used = used
+        self.total = total
+
+
+class _Buffer:
+    """One array to be made: zeros, then rows of one or more stored tensors.
+
+    Attributes:
+        array: The evaluated array, once `load` has run.
+    """
+
+    def __init__(self, dtype: str, shape: tuple[int, ...], heads: int, fills: list[_Fill]) -> None:
+        """Plan an array of `heads` equal blocks, each cut into rows by its fills."""
+        self._dtype = _MX_DTYPES[dtype]
+        self._shape = shape
+        self._heads = heads
+        self._fills = fills
+        self.array: Any = None
+
+    def load(self) -> None:
+        """Make the array and fill it. Runs on a thread of the pool."""
+        # On the CPU's own stream: memory is shared with the GPU, and its queue is left alone.
+        with mx.stream(mx.cpu):
+            self.array = mx.zeros(self._shape, self._dtype)
+            mx.eval(self.array)
+        view = memoryview(self.array)
+        if view.nbytes == 0:
+            return
+        flat = view.cast("B")
+        for fill in self._fills:
+            if fill.used:
+                fill.reader.read(fill.name, self._buffers(flat, fill))
+
+    def _buffers(self, flat: memoryview, fill: _Fill) -> list[memoryview]:
+        """Per head: the rows' place, then scratch for those that are not wanted."""
+        per_head = len(flat) // self._heads
+        per_row = per_head // self._shape[2] if len(self._shape) == 4 else per_head
+        used, unused = fill.used * per_row, (fill.total - fill.used) * per_row
+        scratch = memoryview(bytearray(unused * self._heads))
+        buffers = []
+        for head in range(self._heads):
+            start = head * per_head + fill.first * per_row
+            buffers.append(flat[start : start + used])
+            if unused:
+                buffers.append(scratch[head * unused : (head + 1) * unused])
+        return buffers
+
+
+class _Plan:
+    """The layers to be built, and the buffers they need."""
+
+    def __init__(
+        self,
+        runs: Sequence[tuple[BlobReader, int]],
+        checkpoint: BlobReader | None,
+        num_tokens: int,
+    ) -> None:
+        self.runs = runs
+        self.checkpoint = checkpoint
+        self.num_tokens = num_tokens
+        self.path = self._check_path()
+        self.layouts = self._check_layouts()
+        self.states = self._check_checkpoint()
+        self.buffers: dict[str, dict[str, _Buffer]] = {}
+        for place, layout in layout_leaves(self.layouts):
+            if place in self.states:
+                self.buffers[place] = self._state_buffers(place, layout)
+            elif layout.rows:
+                self.buffers[place] = self._row_buffers(place, layout)
+
+    def _check_path(self) -> Path:
+        """Check that the runs lie end to end; returns the blob to blame for what is no one's."""
+        position = 0
+        for reader, used in self.runs:
+            header = reader.header
+            if header.start != position or not 0 < used <= header.end - header.start:
+                raise CorruptBlobError(
+                    reader.path,
+                    f"holds tokens [{header.start}, {header.end}), not {used} from {position} on",
+                )
+            position += used
+        if self.runs and position != self.num_tokens:
+            raise CorruptBlobError(
+                self.runs[-1][0].path, f"ends at token {position} instead of {self.num_tokens}"
+            )
+        if self.checkpoint is not None:
+            return self.checkpoint.path
+        if not self.runs:
+            raise ValueError("neither runs nor a checkpoint to restore from")
+        return self.runs[-1][0].path
+
+    def _check_layouts(self) -> list[Layout]:
+        readers = [reader for reader, _ in self.runs]
+        if self.checkpoint is not None:
+            readers.append(self.checkpoint)
+        text = readers[0].header.layout
+        for reader in readers:
+            if reader.header.layout != text:
+                raise CorruptBlobError(reader.path, "its cache layout is not that of the others")
+        try:
+            return decode_layout(text)
+        except (ValueError, msgspec.DecodeError) as error:
+            raise CorruptBlobError(self.path, f"its cache layout is malformed ({error})") from None
+
+    def _check_checkpoint(self) -> dict[str, dict[str, int]]:
+        if self.checkpoint is None:
+            return {}
+        if self.checkpoint.header.end != self.num_tokens:
+            raise CorruptBlobError(
+                self.path, f"is the state at another token than {self.num_tokens}"
+            )
+        try:
+            return msgspec.json.decode(self.checkpoint.header.detail, type=_Detail).states
+        except msgspec.DecodeError as error:
+            raise CorruptBlobError(self.path, f"its detail is malformed ({error})") from None
+
+    def _row_buffers(self, place: str, layout: Layout) -> dict[str, _Buffer]:
+        kind = kind_named(layout.class_name)
+        assert isinstance(kind, RowKind)
+        if not self.runs and self.num_tokens:
+            raise CorruptBlobError(self.path, f"lacks the state of layer {place}")
+        num_rows = max(self.num_tokens - layout.lag, 0)
+        buffers = {}
+        for key, geometry in layout.rows.items():
+            fills = []
+            for reader, used in self.runs:
+                start, end = reader.header.start, reader.header.end
+                first = max(start - layout.lag, 0)
+                total = max(end - layout.lag, 0) - first
+                wanted = max(start + used - layout.lag, 0) - first
+                name = f"layers.{place}.{key}"
+                _stored(reader, name, geometry, total)
+                fills.append(_Fill(reader, name, first, wanted, total))
+            capacity = kind.buffer_rows(layout.scalars, num_rows)
+            buffers[key] = _row_buffer(geometry, capacity, fills)
+        return buffers
+
+    def _state_buffers(self, place: str, layout: Layout) -> dict[str, _Buffer]:
+        reader = self.checkpoint
+        assert reader is not None
+        kind = kind_named(layout.class_name)
+        prefix = f"layers.{place}.state."
+        buffers = {}
+        if isinstance(kind, RowKind):
+            num_rows = _num_state_rows(reader, place, layout)
+            for key, geometry in layout.rows.items():
+                _stored(reader, prefix + key, geometry, num_rows)
+                fill = _Fill(reader, prefix + key, 0, num_rows, num_rows)
+                capacity = kind.state_buffer_rows(layout.scalars, num_rows)
+                buffers[key] = _row_buffer(geometry, capacity, [fill])
+            return buffers
+        slots = {str(slot) for slot in range(layout.scalars["slots"])} | set(ArraysKind.extras)
+        for name, info in reader.header.tensors.items():
+            if name.startswith(prefix):
+                key = name.removeprefix(prefix)
+                if key not in slots or info.dtype not in _MX_DTYPES:
+                    raise CorruptBlobError(reader.path, f"tensor {name!r} is not a state")
+                buffers[key] = _Buffer(info.dtype, info.shape, 1, [_Fill(reader, name, 0, 1, 1)])
+        return buffers
+
+    def build(self) -> list[Any]:
+        """The cache, once all buffers are loaded."""
+        return [self._build(f"{index}", layout) for index, layout in enumerate(self.layouts)]
+
+    def _build(self, place: str, layout: Layout) -> Any:
+        if layout.class_name == mlx_cache.CacheList.__name__:
+            members = (self._build(f"{place}.{i}", m) for i, m in enumerate(layout.members))
+            return mlx_cache.CacheList(*members)
+        kind = kind_named(layout.class_name)
+        layer = kind.new(layout.scalars)
+        buffers = self.buffers.get(place)
+        if buffers is None:
+            return layer
+        kind.assign(layer, {key: buffer.array for key, buffer in buffers.items()})
+        if not isinstance(kind, RowKind):
+            return layer
+        if place not in self.states:
+            kind.resume(layer, max(self.num_tokens - layout.lag, 0))
+            return layer
+        assert self.checkpoint is not None
+        num_rows = _num_state_rows(self.checkpoint, place, layout)
+        try:
+            kind.resume_state(layer, self.states[place], num_rows)
+        except (KeyError, ValueError) as error:
+            raise CorruptBlobError(self.path, f"its detail is malformed ({error})") from None
+        return layer
+
+
+def restore(
+    runs: Sequence[tuple[BlobReader, int]],
+    checkpoint: BlobReader | None,
+    num_tokens: int,
+    *,
+    threads: int | None = None,
+) -> list[Any]:
+    """Build a cache for tokens `[0, num_tokens)` from verified bytes.
+
+    Its arrays are evaluated and nobody else's: any thread may use them.
+
+    Args:
+        runs: Each with the number of its leading tokens to use; end to end from token 0 on. May
+            be empty when the checkpoint holds every layer.
+        checkpoint: The state at `num_tokens`, if some layer needs one.
+        num_tokens: Tokens the cache shall stand for.
+        threads: Threads that read at the same time; 1 or 2 leave a decode loop beside them
+            undisturbed. By default 4, or 2 on a small machine.
+
+    Returns:
+        New layers; the buffers have room for the next tokens.
+
+    Raises:
+        CorruptBlobError: The bytes are not those that were written, or do not fit together.
+            Nothing of this load is used, and no thread writes to its buffers any more.
+        OSError: A file could not be read.
+    """
+    if threads is None:
+        threads = 4 if (os.cpu_count() or 1) >= 4 else 2
+    plan = _Plan(runs, checkpoint, num_tokens)
+    buffers = [buffer for named in plan.buffers.values() for buffer in named.values()]
+    try:
+        pool.run([buffer.load for buffer in buffers], threads)
+        cache = plan.build()
+        _check_built(cache, plan)
+    except BaseException:
+        for buffer in buffers:
+            buffer.array = None  # the traceback may outlive this load; what it read must not
+        raise
+    return cache
+
+
+def _check_built(cache: list[Any], plan: _Plan) -> None:
+    """Compare what was built with what was saved: classes, layers, shapes, types, offsets."""
+    try:
+        same = encode_layout(describe(cache, plan.num_tokens)) == encode_layout(plan.layouts)
+    except UnsupportedCacheError as error:
+        raise CorruptBlobError(plan.path, f"does not fit its layout ({error})") from None
+    if not same:
+        raise CorruptBlobError(plan.path, "does not fit its layout")
+
+
+def _row_buffer(geometry: RowGeometry, capacity: int, fills: list[_Fill]) -> _Buffer:
+    shape = (geometry.batch, geometry.heads, capacity, geometry.dim)
+    return _Buffer(geometry.dtype, shape, geometry.batch * geometry.heads, fills)
+
+
+def _stored(reader: BlobReader, name: str, geometry: RowGeometry, num_rows: int) -> None:
+    """Check that `reader` holds `num_rows` rows of `geometry` under `name`."""
+    info: TensorInfo | None = reader.header.tensors.get(name)
+    if info is None:
+        raise CorruptBlobError(reader.path, f"lacks tensor {name!r}")
+    shape = (geometry.batch, geometry.heads, num_rows, geometry.dim)
+    if info.dtype != geometry.dtype or info.shape != shape:
+        raise CorruptBlobError(
+            reader.path,
+            f"tensor {name!r} is {info.dtype} {info.shape} instead of {geometry.dtype} {shape}",
+        )
+
+
+def _num_state_rows(reader: BlobReader, place: str, layout: Layout) -> int:
+    info = reader.header.tensors.get(f"layers.{place}.state.keys")
+    if info is None or len(info.shape) != 4:
+        raise CorruptBlobError(reader.path, f"lacks the state of layer {place}")
+    return info.shape[2]

@@ -1,0 +1,190 @@
+"""From a live cache to bytes: views of its buffers, taken once, that any thread may read."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from persist_cache.blobs import Payload, Tensor
+from persist_cache.errors import UnsupportedCacheError
+from persist_cache.tensors.layers import (
+    DTYPES,
+    RowKind,
+    describe,
+    encode_layout,
+    leaves,
+    require_kind,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """One array's bytes; they stay as they are whatever the live cache does."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: memoryview
+
+    @classmethod
+    def of(cls, name: str, array: Any) -> _Held:
+        # An array object is changed by `x[...] = y`, a copy of the object is not: the write then
+        # goes to new memory. The view keeps the copy alive, and with it the bytes.
+        view = memoryview(copy.copy(array))
+        # A view without elements cannot be cast; one that is not contiguous must not be.
+        flat = view.cast("B") if view.nbytes else memoryview(b"")
+        return cls(name, DTYPES[array.dtype], tuple(array.shape), flat)
+
+    def whole(self, prefix: str) -> Tensor:
+        pieces = [self.data] if self.data else []
+        return Tensor(prefix + self.name, self.dtype, self.shape, pieces)
+
+    def cut(self, prefix: str, first: int, last: int) -> Tensor:
+        """Rows `[first, last)` of a buffer `(B, H, rows, D)`: one piece per head."""
+        batch, heads, num_rows, dim = self.shape
+        shape = (batch, heads, last - first, dim)
+        if first == 0 and last == num_rows:
+            return self.whole(prefix)
+        pieces: list[memoryview] = []
+        if self.data and last > first:
+            per_head = len(self.data) // (batch * heads)
+            per_row = per_head // num_rows
+            for start in range(0, len(self.data), per_head):
+                pieces.append(self.data[start + first * per_row : start + last * per_row])
+        return Tensor(prefix + self.name, self.dtype, shape, pieces)
+
+    def cut_nbytes(self, num_rows: int) -> int:
+        return len(self.data) // self.shape[2] * num_rows if self.shape[2] else 0
+
+
+@dataclass(frozen=True, slots=True)
+class _RowLayer:
+    """A layer of which any run of tokens can be cut out."""
+
+    prefix: str
+    lag: int
+    arrays: Sequence[_Held]
+
+    def span(self, start: int, end: int) -> tuple[int, int]:
+        return max(start - self.lag, 0), max(end - self.lag, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class _StateLayer:
+    """A layer that can be saved as it is now, or not at all."""
+
+    place: str
+    moving: dict[str, int]
+    rows: tuple[int, int] | None
+    arrays: Sequence[_Held]
+
+
+class CacheSource:
+    """The bytes of a cache at one moment, without a copy of them.
+
+    As long as it lives, the live cache's next write to a buffer copies that buffer: hold it only
+    for caches that do not go on decoding, or shortly.
+
+    Thread safety: immutable. Reading it runs no MLX operation, so any thread may.
+
+    Attributes:
+        layout: Canonical JSON of classes and geometry; it stays the same for a whole
+            conversation. Two caches can share runs exactly when their layouts are equal.
+        num_tokens: Tokens the cache stands for.
+        complete: Rows of every layer exist for all tokens: any position can be resumed.
+        nbytes: Bytes of all buffers held, their unused rows included.
+        checkpoint_nbytes: Bytes of `checkpoint()`.
+    """
+
+    def __init__(self, cache: Sequence[Any], num_tokens: int) -> None:
+        self.layout = encode_layout(describe(cache, num_tokens))
+        self.num_tokens = num_tokens
+        self._rows: list[_RowLayer] = []
+        self._states: list[_StateLayer] = []
+        for place, layer in leaves(cache):
+            kind = require_kind(layer)
+            named = kind.arrays(layer)
+            held = [_Held.of(name, array) for name, array in named.items()]
+            if not isinstance(kind, RowKind):
+                self._states.append(_StateLayer(place, {}, None, held))
+            elif held and kind.has_rows(layer):
+                lag = num_tokens - layer.offset
+                self._rows.append(_RowLayer(f"layers.{place}.", lag, held))
+            elif held:
+                rows, moving = kind.state_rows(layer), kind.moving(layer)
+                self._states.append(_StateLayer(place, moving, rows, held))
+        self.complete = not self._states
+        arrays = [array for layer in self._rows for array in layer.arrays]
+        arrays += [array for layer in self._states for array in layer.arrays]
+        self.nbytes = sum(len(array.data) for array in arrays)
+        self._checkpoint = self._make_checkpoint()
+        self.checkpoint_nbytes = self._checkpoint.nbytes if self._checkpoint else 0
+
+    def rows(self, start: int, end: int) -> Payload:
+        """The KV rows of tokens `[start, end)`, of all layers that have rows.
+
+        Tensors are named `layers.<place>.keys` and so on, and shaped `(B, H, rows, D)`.
+        """
+        self._check(start, end)
+        return Payload(
+            [
+                held.cut(layer.prefix, *layer.span(start, end))
+                for layer in self._rows
+                for held in layer.arrays
+            ]
+        )
+
+    def rows_nbytes(self, start: int, end: int) -> int:
+        """Bytes of `rows(start, end)`, without making views."""
+        self._check(start, end)
+        total = 0
+        for layer in self._rows:
+            first, last = layer.span(start, end)
+            total += sum(held.cut_nbytes(last - first) for held in layer.arrays)
+        return total
+
+    def checkpoint(self) -> Payload | None:
+        """The state at `num_tokens` of all layers without rows; None if there are none.
+
+        Tensors are named `layers.<place>.state.<name>`.
+        """
+        return self._checkpoint
+
+    def _make_checkpoint(self) -> Payload | None:
+        if self.complete:
+            return None
+        tensors = []
+        for layer in self._states:
+            prefix = f"layers.{layer.place}.state."
+            for held in layer.arrays:
+                cut = layer.rows
+                tensors.append(held.cut(prefix, *cut) if cut else held.whole(prefix))
+        moving = {layer.place: layer.moving for layer in self._states}
+        return Payload(tensors, msgspec.json.encode({"states": moving}).decode())
+
+    def _check(self, start: int, end: int) -> None:
+        if not 0 <= start <= end <= self.num_tokens:
+            raise ValueError(f"tokens [{start}, {end}) are not within [0, {self.num_tokens})")
+
+
+def source(cache: Sequence[Any], num_tokens: int) -> CacheSource:
+    """Take the bytes of a prepared cache, without copying them.
+
+    Args:
+        cache: What `prepare` was given.
+        num_tokens: What `prepare` returned.
+
+    Raises:
+        UnsupportedCacheError: A layer's class is not known, or one layer is used twice.
+    """
+    layers = [layer for _, layer in leaves(cache)]
+    seen: set[int] = set()
+    for layer in layers:
+        if id(layer) in seen:
+            raise UnsupportedCacheError(type(layer).__name__, "one layer is used twice")
+        seen.add(id(layer))
+    return CacheSource(cache, num_tokens)

@@ -1,0 +1,91 @@
+"""A KV source without a model: every row is a function of its token and position.
+
+So a restored prefix can be checked byte for byte against what any source of the same tokens
+would hold, whichever blobs it came from.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from persist_cache.blobs import BlobReader, Payload, Tensor
+from persist_cache.errors import CorruptBlobError
+from persist_cache.fingerprint import Fingerprint
+
+HEADS, WIDTH = 2, 4
+
+
+def kv_rows(tokens: Sequence[int], start: int, end: int) -> np.ndarray:
+    """Rows `(1, HEADS, end - start, WIDTH)` of int64; row i depends on tokens[0..i], as KV does."""
+    running = np.cumsum(np.asarray(tokens, dtype=np.int64), dtype=np.int64)[start:end]
+    heads = np.arange(1, HEADS + 1, dtype=np.int64)[:, None, None]
+    width = np.arange(WIDTH, dtype=np.int64)[None, None, :]
+    return np.ascontiguousarray((running[None, :, None] * heads + width)[None])
+
+
+@dataclass
+class FakeSource:
+    """A cache of one sliceable layer, and one that keeps only its state unless `complete`."""
+
+    tokens: Sequence[int]
+    complete: bool = True
+    has_state: bool = False
+    layout: str = '{"fake":1}'
+
+    def rows(self, start: int, end: int) -> Payload:
+        rows = kv_rows(self.tokens, start, end)
+        tensors = [Tensor("layers.0.keys", "I64", rows.shape, [memoryview(rows).cast("B")])]
+        return Payload(tensors, json.dumps({"rows": end - start}))
+
+    def checkpoint(self) -> Payload | None:
+        if self.complete and not self.has_state:
+            return None
+        state = kv_rows(self.tokens, len(self.tokens) - 1, len(self.tokens))
+        tensors = [Tensor("layers.1.state.0", "I64", state.shape, [memoryview(state).cast("B")])]
+        return Payload(tensors, json.dumps({"at": len(self.tokens)}))
+
+
+@dataclass
+class Restored:
+    """What `restore` read."""
+
+    rows: np.ndarray
+    state: np.ndarray | None
+
+    def equals(self, tokens: Sequence[int]) -> bool:
+        """Whether this is bit for bit what a source of `tokens` holds."""
+        n = len(tokens)
+        right = self.rows.shape[2] == n and np.array_equal(self.rows, kv_rows(tokens, 0, n))
+        if self.state is not None:
+            right = right and np.array_equal(self.state, kv_rows(tokens, n - 1, n))
+        return bool(right)
+
+
+def restore(
+    runs: Sequence[tuple[BlobReader, int]], checkpoint: BlobReader | None, num_tokens: int
+) -> Restored:
+    """Read a match back, as a codec would."""
+    parts = []
+    for reader, used in runs:
+        info = reader.header.tensors["layers.0.keys"]
+        rows = np.empty(info.shape, dtype=np.int64)
+        reader.read("layers.0.keys", [memoryview(rows).cast("B")])
+        parts.append(rows[:, :, :used])
+    rows = np.concatenate(parts, axis=2)
+    if rows.shape[2] != num_tokens:
+        raise CorruptBlobError(runs[-1][0].path, "its rows do not cover the match")
+    state = None
+    if checkpoint is not None:
+        info = checkpoint.header.tensors["layers.1.state.0"]
+        state = np.empty(info.shape, dtype=np.int64)
+        checkpoint.read("layers.1.state.0", [memoryview(state).cast("B")])
+    return Restored(rows, state)
+
+
+def fingerprint(**changes: str | int) -> Fingerprint:
+    """An identity; any change makes it another model."""
+    return Fingerprint.from_fields({"weights": "w0", "config": "c0", **changes})

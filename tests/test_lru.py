@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+from collections import deque
+from itertools import pairwise
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from persist_cache.entry import TIER_LABELS
+from persist_cache.lru import TieredLRU
+
+KEYS = st.integers(0, 12)
+TIERS = st.sampled_from(TIER_LABELS)
+SIZES = st.integers(0, 1_000)
+
+
+class LRUMachine(RuleBasedStateMachine):
+    """Against plain deques popped by mlx-lm's own rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lru: TieredLRU[int] = TieredLRU()
+        self.order: dict[str, deque[int]] = {tier: deque() for tier in TIER_LABELS}
+        self.sizes: dict[int, int] = {}
+
+    def tier_of(self, key: int) -> str:
+        return next(tier for tier, keys in self.order.items() if key in keys)
+
+    def forget(self, key: int) -> None:
+        self.order[self.tier_of(key)].remove(key)
+        del self.sizes[key]
+
+    def upstream_pop(self) -> int:
+        """`LRUPromptCache.CacheOrder.pop` of mlx-lm 0.32, three tiers."""
+        for tier, above in pairwise(TIER_LABELS):
+            if self.order[tier] and len(self.order[tier]) >= len(self.order[above]):
+                return self.order[tier][0]
+        return self.order[TIER_LABELS[-1]][0]
+
+    @rule(key=KEYS, tier=TIERS, nbytes=SIZES)
+    def push(self, key: int, tier: str, nbytes: int) -> None:
+        self.lru.push(key, tier, nbytes)
+        if key in self.sizes:
+            tier = max(tier, self.tier_of(key), key=TIER_LABELS.index)
+            self.forget(key)
+        self.order[tier].append(key)
+        self.sizes[key] = nbytes
+
+    @rule(key=KEYS)
+    def touch(self, key: int) -> None:
+        if key not in self.sizes:
+            with pytest.raises(KeyError):
+                self.lru.touch(key)
+            return
+        self.lru.touch(key)
+        keys = self.order[self.tier_of(key)]
+        keys.remove(key)
+        keys.append(key)
+
+    @rule(key=KEYS)
+    def remove(self, key: int) -> None:
+        if key not in self.sizes:
+            with pytest.raises(KeyError):
+                self.lru.remove(key)
+            return
+        self.lru.remove(key)
+        self.forget(key)
+
+    @precondition(lambda self: self.sizes)
+    @rule()
+    def pop(self) -> None:
+        expected = self.upstream_pop()
+        assert self.lru.pop() == expected
+        self.forget(expected)
+
+    @rule(key=KEYS, tier=st.sampled_from(["", "tool", "System"]), nbytes=SIZES)
+    def push_to_unknown_tier(self, key: int, tier: str, nbytes: int) -> None:
+        with pytest.raises(ValueError, match="unknown tier"):
+            self.lru.push(key, tier, nbytes)
+
+    @invariant()
+    def accounts_agree(self) -> None:
+        assert len(self.lru) == len(self.sizes)
+        assert self.lru.nbytes == sum(self.sizes.values())
+        for tier, keys in self.order.items():
+            nbytes = sum(self.sizes[key] for key in keys)
+            assert self.lru.count(tier) == len(keys)
+            assert self.lru.nbytes_of(tier) == nbytes
+            assert self.lru.stats()[tier] == {"n_sequences": len(keys), "n_bytes": nbytes}
+            assert all(self.lru.tier_of(key) == tier and key in self.lru for key in keys)
+
+
+TestLRUMachine = LRUMachine.TestCase
+TestLRUMachine.settings = settings(deadline=None, max_examples=60, stateful_step_count=40)
+
+
+def test_pop_balances_tiers_as_upstream_does() -> None:
+    lru: TieredLRU[str] = TieredLRU()
+    for key, tier in [
+        ("a1", "assistant"),
+        ("s1", "system"),
+        ("u1", "user"),
+        ("u2", "user"),
+        ("s2", "system"),
+        ("s3", "system"),
+    ]:
+        lru.push(key, tier, 1)
+
+    # One assistant for two users, and two users for three systems: the systems pile up.
+    assert [lru.pop() for _ in range(len(lru))] == ["s1", "u1", "a1", "s2", "u2", "s3"]
+
+
+def test_candidates_are_what_pop_returns_in_order() -> None:
+    lru: TieredLRU[int] = TieredLRU()
+    for key in range(30):
+        lru.push(key, TIER_LABELS[key * key % 7 % 3], key)
+
+    expected = list(lru.candidates())
+
+    assert sorted(expected) == list(range(30))
+    assert [lru.pop() for _ in range(len(lru))] == expected
+
+
+def test_touch_saves_a_key_from_being_next() -> None:
+    # Upstream never reorders on use: first in, first out.
+    lru: TieredLRU[str] = TieredLRU()
+    lru.push("old", "user", 1)
+    lru.push("new", "user", 1)
+
+    lru.touch("old")
+
+    assert lru.pop() == "new"
+
+
+def test_later_assistant_push_does_not_demote_a_system_key() -> None:
+    lru: TieredLRU[str] = TieredLRU()
+    lru.push("prompt", "system", 10)
+
+    lru.push("prompt", "assistant", 12)
+
+    assert lru.tier_of("prompt") == "system"
+    assert lru.stats() == {
+        "assistant": {"n_sequences": 0, "n_bytes": 0},
+        "user": {"n_sequences": 0, "n_bytes": 0},
+        "system": {"n_sequences": 1, "n_bytes": 12},
+    }
+
+
+def test_push_to_a_higher_tier_promotes() -> None:
+    lru: TieredLRU[str] = TieredLRU()
+    lru.push("prompt", "assistant", 10)
+
+    lru.push("prompt", "system", 10)
+
+    assert lru.tier_of("prompt") == "system"
+    assert lru.nbytes_of("assistant") == 0
+    assert len(lru) == 1
+
+
+@pytest.mark.parametrize("tiers", [("only",), ("low", "high"), tuple("abcde")])
+def test_any_number_of_tiers(tiers: tuple[str, ...]) -> None:
+    # Upstream raises UnboundLocalError with a single tier.
+    lru: TieredLRU[int] = TieredLRU(tiers)
+    for key in range(10):
+        lru.push(key, tiers[key % len(tiers)], 1)
+
+    assert lru.tiers == tiers
+    assert sorted(lru.pop() for _ in range(10)) == list(range(10))
+    assert lru.nbytes == 0
+
+
+@pytest.mark.parametrize("tiers", [TIER_LABELS, ("only",)])
+def test_pop_of_nothing_is_a_key_error(tiers: tuple[str, ...]) -> None:
+    lru: TieredLRU[int] = TieredLRU(tiers)
+
+    with pytest.raises(KeyError, match="nothing to evict"):
+        lru.pop()
+
+
+@pytest.mark.parametrize("tiers", [(), ("user", "user")])
+def test_ordering_without_different_names_is_refused(tiers: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match="different names"):
+        TieredLRU(tiers)
+
+
+@pytest.mark.parametrize(("tier", "nbytes"), [("tool", 5), ("user", -1)])
+def test_refused_push_changes_nothing(tier: str, nbytes: int) -> None:
+    lru: TieredLRU[str] = TieredLRU()
+    lru.push("a", "user", 1)
+    lru.push("b", "user", 2)
+    before = lru.stats()
+
+    with pytest.raises(ValueError):
+        lru.push("a", tier, nbytes)
+
+    assert lru.stats() == before
+    assert list(lru.candidates()) == ["a", "b"]
+
+
+def test_unknown_tier_is_named_with_the_ones_there_are() -> None:
+    lru: TieredLRU[str] = TieredLRU(["low", "high"])
+
+    with pytest.raises(ValueError, match="unknown tier 'tool': use one of low, high"):
+        lru.count("tool")
+    with pytest.raises(ValueError, match="unknown tier"):
+        lru.nbytes_of("tool")

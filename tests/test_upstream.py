@@ -1,0 +1,85 @@
+"""mlx-lm's own tests pass with `PromptCache` in the place of `LRUPromptCache`.
+
+Every case of every upstream class that names `LRUPromptCache` runs under its own test id: the
+cache's own tests, and those of the server, which use it behind live HTTP, here with a tiny
+random model because they are about the protocol, not about what the model says.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# By name: mypy knows these files as top-level modules, pytest as parts of `tests`.
+tiny_models = importlib.import_module("tests.tiny_models")
+upstream = importlib.import_module("tests.upstream")
+
+CACHE_CLASS = "LRUPromptCache"
+
+EXCUSED: dict[str, str] = {}
+"""`Class.method` to the reason why it cannot pass here; mlx-lm's own cache must fail it too."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" not in metafunc.fixturenames:
+        return
+    try:
+        cases = upstream.cases_using({CACHE_CLASS})
+    except upstream.UpstreamUnavailableError as error:
+        skip = pytest.mark.skip(reason=str(error))
+        metafunc.parametrize("case", [pytest.param(None, id="unavailable", marks=skip)])
+    else:
+        metafunc.parametrize("case", cases, ids=[case.name for case in cases])
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face cache that holds one model: upstream's tests assume a download."""
+    hub = tmp_path_factory.mktemp("hub")
+    repository = hub / "models--tests--tiny-llama"
+    commit = "0" * 40
+    tiny_models.build_model_dir(repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    return hub
+
+
+def test_upstream_case(case: Any, hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mlx_lm.server
+    from huggingface_hub import scan_cache_dir
+
+    import persist_cache
+
+    module = upstream.load_module(case.file)
+    (model_dir,) = hub.glob("models--*/snapshots/*")
+    monkeypatch.setattr(module, "load", upstream.local_load(model_dir), raising=False)
+    # GET /v1/models lists the hub's cache, of which a clean machine has none.
+    monkeypatch.setattr(mlx_lm.server, "scan_cache_dir", lambda: scan_cache_dir(hub))
+
+    if case.name in EXCUSED:
+        assert not upstream.run_case(module, case).wasSuccessful(), "passes: excuse it no longer"
+        pytest.skip(EXCUSED[case.name])
+    monkeypatch.setattr(module, CACHE_CLASS, persist_cache.PromptCache)
+    result = upstream.run_case(module, case)
+
+    for _, reason in result.skipped:
+        pytest.skip(f"upstream skips it: {reason}")
+    for _, traceback in [*result.errors, *result.failures]:
+        pytest.fail(traceback, pytrace=False)
+    # A set-up that failed runs nothing, and must not look like a pass.
+    assert result.testsRun == 1
+
+
+def test_discovery_finds_the_cases_of_the_cache() -> None:
+    try:
+        names = {case.name for case in upstream.cases_using({CACHE_CLASS})}
+    except upstream.UpstreamUnavailableError as error:
+        pytest.skip(str(error))
+
+    # An upstream that renames its class must not turn this file into an empty pass.
+    assert "TestLRUPromptCache.test_lru" in names
+    assert any(name.startswith("TestServer.") for name in names)
+    assert set(EXCUSED) <= names
