@@ -1,1 +1,107 @@
-"""A prompt cache for mlx-lm that survives restarts."""
+"""A prompt cache for mlx-lm that survives restarts.
+
+`PromptCache` replaces `mlx_lm.models.cache.LRUPromptCache`; `Store` is the folder on disk behind
+it. Importing this package loads neither MLX nor mlx-lm, and its own modules only when a name of
+theirs is used, so that the command line starts at once.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from persist_cache.cache import Fetch, PromptCache, PromptCacheStats
+    from persist_cache.catalog import StoreStats
+    from persist_cache.entry import Entry, Match, Run, Tier
+    from persist_cache.errors import (
+        CorruptBlobError,
+        MissingDependencyError,
+        ModelError,
+        PersistCacheError,
+        StoreAccessError,
+        StoreError,
+        StoreFormatError,
+        StoreFullError,
+        StoreInUseError,
+        StoreReadOnlyError,
+        UnsupportedCacheError,
+    )
+    from persist_cache.fingerprint import Fingerprint, Identifier, Unidentified, identify
+    from persist_cache.health import Problem
+    from persist_cache.insert import PutResult, Source
+    from persist_cache.store import Store, default_store_path
+
+__version__ = "0.1.0"
+
+_HOME_OF = {
+    "Fetch": "cache",
+    "PromptCache": "cache",
+    "PromptCacheStats": "cache",
+    "StoreStats": "catalog",
+    "Entry": "entry",
+    "Match": "entry",
+    "Run": "entry",
+    "Tier": "entry",
+    "CorruptBlobError": "errors",
+    "MissingDependencyError": "errors",
+    "ModelError": "errors",
+    "PersistCacheError": "errors",
+    "StoreAccessError": "errors",
+    "StoreError": "errors",
+    "StoreFormatError": "errors",
+    "StoreFullError": "errors",
+    "StoreInUseError": "errors",
+    "StoreReadOnlyError": "errors",
+    "UnsupportedCacheError": "errors",
+    "Fingerprint": "fingerprint",
+    "Identifier": "fingerprint",
+    "Unidentified": "fingerprint",
+    "identify": "fingerprint",
+    "Problem": "health",
+    "PutResult": "insert",
+    "Source": "insert",
+    "Store": "store",
+    "default_store_path": "store",
+}
+
+__all__ = [
+    "CorruptBlobError",
+    "Entry",
+    "Fetch",
+    "Fingerprint",
+    "Identifier",
+    "Match",
+    "MissingDependencyError",
+    "ModelError",
+    "PersistCacheError",
+    "Problem",
+    "PromptCache",
+    "PromptCacheStats",
+    "PutResult",
+    "Run",
+    "Source",
+    "Store",
+    "StoreAccessError",
+    "StoreError",
+    "StoreFormatError",
+    "StoreFullError",
+    "StoreInUseError",
+    "StoreReadOnlyError",
+    "StoreStats",
+    "Tier",
+    "Unidentified",
+    "UnsupportedCacheError",
+    "default_store_path",
+    "identify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -10,6 +10,7 @@ import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from persist_cache import paths
 from persist_cache.blobs import BlobReader, try_remove_orphan
@@ -54,7 +55,7 @@ def sweep(disk: Disk, evictor: Evictor) -> int:
         # A writer renames from the first place to the second, so in this order none is missed.
         places = (disk.folder.temporary_path(name.hex()), disk.folder.path(name.hex()))
         outcomes = [
-            try_remove_orphan(path, lambda name=name: _is_recorded(disk, name))
+            try_remove_orphan(path, partial(_is_recorded, disk, name))
             for path in places
             if path.exists()
         ]
@@ -65,7 +66,7 @@ def sweep(disk: Disk, evictor: Evictor) -> int:
         evictor.release(dead)
     for name_hex, path in list(disk.folder.temporaries()):
         name = bytes.fromhex(name_hex)
-        removed += try_remove_orphan(path, lambda name=name: _is_pending(disk, name))
+        removed += try_remove_orphan(path, partial(_is_pending, disk, name))
     removed += evictor.empty_trash()
     disk.index.reader_check()
     return removed
@@ -77,7 +78,7 @@ def remove_orphans(disk: Disk) -> int:
     for name_hex, path in list(disk.folder.names()):
         name = bytes.fromhex(name_hex)
         if not _is_recorded(disk, name):
-            removed += try_remove_orphan(path, lambda name=name: _is_recorded(disk, name))
+            removed += try_remove_orphan(path, partial(_is_recorded, disk, name))
     return removed
 
 

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import lmdb
 
@@ -70,7 +70,7 @@ class DamagedIndexError(StoreError):
 class Reader:
     """Typed look-ups in one read transaction; valid inside its `with` block only."""
 
-    def __init__(self, txn: lmdb.Transaction, databases: dict[bytes, object]) -> None:
+    def __init__(self, txn: lmdb.Transaction, databases: dict[bytes, Any]) -> None:
         self._txn = txn
         self._db = databases
 
@@ -197,7 +197,7 @@ class Reader:
         return None if raw is None else SizedRecord.unpack(raw)
 
     def is_empty(self) -> bool:
-        return self._txn.stat(self._db[b"edges"])["entries"] == 0  # type: ignore[no-any-return]
+        return self.size_of(b"edges") == 0
 
     def size_of(self, database: bytes) -> int:
         """Number of records in a sub-database."""
@@ -450,7 +450,7 @@ class Index:
         if size < needed:
             raise DamagedIndexError(f"{self.data_path} has {size} of its {needed} bytes.")
 
-    def _open_databases(self) -> dict[bytes, object]:
+    def _open_databases(self) -> dict[bytes, Any]:
         try:
             return {name: self._env.open_db(name, create=not self.read_only) for name in _DATABASES}
         except lmdb.NotFoundError:
@@ -467,9 +467,9 @@ class Index:
             self.update(_initialise)
         elif unpack_counter(found) != SCHEMA_VERSION:
             raise StoreFormatError(
-                f"The store at {self.root} has schema version {unpack_counter(found)}; this version "
-                f"of persist-cache knows {SCHEMA_VERSION} only. Use the version that wrote it, or "
-                "another --store."
+                f"The store at {self.root} has schema version {unpack_counter(found)}; this "
+                f"version of persist-cache knows {SCHEMA_VERSION} only. Use the version that "
+                "wrote it, or another --store."
             )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from itertools import pairwise
 from typing import Generic, TypeVar
 
-from .entry import TIER_LABELS
+from persist_cache.entry import TIER_LABELS
 
 K = TypeVar("K", bound=Hashable)
 

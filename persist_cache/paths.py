@@ -30,6 +30,7 @@ from persist_cache.records import (
     edge_key,
     edge_parent,
     entry_id,
+    pack_number,
     recency_key,
 )
 
@@ -225,7 +226,8 @@ def set_entry(txn: Writer, node: int, entry: int) -> None:
     """Make `entry` end at `node`, or none with `NO_ENTRY`."""
     key = txn.parent_key(node)
     edge = None if key is None else txn.edge(key)
-    assert key is not None and edge is not None, "entries end below the root"
+    assert key is not None, "entries end below the root"
+    assert edge is not None, "a node's way back names no edge"
     txn.put_edge(key, edge._replace(entry=entry))
 
 
@@ -337,8 +339,6 @@ _MAX_DEPARTED = 4096
 
 def remember_departed(txn: Writer, number: int, reason: str, now: float) -> None:
     """Note why an entry went, so that `explain` can tell; the notes are bounded."""
-    from persist_cache.records import pack_number
-
     if txn.size_of(b"departed") >= _MAX_DEPARTED:
         oldest = sorted(txn.sized(b"departed").items(), key=lambda item: item[1].since)
         for key, _ in oldest[: _MAX_DEPARTED // 4]:

@@ -233,7 +233,7 @@ class Store:
         self, match: Match
     ) -> Iterator[tuple[list[tuple[BlobReader, int]], BlobReader | None]]:
         with contextlib.ExitStack() as stack:
-            runs = []
+            runs: list[tuple[BlobReader, int]] = []
             for run in match.runs:
                 reader = stack.enter_context(self._reader(run.blob))
                 if len(runs) >= _MAX_OPEN_FILES:

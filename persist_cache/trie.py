@@ -11,7 +11,7 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
-from .entry import TOKEN_BYTES, common_prefix_bytes
+from persist_cache.entry import TOKEN_BYTES, common_prefix_bytes
 
 V = TypeVar("V")
 

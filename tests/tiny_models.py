@@ -68,7 +68,7 @@ def build_model_dir(
 ) -> Path:
     """Write a random model with tokenizer and chat template into the folder `path`.
 
-    The same arguments give the same weights, and MLX's global random state stays as it is.
+    The same arguments give the same weights. Seeds MLX's global random numbers with `seed`.
 
     Args:
         path: The folder; made when it does not exist.
@@ -103,6 +103,8 @@ def build_model_dir(
         **config,
     }
     module = importlib.import_module(f"mlx_lm.models.{model_type}")
+    # For the biases, which keep these values; the matrices are drawn again below.
+    mx.random.seed(seed)
     model = module.Model(module.ModelArgs.from_dict(settings))
     _randomise(model, seed)
     save_model(path, model)

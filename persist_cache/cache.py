@@ -1,0 +1,568 @@
+"""PromptCache: live caches in memory over a store on disk; replaces mlx-lm's `LRUPromptCache`.
+
+Look-ups take the longer of memory and disk. Inserts keep the cache in memory and save it behind
+the answer: `system` and `user` at once, `assistant` when it leaves memory, when the process is
+idle, at `flush` and at `close`. Nothing here raises into a generation thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from persist_cache.blobs import BlobReader
+from persist_cache.catalog import StoreStats
+from persist_cache.entry import TIER_LABELS, TOKEN_BYTES, Match, Tier, pack_tokens
+from persist_cache.errors import PersistCacheError, StoreError, UnsupportedCacheError
+from persist_cache.fingerprint import Fingerprint, Identifier
+from persist_cache.insert import Source
+from persist_cache.resident import Candidate, Held, LiveCaches, Resident
+from persist_cache.store import Store
+from persist_cache.writer import WriteBehind
+
+log = logging.getLogger(__name__)
+
+_ENOUGH_GAIN_TOKENS = 32
+"""Reading the disk beats a shorter cache in memory only for more than a few tokens."""
+
+
+class Codec(LiveCaches, Protocol):
+    """Between mlx-lm caches and bytes; `persist_cache.tensors` is the one for mlx-lm."""
+
+    def prepare(self, cache: Sequence[Any], num_tokens: int, /) -> int: ...
+
+    def source(self, cache: Sequence[Any], num_tokens: int, /) -> Source: ...
+
+    def restore(
+        self,
+        runs: Sequence[tuple[BlobReader, int]],
+        checkpoint: BlobReader | None,
+        num_tokens: int,
+        /,
+    ) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """How one request was answered.
+
+    Attributes:
+        source: `memory`, `disk` or `miss`.
+        num_tokens: Tokens that need not be computed.
+        reason: On a miss or a short hit, why it is no more.
+        seconds: Time the look-up took, reading included.
+        nbytes: Bytes read from disk.
+    """
+
+    source: str
+    num_tokens: int
+    reason: str = ""
+    seconds: float = 0.0
+    nbytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PromptCacheStats:
+    """What a `PromptCache` did since it was made.
+
+    Attributes:
+        memory: Sequences and bytes per tier label.
+        hits: Requests served, by source.
+        misses: Requests that found nothing, by reason.
+        tokens: Tokens that were not computed, by source.
+        restore_s: Seconds spent in loading from disk.
+        restored_bytes: Bytes loaded from disk.
+        saves: Entries written.
+        written_bytes: Bytes written.
+        queued_jobs, queued_bytes: Saves that wait, and the cache memory they keep alive.
+        problems: Things that went wrong or were refused, by name.
+        disk_off: Why nothing is kept on disk, or "" when it is.
+        store: Totals of the store, or None without one.
+    """
+
+    memory: Mapping[str, Mapping[str, int]]
+    hits: Mapping[str, int]
+    misses: Mapping[str, int]
+    tokens: Mapping[str, int]
+    restore_s: float
+    restored_bytes: int
+    saves: int
+    written_bytes: int
+    queued_jobs: int
+    queued_bytes: int
+    problems: Mapping[str, int]
+    disk_off: str
+    store: StoreStats | None
+
+
+@dataclass(slots=True)
+class _Tally:
+    """Counters, guarded by the lock of their cache."""
+
+    hits: Counter[str] = field(default_factory=Counter)
+    misses: Counter[str] = field(default_factory=Counter)
+    tokens: Counter[str] = field(default_factory=Counter)
+    problems: Counter[str] = field(default_factory=Counter)
+    restore_s: float = 0.0
+    restored_bytes: int = 0
+    saves: int = 0
+    written_bytes: int = 0
+
+
+class PromptCache:
+    """A prompt cache that survives the process; drop-in for `mlx_lm.models.cache.LRUPromptCache`.
+
+    With `store=None` it keeps caches in memory only.
+
+    `fetch_nearest_cache` hands a cache over: the caller owns it and may decode on it.
+    `insert_cache` takes a cache over: the caller must not use it any more.
+
+    Thread safety: all methods may be called from any thread, except that a cache must be inserted
+    on the thread that computed it (MLX streams are thread-local). `_lock` guards the bookkeeping;
+    it is not held while a disk is read or written.
+    """
+
+    def __init__(
+        self,
+        max_size: int = 10,
+        max_bytes: int = 1 << 63,
+        *,
+        store: Store | str | os.PathLike[str] | None = None,
+        identify: Callable[[Any], Fingerprint | None] | None = None,
+        leave_tokens: int = 0,
+        persist: Collection[str] = TIER_LABELS,
+        idle_s: float = 2.0,
+        queue_bytes: int = 4 << 30,
+        codec: Codec | None = None,
+    ) -> None:
+        """Make an empty memory over `store`.
+
+        Args:
+            max_size: Caches kept in memory.
+            max_bytes: Bytes of caches kept in memory.
+            store: An open store, which stays its opener's to close; or a folder, which is opened
+                here and closed by `close`.
+            identify: Gives the fingerprint of a `model` as `fetch_nearest_cache` gets it, or None
+                when it cannot be identified: such models stay in memory. The default knows
+                mlx-lm's model keys.
+            leave_tokens: Tokens of a prompt that are always left to compute. A server needs 1:
+                with 0, the resend of a known prompt leaves nothing to start from.
+            persist: Labels of the tiers that go to disk.
+            idle_s: Seconds without requests after which `assistant` caches are saved.
+            queue_bytes: Cache memory that waiting saves may keep alive.
+            codec: How caches become bytes; mlx-lm's by default.
+
+        Raises:
+            ValueError: An unknown tier, or a negative number.
+            MissingDependencyError: MLX or mlx-lm is not installed.
+            StoreError: The folder `store` cannot be opened.
+        """
+        if min(max_size, max_bytes, leave_tokens, queue_bytes) < 0 or idle_s < 0:
+            raise ValueError("sizes and times of a prompt cache must not be negative")
+        self._persist = frozenset(Tier.parse(label).label for label in persist)
+        if codec is None:
+            from persist_cache import tensors
+
+            codec = tensors
+        self._codec = codec
+        self._leave_tokens = leave_tokens
+        self._lock = threading.RLock()
+        self._resident = Resident(codec, max_size, max_bytes)
+        self._tally = _Tally()
+        self._disk_off = "" if store is not None else "no store was given"
+        self._last = Fetch("miss", 0)
+        self._owns_store = store is not None and not isinstance(store, Store)
+        self._store = store if isinstance(store, Store) or store is None else Store.open(store)
+        self._identify: Callable[[Any], Fingerprint | None] = identify or Identifier()
+        self._closed = False
+        self._writer: WriteBehind | None = None
+        if self._store is not None and not self._store.read_only:
+            self._writer = WriteBehind(
+                max_bytes=queue_bytes, idle_s=idle_s, on_idle=self._save_when_idle
+            )
+
+    def __len__(self) -> int:
+        """Number of caches in memory."""
+        with self._lock:
+            return len(self._resident)
+
+    def __enter__(self) -> PromptCache:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @property
+    def max_size(self) -> int:
+        """Caches kept in memory."""
+        return self._resident.max_size
+
+    @property
+    def max_bytes(self) -> int:
+        """Bytes of caches kept in memory."""
+        return self._resident.max_bytes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the caches in memory."""
+        with self._lock:
+            return self._resident.nbytes
+
+    @property
+    def last_fetch(self) -> Fetch:
+        """How the most recent request was answered; for response headers and logs."""
+        return self._last
+
+    def stats_by_type(self) -> dict[str, dict[str, int]]:
+        """Sequences and bytes in memory per tier: `{tier: {"n_sequences", "n_bytes"}}`."""
+        with self._lock:
+            return self._resident.stats()
+
+    # ---- the five calls of a server ----------------------------------------------------------
+
+    def fetch_nearest_cache(
+        self, model: Hashable, tokens: Sequence[int]
+    ) -> tuple[Any | None, Sequence[int]]:
+        """Find the cache of the longest known prefix of a prompt.
+
+        Never raises: what goes wrong is a miss, a counter, and a line in the log.
+
+        Args:
+            model: mlx-lm's model key, `(model path, adapter path, draft model path)`.
+            tokens: The prompt.
+
+        Returns:
+            A cache that the caller owns, or None; and the tokens that are left to compute.
+        """
+        started = time.monotonic()
+        try:
+            cache, fetch = self._fetch(model, tokens)
+        except Exception as error:
+            log.exception("a look-up failed; the prompt is computed anew")
+            self._problem(f"fetch_failed:{type(error).__name__}")
+            cache, fetch = None, Fetch("miss", 0, "the look-up failed")
+        fetch = Fetch(
+            fetch.source, fetch.num_tokens, fetch.reason, time.monotonic() - started, fetch.nbytes
+        )
+        self._account(fetch)
+        rest = tokens[fetch.num_tokens :] if fetch.num_tokens else tokens
+        return cache, rest
+
+    def insert_cache(
+        self,
+        model: Hashable,
+        tokens: Sequence[int],
+        prompt_cache: Any,
+        *,
+        cache_type: str = "assistant",
+        prefill_s: float = 0.0,
+    ) -> None:
+        """Keep the cache of a prompt, and save it behind the answer.
+
+        Never raises: what goes wrong is a counter and a line in the log.
+
+        Args:
+            model: mlx-lm's model key.
+            tokens: What the cache has seen; copied.
+            prompt_cache: The cache, which belongs to this object from now on. A `KVCache` has
+                arrays of shape `(B, n_kv_heads, T, head_dim)`.
+            cache_type: Tier: `system`, `user` or `assistant`.
+            prefill_s: Seconds that computing it took, if known: `stats` tells what a hit saves.
+        """
+        try:
+            self._insert(model, tokens, prompt_cache, cache_type, prefill_s)
+        except Exception as error:
+            log.exception("a prompt could not be kept")
+            self._problem(f"insert_failed:{type(error).__name__}")
+
+    def trim_to(self, *, n_sequences: int | None = None, n_bytes: int | None = None) -> None:
+        """Let caches go from memory until both limits hold; negative limits count as 0.
+
+        What is not on disk yet is saved first.
+        """
+        n_sequences = 1 << 63 if n_sequences is None else max(0, n_sequences)
+        n_bytes = 1 << 63 if n_bytes is None else max(0, n_bytes)
+        with self._lock:
+            self._spill(self._resident.trim_to(n_sequences, n_bytes))
+
+    # ---- beyond LRUPromptCache ---------------------------------------------------------------
+
+    def flush(self, timeout_s: float | None = None) -> bool:
+        """Save everything that is to be on disk and is not yet, and wait for it.
+
+        Returns:
+            Whether all of it is on disk.
+        """
+        if self._writer is None or self._store is None:
+            return True
+        if self._writer.on_thread():
+            raise RuntimeError("flush() must not be called from a save")
+        done = self._writer.drain(timeout_s)
+        # The queue is bounded, so what waits in memory goes in portions.
+        while done and (waiting := self._waiting()):
+            before = len(waiting)
+            for held in waiting:
+                self._save_later(held)
+            done = self._writer.drain(timeout_s)
+            if len(self._waiting()) >= before:
+                break
+        self._flush_uses()
+        return done and not self._waiting()
+
+    def close(self, timeout_s: float | None = None) -> None:
+        """Save what is not on disk yet, and end the writer thread. Further calls do nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._writer is not None:
+            self.flush(timeout_s)
+            self._writer.close(timeout_s)
+        if self._owns_store and self._store is not None:
+            self._store.close()
+
+    def stats(self) -> PromptCacheStats:
+        """What this cache did since it was made, and the totals of its store."""
+        store = None
+        if self._store is not None:
+            try:
+                store = self._store.stats()
+            except PersistCacheError as error:
+                self._disk_off = str(error)
+        jobs, nbytes = self._writer.waiting() if self._writer is not None else (0, 0)
+        with self._lock:
+            tally = self._tally
+            return PromptCacheStats(
+                memory=self._resident.stats(),
+                hits=dict(tally.hits),
+                misses=dict(tally.misses),
+                tokens=dict(tally.tokens),
+                restore_s=tally.restore_s,
+                restored_bytes=tally.restored_bytes,
+                saves=tally.saves,
+                written_bytes=tally.written_bytes,
+                queued_jobs=jobs,
+                queued_bytes=nbytes,
+                problems=dict(tally.problems),
+                disk_off=self._disk_off,
+                store=store,
+            )
+
+    # ---- look up -----------------------------------------------------------------------------
+
+    def _fetch(self, model: Hashable, tokens: Sequence[int]) -> tuple[Any | None, Fetch]:
+        packed = pack_tokens(tokens)
+        limit = max(0, len(tokens) - self._leave_tokens)
+        if self._writer is not None:
+            self._writer.poke()
+        fingerprint = self._fingerprint(model)
+        match = Match(0, reason=self._disk_off)
+        if fingerprint is not None and self._store is not None:
+            try:
+                match = self._store.match(fingerprint, packed, limit=limit)
+            except StoreError as error:
+                self._disk_failed(error)
+                match = Match(0, reason=str(error))
+        with self._lock:
+            candidate = self._candidate(model, packed, limit)
+        in_memory = -1 if candidate is None else candidate.num_tokens
+        gain = match.num_tokens - max(0, in_memory)
+        if (
+            fingerprint is not None
+            and self._store is not None
+            and match.num_tokens
+            and (in_memory <= 0 or gain >= _ENOUGH_GAIN_TOKENS)
+        ):
+            found = self._store.fetch(
+                fingerprint, packed, self._codec.restore, limit=limit, min_tokens=in_memory + 1
+            )
+            if found is not None:
+                cache, match = found
+                self._store.touch(match)
+                return cache, Fetch("disk", match.num_tokens, match.reason, 0.0, match.nbytes)
+            match = Match(0, reason="what was stored could not be read")
+        if candidate is None:
+            return None, Fetch("miss", 0, match.reason)
+        cache = self._hand_over(model, packed, limit)
+        if cache is None:
+            return None, Fetch("miss", 0, "the cache in memory was changed by its former owner")
+        if self._store is not None and match.num_tokens:
+            self._store.touch(match)
+        return cache, Fetch("memory", candidate.num_tokens, match.reason)
+
+    def _candidate(self, model: Hashable, packed: bytes, limit: int) -> Candidate | None:
+        """The best cache in memory whose owner left it as it was inserted."""
+        while True:
+            candidate = self._resident.search(model, packed, limit)
+            if candidate is None:
+                return None
+            counted = self._codec.num_tokens(candidate.held.cache)
+            if counted is None or counted == candidate.held.num_tokens:
+                return candidate
+            # Somebody went on decoding on a cache that he had handed over.
+            self._resident.remove(candidate.held)
+            self._problem("changed_after_insert")
+
+    def _hand_over(self, model: Hashable, packed: bytes, limit: int) -> Any | None:
+        """Give a cache away, or a copy of it.
+
+        A cache that is on disk is lent: decoding on a copy would copy all of it at the first
+        token. Prompts that many conversations share stay, and are copied.
+        """
+        with self._lock:
+            candidate = self._candidate(model, packed, limit)
+            if candidate is None:
+                return None
+            held, used = candidate.held, candidate.num_tokens
+            if held.saved and used == held.num_tokens and held.tier != Tier.SYSTEM.label:
+                self._resident.remove(held)
+                return held.cache
+            self._resident.touch(held)
+            cache = self._codec.copy_cache(held.cache)
+        surplus = held.num_tokens - used
+        if surplus and self._codec.trim(cache, surplus) != surplus:
+            self._problem("trim_failed")
+            return None
+        return cache
+
+    def _account(self, fetch: Fetch) -> None:
+        with self._lock:
+            self._last = fetch
+            if fetch.source == "miss":
+                self._tally.misses[fetch.reason or "nothing is known of this prompt"] += 1
+            else:
+                self._tally.hits[fetch.source] += 1
+                self._tally.tokens[fetch.source] += fetch.num_tokens
+            if fetch.source == "disk":
+                self._tally.restore_s += fetch.seconds
+                self._tally.restored_bytes += fetch.nbytes
+        if self._store is not None and not self._closed:
+            self._store.count("misses" if fetch.source == "miss" else f"hits_{fetch.source}")
+            self._store.count("tokens_saved", fetch.num_tokens)
+
+    def _fingerprint(self, model: Hashable) -> Fingerprint | None:
+        if self._store is None or self._closed:
+            return None
+        fingerprint = self._identify(model)
+        if fingerprint is None:
+            reason = getattr(self._identify, "reason", None)
+            said = reason(model) if callable(reason) else "its identity is unknown"
+            self._disk_off = f"this model is kept in memory only: {said}"
+        elif self._disk_off.startswith("this model"):
+            self._disk_off = ""
+        return fingerprint
+
+    # ---- keep and save -----------------------------------------------------------------------
+
+    def _insert(
+        self, model: Hashable, tokens: Sequence[int], cache: Any, cache_type: str, prefill_s: float
+    ) -> None:
+        tier = Tier.parse(cache_type)
+        if self._writer is not None:
+            self._writer.poke()
+        try:
+            num_tokens = self._codec.prepare(cache, len(tokens))
+        except UnsupportedCacheError as error:
+            self._problem(f"unsupported:{error.class_name}")
+            log.warning("a prompt is not kept: %s", error)
+            return
+        packed = pack_tokens(tokens)[: num_tokens * TOKEN_BYTES]
+        nbytes = self._codec.nbytes(cache)
+        held = Held(model, packed, cache, nbytes, tier.label, prefill_s)
+        held.wanted = (
+            self._writer is not None
+            and tier.label in self._persist
+            and num_tokens > 0
+            and self._fingerprint(model) is not None
+        )
+        with self._lock:
+            at_once = held.wanted and tier != Tier.ASSISTANT
+            if at_once:
+                self._save_later(held)
+            if nbytes > self._resident.max_bytes:
+                # Keeping it would flush everything else, and then itself.
+                self._problem("too_large_for_memory")
+                self._spill([held])
+                return
+            self._spill(self._resident.add(held))
+
+    def _waiting(self) -> list[Held]:
+        """Caches that are to be on disk, are not, and have no save under way."""
+        with self._lock:
+            return [held for held in self._resident.held() if held.wanted]
+
+    def _save_when_idle(self) -> None:
+        for held in self._waiting():
+            self._save_later(held)
+        self._flush_uses()
+
+    def _flush_uses(self) -> None:
+        if self._store is not None:
+            try:
+                self._store.flush()
+            except StoreError as error:
+                self._disk_failed(error)
+
+    def _spill(self, gone: Sequence[Held]) -> None:
+        """Save what leaves memory unsaved."""
+        for held in gone:
+            if held.wanted and not self._save_later(held):
+                self._problem("dropped_queue_full")
+                log.warning("a prompt left memory unsaved: the queue of saves is full")
+
+    def _save_later(self, held: Held) -> bool:
+        """Queue a save; False when the queue is full and the cache has to wait."""
+        if self._writer is None:
+            return False
+        with self._lock:
+            if not held.wanted:
+                return True
+            try:
+                source = self._codec.source(held.cache, held.num_tokens)
+            except UnsupportedCacheError as error:
+                held.wanted = False
+                self._problem(f"unsupported:{error.class_name}")
+                log.warning("a prompt stays in memory: %s", error)
+                return True
+            rank = Tier.parse(held.tier)
+            accepted = self._writer.submit(
+                lambda: self._save(held, source), rank=rank, nbytes=held.nbytes
+            )
+            if accepted:
+                held.wanted = False
+            return accepted
+
+    def _save(self, held: Held, source: Source) -> None:
+        """Write one cache; runs on the writer thread, and touches bytes only."""
+        fingerprint = self._fingerprint(held.model)
+        if fingerprint is None or self._store is None:
+            return
+        try:
+            result = self._store.put(
+                fingerprint, held.packed, source, tier=held.tier, prefill_s=held.prefill_s
+            )
+        except StoreError as error:
+            self._disk_failed(error)
+            with self._lock:
+                held.wanted = True  # tried again when idle, or when it leaves memory
+            return
+        with self._lock:
+            held.saved = True
+            self._disk_off = ""
+            self._tally.saves += result.nbytes > 0
+            self._tally.written_bytes += result.nbytes
+
+    def _disk_failed(self, error: StoreError) -> None:
+        self._problem(f"disk:{type(error).__name__}")
+        if str(error) != self._disk_off:
+            log.warning("the disk is not used: %s", error)
+        self._disk_off = str(error)
+
+    def _problem(self, name: str) -> None:
+        with self._lock:
+            self._tally.problems[name] += 1
