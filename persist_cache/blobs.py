@@ -185,7 +185,8 @@ def _check_shape(tensor: Tensor) -> None:
         count *= extent
     if count * _DTYPE_BYTES[tensor.dtype] != tensor.nbytes:
         raise ValueError(
-            f"tensor {tensor.name!r}: {tensor.nbytes} bytes do not fill {tensor.shape} {tensor.dtype}"
+            f"tensor {tensor.name!r} of {tensor.shape} {tensor.dtype} does not have "
+            f"{tensor.nbytes} bytes"
         )
 
 

@@ -75,7 +75,7 @@ def _little_endian(tokens: array[int]) -> array[int]:
     return tokens
 
 
-def common_prefix_bytes(a: bytes, b: bytes) -> int:
+def common_prefix_tokens(a: bytes, b: bytes) -> int:
     """Number of leading *tokens* that the packed `a` and `b` share.
 
     Bisects on `bytes` equality, which runs at the speed of memcmp.

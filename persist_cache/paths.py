@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from persist_cache.entry import TOKEN_BYTES, Tier, common_prefix_bytes
+from persist_cache.entry import TOKEN_BYTES, Tier, common_prefix_tokens
 from persist_cache.index import Reader, Writer
 from persist_cache.records import (
     NO_BLOB,
@@ -107,7 +107,7 @@ def walk(txn: Reader, root: int, packed: bytes) -> Walk:
         if packed.startswith(run, offset) and run:
             used = edge.rows
         else:
-            used = common_prefix_bytes(run, packed[offset : offset + len(run)])
+            used = common_prefix_tokens(run, packed[offset : offset + len(run)])
         steps.append(Step(key, edge, position, used))
         position += used
         if used < edge.rows:

@@ -193,8 +193,8 @@ class EntryRecord(NamedTuple):
     def unpack(cls, raw: bytes | memoryview) -> EntryRecord:
         version, tier, pinned, *rest = _ENTRY.unpack_from(raw)
         _check_version(version)
-        label = bytes(raw[_ENTRY.size :]).decode()
-        return cls(Tier(tier), bool(pinned), *rest, label)
+        rest.append(bytes(raw[_ENTRY.size :]).decode())
+        return cls(Tier(tier), bool(pinned), *rest)
 
 
 class NamespaceRecord(msgspec.Struct, frozen=True):

@@ -11,7 +11,7 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
-from persist_cache.entry import TOKEN_BYTES, common_prefix_bytes
+from persist_cache.entry import TOKEN_BYTES, common_prefix_tokens
 
 V = TypeVar("V")
 
@@ -237,7 +237,7 @@ class PromptTrie(Generic[V]):
         child = last.children.get(key[at : at + TOKEN_BYTES])
         if child is not None:
             # The walk ended inside this child's edge.
-            common += common_prefix_bytes(child.edge, key[at : at + len(child.edge)])
+            common += common_prefix_tokens(child.edge, key[at : at + len(child.edge)])
             longer = child.nearest
         if common == 0:
             longer = None
@@ -285,7 +285,7 @@ class PromptTrie(Generic[V]):
         child = parent.children.get(first)
         if child is not None:
             piece = key[at : at + len(child.edge)]
-            shared = common_prefix_bytes(child.edge, piece) * TOKEN_BYTES
+            shared = common_prefix_tokens(child.edge, piece) * TOKEN_BYTES
             # The lower half keeps its identity and the upper half its place among siblings.
             upper: _Node[V] = _Node(child.edge[:shared])
             upper.below = child.nearest

@@ -38,14 +38,14 @@ class FakeSource:
 
     def rows(self, start: int, end: int) -> Payload:
         rows = kv_rows(self.tokens, start, end)
-        tensors = [Tensor("layers.0.keys", "I64", rows.shape, [memoryview(rows).cast("B")])]
+        tensors = [Tensor("layers.0.keys", "I64", rows.shape, [rows.data.cast("B")])]
         return Payload(tensors, json.dumps({"rows": end - start}))
 
     def checkpoint(self) -> Payload | None:
         if self.complete and not self.has_state:
             return None
         state = kv_rows(self.tokens, len(self.tokens) - 1, len(self.tokens))
-        tensors = [Tensor("layers.1.state.0", "I64", state.shape, [memoryview(state).cast("B")])]
+        tensors = [Tensor("layers.1.state.0", "I64", state.shape, [state.data.cast("B")])]
         return Payload(tensors, json.dumps({"at": len(self.tokens)}))
 
 
@@ -73,7 +73,7 @@ def restore(
     for reader, used in runs:
         info = reader.header.tensors["layers.0.keys"]
         rows = np.empty(info.shape, dtype=np.int64)
-        reader.read("layers.0.keys", [memoryview(rows).cast("B")])
+        reader.read("layers.0.keys", [rows.data.cast("B")])
         parts.append(rows[:, :, :used])
     rows = np.concatenate(parts, axis=2)
     if rows.shape[2] != num_tokens:
@@ -82,7 +82,7 @@ def restore(
     if checkpoint is not None:
         info = checkpoint.header.tensors["layers.1.state.0"]
         state = np.empty(info.shape, dtype=np.int64)
-        checkpoint.read("layers.1.state.0", [memoryview(state).cast("B")])
+        checkpoint.read("layers.1.state.0", [state.data.cast("B")])
     return Restored(rows, state)
 
 

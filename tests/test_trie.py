@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import persist_cache.trie
-from persist_cache.entry import TOKEN_BYTES, common_prefix_bytes, pack_tokens
+from persist_cache.entry import TOKEN_BYTES, common_prefix_tokens, pack_tokens
 from persist_cache.trie import PromptTrie, TrieMatch
 
 MODEL = ("model", None, None)
@@ -148,7 +148,7 @@ def assert_search_agrees(
         assert match.longer is not None
         assert match.longer_key is not None
         assert match.longer.num_tokens == num_longer == len(match.longer_key) // TOKEN_BYTES
-        assert common_prefix_bytes(match.longer_key, key) == match.common_prefix
+        assert common_prefix_tokens(match.longer_key, key) == match.common_prefix
         assert trie.get(model, match.longer_key) == match.longer.value
 
 
@@ -330,12 +330,12 @@ def measure(monkeypatch: pytest.MonkeyPatch) -> Callable[[PromptTrie[int], list[
         def counted(a: bytes, b: bytes) -> int:
             # The bisection halves: twice the shorter operand bounds what it compares.
             meter.nbytes += 2 * min(len(a), len(b))
-            return common_prefix_bytes(a, b)
+            return common_prefix_tokens(a, b)
 
         key = MeteredKey(pack_tokens(tokens))
         key.meter = meter
         with monkeypatch.context() as patch:
-            patch.setattr(persist_cache.trie, "common_prefix_bytes", counted)
+            patch.setattr(persist_cache.trie, "common_prefix_tokens", counted)
             trie.search(MODEL, key)
         return meter
 

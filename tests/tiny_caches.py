@@ -115,7 +115,7 @@ CACHES: dict[str, tuple[tuple[Spec, ...], tuple[int, ...]]] = {
     "quantized-4": ((_quantized(4), _kv()), (40, 1)),
     "concatenate": ((Layer(ConcatenateKVCache), _kv()), (40, 1)),
     "rotating-filling-by-chunks": ((_rotating(64),), (20, 20)),
-    "rotating-filling-by-steps": ((_rotating(300, 4),), (20, *[1] * 5)),
+    "rotating-filling-by-steps": ((_rotating(300, 4),), (20, *[1] * 25)),
     "rotating-almost-full": ((_rotating(41),), (20, 20)),
     "rotating-full": ((_rotating(40),), (20, 20)),
     "rotating-wrapped-by-chunks": ((_rotating(32),), (20, 20, 17)),

@@ -76,6 +76,8 @@ def decode_layout(text: str) -> list[Layout]:
         ValueError: It is something else, or names a class that is not known.
     """
     layouts = msgspec.json.decode(text, type=list[Layout])
+    if not layouts:
+        raise ValueError("no layers")
     for _, layout in layout_leaves(layouts):
         kind = _BY_NAME.get(layout.class_name)
         if kind is None:

@@ -58,12 +58,21 @@ class _Buffer:
         array: The evaluated array, once `load` has run.
     """
 
-    def __init__(self, dtype: str, shape: tuple[int, ...], heads: int, fills: list[_Fill]) -> None:
-        """Plan an array of `heads` equal blocks, each cut into rows by its fills."""
+    def __init__(
+        self,
+        dtype: str,
+        shape: tuple[int, ...],
+        fills: Sequence[_Fill],
+        *,
+        heads: int = 1,
+        num_rows: int = 1,
+    ) -> None:
+        """Plan an array that consists of `heads` blocks of `num_rows` rows of equal size."""
         self._dtype = _MX_DTYPES[dtype]
         self._shape = shape
-        self._heads = heads
         self._fills = fills
+        self._heads = heads
+        self._num_rows = num_rows
         self.array: Any = None
 
     def load(self) -> None:
@@ -83,7 +92,7 @@ class _Buffer:
     def _buffers(self, flat: memoryview, fill: _Fill) -> list[memoryview]:
         """Per head: the rows' place, then scratch for those that are not wanted."""
         per_head = len(flat) // self._heads
-        per_row = per_head // self._shape[2] if len(self._shape) == 4 else per_head
+        per_row = per_head // self._num_rows
         used, unused = fill.used * per_row, (fill.total - fill.used) * per_row
         scratch = memoryview(bytearray(unused * self._heads))
         buffers = []
@@ -159,9 +168,17 @@ class _Plan:
                 self.path, f"is the state at another token than {self.num_tokens}"
             )
         try:
-            return msgspec.json.decode(self.checkpoint.header.detail, type=_Detail).states
+            states = msgspec.json.decode(self.checkpoint.header.detail, type=_Detail).states
         except msgspec.DecodeError as error:
             raise CorruptBlobError(self.path, f"its detail is malformed ({error})") from None
+        stateful = {
+            place
+            for place, layout in layout_leaves(self.layouts)
+            if not kind_named(layout.class_name).always_rows
+        }
+        if not states.keys() <= stateful:
+            raise CorruptBlobError(self.path, "holds the state of a layer that has none")
+        return states
 
     def _row_buffers(self, place: str, layout: Layout) -> dict[str, _Buffer]:
         kind = kind_named(layout.class_name)
@@ -204,7 +221,7 @@ class _Plan:
                 key = name.removeprefix(prefix)
                 if key not in slots or info.dtype not in _MX_DTYPES:
                     raise CorruptBlobError(reader.path, f"tensor {name!r} is not a state")
-                buffers[key] = _Buffer(info.dtype, info.shape, 1, [_Fill(reader, name, 0, 1, 1)])
+                buffers[key] = _Buffer(info.dtype, info.shape, [_Fill(reader, name, 0, 1, 1)])
         return buffers
 
     def build(self) -> list[Any]:
@@ -289,7 +306,8 @@ def _check_built(cache: list[Any], plan: _Plan) -> None:
 
 def _row_buffer(geometry: RowGeometry, capacity: int, fills: list[_Fill]) -> _Buffer:
     shape = (geometry.batch, geometry.heads, capacity, geometry.dim)
-    return _Buffer(geometry.dtype, shape, geometry.batch * geometry.heads, fills)
+    heads = geometry.batch * geometry.heads
+    return _Buffer(geometry.dtype, shape, fills, heads=heads, num_rows=capacity)
 
 
 def _stored(reader: BlobReader, name: str, geometry: RowGeometry, num_rows: int) -> None:
