@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from persist_cache_cli import demo_model
+from persist_cache_cli.demo import model as demo_model
 
 
 @pytest.fixture(scope="session")

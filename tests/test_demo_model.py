@@ -20,7 +20,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from persist_cache.errors import ModelError
-from persist_cache_cli import demo_model, demo_prompt, openblas
+from persist_cache_cli.demo import model as demo_model
+from persist_cache_cli.demo import openblas
+from persist_cache_cli.demo import prompt as demo_prompt
 
 pytest_plugins = ["tests.real_model"]
 
@@ -205,7 +207,8 @@ def test_interrupted_conversion_leaves_nothing(
 
 def test_killed_build_is_swept_by_the_next_one(models: Path, fake_build: list[str]) -> None:
     program = (
-        "import os, signal, sys; from pathlib import Path; from persist_cache_cli import demo_model"
+        "import os, signal, sys; from pathlib import Path"
+        "\nfrom persist_cache_cli.demo import model as demo_model"
         "\nwith demo_model._building(Path(sys.argv[1])) as work:"
         "\n    (work / 'half').write_bytes(b'x'); os.kill(os.getpid(), signal.SIGKILL)"
     )

@@ -202,6 +202,39 @@ def test_restored_window_can_be_stored_again(disk: Disk, name: str) -> None:
     assert to_bytes(feed(again, specs, 1, 8)) == to_bytes(feed(live, specs, 1, 8))
 
 
+@pytest.mark.parametrize(
+    "name", ["kv", "arrays-and-kv", *(name for name in CACHES if name.startswith("rotating-wr"))]
+)
+def test_restored_cache_joins_a_batch_like_the_live_one(disk: Disk, name: str) -> None:
+    cache, num_tokens = filled(name)
+
+    restored = disk.round_trip(cache, num_tokens, [0, num_tokens])
+
+    for live, layer in zip(cache, restored, strict=True):
+        if isinstance(live, ArraysCache):
+            live.cache.pop()  # upstream cannot merge a slot that is None everywhere
+            layer.cache.pop()
+        merged = [type(one).merge([one, one]).extract(1) for one in (live, layer)]
+        assert held(merged[1:]) == held(merged[:1])
+
+
+@pytest.mark.parametrize(("num_tokens", "num_rows"), [(255, 256), (256, 512), (300, 512)])
+def test_restored_buffers_have_zeroed_room_for_the_next_token(
+    disk: Disk, num_tokens: int, num_rows: int
+) -> None:
+    specs, _ = CACHES["kv"]
+    cache = new_cache(specs)
+    feed(cache, specs, num_tokens, 1)
+    tensors.prepare(cache, num_tokens)
+
+    restored = disk.round_trip(cache, num_tokens, [0, num_tokens])
+
+    for layer in restored:
+        assert layer.keys.shape[2] == layer.values.shape[2] == num_rows
+        assert not layer.keys[..., num_tokens:, :].any()
+        assert layer.keys is not layer.values
+
+
 COMPLETE = [name for name in CACHES if tensors.source(*filled(name)).complete]
 
 

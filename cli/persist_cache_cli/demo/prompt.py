@@ -20,7 +20,7 @@ FOLLOW_UP = "Which river flows through it?"
 @functools.cache
 def system_text() -> str:
     """Return the system message: the instructions, then the tool definitions."""
-    data = resources.files("persist_cache_cli") / "data"
+    data = resources.files("persist_cache_cli.demo") / "data"
     instructions = (data / "system.md").read_text(encoding="utf-8").strip()
     tools = json.loads((data / "tools.json").read_text(encoding="utf-8"))
     lines = [json.dumps({"type": "function", "function": tool}) for tool in tools]

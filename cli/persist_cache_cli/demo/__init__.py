@@ -1,0 +1,1 @@
+"""The demonstration: a real model, real processes, one table."""
