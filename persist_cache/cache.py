@@ -319,10 +319,10 @@ class PromptCache:
         """Save what is not on disk yet, and end the writer thread. Further calls do nothing."""
         if self._closed:
             return
-        self._closed = True
         if self._writer is not None:
             self.flush(timeout_s)
             self._writer.close(timeout_s)
+        self._closed = True
         if self._owns_store and self._store is not None:
             self._store.close()
 

@@ -1,0 +1,472 @@
+"""PromptCache over a store, with caches that are lists of tokens: no MLX, every decision visible."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from persist_cache import PromptCache, Store, UnsupportedCacheError
+from persist_cache.blobs import BlobReader
+from persist_cache.fingerprint import Fingerprint
+from persist_cache.insert import Source
+from tests.fakes import FakeSource, fingerprint, restore
+
+MODEL = ("model", None, None)
+
+
+class FakeLayer:
+    """Stands for a KV cache that has seen `tokens`."""
+
+    def __init__(self, tokens: Sequence[int], trimmable: bool = True) -> None:
+        self.tokens = list(tokens)
+        self.trimmable = trimmable
+
+
+class FakeCodec:
+    """The contract of `persist_cache.tensors`, for `FakeLayer`."""
+
+    def __init__(self) -> None:
+        self.copies = 0
+        self.unsupported = False
+
+    def prepare(self, cache: Sequence[Any], num_tokens: int) -> int:
+        if self.unsupported:
+            raise UnsupportedCacheError("LayerCache")
+        return min(num_tokens, len(cache[0].tokens))
+
+    def source(self, cache: Sequence[Any], num_tokens: int) -> Source:
+        layer = cache[0]
+        return FakeSource(layer.tokens[:num_tokens], complete=layer.trimmable)
+
+    def restore(
+        self,
+        runs: Sequence[tuple[BlobReader, int]],
+        checkpoint: BlobReader | None,
+        num_tokens: int,
+    ) -> list[FakeLayer]:
+        restored = restore(runs, checkpoint, num_tokens)
+        # Row i is the sum of the tokens up to i, so the tokens can be had back from the rows.
+        sums = [int(row) for row in restored.rows[0, 0, :, 0]]
+        tokens = [b - a for a, b in zip([0, *sums], sums, strict=False)]
+        return [FakeLayer(tokens, trimmable=checkpoint is None)]
+
+    def can_trim(self, cache: Sequence[Any]) -> bool:
+        return bool(cache[0].trimmable)
+
+    def trim(self, cache: Sequence[Any], num_tokens: int) -> int:
+        cache[0].tokens = cache[0].tokens[: len(cache[0].tokens) - num_tokens]
+        return num_tokens
+
+    def nbytes(self, cache: Sequence[Any]) -> int:
+        return 64 * len(cache[0].tokens)
+
+    def copy_cache(self, cache: Any) -> Any:
+        self.copies += 1
+        return [FakeLayer(cache[0].tokens, cache[0].trimmable)]
+
+    def num_tokens(self, cache: Sequence[Any]) -> int | None:
+        return len(cache[0].tokens)
+
+
+@pytest.fixture
+def codec() -> FakeCodec:
+    return FakeCodec()
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Store]:
+    with Store.open(tmp_path / "store", min_free_bytes=0) as store:
+        yield store
+
+
+@pytest.fixture
+def make(disk: Store, codec: FakeCodec) -> Iterator[Callable[..., PromptCache]]:
+    """Make caches over one store, as processes one after the other would."""
+    made: list[PromptCache] = []
+
+    def build(**options: Any) -> PromptCache:
+        options = {"store": disk, "identify": lambda model: fingerprint(), "idle_s": 60, **options}
+        cache = PromptCache(codec=codec, **options)
+        made.append(cache)
+        return cache
+
+    yield build
+    for cache in made:
+        cache.close()
+
+
+def insert(cache: PromptCache, tokens: Sequence[int], tier: str, *, trimmable: bool = True) -> None:
+    cache.insert_cache(MODEL, tokens, [FakeLayer(tokens, trimmable)], cache_type=tier)
+
+
+def fetch(cache: PromptCache, tokens: Sequence[int]) -> list[int] | None:
+    """Fetch, check that cache and rest make up the prompt, and return what the cache has seen."""
+    kv, rest = cache.fetch_nearest_cache(MODEL, list(tokens))
+    if kv is None:
+        assert list(rest) == list(tokens)
+        return None
+    assert kv[0].tokens + list(rest) == list(tokens)
+    assert isinstance(kv[0].tokens, list)
+    return list(kv[0].tokens)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "waited for ten seconds in vain"
+        threading.Event().wait(0.005)
+
+
+def test_prompt_survives_the_process(make: Callable[..., PromptCache]) -> None:
+    system = list(range(100))
+    with make() as first:
+        insert(first, system, "system")
+
+    second = make()
+
+    assert fetch(second, [*system, 7, 8]) == system
+    assert second.last_fetch.source == "disk"
+    assert second.stats().tokens == {"disk": 100}
+
+
+def test_system_and_user_are_on_disk_without_flush(
+    make: Callable[..., PromptCache], disk: Store
+) -> None:
+    cache = make()
+
+    insert(cache, range(50), "system")
+    insert(cache, range(80), "user")
+    insert(cache, range(90), "assistant")
+
+    wait_until(lambda: {entry.tier.label for entry in disk.entries()} == {"system", "user"})
+    assert cache.stats().queued_jobs == 0
+
+
+def test_assistant_is_saved_at_flush_close_idle_and_when_it_leaves_memory(
+    make: Callable[..., PromptCache], disk: Store
+) -> None:
+    def on_disk() -> set[int]:
+        return {entry.num_tokens for entry in disk.entries()}
+
+    flushed = make()
+    insert(flushed, [1] * 10, "assistant")
+    assert on_disk() == set()
+    assert flushed.flush()
+    assert on_disk() == {10}
+
+    with make() as closed:
+        insert(closed, [2] * 20, "assistant")
+    assert on_disk() == {10, 20}
+
+    idle = make(idle_s=0.02)
+    insert(idle, [3] * 30, "assistant")
+    wait_until(lambda: 30 in on_disk())
+
+    small = make(max_size=1)
+    insert(small, [4] * 40, "assistant")
+    insert(small, [5] * 50, "assistant")
+    wait_until(lambda: 40 in on_disk())
+    assert 50 not in on_disk()
+
+
+def test_tiers_not_to_be_persisted_stay_in_memory(
+    make: Callable[..., PromptCache], disk: Store
+) -> None:
+    with make(persist=["system"]) as cache:
+        insert(cache, range(10), "system")
+        insert(cache, range(20), "user")
+        insert(cache, range(30), "assistant")
+
+    assert [entry.num_tokens for entry in disk.entries()] == [10]
+
+
+def test_system_entry_survives_the_conversation_that_extends_it(
+    make: Callable[..., PromptCache], disk: Store
+) -> None:
+    """mlx-lm 0.32.2: `pop_prefixes` deletes the system entry when the reply is stored."""
+    system, reply = list(range(60)), [*range(60), 1, 2, 3]
+    with make() as cache:
+        insert(cache, system, "system")
+        insert(cache, reply, "assistant")
+    assistants = [entry.id for entry in disk.entries() if entry.tier.label == "assistant"]
+
+    disk.evict(assistants)
+
+    assert fetch(make(), [*system, 9]) == system
+
+
+def test_cache_on_disk_is_lent_and_an_aborted_request_costs_a_reload(
+    make: Callable[..., PromptCache], codec: FakeCodec
+) -> None:
+    cache = make()
+    insert(cache, range(40), "assistant")
+    cache.flush()
+
+    assert fetch(cache, range(50)) == list(range(40))
+    assert (cache.last_fetch.source, codec.copies, len(cache)) == ("memory", 0, 0)
+    assert fetch(cache, range(50)) == list(range(40))
+    assert cache.last_fetch.source == "disk"
+
+
+def test_cache_not_yet_on_disk_is_copied(
+    make: Callable[..., PromptCache], codec: FakeCodec
+) -> None:
+    cache = make()
+    insert(cache, range(40), "assistant")
+
+    assert fetch(cache, range(50)) == list(range(40))
+    assert (codec.copies, len(cache)) == (1, 1)
+
+
+def test_system_cache_is_copied_even_when_on_disk(
+    make: Callable[..., PromptCache], codec: FakeCodec
+) -> None:
+    cache = make()
+    insert(cache, range(40), "system")
+    cache.flush()
+
+    assert fetch(cache, [*range(40), 5]) == list(range(40))
+    assert (codec.copies, len(cache)) == (1, 1)
+
+
+def test_longer_of_memory_and_disk_wins(make: Callable[..., PromptCache], disk: Store) -> None:
+    with make() as other:
+        insert(other, range(200), "user")
+    cache = make()
+    insert(cache, range(100), "assistant")
+
+    assert fetch(cache, range(300)) == list(range(200))
+    assert cache.last_fetch.source == "disk"
+
+
+def test_few_more_tokens_on_disk_are_not_worth_reading(make: Callable[..., PromptCache]) -> None:
+    with make() as other:
+        insert(other, range(105), "user")
+    cache = make()
+    insert(cache, range(100), "assistant")
+
+    assert fetch(cache, range(300)) == list(range(100))
+    assert cache.last_fetch.source == "memory"
+
+
+def test_resent_prompt_leaves_a_token_to_compute(make: Callable[..., PromptCache]) -> None:
+    """mlx-lm #1215, #1887: an exact hit leaves nothing to compute and kills the server."""
+    prompt = list(range(50))
+    cache = make(leave_tokens=1)
+    insert(cache, prompt, "assistant")
+    assert fetch(cache, prompt) == prompt[:49]
+
+    cache.close()
+
+    assert fetch(make(leave_tokens=1), prompt) == prompt[:49]
+    assert fetch(make(leave_tokens=0), prompt) == prompt
+
+
+def test_resent_prompt_falls_back_to_a_shorter_checkpoint_when_it_cannot_be_trimmed(
+    make: Callable[..., PromptCache],
+) -> None:
+    prompt = list(range(50))
+    cache = make(leave_tokens=1)
+    insert(cache, prompt[:30], "user", trimmable=False)
+    insert(cache, prompt, "assistant", trimmable=False)
+    assert fetch(cache, prompt) == prompt[:30]
+
+    cache.close()
+
+    assert fetch(make(leave_tokens=1), prompt) == prompt[:30]
+
+
+def test_divergence_within_a_checkpoint_only_prompt_uses_the_last_checkpoint(
+    make: Callable[..., PromptCache],
+) -> None:
+    with make() as cache:
+        insert(cache, range(30), "system", trimmable=False)
+        insert(cache, range(60), "assistant", trimmable=False)
+    second = make()
+
+    assert fetch(second, [*range(45), 1000]) == list(range(30))
+    assert "cannot be trimmed" in second.last_fetch.reason
+
+
+def test_unidentified_model_stays_in_memory_and_stats_say_so(
+    make: Callable[..., PromptCache], disk: Store
+) -> None:
+    cache = make(identify=lambda model: None)
+    insert(cache, range(10), "system")
+    cache.flush()
+
+    assert fetch(cache, range(12)) == list(range(10))
+    assert disk.entries() == []
+    assert "memory only" in cache.stats().disk_off
+
+
+def test_unknown_cache_class_is_refused_by_name_and_counted(
+    make: Callable[..., PromptCache], codec: FakeCodec, disk: Store
+) -> None:
+    cache = make()
+    codec.unsupported = True
+
+    insert(cache, range(10), "system")
+
+    assert cache.stats().problems == {"unsupported:LayerCache": 1}
+    assert disk.entries() == []
+
+
+@pytest.mark.parametrize("bad", [[1.5, 2], ["a"], [1 << 70]])
+def test_nothing_raises_into_the_generation_thread(
+    make: Callable[..., PromptCache], bad: list[Any]
+) -> None:
+    cache = make()
+
+    assert cache.fetch_nearest_cache(MODEL, bad) == (None, bad)
+    cache.insert_cache(MODEL, bad, [FakeLayer([1, 2, 3])])
+    cache.insert_cache(MODEL, [1, 2], [FakeLayer([1, 2])], cache_type="narrator")
+
+    problems = cache.stats().problems
+    assert problems == {"fetch_failed:ValueError": 1, "insert_failed:ValueError": 2}
+
+
+def test_failing_identify_is_a_miss(make: Callable[..., PromptCache]) -> None:
+    def broken(model: Any) -> Fingerprint:
+        raise OSError("no such model")
+
+    cache = make(identify=broken)
+
+    assert fetch(cache, [1, 2, 3]) is None
+    assert cache.stats().problems == {"fetch_failed:OSError": 1}
+
+
+def test_full_disk_keeps_the_prompt_in_memory_and_says_why(
+    tmp_path: Path, make: Callable[..., PromptCache]
+) -> None:
+    with Store.open(tmp_path / "tiny", max_bytes=400_000, min_free_bytes=0) as tiny:
+        cache = make(store=tiny)
+        big = list(range(10_000))
+        insert(cache, big, "system")
+        assert not cache.flush()
+
+        assert fetch(cache, [*big, 1]) == big
+        assert "larger than the budget" in cache.stats().disk_off
+        cache.close()
+
+
+def test_full_queue_refuses_and_loses_nothing_at_close(
+    make: Callable[..., PromptCache], disk: Store
+) -> None:
+    """vllm-mlx, omlx #1736: queue full, write silently dropped, or memory blow-up."""
+    with make(queue_bytes=1) as cache:
+        for base in range(20):
+            insert(cache, [base, *range(30)], "user")
+
+    assert len(disk.entries()) == 20 - cache.stats().problems.get("dropped_queue_full", 0)
+    assert len(disk.entries()) >= 10
+
+
+def test_higher_tier_is_kept_when_the_prompt_comes_again(
+    make: Callable[..., PromptCache],
+) -> None:
+    cache = make()
+    insert(cache, range(10), "system")
+    insert(cache, range(10), "assistant")
+
+    assert cache.stats_by_type()["system"]["n_sequences"] == 1
+    assert cache.stats_by_type()["assistant"]["n_sequences"] == 0
+
+
+def test_oversized_entry_does_not_flush_the_others(make: Callable[..., PromptCache]) -> None:
+    cache = make(max_bytes=64 * 100, store=None)
+    insert(cache, [1] * 10, "assistant")
+
+    insert(cache, [2] * 101, "assistant")
+
+    assert fetch(cache, [1] * 12) == [1] * 10
+    assert cache.nbytes == 640
+
+
+def test_cache_that_its_former_owner_changed_is_not_served(
+    make: Callable[..., PromptCache],
+) -> None:
+    cache = make(store=None)
+    layer = FakeLayer(range(10))
+    cache.insert_cache(MODEL, list(range(10)), [layer])
+
+    layer.tokens.append(99)
+
+    assert fetch(cache, range(12)) is None
+    assert cache.stats().problems == {"changed_after_insert": 1}
+
+
+def test_key_longer_than_the_cache_is_cut_to_it(make: Callable[..., PromptCache]) -> None:
+    cache = make()
+
+    cache.insert_cache(MODEL, list(range(12)), [FakeLayer(range(10))])
+
+    assert fetch(cache, range(12)) == list(range(10))
+
+
+@pytest.mark.parametrize("prompt", [[], [5], [-(1 << 59), (1 << 60) - 1, -1]])
+def test_short_and_strange_prompts(make: Callable[..., PromptCache], prompt: list[int]) -> None:
+    with make() as cache:
+        insert(cache, prompt, "system")
+
+    assert fetch(make(), [*prompt, 3]) == (prompt or None)
+
+
+def test_closing_twice_and_using_a_closed_cache_is_harmless(
+    make: Callable[..., PromptCache],
+) -> None:
+    cache = make()
+    insert(cache, range(10), "system")
+    cache.close()
+    cache.close()
+
+    insert(cache, range(20), "system")
+
+    assert fetch(cache, range(20)) == list(range(20))
+
+
+def test_folder_as_store_is_opened_and_closed(tmp_path: Path, codec: FakeCodec) -> None:
+    options: dict[str, Any] = {"identify": lambda model: fingerprint(), "codec": codec}
+    for _ in range(2):
+        with PromptCache(store=tmp_path / "own", **options) as cache:
+            insert(cache, range(10), "system")
+
+    with PromptCache(store=tmp_path / "own", **options) as cache:
+        assert fetch(cache, range(11)) == list(range(10))
+
+
+def test_threads_may_share_a_cache(make: Callable[..., PromptCache]) -> None:
+    cache = make(max_size=4)
+    errors: list[BaseException] = []
+
+    def work(base: int) -> None:
+        try:
+            for turn in range(1, 15):
+                tokens = [base, *range(10 * turn)]
+                seen = fetch(cache, tokens)
+                assert seen is None or seen == tokens[: len(seen)]
+                insert(cache, tokens, ["assistant", "user", "system"][turn % 3])
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(base,)) for base in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert errors == []
+    assert cache.stats().problems == {}
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_size": -1}, {"leave_tokens": -1}, {"persist": ["narrator"]}]
+)
+def test_bad_options_are_refused(options: dict[str, Any], codec: FakeCodec) -> None:
+    with pytest.raises(ValueError, match=r"negative|narrator"):
+        PromptCache(codec=codec, **options)
