@@ -160,6 +160,7 @@ class Match:
         common_tokens: Tokens shared with any stored path, resumable or not.
         entries: Entries on the path, shallowest first, that this match uses.
         nbytes: Bytes that reading it takes.
+        saved_s: Seconds of prefill that using it saves, 0 when nobody measured.
         reason: Why it is no longer, in words for `explain` and `stats`.
     """
 
@@ -169,4 +170,5 @@ class Match:
     common_tokens: int = 0
     entries: tuple[str, ...] = field(default=())
     nbytes: int = 0
+    saved_s: float = 0.0
     reason: str = ""

@@ -6,15 +6,24 @@ that what one stores the others find.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from persist_cache.entry import Tier
 from persist_cache.errors import MissingDependencyError, ModelError
+from persist_cache.fingerprint import Fingerprint
+from persist_cache.store import Store
 
 DEFAULT_STEP_TOKENS = 2048
 """Tokens per model call while prefilling: `mlx_lm.server`'s default."""
+WARM_STEP_TOKENS = 512
+"""Tokens per call and commit of `warm`: smaller, since an interruption loses one step."""
+PARTIAL_LABEL = "(partial)"
+"""Label of an entry whose prefill was interrupted; the next `warm` goes on there."""
 
 Message = Mapping[str, Any]
 
@@ -33,26 +42,49 @@ class Prompt:
     system_tokens: int
 
 
-def load_model(model: str, adapter_path: str | None = None, **options: Any) -> tuple[Any, Any]:
+def load_model(model: str, adapter_path: str | None = None) -> tuple[Any, Any]:
     """Load a model and its tokenizer from a folder or a hub id.
 
     Raises:
         ModelError: It cannot be found or loaded.
         MissingDependencyError: mlx-lm is not installed.
     """
-    try:
+    with _model_errors(model):
         import mlx_lm
+
+        loaded = mlx_lm.load(model, adapter_path=adapter_path)
+        return loaded[0], loaded[1]
+
+
+def load_tokenizer(model: str) -> Any:
+    """Load a model's tokenizer without its weights.
+
+    Raises:
+        ModelError: It cannot be found or loaded.
+        MissingDependencyError: mlx-lm is not installed.
+    """
+    with _model_errors(model):
+        from mlx_lm.utils import load_tokenizer
+
+        return load_tokenizer(model)
+
+
+@contextlib.contextmanager
+def _model_errors(model: str) -> Iterator[None]:
+    """mlx-lm, transformers and the hub raise whatever they like; the user gets one sentence."""
+    try:
+        yield
     except ImportError as error:
         raise MissingDependencyError(
             "Running a model needs MLX and mlx-lm: pip install mlx mlx-lm."
         ) from error
-    try:
-        loaded = mlx_lm.load(model, adapter_path=adapter_path, **options)
-    except Exception as error:  # mlx-lm, transformers and the hub raise whatever they like
+    except Exception as error:
         said = str(error).strip().splitlines()
         detail = said[0] if said else type(error).__name__
-        raise ModelError(f"The model {model!r} cannot be loaded: {detail}") from error
-    return loaded[0], loaded[1]
+        raise ModelError(
+            f"The model {model!r} cannot be loaded: {detail.rstrip('.')}. "
+            "Name a folder with its files, or a hub id."
+        ) from error
 
 
 def render(
@@ -106,6 +138,21 @@ def common_prefix(*sequences: Sequence[int]) -> int:
     return count
 
 
+@dataclass(frozen=True, slots=True)
+class KVQuantization:
+    """`mlx_lm.server`'s `--kv-bits`, `--kv-group-size` and `--quantized-kv-start`.
+
+    Attributes:
+        bits: Bits per element.
+        group_size: Elements that share a scale.
+        start: Tokens from which on the cache is quantized.
+    """
+
+    bits: int
+    group_size: int = 64
+    start: int = 5000
+
+
 def new_cache(model: Any) -> list[Any]:
     """An empty cache for `model`, as mlx-lm makes it."""
     from mlx_lm.models.cache import make_prompt_cache
@@ -119,6 +166,7 @@ def prefill(
     tokens: Sequence[int],
     *,
     step_tokens: int = DEFAULT_STEP_TOKENS,
+    quantize: KVQuantization | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> None:
     """Run `model` over `tokens`, so that `cache` has seen all of them.
@@ -128,13 +176,17 @@ def prefill(
         cache: Its cache; changed in place, and evaluated.
         tokens: What comes next.
         step_tokens: Tokens per model call.
+        quantize: Quantize the cache as `mlx_lm.generate` does, or not.
         progress: Called after each call with the tokens of it.
     """
     import mlx.core as mx
+    from mlx_lm.generate import maybe_quantize_kv_cache
 
     for start in range(0, len(tokens), step_tokens):
         chunk = mx.array(list(tokens[start : start + step_tokens]))
         model(chunk[None], cache=cache)
+        if quantize is not None:
+            maybe_quantize_kv_cache(cache, quantize.start, quantize.group_size, quantize.bits)
         mx.eval([layer.state for layer in cache])
         mx.clear_cache()
         if progress is not None:
@@ -144,3 +196,97 @@ def prefill(
 def snapshot(cache: list[Any]) -> list[Any]:
     """A copy to hand over while decoding goes on with the original; shared until then."""
     return copy.deepcopy(cache)
+
+
+@dataclass(frozen=True, slots=True)
+class Warmed:
+    """What `warm` did.
+
+    Attributes:
+        entry: Id of the entry.
+        num_tokens: Tokens that requests will find.
+        found_tokens: Of these, stored before.
+        nbytes: Bytes written.
+        seconds: Time the prefill took.
+    """
+
+    entry: str | None
+    num_tokens: int
+    found_tokens: int
+    nbytes: int
+    seconds: float
+
+
+def warm(
+    store: Store,
+    fingerprint: Fingerprint,
+    model: Any,
+    tokens: Sequence[int],
+    *,
+    tier: Tier | str = Tier.SYSTEM,
+    label: str = "",
+    pinned: bool = False,
+    expires: float | None = None,
+    step_tokens: int = WARM_STEP_TOKENS,
+    quantize: KVQuantization | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Warmed:
+    """Prefill `tokens` and store them, chunk by chunk, so that an interruption loses one chunk.
+
+    Args:
+        store: An open store.
+        fingerprint: Identity of the model, its KV options included.
+        model: The model.
+        tokens: The prefix to store.
+        tier, label, pinned, expires: As in `Store.put`.
+        step_tokens: Tokens per model call and per commit.
+        quantize: How the server that will use it quantizes its KV, or None.
+        progress: Called with the tokens done so far, those found on disk included.
+
+    Raises:
+        StoreError: The disk is full or failed; what was stored before stays.
+        UnsupportedCacheError: The model's cache cannot be saved.
+    """
+    from persist_cache import tensors
+
+    found = store.fetch(fingerprint, tokens, tensors.restore)
+    cache, done = (new_cache(model), 0) if found is None else (found[0], found[1].num_tokens)
+    started = time.monotonic()
+    found_tokens, nbytes = done, 0
+    if progress is not None:
+        progress(done)
+    # The prefill of what was found is not known here; the rate of the rest stands for it.
+    while True:
+        end = min(done + step_tokens, len(tokens))
+        prefill(model, cache, tokens[done:end], step_tokens=step_tokens, quantize=quantize)
+        last = end == len(tokens)
+        spent = time.monotonic() - started
+        computed = end - found_tokens
+        result = store.put(
+            fingerprint,
+            tokens[:end],
+            tensors.source(cache, end),
+            tier=tier,
+            prefill_s=spent * end / computed if computed else 0.0,
+            label=label if last else PARTIAL_LABEL,
+            pinned=pinned and last,
+            expires=expires if last else None,
+        )
+        nbytes += result.nbytes
+        _drop_partial(store, fingerprint, tokens[:end], keep=result.entry)
+        done = end
+        if progress is not None:
+            progress(done)
+        if last:
+            return Warmed(result.entry, len(tokens), found_tokens, nbytes, spent)
+
+
+def _drop_partial(
+    store: Store, fingerprint: Fingerprint, tokens: Sequence[int], keep: str | None
+) -> None:
+    """Forget the marks that earlier chunks left; their rows now belong to the longer entry."""
+    for entry in store.match(fingerprint, tokens).entries:
+        if entry != keep:
+            with contextlib.suppress(KeyError):
+                if store.get(entry).label == PARTIAL_LABEL:
+                    store.evict([entry])

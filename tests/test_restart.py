@@ -55,7 +55,14 @@ def run(
 MODELS: dict[str, dict[str, Any]] = {
     "plain": {"model_type": "llama"},
     "sliding": {"model_type": "gemma3_text", "sliding_window": 32, "sliding_window_pattern": 2},
-    "recurrent": {"model_type": "mamba"},
+    "recurrent": {
+        "model_type": "mamba",
+        "state_size": 16,
+        "conv_kernel": 4,
+        "use_bias": False,
+        "use_conv_bias": True,
+        "time_step_rank": 4,
+    },
 }
 
 

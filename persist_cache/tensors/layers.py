@@ -267,6 +267,8 @@ class _Rotating(RowKind):
         layer.offset = layer._idx = num_rows
 
     def state_rows(self, layer: Any) -> tuple[int, int]:
+        if self.has_rows(layer):
+            return 0, layer.offset  # behind it are padding and rows of trimmed tokens
         num_rows = layer.keys.shape[2]
         # After a prefill the buffer holds up to a chunk more than the window, in order. The next
         # update drops the oldest; without `keep`, whatever reads the buffer before that (a merge

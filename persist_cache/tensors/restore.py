@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +41,21 @@ class _Detail(msgspec.Struct):
     states: dict[str, dict[str, int]]
 
 
+@dataclass(frozen=True, slots=True)
 class _Fill:
-    """The leading rows of one stored tensor, and where they go."""
+    """The leading rows of one stored tensor, and where they go.
 
-    def __init__(self, reader: BlobReader, name: str, first: int, used: int, total: int) -> None:
-        self.reader = reader
-        self.name = name
-        self.first = first
-        self.used = used
-        self.total = total
+    Attributes:
+        first: Row of the buffer where they begin.
+        used: Rows that are wanted.
+        total: Rows that are stored; all are read, because the checksum is over all.
+    """
+
+    reader: BlobReader
+    name: str
+    first: int
+    used: int
+    total: int
 
 
 class _Buffer:

@@ -105,22 +105,25 @@ class CacheSource:
         self.num_tokens = num_tokens
         self._rows: list[_RowLayer] = []
         self._states: list[_StateLayer] = []
+        self.complete = True
+        self.nbytes = 0
         for place, layer in leaves(cache):
             kind = require_kind(layer)
             named = kind.arrays(layer)
             held = [_Held.of(name, array) for name, array in named.items()]
             if not isinstance(kind, RowKind):
                 self._states.append(_StateLayer(place, {}, None, held))
-            elif held and kind.has_rows(layer):
-                lag = num_tokens - layer.offset
-                self._rows.append(_RowLayer(f"layers.{place}.", lag, held))
+                self.complete = False
             elif held:
-                rows, moving = kind.state_rows(layer), kind.moving(layer)
-                self._states.append(_StateLayer(place, moving, rows, held))
-        self.complete = not self._states
-        arrays = [array for layer in self._rows for array in layer.arrays]
-        arrays += [array for layer in self._states for array in layer.arrays]
-        self.nbytes = sum(len(array.data) for array in arrays)
+                has_rows = kind.has_rows(layer)
+                if has_rows:
+                    lag = num_tokens - layer.offset
+                    self._rows.append(_RowLayer(f"layers.{place}.", lag, held))
+                if not kind.always_rows:
+                    rows, moving = kind.state_rows(layer), kind.moving(layer)
+                    self._states.append(_StateLayer(place, moving, rows, held))
+                self.complete &= has_rows
+            self.nbytes += sum(len(array.data) for array in held)
         self._checkpoint = self._make_checkpoint()
         self.checkpoint_nbytes = self._checkpoint.nbytes if self._checkpoint else 0
 
@@ -148,14 +151,15 @@ class CacheSource:
         return total
 
     def checkpoint(self) -> Payload | None:
-        """The state at `num_tokens` of all layers without rows; None if there are none.
+        """The state at `num_tokens` of all layers that may drop rows; None if there are none.
 
-        Tensors are named `layers.<place>.state.<name>`.
+        A layer that has dropped none yet is in it, too: the rows that others stored for the same
+        tokens may lack its own. Tensors are named `layers.<place>.state.<name>`.
         """
         return self._checkpoint
 
     def _make_checkpoint(self) -> Payload | None:
-        if self.complete:
+        if not self._states:
             return None
         tensors = []
         for layer in self._states:
