@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -28,6 +28,7 @@ from persist_cache.writer import WriteBehind
 
 log = logging.getLogger(__name__)
 
+_REMEMBERED_FETCHES = 64
 _ENOUGH_GAIN_TOKENS = 32
 """Reading the disk beats a shorter cache in memory only for more than a few tokens."""
 
@@ -176,7 +177,7 @@ class PromptCache:
         self._resident = Resident(codec, max_size, max_bytes)
         self._tally = _Tally()
         self._disk_off = "" if store is not None else "no store was given"
-        self._last = Fetch("miss", 0)
+        self._recent: deque[tuple[Sequence[int], Fetch]] = deque(maxlen=_REMEMBERED_FETCHES)
         self._owns_store = store is not None and not isinstance(store, Store)
         self._store = store if isinstance(store, Store) or store is None else Store.open(store)
         self._identify: Callable[[Any], Fingerprint | None] = identify or Identifier()
@@ -215,9 +216,18 @@ class PromptCache:
             return self._resident.nbytes
 
     @property
+    def disk_off(self) -> str:
+        """Why nothing is kept on disk at present; "" when it is."""
+        return self._disk_off
+
+    @property
     def last_fetch(self) -> Fetch:
-        """How the most recent request was answered; for response headers and logs."""
-        return self._last
+        """How the most recent request was answered."""
+        return self._recent[-1][1] if self._recent else Fetch("miss", 0)
+
+    def recent_fetches(self) -> list[tuple[Sequence[int], Fetch]]:
+        """The latest prompts and how they were answered, oldest first; for response headers."""
+        return list(self._recent)
 
     def stats_by_type(self) -> dict[str, dict[str, int]]:
         """Sequences and bytes in memory per tier: `{tier: {"n_sequences", "n_bytes"}}`."""
@@ -250,7 +260,7 @@ class PromptCache:
         fetch = Fetch(
             fetch.source, fetch.num_tokens, fetch.reason, time.monotonic() - started, fetch.nbytes
         )
-        self._account(fetch)
+        self._account(tokens, fetch)
         rest = tokens[fetch.num_tokens :] if fetch.num_tokens else tokens
         return cache, rest
 
@@ -292,6 +302,39 @@ class PromptCache:
             self._spill(self._resident.trim_to(n_sequences, n_bytes))
 
     # ---- beyond LRUPromptCache ---------------------------------------------------------------
+
+    def known_tokens(self, model: Hashable, tokens: Sequence[int]) -> int:
+        """Length of the longest prefix that a fetch would serve; looks only, counts nothing."""
+        return self._known(model, tokens)[0]
+
+    def branch_point(self, model: Hashable, tokens: Sequence[int]) -> int:
+        """Where a prompt leaves what is known, if it cannot be resumed there; else 0.
+
+        A model whose cache cannot be trimmed needs a checkpoint at that point, for the next
+        prompt that leaves there.
+        """
+        known, common = self._known(model, tokens)
+        common = min(common, len(tokens) - 1)
+        return common if common > known else 0
+
+    def _known(self, model: Hashable, tokens: Sequence[int]) -> tuple[int, int]:
+        """Tokens that can be served, and tokens shared with anything that is known."""
+        try:
+            packed = pack_tokens(tokens)
+            with self._lock:
+                candidate = self._candidate(model, packed, len(tokens))
+                common = self._resident.common_tokens(model, packed)
+            known = 0 if candidate is None else candidate.num_tokens
+            fingerprint = self._fingerprint(model)
+            if fingerprint is not None and self._store is not None:
+                match = self._store.match(fingerprint, packed)
+                known = max(known, match.num_tokens)
+                common = max(common, match.common_tokens)
+            return known, common
+        except Exception:
+            log.exception("a look-up failed")
+            self._problem("look_up_failed")
+            return 0, 0
 
     def flush(self, timeout_s: float | None = None) -> bool:
         """Save everything that is to be on disk and is not yet, and wait for it.
@@ -430,9 +473,9 @@ class PromptCache:
             return None
         return cache
 
-    def _account(self, fetch: Fetch) -> None:
+    def _account(self, tokens: Sequence[int], fetch: Fetch) -> None:
         with self._lock:
-            self._last = fetch
+            self._recent.append((tokens, fetch))
             if fetch.source == "miss":
                 self._tally.misses[fetch.reason or "nothing is known of this prompt"] += 1
             else:

@@ -122,6 +122,10 @@ class Resident:
                     return Candidate(held, num_tokens)
         return best
 
+    def common_tokens(self, model: Hashable, packed: bytes) -> int:
+        """Leading tokens shared with any cache, whether it can be resumed there or not."""
+        return self._trie.search(model, packed).common_prefix
+
     def touch(self, held: Held) -> None:
         self._lru.touch(held)
 

@@ -1,0 +1,151 @@
+"""`persist-cache explain`: would a request hit, and if not, why not?"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from persist_cache import Store
+from persist_cache.errors import ModelError
+from persist_cache.explain import Divergence, Explanation, explain
+from persist_cache.warm import load_tokenizer, render
+from persist_cache_cli.output import format_duration, print_json
+from persist_cache_cli.prompts import (
+    choose_model,
+    model_options,
+    parse_json,
+    read_json,
+    read_messages,
+)
+
+
+@click.command("explain")
+@click.option("--model", metavar="PATH_OR_HUB_ID", required=True, help="The model.")
+@click.option(
+    "--messages", type=click.Path(path_type=Path), help="JSON file with a chat request's messages."
+)
+@click.option("--tools", type=click.Path(path_type=Path), help="JSON file with tool definitions.")
+@click.option(
+    "--tokens", type=click.Path(path_type=Path), help="JSON file with token ids, instead."
+)
+@model_options
+@click.option("--chat-template-args", metavar="JSON", help="Further arguments of the template.")
+@click.option("--check", is_flag=True, help="Exit 3 if nothing would be found.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing; use with --check.")
+@click.pass_obj
+def command(
+    store: str | None,
+    *,
+    model: str,
+    messages: Path | None,
+    tools: Path | None,
+    tokens: Path | None,
+    chat_template_args: str | None,
+    check: bool,
+    as_json: bool,
+    quiet: bool,
+    **model_choice: Any,
+) -> None:
+    """Say how much of a request is cached, and why it is not more.
+
+    Names the first token that differs from what is stored, with the text on both sides; or what
+    changed about the model; or that a checkpoint is missing, or was evicted.
+
+    \b
+    Example:
+      persist-cache explain --model mlx-community/Qwen3-4B-4bit --messages request.json
+    """
+    choice = choose_model(model, **model_choice)
+    if (messages is None) == (tokens is None):
+        raise click.UsageError("Give either --messages or --tokens.")
+    identifier = choice.identifier()
+    fingerprint = identifier(choice.key)
+    if fingerprint is None:
+        raise ModelError(
+            f"The model {model!r} cannot be identified: {identifier.reason(choice.key)}"
+        )
+    tokenizer = load_tokenizer(model)
+    system_tokens = 0
+    if tokens is not None:
+        ids = read_json(tokens, "--tokens", list[int])
+    else:
+        assert messages is not None, "one of the two was given"
+        prompt = render(
+            tokenizer,
+            read_messages(messages),
+            tools=read_json(tools, "--tools", list[dict[str, Any]]) if tools else None,
+            template_args=parse_json(
+                chat_template_args or "{}", "--chat-template-args", dict[str, Any]
+            ),
+        )
+        ids, system_tokens = prompt.tokens, prompt.system_tokens
+    with Store.open(store, read_only=True) as opened:
+        found = explain(opened, fingerprint, ids, system_tokens=system_tokens)
+    if as_json:
+        print_json(_as_json(found, tokenizer))
+    elif not quiet:
+        _show(found, tokenizer)
+    if check and found.cached_tokens == 0:
+        sys.exit(3)
+
+
+def _show(found: Explanation, tokenizer: Any) -> None:
+    click.echo(found.message)
+    if found.entry is not None:
+        click.echo(f"  entry   {found.entry}")
+    if found.saved_s:
+        click.echo(f"  saves   about {format_duration(found.saved_s)} of prefill")
+    for change in found.changes:
+        click.echo(f"  {change.name}: stored {change.old!r}, now {change.new!r}")
+    if found.divergence is not None:
+        before, stored, prompt = _texts(found.divergence, tokenizer)
+        click.echo(f"  after   …{before}")
+        click.echo(f"  stored  {stored}")
+        click.echo(f"  prompt  {prompt}")
+
+
+def _texts(divergence: Divergence, tokenizer: Any) -> tuple[str, str, str]:
+    """The text right before the parting, and on both sides of it, on one line each."""
+
+    def text(tokens: list[int]) -> str:
+        known = [token for token in tokens if 0 <= token < len(tokenizer)]
+        decoded = tokenizer.decode(known) if known else ""
+        return repr(decoded)[1:-1] if decoded else "(nothing: it ends here)"
+
+    return (
+        text(divergence.before) if divergence.before else "",
+        text(divergence.stored),
+        text(divergence.prompt),
+    )
+
+
+def _as_json(found: Explanation, tokenizer: Any) -> dict[str, Any]:
+    divergence = None
+    if found.divergence is not None:
+        before, stored, prompt = _texts(found.divergence, tokenizer)
+        divergence = {
+            "position": found.divergence.position,
+            "before_text": before,
+            "stored_text": stored,
+            "prompt_text": prompt,
+            "stored_tokens": found.divergence.stored,
+            "prompt_tokens": found.divergence.prompt,
+        }
+    return {
+        "outcome": found.outcome,
+        "message": found.message,
+        "num_tokens": found.num_tokens,
+        "cached_tokens": found.cached_tokens,
+        "common_tokens": found.common_tokens,
+        "id": found.entry,
+        "saved_s": found.saved_s,
+        "divergence": divergence,
+        "changes": [
+            {"field": change.name, "stored": change.old, "now": change.new}
+            for change in found.changes
+        ],
+    }

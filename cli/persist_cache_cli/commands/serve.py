@@ -1,0 +1,82 @@
+"""`persist-cache serve`: mlx_lm.server with a cache that survives it."""
+
+from __future__ import annotations
+
+import click
+
+from persist_cache.entry import TIER_LABELS
+from persist_cache.server import DEFAULT_GRACE_S, ServeOptions, serve
+from persist_cache_cli.parse import SIZE
+
+
+@click.command(
+    "serve",
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    add_help_option=False,
+)
+@click.option("--disk-bytes", type=SIZE, help="Budget on disk, such as 50GB.")
+@click.option("--memory-bytes", type=SIZE, help="Live caches in memory; also --prompt-cache-bytes.")
+@click.option("--min-free", type=SIZE, help="Free disk space that is left alone.")
+@click.option("--daily-write-bytes", type=SIZE, help="Most that is written in a UTC day.")
+@click.option(
+    "--persist",
+    metavar="TIERS",
+    default=",".join(reversed(TIER_LABELS)),
+    show_default=True,
+    help="Tiers that go to disk, or none.",
+)
+@click.option(
+    "--grace",
+    type=click.FloatRange(min=0),
+    default=DEFAULT_GRACE_S,
+    show_default=True,
+    help="Seconds for running requests to end after SIGTERM.",
+)
+@click.option("--admin-token", help="Secret for the admin API; without one it is loopback only.")
+@click.option("--salt", default="", help="Keep this server's entries apart from others'.")
+@click.option("-h", "--help", "show_help", is_flag=True, help="Show this, and upstream's flags.")
+@click.pass_context
+def command(
+    ctx: click.Context,
+    *,
+    disk_bytes: int | None,
+    memory_bytes: int | None,
+    min_free: int | None,
+    daily_write_bytes: int | None,
+    persist: str,
+    grace: float,
+    admin_token: str | None,
+    salt: str,
+    show_help: bool,
+) -> None:
+    """Run mlx_lm.server with a prompt cache that survives restarts.
+
+    Every flag of mlx_lm.server works; the API is the same.
+
+    \b
+    Example:
+      persist-cache serve --model mlx-community/Qwen3-4B-4bit --port 8080
+    """
+    if show_help:
+        click.echo(ctx.get_help())
+        click.echo("\nFlags of mlx_lm.server:\n")
+        serve(["--help"], ServeOptions())
+        return
+    tiers = () if persist == "none" else tuple(part.strip() for part in persist.split(","))
+    unknown = [tier for tier in tiers if tier not in TIER_LABELS]
+    if unknown:
+        raise click.UsageError(
+            f"--persist: unknown tier {unknown[0]!r}; use system, user, assistant, or none."
+        )
+    options = ServeOptions(
+        store=ctx.obj,
+        disk_bytes=disk_bytes,
+        min_free_bytes=min_free,
+        daily_write_bytes=daily_write_bytes,
+        memory_bytes=memory_bytes,
+        persist=tiers,
+        grace_s=grace,
+        admin_token=admin_token,
+        salt=salt,
+    )
+    serve(ctx.args, options)

@@ -1,0 +1,352 @@
+"""`persist-cache warm`: prefill prompts ahead of traffic."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from persist_cache import Store, Tier
+from persist_cache.entry import Match
+from persist_cache.errors import ModelError, PersistCacheError
+from persist_cache.fingerprint import Fingerprint
+from persist_cache.warm import WARM_STEP_TOKENS, Warmed, load_model, load_tokenizer, render, warm
+from persist_cache_cli.output import format_bytes, print_json
+from persist_cache_cli.parse import DURATION, parse_duration
+from persist_cache_cli.prompts import (
+    Chat,
+    ManifestPrompt,
+    ModelChoice,
+    choose_model,
+    model_options,
+    parse_json,
+    read_json,
+    read_manifest,
+    read_messages,
+    read_text,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One prompt to keep warm.
+
+    Attributes:
+        whole: Store all of the conversation, not just its system part.
+        ttl_s: Seconds until it expires, or None.
+    """
+
+    choice: ModelChoice
+    chat: Chat
+    whole: bool
+    tier: Tier
+    pin: bool
+    ttl_s: float | None
+    label: str
+
+
+@click.command("warm")
+@click.option("--model", metavar="PATH_OR_HUB_ID", help="The model, as the server is given it.")
+@click.option("--system", metavar="TEXT", help="System prompt: the text, @FILE, or - for stdin.")
+@click.option(
+    "--messages",
+    type=click.Path(path_type=Path),
+    help="JSON file with a conversation to store as a whole.",
+)
+@click.option("--tools", type=click.Path(path_type=Path), help="JSON file with tool definitions.")
+@click.option(
+    "--manifest",
+    type=click.Path(path_type=Path),
+    help="TOML file with several prompts, one [[prompt]] each.",
+)
+@model_options
+@click.option("--chat-template-args", metavar="JSON", help="Further arguments of the template.")
+@click.option("--tier", metavar="TIER", help="system, user or assistant.  [default: by content]")
+@click.option("--pin", is_flag=True, help="Exempt it from eviction.")
+@click.option("--ttl", type=DURATION, help="Let it expire after this time, such as 7d.")
+@click.option("--label", default="", help="A name for it.")
+@click.option(
+    "--prefill-step-size",
+    type=click.IntRange(min=1),
+    default=WARM_STEP_TOKENS,
+    show_default=True,
+    help="Tokens per step; an interruption loses one.",
+)
+@click.option("--check", is_flag=True, help="Only report; exit 3 if something is missing.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON array.")
+@click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
+@click.pass_obj
+def command(
+    store: str | None,
+    *,
+    model: str | None,
+    system: str | None,
+    messages: Path | None,
+    tools: Path | None,
+    manifest: Path | None,
+    chat_template_args: str | None,
+    tier: str | None,
+    pin: bool,
+    ttl: float | None,
+    label: str,
+    prefill_step_size: int,
+    check: bool,
+    as_json: bool,
+    quiet: bool,
+    **model_choice: Any,
+) -> None:
+    """Prefill prompts and store them, so that the first request finds them.
+
+    What is stored already is skipped. An interrupted run goes on where its last step ended.
+
+    \b
+    Examples:
+      persist-cache warm --model mlx-community/Qwen3-4B-4bit --system @prompt.txt --pin
+      persist-cache warm --manifest prompts.toml --check
+    """
+    if manifest is not None:
+        if model or system or messages or tools:
+            raise click.UsageError("--manifest says it all; leave out the options of one prompt.")
+        jobs = [_job_of(prompt) for prompt in read_manifest(manifest).prompt]
+    else:
+        jobs = [
+            _make_job(
+                choose_model(_required(model), **model_choice),
+                system=system,
+                messages=messages,
+                tools=tools,
+                template_args=parse_json(
+                    chat_template_args or "{}", "--chat-template-args", dict[str, Any]
+                ),
+                tier=tier,
+                pin=pin,
+                ttl_s=ttl,
+                label=label,
+            )
+        ]
+    reports: list[dict[str, Any]] = []
+    with Store.open(store) as opened:
+        run = _Run(opened, prefill_step_size, quiet=quiet or as_json)
+        for job in jobs:
+            reports.append(run.check(job) if check else run.warm(job))
+    if as_json:
+        print_json(reports)
+    if any(report["missing_tokens"] for report in reports):
+        sys.exit(3)
+
+
+def _required(model: str | None) -> str:
+    if not model:
+        raise click.UsageError("Name the model with --model, or several prompts with --manifest.")
+    return model
+
+
+def _job_of(prompt: ManifestPrompt) -> Job:
+    choice = choose_model(
+        prompt.model,
+        prompt.adapter_path,
+        prompt.kv_bits,
+        prompt.kv_group_size,
+        prompt.quantized_kv_start,
+        prompt.salt,
+    )
+    return _make_job(
+        choice,
+        system=prompt.system,
+        messages=Path(prompt.messages) if prompt.messages else None,
+        tools=Path(prompt.tools) if prompt.tools else None,
+        template_args=prompt.chat_template_args,
+        tier=prompt.tier,
+        pin=prompt.pin,
+        ttl_s=None if prompt.ttl is None else parse_duration(prompt.ttl),
+        label=prompt.label,
+    )
+
+
+def _make_job(
+    choice: ModelChoice,
+    *,
+    system: str | None,
+    messages: Path | None,
+    tools: Path | None,
+    template_args: dict[str, Any],
+    tier: str | None,
+    pin: bool,
+    ttl_s: float | None,
+    label: str,
+) -> Job:
+    if (system is None) == (messages is None):
+        raise click.UsageError("Give either --system or --messages.")
+    whole = messages is not None
+    if messages is not None:
+        chat = read_messages(messages)
+    else:
+        # Only what precedes the user message is stored, so its text does not matter.
+        text = read_text(system or "", "--system")
+        chat = [{"role": "system", "content": text}, {"role": "user", "content": "Hello"}]
+    try:
+        parsed = Tier.parse(tier or ("user" if whole else "system"))
+    except ValueError as error:
+        raise click.UsageError(f"{error}.") from None
+    definitions = None if tools is None else read_json(tools, "--tools", list[dict[str, Any]])
+    return Job(choice, Chat(chat, definitions, template_args), whole, parsed, pin, ttl_s, label)
+
+
+class _Run:
+    """Works through jobs, loading each model and tokenizer at most once in a row."""
+
+    def __init__(self, store: Store, step_tokens: int, *, quiet: bool) -> None:
+        self._store = store
+        self._step_tokens = step_tokens
+        self._quiet = quiet
+        self._tokenizers: dict[str, Any] = {}
+        self._model: tuple[ModelChoice, Any] | None = None
+
+    def check(self, job: Job) -> dict[str, Any]:
+        """Report what is there, changing nothing."""
+        tokens, _, match = self._find(job, may_load=False)
+        missing = len(tokens) - match.num_tokens
+        if missing:
+            self._say(f"{_name(job)}: {match.num_tokens:,} of {len(tokens):,} tokens are stored.")
+        else:
+            self._say(f"{_name(job)}: all {len(tokens):,} tokens are stored.")
+        return _report(job, match.entries[-1:], len(tokens), match.num_tokens, missing)
+
+    def warm(self, job: Job) -> dict[str, Any]:
+        """Store what is missing."""
+        tokens, fingerprint, match = self._find(job, may_load=True)
+        expires = None if job.ttl_s is None else time.time() + job.ttl_s
+        entry = self._stored_entry(match, len(tokens))
+        if entry is not None:
+            self._mark(entry, job, expires)
+            self._say(f"{_name(job)}: all {len(tokens):,} tokens were stored already.")
+            return _report(job, (entry,), len(tokens), len(tokens), 0)
+        model = self._load(job.choice)
+        with self._progress(job, len(tokens)) as progress:
+            done = warm(
+                self._store,
+                fingerprint,
+                model,
+                tokens,
+                tier=job.tier,
+                label=job.label,
+                pinned=job.pin,
+                expires=expires,
+                step_tokens=self._step_tokens,
+                quantize=job.choice.quantize,
+                progress=progress,
+            )
+        self._say(_sentence(job, done))
+        entries = () if done.entry is None else (done.entry,)
+        return _report(job, entries, done.num_tokens, done.found_tokens, 0, done)
+
+    def _find(self, job: Job, *, may_load: bool) -> tuple[list[int], Fingerprint, Match]:
+        tokens = self._tokens(job)
+        identifier = job.choice.identifier()
+        fingerprint = identifier(job.choice.key)
+        if fingerprint is None and may_load:
+            # A hub id that is not on this machine yet is fetched by loading it.
+            self._load(job.choice)
+            identifier.forget()
+            fingerprint = identifier(job.choice.key)
+        if fingerprint is None:
+            reason = identifier.reason(job.choice.key)
+            raise ModelError(f"The model {job.choice.model!r} cannot be identified: {reason}")
+        return tokens, fingerprint, self._store.match(fingerprint, tokens)
+
+    def _stored_entry(self, match: Match, num_tokens: int) -> str | None:
+        """The entry that ends exactly here, if there is one."""
+        if match.num_tokens == num_tokens and match.entries:
+            entry = self._store.get(match.entries[-1])
+            if entry.num_tokens == num_tokens:
+                return entry.id
+        return None
+
+    def _mark(self, entry: str, job: Job, expires: float | None) -> None:
+        """Give a stored entry the marks that were asked for."""
+        if job.pin:
+            self._store.pin(entry)
+        if job.label:
+            self._store.set_label(entry, job.label)
+        if expires is not None:
+            self._store.expire_at(entry, expires)
+
+    def _tokens(self, job: Job) -> list[int]:
+        name = job.choice.model
+        if name not in self._tokenizers:
+            self._tokenizers[name] = load_tokenizer(name)
+        chat = job.chat
+        prompt = render(
+            self._tokenizers[name],
+            chat.messages,
+            tools=chat.tools,
+            template_args=chat.template_args,
+        )
+        if job.whole:
+            # A request computes its last token itself.
+            return prompt.tokens[:-1]
+        if not prompt.system_tokens:
+            raise PersistCacheError(
+                "This model's chat template puts nothing before the user message; "
+                "there is no system part to store."
+            )
+        return prompt.tokens[: prompt.system_tokens]
+
+    def _load(self, choice: ModelChoice) -> Any:
+        if self._model is None or self._model[0] != choice:
+            self._model = None  # free the old one before the new one is loaded
+            self._say(f"Loading {choice.model} …")
+            self._model = (choice, load_model(choice.model, choice.adapter_path)[0])
+        return self._model[1]
+
+    def _progress(self, job: Job, total: int) -> Any:
+        from persist_cache_cli.progress import token_bar
+
+        return token_bar(_name(job), total, quiet=self._quiet)
+
+    def _say(self, text: str) -> None:
+        if not self._quiet:
+            click.echo(text)
+
+
+def _name(job: Job) -> str:
+    return job.label or Path(job.choice.model).name
+
+
+def _sentence(job: Job, done: Warmed) -> str:
+    what = "this conversation" if job.whole else "this system prompt"
+    computed = done.num_tokens - done.found_tokens
+    rate = f" ({computed / done.seconds:,.0f} tokens/s)" if done.seconds and computed else ""
+    before = f"{done.found_tokens:,} were stored already; " if done.found_tokens else ""
+    return (
+        f"{_name(job)}: requests with {what} will find {done.num_tokens:,} tokens. {before}"
+        f"{computed:,} computed in {done.seconds:.1f} s{rate}, "
+        f"{format_bytes(done.nbytes)} written."
+    )
+
+
+def _report(
+    job: Job,
+    entries: tuple[str, ...],
+    num_tokens: int,
+    found_tokens: int,
+    missing_tokens: int,
+    done: Warmed | None = None,
+) -> dict[str, Any]:
+    return {
+        "id": entries[-1] if entries else None,
+        "model": job.choice.model,
+        "label": job.label,
+        "tier": job.tier.label,
+        "num_tokens": num_tokens,
+        "found_tokens": found_tokens,
+        "missing_tokens": missing_tokens,
+        "written_bytes": 0 if done is None else done.nbytes,
+        "prefill_s": 0.0 if done is None else done.seconds,
+    }
+
+

@@ -1,0 +1,450 @@
+"""`mlx_lm.server` with a `PromptCache`: the same API and flags, restartable.
+
+Upstream's model provider, generation loop and HTTP handler do the work. What is added here: where
+prompts are cut (tool turns, checkpoints at branches), what an answer says about the cache, and an
+orderly end. This is the only importer of `mlx_lm.server`, whose private seam is listed in
+`SEAM` and checked by a test.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import msgspec
+from mlx_lm import server as upstream
+
+from persist_cache.cache import Fetch, PromptCache
+from persist_cache.errors import PersistCacheError, StoreError
+from persist_cache.fingerprint import Identifier
+from persist_cache.store import Store
+
+log = logging.getLogger(__name__)
+
+SEAM = {
+    "run": ("host", "port", "model_provider", "server_class", "handler_class"),
+    "_run_http_server": ("host", "port", "response_generator", "server_class", "handler_class"),
+    "ResponseGenerator._tokenize": ("self", "tokenizer", "request", "args"),
+    "ResponseGenerator._serve_single": ("self", "request", "stream"),
+    "ResponseGenerator.generate": (
+        "self",
+        "request",
+        "generation_args",
+        "progress_callback",
+    ),
+    "ResponseGenerator.stop_and_join": ("self",),
+    "ModelProvider._load": ("self", "model_path", "adapter_path", "draft_model_path"),
+    "APIHandler._set_completion_headers": ("self", "status_code"),
+    "APIHandler._set_stream_headers": ("self", "status_code"),
+}
+"""What of mlx_lm.server is replaced or called, with its parameters."""
+
+DEFAULT_GRACE_S = 20.0
+_MIN_BRANCH_TOKENS = 64
+"""A shared prefix beyond the last checkpoint is worth one of its own from this length on."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """What `persist-cache serve` adds to the flags of `mlx_lm.server`.
+
+    Attributes:
+        store: Folder of the store; None for the default one.
+        disk_bytes: Budget on disk, None as last set.
+        min_free_bytes: Free space to leave, None as last set.
+        daily_write_bytes: Written per UTC day at most, None for no limit.
+        memory_bytes: Bytes of live caches kept in memory, None for `--prompt-cache-bytes`.
+        persist: Labels of the tiers that go to disk.
+        grace_s: Seconds that running requests may take to end after SIGTERM.
+        admin_token: Secret that the admin API asks for, None for loopback without one.
+        salt: Keeps this server's entries apart from others'.
+    """
+
+    store: str | None = None
+    disk_bytes: int | None = None
+    min_free_bytes: int | None = None
+    daily_write_bytes: int | None = None
+    memory_bytes: int | None = None
+    persist: tuple[str, ...] = ("system", "user", "assistant")
+    grace_s: float = DEFAULT_GRACE_S
+    admin_token: str | None = None
+    salt: str = ""
+
+
+class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
+    """Upstream's generation loop, cutting prompts where a restart will want to resume them."""
+
+    prompt_cache: PromptCache
+
+    def __init__(self, model_provider: Any, prompt_cache: PromptCache) -> None:
+        self.cache = prompt_cache  # upstream deletes its own reference at the end
+        self._fetches: deque[tuple[Sequence[int], Fetch]] = deque(maxlen=256)
+        self._answering = threading.local()
+        self._in_flight = 0
+        self._changed = threading.Condition()
+        super().__init__(model_provider, prompt_cache)
+
+    # ---- where prompts are cut ---------------------------------------------------------------
+
+    def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
+        prompt, segments, types, initial_state, vision = super()._tokenize(tokenizer, request, args)
+        if vision is None:
+            if len(segments) == 1 and types == ["assistant"] and request.request_type == "chat":
+                segments, types = self._cut_tool_turn(tokenizer, request, args, prompt)
+            segments, types = self._cut_at_branch(prompt, segments, types)
+        return prompt, segments, types, initial_state, vision
+
+    def _cut_tool_turn(
+        self, tokenizer: Any, request: Any, args: Any, prompt: list[int]
+    ) -> tuple[list[list[int]], list[str]]:
+        """Give a prompt that ends in a tool's result its system and user segments.
+
+        Upstream makes one `assistant` piece of it, so an agent's loop would leave no checkpoint.
+        """
+        end = self._system_end(tokenizer, request, args, prompt)
+        if 0 < end < len(prompt):
+            return [prompt[:end], prompt[end:]], ["system", "user"]
+        return [prompt], ["user"] if request.messages else ["assistant"]
+
+    def _system_end(self, tokenizer: Any, request: Any, args: Any, prompt: Sequence[int]) -> int:
+        """Tokens of `prompt` that any conversation with the same system messages shares."""
+        head = []
+        for message in request.messages:
+            if message.get("role") != "system":
+                break
+            head.append(message)
+        if not head or not tokenizer.has_chat_template:
+            return 0
+        options = dict(self.cli_args.chat_template_args)
+        options.update(args.chat_template_kwargs or {})
+        try:
+            probe = tokenizer.apply_chat_template(
+                [*head, {"role": "user", "content": ""}],
+                tools=request.tools,
+                add_generation_prompt=False,
+                tokenize=True,
+                **options,
+            )
+        except Exception as error:  # a template is a program of its own
+            log.debug("no system part could be rendered: %s", error)
+            return 0
+        for index, (a, b) in enumerate(zip(probe, prompt, strict=False)):
+            if a != b:
+                return index
+        return 0
+
+    def _cut_at_branch(
+        self, prompt: Sequence[int], segments: list[list[int]], types: list[str]
+    ) -> tuple[list[list[int]], list[str]]:
+        """Place a checkpoint where this prompt leaves a stored one that cannot be cut there.
+
+        Then the next conversation that leaves it at the same point finds something to resume.
+        """
+        branch = self.cache.branch_point(self.model_provider.model_key, prompt)
+        if branch < _MIN_BRANCH_TOKENS:
+            return segments, types
+        start = 0
+        for index, segment in enumerate(segments):
+            end = start + len(segment)
+            if start < branch < end:
+                halves = [segment[: branch - start], segment[branch - start :]]
+                kind = types[index]
+                return (
+                    [*segments[:index], *halves, *segments[index + 1 :]],
+                    [*types[:index], kind, *types[index:]],
+                )
+            start = end
+        return segments, types
+
+    def _serve_single(self, request: Any, stream: Any) -> None:
+        """One request at a time: upstream knows no segments here, so the prefill is done before.
+
+        A draft model's cache lags behind, so with one the reply alone is kept.
+        """
+        _, wanted, args = request
+        if self.model_provider.draft_model is None:
+            try:
+                self._keep_system_part(wanted, args, stream)
+            except Exception as error:
+                # Whatever is wrong with the request, upstream says it better.
+                log.debug("no system part was kept: %s", error)
+        super()._serve_single(request, stream)
+
+    def _keep_system_part(self, request: Any, args: Any, stream: Any) -> None:
+        from persist_cache.warm import KVQuantization, new_cache, prefill
+
+        tokenizer = self.model_provider.tokenizer
+        prompt, _, _, _, vision = super()._tokenize(tokenizer, request, args)
+        if vision is not None or request.request_type != "chat":
+            return
+        end = self._system_end(tokenizer, request, args, prompt)
+        key = self.model_provider.model_key
+        if end == 0 or self.cache.known_tokens(key, prompt[:end]) == end:
+            return
+        cache, rest = self.cache.fetch_nearest_cache(key, prompt[:end])
+        options = self.cli_args
+        quantize = None
+        if options.kv_bits is not None:
+            quantize = KVQuantization(
+                options.kv_bits, options.kv_group_size, options.quantized_kv_start
+            )
+        cache = new_cache(self.model_provider.model) if cache is None else cache
+        with mx.stream(stream):
+            prefill(
+                self.model_provider.model,
+                cache,
+                rest,
+                step_tokens=options.prefill_step_size,
+                quantize=quantize,
+            )
+        self.cache.insert_cache(key, prompt[:end], cache, cache_type="system")
+
+    # ---- what an answer says -----------------------------------------------------------------
+
+    def generate(
+        self,
+        request: Any,
+        generation_args: Any,
+        progress_callback: Callable[[int, int], None] | None = None,
+    ) -> Any:
+        with self._changed:
+            self._in_flight += 1
+        try:
+            ctx, response = super().generate(request, generation_args, progress_callback)
+        except BaseException:
+            self._finished()
+            raise
+        self._answering.fetch = self._fetch_of(ctx)
+
+        def counted() -> Iterator[Any]:
+            try:
+                yield from response
+            finally:
+                self._finished()
+
+        return ctx, counted()
+
+    def _finished(self) -> None:
+        with self._changed:
+            self._in_flight -= 1
+            self._changed.notify_all()
+
+    def _fetch_of(self, ctx: Any) -> Fetch | None:
+        """How the cache answered for this request.
+
+        When requests are served one at a time, upstream hands the context out before it looks.
+        """
+        deadline = time.monotonic() + 30
+        while ctx.prompt_cache_count < 0 and self.generation_available():
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(0.002)
+        for tokens, fetch in reversed(self.cache.recent_fetches()):
+            if tokens is ctx.prompt or list(tokens) == ctx.prompt:
+                return fetch
+        return None
+
+    def take_fetch(self) -> Fetch | None:
+        """The outcome for the request that this thread is about to answer; once."""
+        fetch: Fetch | None = getattr(self._answering, "fetch", None)
+        self._answering.fetch = None
+        return fetch
+
+    # ---- the end -----------------------------------------------------------------------------
+
+    def drain(self, grace_s: float) -> bool:
+        """Wait for running requests; returns whether all of them ended in time."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._in_flight <= 0, grace_s)
+
+
+class Provider(upstream.ModelProvider):  # type: ignore[misc]
+    """Upstream's model provider; identifies a model right when its files were read."""
+
+    identifier: Identifier | None = None
+
+    def _load(
+        self, model_path: str, adapter_path: str | None = None, draft_model_path: str | None = None
+    ) -> None:
+        # Files may be rewritten while the process lives, but not the weights in memory: the
+        # identity is that of the files at the time of loading.
+        if self.identifier is not None:
+            self.identifier.forget()
+        super()._load(model_path, adapter_path, draft_model_path)
+        if self.identifier is not None:
+            self.identifier(self.model_key)
+
+
+class Handler(upstream.APIHandler):  # type: ignore[misc]
+    """Upstream's HTTP handler, saying in a header where the prompt's cache came from."""
+
+    def _set_completion_headers(self, status_code: int = 200) -> None:
+        super()._set_completion_headers(status_code)
+        self._say_cache(status_code)
+
+    def _set_stream_headers(self, status_code: int = 200) -> None:
+        super()._set_stream_headers(status_code)
+        self._say_cache(status_code)
+
+    def _say_cache(self, status_code: int) -> None:
+        fetch = self.response_generator.take_fetch() if status_code == 200 else None
+        if fetch is not None:
+            self.send_header("x-persist-cache", cache_header(fetch))
+
+    def handle_health_check(self) -> None:
+        """Tell a sick disk from a sick model; only the latter makes the server unavailable."""
+        cache: PromptCache = self.response_generator.cache
+        healthy = self.response_generator.is_healthy
+        said = {
+            "status": "ok" if healthy else "unavailable",
+            "model": "ok" if healthy else "the generation thread died",
+            "disk": f"off: {cache.disk_off}" if cache.disk_off else "ok",
+        }
+        body = msgspec.json.encode(said)
+        self._set_completion_headers(200 if healthy else 503)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+def cache_header(fetch: Fetch) -> str:
+    """The value of `x-persist-cache`: `disk|memory|miss; tokens=N`, and why it is a miss."""
+    value = f"{fetch.source}; tokens={fetch.num_tokens}"
+    if fetch.source == "miss" and fetch.reason:
+        reason = fetch.reason.encode("ascii", "replace").decode().replace('"', "'")
+        value += f'; reason="{" ".join(reason.split())[:200]}"'
+    return value
+
+
+def serve(upstream_args: Sequence[str], options: ServeOptions) -> None:
+    """Run `mlx_lm.server` with our cache until SIGTERM or SIGINT.
+
+    Args:
+        upstream_args: Command line for `mlx_lm.server`'s own parser.
+        options: What is not in it.
+
+    Raises:
+        PersistCacheError: The port is taken, or the model cannot be loaded.
+    """
+
+    def run(host: str, port: int, provider: Any, *_: Any) -> None:
+        _run(host, port, provider, options)
+
+    # Upstream parses, sets up logging, and calls `run` by its global name.
+    with (
+        _replaced(upstream, "run", run),
+        _replaced(upstream, "ModelProvider", Provider),
+        _replaced(sys, "argv", ["persist-cache serve", *upstream_args]),
+    ):
+        upstream.main()
+
+
+def _run(host: str, port: int, provider: Any, options: ServeOptions) -> None:
+    args = provider.cli_args
+    identifier = Identifier(
+        kv_bits=args.kv_bits,
+        kv_group_size=args.kv_group_size,
+        quantized_kv_start=args.quantized_kv_start,
+        salt=options.salt,
+    )
+    provider.identifier = identifier
+    store, why_off = _open_store(options, distributed=mx.distributed.init().size() > 1)
+    memory_bytes = options.memory_bytes or args.prompt_cache_bytes or 1 << 63
+    cache = PromptCache(
+        args.prompt_cache_size,
+        memory_bytes,
+        store=store,
+        identify=identifier,
+        leave_tokens=1,
+        persist=options.persist,
+    )
+    log.info("%s", _start_line(store, why_off, args.prompt_cache_size, memory_bytes, options))
+    generator = Generator(provider, cache)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        if mx.distributed.init().rank() == 0:
+            _listen(host, port, generator, options.grace_s)
+        else:
+            generator.join()
+    finally:
+        cache.close()
+        if store is not None:
+            store.close()
+
+
+def _listen(host: str, port: int, generator: Generator, grace_s: float) -> None:
+    stop = generator.stop_and_join
+
+    def drain_then_stop() -> None:
+        log.info("stopping: waiting up to %.0f s for running requests", grace_s)
+        if not generator.drain(grace_s):
+            log.warning("running requests were cut after %.0f s", grace_s)
+        stop()
+
+    generator.stop_and_join = drain_then_stop
+    try:
+        upstream._run_http_server(host, port, generator, handler_class=Handler)
+    except OSError as error:
+        stop()
+        raise PersistCacheError(
+            f"Cannot listen on {host}:{port} ({error.strerror}); choose another --port."
+        ) from error
+
+
+def _open_store(options: ServeOptions, *, distributed: bool) -> tuple[Store | None, str]:
+    """The store, or why there is none: a server without its disk still answers."""
+    if not options.persist:
+        return None, "--persist none"
+    if distributed:
+        return None, "several ranks share one model, and shards are not stored yet"
+    try:
+        return (
+            Store.open(
+                options.store,
+                max_bytes=options.disk_bytes,
+                min_free_bytes=options.min_free_bytes,
+                daily_write_bytes=options.daily_write_bytes,
+            ),
+            "",
+        )
+    except StoreError as error:
+        return None, str(error)
+
+
+def _start_line(
+    store: Store | None, why_off: str, max_size: int, memory_bytes: int, options: ServeOptions
+) -> str:
+    memory = f"{max_size} caches"
+    if memory_bytes < 1 << 62:
+        memory += f", {memory_bytes} bytes"
+    if store is None:
+        return f"prompt cache: memory {memory}; disk off: {why_off}"
+    return (
+        f"prompt cache: memory {memory}; disk {store.root}, at most {store.limits.max_bytes} "
+        f"bytes, {store.limits.min_free_bytes} left free, tiers {', '.join(options.persist)}"
+    )
+
+
+def _interrupt(signum: int, frame: Any) -> None:
+    """SIGTERM ends the server as Ctrl-C does; a second one ends it at once."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
