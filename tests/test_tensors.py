@@ -34,10 +34,8 @@ from persist_cache import fs, tensors
 from persist_cache.blobs import BlobFolder, BlobHeader, BlobReader, BlobWriter, Payload
 from persist_cache.errors import CorruptBlobError, MissingDependencyError, UnsupportedCacheError
 from persist_cache.tensors import pool
-
-tiny_caches = importlib.import_module("tests.tiny_caches")
-CACHES, MODELS = tiny_caches.CACHES, tiny_caches.MODELS
-new_cache, feed = tiny_caches.new_cache, tiny_caches.feed
+from tests import tiny_caches
+from tests.tiny_caches import CACHES, MODELS, feed, new_cache
 
 
 class Disk:

@@ -1,4 +1,4 @@
-"""mlx-lm's own tests pass with `PromptCache` in the place of `LRUPromptCache`.
+"""mlx-lm's own tests pass with our `PromptCache`, and with our generation loop around it.
 
 Every case of every upstream class that names `LRUPromptCache` runs under its own test id: the
 cache's own tests, and those of the server, which use it behind live HTTP, here with a tiny
@@ -7,20 +7,21 @@ random model because they are about the protocol, not about what the model says.
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-# By name: mypy knows these files as top-level modules, pytest as parts of `tests`.
-tiny_models = importlib.import_module("tests.tiny_models")
-upstream = importlib.import_module("tests.upstream")
+from tests import tiny_models, upstream
 
 CACHE_CLASS = "LRUPromptCache"
 
 EXCUSED: dict[str, str] = {}
 """`Class.method` to the reason why it cannot pass here; mlx-lm's own cache must fail it too."""
+
+RACES = {"TestServerKVCacheQuantization.test_completion_quantizes_the_cache": 3}
+"""Cases that look into the cache right after an answer, and how often they may try: upstream
+sends the answer before it inserts, so on a busy machine its own cache is late as well."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -47,11 +48,15 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return hub
 
 
-def test_upstream_case(case: Any, hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("generator", ["upstream", "ours"])
+def test_upstream_case(
+    case: Any, generator: str, hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import mlx_lm.server
     from huggingface_hub import scan_cache_dir
 
     import persist_cache
+    from persist_cache import server
 
     module = upstream.load_module(case.file)
     (model_dir,) = hub.glob("models--*/snapshots/*")
@@ -63,7 +68,12 @@ def test_upstream_case(case: Any, hub: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert not upstream.run_case(module, case).wasSuccessful(), "passes: excuse it no longer"
         pytest.skip(EXCUSED[case.name])
     monkeypatch.setattr(module, CACHE_CLASS, persist_cache.PromptCache)
-    result = upstream.run_case(module, case)
+    if generator == "ours":
+        monkeypatch.setattr(module, "ResponseGenerator", server.Generator)
+    for _ in range(RACES.get(case.name, 1)):
+        result = upstream.run_case(module, case)
+        if result.wasSuccessful():
+            break
 
     for _, reason in result.skipped:
         pytest.skip(f"upstream skips it: {reason}")
