@@ -317,6 +317,24 @@ def test_unknown_cache_class_is_refused_by_name_and_counted(
     assert disk.entries() == []
 
 
+@pytest.mark.parametrize(
+    "field", ["weights", "config", "adapter.weights", "kv_bits", "mlx_lm", "layout", "salt"]
+)
+def test_any_single_field_that_changes_is_a_miss_and_restoring_it_gives_the_hit_back(
+    make: Callable[..., PromptCache], field: str
+) -> None:
+    fields = dict.fromkeys(
+        ["weights", "config", "adapter.weights", "kv_bits", "mlx_lm", "layout", "salt"], "as it was"
+    )
+    original = Fingerprint.from_fields(fields)
+    changed = Fingerprint.from_fields({**fields, field: "changed"})
+    with make(identify=lambda model: original) as cache:
+        insert(cache, range(50), "system")
+
+    assert fetch(make(identify=lambda model: changed), range(60)) is None
+    assert fetch(make(identify=lambda model: original), range(60)) == list(range(50))
+
+
 @pytest.mark.parametrize("bad", [[1.5, 2], ["a"], [1 << 70]])
 def test_nothing_raises_into_the_generation_thread(
     make: Callable[..., PromptCache], bad: list[Any]

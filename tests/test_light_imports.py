@@ -1,0 +1,91 @@
+"""What must not be imported: the library works without MLX, the command line starts at once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HEAVY = ("mlx", "mlx.core", "mlx_lm", "transformers", "numpy", "huggingface_hub")
+
+WITHOUT_MLX = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("mlx", "mlx_lm"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+"""
+
+
+def run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True
+    )
+
+
+def test_every_public_name_works_without_mlx() -> None:
+    done = run(
+        WITHOUT_MLX + "import persist_cache\n"
+        "for name in persist_cache.__all__: getattr(persist_cache, name)"
+    )
+
+    assert done.stderr == ""
+    assert done.returncode == 0
+
+
+def test_store_works_without_mlx(tmp_path: Path) -> None:
+    done = run(
+        WITHOUT_MLX + "from persist_cache import Store\n"
+        "with Store.open(sys.argv[1], min_free_bytes=0) as store:\n"
+        "    print(store.entries(), store.check(), store.stats().entries)",
+        str(tmp_path / "store"),
+    )
+
+    assert (done.stdout, done.stderr) == ("[] [] 0\n", "")
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "from persist_cache import PromptCache; PromptCache()",
+        "from persist_cache.warm import load_model; load_model('nowhere')",
+        "from persist_cache import tensors",
+    ],
+)
+def test_what_needs_mlx_asks_for_it_in_one_sentence(program: str) -> None:
+    done = run(
+        WITHOUT_MLX + "from persist_cache import PersistCacheError\n"
+        "try:\n    " + program + "\nexcept PersistCacheError as error:\n    print(error)"
+    )
+
+    assert done.stderr == ""
+    assert "pip install mlx mlx-lm" in done.stdout
+    assert done.stdout.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import persist_cache",
+        "from persist_cache import Entry, Fingerprint, Store, Tier, identify, PromptCache",
+        "from persist_cache_cli.main import cli; cli(['list', '--help'], standalone_mode=False)",
+    ],
+)
+def test_nothing_heavy_is_imported(program: str) -> None:
+    done = run(f"import sys\n{program}\nprint([name for name in {HEAVY!r} if name in sys.modules])")
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_no_package_called_cli_is_installed() -> None:
+    done = run("import importlib.util as u; print(u.find_spec('persist_cache_cli').origin)")
+    home = Path(done.stdout.strip()).parent
+
+    assert home.name == "persist_cache_cli"
+    assert not (home.parent / "cli" / "__init__.py").exists()
