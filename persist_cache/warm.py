@@ -11,6 +11,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from persist_cache.entry import Tier
@@ -79,12 +80,14 @@ def _model_errors(model: str) -> Iterator[None]:
             "Running a model needs MLX and mlx-lm: pip install mlx mlx-lm."
         ) from error
     except Exception as error:
+        if not Path(model).exists():
+            raise ModelError(
+                f"The model {model!r} is no folder here, and the hub does not know it or cannot be "
+                "reached; name a folder with a model's files, or a hub id."
+            ) from error
         said = str(error).strip().splitlines()
-        detail = said[0] if said else type(error).__name__
-        raise ModelError(
-            f"The model {model!r} cannot be loaded: {detail.rstrip('.')}. "
-            "Name a folder with its files, or a hub id."
-        ) from error
+        detail = said[0].rstrip(".") if said else type(error).__name__
+        raise ModelError(f"The model in {model} cannot be loaded: {detail}.") from error
 
 
 def render(
@@ -261,6 +264,7 @@ def warm(
         prefill(model, cache, tokens[done:end], step_tokens=step_tokens, quantize=quantize)
         last = end == len(tokens)
         spent = time.monotonic() - started
+        tensors.prepare(cache, end)
         computed = end - found_tokens
         result = store.put(
             fingerprint,

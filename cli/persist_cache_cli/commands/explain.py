@@ -8,7 +8,6 @@ from typing import Any
 
 import click
 
-from persist_cache import Store
 from persist_cache.errors import ModelError
 from persist_cache.explain import Divergence, Explanation, explain
 from persist_cache.warm import load_tokenizer, render
@@ -20,6 +19,7 @@ from persist_cache_cli.prompts import (
     read_json,
     read_messages,
 )
+from persist_cache_cli.store_access import common_options, no_store, reading
 
 
 @click.command("explain")
@@ -34,11 +34,11 @@ from persist_cache_cli.prompts import (
 @model_options
 @click.option("--chat-template-args", metavar="JSON", help="Further arguments of the template.")
 @click.option("--check", is_flag=True, help="Exit 3 if nothing would be found.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("-q", "--quiet", is_flag=True, help="Print nothing; use with --check.")
+@common_options(quiet="Print nothing; use with --check.")
 @click.pass_obj
 def command(
     store: str | None,
+    /,
     *,
     model: str,
     messages: Path | None,
@@ -83,8 +83,11 @@ def command(
             ),
         )
         ids, system_tokens = prompt.tokens, prompt.system_tokens
-    with Store.open(store, read_only=True) as opened:
-        found = explain(opened, fingerprint, ids, system_tokens=system_tokens)
+    with reading(store) as opened:
+        if opened is None:
+            found = Explanation(len(ids), 0, 0, "nothing", no_store(store))
+        else:
+            found = explain(opened, fingerprint, ids, system_tokens=system_tokens)
     if as_json:
         print_json(_as_json(found, tokenizer))
     elif not quiet:
@@ -100,12 +103,16 @@ def _show(found: Explanation, tokenizer: Any) -> None:
     if found.saved_s:
         click.echo(f"  saves   about {format_duration(found.saved_s)} of prefill")
     for change in found.changes:
-        click.echo(f"  {change.name}: stored {change.old!r}, now {change.new!r}")
+        click.echo(f"  {change.name}: stored {_value(change.old)}, now {_value(change.new)}")
     if found.divergence is not None:
         before, stored, prompt = _texts(found.divergence, tokenizer)
         click.echo(f"  after   …{before}")
         click.echo(f"  stored  {stored}")
         click.echo(f"  prompt  {prompt}")
+
+
+def _value(value: str | None) -> str:
+    return "nothing" if value in (None, "null") else str(value)
 
 
 def _texts(divergence: Divergence, tokenizer: Any) -> tuple[str, str, str]:

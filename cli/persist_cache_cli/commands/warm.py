@@ -29,6 +29,7 @@ from persist_cache_cli.prompts import (
     read_messages,
     read_text,
 )
+from persist_cache_cli.store_access import common_options, store_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +78,11 @@ class Job:
     help="Tokens per step; an interruption loses one.",
 )
 @click.option("--check", is_flag=True, help="Only report; exit 3 if something is missing.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON array.")
-@click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
+@common_options()
 @click.pass_obj
 def command(
     store: str | None,
+    /,
     *,
     model: str | None,
     system: str | None,
@@ -129,7 +130,7 @@ def command(
             )
         ]
     reports: list[dict[str, Any]] = []
-    with Store.open(store) as opened:
+    with Store.open(store_path(store)) as opened:
         run = _Run(opened, prefill_step_size, quiet=quiet or as_json)
         for job in jobs:
             reports.append(run.check(job) if check else run.warm(job))
@@ -348,5 +349,3 @@ def _report(
         "written_bytes": 0 if done is None else done.nbytes,
         "prefill_s": 0.0 if done is None else done.seconds,
     }
-
-

@@ -1,0 +1,282 @@
+"""`warm` and `explain` as processes, with a tiny model: what scripts and people rely on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from persist_cache import Store, StoreAccessError
+from persist_cache.warm import PARTIAL_LABEL
+from tests.tiny_models import build_model_dir
+
+SYSTEM = "You are a helpful assistant who answers in a short sentence. " * 4
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_model_dir(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    return tmp_path / "store"
+
+
+def command(store: Path, *arguments: object) -> list[str]:
+    program = [sys.executable, "-m", "persist_cache_cli", "--store", str(store)]
+    return [*program, *(str(argument) for argument in arguments)]
+
+
+def run(store: Path, *arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(store, *arguments), capture_output=True, text=True, input=stdin)
+
+
+def request(path: Path, question: str, system: str = SYSTEM) -> Path:
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
+    path.write_text(json.dumps({"messages": messages}))
+    return path
+
+
+def test_warm_then_explain_says_all_system_tokens(model: Path, store: Path, tmp_path: Path) -> None:
+    warmed = run(store, "warm", "--model", model, "--system", SYSTEM, "--label", "mine", "--json")
+    assert warmed.returncode == 0, warmed.stderr
+    (report,) = json.loads(warmed.stdout)
+    chat = request(tmp_path / "chat.json", "Hello!")
+
+    explained = run(store, "explain", "--model", model, "--messages", chat)
+
+    assert explained.returncode == 0, explained.stderr
+    assert f"all {report['num_tokens']:,} system tokens" in explained.stdout
+    assert report["id"] in explained.stdout
+
+
+def test_date_in_the_system_prompt_is_named_with_both_texts(
+    model: Path, store: Path, tmp_path: Path
+) -> None:
+    """open-webui #28527, sglang #34553: 0 tokens reused, and nobody knows why."""
+    run(store, "warm", "--model", model, "--system", f"Today is Monday. {SYSTEM}")
+    chat = request(tmp_path / "chat.json", "Hello!", f"Today is Sunday. {SYSTEM}")
+
+    explained = run(store, "explain", "--model", model, "--messages", chat, "--json")
+
+    said = json.loads(explained.stdout)
+    assert said["outcome"] == "diverges"
+    assert said["divergence"]["before_text"].endswith("Today is ")
+    assert said["divergence"]["stored_text"].startswith("Mon")
+    assert said["divergence"]["prompt_text"].startswith("Sun")
+
+
+def test_changed_model_option_is_named_by_field(model: Path, store: Path, tmp_path: Path) -> None:
+    run(store, "warm", "--model", model, "--system", SYSTEM)
+    chat = request(tmp_path / "chat.json", "Hello!")
+
+    explained = run(
+        store, "explain", "--model", model, "--messages", chat, "--kv-bits", 8, "--json"
+    )
+
+    said = json.loads(explained.stdout)
+    assert said["outcome"] == "other_model"
+    assert {"field": "kv_bits", "stored": "null", "now": "8"} in said["changes"]
+
+
+def test_evicted_prompt_is_explained_as_gone(model: Path, store: Path, tmp_path: Path) -> None:
+    run(store, "warm", "--model", model, "--system", SYSTEM)
+    with Store.open(store) as opened:
+        opened.evict([entry.id for entry in opened.entries()])
+    chat = request(tmp_path / "chat.json", "Hello!")
+
+    explained = run(store, "explain", "--model", model, "--messages", chat, "--check")
+
+    assert explained.returncode == 3
+    assert "evicted by request" in explained.stdout
+
+
+def test_warming_again_computes_nothing_and_sets_the_marks(model: Path, store: Path) -> None:
+    run(store, "warm", "--model", model, "--system", SYSTEM)
+
+    again = run(
+        store, "warm", "--model", model, "--system", SYSTEM, "--pin", "--label", "x", "--ttl", "7d"
+    )
+
+    assert "stored already" in again.stdout
+    with Store.open(store) as opened:
+        (entry,) = opened.entries()
+    assert (entry.pinned, entry.label) == (True, "x")
+    assert entry.expires == pytest.approx(time.time() + 7 * 86400, abs=600)
+
+
+def test_check_reports_and_changes_nothing(model: Path, store: Path) -> None:
+    missing = run(store, "warm", "--model", model, "--system", SYSTEM, "--check")
+    run(store, "warm", "--model", model, "--system", SYSTEM)
+    present = run(store, "warm", "--model", model, "--system", SYSTEM, "--check", "-q")
+
+    assert (missing.returncode, present.returncode) == (3, 0)
+    assert "0 of" in missing.stdout
+    assert present.stdout == ""
+
+
+def test_tools_and_whole_conversations(model: Path, store: Path, tmp_path: Path) -> None:
+    tools = tmp_path / "tools.json"
+    function = {"name": "clock", "description": "Tells the time.", "parameters": {}}
+    tools.write_text(json.dumps([{"type": "function", "function": function}]))
+    chat = request(tmp_path / "chat.json", "What time is it?")
+
+    done = run(store, "warm", "--model", model, "--messages", chat, "--tools", tools, "--json")
+    explained = run(
+        store, "explain", "--model", model, "--messages", chat, "--tools", tools, "--json"
+    )
+
+    (report,) = json.loads(done.stdout)
+    said = json.loads(explained.stdout)
+    assert report["tier"] == "user"
+    assert (said["outcome"], said["cached_tokens"]) == ("hit", report["num_tokens"])
+
+
+def test_manifest_warms_several_prompts(model: Path, store: Path, tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text(SYSTEM)
+    manifest = tmp_path / "prompts.toml"
+    manifest.write_text(
+        f'[[prompt]]\nmodel = "{model}"\nsystem = "@one.txt"\nlabel = "one"\npin = true\n'
+        f'[[prompt]]\nmodel = "{model}"\nsystem = "Another one. {SYSTEM}"\nttl = "1h"\n'
+    )
+
+    before = run(store, "warm", "--manifest", manifest, "--check", "--json")
+    done = run(store, "warm", "--manifest", manifest, "--json")
+    after = run(store, "warm", "--manifest", manifest, "--check", "--json")
+
+    assert done.returncode == 0, done.stderr
+    assert (before.returncode, after.returncode) == (3, 0)
+    assert [report["missing_tokens"] for report in json.loads(after.stdout)] == [0, 0]
+    with Store.open(store) as opened:
+        assert {entry.label for entry in opened.entries()} == {"one", ""}
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_interrupted_warm_goes_on_where_the_last_step_ended(
+    model: Path, store: Path, how: signal.Signals
+) -> None:
+    arguments = ["warm", "--model", model, "--system", SYSTEM * 12, "--prefill-step-size", 64]
+    process = subprocess.Popen(
+        command(store, *arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    try:
+        partial = _wait_for_partial(store, process)
+        process.send_signal(how)
+        process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == (130 if how == signal.SIGINT else -9)
+    with Store.open(store) as opened:
+        assert opened.check(read_data=True) == []
+
+    again = run(store, *arguments, "--json")
+
+    (report,) = json.loads(again.stdout)
+    assert partial <= report["found_tokens"] < report["num_tokens"]
+    with Store.open(store) as opened:
+        assert [entry.num_tokens for entry in opened.entries()] == [report["num_tokens"]]
+        assert opened.check(read_data=True) == []
+
+
+def _wait_for_partial(store: Path, process: subprocess.Popen[bytes]) -> int:
+    """Wait until the first step is on disk; returns its tokens."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            with Store.open(store, read_only=True) as opened:
+                for entry in opened.entries():
+                    if entry.label == PARTIAL_LABEL:
+                        return entry.num_tokens
+        except StoreAccessError:
+            pass  # not made yet
+        os.sched_yield()
+    raise AssertionError(f"no step was stored: {process.communicate()}")
+
+
+BAD: dict[str, tuple[list[object], str]] = {
+    "no model": (["warm", "--system", "x"], "--model"),
+    "nothing to store": (["warm", "--model", "MODEL"], "--system or --messages"),
+    "empty text": (["warm", "--model", "MODEL", "--system", " "], "empty"),
+    "missing file": (["warm", "--model", "MODEL", "--system", "@nowhere.txt"], "cannot be read"),
+    "unknown model": (["warm", "--model", "nowhere", "--system", "x"], "nowhere"),
+    "unknown tier": (
+        ["warm", "--model", "MODEL", "--system", "x", "--tier", "narrator"],
+        "unknown tier",
+    ),
+    "bad length of time": (
+        ["warm", "--model", "MODEL", "--system", "x", "--ttl", "soon"],
+        "length of time",
+    ),
+    "garbage messages": (["explain", "--model", "MODEL", "--messages", "GARBAGE"], "JSON"),
+    "messages of the wrong shape": (
+        ["explain", "--model", "MODEL", "--messages", "NUMBERS"],
+        "wrong shape",
+    ),
+    "tokens of the wrong shape": (
+        ["explain", "--model", "MODEL", "--tokens", "MESSAGES"],
+        "wrong shape",
+    ),
+    "garbage manifest": (["warm", "--manifest", "GARBAGE"], "cannot be understood"),
+    "both kinds of prompt": (
+        ["explain", "--model", "MODEL", "--messages", "MESSAGES", "--tokens", "NUMBERS"],
+        "either",
+    ),
+    "garbage template arguments": (
+        ["warm", "--model", "MODEL", "--system", "x", "--chat-template-args", "{"],
+        "JSON",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_sentence(
+    name: str, model: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "garbage").write_text("{[")
+    (tmp_path / "numbers").write_text("[1, 2, 3]")
+    request(tmp_path / "messages", "Hello!")
+    names: dict[object, object] = {
+        "MODEL": model,
+        "GARBAGE": tmp_path / "garbage",
+        "NUMBERS": tmp_path / "numbers",
+        "MESSAGES": tmp_path / "messages",
+    }
+    arguments, expected = BAD[name]
+
+    done = run(store, *(names.get(argument, argument) for argument in arguments))
+
+    assert done.returncode in (1, 2)
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("Error")]
+    assert len(lines) == 1, done.stderr
+    assert expected in " ".join(done.stderr.split())
+
+
+def test_warm_beside_a_process_that_reads(model: Path, store: Path, tmp_path: Path) -> None:
+    """One store, one process that warms while another one looks, again and again."""
+    reader = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys, time\nfrom persist_cache import Store\n"
+            "end = time.monotonic() + 3\n"
+            "with Store.open(sys.argv[1], min_free_bytes=0) as store:\n"
+            "    while time.monotonic() < end:\n"
+            "        store.entries(); store.check(); store.stats()\n",
+            str(store),
+        ],
+        stderr=subprocess.PIPE,
+    )
+
+    done = run(store, "warm", "--model", model, "--system", SYSTEM * 4, "--prefill-step-size", 64)
+
+    _, errors = reader.communicate(timeout=60)
+    assert (done.returncode, reader.returncode, errors) == (0, 0, b"")
