@@ -8,9 +8,11 @@ record names is garbage exactly when its lock is free. `docs/format.md` describe
 from __future__ import annotations
 
 import contextlib
+import errno
+import logging
 import os
 import secrets
-import time
+import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,12 +24,18 @@ import xxhash
 from persist_cache import fs
 from persist_cache.errors import CorruptBlobError, StoreFormatError
 
+log = logging.getLogger(__name__)
+
 FORMAT_VERSION = "1"
 ALIGNMENT = 16 * 1024
 """Tensor data starts at a multiple of this: the page size of Apple silicon."""
 TOKENS = "tokens"
 """Name of the tensor that holds a run's own token ids, int64."""
 SUFFIX = ".safetensors"
+TAG_FILE = "CACHEDIR.TAG"
+"""Tells backup programs to leave the folder out."""
+PRESENCE_FILE = "store.lock"
+"""Locked shared by every process that has the store open."""
 _MAX_HEADER_BYTES = 32 << 20
 _DTYPE_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
@@ -213,13 +221,25 @@ class BlobWriter:
 
     def __init__(self, folder: BlobFolder) -> None:
         self._folder = folder
-        self.name = secrets.token_hex(16)
-        self.path = folder.temporary_path(self.name)
-        self._fd = fs.create(self.path)
         self._done = False
-        if not fs.try_lock(self._fd):
+        while True:
+            self.name = secrets.token_hex(16)
+            self.path = folder.temporary_path(self.name)
+            self._fd = fs.create(self.path)
+            # A sweep may have seen the file before its lock was taken; it is lost then.
+            try:
+                if fs.try_lock(self._fd) and _is_same_file(self.path, self._fd):
+                    return
+                self.discard()
+            except BaseException:
+                self.__exit__()
+                raise
             os.close(self._fd)
-            raise OSError(f"{self.path} is locked by somebody else")
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the file was removed again."""
+        return not self.path.exists()
 
     def __enter__(self) -> BlobWriter:
         return self
@@ -286,9 +306,13 @@ class BlobReader:
         """
         self.path = path
         self.name = path.name.removesuffix(SUFFIX)
-        self._fd = fs.open_read(path)
+        with _bad_sectors(path):
+            self._fd = fs.open_read(path)
         try:
-            self.nbytes = os.fstat(self._fd).st_size
+            status = os.fstat(self._fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise CorruptBlobError(path, "it is not a file")
+            self.nbytes = status.st_size
             if nbytes is not None and self.nbytes != nbytes:
                 raise CorruptBlobError(path, f"{self.nbytes} bytes long instead of {nbytes}")
             self.header = self._read_header(digest)
@@ -328,7 +352,7 @@ class BlobReader:
         info = self.header.tensors[name]
         if sum(len(buffer) for buffer in buffers) != info.nbytes:
             raise ValueError(f"buffers for {name!r} do not sum up to {info.nbytes} bytes")
-        with self._descriptor() as fd:
+        with _bad_sectors(self.path), self._descriptor() as fd:
             count = fs.read_into(fd, info.offset, buffers)
         if count != info.nbytes:
             raise CorruptBlobError(self.path, f"ends within tensor {name!r}")
@@ -352,7 +376,9 @@ class BlobReader:
             digest = xxhash.xxh3_128()
             for start in range(0, info.nbytes, len(scratch)):
                 part = scratch[: min(len(scratch), info.nbytes - start)]
-                if fs.read_into(self._fd, info.offset + start, [part]) != len(part):
+                with _bad_sectors(self.path):
+                    count = fs.read_into(self._fd, info.offset + start, [part])
+                if count != len(part):
                     raise CorruptBlobError(self.path, f"ends within tensor {name!r}")
                 digest.update(part)
             if digest.hexdigest() != info.xxh3:
@@ -383,7 +409,9 @@ class BlobReader:
 
     def _exactly(self, offset: int, size: int) -> bytes:
         buffer = bytearray(size)
-        if fs.read_into(self._fd, offset, [memoryview(buffer)]) != size:
+        with _bad_sectors(self.path):
+            count = fs.read_into(self._fd, offset, [memoryview(buffer)])
+        if count != size:
             raise CorruptBlobError(self.path, "ends within its header")
         return bytes(buffer)
 
@@ -391,7 +419,7 @@ class BlobReader:
         try:
             table = msgspec.json.decode(raw, type=dict[str, dict[str, Any]])
             metadata = msgspec.convert(table.pop("__metadata__"), dict[str, str])
-        except (msgspec.DecodeError, KeyError, UnicodeDecodeError):
+        except (msgspec.DecodeError, KeyError, UnicodeDecodeError, RecursionError):
             raise CorruptBlobError(self.path, "its header is not that of a blob") from None
         if metadata.get("format") != "persist-cache":
             raise CorruptBlobError(self.path, "it was not written by persist-cache")
@@ -464,30 +492,33 @@ class BlobFolder:
     def temporary_path(self, name: str) -> Path:
         return self.temporary / (name + SUFFIX)
 
+    def quarantine_path(self, name: str) -> Path:
+        return self.quarantined / (name + SUFFIX)
+
     def ensure_parent(self, path: Path) -> None:
         if not path.parent.is_dir():
             fs.make_folder(path.parent)
             fs.sync_folder(self.blobs)
 
     def names(self) -> Iterator[tuple[str, Path]]:
-        """Every file that looks like a published blob."""
+        """Every file that looks like a published blob, also one in a folder not its own."""
         for folder in sorted(self.blobs.iterdir()):
             if len(folder.name) == 2 and folder.is_dir():
-                for path in sorted(folder.iterdir()):
-                    if is_blob_name(path.name.removesuffix(SUFFIX)) and path.suffix == SUFFIX:
-                        yield path.name.removesuffix(SUFFIX), path
+                yield from _blob_files(folder)
 
     def temporaries(self) -> Iterator[tuple[str, Path]]:
         """Every file that looks like a blob on its way."""
-        for path in sorted(self.temporary.iterdir()):
-            if is_blob_name(path.name.removesuffix(SUFFIX)) and path.suffix == SUFFIX:
-                yield path.name.removesuffix(SUFFIX), path
+        yield from _blob_files(self.temporary)
+
+    def in_quarantine(self) -> Iterator[tuple[str, Path]]:
+        """Every damaged blob that was put aside."""
+        yield from _blob_files(self.quarantined)
 
     def overhead_bytes(self) -> int:
-        """What the folders themselves take on disk."""
-        total = 0
-        for folder in (self.root, self.blobs, self.temporary, self.quarantined):
-            total += fs.disk_bytes(folder)
+        """What the folders themselves take on disk, and the small files of the store."""
+        places = (self.root, self.blobs, self.temporary, self.quarantined)
+        total = sum(fs.disk_bytes(place) for place in places)
+        total += sum(fs.disk_bytes(self.root / name) for name in (TAG_FILE, PRESENCE_FILE))
         with os.scandir(self.blobs) as fans:
             total += sum(fan.stat(follow_symlinks=False).st_blocks * 512 for fan in fans)
         return total
@@ -498,24 +529,49 @@ class BlobFolder:
         Raises:
             OSError: The folder does not let go of it; the caller tries again later.
         """
-        for path in (self.path(name), self.quarantined / (name + SUFFIX)):
+        for path in (self.path(name), self.quarantine_path(name)):
             with contextlib.suppress(FileNotFoundError):
                 fs.unlink(path)
 
-    def quarantine(self, name: str) -> Path | None:
-        """Move a damaged blob aside, for whoever wants to see it; returns its new path."""
-        target = self.quarantined / (name + SUFFIX)
+    def quarantine(self, name: str) -> bool:
+        """Move a damaged blob aside, for whoever wants to see it; returns whether it was there."""
         try:
-            fs.rename(self.path(name), target)
+            fs.rename(self.path(name), self.quarantine_path(name))
         except FileNotFoundError:
-            return None
-        os.utime(target, (time.time(), time.time()))
-        return target
+            return False
+        return True
 
 
 def is_blob_name(name: str) -> bool:
     """Whether `name` is 32 lower-case hex digits: no other file is ever touched."""
     return len(name) == 32 and all(digit in "0123456789abcdef" for digit in name)
+
+
+def _blob_files(folder: Path) -> Iterator[tuple[str, Path]]:
+    for path in sorted(folder.iterdir()):
+        name = path.name.removesuffix(SUFFIX)
+        if path.suffix == SUFFIX and is_blob_name(name):
+            yield name, path
+
+
+def _is_same_file(path: Path, fd: int) -> bool:
+    """Whether `path` still names the open file `fd`."""
+    try:
+        named = os.stat(path, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(named, os.fstat(fd))
+
+
+@contextlib.contextmanager
+def _bad_sectors(path: Path) -> Iterator[None]:
+    """What can never be read again is corrupt, and must not be tried at every request."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.EIO, errno.ELOOP, errno.EISDIR):
+            raise CorruptBlobError(path, f"it cannot be read ({error.strerror})") from error
+        raise
 
 
 def try_remove_orphan(path: Path, is_known: Callable[[], bool]) -> bool:
@@ -527,22 +583,20 @@ def try_remove_orphan(path: Path, is_known: Callable[[], bool]) -> bool:
             transaction, whether a record names the file by now.
 
     Returns:
-        Whether the file was removed.
+        Whether the file was removed; one that cannot be is left for another time.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = fs.open_read(path)
     except OSError:
         return False
     try:
-        if not fs.try_lock(fd) or is_known():
-            return False
-        # The name may meanwhile be another file, or have been renamed into its final place.
-        try:
-            if os.stat(path, follow_symlinks=False).st_ino != os.fstat(fd).st_ino:
-                return False
-        except FileNotFoundError:
+        # Whoever renamed it to its final place meanwhile may have committed it: look twice.
+        if not fs.try_lock(fd) or is_known() or not _is_same_file(path, fd):
             return False
         fs.unlink(path)
-        return True
+    except OSError as error:
+        log.warning("%s is an orphan and cannot be removed: %s", path, error)
+        return False
     finally:
         os.close(fd)
+    return True

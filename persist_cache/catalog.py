@@ -6,7 +6,7 @@ One pass over the index, however many entries there are; no file is opened.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from persist_cache.budget import Usage, written_today
@@ -16,7 +16,6 @@ from persist_cache.index import Reader
 from persist_cache.records import (
     NO_BLOB,
     NO_ENTRY,
-    BlobRecord,
     Edge,
     EntryRecord,
     edge_parent,
@@ -26,7 +25,7 @@ from persist_cache.records import (
 
 @dataclass(frozen=True, slots=True)
 class TierStats:
-    """Entries of one tier, and the tokens on their paths that no lower tier shares."""
+    """Entries of one tier, and the bytes that only one of them needs."""
 
     entries: int = 0
     own_bytes: int = 0
@@ -66,25 +65,32 @@ class StoreStats:
 
 
 class Catalog:
-    """The whole index, loaded once for listing."""
+    """The whole index, loaded once for listing; linear in what is stored."""
 
     def __init__(self, txn: Reader) -> None:
-        self._edges = dict(txn.edges())
-        self._blobs = dict(txn.blobs())
-        self._records = dict(txn.entries())
-        self._fingerprints = {record.number: key[:32].hex() for key, record in txn.namespaces()}
-        self._by_node = {edge.node: (key, edge) for key, edge in self._edges.items()}
-        self._users = self._count_users()
+        self.namespaces = {record.number: (key, record) for key, record in txn.namespaces()}
+        self.blobs = dict(txn.blobs())
+        self.records = dict(txn.entries())
+        self.edges = {edge.node: (edge_parent(key), edge) for key, edge in txn.edges()}
+        """Per node the node above it, and the edge between them."""
+        self.order = sorted(self.edges, key=self._depth)
+        """Nodes with edges, each behind the one above it."""
+        self.users = self.count_users(lambda entry: True)
+        self._sums = self._add_up()
 
     def entries(self) -> list[Entry]:
         """All entries, in the order of their ids."""
-        return [self.entry(number, record) for number, record in self._records.items()]
+        return [self.entry(number, record) for number, record in self.records.items()]
 
     def entry(self, number: int, record: EntryRecord) -> Entry:
-        own, shared = self._sizes(record)
+        own, shared, _ = self._sums[record.node]
+        if record.checkpoint != NO_BLOB:
+            own += self.blobs[record.checkpoint].disk_bytes
+        _, _, parent = self._sums[self.edges[record.node][0]]
+        namespace = self.namespaces.get(record.namespace)
         return Entry(
             id=entry_id(number),
-            fingerprint=self._fingerprints.get(record.namespace, ""),
+            fingerprint=namespace[0][:32].hex() if namespace else "",
             tier=record.tier,
             num_tokens=record.num_tokens,
             own_bytes=own,
@@ -97,53 +103,41 @@ class Catalog:
             pinned=record.pinned,
             expires=record.expires or None,
             label=record.label,
-            parent=self._parent_entry(record),
+            parent=None if parent == NO_ENTRY else entry_id(parent),
         )
 
-    def _count_users(self) -> Counter[int]:
-        """Entries at or below each node: deepest nodes first, each adds to its parent."""
+    def count_users(self, counts: Callable[[int], bool]) -> Counter[int]:
+        """Entries at or below each node for which `counts` is true of their number."""
         users: Counter[int] = Counter()
-        position = {
-            node: self._blobs[edge.blob].start + edge.first_row + edge.rows
-            for node, (_, edge) in self._by_node.items()
-        }
-        for node in sorted(position, key=position.__getitem__, reverse=True):
-            key, edge = self._by_node[node]
-            if edge.entry != NO_ENTRY:
+        for node in reversed(self.order):
+            parent, edge = self.edges[node]
+            if edge.entry != NO_ENTRY and counts(edge.entry):
                 users[node] += 1
-            users[edge_parent(key)] += users[node]
+            if users[node]:
+                users[parent] += users[node]
         return users
 
-    def _sizes(self, record: EntryRecord) -> tuple[int, int]:
-        """Bytes that only this entry needs, and bytes that it shares."""
-        own = 0 if record.checkpoint == NO_BLOB else self._blobs[record.checkpoint].disk_bytes
-        shared = 0
-        found = self._by_node.get(record.node)
-        while found is not None:
-            key, edge = found
-            nbytes = _share(edge, self._blobs[edge.blob])
-            if self._users[edge.node] == 1:
-                own += nbytes
+    def share(self, edge: Edge) -> int:
+        """The part of a file that belongs to an edge, by rows."""
+        blob = self.blobs[edge.blob]
+        return blob.disk_bytes * edge.rows // (blob.num_tokens or 1)
+
+    def _depth(self, node: int) -> int:
+        edge = self.edges[node][1]
+        return self.blobs[edge.blob].start + edge.first_row
+
+    def _add_up(self) -> dict[int, tuple[int, int, int]]:
+        """Per node: bytes above it that one entry needs, that several share; the last entry."""
+        sums = {record.root: (0, 0, NO_ENTRY) for _, record in self.namespaces.values()}
+        for node in self.order:
+            parent, edge = self.edges[node]
+            own, shared, above = sums[parent]
+            if self.users[node] == 1:
+                own += self.share(edge)
             else:
-                shared += nbytes
-            found = self._by_node.get(edge_parent(key))
-        return own, shared
-
-    def _parent_entry(self, record: EntryRecord) -> str | None:
-        """The nearest entry above, for drawing the tree."""
-        key, _ = self._by_node[record.node]
-        found = self._by_node.get(edge_parent(key))
-        while found is not None:
-            key, edge = found
-            if edge.entry != NO_ENTRY:
-                return entry_id(edge.entry)
-            found = self._by_node.get(edge_parent(key))
-        return None
-
-
-def _share(edge: Edge, blob: BlobRecord) -> int:
-    """The part of a file that belongs to an edge, by rows."""
-    return blob.disk_bytes * edge.rows // max(1, blob.num_tokens)
+                shared += self.share(edge)
+            sums[node] = own, shared, edge.entry or above
+        return sums
 
 
 def store_stats(disk: Disk) -> StoreStats:
@@ -151,7 +145,9 @@ def store_stats(disk: Disk) -> StoreStats:
     with disk.index.read() as txn:
         catalog = Catalog(txn)
         usage = disk.budget.usage(txn)
-        counters = Counter(txn.counters()) + disk.counts()
+        counters = Counter(txn.counts())
+        counters.update(disk.counts())
+        written_bytes = txn.counter("written_bytes")
         number_of_blobs = txn.size_of(b"blobs")
         today = txn.counter(written_today(disk.clock()))
     entries = catalog.entries()
@@ -159,7 +155,6 @@ def store_stats(disk: Disk) -> StoreStats:
     for entry in entries:
         sums[entry.tier][0] += 1
         sums[entry.tier][1] += entry.own_bytes
-    internal = ("schema", "created", "next_", "written:", "max_bytes", "min_free", "daily_")
     return StoreStats(
         path=str(disk.root),
         entries=len(entries),
@@ -170,9 +165,7 @@ def store_stats(disk: Disk) -> StoreStats:
         free_bytes=disk.budget.free_bytes(),
         daily_write_bytes=disk.limits.daily_write_bytes,
         written_today=today,
-        written_bytes=counters["written_bytes"],
+        written_bytes=written_bytes,
         tiers={tier.label: TierStats(*sums[tier]) for tier in Tier},
-        counters={
-            name: value for name, value in sorted(counters.items()) if not name.startswith(internal)
-        },
+        counters=dict(sorted(counters.items())),
     )

@@ -112,7 +112,7 @@ class Disk:
                         ),
                     )
             for name, amount in counts.items():
-                txn.add(name, amount)
+                txn.count(name, amount)
 
         try:
             self.index.update(apply)

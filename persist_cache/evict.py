@@ -6,6 +6,7 @@ next commit strikes them from the list. A file that cannot be unlinked stays lis
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
 
@@ -61,7 +62,12 @@ class Evictor:
             return True
 
         while self._disk.index.update(attempt):
-            self.empty_trash()
+            if not self.empty_trash():
+                # Files that stay would have us evict everything, one round after the other.
+                raise StoreFullError(
+                    "There is no room left: evicted files cannot be removed from the store's "
+                    "folder; look at its permissions."
+                )
 
     def release(self, names: Sequence[bytes]) -> None:
         """Give a reservation back."""
@@ -85,7 +91,7 @@ class Evictor:
                 if txn.entry(number) is None:
                     raise KeyError(entry_id(number))
                 paths.drop_entry(txn, number, reason, self._disk.clock())
-            txn.add("evicted", len(numbers))
+            txn.count("evicted", len(numbers))
             return before - txn.counter(paths.BLOB_BYTES)
 
         freed = self._disk.index.update(drop)
@@ -98,32 +104,37 @@ class Evictor:
         Returns:
             Bytes on disk afterwards.
         """
-        self._disk.flush()
+        with contextlib.suppress(StoreFullError):  # that is what this is to mend
+            self._disk.flush()
+        self.empty_trash()
         budget = self._disk.budget
 
-        def shrink(txn: Writer) -> None:
+        def shrink(txn: Writer) -> int:
             excess = budget.usage(txn).total - max_bytes
-            if excess > 0:
-                self._free(txn, excess, frozenset())
+            return self._free(txn, excess, frozenset()) if excess > 0 else 0
 
-        self._disk.index.update(shrink)
-        self.empty_trash()
+        # The index may grow a little while it notes what went, so look again.
+        while self._disk.index.update(shrink) and self.empty_trash():
+            pass
         with self._disk.index.read() as txn:
             return budget.usage(txn).total
 
     def expire(self) -> int:
         """Remove entries past their expiry; returns how many."""
         with self._disk.index.read() as txn:
-            if not paths.expired(txn, self._disk.clock()):
+            if not txn.expired(self._disk.clock()):
                 return 0
         dropped = self._disk.index.update(lambda txn: self._drop_expired(txn, set()))
         self.empty_trash()
         return dropped
 
-    def empty_trash(self) -> int:
-        """Unlink what the trash lists and strike it off; returns how many files went.
+    def empty_trash(self) -> bool:
+        """Unlink what the trash lists and strike it off.
 
         A file that cannot be removed stays listed, and counted against the budget.
+
+        Returns:
+            Whether that helped: False when there are such files and none other went.
         """
         with self._disk.index.read() as txn:
             doomed = list(txn.sized(b"trash"))
@@ -141,7 +152,7 @@ class Evictor:
                     txn.delete_sized(b"trash", name)
 
             self._disk.index.update(strike)
-        return len(gone)
+        return bool(gone) or not doomed
 
     def _free(self, txn: Writer, excess: int, protected: frozenset[int]) -> int:
         """Drop entries until `excess` bytes are freed or nothing may go; returns bytes freed."""
@@ -162,19 +173,19 @@ class Evictor:
                 if freed() >= excess:
                     break
         if dropped:
-            txn.add("evicted", dropped)
+            txn.count("evicted", dropped)
         return freed()
 
     def _drop_expired(self, txn: Writer, shielded: set[int] | frozenset[int]) -> int:
         now = self._disk.clock()
         dropped = 0
-        for number in paths.expired(txn, now):
+        for number in txn.expired(now):
             record = txn.entry(number)
-            if record is not None and record.node not in shielded:
+            if record is not None and not record.pinned and record.node not in shielded:
                 paths.drop_entry(txn, number, "expired", now)
                 dropped += 1
         if dropped:
-            txn.add("expired", dropped)
+            txn.count("expired", dropped)
         return dropped
 
     def _drop_quarantine(self, txn: Writer) -> int:

@@ -18,6 +18,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from persist_cache.errors import StoreError, StoreFullError
+
 FILE_MODE = 0o600
 FOLDER_MODE = 0o700
 _MAX_BUFFERS = 1000  # IOV_MAX is 1024 on Linux and macOS
@@ -25,8 +27,18 @@ _MAX_BYTES = 1 << 30
 
 
 def create(path: Path) -> int:
-    """Create `path`, which must not exist, for reading and writing; returns a descriptor."""
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
+    """Create `path`, which must not exist, for its owner alone; returns a descriptor."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
+    os.fchmod(fd, FILE_MODE)  # the umask may have taken the owner's rights as well
+    return fd
+
+
+def open_shared(path: Path) -> int:
+    """Open `path`, which several processes lock, creating it for its owner alone."""
+    try:
+        return create(path)
+    except FileExistsError:
+        return os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
 
 
 def open_read(path: Path) -> int:
@@ -113,6 +125,11 @@ def lock(fd: int) -> None:
     fcntl.flock(fd, fcntl.LOCK_EX)
 
 
+def lock_shared(fd: int) -> None:
+    """Wait for a shared `flock` of `fd`, giving up an exclusive one."""
+    fcntl.flock(fd, fcntl.LOCK_SH)
+
+
 def unlock(fd: int) -> None:
     """Give the `flock` of `fd` back."""
     fcntl.flock(fd, fcntl.LOCK_UN)
@@ -130,6 +147,14 @@ def disk_bytes(path: Path) -> int:
         return os.lstat(path).st_blocks * 512
     except FileNotFoundError:
         return 0
+
+
+def translated(error: OSError, doing: str) -> StoreError:
+    """What the user is told about `error`, which came up while `doing` something."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StoreFullError(f"The disk is full ({doing}); nothing was changed.")
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    return StoreError(f"The disk failed ({doing}): {reason}.")
 
 
 def _batches(buffers: Sequence[memoryview]) -> Iterator[list[memoryview]]:

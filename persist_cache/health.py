@@ -11,14 +11,15 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
-from persist_cache import paths
+from persist_cache import paths, rebuild
 from persist_cache.blobs import BlobReader, try_remove_orphan
 from persist_cache.disk import Disk
 from persist_cache.errors import CorruptBlobError, StoreError
 from persist_cache.evict import Evictor
 from persist_cache.index import Writer
-from persist_cache.records import BlobRecord, SizedRecord
+from persist_cache.records import BlobKind, BlobRecord, SizedRecord
 
 log = logging.getLogger(__name__)
 
@@ -38,47 +39,49 @@ class Problem:
     blob: str = ""
 
 
-def sweep(disk: Disk, evictor: Evictor) -> int:
+def sweep(disk: Disk, evictor: Evictor) -> None:
     """Finish what dead processes left behind: reservations, temporary files, trash.
 
-    Cheap enough for every start: it looks at what the index lists and at the temporary folder,
-    never at all blobs.
-
-    Returns:
-        Number of files removed.
+    Cheap enough for every start: it looks at what the index lists and at the folders for
+    temporary and damaged files, never at all blobs.
     """
-    removed = 0
-    dead: list[bytes] = []
     with disk.index.read() as txn:
         pending = list(txn.sized(b"pending"))
-    for name in pending:
-        # A writer renames from the first place to the second, so in this order none is missed.
-        places = (disk.folder.temporary_path(name.hex()), disk.folder.path(name.hex()))
-        outcomes = [
-            try_remove_orphan(path, partial(_is_recorded, disk, name))
-            for path in places
-            if path.exists()
-        ]
-        removed += sum(outcomes)
-        if all(outcomes):
-            dead.append(name)
+        quarantined = txn.sized(b"quarantine")
+    dead = [name for name in pending if _is_abandoned(disk, name)]
     if dead:
         evictor.release(dead)
     for name_hex, path in list(disk.folder.temporaries()):
-        name = bytes.fromhex(name_hex)
-        removed += try_remove_orphan(path, partial(_is_pending, disk, name))
-    removed += evictor.empty_trash()
+        try_remove_orphan(path, partial(_is_pending, disk, bytes.fromhex(name_hex)))
+    for name, record in quarantined.items():
+        # Whoever put it there may have died before the file was moved.
+        if not disk.folder.quarantine_path(name.hex()).exists():
+            _move_to_quarantine(disk, name, record)
+    for name_hex, path in list(disk.folder.in_quarantine()):
+        if bytes.fromhex(name_hex) not in quarantined:
+            try_remove_orphan(path, partial(_is_quarantined, disk, bytes.fromhex(name_hex)))
+    evictor.empty_trash()
     disk.index.reader_check()
-    return removed
+
+
+def _is_abandoned(disk: Disk, name: bytes) -> bool:
+    """Whether nothing is left of a reserved file, its writer being dead; removes what is."""
+    # A writer renames from the first place to the second, so in this order none is missed.
+    places = (disk.folder.temporary_path(name.hex()), disk.folder.path(name.hex()))
+    return all(
+        try_remove_orphan(path, partial(_is_recorded, disk, name))
+        for path in places
+        if path.exists()
+    )
 
 
 def remove_orphans(disk: Disk) -> int:
     """Remove published files that no record names and whose writer is dead; scans all folders."""
     removed = 0
     for name_hex, path in list(disk.folder.names()):
-        name = bytes.fromhex(name_hex)
-        if not _is_recorded(disk, name):
-            removed += try_remove_orphan(path, partial(_is_recorded, disk, name))
+        is_known = partial(_is_expected, disk, bytes.fromhex(name_hex), path)
+        if not is_known():
+            removed += try_remove_orphan(path, is_known)
     return removed
 
 
@@ -91,41 +94,49 @@ def quarantine(disk: Disk, name_hex: str, reason: str) -> bool:
     name = bytes.fromhex(name_hex)
     now = disk.clock()
 
-    def expel(txn: Writer) -> bool:
+    def expel(txn: Writer) -> SizedRecord | None:
         number = txn.blob_number(name)
         record = None if number is None else txn.blob(number)
         if number is None or record is None:
-            return False
+            return None
         why = f"quarantined: {reason}"
-        for key in [key for key, edge in txn.edges() if edge.blob == number]:
-            paths.drop_subtree(txn, key, why, now)
-        for entry, resumed in list(txn.entries()):
-            if resumed.checkpoint == number:
-                paths.drop_entry(txn, entry, why, now)
+        if record.kind == BlobKind.RUN:
+            # All other edges of a blob hang on the one with its first row.
+            for key in [
+                key for key, edge in txn.edges() if edge.blob == number and edge.first_row == 0
+            ]:
+                paths.drop_subtree(txn, key, why, now)
+        else:
+            for entry, resumed in list(txn.entries()):
+                if resumed.checkpoint == number:
+                    paths.drop_entry(txn, entry, why, now)
         txn.delete_sized(b"trash", name)
-        txn.put_sized(b"quarantine", name, SizedRecord(record.disk_bytes, now, reason))
-        txn.add("quarantined", 1)
-        return True
+        waste = SizedRecord(record.disk_bytes, now, reason)
+        txn.put_sized(b"quarantine", name, waste)
+        txn.count("quarantined")
+        return waste
 
-    found = disk.index.update(expel)
-    if found:
-        log.warning("blob %s was put into quarantine: %s", name_hex, reason)
-        try:
-            moved = disk.folder.quarantine(name_hex)
-        except OSError as error:
-            log.warning("blob %s cannot be moved: %s", name_hex, error)
-            moved = None
-        if moved is None:
-            disk.index.update(lambda txn: _discard_quarantined(txn, name))
-    return found
+    waste = disk.index.update(expel)
+    if waste is None:
+        return False
+    log.warning("blob %s was put into quarantine: %s", name_hex, reason)
+    _move_to_quarantine(disk, name, waste)
+    return True
 
 
-def _discard_quarantined(txn: Writer, name: bytes) -> None:
-    """There is nothing to keep, or it stays where it is: let the trash deal with it."""
-    record = txn.sized(b"quarantine").get(name)
-    if record is not None:
-        txn.delete_sized(b"quarantine", name)
-        txn.put_sized(b"trash", name, record)
+def _move_to_quarantine(disk: Disk, name: bytes, record: SizedRecord) -> None:
+    """Move a damaged file aside; where it will not move, leave it to the trash."""
+    try:
+        if disk.folder.quarantine(name.hex()):
+            return
+    except OSError as error:
+        log.warning("blob %s cannot be moved: %s", name.hex(), error)
+
+    def discard(txn: Writer) -> None:
+        if txn.delete_sized(b"quarantine", name):
+            txn.put_sized(b"trash", name, record)
+
+    disk.index.update(discard)
 
 
 def check(
@@ -159,9 +170,11 @@ def check(
         if progress is not None:
             progress(done, total)
     known = {blob.name for blob in blobs} | pending | trash
-    for name_hex, _ in disk.folder.names():
+    for name_hex, path in disk.folder.names():
         name = bytes.fromhex(name_hex)
-        if name not in known and not (_is_recorded(disk, name) or _is_pending(disk, name)):
+        if (name not in known or path != disk.folder.path(name_hex)) and not _is_expected(
+            disk, name, path
+        ):
             problems.append(Problem("orphan", "no record names this file", name_hex))
     problems += [
         Problem("trash", "this file was evicted but is still there", name.hex())
@@ -172,7 +185,9 @@ def check(
 
 
 def repair(disk: Disk, evictor: Evictor, problems: list[Problem]) -> None:
-    """Mend what `check` found in blobs and folders; a broken index is rebuilt elsewhere."""
+    """Mend what `check` found; a contradictory index is made anew from the blobs."""
+    if any(problem.kind == "index" for problem in problems):
+        rebuild.rebuild(disk.index, disk.folder)
     for problem in problems:
         if problem.kind in ("missing", "damaged"):
             quarantine(disk, problem.blob, problem.message)
@@ -205,6 +220,21 @@ def _check_blob(disk: Disk, blob: BlobRecord, read_data: bool) -> Problem | None
 def _is_recorded(disk: Disk, name: bytes) -> bool:
     with disk.index.read() as txn:
         return txn.blob_number(name) is not None
+
+
+def _is_expected(disk: Disk, name: bytes, path: Path) -> bool:
+    """Whether somebody answers for the file `path`: a record, a writer, the trash."""
+    if path != disk.folder.path(name.hex()):
+        return False
+    with disk.index.read() as txn:
+        return txn.blob_number(name) is not None or any(
+            txn.in_database(database, name) for database in (b"pending", b"trash", b"quarantine")
+        )
+
+
+def _is_quarantined(disk: Disk, name: bytes) -> bool:
+    with disk.index.read() as txn:
+        return txn.in_database(b"quarantine", name)
 
 
 def _is_pending(disk: Disk, name: bytes) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,6 @@ from typing import Any, TypeVar
 import lmdb
 
 from persist_cache import fs
-from persist_cache.entry import Tier
 from persist_cache.errors import (
     StoreError,
     StoreFormatError,
@@ -35,7 +35,7 @@ from persist_cache.records import (
     EntryRecord,
     NamespaceRecord,
     SizedRecord,
-    edge_parent,
+    expiry_key,
     pack_counter,
     pack_number,
     recency_key,
@@ -54,11 +54,29 @@ _DATABASES = (
     b"names",
     b"entries",
     b"recency",
+    b"expiry",
     b"trash",
     b"pending",
     b"quarantine",
     b"departed",
 )
+_META_MAGIC = 0xBEEFC0DE
+_META = struct.Struct("<16xI20xI")
+"""The head of `data.mdb`: after the page header LMDB's magic number, later its page size."""
+_TREE = (
+    b"namespaces",
+    b"edges",
+    b"parents",
+    b"tokens",
+    b"blobs",
+    b"names",
+    b"entries",
+    b"recency",
+    b"expiry",
+)
+"""What a rebuild makes anew from the blobs."""
+_COUNTED = b"count:"
+"""Prefix of the counters that people see; all others are the store's own."""
 _GIB = 1 << 30
 T = TypeVar("T")
 
@@ -78,13 +96,17 @@ class Reader:
         raw = self._txn.get(name.encode(), db=self._db[b"meta"])
         return 0 if raw is None else unpack_counter(raw)
 
-    def counters(self) -> dict[str, int]:
+    def counts(self) -> dict[str, int]:
+        """Everything that was ever counted with `Writer.count`."""
+        found: dict[str, int] = {}
         with self._txn.cursor(db=self._db[b"meta"]) as cursor:
-            return {
-                bytes(key).decode(): unpack_counter(value)
-                for key, value in cursor
-                if len(value) == 8
-            }
+            if cursor.set_range(_COUNTED):
+                for key, value in cursor:
+                    name = bytes(key)
+                    if not name.startswith(_COUNTED):
+                        break
+                    found[name.removeprefix(_COUNTED).decode()] = unpack_counter(value)
+        return found
 
     def meta(self, name: str) -> bytes | None:
         raw = self._txn.get(name.encode(), db=self._db[b"meta"])
@@ -166,20 +188,29 @@ class Reader:
                 for key in cursor.iternext(values=False):
                     yield unpack_number(key)
 
-    def recency(self, tier: Tier, after: bytes = b"") -> Iterator[int]:
-        """Entries of one tier, least recently used first, behind the key `after`."""
-        prefix = bytes([tier])
+    def recency_keys(self, after: bytes = b"") -> Iterator[bytes]:
+        """Keys of all entries behind the key `after`: by tier, then the least recently used."""
         with self._txn.cursor(db=self._db[b"recency"]) as cursor:
-            if cursor.set_range(after or prefix):
+            if cursor.set_range(after):
                 for key in cursor.iternext(values=False):
                     raw = bytes(key)
-                    if raw[:1] != prefix:
-                        break
                     if raw != after:
-                        yield unpack_number(raw[9:])
+                        yield raw
 
-    def recency_keys(self) -> Iterator[bytes]:
-        with self._txn.cursor(db=self._db[b"recency"]) as cursor:
+    def expired(self, now: float) -> list[int]:
+        """Entries whose time has come, the longest expired first."""
+        found: list[int] = []
+        limit = expiry_key(now, (1 << 64) - 1)
+        with self._txn.cursor(db=self._db[b"expiry"]) as cursor:
+            for key in cursor.iternext(values=False):
+                raw = bytes(key)
+                if raw > limit:
+                    break
+                found.append(unpack_number(raw[8:]))
+        return found
+
+    def expiry_keys(self) -> Iterator[bytes]:
+        with self._txn.cursor(db=self._db[b"expiry"]) as cursor:
             for key in cursor.iternext(values=False):
                 yield bytes(key)
 
@@ -195,9 +226,6 @@ class Reader:
         """Why an entry is no longer here, if that is remembered."""
         raw = self._txn.get(pack_number(entry), db=self._db[b"departed"])
         return None if raw is None else SizedRecord.unpack(raw)
-
-    def is_empty(self) -> bool:
-        return self.size_of(b"edges") == 0
 
     def size_of(self, database: bytes) -> int:
         """Number of records in a sub-database."""
@@ -215,6 +243,15 @@ class Writer(Reader):
         value = self.counter(name) + amount
         self._txn.put(name.encode(), pack_counter(value), db=self._db[b"meta"])
         return value
+
+    def count(self, name: str, amount: int = 1) -> None:
+        """Add to a counter that people see."""
+        self.add(_COUNTED.decode() + name, amount)
+
+    def clear_tree(self) -> None:
+        """Forget all prompts and blobs; what is in the trash or counted stays."""
+        for database in _TREE:
+            self._txn.drop(self._db[database], delete=False)
 
     def put_namespace(self, key: bytes, record: NamespaceRecord) -> None:
         self._txn.put(key, record.pack(), db=self._db[b"namespaces"])
@@ -247,20 +284,24 @@ class Writer(Reader):
 
     def put_entry(self, number: int, record: EntryRecord) -> None:
         """Write an entry and move it to its place in the order of eviction."""
-        self._forget_recency(number)
+        self._forget_order(number)
         self._txn.put(pack_number(number), record.pack(), db=self._db[b"entries"])
         key = recency_key(record.tier, record.last_use_us, number)
         self._txn.put(key, b"", db=self._db[b"recency"])
+        if record.expires:
+            self._txn.put(expiry_key(record.expires, number), b"", db=self._db[b"expiry"])
 
     def delete_entry(self, number: int) -> None:
-        self._forget_recency(number)
+        self._forget_order(number)
         self._txn.delete(pack_number(number), db=self._db[b"entries"])
 
-    def _forget_recency(self, number: int) -> None:
+    def _forget_order(self, number: int) -> None:
         old = self.entry(number)
         if old is not None:
             key = recency_key(old.tier, old.last_use_us, number)
             self._txn.delete(key, db=self._db[b"recency"])
+            if old.expires:
+                self._txn.delete(expiry_key(old.expires, number), db=self._db[b"expiry"])
 
     def put_sized(self, database: bytes, key: bytes, record: SizedRecord) -> None:
         self._txn.put(key, record.pack(), db=self._db[database])
@@ -272,8 +313,16 @@ class Writer(Reader):
 class Index:
     """One open LMDB environment."""
 
-    def __init__(self, root: Path, *, read_only: bool, map_bytes: int = 16 * _GIB) -> None:
+    def __init__(
+        self, root: Path, *, read_only: bool, map_bytes: int = 16 * _GIB, presence: int = -1
+    ) -> None:
         """Open the index in the folder `root`, creating it unless `read_only`.
+
+        Args:
+            root: Folder of `data.mdb`.
+            read_only: Never write, and do not create it.
+            map_bytes: Address space to begin with; it grows when the index does.
+            presence: Descriptor whose lock says that the store is in use; closed with the index.
 
         Raises:
             DamagedIndexError: The file cannot be what LMDB wrote.
@@ -284,49 +333,64 @@ class Index:
         self.data_path = root / "data.mdb"
         self.read_only = read_only
         self._pid = os.getpid()
+        self._presence = presence
         self._write_lock = threading.Lock()
         self._gate = threading.Condition()
-        self._readers = 0
+        self._inside = 0
         self._growing = False
+        self._closed = False
         self._lock_fd = -1
         self._check_length()
         self._env = _open_environment(root, read_only, map_bytes)
         try:
             self._check_last_page()
             if not read_only:
-                self._lock_fd = os.open(
-                    root / "writer.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, fs.FILE_MODE
-                )
+                self._lock_fd = fs.open_shared(root / "writer.lock")
+                # LMDB creates its files under the umask, which may be any.
+                os.chmod(root / "data.mdb", fs.FILE_MODE)
+                os.chmod(root / "lock.mdb", fs.FILE_MODE)
                 self._env.reader_check()
             self._db = self._open_databases()
             self._check_schema()
         except BaseException:
+            self.detach_presence()
             self.close()
             raise
 
+    def detach_presence(self) -> None:
+        """Leave the descriptor of `presence` to the caller, also when the index is closed."""
+        self._presence = -1
+
     def close(self) -> None:
-        self._env.close()
-        if self._lock_fd >= 0:
-            os.close(self._lock_fd)
-            self._lock_fd = -1
+        """Wait for transactions of other threads, then close; further calls do nothing."""
+        if self._closed or os.getpid() != self._pid:
+            return  # a forked child must not touch its parent's environment
+        with self._write_lock, self._gate:
+            self._closed = True
+            while self._inside:
+                self._gate.wait()
+            self._env.close()
+            for fd in (self._lock_fd, self._presence):
+                if fd >= 0:
+                    os.close(fd)
+            self._lock_fd = self._presence = -1
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Reader]:
-        """A consistent view of the index; nothing taken from it may outlive the block undecoded."""
-        self._check_process()
-        with self._gate:
-            while self._growing:
-                self._gate.wait()
-            self._readers += 1
+        """A consistent view of the index; nothing taken from it may outlive the block undecoded.
+
+        Blocks must not be nested, nor contain an `update`: growing the map waits for them.
+        """
+        self._enter()
         try:
             with self._begin_read() as txn:
                 yield Reader(txn, self._db)
         except lmdb.Error as error:
             raise _translated(error) from error
+        except OSError as error:
+            raise fs.translated(error, "while the index was read") from error
         finally:
-            with self._gate:
-                self._readers -= 1
-                self._gate.notify_all()
+            self._leave()
 
     def update(self, change: Callable[[Writer], T]) -> T:
         """Run `change` in a write transaction and commit it durably.
@@ -340,18 +404,29 @@ class Index:
         """
         if self.read_only:
             raise StoreReadOnlyError("The store is open read-only; nothing was changed.")
-        self._check_process()
-        with self._write_lock, self._process_lock():
-            while True:
-                try:
-                    with self._counted(), self._env.begin(write=True, buffers=True) as txn:
-                        return change(Writer(txn, self._db))
-                except lmdb.MapFullError:
-                    self._grow(self._env.info()["map_size"] * 2)
-                except lmdb.MapResizedError:
-                    self._grow(0)
-                except lmdb.Error as error:
-                    raise _translated(error) from error
+        self._check_usable()
+        try:
+            with self._write_lock, self._process_lock():
+                while True:
+                    try:
+                        return self._commit(change)
+                    except lmdb.MapFullError:
+                        size = 2 * self._env.info()["map_size"]
+                    except lmdb.MapResizedError:
+                        size = 0  # whatever another process made of it
+                    self._resize(size)
+        except lmdb.Error as error:
+            raise _translated(error) from error
+        except OSError as error:
+            raise fs.translated(error, "while the index was changed") from error
+
+    def _commit(self, change: Callable[[Writer], T]) -> T:
+        self._enter()
+        try:
+            with self._env.begin(write=True, buffers=True) as txn:
+                return change(Writer(txn, self._db))
+        finally:
+            self._leave()
 
     def reader_check(self) -> int:
         """Free the slots of readers that died; returns how many there were."""
@@ -362,51 +437,55 @@ class Index:
         names = ("data.mdb", "lock.mdb", "writer.lock")
         return sum(fs.disk_bytes(self.root / name) for name in names)
 
-    def _check_process(self) -> None:
+    def _check_usable(self) -> None:
         if os.getpid() != self._pid:
             raise StoreInUseError(
                 "The store was opened before this process was forked; open it again in the child "
                 "under another process start method (spawn)."
             )
+        if self._closed:
+            raise StoreError("The store is closed.")
 
-    @contextlib.contextmanager
-    def _counted(self) -> Iterator[None]:
+    def _enter(self) -> None:
+        """Count this thread among those that are in a transaction."""
+        self._check_usable()
         with self._gate:
             while self._growing:
                 self._gate.wait()
-            self._readers += 1
-        try:
-            yield
-        finally:
-            with self._gate:
-                self._readers -= 1
-                self._gate.notify_all()
+            self._check_usable()
+            self._inside += 1
+
+    def _leave(self) -> None:
+        with self._gate:
+            self._inside -= 1
+            self._gate.notify_all()
 
     def _begin_read(self) -> lmdb.Transaction:
-        try:
-            return self._env.begin(buffers=True)
-        except lmdb.ReadersFullError:
-            self._env.reader_check()
-            return self._env.begin(buffers=True)
-        except lmdb.MapResizedError:
-            with self._gate:
-                # This thread counts as one reader itself, but holds no transaction.
-                self._growing = True
-                while self._readers > 1:
-                    self._gate.wait()
-                self._env.set_mapsize(0)
-                self._growing = False
-                self._gate.notify_all()
-            return self._env.begin(buffers=True)
+        """Begin a transaction in a thread that `_enter` has counted."""
+        while True:
+            try:
+                return self._env.begin(buffers=True)
+            except lmdb.ReadersFullError:
+                if self._env.reader_check() == 0:
+                    raise
+            except lmdb.MapResizedError:
+                # Uncounted meanwhile: two threads that get here together would each wait for
+                # the other to leave.
+                self._leave()
+                try:
+                    self._resize(0)
+                finally:
+                    self._enter()
 
-    def _grow(self, size: int) -> None:
+    def _resize(self, size: int) -> None:
         """Resize the map, which LMDB allows only while this process holds no transaction."""
         with self._gate:
             self._growing = True
-            while self._readers:
-                self._gate.wait()
             try:
-                self._env.set_mapsize(size)
+                while self._inside:
+                    self._gate.wait()
+                if not self._closed:
+                    self._env.set_mapsize(size)
             finally:
                 self._growing = False
                 self._gate.notify_all()
@@ -414,16 +493,21 @@ class Index:
     @contextlib.contextmanager
     def _process_lock(self) -> Iterator[None]:
         """Hold `writer.lock`; its first byte is 1 while somebody is inside a transaction."""
+        self._check_usable()
         fs.lock(self._lock_fd)
         try:
             if os.pread(self._lock_fd, 1, 0) == b"\x01":
                 self._repair_semaphore()
-            os.pwrite(self._lock_fd, b"\x01", 0)
+            self._mark(b"\x01")
             yield
         finally:
-            with contextlib.suppress(OSError):
-                os.pwrite(self._lock_fd, b"\x00", 0)
+            self._mark(b"\x00")
             fs.unlock(self._lock_fd)
+
+    def _mark(self, byte: bytes) -> None:
+        # On a full disk the file's first byte may be refused; evicting has to work even then.
+        with contextlib.suppress(OSError):
+            os.pwrite(self._lock_fd, byte, 0)
 
     def _repair_semaphore(self) -> None:
         """A writer died inside its transaction. Robust mutexes (Linux) recover by themselves."""
@@ -437,10 +521,17 @@ class Index:
     def _check_length(self) -> None:
         """A file shorter than its two meta pages kills the process that maps it (SIGBUS)."""
         try:
-            size = self.data_path.stat().st_size
+            with self.data_path.open("rb") as file:
+                head = file.read(_META.size)
+                size = os.fstat(file.fileno()).st_size
         except FileNotFoundError:
             return
-        if 0 < size < 8192:
+        if size == 0:
+            return
+        magic, page_bytes = _META.unpack(head.ljust(_META.size, b"\0"))
+        if magic != _META_MAGIC:
+            raise DamagedIndexError(f"{self.data_path} is not an LMDB file.")
+        if size < 2 * page_bytes:
             raise DamagedIndexError(f"{self.data_path} is truncated to {size} bytes.")
 
     def _check_last_page(self) -> None:
@@ -516,6 +607,3 @@ def _translated(error: lmdb.Error) -> StoreError:
     if isinstance(error, lmdb.CorruptedError | lmdb.InvalidError | lmdb.PageNotFoundError):
         return DamagedIndexError(f"The index is damaged ({text}); run `persist-cache check`.")
     return StoreError(f"The index failed: {text}.")
-
-
-__all__ = ["DamagedIndexError", "Index", "Reader", "Writer", "edge_parent"]

@@ -8,14 +8,11 @@ dropped and the work starts over.
 from __future__ import annotations
 
 import contextlib
-import errno
-import logging
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from persist_cache import paths
+from persist_cache import fs, paths
 from persist_cache.blobs import (
     TOKENS,
     BlobHeader,
@@ -28,7 +25,7 @@ from persist_cache.blobs import (
 from persist_cache.budget import blob_estimate, written_today
 from persist_cache.disk import Disk
 from persist_cache.entry import TOKEN_BYTES
-from persist_cache.errors import StoreError, StoreFullError
+from persist_cache.errors import StoreError
 from persist_cache.evict import Evictor
 from persist_cache.fingerprint import Fingerprint
 from persist_cache.index import Reader, Writer
@@ -44,8 +41,9 @@ from persist_cache.records import (
     namespace_key,
 )
 
-log = logging.getLogger(__name__)
 _MAX_ATTEMPTS = 8
+_MAX_RUNS = 100
+"""Files of one put, all open until its commit; macOS allows a process 256."""
 
 
 class Source(Protocol):
@@ -86,12 +84,17 @@ class PutResult:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What has to be written, as of one look at the index."""
+    """What has to be written, as of one look at the index.
 
-    common: int
+    Attributes:
+        stored: Leading tokens whose rows are on disk.
+        parent: Name of the blob that holds the last of them, or "".
+        needs_checkpoint: The end of the prompt can be resumed only with a state of its own.
+    """
+
+    stored: int
     parent: str
     needs_checkpoint: bool
-    protected: frozenset[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,37 +149,36 @@ class Insertion:
 
     def _attempt(self) -> PutResult:
         with self._disk.index.read() as txn:
-            plan = self._plan(txn)
+            found = txn.namespaces(self._key)
+            path = paths.walk(txn, found[0][1].root if found else paths.NO_ROOT, self._packed)
+            plan = self._plan(txn, path)
+            protected = _nodes_extended(txn, path)
         parts = list(self._parts(plan))
         if not parts:
             number = self._disk.index.update(lambda txn: self._commit(txn, plan, [], []))
             return PutResult(entry_id(number), 0, 0)
         with contextlib.ExitStack() as stack, _disk_errors():
             writers = [stack.enter_context(BlobWriter(self._disk.folder)) for _ in parts]
-            with self._reserved(writers, parts, plan):
+            with self._reserved(writers, parts, protected):
                 written = self._write(writers, parts, plan)
                 number = self._disk.index.update(
                     lambda txn: self._commit(txn, plan, parts, written)
                 )
             for writer in writers:
                 writer.keep()
-        new_tokens = self._length - plan.common
+        new_tokens = self._length - plan.stored
         return PutResult(entry_id(number), new_tokens, sum(one.nbytes for one in written))
 
-    def _plan(self, txn: Reader) -> _Plan:
-        found = txn.namespaces(self._key)
-        if not found:
-            return _Plan(0, "", not self._source.complete, frozenset())
-        path = paths.walk(txn, found[0][1].root, self._packed)
+    def _plan(self, txn: Reader, path: paths.Walk) -> _Plan:
         parent = ""
         if path.steps:
             record = txn.blob(path.steps[-1].edge.blob)
             parent = record.name.hex() if record else ""
+        revived = paths.dead_rows(txn, path, self._packed)
         return _Plan(
-            common=path.common,
+            stored=path.common + (revived.num_tokens if revived else 0),
             parent=parent,
             needs_checkpoint=self._needs_checkpoint(txn, path),
-            protected=frozenset(step.edge.node for step in path.steps),
         )
 
     def _needs_checkpoint(self, txn: Reader, path: paths.Walk) -> bool:
@@ -190,8 +192,10 @@ class Insertion:
 
     def _parts(self, plan: _Plan) -> Iterator[_Part]:
         """What to write: large runs, so that files are sequential, yet a tail can be freed."""
-        for start in range(plan.common, self._length, self._run_tokens):
-            end = min(start + self._run_tokens, self._length)
+        new_tokens = self._length - plan.stored
+        run_tokens = max(self._run_tokens, -(-new_tokens // _MAX_RUNS))
+        for start in range(plan.stored, self._length, run_tokens):
+            end = min(start + run_tokens, self._length)
             yield _Part(BlobKind.RUN, start, end, self._source.rows(start, end))
         if plan.needs_checkpoint:
             state = self._source.checkpoint()
@@ -201,7 +205,7 @@ class Insertion:
 
     @contextlib.contextmanager
     def _reserved(
-        self, writers: Sequence[BlobWriter], parts: Sequence[_Part], plan: _Plan
+        self, writers: Sequence[BlobWriter], parts: Sequence[_Part], protected: frozenset[int]
     ) -> Iterator[None]:
         """Hold room within the budget; given back when the block fails."""
         names = [bytes.fromhex(writer.name) for writer in writers]
@@ -214,17 +218,29 @@ class Insertion:
             )
             for part in parts
         )
-        self._evictor.reserve(names, nbytes, self._length - plan.common, plan.protected)
+        num_tokens = sum(part.end - part.start for part in parts)
+        self._evictor.reserve(names, nbytes, num_tokens, protected)
         try:
             yield
         except BaseException:
-            # Files first: one without a reservation would be found by a full scan only.
-            for writer in writers:
-                writer.discard()
-            # If even this fails, the next sweep finds the reservation's writer dead.
+            # If this fails, the next sweep finds files and reservation without a living writer.
             with contextlib.suppress(StoreError):
-                self._evictor.release(names)
+                self._undo(writers)
             raise
+
+    def _undo(self, writers: Sequence[BlobWriter]) -> None:
+        """Remove the files and give their room back, unless they were committed after all."""
+        names = [bytes.fromhex(writer.name) for writer in writers]
+        with self._disk.index.read() as txn:
+            committed = [txn.blob_number(name) is not None for name in names]
+        if any(committed):
+            for writer in writers:
+                writer.keep()
+            return
+        # Files first: one without a reservation would be found by a full scan only.
+        for writer in writers:
+            writer.discard()
+        self._evictor.release([name for name, w in zip(names, writers, strict=True) if w.is_gone])
 
     def _write(
         self, writers: Sequence[BlobWriter], parts: Sequence[_Part], plan: _Plan
@@ -264,12 +280,10 @@ class Insertion:
         """Make the files known, and the entry; returns its number."""
         namespace = self._namespace(txn)
         path = paths.walk(txn, namespace.root, self._packed)
-        if (path.common, self._needs_checkpoint(txn, path)) != (
-            plan.common,
-            plan.needs_checkpoint,
-        ):
+        if self._plan(txn, path) != plan:
             raise _MovedError
-        pieces: list[paths.Piece] = []
+        revived = paths.dead_rows(txn, path, self._packed)
+        pieces = [revived] if revived else []
         checkpoint = NO_BLOB
         for part, one in zip(parts, written, strict=True):
             blob = self._add_blob(txn, part, one)
@@ -280,7 +294,7 @@ class Insertion:
         node = paths.attach(txn, path, self._packed, pieces)
         total = sum(one.nbytes for one in written)
         if total:
-            txn.add("puts", 1)
+            txn.count("puts")
             txn.add("written_bytes", total)
             txn.add(written_today(self._wanted.created_us / 1e6), total)
         return self._place(txn, namespace, node, checkpoint)
@@ -343,7 +357,8 @@ def place_entry(txn: Writer, key: bytes, packed: bytes, wanted: EntryRecord) -> 
     """Make an entry end at `wanted.node`, or merge `wanted` into the one that is there.
 
     The higher tier, the pin, the uses and the label of an older entry stay. `wanted.checkpoint`
-    must have been added by `add_blob`; it gets its reference here.
+    must have been added by `add_blob`; it gets its reference here. Two checkpoints of one
+    position hold the same state: the caller makes sure that there is none yet.
 
     Returns:
         The entry's number.
@@ -355,8 +370,7 @@ def place_entry(txn: Writer, key: bytes, packed: bytes, wanted: EntryRecord) -> 
         paths.refer_checkpoint(txn, wanted.checkpoint)
     old = txn.entry(edge.entry) if edge.entry != NO_ENTRY else None
     if old is not None:
-        paths.put_entry(
-            txn,
+        txn.put_entry(
             edge.entry,
             old._replace(
                 tier=max(old.tier, wanted.tier),
@@ -372,9 +386,19 @@ def place_entry(txn: Writer, key: bytes, packed: bytes, wanted: EntryRecord) -> 
     number = entry_number(key, packed)
     while txn.entry(number) is not None:  # another path has the same 64-bit digest
         number = number + 1 & (1 << 64) - 1 or 1
-    paths.put_entry(txn, number, wanted)
+    txn.put_entry(number, wanted)
     paths.set_entry(txn, wanted.node, number)
     return number
+
+
+def _nodes_extended(txn: Reader, path: paths.Walk) -> frozenset[int]:
+    """Nodes whose entries keep `path` alive, so that making room does not tear it away."""
+    nodes = {step.edge.node for step in path.steps}
+    if path.steps:
+        entry = txn.entry(paths.carrier(txn, path.steps[-1].edge))
+        if entry is not None:
+            nodes.add(entry.node)
+    return frozenset(nodes)
 
 
 @contextlib.contextmanager
@@ -383,7 +407,4 @@ def _disk_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StoreFullError("The disk is full; nothing was stored.") from error
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise StoreError(f"The disk failed while an entry was written ({reason}).") from error
+        raise fs.translated(error, "while an entry was written") from error

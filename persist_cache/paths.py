@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from persist_cache.entry import TOKEN_BYTES, Tier, common_prefix_tokens
+from persist_cache.entry import TOKEN_BYTES, common_prefix_tokens
 from persist_cache.index import Reader, Writer
 from persist_cache.records import (
     NO_BLOB,
@@ -30,15 +30,18 @@ from persist_cache.records import (
     edge_key,
     edge_parent,
     entry_id,
+    expiry_key,
     pack_number,
     recency_key,
+    unpack_number,
 )
 
 BLOB_BYTES = "blob_bytes"
 """Counter: bytes on disk of all blobs that a record names."""
-EXPIRING = "expiring"
-"""Counter: entries that have an expiry."""
 NEXT_NODE = "next_node"
+NO_ROOT = 0
+"""A node that never exists: a walk from it finds nothing."""
+MAX_ROWS = (1 << 32) - 1
 _VICTIMS_AT_ONCE = 256
 
 
@@ -135,20 +138,21 @@ def resumable(txn: Reader, path: Walk, limit: int) -> tuple[int, int]:
 
 def entries_used(txn: Reader, path: Walk, position: int) -> list[int]:
     """Entries that a hit at `position` makes use of: those on the way, else the nearest below."""
-    on_path = [
-        step.edge.entry
-        for step in path.steps
-        if step.edge.entry != NO_ENTRY and step.is_whole and step.end <= position
-    ]
-    last = next((step for step in path.steps if step.end >= position), None)
-    if last is not None and last.start + last.edge.rows > position:
-        carrier = _first_entry_below(txn, last.edge)
-        if carrier != NO_ENTRY:
-            on_path.append(carrier)
-    return on_path
+    found: list[int] = []
+    for step in path.steps:
+        if step.start >= position:
+            break
+        ends_here = step.is_whole and step.end <= position
+        if ends_here and step.edge.entry != NO_ENTRY:
+            found.append(step.edge.entry)
+        elif step.end >= position:
+            # Nothing ends at the position itself: an entry further down keeps its rows alive.
+            found.append(carrier(txn, step.edge))
+    return found
 
 
-def _first_entry_below(txn: Reader, edge: Edge) -> int:
+def carrier(txn: Reader, edge: Edge) -> int:
+    """An entry at the lower end of `edge` or below: while it stays, so does the edge."""
     while edge.entry == NO_ENTRY:
         below = txn.children(edge.node, limit=1)
         if not below:
@@ -182,17 +186,34 @@ def new_node(txn: Writer) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A new run to hang below a walk: rows of a blob whose record exists already."""
+    """An edge to hang below a walk: rows of a blob whose record exists already."""
 
     blob: int
     num_tokens: int
     complete: bool
+    first_row: int = 0
+
+
+def dead_rows(txn: Reader, path: Walk, packed: bytes) -> Piece | None:
+    """Rows that lie unused behind the end of the walk, in the blob it ended in.
+
+    They were an entry's that was dropped while their file had to stay. A prompt that goes on in
+    the same tokens takes them back into service instead of writing them again.
+    """
+    if path.node is None or not path.steps:
+        return None
+    edge = path.steps[-1].edge
+    first_row = edge.first_row + edge.rows
+    rest = txn.tokens(edge.blob, first_row, MAX_ROWS)
+    # Living rows there would have been walked: they begin with the same token.
+    rows = common_prefix_tokens(rest, packed[path.common * TOKEN_BYTES :][: len(rest)])
+    return Piece(edge.blob, rows, edge.complete, first_row) if rows else None
 
 
 def attach(txn: Writer, path: Walk, packed: bytes, pieces: Sequence[Piece]) -> int:
     """Extend `path` by `pieces`, splitting the edge it ended in; returns the node at the end.
 
-    Each piece's blob must have been written with no references; the edge adds the first.
+    A new blob must have been recorded with no references; its edge adds the first.
     """
     node = path.node
     if node is None:
@@ -202,9 +223,10 @@ def attach(txn: Writer, path: Walk, packed: bytes, pieces: Sequence[Piece]) -> i
         below = new_node(txn)
         offset = position * TOKEN_BYTES
         key = edge_key(node, packed[offset : offset + TOKEN_BYTES])
-        txn.put_edge(key, Edge(piece.complete, piece.blob, below, NO_ENTRY, 0, piece.num_tokens))
+        rows = piece.num_tokens
+        txn.put_edge(key, Edge(piece.complete, piece.blob, below, NO_ENTRY, piece.first_row, rows))
         _refer(txn, piece.blob, 1)
-        node, position = below, position + piece.num_tokens
+        node, position = below, position + rows
     return node
 
 
@@ -229,15 +251,6 @@ def set_entry(txn: Writer, node: int, entry: int) -> None:
     assert key is not None, "entries end below the root"
     assert edge is not None, "a node's way back names no edge"
     txn.put_edge(key, edge._replace(entry=entry))
-
-
-def put_entry(txn: Writer, number: int, record: EntryRecord) -> None:
-    """Write an entry's record and keep the count of those that expire."""
-    old = txn.entry(number)
-    change = bool(record.expires) - bool(old.expires if old else 0.0)
-    if change:
-        txn.add(EXPIRING, change)
-    txn.put_entry(number, record)
 
 
 def drop_entry(txn: Writer, number: int, reason: str, now: float) -> None:
@@ -272,8 +285,6 @@ def drop_subtree(txn: Writer, key: bytes, reason: str, now: float) -> None:
 
 
 def _forget_entry(txn: Writer, number: int, record: EntryRecord, reason: str, now: float) -> None:
-    if record.expires:
-        txn.add(EXPIRING, -1)
     txn.delete_entry(number)
     remember_departed(txn, number, reason, now)
     if record.checkpoint != NO_BLOB:
@@ -346,47 +357,47 @@ def remember_departed(txn: Writer, number: int, reason: str, now: float) -> None
     txn.put_sized(b"departed", pack_number(number), SizedRecord(0, now, reason))
 
 
-def expired(txn: Reader, now: float) -> list[int]:
-    """Entries past their time, pinned ones included: an expiry was asked for, too."""
-    if txn.counter(EXPIRING) == 0:
-        return []
-    return [number for number, record in txn.entries() if 0 < record.expires <= now]
-
-
 def victims(txn: Reader, protected: Collection[int]) -> Iterator[int]:
-    """Entries in the order of eviction; the caller may drop each before asking for the next.
+    """Entries in the order of eviction; the caller drops each before asking for the next.
 
-    Tier by tier, inside a tier by last use, leaves before their parents, so that a whole pass is
-    repeated while it found something: dropping a leaf may make a leaf of its parent. An entry
-    with a checkpoint of its own may go before those below it, because they do without.
+    By tier, inside a tier by last use, but a leaf before its parents: an entry that others hang
+    on waits until they are gone, and is then the next if its own turn has passed. An entry with
+    a checkpoint of its own need not wait, because those below do without it.
 
     Args:
         txn: The transaction in which the caller drops them.
         protected: Nodes whose entries must stay.
     """
-    progress = True
-    while progress:
-        progress = False
-        for tier in Tier:
-            for number in _evictable(txn, tier, protected):
-                progress = True
+    turn = b""
+    while keys := list(islice(txn.recency_keys(turn), _VICTIMS_AT_ONCE)):
+        for turn in keys:
+            number = unpack_number(turn[9:])
+            while number != NO_ENTRY:
+                record = txn.entry(number)
+                if record is None or not _may_go(txn, record, protected):
+                    break
+                if recency_key(record.tier, record.last_use_us, number) > turn:
+                    break  # its own turn comes later
+                above = _entry_above(txn, record.node)
                 yield number
+                number = above
 
 
-def _evictable(txn: Reader, tier: Tier, protected: Collection[int]) -> Iterator[int]:
-    after = b""
-    while True:
-        chunk = list(islice(txn.recency(tier, after), _VICTIMS_AT_ONCE))
-        for number in chunk:
-            record = txn.entry(number)
-            assert record is not None, "the order of eviction names an entry without record"
-            after = recency_key(tier, record.last_use_us, number)
-            if record.pinned or record.node in protected:
-                continue
-            if record.checkpoint != NO_BLOB or not txn.children(record.node, limit=1):
-                yield number
-        if len(chunk) < _VICTIMS_AT_ONCE:
-            return
+def _may_go(txn: Reader, record: EntryRecord, protected: Collection[int]) -> bool:
+    if record.pinned or record.node in protected:
+        return False
+    return record.checkpoint != NO_BLOB or not txn.children(record.node, limit=1)
+
+
+def _entry_above(txn: Reader, node: int) -> int:
+    """The nearest entry that is a prefix of the one at `node`."""
+    key = txn.parent_key(node)
+    while key is not None:
+        key = txn.parent_key(edge_parent(key))
+        edge = None if key is None else txn.edge(key)
+        if edge is not None and edge.entry != NO_ENTRY:
+            return edge.entry
+    return NO_ENTRY
 
 
 def audit(txn: Reader) -> list[str]:
@@ -494,7 +505,9 @@ def _audit_entries(
     ]
     if set(txn.recency_keys()) != expected_keys:
         problems.append("the order of eviction does not list exactly the entries")
-    expiring = sum(1 for record in entries.values() if record.expires)
-    if expiring != txn.counter(EXPIRING):
-        problems.append(f"{expiring} entries expire, the counter says {txn.counter(EXPIRING)}")
+    expiring = {
+        expiry_key(record.expires, number) for number, record in entries.items() if record.expires
+    }
+    if set(txn.expiry_keys()) != expiring:
+        problems.append("the order of expiry does not list exactly the entries that expire")
     return problems

@@ -8,7 +8,6 @@ tiers and dates are not.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,9 +17,10 @@ from persist_cache import fs, paths
 from persist_cache.blobs import TOKENS, BlobFolder, BlobHeader, BlobReader, Written, prefix_digest
 from persist_cache.entry import TOKEN_BYTES, Tier
 from persist_cache.errors import CorruptBlobError, StoreError
-from persist_cache.index import Index, Writer
+from persist_cache.index import Index, Reader, Writer
 from persist_cache.insert import add_blob, place_entry
 from persist_cache.records import (
+    NO_BLOB,
     BlobKind,
     EntryRecord,
     NamespaceRecord,
@@ -28,6 +28,8 @@ from persist_cache.records import (
 )
 
 log = logging.getLogger(__name__)
+_FILLED = "filled"
+"""Counter in the index: not 0 once it lists the blobs. Until then no file is an orphan."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,49 +40,75 @@ class _Found:
     packed: bytes
 
 
-def put_aside(root: Path) -> Path:
-    """Rename a damaged index, so that a new one can take its place; returns its new path."""
-    target = root / f"data.mdb.damaged-{int(time.time())}-{os.getpid()}"
-    fs.rename(root / "data.mdb", target)
-    return target
+def is_due(index: Index) -> bool:
+    """Whether `index` was never filled: it is new, or took the place of a damaged one."""
+    with index.read() as txn:
+        return txn.counter(_FILLED) == 0
 
 
 def rebuild(
     index: Index, folder: BlobFolder, progress: Callable[[int, int], None] | None = None
 ) -> int:
-    """Fill the empty `index` from the blobs in `folder`, in one commit.
+    """Make all records anew from the blobs in `folder`, in one commit.
+
+    What the old records, if there are any, say of use, pins, labels and expiry is carried over.
 
     Args:
-        index: A fresh index.
+        index: The index; others may have it open.
         folder: The blobs.
         progress: Called with files read and files in total.
 
     Returns:
         Number of blobs that found their place.
     """
+    files = [(name, path) for name, path in folder.names() if path == folder.path(name)]
     found: dict[str, _Found] = {}
-    files = list(folder.names())
     for done, (name, path) in enumerate(files, 1):
         one = _inspect(name, path)
         if one is not None:
             found[name] = one
         if progress is not None:
             progress(done, len(files))
+    # The longest first: what a dead writer left beside it then adds nothing.
+    in_order = sorted(
+        found.values(),
+        key=lambda one: (one.header.start, one.header.kind != "run", -one.header.end, one.name),
+    )
 
     def fill(txn: Writer) -> int:
-        placed = 0
-        tokens: dict[str, bytes] = {}
-        in_order = sorted(
-            found.values(), key=lambda one: (one.header.start, one.header.kind != "run", one.name)
+        known = dict(txn.entries())
+        txn.clear_tree()
+        txn.add(paths.BLOB_BYTES, -txn.counter(paths.BLOB_BYTES))
+        doomed = set(txn.sized(b"trash")) | set(txn.sized(b"pending"))
+        placed = sum(
+            _place(txn, one, packed)
+            for one in in_order
+            if bytes.fromhex(one.name) not in doomed
+            and (packed := _path_tokens(one, found)) is not None
         )
-        for one in in_order:
-            packed = _path_tokens(one, found, tokens)
-            if packed is not None and _place(txn, one, packed):
-                placed += 1
         _finish_leaves(txn)
+        for number, record in list(txn.entries()):
+            if number in known:
+                txn.put_entry(number, _remember(record, known[number]))
+        if txn.counter(_FILLED) == 0:
+            txn.add(_FILLED, 1)
         return placed
 
     return index.update(fill)
+
+
+def _remember(record: EntryRecord, old: EntryRecord) -> EntryRecord:
+    return record._replace(
+        tier=old.tier,
+        pinned=old.pinned,
+        hits=old.hits,
+        created_us=old.created_us,
+        last_use_us=old.last_use_us,
+        prefill_s=old.prefill_s,
+        saved_s=old.saved_s,
+        expires=old.expires,
+        label=old.label,
+    )
 
 
 def _inspect(name: str, path: Path) -> _Found | None:
@@ -98,25 +126,19 @@ def _inspect(name: str, path: Path) -> _Found | None:
     return _Found(name, header, written, packed)
 
 
-def _path_tokens(one: _Found, found: dict[str, _Found], known: dict[str, bytes]) -> bytes | None:
+def _path_tokens(one: _Found, found: dict[str, _Found]) -> bytes | None:
     """All tokens up to the end of a blob, if its chain of parents proves them."""
-    header = one.header
-    if header.start == 0 or not header.parent:
-        before: bytes | None = b""
-    else:
-        before = known.get(header.parent)
-        if before is not None:
-            before = before[: header.start * TOKEN_BYTES]
-    if (
-        before is None
-        or len(before) != header.start * TOKEN_BYTES
-        or prefix_digest(before) != header.prefix
-    ):
-        return None
-    packed = before + one.packed
-    if header.kind == "run":
-        known[one.name] = packed
-    return packed
+    parts = [one.packed]
+    here = one
+    while here.header.start > 0:
+        above = found.get(here.header.parent)
+        if above is None or not above.header.start < here.header.start <= above.header.end:
+            return None
+        parts.append(above.packed[: (here.header.start - above.header.start) * TOKEN_BYTES])
+        here = above
+    packed = b"".join(reversed(parts))
+    before = packed[: one.header.start * TOKEN_BYTES]
+    return packed if prefix_digest(before) == one.header.prefix else None
 
 
 def _place(txn: Writer, one: _Found, packed: bytes) -> bool:
@@ -145,7 +167,7 @@ def _place(txn: Writer, one: _Found, packed: bytes) -> bool:
         if header.entry and grown.complete_tokens == header.end:
             place_entry(txn, key, packed, wanted._replace(node=node))
         return True
-    if path.common != header.end or header.end == 0:
+    if path.common != header.end or header.end == 0 or _has_checkpoint(txn, path):
         return False
     node = paths.attach(txn, path, packed, [])
     blob = add_blob(
@@ -158,6 +180,11 @@ def _place(txn: Writer, one: _Found, packed: bytes) -> bool:
     )
     place_entry(txn, key, packed, wanted._replace(node=node, checkpoint=blob))
     return True
+
+
+def _has_checkpoint(txn: Reader, path: paths.Walk) -> bool:
+    entry = None if path.node is None else txn.entry(path.steps[-1].edge.entry)
+    return entry is not None and entry.checkpoint != NO_BLOB
 
 
 def _namespace(txn: Writer, key: bytes, header: BlobHeader) -> NamespaceRecord:

@@ -272,6 +272,11 @@ def edge_parent(key: bytes) -> int:
     return int(_NUMBER.unpack_from(key)[0])
 
 
+def expiry_key(expires: float, entry: int) -> bytes:
+    """Sorts by date: the first key is the entry that expires next."""
+    return _NUMBER.pack(int(expires * 1e6)) + _NUMBER.pack(entry)
+
+
 def recency_key(tier: Tier, last_use_us: int, entry: int) -> bytes:
     """Sorts by tier, then by last use: the first key of a tier is its next victim."""
     return bytes([tier]) + _NUMBER.pack(last_use_us) + _NUMBER.pack(entry)

@@ -20,15 +20,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from persist_cache import catalog, fs, health, paths, rebuild
+from persist_cache import catalog, health, opening, paths
 from persist_cache.blobs import BlobFolder, BlobReader
-from persist_cache.budget import DEFAULT_MAX_BYTES, DEFAULT_MIN_FREE_BYTES, Limits
+from persist_cache.budget import Limits
 from persist_cache.catalog import Catalog, StoreStats
 from persist_cache.disk import Disk
 from persist_cache.entry import TOKEN_BYTES, Entry, Match, Run, Tier, pack_tokens
 from persist_cache.errors import (
     CorruptBlobError,
-    StoreAccessError,
     StoreError,
     StoreFullError,
     StoreReadOnlyError,
@@ -36,7 +35,7 @@ from persist_cache.errors import (
 from persist_cache.evict import Evictor
 from persist_cache.fingerprint import Fingerprint
 from persist_cache.health import Problem
-from persist_cache.index import DamagedIndexError, Index, Reader, Writer
+from persist_cache.index import Reader, Writer
 from persist_cache.insert import Insertion, PutResult, Source
 from persist_cache.records import (
     NO_BLOB,
@@ -44,8 +43,6 @@ from persist_cache.records import (
     EntryRecord,
     NamespaceRecord,
     entry_id,
-    pack_counter,
-    unpack_counter,
 )
 
 log = logging.getLogger(__name__)
@@ -56,10 +53,7 @@ DEFAULT_RUN_TOKENS = 4096
 _MAX_ATTEMPTS = 4
 _MAX_OPEN_FILES = 200
 _NAMESPACE_MEMORY_S = 30 * 86400.0
-_CACHEDIR_TAG = (
-    b"Signature: 8a477f597d28d172789f06886806bc55\n"
-    b"# This folder is a cache of persist-cache; backups may leave it out.\n"
-)
+_END_OF_TIME_S = 1e12
 
 
 def default_store_path() -> Path:
@@ -121,10 +115,10 @@ class Store:
             raise ValueError(f"run_tokens must be at least 1, got {run_tokens}")
         root = Path(path) if path is not None else default_store_path()
         folder = BlobFolder(root)
-        _prepare_folder(root, folder, read_only)
-        index = _open_index(root, folder, read_only)
+        opening.prepare_folder(root, folder, read_only)
+        index = opening.open_index(root, folder, read_only)
         try:
-            limits = _settle_limits(index, max_bytes, min_free_bytes, daily_write_bytes)
+            limits = opening.settle_limits(index, max_bytes, min_free_bytes, daily_write_bytes)
             store = cls(Disk(root, index, folder, limits, clock), run_tokens)
             if not read_only:
                 # A full disk must not keep anybody from reading, or from evicting.
@@ -173,7 +167,7 @@ class Store:
         """
         packed = _packed(tokens)
         length = len(packed) // TOKEN_BYTES
-        limit = length if limit is None else min(limit, length)
+        limit = length if limit is None else max(0, min(limit, length))
         best = Match(0, reason="nothing is stored for this model")
         with self._disk.index.read() as txn:
             for _, namespace in txn.namespaces(fingerprint.digest):
@@ -219,7 +213,7 @@ class Store:
                     return restore(runs, checkpoint, match.num_tokens), match
             except FileNotFoundError as error:
                 # Evicted meanwhile, unless its record is still there.
-                self._quarantine(Path(error.filename).stem, "its file is missing")
+                self._quarantine(Path(str(error.filename)).stem, "its file is missing")
             except CorruptBlobError as error:
                 self._quarantine(error.path.stem, error.reason)
             except (OSError, StoreError) as error:
@@ -255,12 +249,13 @@ class Store:
 
     def _quarantine(self, name: str, reason: str) -> None:
         """Take a bad blob out of service, if the store may be changed; never fails."""
-        self.count("bad_reads")
         if self.read_only:
+            self.count("bad_reads")
             log.warning("blob %s is bad: %s", name, reason)
             return
         try:
-            health.quarantine(self._disk, name, reason)
+            if health.quarantine(self._disk, name, reason):
+                self.count("bad_reads")
             self._evictor.empty_trash()
         except StoreError as error:
             log.warning("blob %s is bad (%s) and could not be removed: %s", name, reason, error)
@@ -308,14 +303,14 @@ class Store:
             return PutResult(None, 0, 0)
         wanted = EntryRecord.fresh(
             Tier.parse(tier), len(packed) // TOKEN_BYTES, self._disk.clock()
-        )._replace(prefill_s=prefill_s, label=label, pinned=pinned, expires=expires or 0.0)
+        )._replace(prefill_s=prefill_s, label=label, pinned=pinned, expires=_checked_date(expires))
         return Insertion(
             self._disk, self._evictor, fingerprint, packed, source, wanted, self._run_tokens
         ).run()
 
-    def touch(self, match: Match, saved_s: float = 0.0) -> None:
+    def touch(self, match: Match) -> None:
         """Note that `match` was served. Buffered: `flush` or the next put writes it."""
-        self._disk.touch([int(entry, 16) for entry in match.entries], saved_s)
+        self._disk.touch([int(entry, 16) for entry in match.entries], match.saved_s)
 
     def count(self, name: str, amount: int = 1) -> None:
         """Add to a counter that `stats` shows. Buffered like `touch`."""
@@ -364,7 +359,8 @@ class Store:
         Raises:
             KeyError: No entry, or more than one, has such an id.
         """
-        self._change(prefix, lambda record: record._replace(expires=when or 0.0))
+        expires = _checked_date(when)
+        self._change(prefix, lambda record: record._replace(expires=expires))
 
     def set_label(self, prefix: str, label: str) -> None:
         """Name an entry.
@@ -427,7 +423,7 @@ class Store:
         health.remove_orphans(self._disk)
         self._evictor.expire()
         health.forget_empty_namespaces(self._disk, _NAMESPACE_MEMORY_S)
-        return before - self._evictor.evict_to(self.limits.max_bytes)
+        return max(0, before - self._evictor.evict_to(self.limits.max_bytes))
 
     def _number(self, prefix: str) -> int:
         """The number of the one entry whose id begins with `prefix`."""
@@ -453,13 +449,26 @@ class Store:
             record = txn.entry(number)
             if record is None:
                 raise KeyError(f"no entry has an id that begins with {prefix!r}")
-            paths.put_entry(txn, number, change(record))
+            txn.put_entry(number, change(record))
 
         self._disk.index.update(apply)
 
 
 def _packed(tokens: Sequence[int] | bytes) -> bytes:
-    return tokens if isinstance(tokens, bytes) else pack_tokens(tokens)
+    if not isinstance(tokens, bytes):
+        return pack_tokens(tokens)
+    if len(tokens) % TOKEN_BYTES:
+        raise ValueError(f"packed tokens have {TOKEN_BYTES} bytes each, got {len(tokens)} bytes")
+    return tokens
+
+
+def _checked_date(expires: float | None) -> float:
+    """An expiry as it is recorded: 0 for never, else a date."""
+    if expires is None:
+        return 0.0
+    if not 0 < expires < _END_OF_TIME_S:
+        raise ValueError(f"an expiry is a date in UTC seconds, got {expires}")
+    return expires
 
 
 def _match_in(txn: Reader, namespace: NamespaceRecord, packed: bytes, limit: int) -> Match:
@@ -488,111 +497,28 @@ def _match_in(txn: Reader, namespace: NamespaceRecord, packed: bytes, limit: int
             runs.append(Run(name, step.start, used))
             nbytes += record.nbytes
     state = None if checkpoint == NO_BLOB else _known(txn, checkpoint)
+    used_entries = paths.entries_used(txn, path, position)
     return Match(
         num_tokens=position,
         runs=tuple(runs),
         checkpoint=None if state is None else state.name.hex(),
         common_tokens=path.common,
-        entries=tuple(entry_id(number) for number in paths.entries_used(txn, path, position)),
+        entries=tuple(entry_id(number) for number in used_entries),
         nbytes=nbytes + (0 if state is None else state.nbytes),
+        saved_s=_saved_s(txn, used_entries, position),
         reason=reason,
     )
+
+
+def _saved_s(txn: Reader, entries: Sequence[int], position: int) -> float:
+    """Seconds that computing `position` tokens takes, by what was measured for the last entry."""
+    record = txn.entry(entries[-1]) if entries else None
+    if record is None or record.num_tokens == 0:
+        return 0.0
+    return record.prefill_s * position / record.num_tokens
 
 
 def _known(txn: Reader, blob: int) -> BlobRecord:
     record = txn.blob(blob)
     assert record is not None, "the index names a blob without record"
     return record
-
-
-def _prepare_folder(root: Path, folder: BlobFolder, read_only: bool) -> None:
-    """Make sure that the folder exists, is ours, and that nobody else can read it.
-
-    KV tensors reveal their prompt, so modes are repaired, and a foreign owner is refused.
-    """
-    try:
-        if not read_only:
-            root.parent.mkdir(parents=True, exist_ok=True)
-            fs.make_folder(root)
-        status = root.stat()
-        if status.st_uid != os.geteuid():
-            raise StoreAccessError(
-                f"{root} belongs to another user; use a folder of your own (--store PATH)."
-            )
-        if read_only:
-            return
-        if status.st_mode & 0o077:
-            log.warning("%s was open to other users; it is yours alone now", root)
-            root.chmod(fs.FOLDER_MODE)
-        folder.create()
-        tag = root / "CACHEDIR.TAG"
-        if not tag.exists():
-            tag.write_bytes(_CACHEDIR_TAG)
-    except FileNotFoundError:
-        raise StoreAccessError(f"There is no store at {root}.") from None
-    except NotADirectoryError:
-        raise StoreAccessError(f"{root} is not a folder.") from None
-    except OSError as error:
-        raise StoreAccessError(f"{root} cannot be used ({error.strerror}).") from error
-
-
-def _open_index(root: Path, folder: BlobFolder, read_only: bool) -> Index:
-    if read_only and not (root / "data.mdb").exists():
-        raise StoreAccessError(f"There is no store at {root}.")
-    lost = not read_only and not (root / "data.mdb").exists()
-    try:
-        index = Index(root, read_only=read_only)
-    except DamagedIndexError as error:
-        if read_only:
-            raise
-        aside = rebuild.put_aside(root)
-        log.warning("%s It was put aside as %s and is rebuilt from the blobs.", error, aside.name)
-        lost = True
-        index = Index(root, read_only=False)
-    if lost:
-        try:
-            placed = rebuild.rebuild(index, folder)
-        except BaseException:
-            index.close()
-            raise
-        if placed:
-            log.warning("the index of %s was rebuilt from %d blobs", root, placed)
-    return index
-
-
-def _settle_limits(
-    index: Index,
-    max_bytes: int | None,
-    min_free_bytes: int | None,
-    daily_write_bytes: int | None,
-) -> Limits:
-    """Limits given win and are remembered, so that the command line knows the server's."""
-    given = {"max_bytes": max_bytes, "min_free_bytes": min_free_bytes}
-    with index.read() as txn:
-        stored = {name: txn.meta(name) for name in given}
-    news = {
-        name: value
-        for name, value in given.items()
-        if value is not None and stored[name] != pack_counter(value)
-    }
-    if news and not index.read_only:
-
-        def remember(txn: Writer) -> None:
-            for name, value in news.items():
-                txn.set_meta(name, pack_counter(value))
-
-        with contextlib.suppress(StoreFullError):
-            index.update(remember)
-
-    def settle(name: str, default: int) -> int:
-        value = given[name]
-        if value is not None:
-            return value
-        raw = stored[name]
-        return default if raw is None else unpack_counter(raw)
-
-    return Limits(
-        settle("max_bytes", DEFAULT_MAX_BYTES),
-        settle("min_free_bytes", DEFAULT_MIN_FREE_BYTES),
-        daily_write_bytes,
-    )

@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from persist_cache.blobs import BlobReader, Payload, Tensor
 from persist_cache.errors import CorruptBlobError
 from persist_cache.fingerprint import Fingerprint
+from persist_cache.store import Store
 
 HEADS, WIDTH = 2, 4
 
@@ -89,3 +92,52 @@ def restore(
 def fingerprint(**changes: str | int) -> Fingerprint:
     """An identity; any change makes it another model."""
     return Fingerprint.from_fields({"weights": "w0", "config": "c0", **changes})
+
+
+class Clock:
+    """UTC seconds that go on only when told to."""
+
+    def __init__(self, now: float = 1_700_000_000.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def put(
+    store: Store, tokens: Sequence[int], *, complete: bool = True, model: str = "w0", **options: Any
+) -> str:
+    """Store `tokens` and return the entry's id; the clock of the store does not move."""
+    source = FakeSource(tokens, complete=complete, has_state=True)
+    entry = store.put(fingerprint(weights=model), tokens, source, **options).entry
+    assert entry is not None
+    return entry
+
+
+def fetched(store: Store, tokens: Sequence[int], *, model: str = "w0") -> int:
+    """Tokens of the longest stored prefix, read back and compared byte for byte."""
+    found = store.fetch(fingerprint(weights=model), tokens, restore)
+    if found is None:
+        return 0
+    value, match = found
+    assert value.equals(tokens[: match.num_tokens]), "restored bytes differ"
+    return match.num_tokens
+
+
+def files_in(root: Path) -> list[Path]:
+    """All files below `root`."""
+    return sorted(path for path in root.rglob("*") if path.is_file())
+
+
+def blob_files(root: Path) -> list[Path]:
+    """Published blobs."""
+    return sorted((root / "blobs").glob("*/*.safetensors"))
+
+
+def disk_usage(root: Path) -> int:
+    """What `du` says."""
+    paths = [root, *root.rglob("*")]
+    return sum(path.lstat().st_blocks * 512 for path in paths)

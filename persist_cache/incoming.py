@@ -1,0 +1,234 @@
+"""Requests from outside, checked before anything acts on them.
+
+`mlx_lm.server` trusts much of a request: a stop word that is no text or a `top_k` beyond the
+vocabulary ends its generation thread for good, and bad JSON is written to the log as it came,
+prompt and all. What is refused here is refused in one sentence that repeats nothing of the body.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from email.message import Message
+from io import BufferedIOBase
+from typing import Any
+
+MAX_BODY_BYTES = 64 << 20
+MAX_NEW_TOKENS = 10_000_000
+MAX_STOP_WORDS = 64
+_MAX_DIGITS = 18
+_RESERVED_TEMPLATE_ARGS = frozenset(
+    {
+        "add_generation_prompt",
+        "conversation",
+        "max_length",
+        "padding",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "tokenize",
+        "tokenizer_kwargs",
+        "tools",
+        "truncation",
+    }
+)
+"""Arguments of `apply_chat_template` that would change what it returns, not what it renders."""
+
+
+class RefusedError(Exception):
+    """A request that is not answered as asked; `str()` is one sentence for the client."""
+
+    def __init__(self, status: int, sentence: str, headers: Mapping[str, str] | None = None):
+        super().__init__(sentence)
+        self.status = status
+        self.headers = dict(headers or {})
+
+
+def body_length(headers: Message, *, limit: int = MAX_BODY_BYTES) -> int:
+    """Length of the body that a request announces.
+
+    Raises:
+        RefusedError: There is none, it makes no sense, or it is beyond `limit`.
+    """
+    lengths = headers.get_all("Content-Length") or []
+    if headers.get("Transfer-Encoding") is not None or not lengths:
+        raise RefusedError(411, "Send the body with a Content-Length header.")
+    text = lengths[0].strip()
+    if len(set(lengths)) > 1 or not text.isascii() or not text.isdigit():
+        raise RefusedError(400, "Content-Length must be one number of bytes.")
+    if len(text) > 12 or int(text) > limit:
+        raise RefusedError(413, f"The body is larger than {limit} bytes.")
+    return int(text)
+
+
+def read_body(stream: BufferedIOBase, length: int) -> bytes:
+    """Read a body of known length.
+
+    Raises:
+        RefusedError: It ends early, or does not arrive in time.
+    """
+    try:
+        raw = stream.read(length)
+    except TimeoutError:
+        raise RefusedError(408, "The body did not arrive in time.") from None
+    if len(raw) < length:
+        raise RefusedError(400, "The body is shorter than its Content-Length.")
+    return raw
+
+
+def decode_object(raw: bytes) -> dict[str, Any]:
+    """Decode a JSON object.
+
+    Raises:
+        RefusedError: It is something else, or holds what no prompt can hold.
+    """
+    try:
+        text = raw.decode()
+        found = json.loads(
+            text, parse_constant=_no_number, parse_float=_finite, parse_int=_short_integer
+        )
+        if "\\ud" in text.lower():
+            # Half of a surrogate pair is valid JSON, but no text.
+            json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeError:
+        raise RefusedError(400, "The body is not valid UTF-8 text.") from None
+    except RecursionError:
+        raise RefusedError(400, "The body is nested too deeply.") from None
+    except ValueError as error:
+        where = f" at character {error.pos}" if isinstance(error, json.JSONDecodeError) else ""
+        raise RefusedError(400, f"The body is not valid JSON{where}.") from None
+    if not isinstance(found, dict):
+        raise RefusedError(400, "The body must be a JSON object.")
+    return found
+
+
+def _no_number(text: str) -> Any:
+    raise RefusedError(400, "The body holds a number that is not finite.")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _no_number(text)
+
+
+def _short_integer(text: str) -> int:
+    if len(text) > _MAX_DIGITS:
+        raise RefusedError(400, f"The body holds a number with more than {_MAX_DIGITS} digits.")
+    return int(text)
+
+
+def check_chat(body: dict[str, Any], *, vocabulary: int | None = None) -> None:
+    """Check a chat request.
+
+    Args:
+        body: The request; `stream_options` is completed in place.
+        vocabulary: Number of token ids of the model, if it is known.
+
+    Raises:
+        RefusedError: It would be misunderstood, or would end the generation thread.
+    """
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise RefusedError(400, "messages must be a list of at least one message.")
+    for place, message in enumerate(messages):
+        _check_message(message, f"messages[{place}]")
+    _check_objects(body.get("tools"), "tools")
+    mapping = body.get("role_mapping")
+    if mapping is not None and not (
+        isinstance(mapping, dict) and all(isinstance(one, str) for one in mapping.values())
+    ):
+        raise RefusedError(400, "role_mapping must be an object of texts.")
+    _check_options(body, vocabulary)
+
+
+def check_completion(body: dict[str, Any], *, vocabulary: int | None = None) -> None:
+    """Check a text completion request; as `check_chat`."""
+    prompt = body.get("prompt")
+    if not isinstance(prompt, str) or not prompt:
+        raise RefusedError(400, "prompt must be a text that is not empty.")
+    _check_options(body, vocabulary)
+
+
+def _check_message(message: Any, name: str) -> None:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise RefusedError(400, f"{name} must be an object with a role.")
+    content = message.get("content")
+    if isinstance(content, list):
+        for part in content:
+            if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+                raise RefusedError(400, f"{name}.content must be a list of objects with a type.")
+            if part["type"] == "text" and not isinstance(part.get("text"), str):
+                raise RefusedError(400, f"{name}.content has a text part without a text.")
+    elif content is not None and not isinstance(content, str):
+        raise RefusedError(400, f"{name}.content must be a text or a list of parts.")
+    _check_objects(message.get("tool_calls"), f"{name}.tool_calls")
+
+
+def _check_objects(value: Any, name: str) -> None:
+    if value is not None and not (
+        isinstance(value, list) and all(isinstance(one, dict) for one in value)
+    ):
+        raise RefusedError(400, f"{name} must be a list of objects.")
+
+
+def _check_options(body: dict[str, Any], vocabulary: int | None) -> None:
+    for name in ("max_tokens", "max_completion_tokens"):
+        _check_integer(body, name, 1, MAX_NEW_TOKENS)
+    _check_integer(body, "seed", 0, 10**_MAX_DIGITS)
+    _check_integer(body, "top_k", 0, (vocabulary or 1 << 31) - 1)
+    threshold = body.get("xtc_threshold")
+    if isinstance(threshold, (int, float)) and not 0 <= threshold <= 0.5:
+        raise RefusedError(400, "xtc_threshold must be between 0 and 0.5.")
+    _check_stop(body.get("stop"))
+    _check_bias(body.get("logit_bias"), vocabulary)
+    options = body.get("stream_options")
+    if options is not None and not (
+        isinstance(options, dict) and isinstance(options.setdefault("include_usage", False), bool)
+    ):
+        raise RefusedError(
+            400, "stream_options must be an object whose include_usage is true or false."
+        )
+    arguments = body.get("chat_template_kwargs")
+    if arguments is not None:
+        if not isinstance(arguments, dict):
+            raise RefusedError(400, "chat_template_kwargs must be an object.")
+        reserved = sorted(_RESERVED_TEMPLATE_ARGS & arguments.keys())
+        if reserved:
+            raise RefusedError(400, f"chat_template_kwargs must not set {reserved[0]}.")
+
+
+def _check_integer(body: dict[str, Any], name: str, low: int, high: int) -> None:
+    value = body.get(name)
+    if value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise RefusedError(400, f"{name} must be a whole number from {low} to {high}.")
+
+
+def _check_stop(stop: Any) -> None:
+    words = [stop] if isinstance(stop, str) else stop
+    if words is None or words == []:
+        return
+    if (
+        not isinstance(words, list)
+        or len(words) > MAX_STOP_WORDS
+        or not all(isinstance(word, str) and word for word in words)
+    ):
+        raise RefusedError(
+            400, f"stop must be a text, or a list of at most {MAX_STOP_WORDS}, none of them empty."
+        )
+
+
+def _check_bias(bias: Any, vocabulary: int | None) -> None:
+    if bias is None:
+        return
+    if not isinstance(bias, dict):
+        raise RefusedError(400, "logit_bias must be an object.")
+    for token, value in bias.items():
+        # MLX does not check indices: a token beyond the vocabulary writes beyond the buffer.
+        known = token.isascii() and token.isdigit() and len(token) <= _MAX_DIGITS
+        if not known or int(token) >= (vocabulary or 1 << 31):
+            raise RefusedError(400, "logit_bias has a key that is no token id of this model.")
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise RefusedError(400, "logit_bias must have numbers as its values.")

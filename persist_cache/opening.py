@@ -1,0 +1,167 @@
+"""Opening a store: its folder, its index, rebuilt where need be, and its limits.
+
+While a store is open its process holds `store.lock` shared. Only who gets that lock exclusively
+may put a damaged index aside and make a new one: nobody else has it mapped then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from pathlib import Path
+
+from persist_cache import fs, rebuild
+from persist_cache.blobs import PRESENCE_FILE, TAG_FILE, BlobFolder
+from persist_cache.budget import DEFAULT_MAX_BYTES, DEFAULT_MIN_FREE_BYTES, Limits
+from persist_cache.errors import StoreAccessError, StoreError, StoreFullError, StoreInUseError
+from persist_cache.index import DamagedIndexError, Index, Writer
+from persist_cache.records import pack_counter, unpack_counter
+
+log = logging.getLogger(__name__)
+_PATIENCE_S = 5.0
+"""How long to wait for processes that open the store at the same time."""
+_CACHEDIR_TAG = (
+    b"Signature: 8a477f597d28d172789f06886806bc55\n"
+    b"# This folder is a cache of persist-cache; backups may leave it out.\n"
+)
+
+
+def prepare_folder(root: Path, folder: BlobFolder, read_only: bool) -> None:
+    """Make sure that the folder exists, is ours, and that nobody else can read it.
+
+    KV tensors reveal their prompt, so modes are repaired, and a foreign owner is refused.
+    """
+    try:
+        if not read_only:
+            root.parent.mkdir(parents=True, exist_ok=True)
+            fs.make_folder(root)
+        status = root.stat()
+        if status.st_uid != os.geteuid():
+            raise StoreAccessError(
+                f"{root} belongs to another user; use a folder of your own (--store PATH)."
+            )
+        if read_only:
+            return
+        if status.st_mode & 0o077:
+            log.warning("%s was open to other users; it is yours alone now", root)
+            root.chmod(fs.FOLDER_MODE)
+        folder.create()
+        with contextlib.suppress(FileExistsError):
+            fd = fs.create(root / TAG_FILE)
+            try:
+                fs.write_all(fd, [memoryview(_CACHEDIR_TAG)])
+            finally:
+                os.close(fd)
+    except FileNotFoundError:
+        raise StoreAccessError(f"There is no store at {root}.") from None
+    except NotADirectoryError:
+        raise StoreAccessError(f"{root} is not a folder.") from None
+    except OSError as error:
+        raise StoreAccessError(f"{root} cannot be used ({error.strerror}).") from error
+
+
+def open_index(root: Path, folder: BlobFolder, read_only: bool) -> Index:
+    """Open the index in `root`; one that is missing or damaged is made anew from the blobs.
+
+    Raises:
+        StoreAccessError: There is none, and none may be made, since `read_only`.
+        StoreInUseError: It has to be made anew while another process uses it.
+        StoreError: It is damaged and may not be mended, since `read_only`.
+    """
+    if read_only:
+        if not (root / "data.mdb").exists():
+            raise StoreAccessError(f"There is no store at {root}.")
+        return Index(root, read_only=True)
+    presence = fs.open_shared(root / PRESENCE_FILE)
+    try:
+        return _open_present(root, folder, presence)
+    except BaseException:
+        os.close(presence)
+        raise
+
+
+def _open_present(root: Path, folder: BlobFolder, presence: int) -> Index:
+    give_up = time.monotonic() + _PATIENCE_S
+    while True:
+        fs.lock_shared(presence)
+        try:
+            index = Index(root, read_only=False, presence=presence)
+        except DamagedIndexError as error:
+            damage: StoreError | None = error
+        else:
+            if not rebuild.is_due(index):
+                return index
+            index.detach_presence()
+            index.close()
+            damage = None
+        fs.unlock(presence)
+        if fs.try_lock(presence):
+            return _make_anew(root, folder, presence, damage)
+        # Others open the same store, and may be about to mend it, or they use what is damaged.
+        if time.monotonic() > give_up:
+            raise StoreInUseError(
+                f"The index at {root} has to be rebuilt, but another process has the store open; "
+                "end that process first."
+            ) from damage
+        time.sleep(0.02)
+
+
+def _make_anew(root: Path, folder: BlobFolder, presence: int, damage: StoreError | None) -> Index:
+    """Fill a new index; the caller holds `store.lock` exclusively, and shared afterwards."""
+    if damage is not None:
+        log.warning("%s It is rebuilt from the blobs.", damage)
+        # Nothing in it can be trusted, and it holds prompts: what is evicted must be gone.
+        for name in ("data.mdb", "lock.mdb"):
+            with contextlib.suppress(FileNotFoundError):
+                fs.unlink(root / name)
+    index = Index(root, read_only=False, presence=presence)
+    try:
+        placed = rebuild.rebuild(index, folder)
+        fs.lock_shared(presence)
+    except BaseException:
+        index.detach_presence()
+        index.close()
+        raise
+    if placed:
+        log.warning("the index of %s was rebuilt from %d blobs", root, placed)
+    return index
+
+
+def settle_limits(
+    index: Index,
+    max_bytes: int | None,
+    min_free_bytes: int | None,
+    daily_write_bytes: int | None,
+) -> Limits:
+    """Limits given win and are remembered, so that the command line knows the server's."""
+    given = {"max_bytes": max_bytes, "min_free_bytes": min_free_bytes}
+    with index.read() as txn:
+        stored = {name: txn.meta(name) for name in given}
+    news = {
+        name: value
+        for name, value in given.items()
+        if value is not None and stored[name] != pack_counter(value)
+    }
+    if news and not index.read_only:
+
+        def remember(txn: Writer) -> None:
+            for name, value in news.items():
+                txn.set_meta(name, pack_counter(value))
+
+        with contextlib.suppress(StoreFullError):
+            index.update(remember)
+
+    def settle(name: str, default: int) -> int:
+        value = given[name]
+        if value is not None:
+            return value
+        raw = stored[name]
+        return default if raw is None else unpack_counter(raw)
+
+    return Limits(
+        settle("max_bytes", DEFAULT_MAX_BYTES),
+        settle("min_free_bytes", DEFAULT_MIN_FREE_BYTES),
+        daily_write_bytes,
+    )

@@ -1,0 +1,485 @@
+"""What people ask of a store: its models, what an entry is made of, what an eviction would free.
+
+Reads the index only: no file is opened and no model is needed, so it works beside a running
+server, and on a store that may not be changed.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from persist_cache import paths
+from persist_cache.catalog import Catalog
+from persist_cache.entry import Entry, Tier, unpack_tokens
+from persist_cache.errors import StoreError
+from persist_cache.fingerprint import Fingerprint, Identifier
+from persist_cache.index import Writer
+from persist_cache.records import (
+    NO_BLOB,
+    NO_ENTRY,
+    BlobRecord,
+    NamespaceRecord,
+    entry_id,
+    unpack_number,
+)
+from persist_cache.store import Store
+
+SHORT_ID_DIGITS = 6
+"""Short ids have at least as many digits."""
+_OPTION_FIELDS = frozenset(
+    {"kv_bits", "kv_group_size", "quantized_kv_start", "max_kv_size", "salt", "layout"}
+)
+"""What a request chooses, not a model: such fields never make a model unknown."""
+_ID_DIGITS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """An identity that entries belong to.
+
+    Attributes:
+        fingerprint: Hex digest.
+        fields: What is in the key, readable.
+        info: Recorded next to it: names, paths, versions that do not matter.
+    """
+
+    fingerprint: str
+    fields: Mapping[str, str] = field(default_factory=dict)
+    info: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The model as its user named it, with its adapter; else what kind it is."""
+        name = self.info.get("name") or self.fields.get("model_type") or "unnamed"
+        adapter = self.info.get("adapter")
+        return f"{name} + {Path(adapter).name}" if adapter else name
+
+    @property
+    def path(self) -> str:
+        """Folder that it was loaded from, or ""."""
+        return self.info.get("path", "")
+
+
+@dataclass(frozen=True, slots=True)
+class RunDetails:
+    """One blob on the path of an entry.
+
+    Attributes:
+        blob: Its name.
+        path: Its file.
+        start: Position of its first token.
+        num_tokens: Tokens of it that the entry uses.
+        blob_tokens: Tokens that it has.
+        nbytes: Length of the file.
+        entries: Entries that use it.
+        created: UTC seconds.
+    """
+
+    blob: str
+    path: str
+    start: int
+    num_tokens: int
+    blob_tokens: int
+    nbytes: int
+    entries: int
+    created: float
+
+
+@dataclass(frozen=True, slots=True)
+class Details:
+    """Everything about one entry.
+
+    Attributes:
+        entry: The entry.
+        model: Whose it is.
+        layout: JSON of the cache classes and their geometry.
+        runs: The blobs with its rows, in order.
+        checkpoint: The blob with the state at its end, or None when rows suffice.
+        children: Ids of the entries that go on right after it.
+    """
+
+    entry: Entry
+    model: Model
+    layout: str
+    runs: tuple[RunDetails, ...]
+    checkpoint: RunDetails | None
+    children: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """What an eviction would do.
+
+    Attributes:
+        freed_bytes: Bytes of files that would go.
+        kept_bytes: Bytes of the evicted entries' rows that others need too.
+        kept_for: Number of those others.
+    """
+
+    freed_bytes: int
+    kept_bytes: int
+    kept_for: int
+
+
+@dataclass(frozen=True, slots=True)
+class Amount:
+    """How much there is of something.
+
+    Attributes:
+        entries: Number of entries.
+        nbytes: Bytes of the files behind them; none is counted twice.
+        hits: Times they were restored.
+        saved_s: Seconds of prefill that saved.
+    """
+
+    entries: int = 0
+    nbytes: int = 0
+    hits: int = 0
+    saved_s: float = 0.0
+
+    def __add__(self, other: Amount) -> Amount:
+        return Amount(
+            self.entries + other.entries,
+            self.nbytes + other.nbytes,
+            self.hits + other.hits,
+            self.saved_s + other.saved_s,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Quarantined:
+    """A damaged blob that was taken out of service; `since` in UTC seconds."""
+
+    blob: str
+    nbytes: int
+    since: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Departed:
+    """An entry that is no longer there, and why; `since` in UTC seconds."""
+
+    id: str
+    since: float
+    reason: str
+
+
+class Survey:
+    """A view of all entries of a store as of one moment.
+
+    Attributes:
+        entries: All entries, in the order of their ids.
+        models: By fingerprint; also those that have no entries left.
+    """
+
+    def __init__(self, store: Store) -> None:
+        """Load the index of `store`.
+
+        Raises:
+            StoreError: The index contradicts itself.
+        """
+        self._store = store
+        try:
+            with store._disk.index.read() as txn:
+                self._catalog = Catalog(txn)
+            self.entries = self._catalog.entries()
+        except (LookupError, ValueError, AssertionError, struct.error) as error:
+            raise StoreError(
+                "The index contradicts itself; run `persist-cache check --rebuild-index`."
+            ) from error
+        self.models = {
+            key[:32].hex(): _model(key, record) for key, record in self._catalog.namespaces.values()
+        }
+
+    def model_of(self, entry: Entry) -> Model:
+        return self.models.get(entry.fingerprint) or Model(entry.fingerprint)
+
+    def details(self, entry: Entry) -> Details:
+        """What `entry`, one of `entries`, is made of."""
+        catalog = self._catalog
+        record = catalog.records[int(entry.id, 16)]
+        runs: list[RunDetails] = []
+        found = catalog.edges.get(record.node)
+        while found is not None:
+            parent, edge = found
+            blob = catalog.blobs[edge.blob]
+            rows = edge.rows
+            if runs and runs[-1].blob == blob.name.hex():
+                rows += runs.pop().num_tokens
+            users = catalog.users[edge.node]
+            runs.append(self._run(blob, blob.start, rows, users))
+            found = catalog.edges.get(parent)
+        checkpoint = None
+        if record.checkpoint != NO_BLOB:
+            checkpoint = self._run(catalog.blobs[record.checkpoint], entry.num_tokens, 0, 1)
+        _, namespace = catalog.namespaces[record.namespace]
+        return Details(
+            entry=entry,
+            model=self.model_of(entry),
+            layout=namespace.layout,
+            runs=tuple(reversed(runs)),
+            checkpoint=checkpoint,
+            children=tuple(one.id for one in self.entries if one.parent == entry.id),
+        )
+
+    def added_bytes(self, entry: Entry) -> int:
+        """Bytes that `entry` has beyond the one it continues, whoever else needs them."""
+        catalog = self._catalog
+        record = catalog.records[int(entry.id, 16)]
+        total = 0
+        if record.checkpoint != NO_BLOB:
+            total = catalog.blobs[record.checkpoint].disk_bytes
+        node = record.node
+        while True:
+            node, edge = catalog.edges[node]
+            total += catalog.share(edge)
+            above = catalog.edges.get(node)
+            if above is None or above[1].entry != NO_ENTRY:
+                return total
+
+    def _run(self, blob: BlobRecord, start: int, rows: int, users: int) -> RunDetails:
+        name = blob.name.hex()
+        path = str(self._store._disk.folder.path(name))
+        return RunDetails(
+            name, path, start, rows, blob.num_tokens, blob.nbytes, users, blob.created
+        )
+
+    def removal(self, ids: Collection[str]) -> Removal:
+        """What evicting the entries `ids` would free, and what stays because others need it."""
+        catalog = self._catalog
+        doomed = {int(one, 16) for one in ids}
+        left = catalog.count_users(lambda entry: entry not in doomed)
+        living_blobs = {edge.blob for node, (_, edge) in catalog.edges.items() if left[node]}
+        dying = {edge.blob for node, (_, edge) in catalog.edges.items() if not left[node]}
+        dying |= {catalog.records[one].checkpoint for one in doomed} - {NO_BLOB}
+        kept_bytes = kept_for = 0
+        for node, (parent, edge) in catalog.edges.items():
+            if left[node] and left[node] < catalog.users[node]:
+                kept_bytes += catalog.share(edge)
+                if parent not in catalog.edges:
+                    kept_for += left[node]
+        return Removal(
+            freed_bytes=sum(catalog.blobs[blob].disk_bytes for blob in dying - living_blobs),
+            kept_bytes=kept_bytes,
+            kept_for=kept_for,
+        )
+
+    def by_tier(self) -> dict[Tier, Amount]:
+        """Per tier; rows that several share count for the highest tier among them."""
+        amounts = {tier: Amount() for tier in Tier}
+        highest: dict[int, Tier] = {}
+        for node in reversed(self._catalog.order):
+            parent, edge = self._catalog.edges[node]
+            tier = highest.get(node, Tier.ASSISTANT)
+            if edge.entry != NO_ENTRY:
+                tier = max(tier, self._catalog.records[edge.entry].tier)
+            amounts[tier] += Amount(nbytes=self._catalog.share(edge))
+            highest[parent] = max(highest.get(parent, Tier.ASSISTANT), tier)
+        for entry in self.entries:
+            amounts[entry.tier] += self._amount(entry)
+        return amounts
+
+    def by_model(self) -> dict[str, Amount]:
+        """Per fingerprint, those without entries left out."""
+        amounts: dict[str, Amount] = {}
+        roots = {record.root: key[:32].hex() for key, record in self._catalog.namespaces.values()}
+        for node in self._catalog.order:
+            parent, edge = self._catalog.edges[node]
+            fingerprint = roots[node] = roots.get(parent, "")
+            share = Amount(nbytes=self._catalog.share(edge))
+            amounts[fingerprint] = amounts.get(fingerprint, Amount()) + share
+        for entry in self.entries:
+            amounts[entry.fingerprint] += self._amount(entry)
+        return amounts
+
+    def _amount(self, entry: Entry) -> Amount:
+        checkpoint = self._catalog.records[int(entry.id, 16)].checkpoint
+        nbytes = 0 if checkpoint == NO_BLOB else self._catalog.blobs[checkpoint].disk_bytes
+        return Amount(1, nbytes, entry.hits, entry.saved_s)
+
+
+def _model(key: bytes, record: NamespaceRecord) -> Model:
+    try:
+        identity = Fingerprint.from_json(record.identity.encode())
+    except ValueError:
+        return Model(key[:32].hex())
+    return Model(key[:32].hex(), identity.fields, identity.info)
+
+
+def short_ids(ids: Sequence[str], at_least: int = SHORT_ID_DIGITS) -> dict[str, str]:
+    """The shortest prefix of each id that no other one has.
+
+    Args:
+        ids: Ids of all entries, sorted.
+        at_least: Digits that are shown even if fewer would do.
+    """
+    short = {}
+    before = ""
+    for place, one in enumerate(ids):
+        behind = ids[place + 1] if place + 1 < len(ids) else ""
+        length = at_least
+        while one[:length] in (before[:length], behind[:length]) and length < len(one):
+            length += 1
+        short[one] = one[:length]
+        before = one
+    return short
+
+
+def find_ids(store: Store, prefix: str, limit: int = 8) -> list[str]:
+    """Ids that begin with `prefix`, in order, at most `limit` of them."""
+    found: list[str] = []
+    with store._disk.index.read() as txn:
+        for number in txn.entries_from(int(prefix.ljust(_ID_DIGITS, "0"), 16)):
+            if len(found) == limit or not entry_id(number).startswith(prefix):
+                break
+            found.append(entry_id(number))
+    return found
+
+
+def find_departed(store: Store, prefix: str) -> Departed | None:
+    """The entry whose id began with `prefix` and that went last, if that is remembered."""
+    with store._disk.index.read() as txn:
+        departed = [
+            Departed(entry_id(unpack_number(key)), record.since, record.note)
+            for key, record in txn.sized(b"departed").items()
+            if entry_id(unpack_number(key)).startswith(prefix)
+        ]
+    return max(departed, key=lambda one: one.since, default=None)
+
+
+def quarantined(store: Store) -> list[Quarantined]:
+    """Damaged blobs that are kept aside."""
+    with store._disk.index.read() as txn:
+        return [
+            Quarantined(name.hex(), record.nbytes, record.since, record.note)
+            for name, record in txn.sized(b"quarantine").items()
+        ]
+
+
+def tokens_of(store: Store, entry: str) -> list[int]:
+    """The token ids of an entry.
+
+    Raises:
+        KeyError: It is not stored.
+    """
+    with store._disk.index.read() as txn:
+        record = txn.entry(int(entry, 16))
+        if record is None:
+            raise KeyError(entry)
+        return unpack_tokens(paths.tokens_of(txn, record.node))
+
+
+class _UndoError(Exception):
+    """Ends a transaction without a commit."""
+
+
+def victims_until(store: Store, max_bytes: int, candidates: Collection[str]) -> list[str]:
+    """Entries that would have to go for the store to take at most `max_bytes`.
+
+    They are found by evicting in a transaction that is not committed, so the answer is what an
+    eviction would do.
+
+    Args:
+        store: Open for change.
+        max_bytes: Bytes that the store may take on disk.
+        candidates: Ids of the entries that may go; a pinned one never does.
+
+    Returns:
+        Ids in the order of eviction; all that may go if even that is not enough.
+    """
+    disk = store._disk
+    numbers = {int(one, 16) for one in candidates}
+    chosen: list[str] = []
+
+    def try_it(txn: Writer) -> None:
+        chosen.clear()
+        protected = {record.node for number, record in txn.entries() if number not in numbers}
+        start = txn.counter(paths.BLOB_BYTES)
+        excess = disk.budget.usage(txn).total - max_bytes
+        if excess > 0:
+            for number in paths.victims(txn, protected):
+                paths.drop_entry(txn, number, "", disk.clock())
+                chosen.append(entry_id(number))
+                if start - txn.counter(paths.BLOB_BYTES) >= excess:
+                    break
+        raise _UndoError
+
+    try:
+        disk.index.update(try_it)
+    except _UndoError:
+        return chosen
+    raise AssertionError("unreachable")
+
+
+def discard_quarantine(store: Store) -> int:
+    """Remove the damaged blobs that are kept aside; returns how many there were."""
+
+    def move(txn: Writer) -> int:
+        waiting = txn.sized(b"quarantine")
+        for name, record in waiting.items():
+            txn.delete_sized(b"quarantine", name)
+            txn.put_sized(b"trash", name, record)
+        return len(waiting)
+
+    count = store._disk.index.update(move)
+    store._evictor.empty_trash()
+    return count
+
+
+def stale_reason(model: Model, identifier: Identifier) -> str:
+    """Why nothing installed here can use this model's entries any more; "" if something may.
+
+    Args:
+        model: A model of the store.
+        identifier: Looks at the files; its own KV options do not matter.
+    """
+    from persist_cache.fingerprint import Unidentified
+
+    wrote, installed = model.fields.get("mlx_lm", ""), _installed_mlx_lm()
+    if wrote and installed and wrote != installed:
+        return f"mlx-lm {wrote} computed it, {installed} is installed"
+    name, adapter = model.info.get("name", ""), model.info.get("adapter")
+    draft = model.info.get("draft.path") or model.info.get("draft.name")
+    changed = ""
+    for key in dict.fromkeys(one for one in (model.path, name) if one):
+        found = identifier.look_up((key, adapter, draft))
+        if isinstance(found, Unidentified):
+            continue
+        differing = [
+            change.name for change in found.diff(model.fields) if change.name not in _OPTION_FIELDS
+        ]
+        if not differing:
+            return ""
+        changed = f"the model's files have changed ({', '.join(differing)})"
+    if changed:
+        return changed
+    gone = [
+        path
+        for path in (model.path, adapter, model.info.get("draft.path"))
+        # A relative path says nothing, because it may have been meant from another folder.
+        if path and Path(path).is_absolute() and not Path(path).exists()
+    ]
+    return f"{gone[0]} is gone" if gone else ""
+
+
+def _installed_mlx_lm() -> str:
+    import importlib.metadata
+
+    try:
+        return importlib.metadata.version("mlx-lm")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def as_json_object(text: str) -> object:
+    """Decode JSON that the store keeps as text; the text itself when it is none."""
+    try:
+        return msgspec.json.decode(text)
+    except msgspec.DecodeError:
+        return text

@@ -1,0 +1,33 @@
+"""Fixtures of every test: a home for the store, a clock, an open store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from persist_cache.store import Store
+from tests.fakes import Clock
+
+pytest_plugins = ["tests.real_model"]
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test may touch the user's own store."""
+    monkeypatch.setenv("PERSIST_CACHE_HOME", str(tmp_path_factory.mktemp("home") / "store"))
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def store(tmp_path: Path, clock: Clock) -> Iterator[Store]:
+    """An empty store with short runs, and time under control."""
+    with Store.open(
+        tmp_path / "store", max_bytes=1 << 30, min_free_bytes=0, run_tokens=8, clock=clock
+    ) as opened:
+        yield opened

@@ -1,0 +1,229 @@
+"""A process that dies, or a disk that fails, at any step leaves a sound store behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from persist_cache.errors import StoreError, StoreFullError
+from persist_cache.store import Store
+from tests import crash_worker
+from tests.crash_worker import NEW, OLD, OPERATIONS, RECURRENT, Seam
+from tests.fakes import fetched, files_in, put
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_killed_at_every_step_it_recovers(tmp_path: Path, operation: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.crash_worker", str(tmp_path), operation],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert json.loads(done.stdout)["crashes"] > 3, "there were steps to die at"
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+@pytest.mark.parametrize("operation", ["put", "put_state"])
+def test_put_on_a_failing_disk_changes_nothing(tmp_path: Path, operation: str, code: int) -> None:
+    crash_worker.prepare(tmp_path / "store")
+    expected = StoreFullError if code == errno.ENOSPC else StoreError
+
+    def fail() -> None:
+        raise OSError(code, "made up")
+
+    at, failed = 1, True
+    while failed:
+        with crash_worker.open_store(tmp_path / "store", max_bytes=1 << 30) as store:
+            before = {entry.id for entry in store.entries()}
+            files = [p for p in files_in(store.root) if "blobs" in p.parts]
+            seam = Seam(at, fail)
+            uninstall = seam.install()
+            try:
+                OPERATIONS[operation](store)
+                failed = seam.count >= at
+            except expected:
+                pass
+            finally:
+                uninstall()
+            name = f"step {at}: {seam.names[-1]}"
+            after = {entry.id for entry in store.entries()}
+            if failed and after == before:
+                store.gc()
+                assert [p for p in files_in(store.root) if "blobs" in p.parts] == files, name
+            assert before <= after, name
+            assert store.check(read_data=True) == [], name
+            assert store.stats().usage.pending == 0, name
+            assert list((store.root / "tmp").iterdir()) == [], name
+            assert fetched(store, OLD) == len(OLD)
+            assert fetched(store, RECURRENT, model="w1") == len(RECURRENT)
+            store.evict(sorted(after - before))
+        at += 1
+    assert at > 10
+
+
+def test_full_disk_still_lets_entries_be_evicted(tmp_path: Path) -> None:
+    crash_worker.prepare(tmp_path / "store")
+    with crash_worker.open_store(tmp_path / "store") as store:
+
+        def full() -> None:
+            raise OSError(errno.ENOSPC, "made up")
+
+        for at in range(1, 40):
+            seam = Seam(at, full)
+            uninstall = seam.install()
+            try:
+                put(store, NEW)
+            except StoreFullError:
+                pass
+            finally:
+                uninstall()
+        assert store.check() == []
+
+        freed = store.evict([entry.id for entry in store.entries()])
+
+        assert freed > 0
+        assert store.check() == []
+
+
+HAMMER = """
+import random, sys, time
+from persist_cache.errors import StoreFullError
+from persist_cache.store import Store
+from tests.fakes import FakeSource, fetched, fingerprint, put
+
+folder, seed, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+dice = random.Random(seed)
+prompts = [[1, 2, 3, *range(10, 10 + n), 7 * k] for n in range(0, 12, 3) for k in range(3)]
+end = time.monotonic() + seconds
+puts = hits = 0
+while time.monotonic() < end:
+    with Store.open(folder, max_bytes=2_000_000, min_free_bytes=0, run_tokens=8) as store:
+        for _ in range(25):
+            prompt = dice.choice(prompts)
+            complete = dice.random() < 0.7
+            model = "w0" if complete else "w1"
+            what = dice.random()
+            if what < 0.45:
+                put(store, prompt, complete=complete, model=model)
+                puts += 1
+            elif what < 0.85:
+                hits += fetched(store, prompt, model=model) > 0
+            elif what < 0.95:
+                for entry in dice.sample(store.entries(), min(2, len(store.entries()))):
+                    try:
+                        store.evict([entry.id])
+                    except KeyError:
+                        pass  # the other process was first
+            else:
+                store.gc()
+        assert store.stats().counters.get("quarantined", 0) == 0
+print(puts, hits)
+"""
+
+
+def test_two_processes_share_a_store(tmp_path: Path) -> None:
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", HAMMER, str(tmp_path / "store"), str(seed), "4"],
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for seed in (1, 2)
+    ]
+    for worker in workers:
+        out, err = worker.communicate(timeout=60)
+        assert worker.returncode == 0, err[-3000:]
+        puts, hits = map(int, out.split())
+        assert puts > 20
+        assert hits > 20
+
+    with Store.open(tmp_path / "store", min_free_bytes=0, run_tokens=8) as store:
+        assert store.check(read_data=True) == []
+        assert store.stats().usage.pending == 0
+        ids = [entry.id for entry in store.entries()]
+        assert len(ids) == len(set(ids)) > 0
+        store.evict(ids)
+        assert files_in(store.root / "blobs") == []
+
+
+def test_sweep_leaves_files_of_a_living_writer_alone(tmp_path: Path) -> None:
+    slow = """
+import sys, time
+from persist_cache import fs
+from persist_cache.index import Index
+from persist_cache.store import Store
+from tests.fakes import put
+
+rename = fs.rename
+def wait(source, target):
+    if sys.argv[2] == "after":
+        rename(source, target)
+    print("here", flush=True)
+    sys.stdin.readline()
+    if sys.argv[2] == "before":
+        rename(source, target)
+fs.rename = wait
+with Store.open(sys.argv[1], min_free_bytes=0) as store:
+    put(store, [1, 2, 3])
+"""
+    for when in ("before", "after"):
+        folder = tmp_path / when
+        writer = subprocess.Popen(
+            [sys.executable, "-c", slow, str(folder), when],
+            cwd=REPOSITORY,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "here\n"
+
+        with Store.open(folder, min_free_bytes=0) as store:
+            store.gc()
+            assert store.check() == []
+            writer.communicate("go on\n", timeout=30)
+
+            assert writer.returncode == 0
+            assert fetched(store, [1, 2, 3]) == 3
+            assert store.check(read_data=True) == []
+
+
+def test_killed_writer_blocks_nobody(tmp_path: Path) -> None:
+    stuck = """
+import sys, time
+from persist_cache.store import Store
+with Store.open(sys.argv[1], min_free_bytes=0) as store:
+    def forever(txn):
+        print("inside", flush=True)
+        time.sleep(60)
+    store._disk.index.update(forever)
+"""
+    writer = subprocess.Popen(
+        [sys.executable, "-c", stuck, str(tmp_path / "store")],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert writer.stdout is not None
+    assert writer.stdout.readline() == "inside\n"
+    writer.kill()
+    writer.wait()
+
+    started = time.monotonic()
+    with Store.open(tmp_path / "store", min_free_bytes=0) as store:
+        put(store, [1, 2, 3])
+        assert fetched(store, [1, 2, 3]) == 3
+    assert time.monotonic() - started < 30

@@ -1,0 +1,385 @@
+"""What goes to make room, in which order, and what never does."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from pathlib import Path
+
+import pytest
+
+from persist_cache import fs
+from persist_cache.errors import StoreFullError
+from persist_cache.store import Store
+from tests.fakes import Clock, blob_files, disk_usage, fetched, files_in, fingerprint, put, restore
+
+ROOM_FOR_FEW = 600_000
+
+
+def evict_one(store: Store) -> set[str]:
+    """Evict until one byte is freed; returns the ids that went."""
+    before = {entry.id for entry in store.entries()}
+    store._disk.index.update(lambda txn: store._evictor._free(txn, 1, frozenset()))
+    return before - {entry.id for entry in store.entries()}
+
+
+def order_of_eviction(store: Store) -> list[str]:
+    order: list[str] = []
+    while gone := evict_one(store):
+        order += sorted(gone)
+    return order
+
+
+def test_order_is_tier_then_last_use(store: Store, clock: Clock) -> None:
+    ids: dict[tuple[str, int], str] = {}
+    for tier in ("system", "assistant", "user"):
+        for age in (2, 1):
+            clock.advance(1)
+            ids[tier, age] = put(store, [len(ids) + 1] * 3, tier=tier)
+
+    assert order_of_eviction(store) == [
+        ids[tier, age] for tier in ("assistant", "user", "system") for age in (2, 1)
+    ]
+
+
+def test_expired_go_first_whatever_their_tier(store: Store, clock: Clock) -> None:
+    put(store, [1, 1])
+    old = put(store, [2, 2], tier="system", expires=clock() + 10)
+    clock.advance(11)
+
+    assert evict_one(store) == {old}
+
+
+def test_leaves_go_before_their_parents(store: Store, clock: Clock) -> None:
+    chain = [put(store, list(range(end))) for end in (3, 6, 9)]
+
+    assert order_of_eviction(store) == chain[::-1]
+
+
+def test_parent_follows_its_last_leaf_before_anything_younger(store: Store, clock: Clock) -> None:
+    parent = put(store, [1, 2, 3])
+    clock.advance(1)
+    leaf = put(store, [1, 2, 3, 4])
+    clock.advance(1)
+    younger = put(store, [9, 9])
+
+    assert order_of_eviction(store) == [leaf, parent, younger]
+
+
+def test_a_reply_under_replies_goes_before_any_system_prompt(store: Store, clock: Clock) -> None:
+    """A conversation is a chain: its last leaf does not open the way to higher tiers."""
+    system = put(store, [9, 9], tier="system")
+    clock.advance(1)
+    replies = [put(store, list(range(end))) for end in (3, 6, 9)]
+
+    assert order_of_eviction(store) == [*replies[::-1], system]
+
+
+def test_state_goes_before_entries_below_that_do_without(store: Store, clock: Clock) -> None:
+    upper = put(store, list(range(5)), complete=False)
+    clock.advance(1)
+    put(store, list(range(9)), complete=False)
+
+    assert evict_one(store) == {upper}
+    assert fetched(store, list(range(9))) == 9
+
+
+def test_pinned_entries_never_go(store: Store, clock: Clock) -> None:
+    pinned = put(store, [1, 1], pinned=True, expires=clock() + 1)
+    put(store, [2, 2])
+    clock.advance(100)
+
+    store.evict_to(0)
+    store.gc()
+
+    assert [entry.id for entry in store.entries()] == [pinned]
+
+
+def test_pin_survives_reopening(tmp_path: Path) -> None:
+    with Store.open(tmp_path / "store", min_free_bytes=0) as store:
+        entry = put(store, [1, 1])
+        store.pin(entry)
+    with Store.open(tmp_path / "store", min_free_bytes=0) as store:
+        store.evict_to(0)
+        assert store.get(entry).pinned
+        store.pin(entry, False)
+        store.evict_to(0)
+        assert store.entries() == []
+
+
+def test_last_use_survives_reopening(tmp_path: Path, clock: Clock) -> None:
+    with Store.open(tmp_path / "store", min_free_bytes=0, clock=clock) as store:
+        used = put(store, [1, 1])
+        clock.advance(1)
+        idle = put(store, [2, 2])
+        clock.advance(1)
+        store.touch(store.match(fingerprint(), [1, 1]))
+    with Store.open(tmp_path / "store", min_free_bytes=0, clock=clock) as store:
+        assert evict_one(store) == {idle}
+        assert store.get(used)
+
+
+def test_entry_that_is_being_read_stays(store: Store) -> None:
+    put(store, [1, 2, 3, 4])
+    put(store, [1, 2, 8, 9])
+    left = []
+
+    def evict_meanwhile(runs, checkpoint, num_tokens):  # type: ignore[no-untyped-def]
+        store.evict_to(0)
+        left.append(len(store.entries()))
+        return restore(runs, checkpoint, num_tokens)
+
+    # At the fork no entry ends: one of those below has to hold the rows.
+    found = store.fetch(fingerprint(), [1, 2, 7], evict_meanwhile)
+
+    assert found is not None
+    assert left == [1]
+
+
+def fill(store: Store, first_token: int = 100) -> list[str]:
+    """Put small entries until one of them had to go."""
+    ids: list[str] = []
+    while True:
+        ids.append(put(store, [first_token + len(ids)] * 4))
+        if len(store.entries()) < len(ids):
+            return ids
+        assert len(ids) < 200, "nothing was ever evicted"
+
+
+@pytest.fixture
+def small(tmp_path: Path, clock: Clock) -> Store:
+    return Store.open(
+        tmp_path / "small", max_bytes=ROOM_FOR_FEW, min_free_bytes=0, run_tokens=8, clock=clock
+    )
+
+
+def test_full_store_makes_room(small: Store, clock: Clock) -> None:
+    ids = fill(small)
+
+    assert ids[-1] in {entry.id for entry in small.entries()}
+    assert disk_usage(small.root) <= ROOM_FOR_FEW
+    assert small.stats().counters["evicted"] >= 1
+    small.close()
+
+
+def test_prefix_that_is_extended_is_not_evicted_for_it(small: Store, clock: Clock) -> None:
+    stem = put(small, [1, 2, 3, 4])
+    clock.advance(1)
+    fill(small)
+    assert stem not in {entry.id for entry in small.entries()}, "it is the oldest"
+    stem = put(small, [1, 2, 3, 4])
+    small._disk.index.update(
+        lambda txn: txn.put_entry(
+            int(stem, 16),
+            txn.entry(int(stem, 16))._replace(last_use_us=1),  # type: ignore[union-attr]
+        )
+    )
+
+    longer = put(small, [1, 2, 3, 4, 5, 6])
+
+    assert {stem, longer} <= {entry.id for entry in small.entries()}
+    small.close()
+
+
+def test_carrier_of_a_prefix_without_entry_is_not_evicted_for_it(
+    small: Store, clock: Clock
+) -> None:
+    put(small, [1, 2, 3, 4])
+    put(small, [1, 2, 7, 7])
+    clock.advance(1)
+    for n in range(100):
+        before = len(small.entries())
+        result = small.put(fingerprint(), [1, 2, 500 + n], source := source_of([1, 2, 500 + n]))
+        assert source.written in ([], [(2, 3)]), "the shared rows are never written again"
+        assert result.new_tokens == 1
+        if len(small.entries()) <= before:
+            break
+    assert small.check(read_data=True) == []
+    small.close()
+
+
+def source_of(tokens: list[int]):  # type: ignore[no-untyped-def]
+    from persist_cache.blobs import Payload
+    from tests.fakes import FakeSource
+
+    class Watched(FakeSource):
+        def __init__(self) -> None:
+            super().__init__(tokens)
+            self.written: list[tuple[int, int]] = []
+
+        def rows(self, start: int, end: int) -> Payload:
+            self.written.append((start, end))
+            return super().rows(start, end)
+
+    return Watched()
+
+
+def test_entry_larger_than_the_budget_evicts_nothing(small: Store) -> None:
+    put(small, [1, 2, 3])
+
+    with pytest.raises(StoreFullError, match="larger than the budget"):
+        put(small, list(range(20_000)))
+
+    assert len(small.entries()) == 1
+    assert list((small.root / "tmp").iterdir()) == []
+    small.close()
+
+
+def test_full_of_pinned_entries_refuses_and_evicts_nothing(small: Store) -> None:
+    for n in range(100):
+        with contextlib.suppress(StoreFullError):
+            put(small, [100 + n] * 4, pinned=True)
+    ids = {entry.id for entry in small.entries()}
+    with pytest.raises(StoreFullError, match="pinned"):
+        put(small, [1, 2, 3])
+
+    assert {entry.id for entry in small.entries()} == ids
+    assert small.check() == []
+    small.close()
+
+
+def test_undeletable_file_does_not_wedge_eviction(
+    small: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(small, [1] * 4)
+    stuck = blob_files(small.root)[0]
+    unlink = fs.unlink
+
+    def refuse(path: Path) -> None:
+        if path == stuck:
+            raise PermissionError(13, "Permission denied", str(path))
+        unlink(path)
+
+    monkeypatch.setattr(fs, "unlink", refuse)
+    small.evict([small.entries()[0].id])
+    assert small.stats().usage.trash == stuck.stat().st_blocks * 512
+    assert [problem.kind for problem in small.check()] == ["trash"]
+
+    fill(small)
+    assert disk_usage(small.root) <= ROOM_FOR_FEW
+
+    monkeypatch.undo()
+    small.gc()
+    assert not stuck.exists()
+    assert small.check() == []
+    small.close()
+
+
+def test_folder_that_lets_nothing_go_does_not_cost_all_entries(
+    small: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(small)
+    before = len(small.entries())
+
+    def refuse(path: Path) -> None:
+        if "blobs" in path.parts:
+            raise PermissionError(13, "Permission denied", str(path))
+        path.unlink()
+
+    monkeypatch.setattr(fs, "unlink", refuse)
+    with pytest.raises(StoreFullError, match="cannot be removed"):
+        put(small, [1, 2, 3])
+
+    assert before - len(small.entries()) <= 8
+    small.close()
+
+
+def test_quarantine_counts_and_goes_before_anything_useful(small: Store) -> None:
+    put(small, [1] * 4)
+    path = blob_files(small.root)[0]
+    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+    assert fetched(small, [1] * 4) == 0
+    waste = small.stats().usage.quarantine
+    assert waste == (small.root / "quarantine" / path.name).stat().st_blocks * 512 > 0
+    ids = {put(small, [2] * 4), put(small, [3] * 4)}
+
+    small.evict_to(small.stats().usage.total - 1)
+
+    assert small.stats().usage.quarantine == 0
+    assert {entry.id for entry in small.entries()} == ids
+    assert not (small.root / "quarantine" / path.name).exists()
+    small.close()
+
+
+def test_daily_write_budget(tmp_path: Path, clock: Clock) -> None:
+    with Store.open(
+        tmp_path / "store", min_free_bytes=0, daily_write_bytes=150_000, clock=clock
+    ) as store:
+        for n in range(3):
+            put(store, [n] * 3)
+        with pytest.raises(StoreFullError, match="write budget"):
+            put(store, list(range(2000)))
+        assert 0 < store.stats().written_today <= 150_000
+        clock.advance(86_400)
+        put(store, [99, 99])
+        assert store.stats().written_today < 60_000
+
+
+def test_free_space_floor(
+    store: Store, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Store.open(tmp_path / "other", min_free_bytes=10_000_000, clock=clock) as other:
+        put(other, [1, 2, 3])
+        used = disk_usage(other.root)
+        monkeypatch.setattr(
+            fs, "free_bytes", lambda path: 10_100_000 + used - disk_usage(other.root)
+        )
+        before = len(other.entries())
+        with pytest.raises(StoreFullError):
+            put(other, list(range(5000)))
+        assert len(other.entries()) == before, "what there is would not have been enough"
+
+
+def test_du_never_exceeds_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sampled before and after every change of the disk, over hundreds of puts."""
+    dice = random.Random(1)
+    worst = 0
+    root = tmp_path / "store"
+
+    def sampled(name: str):  # type: ignore[no-untyped-def]
+        original = getattr(fs, name)
+
+        def call(*arguments: object) -> object:
+            nonlocal worst
+            value = original(*arguments)
+            worst = max(worst, disk_usage(root))
+            return value
+
+        return call
+
+    for name in ("write_all", "unlink", "unlock"):
+        monkeypatch.setattr(fs, name, sampled(name))
+    limit = 1_600_000
+    with Store.open(root, max_bytes=limit, min_free_bytes=0, run_tokens=500) as store:
+        for n in range(120):
+            tokens = [n % 7, *(dice.randrange(50_000) for _ in range(dice.randrange(1, 700)))]
+            put(store, tokens, complete=n % 3 > 0)
+        assert store.stats().counters["evicted"] > 20
+        assert store.check() == []
+
+    assert 1_200_000 < worst <= limit
+
+
+def test_leftovers_of_crashes_are_counted_and_removed(tmp_path: Path) -> None:
+    name = "ab" * 16 + ".safetensors"
+    with Store.open(tmp_path / "store", min_free_bytes=0) as store:
+        put(store, [1, 2, 3])
+        root = store.root
+    for folder in ("tmp", "quarantine"):
+        (root / folder / name).write_bytes(b"x" * 100_000)
+
+    with Store.open(root, min_free_bytes=0) as store:
+        assert store.stats().usage.total == disk_usage(root)
+        assert [p for p in files_in(root) if p.name == name] == []
+
+
+def test_negative_limits_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="max_bytes"):
+        Store.open(tmp_path / "store", max_bytes=-1)
+
+
+def test_limits_are_remembered(tmp_path: Path) -> None:
+    Store.open(tmp_path / "store", max_bytes=5_000_000, min_free_bytes=0).close()
+
+    with Store.open(tmp_path / "store") as store:
+        assert (store.limits.max_bytes, store.limits.min_free_bytes) == (5_000_000, 0)

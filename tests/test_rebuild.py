@@ -1,0 +1,148 @@
+"""A new index made from the blobs alone finds what the old one found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from persist_cache import rebuild
+from persist_cache.store import Store
+from tests.fakes import blob_files, fetched, fingerprint, put
+
+SYSTEM = list(range(1, 20))
+PLAIN = [
+    SYSTEM,
+    [*SYSTEM, 50, 51],
+    [*SYSTEM, 50, 51, 60, 61],
+    [*SYSTEM, 50, 77],
+    [*SYSTEM[:5], 9, 9],
+    [-(1 << 59), 3],
+]
+STATEFUL = [SYSTEM, [*SYSTEM, 50], [*SYSTEM[:7], 8], [5]]
+
+
+def open_store(root: Path) -> Store:
+    return Store.open(root, min_free_bytes=0, run_tokens=8)
+
+
+def forget_index(root: Path) -> None:
+    (root / "data.mdb").unlink()
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Two models, splits, states; one blob with a dead tail that came back to life."""
+    with open_store(tmp_path / "store") as store:
+        for prompt in PLAIN:
+            put(store, prompt, tier="system" if prompt == SYSTEM else "user")
+        for prompt in STATEFUL:
+            put(store, prompt, complete=False, model="w1")
+        long = put(store, [7, 7, 7, 1, 2, 3])
+        put(store, [7, 7, 7], tier="user")
+        store.evict([long])
+        put(store, [7, 7, 7, 1, 2, 9])
+    return tmp_path / "store"
+
+
+def everything(store: Store) -> list[object]:
+    found: list[object] = []
+    for model in ("w0", "w1"):
+        for prompt in [*PLAIN, *STATEFUL, [7, 7, 7, 1, 2, 9]]:
+            for longer in (prompt, [*prompt, 1234], prompt[:-1]):
+                match = store.match(fingerprint(weights=model), longer)
+                assert fetched(store, longer, model=model) == match.num_tokens
+                found.append((model, longer, match.num_tokens, match.common_tokens, match.runs))
+    return found
+
+
+def test_rebuilt_index_gives_the_same_matches_and_bytes(root: Path) -> None:
+    with open_store(root) as store:
+        before = everything(store)
+        entries = {(entry.id, entry.tier, entry.created) for entry in store.entries()}
+    forget_index(root)
+
+    with open_store(root) as store:
+        assert everything(store) == before
+        # An entry that ends within a file comes back with its tier only if it had a file too.
+        rebuilt = {(entry.id, entry.tier, entry.created) for entry in store.entries()}
+        assert len(entries - rebuilt) == 1
+        assert store.check(read_data=True) == []
+
+
+def test_rebuild_twice_is_rebuild_once(root: Path) -> None:
+    with open_store(root) as store:
+        before = everything(store)
+        for _ in range(2):
+            rebuild.rebuild(store._disk.index, store._disk.folder)
+        assert everything(store) == before
+        assert store.check(read_data=True) == []
+
+
+def test_blob_without_its_parent_is_left_out_and_its_bytes_are_freed(root: Path) -> None:
+    with open_store(root) as store:
+        first = store.match(fingerprint(weights="w0"), SYSTEM).runs[0].blob
+        store._disk.folder.path(first).unlink()
+    forget_index(root)
+
+    with open_store(root) as store:
+        assert fetched(store, SYSTEM) == 0
+        assert fetched(store, [-(1 << 59), 3]) == 2
+        store.check(repair=True)
+        assert store.check(read_data=True) == []
+
+
+def test_state_that_is_lost_takes_its_rows_along(tmp_path: Path) -> None:
+    root = tmp_path / "store"
+    with open_store(root) as store:
+        put(store, [1, 2, 3], complete=False)
+    for path in blob_files(root):
+        if b'"kind":"checkpoint"' in path.read_bytes():
+            path.unlink()
+    forget_index(root)
+
+    with open_store(root) as store:
+        assert store.entries() == []
+        assert blob_files(root) == []
+        assert store.check() == []
+
+
+def test_second_state_of_one_position_is_left_out(tmp_path: Path) -> None:
+    """A writer that died before its commit leaves a file that says the same as another."""
+    root = tmp_path / "store"
+    with open_store(root) as store:
+        put(store, [1, 2, 3], complete=False)
+    twins = [(path, path.read_bytes()) for path in blob_files(root)]
+    for path, content in twins:
+        name = path.stem[::-1] + ".safetensors"
+        (root / "blobs" / name[:2]).mkdir(exist_ok=True)
+        (root / "blobs" / name[:2] / name).write_bytes(content)
+    forget_index(root)
+
+    with open_store(root) as store:
+        assert fetched(store, [1, 2, 3]) == 3
+        store.gc()
+        assert store.check(read_data=True) == []
+        assert len(blob_files(root)) == 2
+
+
+def test_damaged_header_and_foreign_files_do_not_stop_it(root: Path) -> None:
+    bad = blob_files(root)[0]
+    bad.write_bytes(b"\xff" * 100)
+    (root / "blobs" / "zz").mkdir()
+    (root / "blobs" / "zz" / "notes.txt").write_text("mine")
+    forget_index(root)
+
+    with open_store(root) as store:
+        assert len(store.entries()) > 3
+        store.check(repair=True)
+        assert store.check(read_data=True) == []
+
+
+def test_progress_is_told(root: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    with open_store(root) as store:
+        rebuild.rebuild(
+            store._disk.index, store._disk.folder, lambda done, total: seen.append((done, total))
+        )
+    assert seen[-1] == (len(seen), len(blob_files(root)))
