@@ -1,19 +1,47 @@
 """The `persist-cache` command: its group, its global options, and how errors are shown.
 
-Commands live in `commands`, one module each, and are imported only when they are asked for.
+Commands live in `commands` and are imported only when they are asked for.
+
+Exit status: 0 done, 1 failed, 2 wrongly called, 3 nothing matched, 130 interrupted.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
+from collections.abc import Sequence
 from importlib import import_module
+from typing import NamedTuple, NoReturn
 
 import click
 
 from persist_cache import PersistCacheError, __version__
 
+
+class _Place(NamedTuple):
+    """Where a command is, and what it does in a few words."""
+
+    help: str
+    module: str
+    attribute: str = "command"
+
+
 _COMMANDS = {
-    "demo": "Watch a real model restart without computing its system prompt again.",
+    "serve": _Place("Run mlx_lm.server with a cache that survives restarts.", "serve"),
+    "warm": _Place("Prefill prompts ahead of traffic.", "warm"),
+    "explain": _Place("Say how much of a request is cached, and why not more.", "explain"),
+    "list": _Place("List what is stored, as a table or a tree.", "list"),
+    "show": _Place("Show everything about one entry.", "show"),
+    "evict": _Place("Remove entries.", "evict"),
+    "pin": _Place("Exempt entries from eviction.", "marks", "pin"),
+    "unpin": _Place("Let pinned entries be evicted again.", "marks", "unpin"),
+    "ttl": _Place("Let entries expire.", "marks", "ttl"),
+    "label": _Place("Name an entry.", "marks", "label"),
+    "stats": _Place("Show totals, budget, hits and misses.", "stats"),
+    "check": _Place("Compare the index with the blobs, and mend.", "check"),
+    "gc": _Place("Tidy up now.", "gc"),
+    "demo": _Place("Watch a real model restart without computing its system prompt.", "demo"),
 }
 
 
@@ -24,15 +52,16 @@ class LazyGroup(click.Group):
         return list(_COMMANDS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        if name not in _COMMANDS:
+        place = _COMMANDS.get(name)
+        if place is None:
             return None
-        module = import_module(f"persist_cache_cli.commands.{name.replace('-', '_')}")
-        command: click.Command = module.command
+        module = import_module(f"persist_cache_cli.commands.{place.module}")
+        command: click.Command = getattr(module, place.attribute)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl(list(_COMMANDS.items()))
+            formatter.write_dl([(name, place.help) for name, place in _COMMANDS.items()])
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -46,24 +75,62 @@ class LazyGroup(click.Group):
 @click.pass_context
 def cli(ctx: click.Context, store: str | None) -> None:
     """A prompt cache for mlx-lm that survives restarts."""
+    if store == "":
+        raise click.UsageError("--store needs a folder, not an empty name.")
     ctx.obj = store
 
 
-def main() -> None:
-    """Run the command line; every error raised on purpose becomes one sentence."""
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line; whatever goes wrong for a known reason becomes one sentence.
+
+    Args:
+        arguments: What follows the command's name; taken from the process when None.
+    """
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    sys.exit(_run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     try:
-        cli(standalone_mode=False)
-    except PersistCacheError as error:
-        click.echo(f"Error: {error}", err=True)
-        sys.exit(1)
-    except click.exceptions.Exit as done:
-        sys.exit(done.exit_code)
+        # Without standalone mode click returns a status where it would have exited with it.
+        status = cli.main(arguments, prog_name="persist-cache", standalone_mode=False)
+        sys.stdout.flush()
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return 2
     except click.UsageError as error:
-        error.show()
-        sys.exit(2)
+        return _fail(_usage_sentence(error), 2)
     except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
+        return _fail(error.format_message(), error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         click.echo("Interrupted.", err=True)
-        sys.exit(130)
+        return 130
+    except PersistCacheError as error:
+        return _fail(str(error), 1)
+    except BrokenPipeError:
+        # Whoever read the output has seen enough; nothing more can be said there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        return _fail(_os_sentence(error), 1)
+    return status if isinstance(status, int) else 0
+
+
+def _fail(sentence: str, status: int) -> int:
+    click.echo("Error: " + " ".join(sentence.split()), err=True)
+    return status
+
+
+def _usage_sentence(error: click.UsageError) -> str:
+    if isinstance(error, click.NoSuchOption) and error.option_name == "--store":
+        return "--store goes before the command: persist-cache --store PATH COMMAND."
+    message = error.format_message()
+    if message[-1:] not in ".?!)":
+        message += "."
+    path = error.ctx.command_path if error.ctx else "persist-cache"
+    return f"{message} See `{path} --help`."
+
+
+def _os_sentence(error: OSError) -> str:
+    what = error.strerror or str(error) or type(error).__name__
+    return f"{os.fspath(error.filename)!s}: {what}." if error.filename is not None else f"{what}."

@@ -1,15 +1,262 @@
-"""How values are shown: sizes, ages, durations. Pure functions."""
+"""How values are shown: sizes, times, tables, trees, JSON. Pure functions but for the last ones."""
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+_GAP = "  "
+_ELLIPSIS = "…"
+
+Painter = Callable[[str, str], str]
+"""Takes a text and the name of a style, and returns the text with its colours."""
 
 
 def format_bytes(nbytes: int) -> str:
-    """`1536` is `1.5 KiB`; whole bytes below 1 KiB."""
+    """`1536` is `1.5 KiB`; three digits, so that columns stay narrow."""
     value = float(nbytes)
     for unit in _UNITS:
-        if abs(value) < 1024 or unit == _UNITS[-1]:
-            return f"{nbytes} B" if unit == "B" else f"{value:.1f} {unit}"
+        if abs(value) < 1023.5 or unit == _UNITS[-1]:
+            if unit == "B":
+                return f"{nbytes} B"
+            return f"{value:.1f} {unit}" if abs(value) < 99.95 else f"{value:.0f} {unit}"
         value /= 1024
     raise AssertionError("unreachable")
+
+
+def format_duration(seconds: float) -> str:
+    """`95` is `1.6 min`: a length of time, to two or three digits."""
+    if seconds < 0.0995:
+        return f"{seconds * 1000:.0f} ms"
+    for limit, length, unit in ((59.5, 1, "s"), (3570, 60, "min"), (171_000, 3600, "h")):
+        if seconds < limit:
+            value = seconds / length
+            return f"{value:.1f} {unit}" if value < 9.95 else f"{value:.0f} {unit}"
+    return f"{seconds / 86400:,.0f} d"
+
+
+def format_age(seconds: float) -> str:
+    """`7300` is `2 h`: how long ago, in whole units."""
+    if seconds < 1:
+        return "now"
+    for limit, length, unit in ((60, 1, "s"), (3600, 60, "min"), (172_800, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds // length:.0f} {unit}"
+    return f"{seconds // 86400:,.0f} d"
+
+
+def format_time(seconds: float) -> str:
+    """UTC seconds as local time, to the second."""
+    import datetime
+
+    return datetime.datetime.fromtimestamp(seconds).isoformat(" ", "seconds")
+
+
+def plural(count: int, one: str, many: str = "") -> str:
+    """`1 entry`, `2,000 entries`."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
+def printable(text: str) -> str:
+    """Show what a terminal would obey: labels and prompts may hold control characters."""
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else repr(one)[1:-1] for one in text)
+
+
+def printable_lines(text: str) -> str:
+    """Like `printable`, with line ends and tabs left alone."""
+    return "\n".join(
+        "\t".join(printable(part) for part in line.split("\t")) for line in text.split("\n")
+    )
+
+
+def text_width(text: str) -> int:
+    """Columns that `text` takes on a terminal."""
+    if text.isascii():
+        return len(text)
+    import unicodedata
+
+    return sum(
+        0 if unicodedata.combining(one) else 1 + (unicodedata.east_asian_width(one) in "WF")
+        for one in text
+    )
+
+
+def shorten(text: str, width: int, cut: str = "middle") -> str:
+    """Make `text` fit; names of models differ at both ends, so the middle is cut out."""
+    if text_width(text) <= width:
+        return text
+    room = max(0, width - 1)
+    behind = room // 2 if cut == "middle" else 0
+    return _take(text, room - behind) + _ELLIPSIS + _take(text[::-1], behind)[::-1]
+
+
+def _take(text: str, width: int) -> str:
+    """As much of the beginning of `text` as fits."""
+    taken = ""
+    for one in text:
+        width -= text_width(one)
+        if width < 0:
+            break
+        taken += one
+    return taken
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of a table.
+
+    Attributes:
+        title: Its heading.
+        right: Aligned to the right, as numbers are.
+        least: May be shortened to so many columns; 0 if it may not.
+        cut: Where it is shortened: `middle` or `end`.
+        drop: Left out where there is no room: the highest goes first, 0 never goes.
+        style: Name of its colour.
+    """
+
+    title: str
+    right: bool = False
+    least: int = 0
+    cut: str = "middle"
+    drop: int = 0
+    style: str = ""
+
+
+def plain(text: str, style: str) -> str:
+    """The painter that paints nothing."""
+    return text
+
+
+def table(
+    columns: Sequence[Column],
+    rows: Sequence[Sequence[str] | str],
+    *,
+    width: int | None = None,
+    paint: Painter = plain,
+) -> list[str]:
+    """Lay out a table as lines; nothing wraps.
+
+    Args:
+        columns: What there is.
+        rows: A cell for each column; or a text that heads the rows that follow.
+        width: Columns of the terminal; None shows everything.
+        paint: Adds colours.
+    """
+    cells = [row for row in rows if not isinstance(row, str)]
+    natural = [
+        max([text_width(column.title), *(text_width(row[place]) for row in cells)])
+        for place, column in enumerate(columns)
+    ]
+    shown = list(range(len(columns)))
+    widths = list(natural)
+    if width is not None:
+        shown = _choose(columns, natural, cells, width)
+        widths = _fit(columns, natural, shown, width)
+    lines = []
+    for number, row in enumerate([[column.title for column in columns], *rows]):
+        if isinstance(row, str):
+            lines.append(paint(shorten(row, width or text_width(row)), "heading"))
+            continue
+        line = []
+        for place in shown:
+            column = columns[place]
+            cell = shorten(row[place], widths[place], column.cut)
+            padding = " " * (widths[place] - text_width(cell))
+            cell = paint(cell, "heading" if number == 0 else column.style)
+            line.append(padding + cell if column.right else cell + padding)
+        lines.append(_GAP.join(line).rstrip())
+    return lines
+
+
+def _choose(
+    columns: Sequence[Column], natural: Sequence[int], rows: Sequence[Sequence[str]], width: int
+) -> list[int]:
+    """Columns for which there is room, and that say anything at all."""
+    shown = [
+        place
+        for place, column in enumerate(columns)
+        if not column.drop or any(row[place] for row in rows)
+    ]
+
+    def least() -> int:
+        sizes = [min(natural[place], columns[place].least or natural[place]) for place in shown]
+        return sum(sizes) + len(_GAP) * (len(shown) - 1)
+
+    while least() > width:
+        candidate = max(shown, key=lambda place: columns[place].drop)
+        if not columns[candidate].drop:
+            break
+        shown.remove(candidate)
+    return shown
+
+
+def _fit(
+    columns: Sequence[Column], natural: Sequence[int], shown: Sequence[int], width: int
+) -> list[int]:
+    """Widths of the columns: the widest flexible one gives way first."""
+    widths = list(natural)
+    flexible = [place for place in shown if columns[place].least]
+    spare = width - sum(widths[place] for place in shown) - len(_GAP) * (len(shown) - 1)
+    while spare < 0 and flexible:
+        widest = max(flexible, key=lambda place: widths[place])
+        if widths[widest] <= columns[widest].least:
+            flexible.remove(widest)
+            continue
+        widths[widest] -= 1
+        spare += 1
+    return widths
+
+
+def pairs(items: Iterable[tuple[str, str]], *, paint: Painter = plain) -> list[str]:
+    """Names and values below each other."""
+    found = [(name, value) for name, value in items if value]
+    widest = max((len(name) for name, _ in found), default=0)
+    return [paint(name.ljust(widest), "heading") + _GAP + value for name, value in found]
+
+
+def print_json(value: Any) -> None:
+    """Write `value` to standard output as JSON, readable, with dates and numbers as they are."""
+    import json
+
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+_STYLES: dict[str, dict[str, Any]] = {
+    "heading": {"bold": True},
+    "id": {"fg": "yellow"},
+    "good": {"fg": "green"},
+    "bad": {"fg": "red"},
+    "faint": {"dim": True},
+}
+
+
+def painter() -> Painter:
+    """Colours on a terminal, unless `NO_COLOR` is set; otherwise none."""
+    if not is_terminal() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return plain
+
+    def paint(text: str, style: str) -> str:
+        return click.style(text, **_STYLES[style]) if style and text.strip() else text
+
+    return paint
+
+
+def is_terminal() -> bool:
+    return sys.stdout.isatty()
+
+
+def terminal_width() -> int | None:
+    """Columns of the terminal; None when the output goes elsewhere and nothing must be cut."""
+    if not is_terminal():
+        return None
+    import shutil
+
+    return max(40, shutil.get_terminal_size().columns)

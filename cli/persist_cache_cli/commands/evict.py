@@ -1,0 +1,341 @@
+"""`persist-cache evict`: remove entries, saying first what goes and what stays."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import click
+
+from persist_cache import Store
+from persist_cache.entry import Entry
+from persist_cache.errors import PersistCacheError
+from persist_cache.survey import (
+    Removal,
+    Survey,
+    discard_quarantine,
+    stale_reason,
+    tokens_of,
+    victims_until,
+)
+from persist_cache_cli.output import (
+    Column,
+    format_age,
+    format_bytes,
+    painter,
+    plural,
+    print_json,
+    printable,
+    table,
+    terminal_width,
+)
+from persist_cache_cli.parse import DURATION, ENTRY_ID, SIZE, TIER
+from persist_cache_cli.selection import (
+    Filters,
+    entry_json,
+    short_entry_ids,
+    short_model_names,
+)
+from persist_cache_cli.store_access import (
+    NothingFound,
+    changing,
+    common_options,
+    no_store,
+    reading,
+    resolve,
+)
+
+_ROWS_SHOWN = 20
+
+
+@click.command("evict")
+@click.argument("ids", metavar="[ID]...", type=ENTRY_ID, nargs=-1)
+@click.option("--tier", type=TIER, help="Entries of this tier.")
+@click.option("--model", metavar="TEXT", help="Models with this in their name or path.")
+@click.option("--label", metavar="PATTERN", help="Labels like this; * stands for anything.")
+@click.option("--older-than", type=DURATION, help="Not used for this long, such as 30d.")
+@click.option("--larger-than", type=SIZE, help="More bytes of their own, such as 500MB.")
+@click.option("--stale", is_flag=True, help="Models that nothing installed here can use.")
+@click.option("--match", metavar="TEXT", help="This text in the prompt; needs the tokenizer.")
+@click.option("--to", "to_bytes", type=SIZE, help="In order, until the store takes this much.")
+@click.option("--all", "everything", is_flag=True, help="All entries, and damaged blobs.")
+@click.option("--dry-run", is_flag=True, help="Only say what would go.")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@common_options()
+@click.pass_obj
+def command(
+    store: str | None,
+    *,
+    ids: Sequence[str],
+    tier: str | None,
+    model: str | None,
+    label: str | None,
+    older_than: float | None,
+    larger_than: int | None,
+    stale: bool,
+    match: str | None,
+    to_bytes: int | None,
+    everything: bool,
+    dry_run: bool,
+    yes: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Remove entries.
+
+    What several options name must be true of an entry together. Rows that other entries share
+    stay for those. Pinned entries go only when they are named by id, or with --all.
+
+    \b
+    Examples:
+      persist-cache evict 3fa2b1
+      persist-cache evict --tier assistant --older-than 30d --dry-run
+      persist-cache evict --to 10GB --yes
+    """
+    filters = Filters(
+        tier=tier, model=model, label=label, unused_s=older_than, larger_than=larger_than
+    )
+    chosen_by = [*ids, stale, match is not None, to_bytes is not None, filters != Filters()]
+    if everything and any(chosen_by):
+        raise click.UsageError("--all goes with no other choice of entries.")
+    if not everything and not any(chosen_by):
+        raise click.UsageError("Say which entries: by id, by options, or --all.")
+    # A dry run of everything but --to only reads, so it works on a store that may not be changed.
+    access = reading if dry_run and to_bytes is None else changing
+    with access(store) as opened:
+        if opened is None and not ids:
+            raise NothingFound(no_store(store))
+        wanted = frozenset(resolve(opened, ids)) if ids else None
+        assert opened is not None, "without a store there are no ids"
+        survey = Survey(opened)
+        filters = Filters(wanted, tier, model, label, unused_s=older_than, larger_than=larger_than)
+        plan = _plan(opened, survey, filters, stale, match, to_bytes, everything)
+        if not plan.entries and not everything:
+            _say_nothing(plan, survey, as_json=as_json, dry_run=dry_run)
+        if not dry_run:
+            if plan.entries and not yes:
+                _ask(plan, survey)
+            plan.freed_bytes = _evict(opened, plan, everything)
+    if as_json:
+        print_json(plan.as_json(survey, dry_run))
+    elif not quiet:
+        click.echo("\n".join(plan.lines(survey, dry_run)))
+
+
+class _Plan:
+    """What is to go."""
+
+    def __init__(
+        self, entries: Sequence[Entry], removal: Removal, skipped: Sequence[Entry]
+    ) -> None:
+        self.entries = entries
+        self.removal = removal
+        self.skipped = skipped
+        self.reasons: Mapping[str, str] = {}
+        self.freed_bytes = removal.freed_bytes
+
+    def as_json(self, survey: Survey, dry_run: bool) -> dict[str, Any]:
+        short = short_entry_ids(survey)
+        return {
+            "dry_run": dry_run,
+            "entries": [
+                {
+                    **entry_json(survey, entry, short),
+                    "reason": self.reasons.get(entry.fingerprint, ""),
+                }
+                for entry in self.entries
+            ],
+            "freed_bytes": self.freed_bytes,
+            "kept_bytes": self.removal.kept_bytes,
+            "kept_for": self.removal.kept_for,
+            "skipped_pinned": [entry.id for entry in self.skipped],
+        }
+
+    def lines(self, survey: Survey, dry_run: bool) -> list[str]:
+        if not self.entries:
+            return ["The store was empty."]
+        lines = self.table(survey) if dry_run else []
+        count = plural(len(self.entries), "entry", "entries")
+        verb = "would go" if dry_run else "gone"
+        free = "to free" if dry_run else "freed"
+        lines.append(f"{count} {verb}, {format_bytes(self.freed_bytes)} {free}.")
+        return lines + self.remarks(survey)
+
+    def remarks(self, survey: Survey) -> list[str]:
+        lines = []
+        kept = self.removal
+        if kept.kept_for:
+            others = plural(kept.kept_for, "other entry", "other entries")
+            verb = "needs" if kept.kept_for == 1 else "need"
+            lines.append(
+                f"{format_bytes(kept.kept_bytes)} of their rows stay: {others} {verb} them, too."
+            )
+        if self.skipped:
+            verb = "stays" if len(self.skipped) == 1 else "stay"
+            lines.append(f"{plural(len(self.skipped), 'pinned entry', 'pinned entries')} {verb}.")
+        names = short_model_names(survey.models)
+        lines += [
+            f"{printable(names[fingerprint])} is stale: {printable(reason)}."
+            for fingerprint, reason in self.reasons.items()
+        ]
+        return lines
+
+    def table(self, survey: Survey) -> list[str]:
+        now = time.time()
+        short = short_entry_ids(survey)
+        names = short_model_names(survey.models)
+        columns = [
+            Column("id", style="id"),
+            Column("tier"),
+            Column("model", least=16),
+            Column("tokens", right=True),
+            Column("goes", right=True),
+            Column("shared", right=True),
+            Column("used", right=True),
+            Column("label", least=10, cut="end", drop=1),
+        ]
+        rows = [
+            (
+                short[entry.id],
+                entry.tier.label,
+                printable(names.get(entry.fingerprint, "?")),
+                f"{entry.num_tokens:,}",
+                format_bytes(entry.own_bytes),
+                format_bytes(entry.shared_bytes),
+                format_age(now - entry.last_use),
+                printable(entry.label),
+            )
+            for entry in self.entries[:_ROWS_SHOWN]
+        ]
+        lines = table(columns, rows, width=terminal_width(), paint=painter())
+        if len(self.entries) > _ROWS_SHOWN:
+            lines.append(f"… and {len(self.entries) - _ROWS_SHOWN:,} more")
+        return [*lines, ""]
+
+
+def _plan(
+    store: Store,
+    survey: Survey,
+    filters: Filters,
+    stale: bool,
+    match: str | None,
+    to_bytes: int | None,
+    everything: bool,
+) -> _Plan:
+    """Choose the entries that are to go."""
+    entries = filters.choose(survey, time.time())
+    skipped: list[Entry] = []
+    if filters.ids is None and not everything:
+        skipped = [entry for entry in entries if entry.pinned]
+        entries = [entry for entry in entries if not entry.pinned]
+    reasons: dict[str, str] = {}
+    if stale:
+        reasons = _stale(survey, entries)
+        entries = [entry for entry in entries if entry.fingerprint in reasons]
+        skipped = []
+    if match is not None:
+        entries = _matching(store, survey, entries, match)
+        skipped = []
+    if to_bytes is not None:
+        victims = victims_until(store, to_bytes, [entry.id for entry in entries])
+        by_id = {entry.id: entry for entry in entries}
+        entries = [by_id[one] for one in victims]
+    plan = _Plan(entries, survey.removal([entry.id for entry in entries]), skipped)
+    plan.reasons = {
+        fingerprint: reason
+        for fingerprint, reason in reasons.items()
+        if any(entry.fingerprint == fingerprint for entry in entries)
+    }
+    return plan
+
+
+def _stale(survey: Survey, entries: Sequence[Entry]) -> dict[str, str]:
+    """Per fingerprint why nothing can use it any more; those that something may are left out."""
+    from persist_cache.fingerprint import Identifier
+
+    identifier = Identifier()
+    reasons = {
+        fingerprint: stale_reason(survey.models[fingerprint], identifier)
+        for fingerprint in {entry.fingerprint for entry in entries}
+        if fingerprint in survey.models
+    }
+    return {fingerprint: reason for fingerprint, reason in reasons.items() if reason}
+
+
+def _matching(store: Store, survey: Survey, entries: Sequence[Entry], text: str) -> list[Entry]:
+    """Entries whose prompt contains `text`, whatever its case.
+
+    Models without a tokenizer are skipped with a warning, unless that leaves none.
+    """
+    from persist_cache_cli.texts import Decoder
+
+    decoders: dict[str, Decoder | None] = {}
+    errors: list[PersistCacheError] = []
+    found = []
+    for entry in entries:
+        if entry.fingerprint not in decoders:
+            try:
+                decoders[entry.fingerprint] = Decoder(survey.model_of(entry))
+            except PersistCacheError as error:
+                decoders[entry.fingerprint] = None
+                errors.append(error)
+        decoder = decoders[entry.fingerprint]
+        if decoder is not None:
+            try:
+                tokens = tokens_of(store, entry.id)
+            except KeyError:
+                continue  # evicted meanwhile
+            if text.casefold() in decoder.text(tokens).casefold():
+                found.append(entry)
+    if errors and len(errors) == len(decoders):
+        raise errors[0]
+    for problem in errors:
+        click.echo(f"Warning: {problem}", err=True)
+    return found
+
+
+def _say_nothing(plan: _Plan, survey: Survey, *, as_json: bool, dry_run: bool) -> None:
+    """Nothing is to go: that is the answer, and exit status 3."""
+    if as_json:
+        print_json(plan.as_json(survey, dry_run))
+    pinned = len(plan.skipped)
+    if not pinned:
+        raise NothingFound("Nothing matches; nothing was evicted.")
+    what = "The entry that matches is" if pinned == 1 else f"All {pinned:,} entries that match are"
+    raise NothingFound(f"{what} pinned; nothing was evicted.")
+
+
+def _ask(plan: _Plan, survey: Survey) -> None:
+    """Have the user agree.
+
+    Raises:
+        click.UsageError: There is nobody to ask.
+        click.Abort: The user does not agree.
+    """
+    count = plural(len(plan.entries), "entry", "entries")
+    if not sys.stdin.isatty():
+        raise click.UsageError(
+            f"This would evict {count}; say --yes, because there is no terminal to ask on."
+        )
+    for line in [*plan.table(survey), *plan.remarks(survey)]:
+        click.echo(line, err=True)
+    click.confirm(f"Evict {count}, {format_bytes(plan.removal.freed_bytes)}?", abort=True, err=True)
+
+
+def _evict(store: Store, plan: _Plan, everything: bool) -> int:
+    """Evict what was planned; what others evicted meanwhile is fine."""
+    freed = 0
+    if plan.entries:
+        try:
+            freed = store.evict([entry.id for entry in plan.entries])
+        except KeyError:
+            for entry in plan.entries:
+                try:
+                    freed += store.evict([entry.id])
+                except KeyError:
+                    continue
+    if everything:
+        discard_quarantine(store)
+    return freed

@@ -1,0 +1,239 @@
+"""`persist-cache list`: what is stored, as a table or as a tree."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import click
+
+from persist_cache.entry import Entry
+from persist_cache.survey import Survey
+from persist_cache_cli.output import (
+    Column,
+    format_age,
+    format_bytes,
+    format_duration,
+    painter,
+    plural,
+    print_json,
+    printable,
+    table,
+    terminal_width,
+)
+from persist_cache_cli.parse import TIER
+from persist_cache_cli.selection import (
+    SORT_KEYS,
+    Filters,
+    entry_json,
+    keeping,
+    order,
+    short_entry_ids,
+    short_model_names,
+)
+from persist_cache_cli.store_access import common_options, no_store, reading
+
+_ROWS_ON_A_TERMINAL = 100
+
+
+@click.command("list")
+@click.option("--tier", type=TIER, help="Only entries of this tier.")
+@click.option("--model", metavar="TEXT", help="Only models with this in their name or path.")
+@click.option("--label", metavar="PATTERN", help="Only labels like this; * stands for anything.")
+@click.option(
+    "--sort",
+    type=click.Choice(SORT_KEYS),
+    default="used",
+    show_default=True,
+    help="What comes first: the most, or the latest.",
+)
+@click.option(
+    "--limit",
+    type=click.IntRange(min=0),
+    help="Show at most so many entries, 0 for all.  [default: 100 on a terminal, else all]",
+)
+@click.option("--tree", is_flag=True, help="Show which entry continues which.")
+@common_options(quiet="Print ids only, one a line.")
+@click.pass_obj
+def command(
+    store: str | None,
+    *,
+    tier: str | None,
+    model: str | None,
+    label: str | None,
+    sort: str,
+    limit: int | None,
+    tree: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """List what is stored.
+
+    "own" are bytes that only this entry needs, "shared" those that it has in common with others.
+    In the tree, what is indented continues the entry above it; so does an entry right below
+    another, where nothing branches. "new" and "adds" are tokens and bytes beyond that entry.
+
+    \b
+    Examples:
+      persist-cache list --tier system --sort size
+      persist-cache list --tree
+    """
+    with reading(store) as opened:
+        if opened is None:
+            if as_json:
+                print_json([])
+            elif not quiet:
+                click.echo(no_store(store), err=True)
+            return
+        survey = Survey(opened)
+    filters = Filters(tier=tier, model=model, label=label)
+    names = short_model_names(survey.models)
+    entries = order(survey, filters.choose(survey, time.time()), sort, names)
+    if limit is None and not as_json and not quiet and terminal_width() is not None:
+        limit = _ROWS_ON_A_TERMINAL
+    shown = entries[:limit] if limit else entries
+    if quiet and not as_json:
+        for entry in shown:
+            click.echo(entry.id)
+        return
+    short = short_entry_ids(survey)
+    if as_json:
+        flat = [entry_json(survey, entry, short) for entry in shown]
+        print_json(_nested(flat, _shown_parents(survey, shown)) if tree else flat)
+        return
+    if not shown:
+        click.echo("Nothing matches." if survey.entries else "The store is empty.", err=True)
+        return
+    lines = _tree(survey, shown, short) if tree else _table(shown, names, short)
+    click.echo("\n".join(lines))
+    if len(shown) < len(entries):
+        click.echo(f"… and {len(entries) - len(shown):,} more; --limit 0 shows all.", err=True)
+
+
+def _table(
+    entries: Sequence[Entry], names: Mapping[str, str], short: Mapping[str, str]
+) -> list[str]:
+    now = time.time()
+    columns = [
+        Column("id", style="id"),
+        Column("tier"),
+        Column("model", least=16),
+        Column("tokens", right=True),
+        Column("own", right=True),
+        Column("shared", right=True, drop=2),
+        Column("hits", right=True),
+        Column("saved", right=True, drop=3),
+        Column("used", right=True),
+        Column("age", right=True, drop=5),
+        Column("kept", style="good", drop=1),
+        Column("label", least=10, cut="end", drop=4),
+    ]
+    rows = [
+        (
+            short[entry.id],
+            entry.tier.label,
+            printable(names.get(entry.fingerprint, "?")),
+            f"{entry.num_tokens:,}",
+            format_bytes(entry.own_bytes),
+            format_bytes(entry.shared_bytes),
+            f"{entry.hits:,}",
+            format_duration(entry.saved_s) if entry.saved_s else "–",
+            format_age(now - entry.last_use),
+            format_age(now - entry.created),
+            keeping(entry, now),
+            printable(entry.label),
+        )
+        for entry in entries
+    ]
+    return table(columns, rows, width=terminal_width(), paint=painter())
+
+
+def _shown_parents(survey: Survey, shown: Sequence[Entry]) -> dict[str, str | None]:
+    """Per entry the nearest one that it continues and that is shown, too."""
+    above = {entry.id: entry.parent for entry in survey.entries}
+    visible = {entry.id for entry in shown}
+    parents: dict[str, str | None] = {}
+    for entry in shown:
+        parent = entry.parent
+        while parent is not None and parent not in visible:
+            parent = above[parent]
+        parents[entry.id] = parent
+    return parents
+
+
+def _nested(flat: list[dict[str, Any]], parents: Mapping[str, str | None]) -> list[dict[str, Any]]:
+    """The entries that nothing shown precedes, each with its `children`."""
+    by_id = {entry["id"]: {**entry, "children": []} for entry in flat}
+    roots: list[dict[str, Any]] = []
+    for entry in by_id.values():
+        parent = parents[entry["id"]]
+        (roots if parent is None else by_id[parent]["children"]).append(entry)
+    return roots
+
+
+def _tree(survey: Survey, shown: Sequence[Entry], short: Mapping[str, str]) -> list[str]:
+    now = time.time()
+    names = short_model_names(survey.models)
+    parents = _shown_parents(survey, shown)
+    children: dict[str | None, list[Entry]] = {}
+    for entry in shown:
+        children.setdefault(parents[entry.id], []).append(entry)
+    tokens = {entry.id: entry.num_tokens for entry in survey.entries}
+    columns = [
+        Column("entry"),
+        Column("tokens", right=True),
+        Column("new", right=True, drop=3),
+        Column("adds", right=True),
+        Column("hits", right=True),
+        Column("used", right=True),
+        Column("kept", style="good", drop=1),
+        Column("label", least=10, cut="end", drop=2),
+    ]
+    rows: list[tuple[str, ...] | str] = []
+    for fingerprint, roots in _by_model(children.get(None, [])).items():
+        rows.append(printable(names.get(fingerprint, "?")))
+        for guide, entry in _walk(roots, children):
+            before = tokens.get(entry.parent or "", 0)
+            rows.append(
+                (
+                    f"{guide}{short[entry.id]} {entry.tier.label}",
+                    f"{entry.num_tokens:,}",
+                    f"+{entry.num_tokens - before:,}",
+                    format_bytes(survey.added_bytes(entry)),
+                    f"{entry.hits:,}",
+                    format_age(now - entry.last_use),
+                    keeping(entry, now),
+                    printable(entry.label),
+                )
+            )
+    lines = table(columns, rows, width=terminal_width(), paint=painter())
+    return [*lines, "", f"{plural(len(shown), 'entry', 'entries')}."]
+
+
+def _by_model(roots: Sequence[Entry]) -> dict[str, list[Entry]]:
+    grouped: dict[str, list[Entry]] = {}
+    for entry in roots:
+        grouped.setdefault(entry.fingerprint, []).append(entry)
+    return grouped
+
+
+def _walk(
+    roots: Sequence[Entry], children: Mapping[str | None, Sequence[Entry]]
+) -> Iterator[tuple[str, Entry]]:
+    """Entries below each other, each with the lines of the tree before it.
+
+    A conversation is a long chain, so an only child is put right below its parent, not deeper.
+    """
+    # Not by recursion: a chain may be longer than Python's stack.
+    pending = [("", entry, place == len(roots) - 1) for place, entry in enumerate(roots)][::-1]
+    while pending:
+        before, entry, is_last = pending.pop()
+        yield before + ("└─ " if is_last else "├─ "), entry
+        inside = before + ("   " if is_last else "│  ")
+        below = children.get(entry.id, ())
+        while len(below) == 1:
+            yield inside, below[0]
+            below = children.get(below[0].id, ())
+        last = len(below) - 1
+        pending += [(inside, one, place == last) for place, one in enumerate(below)][::-1]

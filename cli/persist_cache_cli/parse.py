@@ -1,0 +1,146 @@
+"""Types of arguments: sizes, durations, tiers, entry ids."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
+    _Type = click.ParamType[Any]
+else:
+    _Type = click.ParamType  # click 8.1 knows no parameter for it
+
+_NUMBER_AND_UNIT = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*([A-Za-z]*)")
+_SIZE_UNITS = {"": 1, "b": 1}
+for _power, _letter in enumerate("kmgtp", start=1):
+    # As in mlx-lm's --prompt-cache-bytes, a bare letter counts in thousands.
+    _SIZE_UNITS |= {_letter: 1000**_power, f"{_letter}b": 1000**_power}
+    _SIZE_UNITS[f"{_letter}ib"] = 1024**_power
+_DURATION_UNITS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
+_MAX_DURATION_S = 100 * 366 * 86400.0
+_MAX_BYTES = 1 << 62
+_MAX_LABEL = 200
+
+
+def parse_size(text: str) -> int:
+    """`500MB` is 500,000,000 and `2GiB` is 2,147,483,648; a bare number counts bytes.
+
+    Raises:
+        click.BadParameter: `text` is something else.
+    """
+    found = _NUMBER_AND_UNIT.fullmatch(text.strip())
+    factor = _SIZE_UNITS.get(found[2].lower()) if found else None
+    if text.strip().startswith("-"):
+        raise click.BadParameter(f"a size must not be negative: {text!r}.")
+    if found is None or factor is None:
+        raise click.BadParameter(f"{text!r} is not a size: write it like 500MB or 2GiB.")
+    nbytes = int(float(found[1]) * factor)
+    if nbytes > _MAX_BYTES:
+        raise click.BadParameter(f"{text!r} is more than any disk holds.")
+    return nbytes
+
+
+def parse_duration(text: str) -> float:
+    """Seconds in a length of time like `7d`, `12h` or `1h30m`.
+
+    Raises:
+        click.BadParameter: `text` is something else.
+    """
+    stripped = text.strip()
+    if stripped.startswith("-"):
+        raise click.BadParameter(f"a length of time must not be negative: {text!r}.")
+    total = 0.0
+    position = 0
+    while position < len(stripped):
+        found = _NUMBER_AND_UNIT.match(stripped, position)
+        unit = _DURATION_UNITS.get(found[2].lower()) if found else None
+        if found is None or unit is None:
+            break
+        total += float(found[1]) * unit
+        position = found.end()
+    if not stripped or position < len(stripped):
+        raise click.BadParameter(
+            f"{text!r} is not a length of time: write it like 45s, 30m, 12h, 7d or 2w."
+        )
+    if total > _MAX_DURATION_S:
+        raise click.BadParameter(f"{text!r} is longer than 100 years.")
+    return total
+
+
+class _Size(_Type):
+    name = "size"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        return value if isinstance(value, int) else parse_size(value)
+
+
+class _Duration(_Type):
+    name = "duration"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        return value if isinstance(value, float) else parse_duration(value)
+
+
+class _Lifetime(_Type):
+    """A duration, or `none` for no end."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        if value == "none":
+            return float("inf")
+        return value if isinstance(value, float) else parse_duration(value)
+
+
+class _Label(_Type):
+    name = "name"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        if len(value) > _MAX_LABEL:
+            self.fail(f"a label has at most {_MAX_LABEL} characters.")
+        if not value.isprintable():
+            self.fail("a label is one line of text without control characters.")
+        return str(value)
+
+
+class _EntryId(_Type):
+    """The beginning of an entry's id; the store decides whether it names just one."""
+
+    name = "id"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        prefix = str(value).lower()
+        if not re.fullmatch("[0-9a-f]{1,16}", prefix):
+            self.fail(f"{value!r} is not an entry id: use the hex digits that `list` shows.")
+        return prefix
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        from click.shell_completion import CompletionItem
+
+        from persist_cache.errors import PersistCacheError
+        from persist_cache.survey import find_ids
+        from persist_cache_cli.store_access import reading
+
+        root = ctx.find_root()
+        if incomplete and not re.fullmatch("[0-9a-f]{1,16}", incomplete):
+            return []
+        try:
+            with reading(root.params.get("store")) as store:
+                found = [] if store is None else find_ids(store, incomplete, limit=100)
+        except (PersistCacheError, OSError):
+            return []
+        return [CompletionItem(one) for one in found]
+
+
+SIZE = _Size()
+DURATION = _Duration()
+LIFETIME = _Lifetime()
+LABEL = _Label()
+ENTRY_ID = _EntryId()
+TIER = click.Choice(["system", "user", "assistant"], case_sensitive=False)

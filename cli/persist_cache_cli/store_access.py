@@ -1,0 +1,128 @@
+"""Opening the store for a command, and finding the entries that its arguments name.
+
+A command never creates a store: a mistyped `--store` must not leave a folder behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from persist_cache import Store, default_store_path
+from persist_cache.errors import StoreAccessError
+from persist_cache.survey import find_departed, find_ids, short_ids
+from persist_cache_cli.output import format_age
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class NothingFound(click.ClickException):
+    """What was asked for is not there."""
+
+    exit_code = 3
+
+
+def common_options(quiet: str = "Print errors only.") -> Callable[[F], F]:
+    """Add the options that every command has.
+
+    Args:
+        quiet: What `-q` does.
+    """
+
+    def add(command: F) -> F:
+        command = click.option("-q", "--quiet", is_flag=True, help=quiet)(command)
+        return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
+
+    return add
+
+
+def store_path(given: str | None) -> Path:
+    return Path(given) if given is not None else default_store_path()
+
+
+@contextlib.contextmanager
+def reading(given: str | None) -> Iterator[Store | None]:
+    """Open the store read-only; None when there is none.
+
+    Raises:
+        StoreError: It is there, but cannot be read.
+    """
+    root = store_path(given)
+    state = _look(root)
+    if state == "none":
+        yield None
+        return
+    if state == "unindexed":
+        raise StoreAccessError(
+            f"The store at {root} has lost its index; "
+            "`persist-cache check --rebuild-index` makes it anew from the blobs."
+        )
+    with Store.open(root, read_only=True) as store:
+        yield store
+
+
+@contextlib.contextmanager
+def changing(given: str | None) -> Iterator[Store | None]:
+    """Open the store for change; None when there is none.
+
+    Raises:
+        StoreError: It is there, but cannot be changed.
+    """
+    root = store_path(given)
+    if _look(root) == "none":
+        yield None
+        return
+    with Store.open(root) as store:
+        yield store
+
+
+def _look(root: Path) -> str:
+    """Say whether there is `none`, a `store`, or blobs that are `unindexed`."""
+    try:
+        if not root.exists():
+            return "none"
+        if not root.is_dir():
+            raise StoreAccessError(f"{root} is not a folder.")
+        if (root / "data.mdb").exists():
+            return "store"
+        return "unindexed" if (root / "blobs").is_dir() else "none"
+    except PermissionError:
+        raise StoreAccessError(f"{root} cannot be read (Permission denied).") from None
+
+
+def no_store(given: str | None) -> str:
+    return f"There is no store at {store_path(given)} yet."
+
+
+def resolve(store: Store | None, prefixes: Sequence[str]) -> list[str]:
+    """Full ids of the entries that `prefixes` name, each once, in that order.
+
+    Raises:
+        NothingFound: One of them names no entry.
+        click.ClickException: One of them names several.
+    """
+    return list(dict.fromkeys(_resolve_one(store, prefix) for prefix in prefixes))
+
+
+def _resolve_one(store: Store | None, prefix: str) -> str:
+    found = [] if store is None else find_ids(store, prefix)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        short = list(short_ids(found).values())
+        more = ", …" if len(found) == 8 else ""
+        raise click.ClickException(
+            f"Several entries have an id that begins with {prefix}: {', '.join(short)}{more}."
+        )
+    departed = None if store is None else find_departed(store, prefix)
+    if store is not None and departed is not None:
+        ago = format_age(store._disk.clock() - departed.since)
+        raise NothingFound(
+            f"Entry {departed.id} is no longer there: {departed.reason}, "
+            f"{'just now' if ago == 'now' else ago + ' ago'}."
+        )
+    raise NothingFound(f"No entry has an id that begins with {prefix}.")

@@ -1,0 +1,103 @@
+"""Running the command line in tests, in this process or through the installed script."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from persist_cache import Store
+from persist_cache_cli.main import main
+from tests.fakes import FakeSource, fingerprint
+
+SCRIPT = Path(sys.executable).with_name("persist-cache")
+Run = Callable[..., "Done"]
+
+SYSTEM = list(range(1000, 1020))
+QUESTION = [*SYSTEM, *range(2000, 2010)]
+REPLY = [*QUESTION, *range(3000, 3010)]
+OTHER = [*SYSTEM, *range(4000, 4010)]
+
+
+@dataclass
+class Done:
+    """How a command ended."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+    @property
+    def sentence(self) -> str:
+        """What it complained about; exactly one line of it."""
+        assert self.err.startswith("Error: "), self.err
+        assert self.err.count("\n") == 1, self.err
+        return self.err.strip()
+
+
+def runner(store: Path, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Runs a command in this process, errors and exit status included."""
+
+    def run(*arguments: object) -> Done:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main(["--store", str(store), *map(str, arguments)])
+        captured = capfd.readouterr()
+        assert isinstance(ended.value.code, int)
+        return Done(ended.value.code, captured.out, captured.err)
+
+    return run
+
+
+def script(store: Path, *arguments: object, prefix: Sequence[str] = (), **options: Any) -> Done:
+    """Runs a command as users do; `prefix` is a program that starts it."""
+    done = subprocess.run(
+        [*prefix, str(SCRIPT), "--store", str(store), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=os.environ | options.pop("env", {}),
+        **options,
+    )
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def fill(root: Path) -> dict[str, str]:
+    """A store with a system prompt, two conversations below it, and another model's prompt."""
+    with Store.open(root, min_free_bytes=0) as store:
+
+        def put(tokens: list[int], model: str = "w0", **options: Any) -> str:
+            identity = fingerprint(weights=model)
+            identity = type(identity).from_fields(
+                dict(identity.fields), {"name": f"org/model-{model}", "path": f"/gone/{model}"}
+            )
+            entry = store.put(identity, tokens, FakeSource(tokens), **options).entry
+            assert entry is not None
+            return entry
+
+        return {
+            "system": put(SYSTEM, tier="system", label="the agent", prefill_s=2.0),
+            "question": put(QUESTION, tier="user"),
+            "reply": put(REPLY, tier="assistant"),
+            "other": put(OTHER, tier="user"),
+            "foreign": put(SYSTEM, model="w1", tier="system"),
+        }
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    """Every byte of a store but LMDB's lock table, which readers register in."""
+    return {
+        str(path.relative_to(root)): path.read_bytes()
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and path.name not in ("lock.mdb", "writer.lock")
+    }

@@ -1,0 +1,148 @@
+"""`docs/cli.md` and the README name every command, option and JSON field, and no others."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from persist_cache_cli.main import cli
+from tests.cli import Run, fill, runner
+
+ROOT = Path(__file__).parents[1]
+CLI_MD = (ROOT / "docs" / "cli.md").read_text()
+CONTEXT = click.Context(cli)
+COMMANDS = cli.list_commands(CONTEXT)
+
+
+def section(title: str) -> str:
+    """The part of `docs/cli.md` about one command."""
+    parts = re.split(r"^## (.+)$", CLI_MD, flags=re.MULTILINE)
+    for heading, body in zip(parts[1::2], parts[2::2], strict=True):
+        if title in heading.split(", "):
+            return str(body)
+    raise AssertionError(f"docs/cli.md has no section about {title}")
+
+
+def command(name: str) -> click.Command:
+    found = cli.get_command(CONTEXT, name)
+    assert found is not None
+    return found
+
+
+def options(name: str) -> set[str]:
+    return {
+        text
+        for parameter in command(name).params
+        if isinstance(parameter, click.Option)
+        for text in parameter.opts
+        if text.startswith("--")
+    }
+
+
+def fields(title: str) -> set[str]:
+    """Names in the first column of a section's tables."""
+    rows = re.findall(r"^\| (`[^|]*`) \|", section(title), flags=re.MULTILINE)
+    return {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_is_documented(name: str) -> None:
+    text = section(name)
+    everywhere = {"--json", "--quiet", "--help"}
+
+    for option in options(name) - everywhere:
+        assert option in text, option
+    assert f"persist-cache {name}" in text
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_documented_option_exists(name: str) -> None:
+    if name == "serve":
+        pytest.skip("mlx_lm.server's flags work, too")
+    siblings = set().union(*(options(one) for one in COMMANDS))
+
+    for option in re.findall(r"--[a-z][a-z-]+", section(name)):
+        assert option in siblings, option
+
+
+def test_global_options_are_documented() -> None:
+    for parameter in cli.params:
+        assert any(text in CLI_MD for text in parameter.opts)
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/cli.md"])
+def test_examples_are_accepted(document: str) -> None:
+    """Every call of a command in a document parses: its command and options exist."""
+    text = (ROOT / document).read_text()
+    calls = re.findall(r"^(?:    |\$ )?(persist-cache [^\n`]+?)(?:  #.*)?$", text, re.MULTILINE)
+    for call in calls:
+        words = shlex.split(call.split(" | ")[0].rstrip("\\ &"))[1:]
+        while words and words[0] in ("--store", "[--store"):
+            words = words[2:]
+        if not words or words[0].startswith(("-", "COMMAND")):
+            continue
+        name, given = words[0], {word.split("=")[0] for word in words if word.startswith("--")}
+        assert name in COMMANDS, call
+        if name != "serve":
+            assert given <= options(name), call
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_with_an_example(name: str) -> None:
+    found = command(name)
+
+    assert found.help is not None
+    assert f"persist-cache {name}" in found.help
+
+
+@pytest.fixture
+def run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Run:
+    return runner(tmp_path / "store", capfd)
+
+
+@pytest.fixture
+def ids(tmp_path: Path) -> dict[str, str]:
+    return fill(tmp_path / "store")
+
+
+ENTRY = fields("Entry")
+
+
+def test_entry_fields(run: Run, ids: dict[str, str]) -> None:
+    entries = run("list", "--json").json
+    (tree, *_) = run("list", "--tree", "--json").json
+    shown = run("show", ids["reply"], "--json").json
+    (evicted,) = run("evict", ids["reply"], "--dry-run", "--json").json["entries"]
+
+    assert all(set(entry) == ENTRY for entry in entries)
+    assert set(tree) == ENTRY | {"children"}
+    assert set(shown) == ENTRY | fields("show") - {"text"}
+    assert set(evicted) == ENTRY | {"reason"}
+
+
+def test_fields_of_reports(run: Run, ids: dict[str, str]) -> None:
+    assert set(run("evict", ids["reply"], "--dry-run", "--json").json) == fields("evict")
+    assert set(run("stats", "--json").json) == fields("stats")
+    assert set(run("check", "--json").json) == fields("check")
+
+
+def test_fields_within_fields(run: Run, ids: dict[str, str]) -> None:
+    def named(title: str, *values: Any) -> None:
+        text = section(title)
+        for value in values:
+            for name in value:
+                assert f"`{name}`" in text, name
+
+    stats = run("stats", "--json").json
+    named("stats", stats["bytes"], stats["hits"], stats["tiers"][0], stats["models"][0])
+    shown = run("show", ids["reply"], "--json").json
+    named("show", shown["runs"][0], shown["identity"])
+    named("gc", run("gc", "--json").json)
+    for line in ("pin {id}", "unpin {id}", "ttl {id} 1d", "label {id} x"):
+        (changed,) = run(*line.format(id=ids["reply"]).split(), "--json").json
+        named("pin", changed)
