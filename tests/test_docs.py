@@ -1,0 +1,668 @@
+"""The documents are true.
+
+`FormatReader` reads a store by docs/format.md alone: with struct, json, lmdb and xxhash, and none
+of the library's own code. What it finds is compared with what `Store` says.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import mlx.core as mx
+import numpy as np
+import pytest
+import xxhash
+from mlx_lm.models.cache import (
+    ArraysCache,
+    CacheList,
+    ChunkedKVCache,
+    KVCache,
+    QuantizedKVCache,
+    RotatingKVCache,
+)
+
+from persist_cache import Fingerprint, Store, tensors
+from persist_cache_cli.demo.openblas import preload_env
+from tests.tiny_caches import Layer, Spec, feed, new_cache
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FORMAT = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
+DESIGN = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+
+# ---- a reader made from docs/format.md -----------------------------------------------------------
+
+ELEMENT_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2}
+ELEMENT_BYTES |= {"U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8}
+TIERS = ("assistant", "user", "system")
+
+
+def canonical(value: Any) -> bytes:
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
+    return text.encode()
+
+
+def xxh3_128(data: bytes) -> str:
+    return str(xxhash.xxh3_128(data).hexdigest())
+
+
+def pack(tokens: Sequence[int]) -> bytes:
+    return struct.pack(f"<{len(tokens)}q", *tokens)
+
+
+def pack_texts(texts: Sequence[str]) -> bytes:
+    encoded = [text.encode() for text in texts]
+    return b"".join(struct.pack("<Q", len(text)) + text for text in encoded)
+
+
+def record_layouts() -> dict[str, tuple[struct.Struct, list[str], str | None]]:
+    """The table of records in section 6: a struct, its names, and the text behind it."""
+    block = re.search(r"```records\n(.*?)```", FORMAT, re.DOTALL)
+    assert block is not None
+    layouts = {}
+    for line in block.group(1).splitlines():
+        name, code, *fields = line.split()
+        text = None
+        if "+" in fields:
+            fields, text = fields[: fields.index("+")], fields[-1]
+        layouts[name] = struct.Struct(code), fields, text
+    return layouts
+
+
+RECORDS = record_layouts()
+
+
+def unpack(name: str, raw: bytes) -> dict[str, Any]:
+    """One record, by the table in the document."""
+    layout, fields, text = RECORDS[name]
+    values = layout.unpack_from(raw)
+    record = {field: value for field, value in zip(fields, values, strict=True) if field != "-"}
+    if text is not None:
+        record[text] = raw[layout.size :].decode()
+    else:
+        assert len(raw) == layout.size
+    assert record.pop("version") == 1
+    return record
+
+
+def unpack_message(raw: bytes) -> Any:
+    """As much of MessagePack as a namespace needs."""
+    value, rest = _message(raw)
+    assert rest == b""
+    return value
+
+
+def _message(raw: bytes) -> tuple[Any, bytes]:
+    kind, rest = raw[0], raw[1:]
+    if kind < 0x80:
+        return kind, rest
+    if 0x80 <= kind < 0x90:
+        found = {}
+        for _ in range(kind & 15):
+            key, rest = _message(rest)
+            found[key], rest = _message(rest)
+        return found, rest
+    if 0xA0 <= kind < 0xC0:
+        size = kind & 31
+        return rest[:size].decode(), rest[size:]
+    if kind in (0xD9, 0xDA, 0xDB):
+        width = {0xD9: 1, 0xDA: 2, 0xDB: 4}[kind]
+        size = int.from_bytes(rest[:width], "big")
+        return rest[width : width + size].decode(), rest[width + size :]
+    code = {0xCB: ">d", 0xCC: ">B", 0xCD: ">H", 0xCE: ">I", 0xCF: ">Q"}[kind]
+    size = struct.calcsize(code)
+    return struct.unpack(code, rest[:size])[0], rest[size:]
+
+
+@dataclass
+class Blob:
+    """A file that has proved itself."""
+
+    name: str
+    metadata: dict[str, str]
+    shapes: dict[str, tuple[str, list[int]]]
+    data: dict[str, bytes]
+    digest: bytes
+    nbytes: int
+
+    @property
+    def start(self) -> int:
+        return int(self.metadata["start"])
+
+    @property
+    def end(self) -> int:
+        return int(self.metadata["end"])
+
+    @classmethod
+    def read(cls, path: Path) -> Blob:
+        """Read a file as sections 2 and 3 say, and check all that they say of it."""
+        raw = path.read_bytes()
+        (length,) = struct.unpack_from("<Q", raw)
+        data_start = 8 + length
+        assert data_start % 16384 == 0
+        text = raw[8:data_start]
+        assert data_start - 16384 < 8 + len(text.rstrip(b" "))
+        table = json.loads(text)
+        metadata = table.pop("__metadata__")
+        assert all(isinstance(value, str) for value in metadata.values())
+        said = {key: value for key, value in metadata.items() if key != "seal"}
+        assert metadata["seal"] == xxh3_128(canonical([said, table]))
+        checksums = json.loads(metadata["checksums"])
+        shapes, data, expected = {}, {}, 0
+        for name, tensor in table.items():
+            begin, end = tensor["data_offsets"]
+            assert begin == expected
+            expected = end
+            data[name] = raw[data_start + begin : data_start + end]
+            shapes[name] = tensor["dtype"], tensor["shape"]
+            elements = int(np.prod(tensor["shape"], dtype=np.int64))
+            assert end - begin == elements * ELEMENT_BYTES[tensor["dtype"]]
+            assert checksums[name] == xxh3_128(data[name])
+        assert checksums.keys() == data.keys()
+        assert data_start + expected == len(raw)
+        blob_name = path.name.removesuffix(".safetensors")
+        digest = xxhash.xxh3_128(raw[:data_start]).digest()
+        return cls(blob_name, metadata, shapes, data, digest, len(raw))
+
+
+@dataclass(frozen=True)
+class Found:
+    """The longest usable prefix of a prompt, by section 7."""
+
+    num_tokens: int
+    common: int
+    runs: list[tuple[str, int]]
+    checkpoint: str | None
+
+
+class FormatReader:
+    """A second implementation of reading."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.tables: dict[str, dict[bytes, bytes]] = {}
+        with lmdb.open(
+            str(root), readonly=True, lock=False, max_dbs=32, lib_version=0, create=False
+        ) as environment:
+            with environment.begin() as txn:
+                names = [bytes(key) for key in txn.cursor().iternext(values=False)]
+            for name in names:
+                database = environment.open_db(name, create=False)
+                with environment.begin() as txn:
+                    self.tables[name.decode()] = {
+                        bytes(key): bytes(value) for key, value in txn.cursor(database)
+                    }
+
+    def counter(self, name: str) -> int:
+        raw = self.tables["meta"].get(name.encode())
+        return 0 if raw is None else int(struct.unpack("<q", raw)[0])
+
+    def namespaces(self) -> dict[bytes, dict[str, Any]]:
+        found = {}
+        for key, raw in self.tables["namespaces"].items():
+            assert raw[0] == 1
+            found[key] = unpack_message(raw[1:])
+        return found
+
+    def records(self, table: str, record: str) -> dict[int, dict[str, Any]]:
+        rows = self.tables[table].items()
+        return {struct.unpack(">Q", key)[0]: unpack(record, raw) for key, raw in rows}
+
+    def path_of(self, blob: int) -> Path:
+        record = unpack("blob", self.tables["blobs"][struct.pack(">Q", blob)])
+        name: str = record["name"].hex()
+        return self.root / "blobs" / name[:2] / f"{name}.safetensors"
+
+    def find(self, key: bytes, tokens: Sequence[int], limit: int) -> Found:
+        """Walk one namespace."""
+        packed = pack(tokens)
+        node, position = self.namespaces()[key]["root"], 0
+        usable, by_rows, all_complete = 0, 0, True
+        checkpoint = None
+        steps: list[tuple[int, int, int]] = []
+        while position < len(tokens):
+            here = packed[position * 8 :]
+            raw = self.tables["edges"].get(struct.pack(">Q", node) + here[:8])
+            if raw is None:
+                break
+            edge = unpack("edge", raw)
+            blob = self.tables["tokens"][struct.pack(">Q", edge["blob"])]
+            run = blob[edge["first_row"] * 8 : (edge["first_row"] + edge["rows"]) * 8]
+            used = 0
+            while used < edge["rows"] and run[used * 8 :][:8] == here[used * 8 :][:8]:
+                used += 1
+            steps.append((edge["blob"], position, used))
+            position += used
+            all_complete = all_complete and bool(edge["complete"])
+            if all_complete:
+                by_rows = position
+            if used < edge["rows"]:
+                break
+            node = edge["node"]
+            if edge["entry"] and by_rows < position <= limit:
+                entry = unpack("entry", self.tables["entries"][struct.pack(">Q", edge["entry"])])
+                if entry["checkpoint"]:
+                    usable, checkpoint = position, self.path_of(entry["checkpoint"]).stem
+        if not usable:
+            usable = min(by_rows, limit)
+        runs: list[tuple[str, int]] = []
+        for number, start, used in steps:
+            if start < usable:
+                name, used = self.path_of(number).stem, min(used, usable - start)
+                if runs and runs[-1][0] == name:
+                    used += runs.pop()[1]
+                runs.append((name, used))
+        return Found(usable, position, runs, checkpoint)
+
+    def tensor(self, found: Found, place: str, buffer: str) -> np.ndarray:
+        """One buffer of one layer for a match, as bytes `(B, H, rows, bytes of a row)`."""
+        state = f"layers.{place}.state.{buffer}"
+        if found.checkpoint is not None:
+            blob = self.blob(found.checkpoint)
+            if place in json.loads(blob.metadata["detail"])["states"]:
+                return as_rows(blob, state)
+        parts = []
+        for name, used in found.runs:
+            blob = self.blob(name)
+            lag = layout_at(json.loads(blob.metadata["layout"]), place).get("lag", 0)
+            first = max(blob.start - lag, 0)
+            wanted = max(blob.start + used - lag, 0) - first
+            parts.append(as_rows(blob, f"layers.{place}.{buffer}")[:, :, :wanted])
+        return np.concatenate(parts, axis=2)
+
+    def blob(self, name: str) -> Blob:
+        return Blob.read(self.root / "blobs" / name[:2] / f"{name}.safetensors")
+
+
+def layout_at(layout: list[dict[str, Any]], place: str) -> dict[str, Any]:
+    index, _, inner = place.partition(".")
+    found = layout[int(index)]
+    return layout_at(found["members"], inner) if inner else found
+
+
+def as_rows(blob: Blob, name: str) -> np.ndarray:
+    shape = blob.shapes[name][1]
+    return np.frombuffer(blob.data[name], np.uint8).reshape(*shape[:3], -1)
+
+
+def live_rows(array: Any, first: int, last: int) -> np.ndarray:
+    """The same of a live cache's array."""
+    rows: Any = mx.contiguous(array[:, :, first:last])
+    mx.eval(rows)
+    raw = bytes(memoryview(rows).cast("B"))
+    return np.frombuffer(raw, np.uint8).reshape(*rows.shape[:3], -1)
+
+
+# ---- a store with a little of everything ---------------------------------------------------------
+
+NOW = 1_790_000_000.25
+IMAGE = -(1 << 60) + 7
+SYSTEM = [*range(100, 129), IMAGE]
+FIRST = [*SYSTEM, *range(200, 221)]
+SECOND = [*SYSTEM[:20], *range(300, 316)]
+ROWS: tuple[Spec, ...] = (
+    Layer(KVCache),
+    Layer(KVCache, heads=1, lag=1),
+    Layer(
+        lambda: QuantizedKVCache(group_size=32, bits=8), key_dim=64, value_dim=32, dtype=mx.float32
+    ),
+)
+MIXED: tuple[Spec, ...] = (
+    Layer(KVCache),
+    Layer(lambda: RotatingKVCache(24)),
+    Layer(lambda: ChunkedKVCache(16)),
+    Layer(lambda: ArraysCache(3)),
+    (Layer(KVCache), Layer(lambda: RotatingKVCache(64, 4))),
+)
+PLAIN_MODEL = Fingerprint.from_fields({"weights": "w", "name": 'é"\n\x01'}, {"name": "plain"})
+MIXED_MODEL = Fingerprint.from_fields({"weights": "x", "draft": None, "scale": 0.5, "moe": True})
+
+
+@dataclass
+class Sample:
+    """A closed store, and the live caches that it was made from."""
+
+    root: Path
+    caches: dict[str, list[Any]]
+    entries: list[Any]
+    matches: list[tuple[Fingerprint, list[int], int, Any]]
+
+
+def put(store: Store, model: Fingerprint, tokens: list[int], cache: list[Any], tier: str) -> str:
+    length = tensors.prepare(cache, len(tokens))
+    assert length == len(tokens)
+    entry = store.put(model, tokens, tensors.source(cache, length), tier=tier, prefill_s=1.5).entry
+    assert entry is not None
+    return entry
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
+    root = tmp_path_factory.mktemp("format") / "store"
+    caches: dict[str, list[Any]] = {}
+    with Store.open(
+        root, max_bytes=1 << 30, min_free_bytes=0, run_tokens=16, clock=lambda: NOW
+    ) as store:
+        plain = new_cache(ROWS)
+        feed(plain, ROWS, 30, seed=1)
+        caches["system"] = copy.deepcopy(plain)
+        second = copy.deepcopy(plain)
+        feed(plain, ROWS, 21, seed=2)
+        caches["first"] = copy.deepcopy(plain)
+        tensors.trim(second, 10)
+        feed(second, ROWS, 16, seed=3)
+        caches["second"] = copy.deepcopy(second)
+        system = put(store, PLAIN_MODEL, SYSTEM, caches["system"], "system")
+        put(store, PLAIN_MODEL, FIRST, caches["first"], "assistant")
+        put(store, PLAIN_MODEL, SECOND, caches["second"], "user")
+        gone = put(store, PLAIN_MODEL, [9, 8, 7], _short(3), "assistant")
+        mixed = new_cache(MIXED)
+        feed(mixed, MIXED, 20, seed=4)
+        caches["mixed-20"] = copy.deepcopy(mixed)
+        put(store, MIXED_MODEL, FIRST[:20], caches["mixed-20"], "system")
+        for seed in range(5, 9):
+            feed(mixed, MIXED, 5, seed=seed)
+        caches["mixed-40"] = mixed
+        put(store, MIXED_MODEL, FIRST[:40], mixed, "user")
+        store.pin(system)
+        store.set_label(system, "Grüße")
+        store.expire_at(system, NOW + 60)
+        store.evict([gone])
+        store.touch(store.match(PLAIN_MODEL, [*FIRST, 1]))
+        matches = [
+            (model, prompt, limit, store.match(model, prompt, limit=limit))
+            for model in (PLAIN_MODEL, MIXED_MODEL)
+            for prompt in ([*FIRST, 1], SECOND, FIRST[:45], SYSTEM[:7], [5], [])
+            for limit in (len(prompt), 25)
+        ]
+        store.flush()
+        assert store.check(read_data=True) == []
+        entries = store.entries()
+    return Sample(root, caches, entries, matches)
+
+
+def _short(num_tokens: int) -> list[Any]:
+    cache = new_cache(ROWS)
+    feed(cache, ROWS, num_tokens, seed=9)
+    return cache
+
+
+def blob_paths(root: Path) -> Iterator[Path]:
+    return (root / "blobs").glob("??/*.safetensors")
+
+
+# ---- docs/format.md ------------------------------------------------------------------------------
+
+
+def test_a_second_implementation_reads_every_blob(sample: Sample) -> None:
+    blobs = [Blob.read(path) for path in blob_paths(sample.root)]
+
+    assert {blob.metadata["kind"] for blob in blobs} == {"run", "checkpoint"}
+    for blob in blobs:
+        identity = json.loads(blob.metadata["identity"])
+        texts = [text for item in sorted(identity["fields"].items()) for text in item]
+        digest = hashlib.blake2b(
+            pack_texts(texts), digest_size=32, person=b"persist-cache.fp"
+        ).hexdigest()
+        assert blob.metadata["fingerprint"] == digest
+        assert digest in (PLAIN_MODEL.hex, MIXED_MODEL.hex)
+        layout = json.loads(blob.metadata["layout"])
+        assert canonical(layout).decode() == blob.metadata["layout"]
+        prompt = FIRST
+        if blob.metadata["kind"] == "run":
+            assert next(iter(blob.data)) == "tokens"
+            if pack(prompt[blob.start : blob.end]) != blob.data["tokens"]:
+                prompt = SECOND
+            assert pack(prompt[blob.start : blob.end]) == blob.data["tokens"]
+            assert blob.metadata["detail"] == "{}"
+        else:
+            assert blob.start == blob.end
+            assert blob.metadata["complete"] == "0"
+        assert blob.metadata["prefix"] == xxh3_128(pack(prompt[: blob.start]))
+        assert bool(blob.metadata["parent"]) == (blob.start > 0)
+        assert float(blob.metadata["created"]) == NOW
+
+
+def test_a_second_implementation_finds_what_match_finds(sample: Sample) -> None:
+    reader = FormatReader(sample.root)
+
+    for model, prompt, limit, match in sample.matches:
+        keys = [key for key in reader.namespaces() if key[:32] == model.digest]
+        found = max(
+            (reader.find(key, prompt, limit) for key in keys),
+            key=lambda one: (one.num_tokens, one.common),
+        )
+        assert found.num_tokens == match.num_tokens
+        assert found.common == match.common_tokens
+        assert found.runs == [(run.blob, run.num_tokens) for run in match.runs]
+        assert found.checkpoint == match.checkpoint
+    assert {match.num_tokens for *_, match in sample.matches} >= {0, 7, 20, 25, 36, 45, 51}
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "model"),
+    [
+        ("system", SYSTEM, PLAIN_MODEL),
+        ("first", FIRST, PLAIN_MODEL),
+        ("second", SECOND, PLAIN_MODEL),
+        ("mixed-20", FIRST[:20], MIXED_MODEL),
+        ("mixed-40", FIRST[:40], MIXED_MODEL),
+    ],
+)
+def test_a_second_implementation_restores_the_same_bytes(
+    sample: Sample, name: str, prompt: list[int], model: Fingerprint
+) -> None:
+    reader = FormatReader(sample.root)
+    (key,) = [key for key in reader.namespaces() if key[:32] == model.digest]
+    found = reader.find(key, prompt, len(prompt))
+    states = {}
+    if found.checkpoint is not None:
+        states = json.loads(reader.blob(found.checkpoint).metadata["detail"])["states"]
+
+    assert found.num_tokens == len(prompt)
+    for place, layer in _places(sample.caches[name]):
+        state = states.get(place)
+        if isinstance(layer, ArraysCache):
+            assert found.checkpoint is not None
+            blob = reader.blob(found.checkpoint)
+            slots = {slot: a for slot, a in enumerate(layer.cache) if a is not None}
+            prefix = f"layers.{place}.state."
+            assert {one for one in blob.data if one.startswith(prefix)} == {
+                f"{prefix}{slot}" for slot in slots
+            }
+            for slot, array in slots.items():
+                assert blob.data[f"{prefix}{slot}"] == bytes(memoryview(array).cast("B"))
+            continue
+        first, last = (0, layer.offset) if state is None else _state_rows(layer, state)
+        for buffer, array in _buffers(layer).items():
+            stored = reader.tensor(found, place, buffer)
+            assert np.array_equal(stored, live_rows(array, first, last)), (place, buffer)
+
+
+def _places(cache: Sequence[Any]) -> Iterator[tuple[str, Any]]:
+    for index, layer in enumerate(cache):
+        if isinstance(layer, CacheList):
+            yield from ((f"{index}.{inner}", member) for inner, member in _places(layer.caches))
+        else:
+            yield str(index), layer
+
+
+def _state_rows(layer: Any, state: dict[str, int]) -> tuple[int, int]:
+    """The rows of a live layer that section 4 wants in a checkpoint."""
+    assert state["offset"] == layer.offset
+    if isinstance(layer, ChunkedKVCache):
+        assert state["start"] == layer.start_position
+        return 0, layer.offset - layer.start_position
+    if layer.offset < layer.max_size:
+        assert state["index"] == layer.offset
+        return 0, layer.offset
+    last = layer.keys.shape[2]
+    first = last - layer.max_size if layer.keep == 0 and layer._idx == last else 0
+    assert state["index"] == layer._idx - first
+    return first, last
+
+
+def _buffers(layer: Any) -> dict[str, Any]:
+    if isinstance(layer, QuantizedKVCache):
+        return {
+            f"{side}.{part}": array
+            for side, arrays in (("keys", layer.keys), ("values", layer.values))
+            for part, array in zip(("w", "scales", "biases"), arrays, strict=True)
+        }
+    return {"keys": layer.keys, "values": layer.values}
+
+
+def test_a_second_implementation_lists_the_same_entries(sample: Sample) -> None:
+    reader = FormatReader(sample.root)
+    by_number = {space["number"]: key for key, space in reader.namespaces().items()}
+    records = reader.records("entries", "entry")
+
+    assert sorted(f"{number:016x}" for number in records) == [one.id for one in sample.entries]
+    for entry in sample.entries:
+        record = records[int(entry.id, 16)]
+        key = by_number[record["namespace"]]
+        assert key[:32].hex() == entry.fingerprint
+        prompt = next(
+            one
+            for one in (SYSTEM, FIRST, SECOND, FIRST[:20], FIRST[:40])
+            if len(one) == record["num_tokens"]
+        )
+        assert xxhash.xxh3_64(key + pack(prompt)).intdigest() == int(entry.id, 16)
+        assert TIERS[record["tier"]] == entry.tier.label
+        assert record["num_tokens"] == entry.num_tokens
+        assert bool(record["pinned"]) == entry.pinned
+        assert (record["expires"] or None) == entry.expires
+        assert record["label"] == entry.label
+        assert record["hits"] == entry.hits
+        assert record["prefill_s"] == entry.prefill_s == 1.5
+        assert record["last_use_us"] / 1e6 == entry.last_use
+    assert {entry.label for entry in sample.entries} == {"", "Grüße"}
+    assert sum(entry.hits for entry in sample.entries) == 1
+
+
+def test_the_index_has_the_order_and_the_sums_that_are_documented(sample: Sample) -> None:
+    reader = FormatReader(sample.root)
+    entries = reader.records("entries", "entry")
+    blobs = reader.records("blobs", "blob")
+
+    assert set(reader.tables["recency"]) == {
+        struct.pack(">BQQ", one["tier"], one["last_use_us"], number)
+        for number, one in entries.items()
+    }
+    assert set(reader.tables["expiry"]) == {
+        struct.pack(">QQ", int(one["expires"] * 1e6), number)
+        for number, one in entries.items()
+        if one["expires"]
+    }
+    assert {name.hex() for name in reader.tables["names"]} == {
+        path.stem for path in blob_paths(sample.root)
+    }
+    for number, record in blobs.items():
+        assert reader.tables["names"][record["name"]] == struct.pack(">Q", number)
+        blob = Blob.read(reader.path_of(number))
+        assert blob.digest == record["digest"]
+        assert blob.nbytes == record["nbytes"]
+        assert ("run", "checkpoint")[record["kind"]] == blob.metadata["kind"]
+        assert blob.start == record["start"]
+        tokens = reader.tables["tokens"].get(struct.pack(">Q", number), b"")
+        assert tokens == blob.data.get("tokens", b"")
+        assert record["num_tokens"] * 8 == len(tokens)
+    assert reader.counter("blob_bytes") == sum(one["disk_bytes"] for one in blobs.values())
+    assert reader.counter("schema") == 1
+    assert len(reader.tables["meta"][b"store_id"]) == 16
+    edges = [unpack("edge", raw) for raw in reader.tables["edges"].values()]
+    for number, record in blobs.items():
+        uses = sum(edge["blob"] == number for edge in edges)
+        uses += sum(entry["checkpoint"] == number for entry in entries.values())
+        assert record["references"] == uses
+    for key, raw in reader.tables["edges"].items():
+        assert reader.tables["parents"][struct.pack(">Q", unpack("edge", raw)["node"])] == key
+    (departed,) = [unpack("sized", raw) for raw in reader.tables["departed"].values()]
+    assert departed["note"] == "evicted by request"
+    assert departed["since"] == NOW
+
+
+def test_every_table_and_every_key_is_documented(sample: Sample) -> None:
+    reader = FormatReader(sample.root)
+    documented = set(re.findall(r"`([^`\s]+)`", FORMAT))
+
+    assert set(reader.tables) <= documented
+    for name in reader.tables["meta"]:
+        text = re.sub(r"^written:.*", "written:YYYY-MM-DD", name.decode())
+        assert re.sub(r"^count:.*", "count:<what>", text) in documented
+    for path in blob_paths(sample.root):
+        assert Blob.read(path).metadata.keys() <= documented
+
+
+@pytest.mark.parametrize("document", [README, FORMAT], ids=["README", "format"])
+def test_the_drawn_folder_is_the_real_one(document: str, tmp_path: Path) -> None:
+    with Store.open(tmp_path / "store", min_free_bytes=0):
+        names = {path.name for path in (tmp_path / "store").iterdir()}
+    drawn = set(re.findall(r"^[├└]─ ([\w.]+)", document, re.MULTILINE))
+
+    assert drawn == names
+
+
+# ---- README --------------------------------------------------------------------------------------
+
+
+def program() -> str:
+    (found,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    return str(found)
+
+
+def test_the_readme_s_program_restores_its_prompt(smollm2: Path, tmp_path: Path) -> None:
+    code, count = re.subn(r'(?m)^MODEL = ".*"$', f"MODEL = {str(smollm2)!r}", program())
+    env = os.environ | preload_env() | {"PERSIST_CACHE_HOME": str(tmp_path / "store")}
+
+    def run() -> list[str]:
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip().splitlines()
+
+    first, second = run(), run()
+
+    assert count == 1
+    assert len(program().splitlines()) <= 15
+    (total,) = re.findall(r"0 of (\d+) prompt tokens restored", first[-1])
+    assert second[-1] == f"{int(total) - 1} of {total} prompt tokens restored"
+    assert first[:-1] == second[:-1]
+
+
+def test_documents_link_to_what_exists() -> None:
+    for folder, text in ((ROOT, README), (ROOT / "docs", DESIGN), (ROOT / "docs", FORMAT)):
+        for target in re.findall(r"\]\(([^)#]+)\)", text):
+            assert target.startswith("https://") or (folder / target).exists(), target
+        for script in re.findall(r"`((?:scripts|tests)/[\w./]+)`", text):
+            assert (ROOT / script).exists(), script
+
+
+# ---- scripts -------------------------------------------------------------------------------------
+
+
+def test_bytes_written_shows_what_it_promises() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "bytes_written"), "--tiny", "--turns", "2"],
+        env=os.environ | preload_env(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "FAILS" not in done.stdout
+    assert done.stdout.count("holds") == 5
