@@ -26,6 +26,7 @@ from mlx_lm import server as upstream
 from persist_cache.cache import Fetch, PromptCache
 from persist_cache.errors import PersistCacheError, StoreError
 from persist_cache.fingerprint import Identifier
+from persist_cache.front import Front
 from persist_cache.store import Store
 
 log = logging.getLogger(__name__)
@@ -284,8 +285,8 @@ class Provider(upstream.ModelProvider):  # type: ignore[misc]
             self.identifier(self.model_key)
 
 
-class Handler(upstream.APIHandler):  # type: ignore[misc]
-    """Upstream's HTTP handler, saying in a header where the prompt's cache came from."""
+class Handler(Front, upstream.APIHandler):  # type: ignore[misc]
+    """Upstream's HTTP handler behind our front, saying where the prompt's cache came from."""
 
     def _set_completion_headers(self, status_code: int = 200) -> None:
         super()._set_completion_headers(status_code)

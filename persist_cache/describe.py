@@ -1,0 +1,432 @@
+"""What the store knows, as JSON: the same objects from the command line and the admin API.
+
+Pure functions: values in, plain dictionaries out. Times are UTC seconds, sizes bytes.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from persist_cache.cache import PromptCacheStats
+from persist_cache.catalog import StoreStats
+from persist_cache.entry import Entry, Tier
+from persist_cache.explain import Divergence, Explanation
+from persist_cache.survey import (
+    Amount,
+    Details,
+    Model,
+    Quarantined,
+    Removal,
+    RunDetails,
+    Survey,
+    as_json_object,
+    short_ids,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Filters:
+    """What an entry must be to be chosen; None asks for nothing.
+
+    Attributes:
+        ids: Full ids.
+        tier: Role class.
+        model: Part of the model's name or path, or the beginning of its fingerprint.
+        label: Shell pattern for the label.
+        unused_s: Not used for that many seconds.
+        larger_than: More bytes of its own.
+        pinned: Pinned, or not.
+    """
+
+    ids: frozenset[str] | None = None
+    tier: str | None = None
+    model: str | None = None
+    label: str | None = None
+    unused_s: float | None = None
+    larger_than: int | None = None
+    pinned: bool | None = None
+
+    def choose(self, survey: Survey, now: float) -> list[Entry]:
+        """Entries that pass, in the order of their ids."""
+        models = self._models(survey.models.values())
+        return [entry for entry in survey.entries if self._passes(entry, models, now)]
+
+    def _models(self, models: Iterable[Model]) -> frozenset[str] | None:
+        if self.model is None:
+            return None
+        wanted = self.model.lower()
+        return frozenset(
+            model.fingerprint
+            for model in models
+            if wanted in model.name.lower()
+            or wanted in model.path.lower()
+            or model.fingerprint.startswith(wanted)
+        )
+
+    def _passes(self, entry: Entry, models: frozenset[str] | None, now: float) -> bool:
+        return (
+            (self.ids is None or entry.id in self.ids)
+            and (self.tier is None or entry.tier == Tier.parse(self.tier))
+            and (models is None or entry.fingerprint in models)
+            and (self.label is None or fnmatch.fnmatchcase(entry.label, self.label))
+            and (self.unused_s is None or now - entry.last_use > self.unused_s)
+            and (self.larger_than is None or entry.own_bytes > self.larger_than)
+            and (self.pinned is None or entry.pinned == self.pinned)
+        )
+
+
+SORT_KEYS = (
+    "used",
+    "created",
+    "tokens",
+    "size",
+    "shared",
+    "hits",
+    "saved",
+    "tier",
+    "model",
+    "label",
+)
+
+
+def order(
+    entries: Sequence[Entry], key: str, names: Mapping[str, str] | None = None
+) -> list[Entry]:
+    """Sort: what is most or latest first, names from A to Z.
+
+    Args:
+        entries: What to sort.
+        key: One of `SORT_KEYS`.
+        names: Per fingerprint the name to sort by, for `model`.
+
+    Raises:
+        ValueError: There is no such key.
+    """
+    match key:
+        case "model":
+            shown = names or {}
+            return sorted(entries, key=lambda one: (shown.get(one.fingerprint, ""), one.id))
+        case "label":
+            return sorted(entries, key=lambda one: (not one.label, one.label, one.id))
+        case "tier":
+            return sorted(entries, key=lambda one: (-one.tier, -one.last_use))
+    numbers: dict[str, Callable[[Entry], float]] = {
+        "used": lambda one: one.last_use,
+        "created": lambda one: one.created,
+        "tokens": lambda one: one.num_tokens,
+        "size": lambda one: one.own_bytes,
+        "shared": lambda one: one.shared_bytes,
+        "hits": lambda one: one.hits,
+        "saved": lambda one: one.saved_s,
+    }
+    if key not in numbers:
+        raise ValueError(f"unknown order {key!r}: use one of {', '.join(SORT_KEYS)}")
+    return sorted(entries, key=numbers[key], reverse=True)
+
+
+def short_model_names(models: Mapping[str, Model]) -> dict[str, str]:
+    """Per fingerprint the last part of the model's name; told apart where two are the same."""
+    names = {key: model.name.rstrip("/").rsplit("/", 1)[-1] for key, model in models.items()}
+    times = Counter(names.values())
+    return {key: name if times[name] == 1 else f"{name}@{key[:4]}" for key, name in names.items()}
+
+
+def short_entry_ids(survey: Survey) -> dict[str, str]:
+    return short_ids([entry.id for entry in survey.entries])
+
+
+def entry_json(survey: Survey, entry: Entry, short: Mapping[str, str]) -> dict[str, Any]:
+    """One entry."""
+    return {
+        "id": entry.id,
+        "short_id": short.get(entry.id, entry.id),
+        "fingerprint": entry.fingerprint,
+        "model": survey.model_of(entry).name,
+        "tier": entry.tier.label,
+        "num_tokens": entry.num_tokens,
+        "own_bytes": entry.own_bytes,
+        "shared_bytes": entry.shared_bytes,
+        "created": entry.created,
+        "last_use": entry.last_use,
+        "hits": entry.hits,
+        "saved_s": entry.saved_s,
+        "prefill_s": entry.prefill_s,
+        "pinned": entry.pinned,
+        "expires": entry.expires,
+        "label": entry.label,
+        "parent": entry.parent,
+    }
+
+
+def details_json(survey: Survey, details: Details, short: Mapping[str, str]) -> dict[str, Any]:
+    """Everything about one entry."""
+    model = details.model
+    return {
+        **entry_json(survey, details.entry, short),
+        "children": list(details.children),
+        "runs": [_run_json(run) for run in details.runs],
+        "checkpoint": None if details.checkpoint is None else _run_json(details.checkpoint),
+        "identity": {"fields": dict(model.fields), "info": dict(model.info)},
+        "layout": as_json_object(details.layout),
+    }
+
+
+def _run_json(run: RunDetails) -> dict[str, Any]:
+    return {
+        "blob": run.blob,
+        "path": run.path,
+        "start": run.start,
+        "num_tokens": run.num_tokens,
+        "blob_tokens": run.blob_tokens,
+        "nbytes": run.nbytes,
+        "entries": run.entries,
+        "created": run.created,
+    }
+
+
+def pin_json(entry: str, short: str, pinned: bool) -> dict[str, Any]:
+    """What pinning changed."""
+    return {"id": entry, "short_id": short, "pinned": pinned}
+
+
+def removal_json(
+    survey: Survey,
+    entries: Sequence[Entry],
+    removal: Removal,
+    *,
+    dry_run: bool,
+    freed_bytes: int,
+    skipped: Sequence[Entry] = (),
+    reasons: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """An eviction, done or only planned.
+
+    Args:
+        survey: The store before it.
+        entries: What goes.
+        removal: What that frees, and what stays for others.
+        dry_run: Only planned.
+        freed_bytes: Bytes that went, or would go.
+        skipped: Entries that were chosen but are pinned.
+        reasons: Per fingerprint why its entries go, "" by default.
+    """
+    short = short_entry_ids(survey)
+    return {
+        "dry_run": dry_run,
+        "entries": [
+            {
+                **entry_json(survey, entry, short),
+                "reason": (reasons or {}).get(entry.fingerprint, ""),
+            }
+            for entry in entries
+        ],
+        "freed_bytes": freed_bytes,
+        "kept_bytes": removal.kept_bytes,
+        "kept_for": removal.kept_for,
+        "skipped_pinned": [entry.id for entry in skipped],
+    }
+
+
+def explanation_json(
+    found: Explanation, decode: Callable[[list[int]], str], *, show_stored: bool = True
+) -> dict[str, Any]:
+    """An explanation.
+
+    Args:
+        found: What `explain` said.
+        decode: Tokens as text.
+        show_stored: Tell what the stored prompt says where it differs.
+    """
+    return {
+        "outcome": found.outcome,
+        "message": found.message,
+        "num_tokens": found.num_tokens,
+        "cached_tokens": found.cached_tokens,
+        "common_tokens": found.common_tokens,
+        "id": found.entry,
+        "saved_s": found.saved_s,
+        "divergence": None
+        if found.divergence is None
+        else _divergence_json(found.divergence, decode, show_stored),
+        "changes": [
+            {"field": change.name, "stored": change.old, "now": change.new}
+            for change in found.changes
+        ],
+    }
+
+
+def _divergence_json(
+    divergence: Divergence, decode: Callable[[list[int]], str], show_stored: bool
+) -> dict[str, Any]:
+    before, stored, prompt = divergence_texts(divergence, decode)
+    return {
+        "position": divergence.position,
+        "before_text": before,
+        "stored_text": stored if show_stored else None,
+        "prompt_text": prompt,
+        "stored_tokens": divergence.stored if show_stored else None,
+        "prompt_tokens": divergence.prompt,
+    }
+
+
+def divergence_texts(
+    divergence: Divergence, decode: Callable[[list[int]], str]
+) -> tuple[str, str, str]:
+    """The text right before the parting, and on both sides of it, on one line each."""
+
+    def text(tokens: list[int]) -> str:
+        decoded = decode(tokens) if tokens else ""
+        return repr(decoded)[1:-1] if decoded else "(nothing: it ends here)"
+
+    return (
+        text(divergence.before) if divergence.before else "",
+        text(divergence.stored),
+        text(divergence.prompt),
+    )
+
+
+def warm_json(
+    *,
+    entry: str | None,
+    model: str,
+    label: str,
+    tier: str,
+    num_tokens: int,
+    found_tokens: int,
+    missing_tokens: int,
+    written_bytes: int,
+    prefill_s: float,
+) -> dict[str, Any]:
+    """What warming a prompt did."""
+    return {
+        "id": entry,
+        "model": model,
+        "label": label,
+        "tier": tier,
+        "num_tokens": num_tokens,
+        "found_tokens": found_tokens,
+        "missing_tokens": missing_tokens,
+        "written_bytes": written_bytes,
+        "prefill_s": prefill_s,
+    }
+
+
+def store_json(
+    stats: StoreStats,
+    survey: Survey | None,
+    damaged: Sequence[Quarantined] = (),
+    *,
+    disk_off: str = "",
+    exists: bool = True,
+) -> dict[str, Any]:
+    """Totals of a store.
+
+    Args:
+        stats: Its totals.
+        survey: Its entries, or None when there is no store.
+        damaged: Blobs in quarantine.
+        disk_off: Why nothing can be written, or "".
+        exists: Whether there is a store at all.
+    """
+    usage = stats.usage
+    by_tier = survey.by_tier() if survey else {}
+    by_model = survey.by_model() if survey else {}
+    models = survey.models if survey else {}
+    return {
+        "store": stats.path,
+        "exists": exists,
+        "entries": stats.entries,
+        "blobs": stats.blobs,
+        "bytes": {
+            "blobs": usage.blobs,
+            "index": usage.index,
+            "pending": usage.pending,
+            "trash": usage.trash,
+            "quarantine": usage.quarantine,
+            "folders": usage.folders,
+            "total": usage.total,
+        },
+        "max_bytes": stats.max_bytes,
+        "min_free_bytes": stats.min_free_bytes,
+        "free_bytes": stats.free_bytes,
+        "daily_write_bytes": stats.daily_write_bytes,
+        "written_today_bytes": stats.written_today,
+        "written_bytes": stats.written_bytes,
+        "tiers": [
+            {"tier": tier.label, **_amount_json(by_tier.get(tier, Amount()))}
+            for tier in reversed(Tier)
+        ],
+        "models": [
+            {
+                "fingerprint": fingerprint,
+                "model": models[fingerprint].name if fingerprint in models else "unnamed",
+                **_amount_json(amount),
+            }
+            for fingerprint, amount in sorted(by_model.items(), key=lambda item: -item[1].nbytes)
+        ],
+        "hits": {source: stats.counters.get(f"hits_{source}", 0) for source in ("memory", "disk")},
+        "misses": stats.counters.get("misses", 0),
+        "miss_reasons": {
+            name.removeprefix("misses:"): count
+            for name, count in stats.counters.items()
+            if name.startswith("misses:")
+        },
+        "tokens_saved": stats.counters.get("tokens_saved", 0),
+        "saved_s": sum(entry.saved_s for entry in survey.entries) if survey else 0.0,
+        "quarantine": [
+            {"blob": one.blob, "bytes": one.nbytes, "since": one.since, "reason": one.reason}
+            for one in damaged
+        ],
+        "disk_off": disk_off,
+        "counters": dict(stats.counters),
+    }
+
+
+def _amount_json(amount: Amount) -> dict[str, Any]:
+    return {
+        "entries": amount.entries,
+        "bytes": amount.nbytes,
+        "hits": amount.hits,
+        "saved_s": amount.saved_s,
+    }
+
+
+def server_json(stats: PromptCacheStats, *, max_size: int, max_bytes: int) -> dict[str, Any]:
+    """What a server's cache did since it was started.
+
+    Args:
+        stats: Its counters.
+        max_size: Caches that memory may hold.
+        max_bytes: Bytes that memory may hold.
+    """
+    return {
+        "memory": {
+            "tiers": [
+                {
+                    "tier": tier.label,
+                    "entries": stats.memory.get(tier.label, {}).get("n_sequences", 0),
+                    "bytes": stats.memory.get(tier.label, {}).get("n_bytes", 0),
+                }
+                for tier in reversed(Tier)
+            ],
+            "max_entries": max_size,
+            # A limit nobody set is larger than any memory, and than what JavaScript can count.
+            "max_bytes": max_bytes if max_bytes < 1 << 53 else None,
+        },
+        "hits": {source: stats.hits.get(source, 0) for source in ("memory", "disk")},
+        "misses": sum(stats.misses.values()),
+        "miss_reasons": dict(stats.misses),
+        "tokens_saved": {source: stats.tokens.get(source, 0) for source in ("memory", "disk")},
+        "restore_s": stats.restore_s,
+        "restored_bytes": stats.restored_bytes,
+        "saves": stats.saves,
+        "written_bytes": stats.written_bytes,
+        "queued_jobs": stats.queued_jobs,
+        "queued_bytes": stats.queued_bytes,
+        "problems": dict(stats.problems),
+        "disk_off": stats.disk_off,
+    }
