@@ -350,6 +350,7 @@ class Admin:
             "model_name": view.names.get(last.fingerprint, ""),
             "labels": list(dict.fromkeys(one.label for one in branch.entries if one.label))[:3],
             "last": last.id,
+            "last_pinned": last.pinned,
             "last_tier": last.tier.label,
             "last_tokens": last.num_tokens,
             "num_entries": len(branch.entries),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from persist_cache.entry import Entry
+from persist_cache.entry import Entry, Tier
 from persist_cache.records import NO_BLOB
 from persist_cache.survey import Survey
 
@@ -39,7 +39,7 @@ class Totals:
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """Entries that continue each other without a fork.
+    """Entries that continue each other without a fork; a system prompt stands by itself.
 
     Attributes:
         entries: In order, at least one.
@@ -93,7 +93,7 @@ class Branches:
         chain = [self._entries[first]]
         while len(chain) < MAX_CHAIN:
             below = self.under(chain[-1].id)
-            if len(below) != 1:
+            if len(below) != 1 or below[0].tier < chain[-1].tier == Tier.SYSTEM:
                 break
             chain.append(below[0])
         return Branch(tuple(chain), len(self.under(chain[-1].id)), self._totals[first])

@@ -36,6 +36,8 @@ _ENOUGH_GAIN_TOKENS = 32
 class Codec(LiveCaches, Protocol):
     """Between mlx-lm caches and bytes; `persist_cache.tensors` is the one for mlx-lm."""
 
+    def group_size(self) -> int: ...
+
     def prepare(self, cache: Sequence[Any], num_tokens: int, /) -> int: ...
 
     def source(self, cache: Sequence[Any], num_tokens: int, /) -> Source: ...
@@ -178,6 +180,9 @@ class PromptCache:
         self._tally = _Tally()
         self._disk_off = "" if store is not None else "no store was given"
         self._recent: deque[tuple[Sequence[int], Fetch]] = deque(maxlen=_REMEMBERED_FETCHES)
+        if store is not None and codec.group_size() > 1:
+            # Every rank has a shard of each layer, and all would have the same fingerprint.
+            store, self._disk_off = None, "several ranks share one model; shards are not stored"
         self._owns_store = store is not None and not isinstance(store, Store)
         self._store = store if isinstance(store, Store) or store is None else Store.open(store)
         self._identify: Callable[[Any], Fingerprint | None] = identify or Identifier()
@@ -517,12 +522,10 @@ class PromptCache:
         packed = pack_tokens(tokens)[: num_tokens * TOKEN_BYTES]
         nbytes = self._codec.nbytes(cache)
         held = Held(model, packed, cache, nbytes, tier.label, prefill_s)
-        held.wanted = (
-            self._writer is not None
-            and tier.label in self._persist
-            and num_tokens > 0
-            and self._fingerprint(model) is not None
-        )
+        if self._writer is not None and tier.label in self._persist and num_tokens > 0:
+            # Now: by the time it is saved, the files may be those of another model.
+            held.fingerprint = self._fingerprint(model)
+            held.wanted = held.fingerprint is not None
         with self._lock:
             at_once = held.wanted and tier != Tier.ASSISTANT
             if at_once:
@@ -582,12 +585,11 @@ class PromptCache:
 
     def _save(self, held: Held, source: Source) -> None:
         """Write one cache; runs on the writer thread, and touches bytes only."""
-        fingerprint = self._fingerprint(held.model)
-        if fingerprint is None or self._store is None:
+        if held.fingerprint is None or self._store is None:
             return
         try:
             result = self._store.put(
-                fingerprint, held.packed, source, tier=held.tier, prefill_s=held.prefill_s
+                held.fingerprint, held.packed, source, tier=held.tier, prefill_s=held.prefill_s
             )
         except StoreError as error:
             self._disk_failed(error)

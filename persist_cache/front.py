@@ -103,10 +103,19 @@ class Front(BaseHTTPRequestHandler):
         if self.path not in _CHECKS:
             raise RefusedError(404, "There is no such path.")
         body = decode_object(self._read_body())
-        tokenizer = self.response_generator.model_provider.tokenizer
-        vocabulary = None if tokenizer is None else len(tokenizer.get_vocab())
-        _CHECKS[self.path](body, vocabulary=vocabulary)
+        _CHECKS[self.path](body, vocabulary=self._vocabulary(body))
         self._post(body)
+
+    def _vocabulary(self, body: dict[str, Any]) -> int | None:
+        """Token ids of the model that will answer, if it is the one that is loaded."""
+        provider = self.response_generator.model_provider
+        key, tokenizer = provider.model_key, provider.tokenizer
+        wanted = body.get("model", "default_model")
+        if wanted == "default_model":
+            wanted = provider.cli_args.model
+        if key is None or tokenizer is None or wanted != key[0]:
+            return None
+        return len(tokenizer)
 
     def _post(self, body: dict[str, Any]) -> None:
         """Let upstream answer a request with this body."""

@@ -18,6 +18,8 @@ MAX_BODY_BYTES = 64 << 20
 MAX_NEW_TOKENS = 10_000_000
 MAX_STOP_WORDS = 64
 _MAX_DIGITS = 18
+_SAFE_VOCABULARY = 256
+"""No model has fewer token ids; what a request may name before its model is loaded."""
 _RESERVED_TEMPLATE_ARGS = frozenset(
     {
         "add_generation_prompt",
@@ -176,7 +178,7 @@ def _check_options(body: dict[str, Any], vocabulary: int | None) -> None:
     for name in ("max_tokens", "max_completion_tokens"):
         _check_integer(body, name, 1, MAX_NEW_TOKENS)
     _check_integer(body, "seed", 0, 10**_MAX_DIGITS)
-    _check_integer(body, "top_k", 0, (vocabulary or 1 << 31) - 1)
+    _check_integer(body, "top_k", 0, (vocabulary or _SAFE_VOCABULARY) - 1)
     threshold = body.get("xtc_threshold")
     if isinstance(threshold, (int, float)) and not 0 <= threshold <= 0.5:
         raise RefusedError(400, "xtc_threshold must be between 0 and 0.5.")
@@ -228,7 +230,7 @@ def _check_bias(bias: Any, vocabulary: int | None) -> None:
     for token, value in bias.items():
         # MLX does not check indices: a token beyond the vocabulary writes beyond the buffer.
         known = token.isascii() and token.isdigit() and len(token) <= _MAX_DIGITS
-        if not known or int(token) >= (vocabulary or 1 << 31):
+        if not known or int(token) >= (vocabulary or _SAFE_VOCABULARY):
             raise RefusedError(400, "logit_bias has a key that is no token id of this model.")
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             raise RefusedError(400, "logit_bias must have numbers as its values.")

@@ -9,10 +9,11 @@ Thread safety: none of its own; `PromptCache` holds its lock around every call.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from persist_cache.entry import TOKEN_BYTES
+from persist_cache.fingerprint import Fingerprint
 from persist_cache.lru import TieredLRU
 from persist_cache.trie import PromptTrie
 
@@ -44,6 +45,7 @@ class Held:
         prefill_s: Seconds that computing it took, if known.
         saved: It is on disk, so that losing it costs a load and nothing else.
         wanted: It is to be on disk, and no job for that waits or has failed for good.
+        fingerprint: Identity of the model when the cache was computed, None if unknown.
     """
 
     model: Hashable
@@ -53,7 +55,8 @@ class Held:
     tier: str
     prefill_s: float = 0.0
     saved: bool = False
-    wanted: bool = field(default=False)
+    wanted: bool = False
+    fingerprint: Fingerprint | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -132,7 +135,8 @@ class Resident:
     def add(self, held: Held) -> list[Held]:
         """Keep `held`, and let go of what it replaces or crowds out.
 
-        A cache that can be trimmed serves all of its prefixes, so those go.
+        A cache that can be trimmed serves all of its prefixes, so those go, but for one that marks
+        more than a reply and waits for its save: the longer cache has its rows, not its tier.
 
         Returns:
             What was let go to keep within the limits, in that order; replaced ones are not in it.
@@ -144,7 +148,8 @@ class Resident:
         self._lru.push(held, held.tier, held.nbytes)
         if self._codec.can_trim(held.cache):
             for _, prefix in self._trie.prefixes(held.model, held.packed):
-                self.remove(prefix)
+                if not prefix.wanted or prefix.tier == self._lru.tiers[0]:
+                    self.remove(prefix)
         return self.trim_to(self.max_size, self.max_bytes)
 
     def remove(self, held: Held) -> None:

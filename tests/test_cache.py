@@ -33,6 +33,10 @@ class FakeCodec:
     def __init__(self) -> None:
         self.copies = 0
         self.unsupported = False
+        self.ranks = 1
+
+    def group_size(self) -> int:
+        return self.ranks
 
     def prepare(self, cache: Sequence[Any], num_tokens: int) -> int:
         if self.unsupported:
@@ -303,6 +307,28 @@ def test_unidentified_model_stays_in_memory_and_stats_say_so(
     assert fetch(cache, range(12)) == list(range(10))
     assert disk.entries() == []
     assert "memory only" in cache.stats().disk_off
+
+
+def test_several_ranks_keep_the_disk_off_and_say_so(
+    make: Callable[..., PromptCache], codec: FakeCodec, disk: Store
+) -> None:
+    codec.ranks = 2
+    with make() as cache:
+        insert(cache, range(10), "system")
+        assert "several ranks" in cache.stats().disk_off
+
+    assert disk.entries() == []
+
+
+def test_user_entry_that_waits_is_saved_although_the_reply_replaces_it_in_memory(
+    make: Callable[..., PromptCache], disk: Store
+) -> None:
+    with make(persist=["system", "user"], queue_bytes=1) as cache:
+        insert(cache, [9] * 5000, "system")
+        insert(cache, range(50), "user")
+        insert(cache, range(60), "assistant")
+
+    assert {entry.num_tokens for entry in disk.entries()} == {5000, 50}
 
 
 def test_unknown_cache_class_is_refused_by_name_and_counted(

@@ -500,11 +500,9 @@ def _lag(member: _Member, info: TensorInfo, inherited: int | None) -> int:
     """
     start, end = member.header.start, member.header.end
     num_rows = info.shape[ROW_AXIS]
-    # Without a single row yet, a layer may be further behind than what is there is long.
-    lag = end - num_rows if inherited is None or inherited == start > 0 == num_rows else inherited
-    if inherited is not None and inherited == start > 0 < num_rows < end - start:
-        lag = end - num_rows
-    if lag < 0 or num_rows != max(end - lag, 0) - max(start - lag, 0):
+    # As long as there was no row at all, it was not known how far behind the layer is.
+    lag = end - num_rows if inherited is None or inherited >= start else inherited
+    if num_rows != max(end - lag, 0) - max(start - lag, 0):
         raise CorruptBlobError(member.path, "its tensors do not have a row for each token")
     return lag
 

@@ -28,6 +28,11 @@ class LayerStatus:
     storage: Literal["rows", "checkpoint", "unsupported"]
 
 
+def group_size() -> int:
+    """Processes that share one model (`mx.distributed`); each has a shard of every layer."""
+    return int(mx.distributed.init().size())
+
+
 def prepare(cache: Sequence[Any], num_tokens: int) -> int:
     """Make a cache that we now own fit to be kept, and say how many tokens it stands for.
 

@@ -104,7 +104,7 @@ def _run(console: Console, model: str, store: Path, max_tokens: int, env: dict[s
     (restarted,) = process("Process 2, after a restart", second, [])
     (continued,) = process("Process 3, continues conversation 1", third, [])
     console.print()
-    console.print(_table(cold, restarted, continued))
+    console.print(_table(cold, reference_2, restarted, continued))
     good = True
     for title, answer, reference in (
         ("process 2", restarted, reference_2),
@@ -171,13 +171,14 @@ def _last_question(job: dict[str, Any]) -> str:
     return str(job["chats"][0][-1]["content"])
 
 
-def _table(cold: Answer, restarted: Answer, continued: Answer) -> Table:
+def _table(cold: Answer, warm: Answer, restarted: Answer, continued: Answer) -> Table:
     table = Table(title="One system prompt, three processes", title_justify="left")
     table.add_column("process", no_wrap=True)
     for name in ("prompt tokens", "restored", "first token", "written"):
         table.add_column(name, justify="right")
     rows: list[tuple[str, Answer]] = [
         ("1 cold", cold),
+        ("1 still running", warm),
         ("2 new question", restarted),
         ("3 continues 1", continued),
     ]
@@ -187,7 +188,7 @@ def _table(cold: Answer, restarted: Answer, continued: Answer) -> Table:
             f"{answer['prompt_tokens']:,}",
             f"{answer['cached_tokens']:,}",
             f"{answer['first_token_s']:.2f} s",
-            _size(answer["written_bytes"]),
+            _size(answer["written_bytes"]) if answer["written_bytes"] is not None else "",
         )
     return table
 

@@ -39,7 +39,8 @@ def main() -> None:
                     if message["content"] is None:
                         message["content"] = answer["text"]
                 session = Session(model, tokenizer, key, [memory])
-                say(event="reference", **session.answer(later, job["max_tokens"]))
+                reference = session.answer(later, job["max_tokens"])
+                say(event="reference", written_bytes=None, **reference)
         cache.close()
 
 

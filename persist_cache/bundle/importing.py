@@ -1,0 +1,321 @@
+"""From a bundle into a store, through the store's own put: all of its entries, or none.
+
+So what is there already is shared and never overwritten, and the budget holds. Entries that an
+import made stay out of eviction's reach until all of them are there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from persist_cache import paths
+from persist_cache.bundle.reading import Bundle, BundledEntry
+from persist_cache.entry import Tier
+from persist_cache.environment import installed_version
+from persist_cache.errors import StoreError, StoreFullError
+from persist_cache.fingerprint import FieldChange, Fingerprint
+from persist_cache.index import Reader, Writer
+from persist_cache.records import NO_ENTRY
+from persist_cache.store import Store
+
+Progress = Callable[[int, int], None]
+"""Called with tokens done and tokens in total."""
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """What became of one entry.
+
+    Attributes:
+        id: Of the entry.
+        tier: Role class.
+        label: The user's name for it.
+        num_tokens: Its length.
+        new_tokens: Tokens whose rows were not stored before.
+        nbytes: Bytes written.
+        was_there: The store has it already; nothing of it was changed.
+    """
+
+    id: str
+    tier: Tier
+    label: str
+    num_tokens: int
+    new_tokens: int
+    nbytes: int
+    was_there: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Usability:
+    """Whether a model here can use what a bundle holds.
+
+    Attributes:
+        usable: None when that cannot be told without being given a model.
+        message: The answer in one sentence.
+        changes: Fields of the identity that differ: from the bundle's to those here.
+    """
+
+    usable: bool | None
+    message: str
+    changes: list[FieldChange] = field(default_factory=list)
+
+
+def usability(
+    fingerprint: Fingerprint, here: Fingerprint | None = None, store: Store | None = None
+) -> Usability:
+    """Say whether entries of `fingerprint` can be used.
+
+    Args:
+        fingerprint: Identity of a model in the bundle.
+        here: Identity of a model on this machine, if one was given.
+        store: If it has entries of the same model, that model was here once.
+    """
+    if here is not None:
+        if here.digest == fingerprint.digest:
+            return Usability(True, "The model given can use it.")
+        changes = here.diff(fingerprint.fields)
+        names = ", ".join(change.name for change in changes)
+        return Usability(False, f"The model given cannot use it; what differs: {names}.", changes)
+    computed, installed = fingerprint.fields.get("mlx_lm", ""), installed_version("mlx-lm")
+    if computed and installed and computed != installed:
+        return Usability(
+            False,
+            f"Nothing here can use it: mlx-lm {computed} computed it, {installed} is installed.",
+            [FieldChange("mlx_lm", computed, installed)],
+        )
+    if store is not None:
+        with store._disk.index.read() as txn:
+            if txn.namespaces(fingerprint.digest):
+                return Usability(True, "The store has entries of the same model.")
+    return Usability(
+        None, "Whether a model here can use it can be told when it is given with --model."
+    )
+
+
+def preview(store: Store | None, bundle: Bundle) -> list[Imported]:
+    """What `load` would do; changes nothing.
+
+    Args:
+        store: None stands for an empty one.
+        bundle: A verified bundle.
+
+    Raises:
+        StoreError: It would be refused.
+    """
+    if store is None:
+        needs = [_Need(False, 0, frozenset()) for _ in bundle.entries]
+    else:
+        needs = _needs(store, bundle)
+        _refuse_without_room(store, bundle, needs)
+    seen: set[tuple[object, int]] = set()
+    found = []
+    for entry, need in zip(bundle.entries, needs, strict=True):
+        new = _new_rows(entry, need, seen)
+        num_tokens = sum(rows for rows, _ in new)
+        nbytes = int(sum(rows * per_row for rows, per_row in new)) + _state_bytes(entry, need)
+        found.append(_imported(entry, entry.id, num_tokens, nbytes, was_there=need.is_there))
+    return found
+
+
+def load(
+    store: Store,
+    bundle: Bundle,
+    *,
+    here: Fingerprint | None = None,
+    progress: Progress | None = None,
+) -> list[Imported]:
+    """Put all entries of a bundle into a store.
+
+    Tier, label and date come along; pins, expiry and uses belong to the store they were in.
+
+    Args:
+        store: An open store.
+        bundle: A verified bundle.
+        here: Identity of a model on this machine; if it is the bundle's, its names and paths are
+            recorded instead of those in the bundle.
+        progress: Called after each entry.
+
+    Raises:
+        StoreFullError: There is no room within the budget; no entry was added.
+        StoreError: The disk failed, or the bundle's file was changed meanwhile; no entry was
+            added.
+    """
+    _refuse_without_room(store, bundle, _needs(store, bundle))
+    total = sum(entry.num_tokens for entry in bundle.entries)
+    done = 0
+    added: list[str] = []
+    found = []
+    with contextlib.ExitStack() as stack:
+        try:
+            for entry in bundle.entries:
+                one = _load_one(store, entry, here)
+                found.append(one)
+                if not one.was_there:
+                    added.append(one.id)
+                stack.enter_context(store._disk.serving([int(one.id, 16)]))
+                done += entry.num_tokens
+                if progress is not None:
+                    progress(done, total)
+        except BaseException:
+            for one_id in added:
+                with contextlib.suppress(StoreError, KeyError):
+                    store.evict([one_id])
+            raise
+    return found
+
+
+def _load_one(store: Store, entry: BundledEntry, here: Fingerprint | None) -> Imported:
+    with store._disk.index.read() as txn:
+        if _need(txn, entry).is_there:
+            return _imported(entry, entry.id, 0, 0, was_there=True)
+    known_here = here is not None and here.digest == entry.fingerprint.digest
+    done = store.put(
+        here if here is not None and known_here else entry.fingerprint,
+        entry.packed,
+        entry,
+        tier=entry.tier,
+        prefill_s=entry.prefill_s,
+        label=entry.label,
+    )
+    assert done.entry is not None, "an entry of a bundle has tokens"
+    _date_back(store, done.entry, entry.created)
+    return _imported(entry, done.entry, done.new_tokens, done.nbytes, was_there=False)
+
+
+def _imported(
+    entry: BundledEntry, one_id: str, new_tokens: int, nbytes: int, *, was_there: bool
+) -> Imported:
+    return Imported(
+        id=one_id,
+        tier=entry.tier,
+        label=entry.label,
+        num_tokens=entry.num_tokens,
+        new_tokens=new_tokens,
+        nbytes=nbytes,
+        was_there=was_there,
+    )
+
+
+def _date_back(store: Store, one_id: str, created: float) -> None:
+    """Keep the date at which an entry was computed; its last use is now."""
+    number = int(one_id, 16)
+
+    def change(txn: Writer) -> None:
+        record = txn.entry(number)
+        if record is not None:
+            created_us = min(int(created * 1e6), record.created_us)
+            txn.put_entry(number, record._replace(created_us=created_us))
+
+    store._disk.index.update(change)
+
+
+@dataclass(frozen=True, slots=True)
+class _Need:
+    """What a store lacks of an entry.
+
+    Attributes:
+        is_there: It has an entry of exactly these tokens.
+        common: Leading tokens whose rows are stored.
+        nodes: Those on the way, whose entries must stay.
+    """
+
+    is_there: bool
+    common: int
+    nodes: frozenset[int]
+
+
+def _needs(store: Store, bundle: Bundle) -> list[_Need]:
+    with store._disk.index.read() as txn:
+        return [_need(txn, entry) for entry in bundle.entries]
+
+
+def _need(txn: Reader, entry: BundledEntry) -> _Need:
+    """Compare an entry with what is stored.
+
+    Raises:
+        StoreError: It cannot be resumed from what is stored, and brings no state of its own.
+    """
+    found = txn.namespaces(entry.namespace)
+    path = paths.walk(txn, found[0][1].root if found else paths.NO_ROOT, entry.packed)
+    nodes = {step.edge.node for step in path.steps}
+    if path.steps:
+        below = txn.entry(paths.carrier(txn, path.steps[-1].edge))
+        if below is not None:
+            nodes.add(below.node)
+    ends = path.common == entry.num_tokens and path.node is not None
+    is_there = ends and path.steps[-1].edge.entry != NO_ENTRY
+    if not is_there and entry.state is None and path.complete_tokens < path.common:
+        raise StoreError(
+            f"Entry {entry.id} cannot be added: the store has its tokens with the rows of only "
+            "some layers. Evict those entries first."
+        )
+    return _Need(is_there, path.common, frozenset(nodes))
+
+
+def _new_rows(
+    entry: BundledEntry, need: _Need, seen: set[tuple[object, int]]
+) -> list[tuple[int, float]]:
+    """Rows to be written, and bytes per row, for each run; `seen` are those counted before."""
+    if need.is_there:
+        return []
+    new = []
+    for part in entry.stretches:
+        header = part.reader.header
+        nbytes = sum(info.nbytes for info in header.tensors.values())
+        # Several entries may use a run up to different positions.
+        start = max([part.start, need.common, *(end for run, end in seen if run is part.reader)])
+        if part.end > start:
+            new.append((part.end - start, nbytes / (header.end - header.start)))
+            seen.add((part.reader, part.end))
+    return new
+
+
+def _state_bytes(entry: BundledEntry, need: _Need) -> int:
+    """Bytes of the checkpoint to be written; none is needed where rows suffice."""
+    if entry.state is None or need.is_there or entry.complete:
+        return 0
+    return entry.state.nbytes
+
+
+def _refuse_without_room(store: Store, bundle: Bundle, needs: Sequence[_Need]) -> None:
+    """Refuse a bundle that would not fit, before anything is evicted for a part of it.
+
+    Raises:
+        StoreFullError: There is not enough that may go.
+    """
+    seen: set[tuple[object, int]] = set()
+    nbytes = num_tokens = 0
+    for entry, need in zip(bundle.entries, needs, strict=True):
+        for rows, per_row in _new_rows(entry, need, seen):
+            nbytes += int(rows * per_row)
+            num_tokens += rows
+        nbytes += _state_bytes(entry, need)
+    if not num_tokens and not nbytes:
+        return
+    protected = frozenset[int]().union(*(need.nodes for need in needs))
+    _probe(store, nbytes, num_tokens, protected)
+
+
+class _UndoError(Exception):
+    """Ends a transaction without a commit."""
+
+
+def _probe(store: Store, nbytes: int, num_tokens: int, protected: frozenset[int]) -> None:
+    """Evict in a transaction that is not committed, to see whether that would be enough."""
+    budget = store._disk.budget
+
+    def attempt(txn: Writer) -> None:
+        budget.refuse_impossible(txn, nbytes, num_tokens)
+        excess = budget.excess(txn, nbytes, num_tokens)
+        if excess > 0 and store._evictor._free(txn, excess, protected) < excess:
+            raise StoreFullError(
+                f"There is no room for the bundle's {nbytes} bytes: what remains is pinned or in "
+                "use. Unpin or evict something, free some disk space, or raise the budget "
+                f"(now {store.limits.max_bytes} bytes)."
+            )
+        raise _UndoError
+
+    with contextlib.suppress(_UndoError):
+        store._disk.index.update(attempt)
