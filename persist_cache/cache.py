@@ -19,7 +19,12 @@ from typing import Any, Protocol
 from persist_cache.blobs import BlobReader
 from persist_cache.catalog import StoreStats
 from persist_cache.entry import TIER_LABELS, TOKEN_BYTES, Match, Tier, pack_tokens
-from persist_cache.errors import PersistCacheError, StoreError, UnsupportedCacheError
+from persist_cache.errors import (
+    PersistCacheError,
+    StoreAccessError,
+    StoreError,
+    UnsupportedCacheError,
+)
 from persist_cache.fingerprint import Fingerprint, Identifier
 from persist_cache.insert import Source
 from persist_cache.resident import Candidate, Held, LiveCaches, Resident
@@ -543,9 +548,26 @@ class PromptCache:
             return [held for held in self._resident.held() if held.wanted]
 
     def _save_when_idle(self) -> None:
+        self._recover_store()
         for held in self._waiting():
             self._save_later(held)
         self._flush_uses()
+
+    def _recover_store(self) -> None:
+        """Begin anew when the store's folder was removed; runs on the writer thread."""
+        if self._store is None or not self._store.is_lost:
+            return
+        self._disk_failed(StoreAccessError(f"The folder {self._store.root} was removed."))
+        try:
+            self._store.reopen()
+        except StoreError as error:
+            self._disk_failed(error)
+            return
+        log.warning("the store at %s was begun anew", self._store.root)
+        with self._lock:
+            for held in self._resident.held():
+                if held.saved:
+                    held.saved, held.wanted = False, True
 
     def _flush_uses(self) -> None:
         if self._store is not None:
@@ -587,6 +609,7 @@ class PromptCache:
         """Write one cache; runs on the writer thread, and touches bytes only."""
         if held.fingerprint is None or self._store is None:
             return
+        self._recover_store()
         try:
             result = self._store.put(
                 held.fingerprint, held.packed, source, tier=held.tier, prefill_s=held.prefill_s

@@ -140,10 +140,15 @@ class Catalog:
         return sums
 
 
-def store_stats(disk: Disk) -> StoreStats:
-    """Totals, budget and counters of a store."""
+def store_stats(disk: Disk, catalog: Catalog | None = None) -> StoreStats:
+    """Totals, budget and counters of a store.
+
+    Args:
+        disk: The store.
+        catalog: Its index, if that has just been loaded.
+    """
     with disk.index.read() as txn:
-        catalog = Catalog(txn)
+        catalog = catalog or Catalog(txn)
         usage = disk.budget.usage(txn)
         counters = Counter(txn.counts())
         counters.update(disk.counts())

@@ -344,6 +344,7 @@ class Index:
         self._env = _open_environment(root, read_only, map_bytes)
         try:
             self._check_last_page()
+            self._inode = self.data_path.stat().st_ino
             if not read_only:
                 self._lock_fd = fs.open_shared(root / "writer.lock")
                 # LMDB creates its files under the umask, which may be any.
@@ -436,6 +437,13 @@ class Index:
         """Bytes the index takes on disk, as `du` counts."""
         names = ("data.mdb", "lock.mdb", "writer.lock")
         return sum(fs.disk_bytes(self.root / name) for name in names)
+
+    def is_lost(self) -> bool:
+        """Whether the file that is open no longer has its name: somebody removed the folder."""
+        try:
+            return self.data_path.stat().st_ino != self._inode
+        except OSError:
+            return True
 
     def _check_usable(self) -> None:
         if os.getpid() != self._pid:

@@ -22,6 +22,8 @@ from persist_cache.records import pack_counter, unpack_counter
 log = logging.getLogger(__name__)
 _PATIENCE_S = 5.0
 """How long to wait for processes that open the store at the same time."""
+_READER_PATIENCE_S = 0.5
+_UNLIMITED = (1 << 63) - 1
 _CACHEDIR_TAG = (
     b"Signature: 8a477f597d28d172789f06886806bc55\n"
     b"# This folder is a cache of persist-cache; backups may leave it out.\n"
@@ -73,13 +75,25 @@ def open_index(root: Path, folder: BlobFolder, read_only: bool) -> Index:
     if read_only:
         if not (root / "data.mdb").exists():
             raise StoreAccessError(f"There is no store at {root}.")
-        return Index(root, read_only=True)
+        return _open_to_read(root)
     presence = fs.open_shared(root / PRESENCE_FILE)
     try:
         return _open_present(root, folder, presence)
     except BaseException:
         os.close(presence)
         raise
+
+
+def _open_to_read(root: Path) -> Index:
+    """Open an index that another process may be making at this moment."""
+    give_up = time.monotonic() + _READER_PATIENCE_S
+    while True:
+        try:
+            return Index(root, read_only=True)
+        except DamagedIndexError:
+            if time.monotonic() > give_up:
+                raise
+            time.sleep(0.02)
 
 
 def _open_present(root: Path, folder: BlobFolder, presence: int) -> Index:
@@ -136,7 +150,10 @@ def settle_limits(
     daily_write_bytes: int | None,
 ) -> Limits:
     """Limits given win and are remembered, so that the command line knows the server's."""
-    given = {"max_bytes": max_bytes, "min_free_bytes": min_free_bytes}
+    given = {
+        name: None if value is None else min(value, _UNLIMITED)
+        for name, value in (("max_bytes", max_bytes), ("min_free_bytes", min_free_bytes))
+    }
     with index.read() as txn:
         stored = {name: txn.meta(name) for name in given}
     news = {

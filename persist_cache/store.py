@@ -140,6 +140,32 @@ class Store:
             log.warning("recent uses could not be saved: %s", error)
         self._disk.index.close()
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether the folder was removed or replaced while the store was open."""
+        return not self._closed and self._disk.index.is_lost()
+
+    def reopen(self) -> None:
+        """Begin anew in the same place, after the folder was lost.
+
+        Other threads get a `StoreError` in the meantime, which the serving side counts as a miss.
+
+        Raises:
+            StoreError: The place cannot be used; the store is closed then, and may be reopened
+                later.
+        """
+        self._disk.index.close()
+        again = Store.open(
+            self.root,
+            max_bytes=self.limits.max_bytes,
+            min_free_bytes=self.limits.min_free_bytes,
+            daily_write_bytes=self.limits.daily_write_bytes,
+            read_only=self.read_only,
+            run_tokens=self._run_tokens,
+            clock=self._disk.clock,
+        )
+        self._disk, self._evictor = again._disk, again._evictor
+
     def __enter__(self) -> Store:
         return self
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from persist_cache import paths
-from persist_cache.catalog import Catalog
+from persist_cache.catalog import Catalog, StoreStats, store_stats
 from persist_cache.entry import Entry, Tier, unpack_tokens
 from persist_cache.errors import StoreError
 from persist_cache.fingerprint import Fingerprint, Identifier
@@ -196,6 +196,10 @@ class Survey:
         self.models = {
             key[:32].hex(): _model(key, record) for key, record in self._catalog.namespaces.values()
         }
+
+    def stats(self) -> StoreStats:
+        """Totals, budget and counters, without loading the index once more."""
+        return store_stats(self._store._disk, self._catalog)
 
     def model_of(self, entry: Entry) -> Model:
         return self.models.get(entry.fingerprint) or Model(entry.fingerprint)

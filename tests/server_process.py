@@ -149,7 +149,9 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def running(model: Path | None, store: Path, folder: Path, **options: Any) -> Iterator[ServerProcess]:
+def running(
+    model: Path | None, store: Path, folder: Path, **options: Any
+) -> Iterator[ServerProcess]:
     """A started server, stopped at the end."""
     with ServerProcess(model, store, folder, **options) as server:
         yield server

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from persist_cache import PromptCache, Store, UnsupportedCacheError
+from persist_cache import PromptCache, Store, UnsupportedCacheError, fs
 from persist_cache.blobs import BlobReader
 from persist_cache.fingerprint import Fingerprint
 from persist_cache.insert import Source
@@ -396,6 +397,44 @@ def test_full_disk_keeps_the_prompt_in_memory_and_says_why(
 
         assert fetch(cache, [*big, 1]) == big
         assert "larger than the budget" in cache.stats().disk_off
+        cache.close()
+
+
+def test_lost_folder_answers_from_memory_and_writing_resumes(
+    tmp_path: Path, make: Callable[..., PromptCache]
+) -> None:
+    with Store.open(tmp_path / "gone", min_free_bytes=0) as store:
+        cache = make(store=store)
+        insert(cache, range(100), "system")
+        cache.flush()
+
+        shutil.rmtree(tmp_path / "gone")
+        assert fetch(cache, range(110)) == list(range(100))
+        insert(cache, [7] * 50, "system")
+        assert cache.flush()
+
+        assert {entry.num_tokens for entry in store.entries()} == {100, 50}
+        assert cache.disk_off == ""
+        assert store.check(read_data=True) == []
+        cache.close()
+
+
+def test_full_disk_that_is_freed_is_used_again(
+    tmp_path: Path, make: Callable[..., PromptCache], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Store.open(tmp_path / "full", min_free_bytes=1000) as store:
+        cache = make(store=store)
+        monkeypatch.setattr(fs, "free_bytes", lambda path: 0)
+        insert(cache, range(100), "system")
+        assert not cache.flush()
+        assert cache.disk_off != ""
+        assert fetch(cache, range(110)) == list(range(100))
+
+        monkeypatch.undo()
+        assert cache.flush()
+
+        assert [entry.num_tokens for entry in store.entries()] == [100]
+        assert cache.disk_off == ""
         cache.close()
 
 

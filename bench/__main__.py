@@ -1,0 +1,75 @@
+"""`python -m bench [--quick] [--dir FOLDER] BENCHMARK...`; `all` runs every one, then the table."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from bench import common
+
+BENCHMARKS = ("restore", "insert", "lookup", "growth", "ttft", "memory", "peers")
+"""Modules of this package, in the order in which `all` runs them."""
+
+
+def main() -> int:
+    arguments = _parse()
+    context = common.Context(arguments.quick, arguments.dir)
+    names = list(arguments.names)
+    if "all" in names:
+        names = [*BENCHMARKS, "table"]
+    for name in names:
+        if name != "table":
+            measure(name, context)
+    if "table" in names:
+        from bench import table
+
+        return table.show(context, measure)
+    return 0
+
+
+def measure(name: str, context: common.Context) -> None:
+    """Run one benchmark, write its results and plots, and print its tables."""
+    module = importlib.import_module(f"bench.{name}")
+    started = time.monotonic()
+    report = module.run(context)
+    said = common.save(report, context)
+    common.say("")
+    print(f"## {report.title}\n")
+    for table in report.tables:
+        print(table.markdown(), end="\n\n")
+    draw = getattr(module, "draw", None)
+    if draw is not None:
+        draw(said)
+    print(f"({name}: {time.monotonic() - started:.0f} s)\n", flush=True)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="scripts/bench", description="Measure persist-cache; see docs/performance.md."
+    )
+    parser.add_argument(
+        "names",
+        nargs="+",
+        choices=[*BENCHMARKS, "table", "all"],
+        metavar="BENCHMARK",
+        help=f"{', '.join(BENCHMARKS)}; `table` compares the results with their targets and exits "
+        "with 1 if one does not hold; `all` is everything",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer repetitions and smaller sizes"
+    )
+    parser.add_argument(
+        "--dir",
+        type=Path,
+        default=Path(tempfile.gettempdir()),
+        help="where stores are made: a folder on the disk to be measured",
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

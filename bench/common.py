@@ -1,0 +1,262 @@
+"""What all benchmarks share: fresh processes, medians, the machine, and where results go."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+RESULTS = REPOSITORY / "bench" / "results"
+IMAGES = REPOSITORY / "docs" / "img"
+
+
+@dataclass(frozen=True)
+class Context:
+    """How a benchmark is to run.
+
+    Attributes:
+        quick: Fewer repetitions and smaller sizes.
+        folder: Where stores and files are made; on the disk that is measured.
+    """
+
+    quick: bool
+    folder: Path
+
+    def pick(self, quick: Any, full: Any) -> Any:
+        return quick if self.quick else full
+
+    @contextlib.contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A folder that is removed afterwards."""
+        with tempfile.TemporaryDirectory(prefix="bench-", dir=self.folder) as made:
+            yield Path(made)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Repetitions of one case."""
+
+    median: float
+    low: float
+    high: float
+    count: int
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Spread:
+        return cls(statistics.median(samples), min(samples), max(samples), len(samples))
+
+    def show(self, scale: float = 1.0, digits: int = 1) -> str:
+        """`median (low-high)`."""
+        median, low, high = (
+            f"{value * scale:.{digits}f}" for value in (self.median, self.low, self.high)
+        )
+        return f"{median} ({low}–{high})"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as it is printed, and as it stands in the Markdown file."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+    def markdown(self) -> str:
+        lines = [f"### {self.title}", ""]
+        lines.append("| " + " | ".join(self.columns) + " |")
+        lines.append("| " + " | ".join(["---", *["---:"] * (len(self.columns) - 1)]) + " |")
+        lines += ["| " + " | ".join(row) + " |" for row in self.rows]
+        if self.note:
+            lines += ["", self.note]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one benchmark found.
+
+    Attributes:
+        name: Of the benchmark, and of its files.
+        title: One line.
+        values: Whatever `table` and the plots need, as JSON.
+        tables: For people.
+    """
+
+    name: str
+    title: str
+    values: Mapping[str, Any]
+    tables: Sequence[Table]
+
+
+@dataclass
+class Clock:
+    """Seconds of named steps."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - started
+
+
+def fresh(
+    function: Callable[..., Any], env: Mapping[str, str] | None = None, /, **arguments: Any
+) -> Any:
+    """Run `function(**arguments)` in a new Python process and return what it returns, as JSON."""
+    command = [sys.executable, "-m", "bench.child", function.__module__, function.__name__]
+    done = subprocess.run(
+        [*command, json.dumps(arguments)],
+        cwd=REPOSITORY,
+        env={**os.environ, **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{function.__module__}.{function.__name__}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def take_turns(
+    cases: Mapping[str, Callable[[], Any]], repetitions: int, progress: str = ""
+) -> dict[str, list[Any]]:
+    """Run each case once, then each again: what disturbs the machine disturbs all of them."""
+    found: dict[str, list[Any]] = {name: [] for name in cases}
+    for number in range(repetitions):
+        for name, case in cases.items():
+            if progress:
+                say(f"{progress}: {name}, {number + 1} of {repetitions}")
+            found[name].append(case())
+    return found
+
+
+def say(text: str) -> None:
+    """Tell people where a long run is; on a terminal only."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def slope(xs: Sequence[float], ys: Sequence[float]) -> float:
+    """Exponent `p` of the best fit `y = c x^p`: 0 does not grow, 1 grows in proportion."""
+    return fit([math.log(x) for x in xs], [math.log(y) for y in ys])[1]
+
+
+def fit(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float]:
+    """Intercept and slope of the least-squares line."""
+    if len(set(xs)) < 2:
+        return (ys[0] if ys else 0.0), 0.0
+    line = statistics.linear_regression(xs, ys)
+    return line.intercept, line.slope
+
+
+def sync(path: Path) -> None:
+    """Make the bytes of all files below `path` durable, so that no later write waits for them."""
+    for file in files_below(path):
+        fd = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def drop_page_cache(path: Path) -> bool:
+    """Let the kernel forget the contents of all files below `path`; whether it can be asked to."""
+    if not hasattr(os, "posix_fadvise"):
+        return False
+    for file in files_below(path):
+        fd = os.open(file, os.O_RDONLY)
+        try:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)
+    return True
+
+
+def files_below(path: Path) -> list[Path]:
+    """Files of a store or folder, but LMDB's lock file, which must not be opened and closed."""
+    found = [path] if path.is_file() else sorted(path.rglob("*"))
+    return [file for file in found if file.is_file() and file.name != "lock.mdb"]
+
+
+def disk_bytes(path: Path) -> int:
+    """What all below `path` takes on disk, folders included."""
+    return sum(one.lstat().st_blocks * 512 for one in (path, *path.rglob("*")))
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers depend on; nothing that names the machine or its owner."""
+    versions = {}
+    for package in ("mlx", "mlx-lm", "lmdb", "xxhash"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return {
+        "system": platform.system(),
+        "arch": platform.machine(),
+        "cores": os.cpu_count() or 1,
+        "memory_gib": round(_memory_bytes() / 2**30),
+        "python": platform.python_version(),
+        **versions,
+    }
+
+
+def _memory_bytes() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return 0
+
+
+def machine_line(about: Mapping[str, Any]) -> str:
+    """The machine in one line, for captions."""
+    versions = ", ".join(f"{name} {about[name]}" for name in ("mlx", "mlx-lm") if name in about)
+    return (
+        f"{about['system']} {about['arch']}, {about['cores']} cores, "
+        f"{about['memory_gib']} GiB, Python {about['python']}, {versions}"
+    )
+
+
+def save(report: Report, context: Context) -> dict[str, Any]:
+    """Write `results/<name>.json` and `.md`, and return what the JSON says."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    said = {
+        "benchmark": report.name,
+        "quick": context.quick,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "machine": machine(),
+        "values": report.values,
+        "tables": [asdict(table) for table in report.tables],
+    }
+    (RESULTS / f"{report.name}.json").write_text(json.dumps(said, indent=1) + "\n")
+    lines = [f"## {report.title}", "", machine_line(said["machine"]) + "."]
+    if context.quick:
+        lines += ["", "A quick run: few repetitions, small sizes."]
+    for table in report.tables:
+        lines += ["", table.markdown()]
+    (RESULTS / f"{report.name}.md").write_text("\n".join(lines) + "\n")
+    return said
+
+
+def load(name: str) -> dict[str, Any] | None:
+    """What `save` wrote last, or None."""
+    try:
+        said: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    except FileNotFoundError:
+        return None
+    return said

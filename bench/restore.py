@@ -1,0 +1,189 @@
+"""From files to a cache that can decode: against the same bytes read raw, and mlx-lm's own file."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from bench import common, kv
+from bench.common import Context, Report, Spread, Table, fresh
+
+RUNS = (1, 4, 16, 64)
+
+
+def run(context: Context) -> Report:
+    sizes: list[int] = context.pick([2048], [512, 2048, 8192, 16384])
+    repetitions = context.pick(5, 7)
+    shape = kv.LARGE
+    warm = [_sweep(context, num_tokens, repetitions, cold=False) for num_tokens in sizes]
+    cold = [] if context.quick else [_sweep(context, 2048, 5, cold=True)]
+    return Report(
+        "restore",
+        "Verified restore, ready to decode",
+        {"shape": shape.name, "bytes_per_token": shape.bytes_per_token, "warm": warm, "cold": cold},
+        [_times(warm, "files in the page cache"), _ratios(warm)]
+        + [_times(cold, "page cache dropped before each reading") for _ in cold],
+    )
+
+
+def _sweep(context: Context, num_tokens: int, repetitions: int, *, cold: bool) -> dict[str, Any]:
+    with context.scratch() as scratch:
+        fresh(make_files, folder=str(scratch), num_tokens=num_tokens)
+        cases: dict[str, Callable[[], Any]] = {
+            "raw": partial(fresh, read_raw, folder=str(scratch), threads=1, cold=cold),
+            "raw, 2 threads": partial(fresh, read_raw, folder=str(scratch), threads=2, cold=cold),
+            "mlx-lm file": partial(fresh, load_file, folder=str(scratch), cold=cold),
+        }
+        for runs in RUNS:
+            cases[f"{runs} runs" if runs > 1 else "1 run"] = partial(
+                fresh, restore, folder=str(scratch), num_tokens=num_tokens, runs=runs, cold=cold
+            )
+        title = f"restore {num_tokens}{', cold' if cold else ''}"
+        found = common.take_turns(cases, repetitions, title)
+    return {"num_tokens": num_tokens, "samples": found}
+
+
+def make_files(folder: str, num_tokens: int) -> None:
+    """A store per number of runs, and mlx-lm's file, with the same KV."""
+    from mlx_lm.models.cache import save_prompt_cache
+
+    place = Path(folder)
+    for runs in RUNS:
+        kv.fill_store(place / f"runs-{runs}", kv.LARGE, num_tokens, runs)
+    save_prompt_cache(str(place / "mlx-lm.safetensors"), kv.make_cache(kv.LARGE, num_tokens))
+    # First uses (threads, imports within functions) are paid with a small one.
+    kv.fill_store(place / "small", kv.LARGE, 16, 1)
+    save_prompt_cache(str(place / "small.safetensors"), kv.make_cache(kv.LARGE, 16))
+    common.sync(place)
+
+
+def read_raw(folder: str, threads: int, cold: bool) -> dict[str, float]:
+    """Read the store's only blob into new memory; nothing is checked or put in place."""
+    (blob,) = (Path(folder) / "runs-1" / "blobs").rglob("*.safetensors")
+    if cold:
+        common.drop_page_cache(blob)
+    nbytes = blob.stat().st_size
+    fd = os.open(blob, os.O_RDONLY)
+    piece = -(-nbytes // (threads * 28)) if threads > 1 else min(nbytes, 1 << 30)
+    starts = iter(range(0, nbytes, piece))
+    kept: list[mmap.mmap] = []
+    lock = threading.Lock()
+
+    def work() -> None:
+        while True:
+            with lock:
+                start = next(starts, None)
+            if start is None:
+                return
+            memory = mmap.mmap(-1, min(piece, nbytes - start))
+            if os.preadv(fd, [memory], start) != len(memory):
+                raise OSError("short read")
+            kept.append(memory)
+
+    others = [threading.Thread(target=work) for _ in range(threads - 1)]
+    cpu, started = time.process_time(), time.perf_counter()
+    for thread in others:
+        thread.start()
+    work()
+    for thread in others:
+        thread.join()
+    return {"s": time.perf_counter() - started, "cpu_s": time.process_time() - cpu}
+
+
+def load_file(folder: str, cold: bool) -> dict[str, float]:
+    """`mlx_lm.load_prompt_cache`, evaluated, and the first token after it."""
+    import mlx.core as mx
+    from mlx_lm.models.cache import load_prompt_cache
+
+    mx.set_default_device(mx.cpu)
+    small = load_prompt_cache(str(Path(folder) / "small.safetensors"))
+    kv.append_token(small)
+    path = Path(folder) / "mlx-lm.safetensors"
+    if cold:
+        common.drop_page_cache(path)
+    cpu, started = time.process_time(), time.perf_counter()
+    cache = load_prompt_cache(str(path))
+    mx.eval([layer.state for layer in cache])
+    loaded = time.perf_counter()
+    kv.append_token(cache)
+    ended = time.perf_counter()
+    return {"s": loaded - started, "ready_s": ended - started, "cpu_s": time.process_time() - cpu}
+
+
+def restore(folder: str, num_tokens: int, runs: int, cold: bool) -> dict[str, float]:
+    """`Store.fetch`: look up, read, verify; and the first token after it."""
+    import mlx.core as mx
+
+    from persist_cache import Store, tensors
+
+    mx.set_default_device(mx.cpu)
+    place = Path(folder)
+    with Store.open(place / "small", min_free_bytes=0) as store:
+        small = store.fetch(kv.FINGERPRINT, kv.prompt(16), tensors.restore)
+        assert small is not None
+        kv.append_token(small[0])
+    path = place / f"runs-{runs}"
+    tokens = kv.prompt(num_tokens)
+    with Store.open(path, min_free_bytes=0) as store:
+        if cold:
+            common.drop_page_cache(path / "blobs")
+        cpu, started = time.process_time(), time.perf_counter()
+        found = store.fetch(kv.FINGERPRINT, tokens, tensors.restore)
+        loaded = time.perf_counter()
+        assert found is not None
+        assert found[1].num_tokens == num_tokens
+        assert len(found[1].runs) == runs
+        kv.append_token(found[0])
+        ended = time.perf_counter()
+    return {"s": loaded - started, "ready_s": ended - started, "cpu_s": time.process_time() - cpu}
+
+
+def seconds(sweep: Any, case: str, field: str = "s") -> Spread:
+    return Spread.of([sample[field] for sample in sweep["samples"][case]])
+
+
+def raw_median(sweep: Any) -> float:
+    """The limit: the faster of the two ways to read the bytes raw."""
+    return min(seconds(sweep, "raw").median, seconds(sweep, "raw, 2 threads").median)
+
+
+def _times(sweeps: list[Any], pages: str) -> Table:
+    rows = []
+    for sweep in sweeps:
+        nbytes = sweep["num_tokens"] * kv.LARGE.bytes_per_token
+        cells = [seconds(sweep, case).show(1e3, 0) for case in ("raw", "raw, 2 threads")]
+        cells.append(seconds(sweep, "mlx-lm file", "ready_s").show(1e3, 0))
+        for runs in RUNS:
+            case = f"{runs} runs" if runs > 1 else "1 run"
+            cells.append(seconds(sweep, case, "ready_s").show(1e3, 0))
+        rows.append([f"{sweep['num_tokens']:,}", f"{nbytes / 2**20:,.0f}", *cells])
+    columns = ["tokens", "MiB", "raw", "raw, 2 threads", "mlx-lm file + 1 token"]
+    columns += [f"{runs} run{'s' if runs > 1 else ''} + 1 token" for runs in RUNS]
+    return Table(f"Milliseconds, {pages}", columns, rows, f"KV of {kv.LARGE.name}.")
+
+
+def _ratios(sweeps: list[Any]) -> Table:
+    rows = []
+    for sweep in sweeps:
+        one = seconds(sweep, "1 run")
+        ready = seconds(sweep, "1 run", "ready_s").median
+        file = seconds(sweep, "mlx-lm file", "ready_s").median
+        many = [seconds(sweep, f"{runs} runs").median / one.median for runs in RUNS[1:]]
+        rows.append(
+            [
+                f"{sweep['num_tokens']:,}",
+                f"{raw_median(sweep) / one.median:.2f}",
+                f"{ready / file:.2f}",
+                *(f"{ratio:.2f}" for ratio in many),
+            ]
+        )
+    columns = ["tokens", "speed of raw reading", "time of mlx-lm's file, + 1 token each"]
+    return Table("Ratios", [*columns, *(f"{runs} runs : 1 run" for runs in RUNS[1:])], rows)
+
+
