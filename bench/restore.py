@@ -19,7 +19,7 @@ RUNS = (1, 4, 16, 64)
 
 def run(context: Context) -> Report:
     sizes: list[int] = context.pick([2048], [512, 2048, 8192, 16384])
-    repetitions = context.pick(5, 7)
+    repetitions = context.pick(3, 5)
     shape = kv.LARGE
     warm = [_sweep(context, num_tokens, repetitions, cold=False) for num_tokens in sizes]
     cold = [] if context.quick else [_sweep(context, 2048, 5, cold=True)]

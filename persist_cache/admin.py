@@ -334,7 +334,13 @@ class Admin:
                 raise self._gone(first) from None
             parent = chain[-1].id
             said["branch"] = first
-            said["entries"] = [entry_json(view.survey, entry, view.short) for entry in chain]
+            said["entries"] = [
+                {
+                    **entry_json(view.survey, entry, view.short),
+                    "added_bytes": tree.added_bytes[entry.id],
+                }
+                for entry in chain
+            ]
         below = tree.under(parent)
         said["branches"] = [
             self._branch_json(view, entry.id) for entry in below[offset : offset + limit]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from persist_cache.entry import Entry, Tier
-from persist_cache.records import NO_BLOB
+from persist_cache.records import NO_BLOB, NO_ENTRY
 from persist_cache.survey import Survey
 
 MAX_CHAIN = 100
@@ -59,6 +59,8 @@ class Branches:
         self._entries = {entry.id: entry for entry in survey.entries}
         self._totals = {entry.id: Totals() for entry in survey.entries}
         self._children: dict[str | None, list[Entry]] = {}
+        self.added_bytes = _added_bytes(survey)
+        """Per entry the bytes of what it has beyond the entry that it continues."""
         exclusive = _exclusive_bytes(survey)
         # What continues an entry has more tokens, so every sum is complete when it is passed up.
         for entry in sorted(survey.entries, key=lambda one: -one.num_tokens):
@@ -130,5 +132,25 @@ def _exclusive_bytes(survey: Survey) -> dict[str, int]:
                 break
             nbytes += catalog.share(catalog.edges[parent][1])
             top = parent
+        found[entry.id] = nbytes
+    return found
+
+
+def _added_bytes(survey: Survey) -> dict[str, int]:
+    """Per entry the bytes of its rows behind the entry above it, and of its checkpoint."""
+    catalog = survey._catalog
+    found = {}
+    for entry in survey.entries:
+        record = catalog.records[int(entry.id, 16)]
+        nbytes = 0
+        if record.checkpoint != NO_BLOB:
+            nbytes = catalog.blobs[record.checkpoint].disk_bytes
+        node = record.node
+        while node in catalog.edges:
+            parent, edge = catalog.edges[node]
+            nbytes += catalog.share(edge)
+            node = parent
+            if node in catalog.edges and catalog.edges[node][1].entry != NO_ENTRY:
+                break
         found[entry.id] = nbytes
     return found

@@ -69,6 +69,9 @@ class Catalog:
 
     def __init__(self, txn: Reader) -> None:
         self.namespaces = {record.number: (key, record) for key, record in txn.namespaces()}
+        self._fingerprints = {
+            number: key[:32].hex() for number, (key, _) in self.namespaces.items()
+        }
         self.blobs = dict(txn.blobs())
         self.records = dict(txn.entries())
         self.edges = {edge.node: (edge_parent(key), edge) for key, edge in txn.edges()}
@@ -86,11 +89,10 @@ class Catalog:
         own, shared, _ = self._sums[record.node]
         if record.checkpoint != NO_BLOB:
             own += self.blobs[record.checkpoint].disk_bytes
-        _, _, parent = self._sums[self.edges[record.node][0]]
-        namespace = self.namespaces.get(record.namespace)
+        parent = self._sums[self.edges[record.node][0]][2]
         return Entry(
             id=entry_id(number),
-            fingerprint=namespace[0][:32].hex() if namespace else "",
+            fingerprint=self._fingerprints.get(record.namespace, ""),
             tier=record.tier,
             num_tokens=record.num_tokens,
             own_bytes=own,

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from persist_cache.tensors import LayerStatus
 
 PACKAGES = ("mlx", "mlx-lm", "lmdb", "safetensors", "msgspec", "xxhash", "click")
-_PROBE_BYTES = 8 << 20
+PROBE_BYTES = 8 << 20
 _ENOUGH_FILES = 512
 _SYNCS = 5
 _MAX_EXAMINED = 64
@@ -66,6 +66,7 @@ class Folder:
     Attributes:
         path: The folder.
         exists: It is there, and is a folder.
+        is_taken: Something that is no folder has its name.
         owner: Name of its owner; of the nearest folder above while it does not exist.
         is_ours: The owner is who asks.
         mode: Permission bits, None while it does not exist.
@@ -77,6 +78,7 @@ class Folder:
 
     path: str
     exists: bool
+    is_taken: bool
     owner: str
     is_ours: bool
     mode: int | None
@@ -200,6 +202,7 @@ def look_at_folder(path: Path) -> Folder:
     return Folder(
         path=str(path),
         exists=exists,
+        is_taken=place == path and not exists,
         owner=_user(status.st_uid),
         is_ours=status.st_uid == os.geteuid(),
         mode=stat.S_IMODE(status.st_mode) if exists else None,
@@ -275,7 +278,7 @@ def _is_below(place: Path, point: str) -> bool:
     return place.resolve().is_relative_to(point)
 
 
-def measure_disk(root: Path, nbytes: int = _PROBE_BYTES) -> DiskSpeed:
+def measure_disk(root: Path, nbytes: int = PROBE_BYTES) -> DiskSpeed:
     """Write, sync and read a file in the store's folder, and remove it.
 
     Its name is none that a store looks at.
@@ -420,7 +423,11 @@ def _judge(
                 "note", f"{name} is not installed: pip install {name} to compute or serve prompts."
             )
     where = f"{folder.path} " if folder.exists else f"The place for {folder.path} "
-    if folder.exists and not folder.is_ours:
+    if folder.is_taken:
+        yield Finding(
+            "problem", f"{folder.path} is not a folder; use a folder of your own (--store PATH)."
+        )
+    elif folder.exists and not folder.is_ours:
         yield Finding(
             "problem",
             f"{folder.path} belongs to {folder.owner}; use a folder of your own (--store PATH).",

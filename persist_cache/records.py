@@ -25,6 +25,8 @@ _NUMBER = struct.Struct(">Q")
 _EDGE = struct.Struct("<BBHIQQII")
 _BLOB = struct.Struct("<BBHIIIQQd16s16s")
 _ENTRY = struct.Struct("<BBHIIIIQQQddd")
+_TIERS = {int(tier): tier for tier in Tier}
+"""Enums by number: calling one takes longer than unpacking a whole record."""
 _SIZED = struct.Struct("<BxxxxxxxQd")
 _COUNTER = struct.Struct("<q")
 
@@ -32,6 +34,9 @@ _COUNTER = struct.Struct("<q")
 class BlobKind(enum.IntEnum):
     RUN = 0
     CHECKPOINT = 1
+
+
+_KINDS = {int(kind): kind for kind in BlobKind}
 
 
 class Edge(NamedTuple):
@@ -69,7 +74,7 @@ class Edge(NamedTuple):
     def unpack(cls, raw: bytes | memoryview) -> Edge:
         version, flags, _, blob, node, entry, first_row, rows = _EDGE.unpack(raw)
         _check_version(version)
-        return cls(bool(flags & 1), blob, node, entry, first_row, rows)
+        return cls._make((bool(flags & 1), blob, node, entry, first_row, rows))
 
 
 class BlobRecord(NamedTuple):
@@ -116,7 +121,7 @@ class BlobRecord(NamedTuple):
     def unpack(cls, raw: bytes | memoryview) -> BlobRecord:
         version, kind, _, *rest = _BLOB.unpack(raw)
         _check_version(version)
-        return cls(BlobKind(kind), *rest)
+        return cls._make((_KINDS[kind] if kind in _KINDS else BlobKind(kind), *rest))
 
 
 class EntryRecord(NamedTuple):
@@ -193,8 +198,10 @@ class EntryRecord(NamedTuple):
     def unpack(cls, raw: bytes | memoryview) -> EntryRecord:
         version, tier, pinned, *rest = _ENTRY.unpack_from(raw)
         _check_version(version)
-        rest.append(bytes(raw[_ENTRY.size :]).decode())
-        return cls(Tier(tier), bool(pinned), *rest)
+        label = bytes(raw[_ENTRY.size :]).decode() if len(raw) > _ENTRY.size else ""
+        return cls._make(
+            (_TIERS[tier] if tier in _TIERS else Tier(tier), bool(pinned), *rest, label)
+        )
 
 
 class NamespaceRecord(msgspec.Struct, frozen=True):

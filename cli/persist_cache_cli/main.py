@@ -42,6 +42,9 @@ _COMMANDS = {
     "check": _Place("Compare the index with the blobs, and mend.", "check"),
     "gc": _Place("Tidy up now.", "gc"),
     "demo": _Place("Watch a real model restart without computing its system prompt.", "demo"),
+    "export": _Place("Write entries into one file, for another machine.", "export"),
+    "import": _Place("Add the entries of such a file.", "import_"),
+    "doctor": _Place("Look at versions, disk, limits, and a model's caches.", "doctor"),
 }
 
 

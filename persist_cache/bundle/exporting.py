@@ -41,7 +41,7 @@ from persist_cache.bundle.container import (
     member_header,
     padding,
 )
-from persist_cache.bundle.cutting import ROW_AXIS, Span, join, rows_between, whole
+from persist_cache.bundle.cutting import ROW_AXIS, Span, StoredTensor, join, rows_between, whole
 from persist_cache.entry import TOKEN_BYTES, Tier
 from persist_cache.errors import CorruptBlobError, StoreAccessError, StoreError
 from persist_cache.fingerprint import Fingerprint
@@ -109,7 +109,7 @@ def export(
     with store._disk.serving(numbers), _read_errors():
         count = _Counter(progress)
         blobs = [_Blob(store, plan, cut, count) for cut in plan.cuts.values()]
-        count.total = 2 * sum(blob.tensor_bytes for blob in blobs)
+        count.total = 2 * sum(blob.stored_bytes for blob in blobs)
         for blob in blobs:
             blob.seal()
         manifest = msgspec.json.encode(plan.manifest(blobs, store._disk.clock()))
@@ -294,6 +294,11 @@ class _Blob:
     @property
     def tensor_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self._tensors)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that are read for it, each time."""
+        return sum(one.nbytes for one in self._tensors if isinstance(one, StoredTensor))
 
     @property
     def nbytes(self) -> int:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from persist_cache import paths
-from persist_cache.bundle.reading import Bundle, BundledEntry
+from persist_cache.bundle.reading import BundledEntry
 from persist_cache.entry import Tier
 from persist_cache.environment import installed_version
 from persist_cache.errors import StoreError, StoreFullError
@@ -70,7 +71,7 @@ def usability(
     Args:
         fingerprint: Identity of a model in the bundle.
         here: Identity of a model on this machine, if one was given.
-        store: If it has entries of the same model, that model was here once.
+        store: Knows where the models were whose entries were computed here.
     """
     if here is not None:
         if here.digest == fingerprint.digest:
@@ -85,33 +86,43 @@ def usability(
             f"Nothing here can use it: mlx-lm {computed} computed it, {installed} is installed.",
             [FieldChange("mlx_lm", computed, installed)],
         )
-    if store is not None:
-        with store._disk.index.read() as txn:
-            if txn.namespaces(fingerprint.digest):
-                return Usability(True, "The store has entries of the same model.")
+    folder = "" if store is None else _folder_of(store, fingerprint)
+    if folder:
+        return Usability(True, f"The model in {folder} computed entries of the same fingerprint.")
     return Usability(
         None, "Whether a model here can use it can be told when it is given with --model."
     )
 
 
-def preview(store: Store | None, bundle: Bundle) -> list[Imported]:
-    """What `load` would do; changes nothing.
+def _folder_of(store: Store, fingerprint: Fingerprint) -> str:
+    """Where the model is that computed entries here; "" if none did, or it is gone."""
+    with store._disk.index.read() as txn:
+        identities = [record.identity for _, record in txn.namespaces(fingerprint.digest)]
+    for identity in identities:
+        folder = Fingerprint.from_json(identity.encode()).info.get("path", "")
+        if folder and Path(folder).is_dir():
+            return folder
+    return ""
+
+
+def preview(store: Store | None, entries: Sequence[BundledEntry]) -> list[Imported]:
+    """What `load` would do, with the bytes of KV alone; changes nothing.
 
     Args:
-        store: None stands for an empty one.
-        bundle: A verified bundle.
+        store: Open for change, because evicting is tried and undone; None for an empty one.
+        entries: Of an open bundle.
 
     Raises:
         StoreError: It would be refused.
     """
     if store is None:
-        needs = [_Need(False, 0, frozenset()) for _ in bundle.entries]
+        needs = [_Need(False, 0, frozenset()) for _ in entries]
     else:
-        needs = _needs(store, bundle)
-        _refuse_without_room(store, bundle, needs)
+        needs = _needs(store, entries)
+        _refuse_without_room(store, entries, needs)
     seen: set[tuple[object, int]] = set()
     found = []
-    for entry, need in zip(bundle.entries, needs, strict=True):
+    for entry, need in zip(entries, needs, strict=True):
         new = _new_rows(entry, need, seen)
         num_tokens = sum(rows for rows, _ in new)
         nbytes = int(sum(rows * per_row for rows, per_row in new)) + _state_bytes(entry, need)
@@ -121,18 +132,18 @@ def preview(store: Store | None, bundle: Bundle) -> list[Imported]:
 
 def load(
     store: Store,
-    bundle: Bundle,
+    entries: Sequence[BundledEntry],
     *,
     here: Fingerprint | None = None,
     progress: Progress | None = None,
 ) -> list[Imported]:
-    """Put all entries of a bundle into a store.
+    """Put entries of a bundle into a store.
 
     Tier, label and date come along; pins, expiry and uses belong to the store they were in.
 
     Args:
         store: An open store.
-        bundle: A verified bundle.
+        entries: Of a bundle that stays open, in its order.
         here: Identity of a model on this machine; if it is the bundle's, its names and paths are
             recorded instead of those in the bundle.
         progress: Called after each entry.
@@ -142,14 +153,14 @@ def load(
         StoreError: The disk failed, or the bundle's file was changed meanwhile; no entry was
             added.
     """
-    _refuse_without_room(store, bundle, _needs(store, bundle))
-    total = sum(entry.num_tokens for entry in bundle.entries)
+    _refuse_without_room(store, entries, _needs(store, entries))
+    total = sum(entry.num_tokens for entry in entries)
     done = 0
     added: list[str] = []
     found = []
     with contextlib.ExitStack() as stack:
         try:
-            for entry in bundle.entries:
+            for entry in entries:
                 one = _load_one(store, entry, here)
                 found.append(one)
                 if not one.was_there:
@@ -226,9 +237,9 @@ class _Need:
     nodes: frozenset[int]
 
 
-def _needs(store: Store, bundle: Bundle) -> list[_Need]:
+def _needs(store: Store, entries: Sequence[BundledEntry]) -> list[_Need]:
     with store._disk.index.read() as txn:
-        return [_need(txn, entry) for entry in bundle.entries]
+        return [_need(txn, entry) for entry in entries]
 
 
 def _need(txn: Reader, entry: BundledEntry) -> _Need:
@@ -279,15 +290,17 @@ def _state_bytes(entry: BundledEntry, need: _Need) -> int:
     return entry.state.nbytes
 
 
-def _refuse_without_room(store: Store, bundle: Bundle, needs: Sequence[_Need]) -> None:
-    """Refuse a bundle that would not fit, before anything is evicted for a part of it.
+def _refuse_without_room(
+    store: Store, entries: Sequence[BundledEntry], needs: Sequence[_Need]
+) -> None:
+    """Refuse entries that would not fit, before anything is evicted for some of them.
 
     Raises:
         StoreFullError: There is not enough that may go.
     """
     seen: set[tuple[object, int]] = set()
     nbytes = num_tokens = 0
-    for entry, need in zip(bundle.entries, needs, strict=True):
+    for entry, need in zip(entries, needs, strict=True):
         for rows, per_row in _new_rows(entry, need, seen):
             nbytes += int(rows * per_row)
             num_tokens += rows

@@ -1,0 +1,66 @@
+"""`persist-cache export`: write entries into a bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from persist_cache import bundle
+from persist_cache_cli.bars import bar
+from persist_cache_cli.output import format_bytes, plural, print_json, printable
+from persist_cache_cli.parse import ENTRY_ID
+from persist_cache_cli.store_access import NothingFound, common_options, reading, resolve
+
+
+@click.command("export")
+@click.argument("ids", metavar="ID...", type=ENTRY_ID, nargs=-1, required=True)
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--force", is_flag=True, help="Replace FILE if it exists.")
+@common_options()
+@click.pass_obj
+def command(
+    store: str | None,
+    *,
+    ids: Sequence[str],
+    file: Path,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Write entries into one FILE, from which `import` adds them to another store.
+
+    FILE holds their tokens and KV, and nothing of other entries: whoever can read it can read
+    these prompts. Only models with the same fingerprint can use it.
+
+    \b
+    Example:
+      persist-cache export 3fa2b1 9ac001 agent.tar
+    """
+    with reading(store) as opened:
+        full = resolve(opened, ids)
+        assert opened is not None, "without a store there are no ids"
+        try:
+            with bar("Exporting", silent=quiet or as_json) as progress:
+                done = bundle.export(opened, full, file, force=force, progress=progress)
+        except FileExistsError:
+            raise click.ClickException(f"{file} exists already; --force replaces it.") from None
+        except KeyError as error:
+            raise NothingFound(f"Entry {error.args[0]} was evicted just now.") from None
+    if as_json:
+        print_json(
+            {
+                "file": str(done.path),
+                "file_bytes": done.nbytes,
+                "ids": list(done.entries),
+                "blobs": done.blobs,
+                "num_tokens": done.num_tokens,
+            }
+        )
+    elif not quiet:
+        count = plural(len(done.entries), "entry", "entries")
+        click.echo(
+            f"{count} ({done.num_tokens:,} tokens, {format_bytes(done.nbytes)}) "
+            f"written to {printable(str(done.path))}."
+        )

@@ -1,0 +1,190 @@
+"""`persist-cache import`: add the entries of a bundle."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from persist_cache import Store
+from persist_cache.bundle import (
+    Bundle,
+    BundledEntry,
+    Imported,
+    Usability,
+    load,
+    preview,
+    usability,
+)
+from persist_cache.errors import ModelError
+from persist_cache.fingerprint import Fingerprint
+from persist_cache.survey import Model
+from persist_cache_cli.bars import bar
+from persist_cache_cli.output import format_bytes, plural, print_json, printable
+from persist_cache_cli.prompts import choose_model, model_options
+from persist_cache_cli.store_access import changing, common_options, store_path
+
+
+@click.command("import")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--model",
+    metavar="PATH_OR_HUB_ID",
+    help="Add only what this model can use, as the server is given it.",
+)
+@model_options
+@click.option("--dry-run", is_flag=True, help="Verify it and say what would be added.")
+@common_options()
+@click.pass_obj
+def command(
+    store: str | None,
+    /,
+    *,
+    file: Path,
+    model: str | None,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    **model_choice: Any,
+) -> None:
+    """Add the entries of FILE, which `export` wrote: all of them, or none.
+
+    Every byte is verified first. What is stored already is left as it is. The checksums find
+    damage, not malice: import only what you trust as you would trust a model.
+
+    Exit status 3 says that the model given cannot use any of it.
+
+    \b
+    Examples:
+      persist-cache import agent.tar --model mlx-community/Qwen3-4B-4bit
+      persist-cache import agent.tar --dry-run
+    """
+    silent = quiet or as_json
+    here = None if model is None else _identify(model, **model_choice)
+    with bar("Verifying", silent=silent) as progress:
+        bundle = Bundle(file, progress)
+    with bundle:
+        entries = [one for one in bundle.entries if here is None or _is_same(one, here)]
+        models, done = _import(store, bundle, entries, here, dry_run, silent)
+    if as_json:
+        print_json(_as_json(bundle, models, done, dry_run))
+    elif not quiet:
+        click.echo("\n".join(_lines(models, done, dry_run)))
+    if not entries:
+        sys.exit(3)
+
+
+def _identify(model: str, **model_choice: Any) -> Fingerprint:
+    choice = choose_model(model, **model_choice)
+    identifier = choice.identifier()
+    found = identifier(choice.key)
+    if found is None:
+        reason = identifier.reason(choice.key)
+        raise ModelError(f"The model {model!r} cannot be identified: {reason}.")
+    return found
+
+
+def _is_same(entry: BundledEntry, here: Fingerprint) -> bool:
+    return entry.fingerprint.digest == here.digest
+
+
+def _import(
+    store: str | None,
+    bundle: Bundle,
+    entries: Sequence[BundledEntry],
+    here: Fingerprint | None,
+    dry_run: bool,
+    silent: bool,
+) -> tuple[list[tuple[Fingerprint, Usability]], list[Imported]]:
+    """What can be used, and what was added."""
+    identities = {one.fingerprint.hex: one.fingerprint for one in bundle.entries}
+
+    def judge(opened: Store | None) -> list[tuple[Fingerprint, Usability]]:
+        return [(one, usability(one, here, opened)) for one in identities.values()]
+
+    if dry_run or not entries:
+        with changing(store) as opened:
+            return judge(opened), preview(opened, entries)
+    with Store.open(store_path(store)) as opened:
+        # Before, because afterwards the store has entries of all these models.
+        models = judge(opened)
+        with bar("Storing", silent=silent, in_bytes=False) as progress:
+            return models, load(opened, entries, here=here, progress=progress)
+
+
+def _as_json(
+    bundle: Bundle,
+    models: Sequence[tuple[Fingerprint, Usability]],
+    done: Sequence[Imported],
+    dry_run: bool,
+) -> dict[str, Any]:
+    return {
+        "file": str(bundle.path),
+        "file_bytes": bundle.nbytes,
+        "writer": bundle.writer,
+        "created": bundle.created,
+        "dry_run": dry_run,
+        "entries": [
+            {
+                "id": one.id,
+                "tier": one.tier.label,
+                "label": one.label,
+                "num_tokens": one.num_tokens,
+                "new_tokens": one.new_tokens,
+                "written_bytes": one.nbytes,
+                "was_there": one.was_there,
+            }
+            for one in done
+        ],
+        "models": [
+            {
+                "fingerprint": fingerprint.hex,
+                "model": _name(fingerprint),
+                "usable": found.usable,
+                "message": found.message,
+                "changes": [
+                    {"field": change.name, "stored": change.old, "now": change.new}
+                    for change in found.changes
+                ],
+                "identity": {"fields": dict(fingerprint.fields), "info": dict(fingerprint.info)},
+            }
+            for fingerprint, found in models
+        ],
+    }
+
+
+def _lines(
+    models: Sequence[tuple[Fingerprint, Usability]], done: Sequence[Imported], dry_run: bool
+) -> list[str]:
+    added = [one for one in done if not one.was_there]
+    there = len(done) - len(added)
+    verb = "would be added" if dry_run else "added"
+    tokens = sum(one.new_tokens for one in added)
+    nbytes = format_bytes(sum(one.nbytes for one in added))
+    line = f"{plural(len(added), 'entry', 'entries')} {verb}"
+    if added:
+        line += f" ({tokens:,} new tokens, {nbytes})"
+    if there:
+        line += f", {there:,} there already"
+    lines = [line + "."]
+    for fingerprint, found in models:
+        computed = fingerprint.fields.get("mlx_lm")
+        by = f" (mlx-lm {printable(computed)})" if computed else ""
+        lines.append(f"{printable(_name(fingerprint))}{by}: {printable(found.message)}")
+        lines += [
+            f"  {printable(change.name)}: {_value(change.old)} in the file, "
+            f"{_value(change.new)} here"
+            for change in found.changes
+        ]
+    return lines
+
+
+def _value(value: str | None) -> str:
+    return "none" if value is None else printable(value)
+
+
+def _name(fingerprint: Fingerprint) -> str:
+    return Model(fingerprint.hex, fingerprint.fields, fingerprint.info).name

@@ -1,0 +1,110 @@
+"""Metrics say what the statistics say, in few series, whatever was counted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from persist_cache.cache import PromptCacheStats
+from persist_cache.metrics import CacheCollector, exposition, reason_label
+from persist_cache.store import Store
+from tests.fakes import put
+
+EMPTY = PromptCacheStats({}, {}, {}, {}, 0.0, 0, 0, 0, 0, 0, {}, "", None)
+
+
+def samples(stats: PromptCacheStats, healthy: bool = True) -> dict[tuple[str, ...], float]:
+    """Values by name and label values, read back by Prometheus' own parser."""
+    text = exposition(CacheCollector(lambda: stats, lambda: healthy)).decode()
+    return {
+        (sample.name.removeprefix("persist_cache_"), *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_counters_of_the_process_are_reported() -> None:
+    stats = replace(
+        EMPTY,
+        memory={"system": {"n_sequences": 2, "n_bytes": 300}},
+        hits={"memory": 3, "disk": 2},
+        misses={"nothing is stored for this model": 4},
+        tokens={"memory": 30, "disk": 20},
+        restore_s=1.5,
+        restored_bytes=1000,
+        saves=6,
+        written_bytes=600,
+        queued_jobs=1,
+        queued_bytes=100,
+        problems={"disk:StoreFullError": 2, "disk:StoreError": 1},
+        disk_off="the disk is full",
+    )
+
+    found = samples(stats, healthy=False)
+
+    expected = {
+        ("hits_total", "memory"): 3,
+        ("hits_total", "disk"): 2,
+        ("misses_total", "nothing_stored"): 4,
+        ("tokens_saved_total", "disk"): 20,
+        ("restore_seconds_total",): 1.5,
+        ("restored_bytes_total",): 1000,
+        ("writes_total",): 6,
+        ("written_bytes_total",): 600,
+        ("queue_jobs",): 1,
+        ("queue_bytes",): 100,
+        ("problems_total", "disk"): 3,
+        ("memory_entries", "system"): 2,
+        ("memory_bytes", "system"): 300,
+        ("disk_off",): 1,
+        ("model_up",): 0,
+    }
+    assert {key: found[key] for key in expected} == expected
+
+
+def test_totals_of_the_store_are_reported(store: Store) -> None:
+    put(store, [1, 2, 3], tier="system")
+    first = put(store, [4, 5, 6], tier="user")
+    store.evict([first])
+    store.count("bad_reads", 2)
+    totals = store.stats()
+
+    found = samples(replace(EMPTY, store=totals))
+
+    assert found["disk_entries", "system"] == 1
+    assert found["disk_entries", "user"] == 0
+    assert found["disk_own_bytes", "system"] == totals.tiers["system"].own_bytes > 0
+    assert found[("disk_used_bytes",)] == totals.usage.total
+    assert found["disk_bytes", "blobs"] == totals.usage.blobs
+    assert found[("disk_budget_bytes",)] == totals.max_bytes
+    assert found[("disk_free_bytes",)] == totals.free_bytes
+    assert found[("disk_written_today_bytes",)] == totals.written_today > 0
+    assert found["evictions_total", "evicted"] == 1
+    assert found[("stale_rejected_total",)] == 2
+    assert found[("quarantined_total",)] == 0
+    assert ("disk_daily_write_budget_bytes",) not in found
+    budget = replace(totals, daily_write_bytes=7)
+    assert samples(replace(EMPTY, store=budget))[("disk_daily_write_budget_bytes",)] == 7
+
+
+def test_labels_stay_few_whatever_the_reasons_are() -> None:
+    few = samples(EMPTY)
+    reasons = {f"the disk failed while it read {number}": 1 for number in range(1000)}
+
+    many = samples(replace(EMPTY, misses=reasons))
+
+    assert many["misses_total", "disk_error"] == 1000
+    assert len(many) == len(few) + 1
+
+
+@pytest.mark.parametrize("words", [(), ("a", "b")])
+def test_reasons_that_the_store_gives_have_labels(store: Store, words: tuple[str, ...]) -> None:
+    from tests.fakes import fingerprint
+
+    if words:
+        put(store, [1, 2, 3])
+    reason = store.match(fingerprint(), [9, 9]).reason
+
+    assert reason_label(reason) == ("other_prompt" if words else "nothing_stored")

@@ -1,0 +1,270 @@
+"""Looks at a store whose processes are all dead, and at their journals, and says what is wrong.
+
+It runs in a process of its own: a damaged index can take down whoever opens it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from persist_cache import paths
+from persist_cache.entry import unpack_tokens
+from persist_cache.store import Store
+from tests.fakes import disk_usage, fingerprint, restore
+from torture.journal import Journal, read
+from torture.prompts import CONVERSATIONS, TURNS, Prompt
+from torture.work import RUN_TOKENS, Setting
+
+ROOM = "evicted to make room"
+MODELS = ("w0", "w1")
+
+
+@dataclass
+class Verdict:
+    """What the judge found.
+
+    Attributes:
+        findings: Sentences, each of them a broken promise.
+        compared: Prefixes read back and compared byte for byte.
+        demanded: Entries that had to be there, and were.
+        excused: Entries that may be gone, by reason.
+        repaired: Problems that `check` named after damage, and mended, by kind.
+    """
+
+    findings: list[str] = field(default_factory=list)
+    compared: int = 0
+    demanded: int = 0
+    excused: Counter[str] = field(default_factory=Counter)
+    repaired: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass
+class _Promise:
+    """An entry whose put was acknowledged last at `since`, and no eviction of which came later."""
+
+    prompt: Prompt
+    since: float
+    wall: float
+    expires: bool
+
+
+def promises(lines: Iterable[dict[str, Any]]) -> dict[str, _Promise]:
+    """Entries, by id, that were stored and that nobody asked to evict since."""
+    puts: dict[str, _Promise] = {}
+    asked: dict[str, list[float]] = {}
+    done: dict[str, list[float]] = {}
+    expiring = set()
+    for line in lines:
+        if line["what"] == "put":
+            if line["expires"]:
+                expiring.add(line["id"])
+            old = puts.get(line["id"])
+            if old is None or line["since"] > old.since:
+                puts[line["id"]] = _Promise(
+                    Prompt(*line["prompt"]), line["since"], line["wall"], False
+                )
+        elif line["what"] == "evict?":
+            asked.setdefault(line["id"], []).append(line["at"])
+        elif line["what"] == "evict":
+            done.setdefault(line["id"], []).append(line["at"])
+    for number in expiring:
+        puts[number].expires = True
+    return {
+        number: promise
+        for number, promise in puts.items()
+        if promise.since > _last_eviction(asked.get(number, []), done.get(number, []))
+    }
+
+
+def _last_eviction(asked: list[float], done: list[float]) -> float:
+    """When the last eviction had ended; one whose process died in it may have been at any time."""
+    if not asked:
+        return -math.inf
+    # A dead process evicts no more: what is stored after its last word is safe from it, but only
+    # the end of the round tells when that was, so an unanswered request counts from its start on
+    # together with everything stored until the next line about the same entry.
+    unanswered = len(asked) > len(done)
+    return max(asked) + 5.0 if unanswered else max(done)
+
+
+class Judge:
+    """Judges one store once."""
+
+    def __init__(self, setting: Setting, *, damaged: str = "", index_lost: bool = False) -> None:
+        """Prepare.
+
+        Args:
+            setting: What the store's processes lived with.
+            damaged: What was done to the files since they died: "", "blobs" or "index", or
+                "page" for a page within the index, whose loss is nobody's fault.
+            index_lost: The index was made anew in the life of this store, and its counters with
+                it.
+        """
+        self._setting = setting
+        self._damaged = damaged
+        self._index_lost = index_lost
+        self._verdict = Verdict()
+        self._journal = Journal(setting.journals / "judge.jsonl")
+
+    def judge(self, *, serve_first: bool) -> Verdict:
+        """Open, compare, check, repair if there was damage, and hold against the journals.
+
+        Args:
+            serve_first: After damage, ask for everything before `check` has looked.
+        """
+        lines = list(read(self._setting.journals))
+        for line in lines:
+            if line["what"] in ("wrong", "crash") and "judged" not in line:
+                self._find(f"{line['what']}: {line}")
+        with self._open() as store:
+            if self._damaged:
+                if serve_first:
+                    self._compare_all(store)
+                problems = store.check(read_data=True, repair=True)
+                self._verdict.repaired.update(problem.kind for problem in problems)
+                if any(one.kind == "index" for one in problems) and self._damaged == "blobs":
+                    self._find(f"damage to blobs broke the index: {problems}")
+            for problem in store.check(read_data=True):
+                self._find(f"check: {problem.kind}: {problem.message} {problem.blob}")
+            self._compare_all(store)
+            self._hold_against(store, lines)
+            self._count(store, lines)
+            store.gc()
+            for problem in store.check():
+                self._find(f"check after gc: {problem.kind}: {problem.message}")
+            self._count_bytes(store)
+        return self._verdict
+
+    def _open(self) -> Store:
+        return Store.open(
+            self._setting.root,
+            max_bytes=self._setting.max_bytes,
+            min_free_bytes=0,
+            run_tokens=RUN_TOKENS,
+        )
+
+    def _find(self, sentence: str) -> None:
+        self._verdict.findings.append(sentence)
+
+    def _compare_all(self, store: Store) -> None:
+        """Whatever is served for any prompt must be what its tokens demand."""
+        for number in range(CONVERSATIONS):
+            prompt = Prompt(number, TURNS - 1)
+            self._compare(store, prompt.model, prompt.tokens)
+        for model, tokens in _stored(store):
+            self._compare(store, model, tokens)
+
+    def _compare(self, store: Store, model: str, tokens: list[int]) -> int:
+        found = store.fetch(fingerprint(weights=model), tokens, restore)
+        if found is None:
+            return 0
+        value, match = found
+        self._verdict.compared += 1
+        if not value.equals(tokens[: match.num_tokens]):
+            self._find(f"wrong bytes were served for {model} {tokens[:4]}... ({match.num_tokens})")
+        return match.num_tokens
+
+    def _hold_against(self, store: Store, lines: list[dict[str, Any]]) -> None:
+        """Every entry that was acknowledged and that nothing excuses must be there."""
+        present = {entry.id for entry in store.entries()}
+        for number, promise in promises(lines).items():
+            prompt = promise.prompt
+            found = self._compare(store, prompt.model, prompt.tokens)
+            if found >= len(prompt.tokens):
+                self._verdict.demanded += 1
+                if number in present:
+                    continue
+                # A new index knows no entry that ends within a file; its rows are there.
+                if not self._index_lost and not self._damaged:
+                    self._excuse_or_find(store, number, promise, found)
+            else:
+                self._excuse_or_find(store, number, promise, found)
+            self._journal.note("evict?", id=number)
+            self._journal.note("evict", id=number)
+
+    def _excuse_or_find(self, store: Store, number: str, promise: _Promise, found: int) -> None:
+        with store._disk.index.read() as txn:
+            departed = txn.departed(int(number, 16))
+        reason = "" if departed is None else departed.note
+        if departed is not None and not self._setting.jumps and departed.since < promise.wall:
+            reason = ""  # that was an earlier time
+        tight = self._setting.max_bytes < ROOMY
+        if self._damaged == "page":
+            self._verdict.excused["a page of the index was damaged"] += 1
+        elif reason == ROOM and tight and not promise.prompt.pinned:
+            self._verdict.excused[reason] += 1
+        elif reason == "expired" and promise.expires:
+            self._verdict.excused[reason] += 1
+        elif reason.startswith("quarantined") and self._damaged:
+            self._verdict.excused["quarantined"] += 1
+        elif self._index_lost and promise.expires:
+            self._verdict.excused["expired"] += 1
+        else:
+            self._find(
+                f"lost: {promise.prompt} ({number}), acknowledged; {found} of "
+                f"{len(promise.prompt.tokens)} tokens are left; its leave says {reason!r}"
+            )
+
+    def _count(self, store: Store, lines: list[dict[str, Any]]) -> None:
+        """Counters must add up to what the processes know they did."""
+        if self._index_lost or self._damaged:
+            return
+        counted = store.stats().counters.get("puts", 0)
+        acknowledged = sum(line["what"] == "put" and line["nbytes"] > 0 for line in lines)
+        begun = sum(line["what"] == "put?" for line in lines)
+        if not acknowledged <= counted <= begun:
+            self._find(f"{counted} puts counted, {acknowledged} acknowledged of {begun} begun")
+        stats = store.stats()
+        if stats.entries != sum(tier.entries for tier in stats.tiers.values()):
+            self._find("the tiers do not add up to the entries")
+
+    def _count_bytes(self, store: Store) -> None:
+        usage = store.stats().usage
+        du = disk_usage(self._setting.root)
+        if usage.pending or usage.trash:
+            self._find(f"left behind: {usage}")
+        if any((self._setting.root / "tmp").glob("*.safetensors")):
+            self._find("an orphan is left in tmp/")
+        if self._damaged != "blobs" and usage.total != du:
+            self._find(f"usage says {usage.total} bytes, du says {du}")
+        if du > self._setting.max_bytes:
+            self._find(f"{du} bytes on disk, the budget is {self._setting.max_bytes}")
+
+
+ROOMY = 1 << 29
+"""A budget that nothing here can fill: no entry may leave to make room."""
+
+
+def _stored(store: Store) -> list[tuple[str, list[int]]]:
+    """Model and tokens of every entry, by what the index itself says."""
+    digests = {fingerprint(weights=model).digest: model for model in MODELS}
+    with store._disk.index.read() as txn:
+        models = {
+            record.number: digests.get(key[:32], "?") for key, record in txn.namespaces()
+        }
+        return [
+            (models[record.namespace], unpack_tokens(paths.tokens_of(txn, record.node)))
+            for _, record in txn.entries()
+            if models.get(record.namespace, "?") != "?"
+        ]
+
+
+def users_of(store: Store, blob: str) -> set[str]:
+    """Ids of all entries that lose by the loss of a blob, in any way."""
+    found = set()
+    with store._disk.index.read() as txn:
+        number = txn.blob_number(bytes.fromhex(blob))
+        for entry, record in txn.entries():
+            on_path = {edge.blob for _, edge in paths.path_of(txn, record.node)}
+            if number in on_path or record.checkpoint == number:
+                found.add(f"{entry:016x}")
+    return found
+
+
+def root_files(root: Path) -> list[Path]:
+    return sorted(path for path in root.rglob("*") if path.is_file())
