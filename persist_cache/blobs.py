@@ -531,7 +531,7 @@ class BlobFolder:
         """
         for path in (self.path(name), self.quarantine_path(name)):
             with contextlib.suppress(FileNotFoundError):
-                fs.unlink(path)
+                _unlink_or_rmdir(path)
 
     def quarantine(self, name: str) -> bool:
         """Move a damaged blob aside, for whoever wants to see it; returns whether it was there."""
@@ -552,6 +552,16 @@ def _blob_files(folder: Path) -> Iterator[tuple[str, Path]]:
         name = path.name.removesuffix(SUFFIX)
         if path.suffix == SUFFIX and is_blob_name(name):
             yield name, path
+
+
+def _unlink_or_rmdir(path: Path) -> None:
+    """Remove a name that is ours, also where an empty folder took the place of the file."""
+    try:
+        fs.unlink(path)
+    except (IsADirectoryError, PermissionError):  # macOS says "operation not permitted"
+        if path.is_symlink() or not path.is_dir():
+            raise
+        fs.remove_folder(path)
 
 
 def _is_same_file(path: Path, fd: int) -> bool:
@@ -593,7 +603,7 @@ def try_remove_orphan(path: Path, is_known: Callable[[], bool]) -> bool:
         # Whoever renamed it to its final place meanwhile may have committed it: look twice.
         if not fs.try_lock(fd) or is_known() or not _is_same_file(path, fd):
             return False
-        fs.unlink(path)
+        _unlink_or_rmdir(path)
     except OSError as error:
         log.warning("%s is an orphan and cannot be removed: %s", path, error)
         return False

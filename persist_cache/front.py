@@ -221,6 +221,8 @@ class Front(BaseHTTPRequestHandler):
         """Answer a request that could not even be parsed; nothing of it is repeated."""
         self._body_left = True
         self.close_connection = True
+        # Nobody speaks 0.9, which has no status line; it is what nonsense is taken for.
+        self.request_version = self.protocol_version
         refusal = RefusedError(code, _MALFORMED.get(code, "The request cannot be understood."))
         self._send(admin.refusal_response(refusal))
 

@@ -102,6 +102,11 @@ def unlink(path: Path) -> None:
     os.unlink(path)
 
 
+def remove_folder(path: Path) -> None:
+    """Remove the folder `path`, which must be empty."""
+    os.rmdir(path)
+
+
 def make_folder(path: Path) -> None:
     """Create the folder `path` for its owner alone, whatever the umask, unless it exists."""
     try:

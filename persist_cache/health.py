@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from persist_cache import paths, rebuild
+from persist_cache import fs, paths, rebuild
 from persist_cache.blobs import BlobReader, try_remove_orphan
 from persist_cache.disk import Disk
 from persist_cache.errors import CorruptBlobError, StoreError
@@ -93,6 +93,8 @@ def quarantine(disk: Disk, name_hex: str, reason: str) -> bool:
     """
     name = bytes.fromhex(name_hex)
     now = disk.clock()
+    # Damage may have changed its size as well.
+    nbytes = fs.disk_bytes(disk.folder.path(name_hex))
 
     def expel(txn: Writer) -> SizedRecord | None:
         number = txn.blob_number(name)
@@ -111,7 +113,7 @@ def quarantine(disk: Disk, name_hex: str, reason: str) -> bool:
                 if resumed.checkpoint == number:
                     paths.drop_entry(txn, entry, why, now)
         txn.delete_sized(b"trash", name)
-        waste = SizedRecord(record.disk_bytes, now, reason)
+        waste = SizedRecord(nbytes, now, reason)
         txn.put_sized(b"quarantine", name, waste)
         txn.count("quarantined")
         return waste

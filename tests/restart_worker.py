@@ -37,7 +37,7 @@ def serve(model: Any, cache: PromptCache, key: Any, request: dict[str, Any]) -> 
         out = model(mx.array([following]), cache=kv)[:, -1, :]
         mx.eval(out)
         logits.append(np.array(out.astype(mx.float32)))
-        following = [int(mx.argmax(out).item())]
+        following = [int(np.array(mx.argmax(out)))]
         reply += following
     model(mx.array([following]), cache=kv)
     cache.insert_cache(key, [*tokens, *reply], kv, cache_type="assistant")

@@ -466,7 +466,7 @@ def test_failures_tell_nothing_of_the_prompt(
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     folder = tmp_path_factory.mktemp("admin")
     model = build_model_dir(folder / "model")
-    with ServerProcess(model, folder / "store", folder, min_free_bytes=0) as started:
+    with ServerProcess(model, folder / "store", folder, min_free_bytes=0, grace_s=2) as started:
         assert started.chat(("system", SYSTEM), ("user", "Hello")).status_code == 200
         yield started
         assert started.get("/health")["status"] == "ok"

@@ -12,7 +12,7 @@ import subprocess
 import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from persist_cache import fs
-from persist_cache.blobs import SUFFIX, BlobHeader, Tensor
+from persist_cache.blobs import SUFFIX, BlobHeader, Payload, Tensor
 from persist_cache.bundle import Bundle, export, load, preview, usability
 from persist_cache.bundle.container import (
     MANIFEST,
@@ -215,8 +215,8 @@ def test_a_hundred_random_trees(tmp_path: Path, clock: Clock) -> None:
                 prompts.append([*start[:cut], *tail])
             complete = bool(round_ % 2)
             ids = {put(store, one, complete=complete): one for one in prompts}
-            for one in random_.sample(prompts, 5):
-                put(other, one, complete=complete)
+            for known in random_.sample(prompts, 5):
+                put(other, known, complete=complete)
             for _ in range(2):
                 chosen = random_.sample(sorted(ids), 6)
                 transfer(store, other, chosen, tmp_path / f"{random_.random()}.tar")
@@ -469,7 +469,7 @@ def refused(path: Path, kind: type[Exception] = CorruptBlobError) -> str:
 
 def test_any_flipped_bit_is_noticed(good: Path) -> None:
     raw = bytearray(good.read_bytes())
-    places = {*range(0, 4096, 7), *range(0, len(raw), 211), *range(len(raw) - 1200, len(raw), 50)}
+    places = {*range(0, 4096, 37), *range(0, len(raw), 1013), *range(len(raw) - 1200, len(raw), 97)}
     for place in places:
         raw[place] ^= 1 << place % 8
         good.write_bytes(raw)
@@ -495,7 +495,7 @@ def test_every_member_is_verified(good: Path) -> None:
 
 def test_a_truncated_file_is_refused(good: Path) -> None:
     raw = good.read_bytes()
-    for size in {0, 1, 511, 512, 513, *range(0, len(raw), 509), len(raw) - 1}:
+    for size in {0, 1, 511, 512, 513, *range(0, len(raw), 2039), len(raw) - 1}:
         good.write_bytes(raw[:size])
         refused(good)
     good.write_bytes(raw + bytes(512))
@@ -841,7 +841,7 @@ def test_any_bytes_are_a_manifest_or_malformed(raw: bytes) -> None:
 
 
 @settings(
-    max_examples=150,
+    max_examples=80,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
@@ -952,7 +952,7 @@ def test_a_failure_takes_back_what_was_added(
 def test_a_file_that_changes_while_it_is_imported(other: Store, good: Path) -> None:
     with Bundle(good) as bundle:
         raw = bytearray(good.read_bytes())
-        raw[-1200] ^= 1  # within the last member
+        raw[-1500] ^= 1  # within the last member
         good.write_bytes(raw)
 
         with pytest.raises(CorruptBlobError):
@@ -1020,20 +1020,33 @@ def test_a_portable_identity_keeps_its_digest() -> None:
     assert bare.info == {"name": "org/m", "adapter": "lora", "draft.name": "d", "mlx": "1"}
 
 
+@dataclass
+class WideSource(FakeSource):
+    """Two KiB per token, all from one buffer."""
+
+    def rows(self, start: int, end: int) -> Payload:
+        shape = (1, 4, end - start, 256)
+        pieces = [_ZEROS[: (end - start) * 2048]]
+        return Payload([Tensor("layers.0.keys", "F16", shape, pieces)])
+
+
+_ZEROS = memoryview(bytes(512 * 2048))
+
+
 def test_memory_is_that_of_one_run(tmp_path: Path, clock: Clock) -> None:
     import tracemalloc
 
-    tokens = list(range(60_000))
+    tokens = list(range(12_000))
     with (
-        Store.open(tmp_path / "a", min_free_bytes=0, run_tokens=4096, clock=clock) as store,
-        Store.open(tmp_path / "b", min_free_bytes=0, run_tokens=4096, clock=clock) as other,
+        Store.open(tmp_path / "a", min_free_bytes=0, run_tokens=512, clock=clock) as store,
+        Store.open(tmp_path / "b", min_free_bytes=0, run_tokens=400, clock=clock) as other,
     ):
-        entry = put(store, tokens)
-        whole = sum(path.stat().st_size for path in blob_files(store.root))
+        entry = store.put(fingerprint(), tokens, WideSource(tokens)).entry
+        assert entry is not None
         tracemalloc.start()
-        transfer(store, other, [entry], tmp_path / "big.tar")
+        added = transfer(store, other, [entry], tmp_path / "big.tar")
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-        assert whole > 4_000_000
-        assert peak < whole / 2
-        assert fetched(other, tokens) == len(tokens)
+        assert added == [entry]
+        assert (tmp_path / "big.tar").stat().st_size > 24_000_000
+        assert peak < 6_000_000

@@ -29,10 +29,10 @@ class Journal:
 
 
 def read(folder: Path) -> Iterator[dict[str, Any]]:
-    """All lines of all journals in `folder`."""
+    """All lines of all journals in `folder`, each with the `file` it is from."""
     for path in sorted(folder.glob("*.jsonl")):
         for line in path.read_bytes().splitlines():
-            yield json.loads(line)
+            yield {**json.loads(line), "file": path.name}
 
 
 class Tally:

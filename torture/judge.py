@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,11 +53,9 @@ class _Promise:
     expires: bool
 
 
-def promises(lines: Iterable[dict[str, Any]]) -> dict[str, _Promise]:
+def promises(lines: Sequence[dict[str, Any]]) -> dict[str, _Promise]:
     """Entries, by id, that were stored and that nobody asked to evict since."""
     puts: dict[str, _Promise] = {}
-    asked: dict[str, list[float]] = {}
-    done: dict[str, list[float]] = {}
     expiring = set()
     for line in lines:
         if line["what"] == "put":
@@ -68,45 +66,65 @@ def promises(lines: Iterable[dict[str, Any]]) -> dict[str, _Promise]:
                 puts[line["id"]] = _Promise(
                     Prompt(*line["prompt"]), line["since"], line["wall"], False
                 )
-        elif line["what"] == "evict?":
-            asked.setdefault(line["id"], []).append(line["at"])
-        elif line["what"] == "evict":
-            done.setdefault(line["id"], []).append(line["at"])
     for number in expiring:
         puts[number].expires = True
+    ended = _ends_of_evictions(lines)
     return {
         number: promise
         for number, promise in puts.items()
-        if promise.since > _last_eviction(asked.get(number, []), done.get(number, []))
+        if promise.since > ended.get(number, -math.inf)
     }
 
 
-def _last_eviction(asked: list[float], done: list[float]) -> float:
-    """When the last eviction had ended; one whose process died in it may have been at any time."""
-    if not asked:
-        return -math.inf
-    # A dead process evicts no more: what is stored after its last word is safe from it, but only
-    # the end of the round tells when that was, so an unanswered request counts from its start on
-    # together with everything stored until the next line about the same entry.
-    unanswered = len(asked) > len(done)
-    return max(asked) + 5.0 if unanswered else max(done)
+def _ends_of_evictions(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """When the last eviction of each entry was over.
+
+    One that was not answered is over when its process wrote its next line, or had died.
+    """
+    deaths = sorted(line["at"] for line in lines if line["what"] == "all dead")
+    ended: dict[str, float] = {}
+    for line, following in zip(lines, [*lines[1:], None], strict=True):
+        if line["what"] not in ("evict?", "evict"):
+            continue
+        over = line["at"]
+        if line["what"] == "evict?":
+            if following is not None and following["file"] == line["file"]:
+                over = following["at"]
+            else:
+                over = next((death for death in deaths if death > over), math.inf)
+        ended[line["id"]] = max(over, ended.get(line["id"], -math.inf))
+    return ended
 
 
 class Judge:
     """Judges one store once."""
 
-    def __init__(self, setting: Setting, *, damaged: str = "", index_lost: bool = False) -> None:
+    def __init__(
+        self,
+        setting: Setting,
+        *,
+        damaged: str = "",
+        hurt: frozenset[str] | None = frozenset(),
+        index_lost: bool = False,
+        foreign: bool = False,
+    ) -> None:
         """Prepare.
 
         Args:
             setting: What the store's processes lived with.
-            damaged: What was done to the files since they died: "", "blobs" or "index", or
-                "page" for a page within the index, whose loss is nobody's fault.
+            damaged: What was done to the files since they died: nothing (""), more "files" than
+                there were, damage to "blobs" or the "index", or to a "page" within the index,
+                whose loss is nobody's fault.
+            hurt: Ids of the entries that damage to blobs may cost; None for any, because
+                processes went on with the damaged store.
             index_lost: The index was made anew in the life of this store, and its counters with
                 it.
+            foreign: Files of other programs were put into the store's folder.
         """
+        self._foreign = foreign
         self._setting = setting
         self._damaged = damaged
+        self._hurt = hurt
         self._index_lost = index_lost
         self._verdict = Verdict()
         self._journal = Journal(setting.journals / "judge.jsonl")
@@ -118,17 +136,21 @@ class Judge:
             serve_first: After damage, ask for everything before `check` has looked.
         """
         lines = list(read(self._setting.journals))
+        judged = max((line["at"] for line in lines if line["what"] == "judged"), default=0.0)
         for line in lines:
-            if line["what"] in ("wrong", "crash") and "judged" not in line:
-                self._find(f"{line['what']}: {line}")
+            if line["what"] in ("wrong", "crash") and line["at"] > judged:
+                self._find(f"{line['what']} in a {line['role']}: {line['how']}")
+        self._check_foreign()
         with self._open() as store:
             if self._damaged:
                 if serve_first:
                     self._compare_all(store)
                 problems = store.check(read_data=True, repair=True)
                 self._verdict.repaired.update(problem.kind for problem in problems)
-                if any(one.kind == "index" for one in problems) and self._damaged == "blobs":
-                    self._find(f"damage to blobs broke the index: {problems}")
+                harmless = {"files": {"orphan"}, "blobs": {"orphan", "damaged", "missing", "trash"}}
+                for problem in problems:
+                    if problem.kind not in harmless.get(self._damaged, {problem.kind}):
+                        self._find(f"damage to {self._damaged} did more: {problem}")
             for problem in store.check(read_data=True):
                 self._find(f"check: {problem.kind}: {problem.message} {problem.blob}")
             self._compare_all(store)
@@ -138,7 +160,19 @@ class Judge:
             for problem in store.check():
                 self._find(f"check after gc: {problem.kind}: {problem.message}")
             self._count_bytes(store)
+        self._journal.note("judged")
         return self._verdict
+
+    def _check_foreign(self) -> None:
+        """What others put into the store's folder must be as they left it."""
+        for place in FOREIGN:
+            path = self._setting.root / place
+            if path.exists():
+                if path.read_bytes() != FOREIGN_TEXT:
+                    self._find(f"the foreign file {place} was changed")
+                path.unlink()
+            elif self._foreign:
+                self._find(f"the foreign file {place} was removed")
 
     def _open(self) -> Store:
         return Store.open(
@@ -200,7 +234,11 @@ class Judge:
             self._verdict.excused[reason] += 1
         elif reason == "expired" and promise.expires:
             self._verdict.excused[reason] += 1
-        elif reason.startswith("quarantined") and self._damaged:
+        elif (
+            reason.startswith("quarantined")
+            and self._damaged
+            and (self._hurt is None or number in self._hurt)
+        ):
             self._verdict.excused["quarantined"] += 1
         elif self._index_lost and promise.expires:
             self._verdict.excused["expired"] += 1
@@ -212,7 +250,7 @@ class Judge:
 
     def _count(self, store: Store, lines: list[dict[str, Any]]) -> None:
         """Counters must add up to what the processes know they did."""
-        if self._index_lost or self._damaged:
+        if self._index_lost:
             return
         counted = store.stats().counters.get("puts", 0)
         acknowledged = sum(line["what"] == "put" and line["nbytes"] > 0 for line in lines)
@@ -230,12 +268,14 @@ class Judge:
             self._find(f"left behind: {usage}")
         if any((self._setting.root / "tmp").glob("*.safetensors")):
             self._find("an orphan is left in tmp/")
-        if self._damaged != "blobs" and usage.total != du:
+        if usage.total != du:
             self._find(f"usage says {usage.total} bytes, du says {du}")
         if du > self._setting.max_bytes:
             self._find(f"{du} bytes on disk, the budget is {self._setting.max_bytes}")
 
 
+FOREIGN = ("notes.txt", "blobs/.DS_Store", "tmp/thumbs.db")
+FOREIGN_TEXT = b"mine" * 1000
 ROOMY = 1 << 29
 """A budget that nothing here can fill: no entry may leave to make room."""
 

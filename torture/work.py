@@ -130,7 +130,7 @@ class Worker:
         except StoreError:
             self._tally.add("refused")
         except Exception:
-            self._journal.note("crash", role=self._role, trace=traceback.format_exc()[-2500:])
+            self._journal.note("crash", role=self._role, how=traceback.format_exc()[-1500:])
 
     def _session(self, end: float) -> None:
         """Open the store, use it for a while, close it: a server seldom, a command at once."""
@@ -192,7 +192,8 @@ class Worker:
         value, match = found
         self._tally.add("served")
         if not value.equals(tokens[: match.num_tokens]):
-            self._journal.note("wrong", prompt=[prompt.number, prompt.turn], got=match.num_tokens)
+            how = f"bytes of {prompt} differ within {match.num_tokens} tokens"
+            self._journal.note("wrong", role=self._role, how=how)
         store.touch(match)
 
     def _put(self, store: Store, prompt: Prompt) -> None:

@@ -67,15 +67,14 @@ class Chat:
 
 def model_options(command: F) -> F:
     """Add the options that choose a model, spelled as `mlx_lm.server` spells them."""
-    for option in reversed(
-        [
-            click.option("--adapter-path", metavar="PATH", help="LoRA adapter of the model."),
-            click.option("--kv-bits", type=click.IntRange(2, 8), help="Quantize the KV cache."),
-            click.option("--kv-group-size", type=int, default=64, show_default=True),
-            click.option("--quantized-kv-start", type=int, default=5000, show_default=True),
-            click.option("--salt", default="", help="Keep this user's entries apart."),
-        ]
-    ):
+    options: list[Any] = [
+        click.option("--adapter-path", metavar="PATH", help="LoRA adapter of the model."),
+        click.option("--kv-bits", type=click.IntRange(2, 8), help="Quantize the KV cache."),
+        click.option("--kv-group-size", type=int, default=64, show_default=True),
+        click.option("--quantized-kv-start", type=int, default=5000, show_default=True),
+        click.option("--salt", default="", help="Keep this user's entries apart."),
+    ]
+    for option in reversed(options):
         command = option(command)
     return command
 
@@ -102,7 +101,7 @@ def read_text(argument: str, option: str) -> str:
         click.ClickException: The file cannot be read, or the text is empty.
     """
     if argument == "-":
-        text = click.get_text_stream("stdin").read()
+        text: str = click.get_text_stream("stdin").read()
     elif argument.startswith("@"):
         text = _read_file(Path(argument[1:]), option)
     else:

@@ -146,7 +146,8 @@ class _Cut:
         source: Name of the blob in the store.
         model: Index into the plan's models.
         start: Position of its first token, or the one that a checkpoint resumes.
-        packed: Tokens up to its end.
+        end: Position behind its last token.
+        path: Tokens of an entry that uses all of it.
         parent: The run before it, or None.
         tier: Of the highest entry that uses it.
         ends: An exported entry ends where it ends.
@@ -155,7 +156,8 @@ class _Cut:
     source: str
     model: int
     start: int
-    packed: bytes
+    end: int
+    path: bytes
     parent: _Cut | None
     tier: Tier
     is_run: bool = True
@@ -163,12 +165,12 @@ class _Cut:
     name: str = field(default_factory=lambda: secrets.token_hex(16))
 
     @property
-    def end(self) -> int:
-        return len(self.packed) // TOKEN_BYTES
-
-    @property
     def num_tokens(self) -> int:
         return self.end - self.start
+
+    def tokens(self, start: int, end: int) -> memoryview:
+        """Packed tokens of its path."""
+        return memoryview(self.path)[start * TOKEN_BYTES : end * TOKEN_BYTES]
 
 
 class _Plan:
@@ -204,14 +206,14 @@ class _Plan:
             position += edge.rows
             blob = txn.blob(edge.blob)
             assert blob is not None, "the index names a blob without record"
-            tokens = packed[: position * TOKEN_BYTES]
             cut = self.cuts.get(edge.blob)
             if cut is None:
                 source = blob.name.hex()
-                cut = _Cut(source, model, blob.start, tokens, above, record.tier, ends=False)
-                self.cuts[edge.blob] = cut
-            elif len(tokens) > len(cut.packed):
-                cut.packed, cut.ends = tokens, False
+                cut = self.cuts[edge.blob] = _Cut(
+                    source, model, blob.start, position, packed, above, record.tier, ends=False
+                )
+            elif position > cut.end:
+                cut.end, cut.path, cut.ends = position, packed, False
             cut.tier = max(cut.tier, record.tier)
             runs[edge.blob] = above = cut
         assert above is not None, "entries end below the root"
@@ -220,8 +222,10 @@ class _Plan:
         if record.checkpoint != NO_BLOB:
             blob = txn.blob(record.checkpoint)
             assert blob is not None, "the index names a blob without record"
+            end = record.num_tokens
+            source = blob.name.hex()
             checkpoint = self.cuts[record.checkpoint] = _Cut(
-                blob.name.hex(), model, record.num_tokens, packed, above, record.tier, is_run=False
+                source, model, end, end, packed, above, record.tier, is_run=False
             )
         self.ids.append(entry_id(number))
         self._sections.append(
@@ -316,7 +320,7 @@ class _Blob:
             detail="{}" if cut.is_run else old.detail,
             start=cut.start,
             end=cut.end,
-            prefix=prefix_digest(cut.packed[: cut.start * TOKEN_BYTES]),
+            prefix=prefix_digest(cut.tokens(0, cut.start)),
             parent="" if cut.parent is None else cut.parent.name,
             tier=cut.tier.label,
             entry=cut.ends,
@@ -348,12 +352,12 @@ def _tensors(reader: BlobReader, cut: _Cut, count: _Counter) -> list[Tensor]:
         if header.kind != "checkpoint" or header.end != cut.start:
             raise CorruptBlobError(reader.path, "is another checkpoint than the index says")
         return [whole(reader, name, count) for name in names]
-    own = cut.packed[cut.start * TOKEN_BYTES :]
+    own = cut.tokens(cut.start, cut.end)
     if header.kind != "run" or header.start != cut.start or header.end < cut.end:
         raise CorruptBlobError(reader.path, "is another run than the index says")
-    if not reader.read_bytes(TOKENS).startswith(own):
+    if not reader.read_bytes(TOKENS).startswith(bytes(own)):
         raise CorruptBlobError(reader.path, "has other tokens than the index says")
-    tensors: list[Tensor] = [Tensor(TOKENS, "I64", (cut.num_tokens,), [memoryview(own)])]
+    tensors: list[Tensor] = [Tensor(TOKENS, "I64", (cut.num_tokens,), [own])]
     for name in names:
         info = header.tensors[name]
         if len(info.shape) <= ROW_AXIS or info.shape[ROW_AXIS] > header.end - header.start:

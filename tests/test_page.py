@@ -1,0 +1,381 @@
+"""The page at `/cache`, in headless Chromium: what it shows, its buttons, its keys, its manners."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from persist_cache.admin import Admin
+from persist_cache.cache import PromptCache
+from persist_cache.fingerprint import Fingerprint
+from persist_cache.front import Front
+from persist_cache.store import Store
+from tests.bulk_store import Prompt, conversations, fill
+
+selenium = pytest.importorskip("selenium", reason="the page's tests need selenium")
+
+from selenium import webdriver  # noqa: E402
+from selenium.webdriver.common.by import By  # noqa: E402
+from selenium.webdriver.common.keys import Keys  # noqa: E402
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+DRIVER = shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None or DRIVER is None,
+    reason="CHROMIUM IS MISSING: the page was not tested (apt install chromium chromium-driver)",
+)
+
+HOSTILE = '<img src=x onerror="document.title=1"><b>&amp;'
+MODEL = Fingerprint.from_fields({"weights": "w0"}, {"name": "org/A-Model-4bit"})
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    options = webdriver.ChromeOptions()
+    assert CHROMIUM is not None
+    options.binary_location = CHROMIUM
+    for flag in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-dev-shm-usage",
+        "--hide-scrollbars",
+    ):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    size(driver, 1280, 900)
+    yield driver
+    driver.quit()
+
+
+def size(driver: Any, width: int, height: int) -> None:
+    """Give the page a viewport; windows themselves have a least width."""
+    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+
+
+class Pages(Front):
+    """The front alone, with nothing of mlx_lm.server behind it, so that it starts at once."""
+
+    def __init__(self, generator: Any, *args: Any) -> None:
+        self.response_generator = generator
+        super().__init__(*args)
+
+
+class PageServer:
+    """A page over a store in this process.
+
+    Attributes:
+        url: Where it answers.
+        store: What it shows, if there is one.
+    """
+
+    def __init__(self, store: Store | None, token: str | None = None) -> None:
+        self.store: Any = store
+        cache = PromptCache(store=store)
+        generator = SimpleNamespace(admin=Admin(cache, token=token))
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), partial(Pages, generator))
+        self.url = f"http://127.0.0.1:{self._http.server_port}"
+        threading.Thread(target=self._http.serve_forever, daemon=True).start()
+
+    def stop(self) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+
+
+@contextlib.contextmanager
+def serving(folder: Path, prompts: list[Prompt], token: str | None = None) -> Iterator[PageServer]:
+    """A page over a store with `prompts`."""
+    with Store.open(folder / "store", max_bytes=1 << 30, min_free_bytes=0) as store:
+        fill(store, iter(prompts))
+        server = PageServer(store, token)
+        yield server
+        server.stop()
+
+
+def relabelled(prompts: list[Prompt], label: str) -> list[Prompt]:
+    """The same prompts, the first of them with a label."""
+    made: dict[int, Prompt] = {}
+    for place, prompt in enumerate(prompts):
+        before = None if prompt.before is None else made[id(prompt.before)]
+        made[id(prompt)] = replace(prompt, before=before, label=label if place == 0 else "")
+    return list(made.values())
+
+
+def until(condition: Callable[[], Any], timeout_s: float = 10) -> Any:
+    deadline = time.monotonic() + timeout_s
+    while True:
+        with contextlib.suppress(selenium.common.exceptions.WebDriverException):
+            if found := condition():
+                return found
+        assert time.monotonic() < deadline, "the page did not get there"
+        time.sleep(0.03)
+
+
+def open_page(driver: Any, server: PageServer) -> None:
+    # The page before may have lost its server, and said so.
+    driver.get("about:blank")
+    complaints(driver)
+    driver.get(f"{server.url}/cache")
+    until(lambda: "updated" in driver.find_element(By.ID, "state").text)
+
+
+def labelled(driver: Any, label: str) -> Any:
+    """The first button whose accessible name begins so."""
+    return driver.find_element(By.CSS_SELECTOR, f'button[aria-label^="{label}"]')
+
+
+def rows(driver: Any) -> int:
+    return len(driver.find_elements(By.CSS_SELECTOR, "ul.tree .row"))
+
+
+def complaints(driver: Any) -> list[str]:
+    """What the browser logged: errors of the script, and what the policy forbade."""
+    return [one["message"] for one in driver.get_log("browser") if "favicon" not in one["message"]]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PageServer]:
+    """Two system prompts with nine conversations of two entries each."""
+    prompts = list(conversations(MODEL, 20, systems=2, turns=1))
+    with serving(tmp_path_factory.mktemp("small"), relabelled(prompts, HOSTILE)) as server:
+        yield server
+
+
+def test_empty_store_says_so(browser: Any, tmp_path: Path) -> None:
+    with serving(tmp_path, []) as server:
+        open_page(browser, server)
+
+        assert "The store is empty" in browser.find_element(By.ID, "entries").text
+        assert "is on" in browser.find_element(By.ID, "h-disk").text
+        assert complaints(browser) == []
+
+
+def test_disk_that_is_off_says_why(browser: Any) -> None:
+    server = PageServer(None)
+    open_page(browser, server)
+
+    assert "is off" in browser.find_element(By.ID, "h-disk").text
+    assert "Nothing is kept on disk" in browser.find_element(By.ID, "entries").text
+    assert complaints(browser) == []
+    server.stop()
+
+
+def test_labels_are_texts_and_nothing_else(browser: Any, small: PageServer) -> None:
+    open_page(browser, small)
+
+    names = [one.text for one in browser.find_elements(By.CSS_SELECTOR, "ul.tree .name .cut")]
+
+    assert HOSTILE in names
+    assert browser.title == "Prompt cache"
+    assert browser.find_elements(By.CSS_SELECTOR, "#entries img, #entries b") == []
+    assert complaints(browser) == []
+
+
+def test_tree_opens_by_click_and_by_arrow_keys(browser: Any, small: PageServer) -> None:
+    open_page(browser, small)
+    assert rows(browser) == 2
+
+    labelled(browser, "Open").click()
+    opened = until(lambda: rows(browser) if rows(browser) > 2 else 0)
+    focused = browser.switch_to.active_element
+    assert focused.get_attribute("aria-expanded") == "true"
+    focused.send_keys(Keys.ARROW_DOWN)
+    browser.switch_to.active_element.send_keys(Keys.ARROW_RIGHT)
+    until(lambda: rows(browser) == opened + 2)
+    browser.switch_to.active_element.send_keys(Keys.ARROW_LEFT)
+    until(lambda: rows(browser) == opened)
+    browser.switch_to.active_element.send_keys(Keys.ARROW_UP)
+    browser.switch_to.active_element.send_keys(Keys.ARROW_LEFT)
+
+    until(lambda: rows(browser) == 2)
+    assert complaints(browser) == []
+
+
+def test_focus_is_visible(browser: Any, small: PageServer) -> None:
+    open_page(browser, small)
+
+    browser.find_element(By.TAG_NAME, "body").send_keys(Keys.TAB)
+
+    style = "return getComputedStyle(document.activeElement).outlineStyle"
+    assert browser.switch_to.active_element.get_attribute("id") == "pause"
+    assert browser.execute_script(style) == "solid"
+
+
+def test_details_are_shown_and_closed_with_escape(browser: Any, small: PageServer) -> None:
+    open_page(browser, small)
+
+    labelled(browser, "Details of").click()
+    dialog = browser.find_element(By.ID, "dialog")
+    until(dialog.is_displayed)
+
+    assert "org/A-Model-4bit" in dialog.text
+    assert "Show text" not in dialog.text
+    dialog.send_keys(Keys.ESCAPE)
+    until(lambda: not dialog.is_displayed())
+
+
+def test_pin_and_unpin_by_click(browser: Any, tmp_path: Path) -> None:
+    with serving(tmp_path, list(conversations(MODEL, 1))) as server:
+        open_page(browser, server)
+
+        labelled(browser, "Pin").click()
+        unpin = until(lambda: labelled(browser, "Unpin"))
+        assert server.store.entries()[0].pinned
+        unpin.click()
+        until(lambda: labelled(browser, "Pin"))
+
+        assert not server.store.entries()[0].pinned
+        assert complaints(browser) == []
+
+
+def test_evict_asks_first_and_then_evicts(browser: Any, tmp_path: Path) -> None:
+    with serving(tmp_path, list(conversations(MODEL, 7, turns=3))) as server:
+        open_page(browser, server)
+        dialog = browser.find_element(By.ID, "dialog")
+
+        labelled(browser, "Evict").click()
+        until(dialog.is_displayed)
+        assert "Evict 7 entries?" in dialog.text
+        assert browser.switch_to.active_element.text == "Cancel"
+        browser.switch_to.active_element.send_keys(Keys.ENTER)
+        until(lambda: not dialog.is_displayed())
+        assert len(server.store.entries()) == 7
+
+        labelled(browser, "Evict").click()
+        until(dialog.is_displayed)
+        browser.find_element(By.ID, "really").click()
+        until(lambda: "The store is empty" in browser.find_element(By.ID, "entries").text)
+
+        assert server.store.entries() == []
+        assert complaints(browser) == []
+
+
+def test_five_thousand_entries_are_paged_and_quick(browser: Any, tmp_path: Path) -> None:
+    prompts = list(conversations(MODEL, 5000, systems=150, turns=2))
+    with serving(tmp_path, relabelled(prompts, "the one")) as server:
+        started = time.monotonic()
+        open_page(browser, server)
+        loaded_s = time.monotonic() - started
+
+        assert rows(browser) == 100
+        browser.find_element(By.CSS_SELECTOR, ".more button").click()
+        until(lambda: rows(browser) == 150)
+        browser.find_element(By.ID, "as-list").click()
+        pager = until(lambda: browser.find_element(By.CSS_SELECTOR, ".pager"))
+        assert "1–100 of 5,000" in pager.text
+        browser.find_element(By.CSS_SELECTOR, '[data-key="next"]').click()
+        until(lambda: "101–200" in browser.find_element(By.CSS_SELECTOR, ".pager").text)
+        browser.find_element(By.ID, "f-label").send_keys("the o")
+        until(lambda: "1–1 of 1" in browser.find_element(By.CSS_SELECTOR, ".pager").text)
+
+        assert loaded_s < 8
+        assert complaints(browser) == []
+
+
+def test_narrow_screens_do_not_scroll_sideways(browser: Any, small: PageServer) -> None:
+    size(browser, 390, 844)
+    try:
+        open_page(browser, small)
+        labelled(browser, "Open").click()
+        until(lambda: rows(browser) > 2)
+        tree = browser.execute_script("return document.documentElement.scrollWidth")
+        browser.find_element(By.ID, "as-list").click()
+        until(lambda: browser.find_element(By.CSS_SELECTOR, ".pager"))
+        listed = browser.execute_script("return document.documentElement.scrollWidth")
+    finally:
+        size(browser, 1280, 900)
+
+    assert tree == listed == 390
+
+
+@pytest.mark.parametrize(("scheme", "dark"), [("light", False), ("dark", True)])
+def test_colours_follow_the_system_and_are_legible(
+    browser: Any, small: PageServer, scheme: str, dark: bool
+) -> None:
+    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    open_page(browser, small)
+    colours = """
+        const style = getComputedStyle(document.documentElement);
+        return ["--panel", "--ink", "--soft", "--link", "--good", "--bad"]
+            .map(name => style.getPropertyValue(name).trim());
+    """
+
+    panel, *inks = map(luminance, browser.execute_script(colours))
+
+    assert (panel < 0.2) is dark
+    for ink in inks:
+        lighter, darker = max(panel, ink), min(panel, ink)
+        assert (lighter + 0.05) / (darker + 0.05) >= 4.5
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of `#rrggbb`, as WCAG has it."""
+    parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    linear = [one / 12.92 if one <= 0.04045 else ((one + 0.055) / 1.055) ** 2.4 for one in parts]
+    return sum(weight * one for weight, one in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def test_polling_sees_changes_and_rests_when_paused_or_hidden(browser: Any, tmp_path: Path) -> None:
+    with serving(tmp_path, list(conversations(MODEL, 1))) as server:
+        open_page(browser, server)
+        (entry,) = server.store.entries()
+
+        server.store.pin(entry.id)
+        until(lambda: labelled(browser, "Unpin"))
+        browser.find_element(By.ID, "pause").click()
+        server.store.pin(entry.id, False)
+        browser.execute_async_script("tick().then(arguments[0])")
+        assert labelled(browser, "Unpin")
+        browser.find_element(By.ID, "pause").click()
+        until(lambda: labelled(browser, "Pin"))
+
+        hide = "Object.defineProperty(document, 'hidden', {value: %s, configurable: true});"
+        changed = "document.dispatchEvent(new Event('visibilitychange'));"
+        browser.execute_script(hide % "true" + changed)
+        server.store.pin(entry.id)
+        browser.execute_async_script("tick().then(arguments[0])")
+        assert labelled(browser, "Pin")
+        browser.execute_script(hide % "false" + changed)
+        until(lambda: labelled(browser, "Unpin"))
+
+        server.stop()
+        browser.execute_async_script("tick(true).then(arguments[0])")
+        assert "cannot be reached" in browser.find_element(By.ID, "alert").text
+
+
+def test_token_is_asked_for_and_kept_for_the_tab(browser: Any, tmp_path: Path) -> None:
+    with serving(tmp_path, list(conversations(MODEL, 1)), token="s3cret") as server:
+        browser.get(f"{server.url}/cache")
+        for given, said in (("wrong", "started with"), ("s3cret", "not right")):
+            until(lambda said=said: said in browser.find_element(By.ID, "dialog").text)
+            browser.find_element(By.ID, "token").send_keys(given, Keys.ENTER)
+        until(lambda: labelled(browser, "Pin"))
+
+        open_page(browser, server)
+
+        assert rows(browser) == 1
+        assert not browser.find_element(By.ID, "dialog").is_displayed()
+
+
+def test_nothing_is_asked_of_another_host(browser: Any, small: PageServer) -> None:
+    open_page(browser, small)
+
+    asked = browser.execute_script(
+        "return performance.getEntriesByType('resource').map(one => one.name)"
+    )
+
+    assert asked
+    assert all(one.startswith(small.url + "/") for one in asked)
