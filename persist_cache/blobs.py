@@ -11,15 +11,14 @@ import contextlib
 import errno
 import logging
 import os
-import secrets
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import xxhash
+from msgspec import Struct
 
 from persist_cache import fs
 from persist_cache.errors import CorruptBlobError, StoreFormatError
@@ -45,8 +44,7 @@ _DTYPE_BYTES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Tensor:
+class Tensor(Struct, frozen=True):
     """A tensor to be written: its bytes, in pieces, in file order.
 
     Attributes:
@@ -67,8 +65,7 @@ class Tensor:
         return sum(len(piece) for piece in self.pieces)
 
 
-@dataclass(frozen=True, slots=True)
-class Payload:
+class Payload(Struct, frozen=True):
     """What a codec puts into one blob: tensors, and a note to itself.
 
     Attributes:
@@ -84,8 +81,7 @@ class Payload:
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
+class TensorInfo(Struct, frozen=True):
     """Where a stored tensor lies, and the digest of its bytes."""
 
     dtype: str
@@ -95,8 +91,7 @@ class TensorInfo:
     xxh3: str
 
 
-@dataclass(frozen=True, slots=True)
-class BlobHeader:
+class BlobHeader(Struct, frozen=True):
     """What a blob says of itself; enough to rebuild the index from files alone.
 
     Attributes:
@@ -129,11 +124,10 @@ class BlobHeader:
     tier: str
     entry: bool
     created: float
-    tensors: Mapping[str, TensorInfo] = field(default_factory=dict)
+    tensors: Mapping[str, TensorInfo] = {}
 
 
-@dataclass(frozen=True, slots=True)
-class Written:
+class Written(Struct, frozen=True):
     """A published file: what its index record must say."""
 
     name: str
@@ -223,7 +217,7 @@ class BlobWriter:
         self._folder = folder
         self._done = False
         while True:
-            self.name = secrets.token_hex(16)
+            self.name = os.urandom(16).hex()
             self.path = folder.temporary_path(self.name)
             self._fd = fs.create(self.path)
             # A sweep may have seen the file before its lock was taken; it is lost then.
@@ -274,8 +268,15 @@ class BlobWriter:
     def publish(self) -> None:
         """Give the file its final name, durably. The lock stays held."""
         target = self._folder.path(self.name)
-        self._folder.ensure_parent(target)
-        fs.rename(self.path, target)
+        for attempts_left in (2, 1, 0):
+            self._folder.ensure_parent(target)
+            try:
+                fs.rename(self.path, target)
+                break
+            except FileNotFoundError:
+                # `gc` of another process may have found the folder empty meanwhile.
+                if not attempts_left or target.parent.is_dir():
+                    raise
         self.path = target
         fs.sync_folder(target.parent)
 
@@ -505,6 +506,14 @@ class BlobFolder:
         for folder in sorted(self.blobs.iterdir()):
             if len(folder.name) == 2 and folder.is_dir():
                 yield from _blob_files(folder)
+
+    def remove_empty(self) -> None:
+        """Remove folders of the fan-out in which nothing is left."""
+        for folder in sorted(self.blobs.iterdir()):
+            if len(folder.name) == 2:
+                # One that is not empty, or no folder, says so itself: looking first would race.
+                with contextlib.suppress(OSError):
+                    fs.remove_folder(folder)
 
     def temporaries(self) -> Iterator[tuple[str, Path]]:
         """Every file that looks like a blob on its way."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from persist_cache import fs
 from persist_cache.blobs import ALIGNMENT, BlobFolder
@@ -24,8 +25,7 @@ _FILE_SLACK = 8 * 1024
 """A new blob may need a new folder, and its last block is filled up."""
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
+class Limits(Struct, frozen=True):
     """What the user allows.
 
     Attributes:
@@ -45,8 +45,7 @@ class Limits:
                 raise ValueError(f"{name} must not be negative, got {value}")
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(Struct, frozen=True):
     """Bytes on disk by what they are for, as `du` counts them."""
 
     blobs: int
@@ -110,7 +109,15 @@ class Budget:
         return max(over, missing)
 
     def free_bytes(self) -> int:
-        return fs.free_bytes(self._index.root)
+        """Bytes free on the store's file system.
+
+        Raises:
+            StoreError: The file system does not say.
+        """
+        try:
+            return fs.free_bytes(self._index.root)
+        except OSError as error:
+            raise fs.translated(error, "while its free space was asked for") from error
 
 
 def written_today(now: float) -> str:

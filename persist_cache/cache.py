@@ -109,6 +109,16 @@ class PromptCacheStats:
     store: StoreStats | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A request whose prefill began when its look-up ended: how the speed of prefill is known."""
+
+    model: Hashable
+    packed: bytes
+    cached_tokens: int
+    at: float
+
+
 @dataclass(slots=True)
 class _Tally:
     """Counters, guarded by the lock of their cache."""
@@ -185,6 +195,8 @@ class PromptCache:
         self._tally = _Tally()
         self._disk_off = "" if store is not None else "no store was given"
         self._recent: deque[tuple[Sequence[int], Fetch]] = deque(maxlen=_REMEMBERED_FETCHES)
+        self._begun: deque[_Begun] = deque(maxlen=_REMEMBERED_FETCHES)
+        self._token_s: dict[Hashable, float] = {}
         if store is not None and codec.group_size() > 1:
             # Every rank has a shard of each layer, and all would have the same fingerprint.
             store, self._disk_off = None, "several ranks share one model; shards are not stored"
@@ -262,7 +274,9 @@ class PromptCache:
         """
         started = time.monotonic()
         try:
-            cache, fetch = self._fetch(model, tokens)
+            packed = pack_tokens(tokens)
+            cache, fetch = self._fetch(model, packed)
+            self._begun.append(_Begun(model, packed, fetch.num_tokens, time.monotonic()))
         except Exception as error:
             log.exception("a look-up failed; the prompt is computed anew")
             self._problem(f"fetch_failed:{type(error).__name__}")
@@ -408,9 +422,8 @@ class PromptCache:
 
     # ---- look up -----------------------------------------------------------------------------
 
-    def _fetch(self, model: Hashable, tokens: Sequence[int]) -> tuple[Any | None, Fetch]:
-        packed = pack_tokens(tokens)
-        limit = max(0, len(tokens) - self._leave_tokens)
+    def _fetch(self, model: Hashable, packed: bytes) -> tuple[Any | None, Fetch]:
+        limit = max(0, len(packed) // TOKEN_BYTES - self._leave_tokens)
         if self._writer is not None:
             self._writer.poke()
         fingerprint = self._fingerprint(model)
@@ -487,7 +500,7 @@ class PromptCache:
         with self._lock:
             self._recent.append((tokens, fetch))
             if fetch.source == "miss":
-                self._tally.misses[fetch.reason or "nothing is known of this prompt"] += 1
+                self._tally.misses[_kind_of_miss(fetch.reason)] += 1
             else:
                 self._tally.hits[fetch.source] += 1
                 self._tally.tokens[fetch.source] += fetch.num_tokens
@@ -495,6 +508,8 @@ class PromptCache:
                 self._tally.restore_s += fetch.seconds
                 self._tally.restored_bytes += fetch.nbytes
         if self._store is not None and not self._closed:
+            if fetch.source == "miss":
+                self._store.count(f"misses:{_kind_of_miss(fetch.reason)}")
             self._store.count("misses" if fetch.source == "miss" else f"hits_{fetch.source}")
             self._store.count("tokens_saved", fetch.num_tokens)
 
@@ -526,6 +541,7 @@ class PromptCache:
             return
         packed = pack_tokens(tokens)[: num_tokens * TOKEN_BYTES]
         nbytes = self._codec.nbytes(cache)
+        prefill_s = prefill_s or self._prefill_s(model, packed, tier)
         held = Held(model, packed, cache, nbytes, tier.label, prefill_s)
         if self._writer is not None and tier.label in self._persist and num_tokens > 0:
             # Now: by the time it is saved, the files may be those of another model.
@@ -541,6 +557,26 @@ class PromptCache:
                 self._spill([held])
                 return
             self._spill(self._resident.add(held))
+
+    def _prefill_s(self, model: Hashable, packed: bytes, tier: Tier) -> float:
+        """Estimate what computing a prompt takes, from the requests this cache has seen.
+
+        Between the look-up of a request and the insert of its prompt lies its prefill. A reply's
+        insert comes after decoding, so it is valued by the speed of earlier prefills.
+        """
+        num_tokens = len(packed) // TOKEN_BYTES
+        now = time.monotonic()
+        with self._lock:
+            for begun in reversed(self._begun):
+                if tier == Tier.ASSISTANT:
+                    break
+                computed = num_tokens - begun.cached_tokens
+                if begun.model == model and computed > 0 and begun.packed.startswith(packed):
+                    token_s = (now - begun.at) / computed
+                    before = self._token_s.get(model, token_s)
+                    self._token_s[model] = before + (token_s - before) / 4
+                    break
+            return self._token_s.get(model, 0.0) * num_tokens
 
     def _waiting(self) -> list[Held]:
         """Caches that are to be on disk, are not, and have no save under way."""
@@ -634,3 +670,8 @@ class PromptCache:
     def _problem(self, name: str) -> None:
         with self._lock:
             self._tally.problems[name] += 1
+
+
+def _kind_of_miss(reason: str) -> str:
+    """The part of a reason that is the same for all misses of its kind, to count by."""
+    return reason.partition(":")[0] or "nothing is known of this prompt"

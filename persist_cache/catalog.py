@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+
+from msgspec import Struct
 
 from persist_cache.budget import Usage, written_today
 from persist_cache.disk import Disk
@@ -23,16 +24,14 @@ from persist_cache.records import (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class TierStats:
+class TierStats(Struct, frozen=True):
     """Entries of one tier, and the bytes that only one of them needs."""
 
     entries: int = 0
     own_bytes: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class StoreStats:
+class StoreStats(Struct, frozen=True):
     """Totals of a store.
 
     Attributes:
@@ -60,8 +59,8 @@ class StoreStats:
     daily_write_bytes: int | None
     written_today: int
     written_bytes: int
-    tiers: Mapping[str, TierStats] = field(default_factory=dict)
-    counters: Mapping[str, int] = field(default_factory=dict)
+    tiers: Mapping[str, TierStats] = {}
+    counters: Mapping[str, int] = {}
 
 
 class Catalog:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import fnmatch
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from persist_cache.cache import PromptCacheStats
 from persist_cache.catalog import StoreStats
@@ -28,8 +29,7 @@ from persist_cache.survey import (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Filters:
+class Filters(Struct, frozen=True):
     """What an entry must be to be chosen; None asks for nothing.
 
     Attributes:

@@ -10,8 +10,9 @@ import contextlib
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from persist_cache.blobs import BlobFolder
 from persist_cache.budget import Budget, Limits
@@ -19,8 +20,7 @@ from persist_cache.errors import StoreError
 from persist_cache.index import Index, Reader, Writer
 
 
-@dataclass(slots=True)
-class _Use:
+class _Use(Struct):
     last_use: float
     hits: int = 0
     saved_s: float = 0.0

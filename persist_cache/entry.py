@@ -8,7 +8,8 @@ from __future__ import annotations
 import enum
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+
+from msgspec import Struct
 
 TOKEN_BYTES = 8
 """Bytes per stored token id: signed 64 bits, because mlx-lm's image ids are 60-bit negatives."""
@@ -95,8 +96,7 @@ def common_prefix_tokens(a: bytes, b: bytes) -> int:
     return low
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(Struct, frozen=True):
     """One stored prompt prefix that can be resumed.
 
     Attributes:
@@ -134,8 +134,7 @@ class Entry:
     parent: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+class Run(Struct, frozen=True):
     """The leading rows of one blob, as a part of a path.
 
     Attributes:
@@ -149,8 +148,7 @@ class Run:
     num_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class Match:
+class Match(Struct, frozen=True):
     """The longest stored prefix of a prompt that can be resumed.
 
     Attributes:
@@ -168,7 +166,7 @@ class Match:
     runs: tuple[Run, ...] = ()
     checkpoint: str | None = None
     common_tokens: int = 0
-    entries: tuple[str, ...] = field(default=())
+    entries: tuple[str, ...] = ()
     nbytes: int = 0
     saved_s: float = 0.0
     reason: str = ""

@@ -128,6 +128,15 @@ class Evictor:
         self.empty_trash()
         return dropped
 
+    def purge_quarantine(self) -> int:
+        """Remove the damaged files that were put aside; returns their bytes.
+
+        They hold prompts: whoever evicts everything wants them gone as well.
+        """
+        freed = self._disk.index.update(self._drop_quarantine)
+        self.empty_trash()
+        return freed
+
     def empty_trash(self) -> bool:
         """Unlink what the trash lists and strike it off.
 

@@ -6,7 +6,8 @@ Reads the index only, so it works beside a running server and without a model's 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+
+from msgspec import Struct
 
 from persist_cache import paths
 from persist_cache.entry import TOKEN_BYTES, Match, pack_tokens, unpack_tokens
@@ -18,8 +19,7 @@ from persist_cache.store import Store
 _CONTEXT_TOKENS = 24
 
 
-@dataclass(frozen=True, slots=True)
-class Divergence:
+class Divergence(Struct, frozen=True):
     """Where a prompt leaves what is stored.
 
     Attributes:
@@ -35,8 +35,7 @@ class Divergence:
     stored: list[int]
 
 
-@dataclass(frozen=True, slots=True)
-class Explanation:
+class Explanation(Struct, frozen=True):
     """What a request with a prompt would find, and why no more.
 
     Attributes:
@@ -60,7 +59,7 @@ class Explanation:
     entry: str | None = None
     saved_s: float = 0.0
     divergence: Divergence | None = None
-    changes: list[FieldChange] = field(default_factory=list)
+    changes: list[FieldChange] = []
 
 
 def explain(

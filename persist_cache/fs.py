@@ -154,6 +154,11 @@ def disk_bytes(path: Path) -> int:
         return 0
 
 
+def is_passing(error: OSError) -> bool:
+    """Whether `error` says nothing of the file: the process or the machine ran short."""
+    return error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR)
+
+
 def translated(error: OSError, doing: str) -> StoreError:
     """What the user is told about `error`, which came up while `doing` something."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+from msgspec import Struct
 
 from persist_cache import fs, paths, rebuild
 from persist_cache.blobs import BlobReader, try_remove_orphan
@@ -24,8 +25,7 @@ from persist_cache.records import BlobKind, BlobRecord, SizedRecord
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
+class Problem(Struct, frozen=True):
     """Something `check` found.
 
     Attributes:
@@ -82,6 +82,7 @@ def remove_orphans(disk: Disk) -> int:
         is_known = partial(_is_expected, disk, bytes.fromhex(name_hex), path)
         if not is_known():
             removed += try_remove_orphan(path, is_known)
+    disk.folder.remove_empty()
     return removed
 
 
@@ -215,6 +216,8 @@ def _check_blob(disk: Disk, blob: BlobRecord, read_data: bool) -> Problem | None
     except StoreError as error:
         return Problem("damaged", str(error), name)
     except OSError as error:
+        if fs.is_passing(error):
+            raise fs.translated(error, "while a blob was checked") from error
         return Problem("damaged", f"it cannot be read ({error.strerror})", name)
     return None
 

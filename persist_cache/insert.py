@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Protocol
+
+from msgspec import Struct
 
 from persist_cache import fs, paths
 from persist_cache.blobs import (
@@ -67,8 +68,7 @@ class Source(Protocol):
         """State at the end of those layers whose rows may drop, or None if there are none."""
 
 
-@dataclass(frozen=True, slots=True)
-class PutResult:
+class PutResult(Struct, frozen=True):
     """What a put did.
 
     Attributes:
@@ -82,8 +82,7 @@ class PutResult:
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
+class _Plan(Struct, frozen=True):
     """What has to be written, as of one look at the index.
 
     Attributes:
@@ -97,8 +96,7 @@ class _Plan:
     needs_checkpoint: bool
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
+class _Part(Struct, frozen=True):
     """One blob to be written: tokens `[start, end)`, or the state at `start == end`."""
 
     kind: BlobKind

@@ -70,8 +70,15 @@ def open_index(root: Path, folder: BlobFolder, read_only: bool) -> Index:
     Raises:
         StoreAccessError: There is none, and none may be made, since `read_only`.
         StoreInUseError: It has to be made anew while another process uses it.
-        StoreError: It is damaged and may not be mended, since `read_only`.
+        StoreError: It is damaged and may not be mended, since `read_only`; or the disk failed.
     """
+    try:
+        return _open_index(root, folder, read_only)
+    except OSError as error:
+        raise fs.translated(error, f"while {root} was opened") from error
+
+
+def _open_index(root: Path, folder: BlobFolder, read_only: bool) -> Index:
     if read_only:
         if not (root / "data.mdb").exists():
             raise StoreAccessError(f"There is no store at {root}.")

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
+
+from msgspec import Struct
 
 from persist_cache.entry import TOKEN_BYTES, common_prefix_tokens
 from persist_cache.index import Reader, Writer
@@ -45,8 +46,7 @@ MAX_ROWS = (1 << 32) - 1
 _VICTIMS_AT_ONCE = 256
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(Struct, frozen=True):
     """One edge of a walk.
 
     Attributes:
@@ -70,8 +70,7 @@ class Step:
         return self.used == self.edge.rows
 
 
-@dataclass(frozen=True, slots=True)
-class Walk:
+class Walk(Struct, frozen=True):
     """How far a prompt follows the tree of one namespace."""
 
     root: int
@@ -184,8 +183,7 @@ def new_node(txn: Writer) -> int:
     return txn.add(NEXT_NODE, 1)
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(Struct, frozen=True):
     """An edge to hang below a walk: rows of a blob whose record exists already."""
 
     blob: int

@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from persist_cache import fs, paths
 from persist_cache.blobs import TOKENS, BlobFolder, BlobHeader, BlobReader, Written, prefix_digest
@@ -32,8 +33,7 @@ _FILLED = "filled"
 """Counter in the index: not 0 once it lists the blobs. Until then no file is an orphan."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Found:
+class _Found(Struct, frozen=True):
     name: str
     header: BlobHeader
     written: Written
@@ -112,7 +112,11 @@ def _remember(record: EntryRecord, old: EntryRecord) -> EntryRecord:
 
 
 def _inspect(name: str, path: Path) -> _Found | None:
-    """Read a blob's header and tokens; None for anything that cannot be trusted."""
+    """Read a blob's header and tokens; None for anything that cannot be trusted.
+
+    Raises:
+        StoreError: The process ran short of something. Left out, a sound file would be an orphan.
+    """
     try:
         with BlobReader(path) as reader:
             header = reader.header
@@ -121,6 +125,8 @@ def _inspect(name: str, path: Path) -> _Found | None:
                 raise CorruptBlobError(path, "its tokens do not fill its span")
             written = Written(name, reader.nbytes, fs.disk_bytes(path), reader.digest)
     except (StoreError, OSError, ValueError, KeyError) as error:
+        if isinstance(error, OSError) and fs.is_passing(error):
+            raise fs.translated(error, "while the index was rebuilt") from error
         log.warning("blob %s is left out of the new index: %s", name, error)
         return None
     return _Found(name, header, written, packed)

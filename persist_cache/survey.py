@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
+from msgspec import Struct
 
 from persist_cache import paths
 from persist_cache.catalog import Catalog, StoreStats, store_stats
@@ -38,8 +38,7 @@ _OPTION_FIELDS = frozenset(
 _ID_DIGITS = 16
 
 
-@dataclass(frozen=True, slots=True)
-class Model:
+class Model(Struct, frozen=True):
     """An identity that entries belong to.
 
     Attributes:
@@ -49,8 +48,8 @@ class Model:
     """
 
     fingerprint: str
-    fields: Mapping[str, str] = field(default_factory=dict)
-    info: Mapping[str, str] = field(default_factory=dict)
+    fields: Mapping[str, str] = {}
+    info: Mapping[str, str] = {}
 
     @property
     def name(self) -> str:
@@ -65,8 +64,7 @@ class Model:
         return self.info.get("path", "")
 
 
-@dataclass(frozen=True, slots=True)
-class RunDetails:
+class RunDetails(Struct, frozen=True):
     """One blob on the path of an entry.
 
     Attributes:
@@ -90,8 +88,7 @@ class RunDetails:
     created: float
 
 
-@dataclass(frozen=True, slots=True)
-class Details:
+class Details(Struct, frozen=True):
     """Everything about one entry.
 
     Attributes:
@@ -111,8 +108,7 @@ class Details:
     children: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Removal:
+class Removal(Struct, frozen=True):
     """What an eviction would do.
 
     Attributes:
@@ -126,8 +122,7 @@ class Removal:
     kept_for: int
 
 
-@dataclass(frozen=True, slots=True)
-class Amount:
+class Amount(Struct, frozen=True):
     """How much there is of something.
 
     Attributes:
@@ -151,8 +146,7 @@ class Amount:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Quarantined:
+class Quarantined(Struct, frozen=True):
     """A damaged blob that was taken out of service; `since` in UTC seconds."""
 
     blob: str
@@ -161,8 +155,7 @@ class Quarantined:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Departed:
+class Departed(Struct, frozen=True):
     """An entry that is no longer there, and why; `since` in UTC seconds."""
 
     id: str

@@ -523,6 +523,26 @@ def test_folder_as_store_is_opened_and_closed(tmp_path: Path, codec: FakeCodec) 
         assert fetch(cache, range(11)) == list(range(10))
 
 
+def test_seconds_of_prefill_are_measured_and_credited_to_hits(
+    make: Callable[..., PromptCache], disk: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with make() as cache:
+        fetch(cache, range(110))
+        started = time.monotonic()
+        monkeypatch.setattr(time, "monotonic", lambda: started + 10)
+        insert(cache, range(100), "system")
+        monkeypatch.undo()
+    (entry,) = disk.entries()
+    assert entry.prefill_s == pytest.approx(10, abs=1)
+
+    again = make()
+    fetch(again, range(60))
+    again.close()
+
+    (entry,) = disk.entries()
+    assert (entry.hits, entry.saved_s) == (1, pytest.approx(6, abs=0.6))
+
+
 def test_threads_may_share_a_cache(make: Callable[..., PromptCache]) -> None:
     cache = make(max_size=4)
     errors: list[BaseException] = []

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from http.server import ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +20,7 @@ from persist_cache.admin import Admin
 from persist_cache.cache import PromptCache
 from persist_cache.fingerprint import Fingerprint
 from persist_cache.front import Front
+from persist_cache.incoming import RefusedError
 from persist_cache.store import Store
 from tests.bulk_store import Prompt, conversations, fill
 
@@ -65,8 +66,21 @@ def size(driver: Any, width: int, height: int) -> None:
     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
 
 
-class Pages(Front):
-    """The front alone, with nothing of mlx_lm.server behind it, so that it starts at once."""
+class Nothing(BaseHTTPRequestHandler):
+    """Stands for upstream's handler, and has none of its answers."""
+
+    def do_GET(self) -> None:
+        raise RefusedError(404, "There is nothing here.")
+
+    def do_OPTIONS(self) -> None:
+        raise RefusedError(404, "There is nothing here.")
+
+    def _set_cors_headers(self) -> None:
+        pass
+
+
+class Pages(Front, Nothing):
+    """The front alone, without mlx_lm.server behind it, so that it starts at once."""
 
     def __init__(self, generator: Any, *args: Any) -> None:
         self.response_generator = generator

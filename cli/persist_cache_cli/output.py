@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import click
+from msgspec import Struct
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _GAP = "  "
@@ -109,8 +109,7 @@ def _take(text: str, width: int) -> str:
     return taken
 
 
-@dataclass(frozen=True, slots=True)
-class Column:
+class Column(Struct, frozen=True):
     """A column of a table.
 
     Attributes:

@@ -6,7 +6,7 @@ import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 import msgspec
@@ -74,9 +74,10 @@ def model_options(command: F) -> F:
         click.option("--quantized-kv-start", type=int, default=5000, show_default=True),
         click.option("--salt", default="", help="Keep this user's entries apart."),
     ]
+    decorated: Any = command
     for option in reversed(options):
-        command = option(command)
-    return command
+        decorated = option(decorated)
+    return cast(F, decorated)
 
 
 def choose_model(

@@ -10,7 +10,7 @@ import contextlib
 import os
 import stat
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -74,10 +74,10 @@ class _Member(BlobReader):
     def _parse(self, raw: bytes, data_start: int) -> BlobHeader:
         header = super()._parse(raw, data_start)
         tensors = {
-            name: replace(info, offset=self._offset + info.offset)
+            name: msgspec.structs.replace(info, offset=self._offset + info.offset)
             for name, info in header.tensors.items()
         }
-        return replace(header, tensors=tensors)
+        return msgspec.structs.replace(header, tensors=tensors)
 
 
 @dataclass(slots=True)
