@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from persist_cache.cache import Fetch, PromptCache, PromptCacheStats
+    from persist_cache.cache import PromptCache
     from persist_cache.catalog import StoreStats
     from persist_cache.entry import Entry, Match, Run, Tier
     from persist_cache.errors import (
@@ -29,13 +29,14 @@ if TYPE_CHECKING:
     from persist_cache.health import Problem
     from persist_cache.insert import PutResult, Source
     from persist_cache.store import Store, default_store_path
+    from persist_cache.tally import Fetch, PromptCacheStats
 
 __version__ = "0.1.0"
 
 _HOME_OF = {
-    "Fetch": "cache",
+    "Fetch": "tally",
     "PromptCache": "cache",
-    "PromptCacheStats": "cache",
+    "PromptCacheStats": "tally",
     "StoreStats": "catalog",
     "Entry": "entry",
     "Match": "entry",

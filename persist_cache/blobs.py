@@ -217,7 +217,7 @@ class BlobWriter:
         self._folder = folder
         self._done = False
         while True:
-            self.name = os.urandom(16).hex()
+            self.name = _new_name()
             self.path = folder.temporary_path(self.name)
             self._fd = fs.create(self.path)
             # A sweep may have seen the file before its lock was taken; it is lost then.
@@ -554,6 +554,10 @@ class BlobFolder:
 def is_blob_name(name: str) -> bool:
     """Whether `name` is 32 lower-case hex digits: no other file is ever touched."""
     return len(name) == 32 and all(digit in "0123456789abcdef" for digit in name)
+
+
+def _new_name() -> str:
+    return os.urandom(16).hex()
 
 
 def _blob_files(folder: Path) -> Iterator[tuple[str, Path]]:

@@ -11,13 +11,10 @@ import logging
 import os
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Any, Protocol
 
 from persist_cache.blobs import BlobReader
-from persist_cache.catalog import StoreStats
 from persist_cache.entry import TIER_LABELS, TOKEN_BYTES, Match, Tier, pack_tokens
 from persist_cache.errors import (
     PersistCacheError,
@@ -29,11 +26,11 @@ from persist_cache.fingerprint import Fingerprint, Identifier
 from persist_cache.insert import Source
 from persist_cache.resident import Candidate, Held, LiveCaches, Resident
 from persist_cache.store import Store
+from persist_cache.tally import Fetch, PromptCacheStats, Tally, kind_of_miss
 from persist_cache.writer import WriteBehind
 
 log = logging.getLogger(__name__)
 
-_REMEMBERED_FETCHES = 64
 _ENOUGH_GAIN_TOKENS = 32
 """Reading the disk beats a shorter cache in memory only for more than a few tokens."""
 
@@ -54,83 +51,6 @@ class Codec(LiveCaches, Protocol):
         num_tokens: int,
         /,
     ) -> Any: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Fetch:
-    """How one request was answered.
-
-    Attributes:
-        source: `memory`, `disk` or `miss`.
-        num_tokens: Tokens that need not be computed.
-        reason: On a miss or a short hit, why it is no more.
-        seconds: Time the look-up took, reading included.
-        nbytes: Bytes read from disk.
-    """
-
-    source: str
-    num_tokens: int
-    reason: str = ""
-    seconds: float = 0.0
-    nbytes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class PromptCacheStats:
-    """What a `PromptCache` did since it was made.
-
-    Attributes:
-        memory: Sequences and bytes per tier label.
-        hits: Requests served, by source.
-        misses: Requests that found nothing, by reason.
-        tokens: Tokens that were not computed, by source.
-        restore_s: Seconds spent in loading from disk.
-        restored_bytes: Bytes loaded from disk.
-        saves: Entries written.
-        written_bytes: Bytes written.
-        queued_jobs, queued_bytes: Saves that wait, and the cache memory they keep alive.
-        problems: Things that went wrong or were refused, by name.
-        disk_off: Why nothing is kept on disk, or "" when it is.
-        store: Totals of the store, or None without one.
-    """
-
-    memory: Mapping[str, Mapping[str, int]]
-    hits: Mapping[str, int]
-    misses: Mapping[str, int]
-    tokens: Mapping[str, int]
-    restore_s: float
-    restored_bytes: int
-    saves: int
-    written_bytes: int
-    queued_jobs: int
-    queued_bytes: int
-    problems: Mapping[str, int]
-    disk_off: str
-    store: StoreStats | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Begun:
-    """A request whose prefill began when its look-up ended: how the speed of prefill is known."""
-
-    model: Hashable
-    packed: bytes
-    cached_tokens: int
-    at: float
-
-
-@dataclass(slots=True)
-class _Tally:
-    """Counters, guarded by the lock of their cache."""
-
-    hits: Counter[str] = field(default_factory=Counter)
-    misses: Counter[str] = field(default_factory=Counter)
-    tokens: Counter[str] = field(default_factory=Counter)
-    problems: Counter[str] = field(default_factory=Counter)
-    restore_s: float = 0.0
-    restored_bytes: int = 0
-    saves: int = 0
-    written_bytes: int = 0
 
 
 class PromptCache:
@@ -192,11 +112,8 @@ class PromptCache:
         self._leave_tokens = leave_tokens
         self._lock = threading.RLock()
         self._resident = Resident(codec, max_size, max_bytes)
-        self._tally = _Tally()
+        self._tally = Tally()
         self._disk_off = "" if store is not None else "no store was given"
-        self._recent: deque[tuple[Sequence[int], Fetch]] = deque(maxlen=_REMEMBERED_FETCHES)
-        self._begun: deque[_Begun] = deque(maxlen=_REMEMBERED_FETCHES)
-        self._token_s: dict[Hashable, float] = {}
         if store is not None and codec.group_size() > 1:
             # Every rank has a shard of each layer, and all would have the same fingerprint.
             store, self._disk_off = None, "several ranks share one model; shards are not stored"
@@ -245,11 +162,12 @@ class PromptCache:
     @property
     def last_fetch(self) -> Fetch:
         """How the most recent request was answered."""
-        return self._recent[-1][1] if self._recent else Fetch("miss", 0)
+        recent = self._tally.recent()
+        return recent[-1][1] if recent else Fetch("miss", 0)
 
     def recent_fetches(self) -> list[tuple[Sequence[int], Fetch]]:
         """The latest prompts and how they were answered, oldest first; for response headers."""
-        return list(self._recent)
+        return self._tally.recent()
 
     def stats_by_type(self) -> dict[str, dict[str, int]]:
         """Sequences and bytes in memory per tier: `{tier: {"n_sequences", "n_bytes"}}`."""
@@ -276,10 +194,10 @@ class PromptCache:
         try:
             packed = pack_tokens(tokens)
             cache, fetch = self._fetch(model, packed)
-            self._begun.append(_Begun(model, packed, fetch.num_tokens, time.monotonic()))
+            self._tally.begun(model, packed, fetch.num_tokens)
         except Exception as error:
             log.exception("a look-up failed; the prompt is computed anew")
-            self._problem(f"fetch_failed:{type(error).__name__}")
+            self._tally.problem(f"fetch_failed:{type(error).__name__}")
             cache, fetch = None, Fetch("miss", 0, "the look-up failed")
         fetch = Fetch(
             fetch.source, fetch.num_tokens, fetch.reason, time.monotonic() - started, fetch.nbytes
@@ -313,7 +231,7 @@ class PromptCache:
             self._insert(model, tokens, prompt_cache, cache_type, prefill_s)
         except Exception as error:
             log.exception("a prompt could not be kept")
-            self._problem(f"insert_failed:{type(error).__name__}")
+            self._tally.problem(f"insert_failed:{type(error).__name__}")
 
     def trim_to(self, *, n_sequences: int | None = None, n_bytes: int | None = None) -> None:
         """Let caches go from memory until both limits hold; negative limits count as 0.
@@ -357,7 +275,7 @@ class PromptCache:
             return known, common
         except Exception:
             log.exception("a look-up failed")
-            self._problem("look_up_failed")
+            self._tally.problem("look_up_failed")
             return 0, 0
 
     def flush(self, timeout_s: float | None = None) -> bool:
@@ -401,24 +319,10 @@ class PromptCache:
                 store = self._store.stats()
             except PersistCacheError as error:
                 self._disk_off = str(error)
-        jobs, nbytes = self._writer.waiting() if self._writer is not None else (0, 0)
-        with self._lock:
-            tally = self._tally
-            return PromptCacheStats(
-                memory=self._resident.stats(),
-                hits=dict(tally.hits),
-                misses=dict(tally.misses),
-                tokens=dict(tally.tokens),
-                restore_s=tally.restore_s,
-                restored_bytes=tally.restored_bytes,
-                saves=tally.saves,
-                written_bytes=tally.written_bytes,
-                queued_jobs=jobs,
-                queued_bytes=nbytes,
-                problems=dict(tally.problems),
-                disk_off=self._disk_off,
-                store=store,
-            )
+        queue = self._writer.waiting() if self._writer is not None else (0, 0)
+        return self._tally.stats(
+            memory=self.stats_by_type(), queue=queue, disk_off=self._disk_off, store=store
+        )
 
     # ---- look up -----------------------------------------------------------------------------
 
@@ -472,7 +376,7 @@ class PromptCache:
                 return candidate
             # Somebody went on decoding on a cache that he had handed over.
             self._resident.remove(candidate.held)
-            self._problem("changed_after_insert")
+            self._tally.problem("changed_after_insert")
 
     def _hand_over(self, model: Hashable, packed: bytes, limit: int) -> Any | None:
         """Give a cache away, or a copy of it.
@@ -492,24 +396,15 @@ class PromptCache:
             cache = self._codec.copy_cache(held.cache)
         surplus = held.num_tokens - used
         if surplus and self._codec.trim(cache, surplus) != surplus:
-            self._problem("trim_failed")
+            self._tally.problem("trim_failed")
             return None
         return cache
 
     def _account(self, tokens: Sequence[int], fetch: Fetch) -> None:
-        with self._lock:
-            self._recent.append((tokens, fetch))
-            if fetch.source == "miss":
-                self._tally.misses[_kind_of_miss(fetch.reason)] += 1
-            else:
-                self._tally.hits[fetch.source] += 1
-                self._tally.tokens[fetch.source] += fetch.num_tokens
-            if fetch.source == "disk":
-                self._tally.restore_s += fetch.seconds
-                self._tally.restored_bytes += fetch.nbytes
+        self._tally.fetched(tokens, fetch)
         if self._store is not None and not self._closed:
             if fetch.source == "miss":
-                self._store.count(f"misses:{_kind_of_miss(fetch.reason)}")
+                self._store.count(f"misses:{kind_of_miss(fetch.reason)}")
             self._store.count("misses" if fetch.source == "miss" else f"hits_{fetch.source}")
             self._store.count("tokens_saved", fetch.num_tokens)
 
@@ -536,12 +431,12 @@ class PromptCache:
         try:
             num_tokens = self._codec.prepare(cache, len(tokens))
         except UnsupportedCacheError as error:
-            self._problem(f"unsupported:{error.class_name}")
+            self._tally.problem(f"unsupported:{error.class_name}")
             log.warning("a prompt is not kept: %s", error)
             return
         packed = pack_tokens(tokens)[: num_tokens * TOKEN_BYTES]
         nbytes = self._codec.nbytes(cache)
-        prefill_s = prefill_s or self._prefill_s(model, packed, tier)
+        prefill_s = prefill_s or self._tally.prefill_s(model, packed, tier)
         held = Held(model, packed, cache, nbytes, tier.label, prefill_s)
         if self._writer is not None and tier.label in self._persist and num_tokens > 0:
             # Now: by the time it is saved, the files may be those of another model.
@@ -553,30 +448,10 @@ class PromptCache:
                 self._save_later(held)
             if nbytes > self._resident.max_bytes:
                 # Keeping it would flush everything else, and then itself.
-                self._problem("too_large_for_memory")
+                self._tally.problem("too_large_for_memory")
                 self._spill([held])
                 return
             self._spill(self._resident.add(held))
-
-    def _prefill_s(self, model: Hashable, packed: bytes, tier: Tier) -> float:
-        """Estimate what computing a prompt takes, from the requests this cache has seen.
-
-        Between the look-up of a request and the insert of its prompt lies its prefill. A reply's
-        insert comes after decoding, so it is valued by the speed of earlier prefills.
-        """
-        num_tokens = len(packed) // TOKEN_BYTES
-        now = time.monotonic()
-        with self._lock:
-            for begun in reversed(self._begun):
-                if tier == Tier.ASSISTANT:
-                    break
-                computed = num_tokens - begun.cached_tokens
-                if begun.model == model and computed > 0 and begun.packed.startswith(packed):
-                    token_s = (now - begun.at) / computed
-                    before = self._token_s.get(model, token_s)
-                    self._token_s[model] = before + (token_s - before) / 4
-                    break
-            return self._token_s.get(model, 0.0) * num_tokens
 
     def _waiting(self) -> list[Held]:
         """Caches that are to be on disk, are not, and have no save under way."""
@@ -616,7 +491,7 @@ class PromptCache:
         """Save what leaves memory unsaved."""
         for held in gone:
             if held.wanted and not self._save_later(held):
-                self._problem("dropped_queue_full")
+                self._tally.problem("dropped_queue_full")
                 log.warning("a prompt left memory unsaved: the queue of saves is full")
 
     def _save_later(self, held: Held) -> bool:
@@ -630,7 +505,7 @@ class PromptCache:
                 source = self._codec.source(held.cache, held.num_tokens)
             except UnsupportedCacheError as error:
                 held.wanted = False
-                self._problem(f"unsupported:{error.class_name}")
+                self._tally.problem(f"unsupported:{error.class_name}")
                 log.warning("a prompt stays in memory: %s", error)
                 return True
             rank = Tier.parse(held.tier)
@@ -658,20 +533,10 @@ class PromptCache:
         with self._lock:
             held.saved = True
             self._disk_off = ""
-            self._tally.saves += result.nbytes > 0
-            self._tally.written_bytes += result.nbytes
+        self._tally.saved(result.nbytes)
 
     def _disk_failed(self, error: StoreError) -> None:
-        self._problem(f"disk:{type(error).__name__}")
+        self._tally.problem(f"disk:{type(error).__name__}")
         if str(error) != self._disk_off:
             log.warning("the disk is not used: %s", error)
         self._disk_off = str(error)
-
-    def _problem(self, name: str) -> None:
-        with self._lock:
-            self._tally.problems[name] += 1
-
-
-def _kind_of_miss(reason: str) -> str:
-    """The part of a reason that is the same for all misses of its kind, to count by."""
-    return reason.partition(":")[0] or "nothing is known of this prompt"

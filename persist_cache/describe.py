@@ -12,7 +12,6 @@ from typing import Any
 
 from msgspec import Struct
 
-from persist_cache.cache import PromptCacheStats
 from persist_cache.catalog import StoreStats
 from persist_cache.entry import Entry, Tier
 from persist_cache.explain import Divergence, Explanation
@@ -27,6 +26,7 @@ from persist_cache.survey import (
     as_json_object,
     short_ids,
 )
+from persist_cache.tally import PromptCacheStats
 
 
 class Filters(Struct, frozen=True):

@@ -38,10 +38,10 @@ class Tier(enum.IntEnum):
 
     @property
     def label(self) -> str:
-        return self.name.lower()
+        return TIER_LABELS[self]
 
 
-TIER_LABELS = tuple(tier.label for tier in Tier)
+TIER_LABELS = tuple(tier.name.lower() for tier in Tier)
 """`("assistant", "user", "system")`: eviction order, as in mlx-lm's `CacheOrder`."""
 
 

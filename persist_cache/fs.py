@@ -24,6 +24,9 @@ FILE_MODE = 0o600
 FOLDER_MODE = 0o700
 _MAX_BUFFERS = 1000  # IOV_MAX is 1024 on Linux and macOS
 _MAX_BYTES = 1 << 30
+_OF_THE_FILE = frozenset(
+    (errno.EIO, errno.ENOENT, errno.ELOOP, errno.EISDIR, errno.EACCES, errno.EPERM)
+)
 
 
 def create(path: Path) -> int:
@@ -155,8 +158,8 @@ def disk_bytes(path: Path) -> int:
 
 
 def is_passing(error: OSError) -> bool:
-    """Whether `error` says nothing of the file: the process or the machine ran short."""
-    return error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR)
+    """Whether `error`, from reading a file, says nothing of that file: it may be sound."""
+    return error.errno not in _OF_THE_FILE
 
 
 def translated(error: OSError, doing: str) -> StoreError:

@@ -94,8 +94,9 @@ def quarantine(disk: Disk, name_hex: str, reason: str) -> bool:
     """
     name = bytes.fromhex(name_hex)
     now = disk.clock()
-    # Damage may have changed its size as well.
-    nbytes = fs.disk_bytes(disk.folder.path(name_hex))
+    nbytes: int | None = None
+    with contextlib.suppress(OSError):  # damage may have changed its size as well
+        nbytes = fs.disk_bytes(disk.folder.path(name_hex))
 
     def expel(txn: Writer) -> SizedRecord | None:
         number = txn.blob_number(name)
@@ -114,7 +115,7 @@ def quarantine(disk: Disk, name_hex: str, reason: str) -> bool:
                 if resumed.checkpoint == number:
                     paths.drop_entry(txn, entry, why, now)
         txn.delete_sized(b"trash", name)
-        waste = SizedRecord(nbytes, now, reason)
+        waste = SizedRecord(record.disk_bytes if nbytes is None else nbytes, now, reason)
         txn.put_sized(b"quarantine", name, waste)
         txn.count("quarantined")
         return waste

@@ -15,7 +15,7 @@ import os
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +31,7 @@ from persist_cache.errors import (
 )
 from persist_cache.records import (
     BlobRecord,
+    BlobSize,
     Edge,
     EntryRecord,
     NamespaceRecord,
@@ -41,6 +42,7 @@ from persist_cache.records import (
     recency_key,
     unpack_counter,
     unpack_number,
+    unpack_numbers,
 )
 
 SCHEMA_VERSION = 1
@@ -140,9 +142,8 @@ class Reader:
         return found
 
     def edges(self) -> Iterator[tuple[bytes, Edge]]:
-        with self._txn.cursor(db=self._db[b"edges"]) as cursor:
-            for key, value in cursor:
-                yield bytes(key), Edge.unpack(value)
+        keys, values = self._table(b"edges")
+        return zip(map(bytes, keys), map(Edge.unpack, values), strict=True)
 
     def parent_key(self, node: int) -> bytes | None:
         """Key of the edge that leads to `node`; None for a root."""
@@ -150,22 +151,29 @@ class Reader:
         return None if raw is None else bytes(raw)
 
     def parents(self) -> Iterator[tuple[int, bytes]]:
-        with self._txn.cursor(db=self._db[b"parents"]) as cursor:
-            for key, value in cursor:
-                yield unpack_number(key), bytes(value)
+        keys, values = self._table(b"parents")
+        return zip(unpack_numbers(keys), map(bytes, values), strict=True)
 
     def blob(self, number: int) -> BlobRecord | None:
         raw = self._txn.get(pack_number(number), db=self._db[b"blobs"])
         return None if raw is None else BlobRecord.unpack(raw)
 
     def blobs(self) -> Iterator[tuple[int, BlobRecord]]:
-        with self._txn.cursor(db=self._db[b"blobs"]) as cursor:
-            for key, value in cursor:
-                yield unpack_number(key), BlobRecord.unpack(value)
+        keys, values = self._table(b"blobs")
+        return zip(unpack_numbers(keys), map(BlobRecord.unpack, values), strict=True)
+
+    def blob_sizes(self) -> Iterator[tuple[int, BlobSize]]:
+        """The part of every blob's record that tells what its rows take."""
+        keys, values = self._table(b"blobs")
+        return zip(unpack_numbers(keys), map(BlobSize.unpack, values), strict=True)
 
     def blob_number(self, name: bytes) -> int | None:
         raw = self._txn.get(name, db=self._db[b"names"])
         return None if raw is None else unpack_number(raw)
+
+    def names(self) -> Iterator[tuple[bytes, int]]:
+        keys, values = self._table(b"names")
+        return zip(map(bytes, keys), unpack_numbers(values), strict=True)
 
     def tokens(self, blob: int, first_row: int, rows: int) -> bytes:
         """Packed tokens of rows `[first_row, first_row + rows)` of a blob."""
@@ -177,9 +185,8 @@ class Reader:
         return None if raw is None else EntryRecord.unpack(raw)
 
     def entries(self) -> Iterator[tuple[int, EntryRecord]]:
-        with self._txn.cursor(db=self._db[b"entries"]) as cursor:
-            for key, value in cursor:
-                yield unpack_number(key), EntryRecord.unpack(value)
+        keys, values = self._table(b"entries")
+        return zip(unpack_numbers(keys), map(EntryRecord.unpack, values), strict=True)
 
     def entries_from(self, low: int) -> Iterator[int]:
         """Entry numbers from `low` upwards: how a short id is completed."""
@@ -226,6 +233,12 @@ class Reader:
         """Why an entry is no longer here, if that is remembered."""
         raw = self._txn.get(pack_number(entry), db=self._db[b"departed"])
         return None if raw is None else SizedRecord.unpack(raw)
+
+    def _table(self, database: bytes) -> tuple[Sequence[memoryview], Sequence[memoryview]]:
+        """All keys and all values of a sub-database; valid until something is written."""
+        with self._txn.cursor(db=self._db[database]) as cursor:
+            keys, values = tuple(zip(*cursor, strict=True)) or ((), ())
+        return keys, values
 
     def size_of(self, database: bytes) -> int:
         """Number of records in a sub-database."""

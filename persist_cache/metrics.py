@@ -13,9 +13,9 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from persist_cache.cache import PromptCacheStats
 from persist_cache.catalog import StoreStats
 from persist_cache.entry import TIER_LABELS
+from persist_cache.tally import PromptCacheStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 

@@ -115,7 +115,7 @@ def _inspect(name: str, path: Path) -> _Found | None:
     """Read a blob's header and tokens; None for anything that cannot be trusted.
 
     Raises:
-        StoreError: The process ran short of something. Left out, a sound file would be an orphan.
+        StoreError: It could not be read for now. Left out, a sound file would be an orphan.
     """
     try:
         with BlobReader(path) as reader:

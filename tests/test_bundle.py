@@ -738,6 +738,24 @@ def test_checkpoints_that_do_not_fit(good: Path, tmp_path: Path, changes: dict[s
     refused(good)
 
 
+def test_runs_of_two_models_do_not_mix(
+    store: Store, ids: dict[str, str], file: Path, tmp_path: Path
+) -> None:
+    """Same tokens, same digests, but the first rows are another model's."""
+    export(store, [ids["base"], put(store, BASE, model="w1")], file)
+    parts = Parts.of(file)
+    one, other = parts.manifest["entries"]
+    parts.rewrite_header(one["runs"][1], tmp_path, parent=other["runs"][0])
+    one["runs"][0] = other["runs"][0]
+    names = sorted(parts.blobs, key=lambda name: name != other["runs"][0])
+    parts.blobs = {name: parts.blobs[name] for name in names}
+    parts.manifest["blobs"].sort(key=lambda section: section["name"] != other["runs"][0])
+    parts.seal()
+    parts.write(file)
+
+    assert "another model" in refused(file)
+
+
 def shaped(name: str, dtype: str, *shape: int) -> Tensor:
     count = int(np.prod(shape)) * (8 if dtype == "I64" else 2)
     return Tensor(name, dtype, shape, [memoryview(bytes(count))])

