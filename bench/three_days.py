@@ -13,11 +13,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from bench.common import REPOSITORY, machine, machine_line
+from bench.common import REPOSITORY, Table, machine, machine_line, say
 from bench.gemma3 import gemma3
 from persist_cache import PersistCacheError
 from persist_cache.warm import common_prefix, load_tokenizer
@@ -27,10 +28,10 @@ from persist_cache_cli.demo.prompt import system_text
 DAYS = ("Monday, 2 March 2026", "Tuesday, 3 March 2026", "Wednesday, 4 March 2026")
 QUESTIONS = (
     "What is the capital of France?",
-    "How many days are there in a week?",
+    "What is the capital of Spain?",
     "What is the capital of Italy?",
 )
-EXPECTED = ("Paris", "7", "Rome")
+EXPECTED = ("Paris", "Madrid", "Rome")
 # The model is a pretrained one: it continues a text and knows no chat template.
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -80,33 +81,205 @@ def main() -> int:
         prog="scripts/three_days",
         description="Show that a system prompt which ends in the date hits on the third day.",
     )
-    parser.add_argument("--no-stock", action="store_true", help="do not run mlx_lm.server itself")
-    options = parser.parse_args()
+    parser.parse_args()
     try:
         model = gemma3(lambda text: print(text, file=sys.stderr, flush=True))
         tokenizer = load_tokenizer(str(model))
-    except PersistCacheError as error:
+        shared = common_prefix(*(_prompt(tokenizer, day) for day in range(len(DAYS))))
+        print("Gemma 3 270M, float32: 15 layers with a window of 512 tokens, 3 without a window.")
+        blas = "with OpenBLAS" if find_openblas() else "without OpenBLAS"
+        print(f"{machine_line(machine())}; {blas}.")
+        print(f"A server for each day; the three prompts share their first {shared} tokens.\n")
+        with tempfile.TemporaryDirectory(prefix="persist-cache-days-") as made:
+            ours, stock = measure(model, Path(made))
+    except (PersistCacheError, ServerError) as error:
         sys.exit(f"Error: {error}")
-    prompts = [
+    print(Table("persist-cache serve", COLUMNS, _rows(ours)).markdown(), end="\n\n")
+    note = "One process for all days: this server keeps nothing when it ends."
+    print(Table("mlx_lm.server", COLUMNS, _rows(stock), note).markdown(), end="\n\n")
+    verdicts = judge(ours, stock, shared)
+    for holds, sentence in verdicts:
+        print("holds " if holds else "FAILS ", sentence)
+    return 0 if all(holds for holds, _ in verdicts) else 1
+
+
+def measure(model: Path, folder: Path) -> tuple[list[Answer], list[Answer]]:
+    """Live through the days with our server, restarted each night, then with upstream's."""
+    store = str(folder / "store")
+    command = ["persist_cache_cli", "--store", store, "serve", "--min-free", "0"]
+    ours = []
+    for day in range(len(DAYS)):
+        say(f"day {day + 1}")
+        with server(command, model, folder / "serve.log") as port:
+            ours.append(ask(port, day))
+    say("the same with mlx_lm.server")
+    with server(["mlx_lm", "server"], model, folder / "stock.log") as port:
+        stock = [ask(port, day) for day in range(len(DAYS))]
+    say("")
+    return ours, stock
+
+
+def judge(ours: Sequence[Answer], stock: Sequence[Answer], shared: int) -> list[tuple[bool, str]]:
+    """Return what has to be true, each with whether it is."""
+    third, reference = ours[-1], stock[-1]
+    texts = [(mine.text, other.text) for mine, other in zip(ours, stock, strict=True)]
+    return [
+        (
+            third.cached_tokens >= MIN_REUSED * shared and third.header.startswith("disk"),
+            f"the third day takes {third.cached_tokens} of the {shared} shared tokens from disk",
+        ),
+        (
+            # Were it to reuse anything, it would be no reference for a server without a cache.
+            reference.cached_tokens == 0,
+            f"mlx_lm.server reuses {reference.cached_tokens} tokens on the third day",
+        ),
+        (
+            all(mine == other for mine, other in texts),
+            f"all answers are mlx_lm.server's, {MAX_TOKENS} greedy tokens each",
+        ),
+        (
+            all(
+                expected in mine.splitlines()[0]
+                for expected, (mine, _) in zip(EXPECTED, texts, strict=True)
+            ),
+            "and they are right: " + ", ".join(mine.splitlines()[0].strip() for mine, _ in texts),
+        ),
+    ]
+
+
+COLUMNS = ("Day", "Prompt tokens", "Cached tokens", "x-persist-cache", "First token", "Sooner")
+
+
+def _rows(answers: Sequence[Answer]) -> list[list[str]]:
+    first = answers[0].first_token_s
+    return [
+        [
+            day,
+            str(answer.prompt_tokens),
+            str(answer.cached_tokens),
+            answer.header or "–",
+            f"{answer.first_token_s:.2f} s",
+            f"{first / answer.first_token_s:.1f} ×",
+        ]
+        for day, answer in zip(DAYS, answers, strict=True)
+    ]
+
+
+def _prompt(tokenizer: Any, day: int) -> list[int]:
+    return list(
         tokenizer.apply_chat_template(
             messages(day), chat_template=TEMPLATE, add_generation_prompt=True
         )
-        for day in range(len(DAYS))
+    )
+
+
+# --- servers -------------------------------------------------------------------------------------
+
+
+class ServerError(RuntimeError):
+    """A server did not start, answer or end as it must."""
+
+
+@contextmanager
+def server(command: Sequence[str], model: Path, log: Path) -> Iterator[int]:
+    """Run `python -m COMMAND` on a free port, which is yielded; ended by SIGTERM."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    # fmt: off
+    arguments = [
+        sys.executable, "-m", *command, "--model", str(model), "--port", str(port),
+        "--chat-template", TEMPLATE,
     ]
-    shared = common_prefix(*prompts)
-    blas = "with OpenBLAS" if find_openblas() else "without OpenBLAS"
-    print("Gemma 3 270M, float32: 15 layers with a window of 512 tokens, 3 without.")
-    print(f"{machine_line(machine())}; {blas}.")
-    print(f"The three prompts share their first {shared} tokens.\n")
-    with tempfile.TemporaryDirectory(prefix="persist-cache-days-") as made:
-        folder = Path(made)
-        store = ["-m", "persist_cache_cli", "--store", str(folder / "store"), "serve"]
-        ours = []
-        for day in range(len(DAYS)):
-            with server([*store, "--min-free", "0"], model, folder) as port:
-                ours.append(ask(port, day))
-            _show(day, ours[-1], ours[0])
-        # The stock server forgets all at its end, so it gets the three days in one process.
-        with server(["-m", "mlx_lm", "server"], model, folder) as port:
-            stock = [ask(port, day) for day in range(len(DAYS))]
-    return 0
+    # fmt: on
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            arguments,
+            cwd=REPOSITORY,
+            env=os.environ | preload_env(),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+        )
+    try:
+        _await_health(port, process)
+        yield port
+        process.terminate()
+        # Upstream has no handler for the signal, and ours ends in order.
+        if process.wait(STOP_S) not in (0, -signal.SIGTERM):
+            raise ServerError(f"it ended with status {process.returncode}")
+    except (OSError, ValueError, http.client.HTTPException, subprocess.TimeoutExpired) as error:
+        raise ServerError(_said(command, str(error), log)) from error
+    except ServerError as error:
+        raise ServerError(_said(command, str(error), log)) from error
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def _said(command: Sequence[str], problem: str, log: Path) -> str:
+    end = log.read_text(errors="replace")[-2000:]
+    return f"{command[0]}: {problem}; the end of what it printed:\n{end}"
+
+
+def _await_health(port: int, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + START_S
+    while process.poll() is None:
+        with suppress(OSError, http.client.HTTPException):
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+            with closing(connection):
+                connection.request("GET", "/health")
+                if connection.getresponse().status == 200:
+                    return
+        if time.monotonic() > deadline:
+            raise ServerError(f"it was not healthy within {START_S:.0f} s")
+        time.sleep(0.1)
+    raise ServerError("it did not start")
+
+
+def ask(port: int, day: int) -> Answer:
+    """Ask one day's question, greedily, and take the time until the answer begins.
+
+    Raises:
+        ServerError: There was no such answer.
+    """
+    body = {
+        "messages": messages(day),
+        "max_tokens": MAX_TOKENS,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=ANSWER_S)) as connection:
+        started = time.monotonic()
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
+        response = connection.getresponse()
+        if response.status != 200:
+            raise ServerError(f"status {response.status}: {response.read()[:500]!r}")
+        text, usage, first_token_s = "", None, 0.0
+        for line in response:
+            name, _, data = line.decode().strip().partition(": ")
+            if name != "data" or data == "[DONE]":
+                continue
+            event = json.loads(data)
+            usage = event.get("usage") or usage
+            for choice in event["choices"]:
+                piece = choice["delta"].get("content")
+                if piece:
+                    first_token_s = first_token_s or time.monotonic() - started
+                    text += piece
+    if usage is None or not text.strip():
+        raise ServerError("it sent an answer without text or usage")
+    return Answer(
+        text=text,
+        prompt_tokens=usage["prompt_tokens"],
+        cached_tokens=usage["prompt_tokens_details"]["cached_tokens"],
+        header=response.headers.get("x-persist-cache", ""),
+        first_token_s=first_token_s,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from persist_cache.entry import Entry, Tier
-from persist_cache.records import NO_BLOB, NO_ENTRY
+from persist_cache.records import NO_ENTRY
 from persist_cache.survey import Survey
 
 MAX_CHAIN = 100
@@ -116,11 +116,10 @@ def _exclusive_bytes(survey: Survey) -> dict[str, int]:
     catalog = survey._catalog
     below: dict[int, int] = {}
     for record in catalog.records.values():
-        if record.checkpoint != NO_BLOB:
-            below[record.node] = catalog.blobs[record.checkpoint].disk_bytes
+        below[record.node] = catalog.checkpoint_bytes(record)
     for node in reversed(catalog.order):
-        parent, edge = catalog.edges[node]
-        below[node] = below.get(node, 0) + catalog.share(edge)
+        parent, _ = catalog.edges[node]
+        below[node] = below.get(node, 0) + catalog.shares[node]
         below[parent] = below.get(parent, 0) + below[node]
     found = {}
     for entry in survey.entries:
@@ -130,7 +129,7 @@ def _exclusive_bytes(survey: Survey) -> dict[str, int]:
             parent = catalog.edges[top][0]
             if parent not in catalog.edges or catalog.users[parent] != catalog.users[node]:
                 break
-            nbytes += catalog.share(catalog.edges[parent][1])
+            nbytes += catalog.shares[parent]
             top = parent
         found[entry.id] = nbytes
     return found
@@ -142,14 +141,11 @@ def _added_bytes(survey: Survey) -> dict[str, int]:
     found = {}
     for entry in survey.entries:
         record = catalog.records[int(entry.id, 16)]
-        nbytes = 0
-        if record.checkpoint != NO_BLOB:
-            nbytes = catalog.blobs[record.checkpoint].disk_bytes
+        nbytes = catalog.checkpoint_bytes(record)
         node = record.node
         while node in catalog.edges:
-            parent, edge = catalog.edges[node]
-            nbytes += catalog.share(edge)
-            node = parent
+            nbytes += catalog.shares[node]
+            node = catalog.edges[node][0]
             if node in catalog.edges and catalog.edges[node][1].entry != NO_ENTRY:
                 break
         found[entry.id] = nbytes

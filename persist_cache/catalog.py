@@ -5,8 +5,8 @@ One pass over the index, however many entries there are; no file is opened.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 
 from msgspec import Struct
 
@@ -17,9 +17,7 @@ from persist_cache.index import Reader
 from persist_cache.records import (
     NO_BLOB,
     NO_ENTRY,
-    Edge,
     EntryRecord,
-    edge_parent,
     entry_id,
 )
 
@@ -71,13 +69,20 @@ class Catalog:
         self._fingerprints = {
             number: key[:32].hex() for number, (key, _) in self.namespaces.items()
         }
-        self.blobs = dict(txn.blobs())
+        self.blobs = dict(txn.blob_sizes())
         self.records = dict(txn.entries())
-        self.edges = {edge.node: (edge_parent(key), edge) for key, edge in txn.edges()}
+        self.edges = {edge.node: (parent, edge) for parent, edge in txn.links()}
         """Per node the node above it, and the edge between them."""
-        self.order = sorted(self.edges, key=self._depth)
+        self.shares: dict[int, int] = {}
+        """Per node the part of a file that belongs to the edge above it, by rows."""
+        depths: dict[int, int] = {}
+        for node, (_, edge) in self.edges.items():
+            num_tokens, start, disk_bytes = self.blobs[edge.blob]
+            self.shares[node] = disk_bytes * edge.rows // (num_tokens or 1)
+            depths[node] = start + edge.first_row
+        self.order = sorted(depths, key=depths.__getitem__)
         """Nodes with edges, each behind the one above it."""
-        self.users = self.count_users(lambda entry: True)
+        self.users = self.count_users()
         self._sums = self._add_up()
 
     def entries(self) -> list[Entry]:
@@ -85,47 +90,34 @@ class Catalog:
         return [self.entry(number, record) for number, record in self.records.items()]
 
     def entry(self, number: int, record: EntryRecord) -> Entry:
-        own, shared, _ = self._sums[record.node]
-        if record.checkpoint != NO_BLOB:
-            own += self.blobs[record.checkpoint].disk_bytes
-        parent = self._sums[self.edges[record.node][0]][2]
-        return Entry(
-            id=entry_id(number),
+        return make_entry(
+            number,
+            record,
             fingerprint=self._fingerprints.get(record.namespace, ""),
-            tier=record.tier,
-            num_tokens=record.num_tokens,
-            own_bytes=own,
-            shared_bytes=shared,
-            created=record.created_us / 1e6,
-            last_use=record.last_use_us / 1e6,
-            hits=record.hits,
-            saved_s=record.saved_s,
-            prefill_s=record.prefill_s,
-            pinned=record.pinned,
-            expires=record.expires or None,
-            label=record.label,
-            parent=None if parent == NO_ENTRY else entry_id(parent),
+            own_bytes=self.own_bytes(record),
+            shared_bytes=self._sums[record.node][1],
+            parent=self._sums[self.edges[record.node][0]][2],
         )
 
-    def count_users(self, counts: Callable[[int], bool]) -> Counter[int]:
-        """Entries at or below each node for which `counts` is true of their number."""
-        users: Counter[int] = Counter()
+    def own_bytes(self, record: EntryRecord) -> int:
+        """Bytes of files that only this entry needs."""
+        return self._sums[record.node][0] + self.checkpoint_bytes(record)
+
+    def checkpoint_bytes(self, record: EntryRecord) -> int:
+        if record.checkpoint == NO_BLOB:
+            return 0
+        return self.blobs[record.checkpoint].disk_bytes
+
+    def count_users(self, without: Collection[int] = ()) -> dict[int, int]:
+        """Entries at or below each node, those `without` left out."""
+        users = dict.fromkeys(self.edges, 0)
+        users |= dict.fromkeys((record.root for _, record in self.namespaces.values()), 0)
         for node in reversed(self.order):
             parent, edge = self.edges[node]
-            if edge.entry != NO_ENTRY and counts(edge.entry):
+            if edge.entry != NO_ENTRY and edge.entry not in without:
                 users[node] += 1
-            if users[node]:
-                users[parent] += users[node]
+            users[parent] += users[node]
         return users
-
-    def share(self, edge: Edge) -> int:
-        """The part of a file that belongs to an edge, by rows."""
-        blob = self.blobs[edge.blob]
-        return blob.disk_bytes * edge.rows // (blob.num_tokens or 1)
-
-    def _depth(self, node: int) -> int:
-        edge = self.edges[node][1]
-        return self.blobs[edge.blob].start + edge.first_row
 
     def _add_up(self) -> dict[int, tuple[int, int, int]]:
         """Per node: bytes above it that one entry needs, that several share; the last entry."""
@@ -134,11 +126,40 @@ class Catalog:
             parent, edge = self.edges[node]
             own, shared, above = sums[parent]
             if self.users[node] == 1:
-                own += self.share(edge)
+                own += self.shares[node]
             else:
-                shared += self.share(edge)
+                shared += self.shares[node]
             sums[node] = own, shared, edge.entry or above
         return sums
+
+
+def make_entry(
+    number: int,
+    record: EntryRecord,
+    *,
+    fingerprint: str,
+    own_bytes: int,
+    shared_bytes: int,
+    parent: int,
+) -> Entry:
+    """An entry as people see it; `parent` is the number of the one that it continues."""
+    return Entry(
+        id=entry_id(number),
+        fingerprint=fingerprint,
+        tier=record.tier,
+        num_tokens=record.num_tokens,
+        own_bytes=own_bytes,
+        shared_bytes=shared_bytes,
+        created=record.created_us / 1e6,
+        last_use=record.last_use_us / 1e6,
+        hits=record.hits,
+        saved_s=record.saved_s,
+        prefill_s=record.prefill_s,
+        pinned=record.pinned,
+        expires=record.expires or None,
+        label=record.label,
+        parent=None if parent == NO_ENTRY else entry_id(parent),
+    )
 
 
 def store_stats(disk: Disk, catalog: Catalog | None = None) -> StoreStats:
@@ -156,14 +177,13 @@ def store_stats(disk: Disk, catalog: Catalog | None = None) -> StoreStats:
         written_bytes = txn.counter("written_bytes")
         number_of_blobs = txn.size_of(b"blobs")
         today = txn.counter(written_today(disk.clock()))
-    entries = catalog.entries()
-    sums: defaultdict[Tier, list[int]] = defaultdict(lambda: [0, 0])
-    for entry in entries:
-        sums[entry.tier][0] += 1
-        sums[entry.tier][1] += entry.own_bytes
+    sums = {tier: [0, 0] for tier in Tier}
+    for record in catalog.records.values():
+        sums[record.tier][0] += 1
+        sums[record.tier][1] += catalog.own_bytes(record)
     return StoreStats(
         path=str(disk.root),
-        entries=len(entries),
+        entries=len(catalog.records),
         blobs=number_of_blobs,
         usage=usage,
         max_bytes=disk.limits.max_bytes,

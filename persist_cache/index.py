@@ -145,6 +145,11 @@ class Reader:
         keys, values = self._table(b"edges")
         return zip(map(bytes, keys), map(Edge.unpack, values), strict=True)
 
+    def links(self) -> Iterator[tuple[int, Edge]]:
+        """Every edge with the node above it."""
+        keys, values = self._table(b"edges")
+        return zip(unpack_numbers([key[:8] for key in keys]), map(Edge.unpack, values), strict=True)
+
     def parent_key(self, node: int) -> bytes | None:
         """Key of the edge that leads to `node`; None for a root."""
         raw = self._txn.get(pack_number(node), db=self._db[b"parents"])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import xxhash
+from msgspec.structs import replace
 
 from persist_cache.blobs import BlobHeader, BlobReader, Tensor, header_bytes
 from persist_cache.bundle.container import END, checksum_text, member_header, padding

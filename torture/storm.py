@@ -29,7 +29,6 @@ from torture.judge import ROOMY, Judge, Verdict, bytes_below
 TIGHT = 1_500_000
 _ROUNDS_PER_STORE = 6
 _SMALL_DISK = 3_000_000
-_DEADLY = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT)
 T = TypeVar("T")
 
 
@@ -43,6 +42,8 @@ class Report:
     compared: int = 0
     demanded: int = 0
     highest_share: float = 0.0
+    soak_bytes: int = 0
+    soak_written: int = 0
     index_deaths: int = 0
     damages: Counter[str] = field(default_factory=Counter)
     scenarios: Counter[str] = field(default_factory=Counter)
@@ -167,8 +168,11 @@ class Storm:
             done = None
             hurt: frozenset[str] | None = frozenset()
             # A full disk is judged as it is; the judge could not mend it there.
-            if self._dice.random() < 0.6 and scenario != "full disk":
+            harmed = self._dice.random() < 0.6 and scenario != "full disk"
+            if harmed and self._breaks in ("", "checksum"):
                 kind = self._dice.choice(damage.KINDS)
+                if "index" in kind and not self._judge(setting, "", hurt, index_lost, False, where):
+                    return  # why an entry has left is forgotten with the index: ask before
                 if self._breaks == "checksum":
                     kind = "flipped bit"
                 seed = self._dice.getrandbits(64)

@@ -1,0 +1,184 @@
+"""The command line of the torture: phases, the table, and the verdict as exit status."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+from torture import broken, scenes, steps
+from torture.storm import Report, Storm, in_child
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Torture a store; returns 0 when every promise held."""
+    options = _options(arguments)
+    logging.disable(logging.CRITICAL)  # every repair is announced, thousands of times
+    folder = Path(tempfile.mkdtemp(prefix="persist-cache-torture-", dir=options.folder))
+    report = Report()
+    started = time.monotonic()
+    try:
+        faults = _run(options, folder, report, started)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    seconds = time.monotonic() - started
+    if options.json:
+        print(json.dumps(_as_json(options, report, faults, seconds), indent=2))
+    else:
+        _print(options, report, faults, seconds)
+    return 1 if report.findings else 0
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="scripts/torture", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a minute, for CI")
+    parser.add_argument("--minutes", type=float, help="end the rounds of kills after this long")
+    parser.add_argument("--kills", type=int, help="processes to kill at least")
+    parser.add_argument("--faults", type=int, help="faults to inject step by step")
+    parser.add_argument("--seed", type=int, default=1, help="decides all but the scheduling")
+    parser.add_argument("--folder", help="where stores are made; default: memory, if there is any")
+    parser.add_argument("--break", dest="breaks", choices=sorted(broken.BREAKS), default="",
+                        help="break the store on purpose; the torture has to notice")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args(arguments)
+    if options.folder is None and os.access("/dev/shm", os.W_OK):
+        # A killed process loses nothing that the system has, so a slow disk would prove no more.
+        options.folder = "/dev/shm"
+    quick = (1.0, 150, 900) if options.quick else (30.0, 1200, 10_000)
+    for name, value in zip(("minutes", "kills", "faults"), quick, strict=True):
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    return options
+
+
+def _run(
+    options: argparse.Namespace, folder: Path, report: Report, started: float
+) -> steps.Tried:
+    """All phases; a broken build only has to be caught, so its run ends with the first finding."""
+    tried = steps.Tried()
+    late = started + 60 * options.minutes
+    if options.breaks:
+        Storm(folder, options.seed, report, options.breaks).run(
+            lambda: not report.findings and time.monotonic() < late
+        )
+        return tried
+    _say("death at every step of every operation")
+    _add(report, tried, in_child(lambda: steps.run_deaths(_made(folder, "deaths"), options.seed)))
+    _say(f"{options.faults} faults, one step at a time")
+    _add(
+        report,
+        tried,
+        in_child(
+            lambda: steps.run(
+                _made(folder, "steps"), options.seed, lambda n: n >= options.faults
+            )
+        ),
+    )
+    _say("a read-only disk, an unknown version, a soak at 200 MB")
+    scenes.read_only_disk(folder, report)
+    scenes.unknown_schema(folder, report)
+    scenes.soak(folder, report, 3.0 if options.quick else 30.0)
+    _say(f"processes killed at random, until {options.kills} are dead")
+    Storm(folder, options.seed, report).run(
+        lambda: report.kills < options.kills and time.monotonic() < late
+    )
+    return tried
+
+
+def _made(folder: Path, name: str) -> Path:
+    (folder / name).mkdir()
+    return folder / name
+
+
+def _say(what: str) -> None:
+    print(f"... {what}", file=sys.stderr, flush=True)
+
+
+def _add(report: Report, tried: steps.Tried, more: steps.Tried) -> None:
+    tried.kinds += more.kinds
+    tried.operations += more.operations
+    tried.kills += more.kills
+    report.kills += more.kills
+    report.findings += more.findings
+
+
+def _as_json(
+    options: argparse.Namespace, report: Report, tried: steps.Tried, seconds: float
+) -> dict[str, object]:
+    return {
+        "machine": f"{os.cpu_count()}-core {platform.machine()}, {platform.system()}",
+        "seed": options.seed,
+        "seconds": round(seconds, 1),
+        "broken": options.breaks,
+        "kills": report.kills,
+        "faults": report.faults.total() + tried.kinds.total() + report.damages.total(),
+        "storms": {**asdict(report), "skipped": sorted(report.skipped)},
+        "steps": {"faults": tried.kinds, "operations": tried.operations, "kills": tried.kills},
+        "findings": report.findings,
+    }
+
+
+def _print(
+    options: argparse.Namespace, report: Report, tried: steps.Tried, seconds: float
+) -> None:
+    machine = f"{os.cpu_count()}-core {platform.machine()}, {platform.system()}"
+    print(f"{machine}; {seconds:.0f} s; seed {options.seed}; Python {platform.python_version()}")
+    if options.breaks:
+        print(f"The store was broken on purpose: {options.breaks}.")
+    total = report.faults.total() + tried.kinds.total() + report.damages.total()
+    rows: list[tuple[str, object]] = [
+        ("processes killed", report.kills),
+        ("  at a given step of an operation", tried.kills),
+        ("  at a random moment", report.kills - tried.kills),
+        ("faults injected", total),
+        ("  one step at a time", tried.kinds.total()),
+        ("  at random, in processes that share a store", report.faults.total()),
+        ("  damage to files between rounds", report.damages.total()),
+        ("rounds judged", report.rounds),
+        ("stores opened by the workers", report.work["opened"]),
+        ("entries stored", report.work["puts"]),
+        ("fetches served and compared by the workers", report.work["served"]),
+        ("fetches compared by the judge", report.compared),
+        ("entries demanded, and there", report.demanded),
+        ("samples of the bytes on disk", report.samples),
+        ("  highest share of a tight budget", f"{report.highest_share:.1%}"),
+        ("  most bytes during the soak at 200 MB", report.soak_bytes),
+        ("  bytes written during the soak", report.soak_written),
+        ("processes that a damaged page of LMDB took down", report.index_deaths),
+    ]
+    _table(rows)
+    for title, counts in (
+        ("fault", tried.kinds + report.faults),
+        ("operation cut at every step", tried.operations),
+        ("damage", report.damages),
+        ("scenario", report.scenarios),
+        ("entry gone for a reason", report.excused),
+        ("problem that check named and repair mended", report.repaired),
+    ):
+        print(f"\n{title}")
+        _table(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+    for skipped in sorted(report.skipped):
+        print(f"\nskipped: {skipped}")
+    print(f"\nbroken promises: {len(report.findings)}")
+    for finding, count in list(Counter(report.findings).items())[:10]:
+        print(f"- {finding}" + (f" ({count} times)" if count > 1 else ""))
+
+
+def _table(rows: Iterable[tuple[str, object]]) -> None:
+    for name, value in rows:
+        text = f"{value:,}" if isinstance(value, int) else str(value)
+        print(f"  {name:<52}{text:>14}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""Situations that need a stage of their own: a disk that turns read-only, a soak at 200 MB."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from persist_cache.blobs import Payload, Tensor
+from persist_cache.errors import StoreError, StoreFormatError, StoreFullError
+from persist_cache.records import pack_counter
+from persist_cache.store import Store
+from tests.fakes import fetched, fingerprint, put
+from torture import broken
+from torture.judge import bytes_below
+from torture.storm import Report, in_child, mount
+
+SOAK_BYTES = 200_000_000
+
+
+def read_only_disk(folder: Path, report: Report) -> None:
+    """A file system remounted read-only serves on, takes nothing, and takes again afterwards."""
+    point = folder / "read-only"
+    point.mkdir()
+    if not mount(point, 8_000_000):
+        report.skipped.add("read-only disk: no file system could be mounted")
+        return
+    root = point / "store"
+
+    def writes(token: int) -> bool:
+        try:
+            with Store.open(root, min_free_bytes=0) as store:
+                put(store, [token] * 20)
+                return fetched(store, [token] * 20) == 20
+        except StoreError:
+            return False
+
+    def reads() -> bool:
+        with Store.open(root, read_only=True) as store:
+            return fetched(store, [1] * 20) == 20 and store.check(read_data=True) == []
+
+    try:
+        steps = [in_child(lambda: writes(1))]
+        subprocess.run(["mount", "-o", "remount,ro", str(point)], check=True)
+        steps += [in_child(reads), not in_child(lambda: writes(2))]
+        subprocess.run(["mount", "-o", "remount,rw", str(point)], check=True)
+        steps += [in_child(reads), in_child(lambda: writes(3))]
+        report.scenarios["read-only disk"] += 1
+        if not all(steps):
+            report.findings.append(f"read-only disk: {steps}")
+    finally:
+        subprocess.run(["umount", str(point)], check=False)
+
+
+def unknown_schema(folder: Path, report: Report) -> None:
+    """An index of another version is refused, and not touched."""
+    root = folder / "schema"
+
+    def act() -> bool:
+        with Store.open(root, min_free_bytes=0) as store:
+            put(store, [1, 2, 3])
+            store._disk.index.update(lambda txn: txn.set_meta("schema", pack_counter(99)))
+        before = (root / "data.mdb").read_bytes()
+        try:
+            Store.open(root, min_free_bytes=0).close()
+        except StoreFormatError:
+            return (root / "data.mdb").read_bytes() == before
+        return False
+
+    report.scenarios["unknown schema"] += 1
+    if not in_child(act):
+        report.findings.append("an index of an unknown version was not refused")
+
+
+@dataclass
+class _Bulk:
+    """Rows by the megabyte: what they hold is checked elsewhere."""
+
+    num_tokens: int
+    layout: str = '{"bulk":1}'
+    complete: bool = True
+
+    def rows(self, start: int, end: int) -> Payload:
+        rows = np.full((1, 2, end - start, 1024), start, dtype=np.int64)
+        return Payload([Tensor("layers.0.keys", "I64", rows.shape, [rows.data.cast("B")])])
+
+    def checkpoint(self) -> Payload | None:
+        return None
+
+
+def soak(folder: Path, report: Report, seconds: float, breaks: str = "") -> None:
+    """Two processes write without pause into 200 MB; the bytes on disk are counted all the time."""
+    root = folder / "soak"
+    children = [_forked(lambda n=n: _write_bulk(root, n, breaks)) for n in range(2)]
+    end = time.monotonic() + seconds
+    worst = 0
+    try:
+        while time.monotonic() < end:
+            taken = _frozen(children, lambda: bytes_below(root))
+            worst = max(worst, taken)
+            report.samples += 1
+            if taken > SOAK_BYTES:
+                report.findings.append(f"soak: {taken} bytes on disk, the budget is {SOAK_BYTES}")
+                break
+            time.sleep(0.01)
+    finally:
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+    report.kills += len(children)
+    report.soak_bytes = worst
+    report.scenarios["soak at 200 MB"] += 1
+    report.soak_written = in_child(lambda: _written(root))
+
+
+def _written(root: Path) -> int:
+    with Store.open(root, max_bytes=SOAK_BYTES, min_free_bytes=0) as store:
+        return store.stats().written_bytes
+
+
+def _write_bulk(root: Path, seed: int, breaks: str) -> None:
+    broken.install(breaks)
+    model = fingerprint()
+    number = 0
+    while True:
+        with Store.open(root, max_bytes=SOAK_BYTES, min_free_bytes=0) as store:
+            for _ in range(50):
+                number += 1
+                tokens = [seed, number, *range(30 + 97 * number % 400)]
+                try:
+                    store.put(model, tokens, _Bulk(len(tokens)))
+                except StoreFullError as error:
+                    if "in use" not in str(error):
+                        raise
+
+
+def _forked(function: Callable[[], None]) -> int:
+    child = os.fork()
+    if child == 0:
+        try:
+            function()
+        finally:
+            os._exit(3)
+    return child
+
+
+def _frozen(children: Sequence[int], look: Callable[[], int]) -> int:
+    """Look while all `children` are stopped."""
+    for child in children:
+        os.kill(child, signal.SIGSTOP)
+        os.waitpid(child, os.WUNTRACED)
+    try:
+        return look()
+    finally:
+        for child in children:
+            os.kill(child, signal.SIGCONT)
