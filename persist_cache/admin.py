@@ -34,8 +34,8 @@ from persist_cache.describe import (
     details_json,
     entry_json,
     explanation_json,
+    mark_json,
     order,
-    pin_json,
     removal_json,
     server_json,
     short_entry_ids,
@@ -49,7 +49,15 @@ from persist_cache.explain import explain
 from persist_cache.fingerprint import Fingerprint
 from persist_cache.incoming import RefusedError, check_chat, decode_object
 from persist_cache.store import Store
-from persist_cache.survey import Survey, find_departed, find_ids, quarantined, tokens_of
+from persist_cache.survey import (
+    Survey,
+    details_of,
+    find_departed,
+    find_ids,
+    quarantined,
+    short_id,
+    tokens_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -307,7 +315,7 @@ class Admin:
         shown = chosen[offset : offset + limit]
         return json_response(
             {
-                "entries": [entry_json(view.survey, entry, view.short) for entry in shown],
+                "entries": [view.entry_json(entry) for entry in shown],
                 "total": len(chosen),
                 "offset": offset,
                 "limit": limit,
@@ -336,7 +344,7 @@ class Admin:
             said["branch"] = first
             said["entries"] = [
                 {
-                    **entry_json(view.survey, entry, view.short),
+                    **view.entry_json(entry),
                     "added_bytes": tree.added_bytes[entry.id],
                 }
                 for entry in chain
@@ -352,7 +360,7 @@ class Admin:
         branch = view.branches.branch(first)
         last, totals = branch.entries[-1], branch.totals
         return {
-            **entry_json(view.survey, branch.entries[0], view.short),
+            **view.entry_json(branch.entries[0]),
             "model_name": view.names.get(last.fingerprint, ""),
             "labels": list(dict.fromkeys(one.label for one in branch.entries if one.label))[:3],
             "last": last.id,
@@ -402,11 +410,13 @@ class Admin:
         return entry
 
     def _show(self, given: str, query: Mapping[str, str]) -> Response:
-        view = self._now()
-        entry = self._entry(view, given)
-        said = details_json(view.survey, view.survey.details(entry), view.short)
+        full, store = self._resolve(given), self._store()
+        details = details_of(store, full)
+        if details is None:
+            raise self._gone(full)
+        said = details_json(details, short_id(store, full))
         if _flag(query, "text"):
-            said["text"] = self._text(entry)
+            said["text"] = self._text(details.entry)
         return json_response(said)
 
     def _text(self, entry: Entry) -> str:
@@ -428,7 +438,7 @@ class Admin:
             self._store().pin(full, pinned)
         except KeyError:
             raise self._gone(full) from None
-        return json_response(pin_json(full, self._now().short.get(full, full), pinned))
+        return json_response(mark_json(full, self._now().short.get(full, full), pinned=pinned))
 
     def _evict(self, given: str, query: Mapping[str, str]) -> Response:
         view = self._now()
@@ -621,6 +631,9 @@ class _View:
         # Another store may be behind the same address tomorrow.
         self.tag = f'"{_SESSION}-{version}"'
         self._branches: Branches | None = None
+
+    def entry_json(self, entry: Entry) -> dict[str, Any]:
+        return entry_json(entry, self.survey.model_of(entry), self.short[entry.id])
 
     @property
     def branches(self) -> Branches:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import sys
 import threading
@@ -23,6 +24,7 @@ import mlx.core as mx
 import msgspec
 from mlx_lm import server as upstream
 
+from persist_cache.admin import Admin
 from persist_cache.cache import PromptCache
 from persist_cache.errors import PersistCacheError, StoreError
 from persist_cache.fingerprint import Identifier
@@ -45,6 +47,7 @@ SEAM = {
     ),
     "ResponseGenerator.stop_and_join": ("self",),
     "ModelProvider._load": ("self", "model_path", "adapter_path", "draft_model_path"),
+    "APIHandler.handle_completion": ("self", "request", "stop_words"),
     "APIHandler._set_completion_headers": ("self", "status_code"),
     "APIHandler._set_stream_headers": ("self", "status_code"),
 }
@@ -92,6 +95,8 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
         self._fetches: deque[tuple[Sequence[int], Fetch]] = deque(maxlen=256)
         self._answering = threading.local()
         self._in_flight = 0
+        self.was_cut = False
+        self.admin: Admin | None = None
         self._changed = threading.Condition()
         super().__init__(model_provider, prompt_cache)
 
@@ -218,27 +223,21 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
         generation_args: Any,
         progress_callback: Callable[[int, int], None] | None = None,
     ) -> Any:
+        ctx, response = super().generate(request, generation_args, progress_callback)
+        self._answering.fetch = self._fetch_of(ctx)
+        return ctx, response
+
+    @contextlib.contextmanager
+    def in_flight(self) -> Iterator[None]:
+        """Count a request that is being answered: the end of the server waits for it."""
         with self._changed:
             self._in_flight += 1
         try:
-            ctx, response = super().generate(request, generation_args, progress_callback)
-        except BaseException:
-            self._finished()
-            raise
-        self._answering.fetch = self._fetch_of(ctx)
-
-        def counted() -> Iterator[Any]:
-            try:
-                yield from response
-            finally:
-                self._finished()
-
-        return ctx, counted()
-
-    def _finished(self) -> None:
-        with self._changed:
-            self._in_flight -= 1
-            self._changed.notify_all()
+            yield
+        finally:
+            with self._changed:
+                self._in_flight -= 1
+                self._changed.notify_all()
 
     def _fetch_of(self, ctx: Any) -> Fetch | None:
         """How the cache answered for this request.
@@ -288,6 +287,10 @@ class Provider(upstream.ModelProvider):  # type: ignore[misc]
 
 class Handler(Front, upstream.APIHandler):  # type: ignore[misc]
     """Upstream's HTTP handler behind our front, saying where the prompt's cache came from."""
+
+    def handle_completion(self, request: Any, stop_words: list[str]) -> None:
+        with self.response_generator.in_flight():
+            super().handle_completion(request, stop_words)
 
     def _set_completion_headers(self, status_code: int = 200) -> None:
         super()._set_completion_headers(status_code)
@@ -371,6 +374,7 @@ def _run(host: str, port: int, provider: Any, options: ServeOptions) -> None:
     )
     log.info("%s", _start_line(store, why_off, args.prompt_cache_size, memory_bytes, options))
     generator = Generator(provider, cache)
+    generator.admin = Admin(cache, token=options.admin_token, host=host, generator=generator)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         if mx.distributed.init().rank() == 0:
@@ -381,6 +385,12 @@ def _run(host: str, port: int, provider: Any, options: ServeOptions) -> None:
         cache.close()
         if store is not None:
             store.close()
+    if generator.was_cut:
+        # Threads of cut requests may still be inside of MLX, whose end would abort the process.
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def _listen(host: str, port: int, generator: Generator, grace_s: float) -> None:
@@ -390,6 +400,7 @@ def _listen(host: str, port: int, generator: Generator, grace_s: float) -> None:
         log.info("stopping: waiting up to %.0f s for running requests", grace_s)
         if not generator.drain(grace_s):
             log.warning("running requests were cut after %.0f s", grace_s)
+            generator.was_cut = True
         stop()
 
     generator.stop_and_join = drain_then_stop

@@ -462,7 +462,6 @@ def test_failures_tell_nothing_of_the_prompt(
 # ---- a real server -----------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=True, reason="serve() does not hand --admin-token on yet")
 def test_admin_token_of_the_command_line_is_asked_for(tmp_path: Path) -> None:
     with ServerProcess(
         None, tmp_path / "store", tmp_path, min_free_bytes=0, admin_token="s3cret"

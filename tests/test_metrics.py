@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -85,7 +86,7 @@ def test_totals_of_the_store_are_reported(store: Store) -> None:
     assert found[("stale_rejected_total",)] == 2
     assert found[("quarantined_total",)] == 0
     assert ("disk_daily_write_budget_bytes",) not in found
-    budget = replace(totals, daily_write_bytes=7)
+    budget = msgspec.structs.replace(totals, daily_write_bytes=7)
     assert samples(replace(EMPTY, store=budget))[("disk_daily_write_budget_bytes",)] == 7
 
 

@@ -154,6 +154,11 @@ def rows(driver: Any) -> int:
     return len(driver.find_elements(By.CSS_SELECTOR, "ul.tree .row"))
 
 
+def says(driver: Any, text: str) -> bool:
+    """Whether the dialog has this text."""
+    return text in driver.find_element(By.ID, "dialog").text
+
+
 def complaints(driver: Any) -> list[str]:
     """What the browser logged: errors of the script, and what the policy forbade."""
     return [one["message"] for one in driver.get_log("browser") if "favicon" not in one["message"]]
@@ -374,7 +379,7 @@ def test_token_is_asked_for_and_kept_for_the_tab(browser: Any, tmp_path: Path) -
     with serving(tmp_path, list(conversations(MODEL, 1)), token="s3cret") as server:
         browser.get(f"{server.url}/cache")
         for given, said in (("wrong", "started with"), ("s3cret", "not right")):
-            until(lambda said=said: said in browser.find_element(By.ID, "dialog").text)
+            until(partial(says, browser, said))
             browser.find_element(By.ID, "token").send_keys(given, Keys.ENTER)
         until(lambda: labelled(browser, "Pin"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -102,7 +103,7 @@ def read_text(argument: str, option: str) -> str:
         click.ClickException: The file cannot be read, or the text is empty.
     """
     if argument == "-":
-        text: str = click.get_text_stream("stdin").read()
+        text = sys.stdin.read()
     elif argument.startswith("@"):
         text = _read_file(Path(argument[1:]), option)
     else:

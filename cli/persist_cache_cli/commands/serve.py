@@ -32,7 +32,12 @@ from persist_cache_cli.parse import SIZE
     show_default=True,
     help="Seconds for running requests to end after SIGTERM.",
 )
-@click.option("--admin-token", help="Secret for the admin API; without one it is loopback only.")
+@click.option(
+    "--admin-token",
+    envvar="PERSIST_CACHE_ADMIN_TOKEN",
+    show_envvar=True,
+    help="Secret for the admin API; without one it is loopback only.",
+)
 @click.option("--salt", default="", help="Keep this server's entries apart from others'.")
 @click.option("-h", "--help", "show_help", is_flag=True, help="Show this, and upstream's flags.")
 @click.pass_context
