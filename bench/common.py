@@ -26,9 +26,7 @@ RESULTS = REPOSITORY / "bench" / "results"
 IMAGES = REPOSITORY / "docs" / "img"
 
 # A forked child may not use Metal.
-_PROCESSES: Any = multiprocessing.get_context(
-    "forkserver" if sys.platform == "linux" else "spawn"
-)
+_PROCESSES: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
 if sys.platform == "linux":
     _PROCESSES.set_forkserver_preload(["mlx_lm.models.cache", "persist_cache.tensors"])
 
@@ -147,8 +145,7 @@ def run_python(
         [sys.executable, "-m", "bench.child", module, function, json.dumps(arguments)],
         cwd=REPOSITORY,
         env={**os.environ, **env},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
         check=False,
     )
@@ -258,7 +255,7 @@ def machine_line(about: Mapping[str, Any]) -> str:
 def save(report: Report, context: Context) -> dict[str, Any]:
     """Write `results/<name>.json` and `.md`, and return what the JSON says."""
     RESULTS.mkdir(parents=True, exist_ok=True)
-    said = {
+    said: dict[str, Any] = {
         "benchmark": report.name,
         "quick": context.quick,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),

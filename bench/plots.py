@@ -74,7 +74,7 @@ def bars(
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
         axes.margins(y=0.15)
-        axes.legend(frameon=False, labelcolor="linecolor" if False else None)
+        axes.legend(frameon=False)
 
     _draw(name, said, title, "", y, plot)
 

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench import common, kv
+from bench import common, kv, plots
 from bench.common import Context, Report, Spread, Table, fresh
 
 RUNS = (1, 4, 16, 64)
@@ -19,10 +19,12 @@ RUNS = (1, 4, 16, 64)
 
 def run(context: Context) -> Report:
     sizes: list[int] = context.pick([2048], [512, 2048, 8192, 16384])
-    repetitions = context.pick(3, 5)
     shape = kv.LARGE
-    warm = [_sweep(context, num_tokens, repetitions, cold=False) for num_tokens in sizes]
-    cold = [] if context.quick else [_sweep(context, 2048, 5, cold=True)]
+    warm = [
+        _sweep(context, num_tokens, context.pick(3, 7 if num_tokens < 4096 else 3), cold=False)
+        for num_tokens in sizes
+    ]
+    cold = [] if context.quick else [_sweep(context, 2048, 3, cold=True)]
     return Report(
         "restore",
         "Verified restore, ready to decode",
@@ -187,3 +189,22 @@ def _ratios(sweeps: list[Any]) -> Table:
     return Table("Ratios", [*columns, *(f"{runs} runs : 1 run" for runs in RUNS[1:])], rows)
 
 
+def draw(said: Any) -> None:
+    sweeps = said["values"]["warm"]
+    ready = {
+        "1 run, verified": "1 run",
+        "64 runs, verified": "64 runs",
+        "mlx-lm file": "mlx-lm file",
+    }
+    series = {"raw read": [raw_median(sweep) * 1e3 for sweep in sweeps]}
+    for name, case in ready.items():
+        series[name] = [seconds(sweep, case, "ready_s").median * 1e3 for sweep in sweeps]
+    plots.bars(
+        "restore",
+        said,
+        title=f"Restored and one token appended ({said['values']['shape']})",
+        y="milliseconds (median), page cache warm",
+        groups=[f"{sweep['num_tokens']:,} tokens" for sweep in sweeps],
+        series=series,
+        log_y=len(sweeps) > 1,
+    )

@@ -21,6 +21,7 @@ import xxhash
 from msgspec import Struct
 
 from persist_cache import fs
+from persist_cache.entry import TOKEN_BYTES
 from persist_cache.errors import CorruptBlobError, StoreFormatError
 
 log = logging.getLogger(__name__)
@@ -366,6 +367,29 @@ class BlobReader:
         self.read(name, [memoryview(buffer)])
         return bytes(buffer)
 
+    def check_place(self, fingerprint: str, packed: bytes, start: int, used: int) -> None:
+        """Make sure that this blob belongs where the index, which has no checksums, puts it.
+
+        Args:
+            fingerprint: Hex digest of the model asked for.
+            packed: The packed prompt.
+            start: Position of the blob's first token in it.
+            used: Tokens to be used of the blob; 0 for a checkpoint.
+
+        Raises:
+            CorruptBlobError: It is of another model or other tokens; nothing of it may be served.
+        """
+        header = self.header
+        here = packed[start * TOKEN_BYTES : (start + used) * TOKEN_BYTES]
+        before = memoryview(packed)[: start * TOKEN_BYTES]
+        if (
+            header.fingerprint != fingerprint
+            or header.start != start
+            or header.prefix != prefix_digest(before)
+            or (used and not self.read_bytes(TOKENS).startswith(here))
+        ):
+            raise CorruptBlobError(self.path, "it holds another prompt than the index says")
+
     def verify(self) -> None:
         """Read every tensor and check it; nothing is kept.
 
@@ -529,7 +553,8 @@ class BlobFolder:
         total = sum(fs.disk_bytes(place) for place in places)
         total += sum(fs.disk_bytes(self.root / name) for name in (TAG_FILE, PRESENCE_FILE))
         with os.scandir(self.blobs) as fans:
-            total += sum(fan.stat(follow_symlinks=False).st_blocks * 512 for fan in fans)
+            # One that is empty may be removed at this moment by another process.
+            total += sum(fs.disk_bytes(Path(fan.path)) for fan in fans)
         return total
 
     def remove(self, name: str) -> None:
@@ -561,7 +586,11 @@ def _new_name() -> str:
 
 
 def _blob_files(folder: Path) -> Iterator[tuple[str, Path]]:
-    for path in sorted(folder.iterdir()):
+    try:
+        paths = sorted(folder.iterdir())
+    except FileNotFoundError:  # empty, and removed by another process
+        return
+    for path in paths:
         name = path.name.removesuffix(SUFFIX)
         if path.suffix == SUFFIX and is_blob_name(name):
             yield name, path

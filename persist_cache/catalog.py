@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 
 from msgspec import Struct
 
+from persist_cache import paths
 from persist_cache.budget import Usage, written_today
 from persist_cache.disk import Disk
 from persist_cache.entry import Entry, Tier
@@ -17,7 +18,11 @@ from persist_cache.index import Reader
 from persist_cache.records import (
     NO_BLOB,
     NO_ENTRY,
+    BlobRecord,
+    BlobSize,
+    Edge,
     EntryRecord,
+    NamespaceRecord,
     entry_id,
 )
 
@@ -77,9 +82,9 @@ class Catalog:
         """Per node the part of a file that belongs to the edge above it, by rows."""
         depths: dict[int, int] = {}
         for node, (_, edge) in self.edges.items():
-            num_tokens, start, disk_bytes = self.blobs[edge.blob]
-            self.shares[node] = disk_bytes * edge.rows // (num_tokens or 1)
-            depths[node] = start + edge.first_row
+            blob = self.blobs[edge.blob]
+            self.shares[node] = rows_bytes(blob, edge)
+            depths[node] = blob.start + edge.first_row
         self.order = sorted(depths, key=depths.__getitem__)
         """Nodes with edges, each behind the one above it."""
         self.users = self.count_users()
@@ -93,11 +98,14 @@ class Catalog:
         return make_entry(
             number,
             record,
-            fingerprint=self._fingerprints.get(record.namespace, ""),
+            fingerprint=self.fingerprint(record),
             own_bytes=self.own_bytes(record),
             shared_bytes=self._sums[record.node][1],
             parent=self._sums[self.edges[record.node][0]][2],
         )
+
+    def fingerprint(self, record: EntryRecord) -> str:
+        return self._fingerprints.get(record.namespace, "")
 
     def own_bytes(self, record: EntryRecord) -> int:
         """Bytes of files that only this entry needs."""
@@ -160,6 +168,54 @@ def make_entry(
         label=record.label,
         parent=None if parent == NO_ENTRY else entry_id(parent),
     )
+
+
+def load_entry(txn: Reader, number: int) -> Entry | None:
+    """One entry; reads only what is on its path."""
+    record = txn.entry(number)
+    if record is None:
+        return None
+    own = shared = 0
+    parent, is_own = NO_ENTRY, True
+    for _, edge in reversed(paths.path_of(txn, record.node)):
+        is_end = edge.node == record.node
+        if not is_end and edge.entry != NO_ENTRY:
+            parent = parent or edge.entry
+            is_own = False
+        # What else hangs below a node needs all that is above it.
+        is_own = is_own and len(txn.children(edge.node, limit=2)) == (0 if is_end else 1)
+        share = rows_bytes(known_blob(txn, edge.blob), edge)
+        own, shared = (own + share, shared) if is_own else (own, shared + share)
+    if record.checkpoint != NO_BLOB:
+        own += known_blob(txn, record.checkpoint).disk_bytes
+    return make_entry(
+        number,
+        record,
+        fingerprint=namespace_of(txn, record)[0][:32].hex(),
+        own_bytes=own,
+        shared_bytes=shared,
+        parent=parent,
+    )
+
+
+def namespace_of(txn: Reader, record: EntryRecord) -> tuple[bytes, NamespaceRecord]:
+    """The namespace of an entry, with its key."""
+    for key, namespace in txn.namespaces():
+        if namespace.number == record.namespace:
+            return key, namespace
+    raise paths.damaged("an entry names a namespace without record")
+
+
+def known_blob(txn: Reader, number: int) -> BlobRecord:
+    record = txn.blob(number)
+    if record is None:
+        raise paths.damaged("it names a blob without record")
+    return record
+
+
+def rows_bytes(blob: BlobRecord | BlobSize, edge: Edge) -> int:
+    """The part of a file that belongs to an edge, by rows."""
+    return blob.disk_bytes * edge.rows // (blob.num_tokens or 1)
 
 
 def store_stats(disk: Disk, catalog: Catalog | None = None) -> StoreStats:

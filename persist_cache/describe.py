@@ -8,13 +8,12 @@ from __future__ import annotations
 import fnmatch
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 
 from persist_cache.catalog import StoreStats
 from persist_cache.entry import Entry, Tier
-from persist_cache.explain import Divergence, Explanation
 from persist_cache.survey import (
     Amount,
     Details,
@@ -26,7 +25,10 @@ from persist_cache.survey import (
     as_json_object,
     short_ids,
 )
-from persist_cache.tally import PromptCacheStats
+
+if TYPE_CHECKING:
+    from persist_cache.explain import Divergence, Explanation
+    from persist_cache.tally import PromptCacheStats
 
 
 class Filters(Struct, frozen=True):
@@ -52,30 +54,33 @@ class Filters(Struct, frozen=True):
 
     def choose(self, survey: Survey, now: float) -> list[Entry]:
         """Entries that pass, in the order of their ids."""
-        models = self._models(survey.models.values())
-        return [entry for entry in survey.entries if self._passes(entry, models, now)]
+        chosen = list(survey.entries)
+        if self.ids is not None:
+            chosen = [one for one in chosen if one.id in self.ids]
+        if self.tier is not None:
+            tier = Tier.parse(self.tier)
+            chosen = [one for one in chosen if one.tier == tier]
+        if self.model is not None:
+            models = self._models(survey.models.values(), self.model.lower())
+            chosen = [one for one in chosen if one.fingerprint in models]
+        if self.label is not None:
+            chosen = [one for one in chosen if fnmatch.fnmatchcase(one.label, self.label)]
+        if self.unused_s is not None:
+            chosen = [one for one in chosen if now - one.last_use > self.unused_s]
+        if self.larger_than is not None:
+            chosen = [one for one in chosen if one.own_bytes > self.larger_than]
+        if self.pinned is not None:
+            chosen = [one for one in chosen if one.pinned == self.pinned]
+        return chosen
 
-    def _models(self, models: Iterable[Model]) -> frozenset[str] | None:
-        if self.model is None:
-            return None
-        wanted = self.model.lower()
+    @staticmethod
+    def _models(models: Iterable[Model], wanted: str) -> frozenset[str]:
         return frozenset(
             model.fingerprint
             for model in models
             if wanted in model.name.lower()
             or wanted in model.path.lower()
             or model.fingerprint.startswith(wanted)
-        )
-
-    def _passes(self, entry: Entry, models: frozenset[str] | None, now: float) -> bool:
-        return (
-            (self.ids is None or entry.id in self.ids)
-            and (self.tier is None or entry.tier == Tier.parse(self.tier))
-            and (models is None or entry.fingerprint in models)
-            and (self.label is None or fnmatch.fnmatchcase(entry.label, self.label))
-            and (self.unused_s is None or now - entry.last_use > self.unused_s)
-            and (self.larger_than is None or entry.own_bytes > self.larger_than)
-            and (self.pinned is None or entry.pinned == self.pinned)
         )
 
 
@@ -139,13 +144,19 @@ def short_entry_ids(survey: Survey) -> dict[str, str]:
     return short_ids([entry.id for entry in survey.entries])
 
 
-def entry_json(survey: Survey, entry: Entry, short: Mapping[str, str]) -> dict[str, Any]:
-    """One entry."""
+def entry_json(entry: Entry, model: Model, short: str) -> dict[str, Any]:
+    """One entry.
+
+    Args:
+        entry: The entry.
+        model: Whose it is.
+        short: Its short id.
+    """
     return {
         "id": entry.id,
-        "short_id": short.get(entry.id, entry.id),
+        "short_id": short,
         "fingerprint": entry.fingerprint,
-        "model": survey.model_of(entry).name,
+        "model": model.name,
         "tier": entry.tier.label,
         "num_tokens": entry.num_tokens,
         "own_bytes": entry.own_bytes,
@@ -162,11 +173,11 @@ def entry_json(survey: Survey, entry: Entry, short: Mapping[str, str]) -> dict[s
     }
 
 
-def details_json(survey: Survey, details: Details, short: Mapping[str, str]) -> dict[str, Any]:
-    """Everything about one entry."""
+def details_json(details: Details, short: str) -> dict[str, Any]:
+    """Everything about one entry; `short` is its short id."""
     model = details.model
     return {
-        **entry_json(survey, details.entry, short),
+        **entry_json(details.entry, model, short),
         "children": list(details.children),
         "runs": [_run_json(run) for run in details.runs],
         "checkpoint": None if details.checkpoint is None else _run_json(details.checkpoint),
@@ -188,9 +199,9 @@ def _run_json(run: RunDetails) -> dict[str, Any]:
     }
 
 
-def pin_json(entry: str, short: str, pinned: bool) -> dict[str, Any]:
-    """What pinning changed."""
-    return {"id": entry, "short_id": short, "pinned": pinned}
+def mark_json(entry: str, short: str, **marks: Any) -> dict[str, Any]:
+    """What a user said about an entry: `pinned`, `expires` or `label`."""
+    return {"id": entry, "short_id": short, **marks}
 
 
 def removal_json(
@@ -219,7 +230,7 @@ def removal_json(
         "dry_run": dry_run,
         "entries": [
             {
-                **entry_json(survey, entry, short),
+                **entry_json(entry, survey.model_of(entry), short[entry.id]),
                 "reason": (reasons or {}).get(entry.fingerprint, ""),
             }
             for entry in entries
@@ -376,14 +387,19 @@ def store_json(
             if name.startswith("misses:")
         },
         "tokens_saved": stats.counters.get("tokens_saved", 0),
-        "saved_s": sum(entry.saved_s for entry in survey.entries) if survey else 0.0,
-        "quarantine": [
-            {"blob": one.blob, "bytes": one.nbytes, "since": one.since, "reason": one.reason}
-            for one in damaged
-        ],
+        "saved_s": survey.saved_s() if survey else 0.0,
+        "quarantine": quarantine_json(damaged),
         "disk_off": disk_off,
         "counters": dict(stats.counters),
     }
+
+
+def quarantine_json(damaged: Sequence[Quarantined]) -> list[dict[str, Any]]:
+    """Blobs in quarantine."""
+    return [
+        {"blob": one.blob, "bytes": one.nbytes, "since": one.since, "reason": one.reason}
+        for one in damaged
+    ]
 
 
 def _amount_json(amount: Amount) -> dict[str, Any]:

@@ -332,6 +332,8 @@ def break_even(store: Store, survey: Survey, disk: DiskSpeed) -> list[BreakEven]
     """
     from statistics import median
 
+    from persist_cache.survey import details_of
+
     found = []
     timed: dict[str, list[tuple[int, float]]] = {}
     for entry in survey.entries:
@@ -343,7 +345,9 @@ def break_even(store: Store, survey: Survey, disk: DiskSpeed) -> list[BreakEven]
             (one for one in survey.entries if one.fingerprint == fingerprint),
             key=lambda one: one.num_tokens,
         )
-        details = survey.details(example)
+        details = details_of(store, example.id)
+        if details is None:
+            continue  # evicted meanwhile
         nbytes = sum(run.nbytes * run.num_tokens / run.blob_tokens for run in details.runs)
         if details.checkpoint is not None:
             nbytes += details.checkpoint.nbytes

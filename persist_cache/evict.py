@@ -147,6 +147,9 @@ class Evictor:
         """
         with self._disk.index.read() as txn:
             doomed = list(txn.sized(b"trash"))
+        if doomed:
+            # Else a power cut could take back the records' removal, but not that of the files.
+            self._disk.index.sync()
         gone = []
         for name in doomed:
             try:

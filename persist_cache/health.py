@@ -130,6 +130,7 @@ def quarantine(disk: Disk, name_hex: str, reason: str) -> bool:
 
 def _move_to_quarantine(disk: Disk, name: bytes, record: SizedRecord) -> None:
     """Move a damaged file aside; where it will not move, leave it to the trash."""
+    disk.index.sync()  # else a power cut could take back the records' removal, but not the move
     try:
         if disk.folder.quarantine(name.hex()):
             return
@@ -159,11 +160,18 @@ def check(
     Returns:
         What is wrong; empty for a sound store.
     """
-    with disk.index.read() as txn:
-        problems = [Problem("index", message) for message in paths.audit(txn)]
-        blobs = [record for _, record in txn.blobs()]
-        pending = set(txn.sized(b"pending"))
-        trash = set(txn.sized(b"trash"))
+    try:
+        with disk.index.read() as txn:
+            problems = [Problem("index", message) for message in paths.audit(txn)]
+            blobs = [record for _, record in txn.blobs()]
+            pending = set(txn.sized(b"pending"))
+            trash = set(txn.sized(b"trash"))
+            for database in (b"quarantine", b"departed"):
+                txn.sized(database)
+            txn.counts()
+    except StoreError as error:
+        # Records that cannot even be read: nothing can be said of files before it is made anew.
+        return [Problem("index", str(error))]
     total, done = sum(blob.nbytes for blob in blobs), 0
     for blob in blobs:
         problem = _check_blob(disk, blob, read_data)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import lmdb
+import msgspec
 
 from persist_cache import fs
 from persist_cache.errors import (
@@ -79,6 +80,8 @@ _TREE = (
 """What a rebuild makes anew from the blobs."""
 _COUNTED = b"count:"
 """Prefix of the counters that people see; all others are the store's own."""
+UNREADABLE = (struct.error, UnicodeDecodeError, msgspec.MsgspecError)
+"""What unpacking a damaged record raises."""
 _GIB = 1 << 30
 T = TypeVar("T")
 
@@ -143,12 +146,12 @@ class Reader:
 
     def edges(self) -> Iterator[tuple[bytes, Edge]]:
         keys, values = self._table(b"edges")
-        return zip(map(bytes, keys), map(Edge.unpack, values), strict=True)
+        return zip(map(bytes, keys), Edge.unpack_all(values), strict=True)
 
     def links(self) -> Iterator[tuple[int, Edge]]:
         """Every edge with the node above it."""
         keys, values = self._table(b"edges")
-        return zip(unpack_numbers([key[:8] for key in keys]), map(Edge.unpack, values), strict=True)
+        return zip(unpack_numbers([key[:8] for key in keys]), Edge.unpack_all(values), strict=True)
 
     def parent_key(self, node: int) -> bytes | None:
         """Key of the edge that leads to `node`; None for a root."""
@@ -170,7 +173,7 @@ class Reader:
     def blob_sizes(self) -> Iterator[tuple[int, BlobSize]]:
         """The part of every blob's record that tells what its rows take."""
         keys, values = self._table(b"blobs")
-        return zip(unpack_numbers(keys), map(BlobSize.unpack, values), strict=True)
+        return zip(unpack_numbers(keys), BlobSize.unpack_all(values), strict=True)
 
     def blob_number(self, name: bytes) -> int | None:
         raw = self._txn.get(name, db=self._db[b"names"])
@@ -191,7 +194,7 @@ class Reader:
 
     def entries(self) -> Iterator[tuple[int, EntryRecord]]:
         keys, values = self._table(b"entries")
-        return zip(unpack_numbers(keys), map(EntryRecord.unpack, values), strict=True)
+        return zip(unpack_numbers(keys), EntryRecord.unpack_all(values), strict=True)
 
     def entries_from(self, low: int) -> Iterator[int]:
         """Entry numbers from `low` upwards: how a short id is completed."""
@@ -231,6 +234,11 @@ class Reader:
         with self._txn.cursor(db=self._db[database]) as cursor:
             return {bytes(key): SizedRecord.unpack(value) for key, value in cursor}
 
+    def sized_names(self, database: bytes) -> set[bytes]:
+        """The names in `trash`, `pending` or `quarantine`, whatever their records say."""
+        with self._txn.cursor(db=self._db[database]) as cursor:
+            return {bytes(key) for key in cursor.iternext(values=False)}
+
     def in_database(self, database: bytes, key: bytes) -> bool:
         return self._txn.get(key, db=self._db[database]) is not None
 
@@ -252,6 +260,25 @@ class Reader:
 
 class Writer(Reader):
     """Typed changes in one write transaction; they all happen at its commit or not at all."""
+
+    def discard_unreadable(self) -> None:
+        """Remove damaged records from what a rebuild does not make anew."""
+        for database in (b"trash", b"pending", b"quarantine", b"departed"):
+            with self._txn.cursor(db=self._db[database]) as cursor:
+                records = [(bytes(key), bytes(value)) for key, value in cursor]
+            for key, value in records:
+                try:
+                    SizedRecord.unpack(value)
+                    sound = len(key) == (8 if database == b"departed" else 16)
+                except (StoreFormatError, *UNREADABLE):
+                    sound = False
+                if not sound:
+                    self._txn.delete(key, db=self._db[database])
+        with self._txn.cursor(db=self._db[b"meta"]) as cursor:
+            sizes = [(bytes(key), len(value)) for key, value in cursor]
+        for key, size in sizes:
+            if size != (16 if key == b"store_id" else 8):
+                self._txn.delete(key, db=self._db[b"meta"])
 
     def set_meta(self, name: str, value: bytes) -> None:
         self._txn.put(name.encode(), value, db=self._db[b"meta"])
@@ -406,6 +433,8 @@ class Index:
                 yield Reader(txn, self._db)
         except lmdb.Error as error:
             raise _translated(error) from error
+        except UNREADABLE as error:
+            raise _contradictory(error) from error
         except OSError as error:
             raise fs.translated(error, "while the index was read") from error
         finally:
@@ -436,6 +465,8 @@ class Index:
                     self._resize(size)
         except lmdb.Error as error:
             raise _translated(error) from error
+        except UNREADABLE as error:
+            raise _contradictory(error) from error
         except OSError as error:
             raise fs.translated(error, "while the index was changed") from error
 
@@ -444,6 +475,16 @@ class Index:
         try:
             with self._env.begin(write=True, buffers=True) as txn:
                 return change(Writer(txn, self._db))
+        finally:
+            self._leave()
+
+    def sync(self) -> None:
+        """Make commits durable now; a power cut may otherwise take the last one back."""
+        self._enter()
+        try:
+            self._env.sync(True)
+        except lmdb.Error as error:
+            raise _translated(error) from error
         finally:
             self._leave()
 
@@ -624,6 +665,12 @@ def _open_environment(root: Path, read_only: bool, map_bytes: int) -> lmdb.Envir
                 f"The store at {root} is open in this process already; share that object."
             ) from error
         raise _translated(error) from error
+
+
+def _contradictory(error: Exception) -> StoreError:
+    return StoreError(
+        f"The index holds a damaged record ({error}); run `persist-cache check --repair`."
+    )
 
 
 def _translated(error: lmdb.Error) -> StoreError:

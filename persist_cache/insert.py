@@ -363,7 +363,8 @@ def place_entry(txn: Writer, key: bytes, packed: bytes, wanted: EntryRecord) -> 
     """
     edge_at = txn.parent_key(wanted.node)
     edge = None if edge_at is None else txn.edge(edge_at)
-    assert edge is not None, "entries end below the root"
+    if edge is None:
+        raise paths.damaged("entries end below the root")
     if wanted.checkpoint != NO_BLOB:
         paths.refer_checkpoint(txn, wanted.checkpoint)
     old = txn.entry(edge.entry) if edge.entry != NO_ENTRY else None

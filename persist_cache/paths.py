@@ -19,6 +19,7 @@ from itertools import islice
 from msgspec import Struct
 
 from persist_cache.entry import TOKEN_BYTES, common_prefix_tokens
+from persist_cache.errors import StoreError
 from persist_cache.index import Reader, Writer
 from persist_cache.records import (
     NO_BLOB,
@@ -44,6 +45,13 @@ NO_ROOT = 0
 """A node that never exists: a walk from it finds nothing."""
 MAX_ROWS = (1 << 32) - 1
 _VICTIMS_AT_ONCE = 256
+_MAX_DEPTH = 1 << 20
+"""More edges than any path has; only in a damaged index does one lead round in a circle."""
+
+
+def damaged(what: str) -> StoreError:
+    """What to raise for an index that contradicts itself; LMDB has no checksums."""
+    return StoreError(f"The index is damaged ({what}); run `persist-cache check --repair`.")
 
 
 class Step(Struct, frozen=True):
@@ -112,7 +120,7 @@ def walk(txn: Reader, root: int, packed: bytes) -> Walk:
             used = common_prefix_tokens(run, packed[offset : offset + len(run)])
         steps.append(Step(key, edge, position, used))
         position += used
-        if used < edge.rows:
+        if used < edge.rows or not used:
             break
         node = edge.node
     return Walk(root, tuple(steps), position)
@@ -152,12 +160,14 @@ def entries_used(txn: Reader, path: Walk, position: int) -> list[int]:
 
 def carrier(txn: Reader, edge: Edge) -> int:
     """An entry at the lower end of `edge` or below: while it stays, so does the edge."""
-    while edge.entry == NO_ENTRY:
+    for _ in range(_MAX_DEPTH):
+        if edge.entry != NO_ENTRY:
+            return edge.entry
         below = txn.children(edge.node, limit=1)
         if not below:
             return NO_ENTRY
         edge = below[0][1]
-    return edge.entry
+    raise damaged("the way down from a node has no end")
 
 
 def path_of(txn: Reader, node: int) -> list[tuple[bytes, Edge]]:
@@ -166,10 +176,36 @@ def path_of(txn: Reader, node: int) -> list[tuple[bytes, Edge]]:
     key = txn.parent_key(node)
     while key is not None:
         edge = txn.edge(key)
-        assert edge is not None, "a node's way back names no edge"
+        if edge is None:
+            raise damaged("a node's way back names no edge")
         found.append((key, edge))
+        if len(found) > _MAX_DEPTH:
+            raise damaged("the way back from a node has no end")
         key = txn.parent_key(edge_parent(key))
     return found[::-1]
+
+
+def edges_below(txn: Reader, node: int) -> Iterator[Edge]:
+    """Every edge below `node`, each behind the one above it."""
+    pending, seen = [node], {node}
+    while pending:
+        for _, edge in txn.children(pending.pop()):
+            if edge.node in seen:
+                raise damaged("the way down from a node leads round in a circle")
+            seen.add(edge.node)
+            pending.append(edge.node)
+            yield edge
+
+
+def entries_behind(txn: Reader, node: int) -> Iterator[int]:
+    """The entries that go on right after `node`: the nearest ones below it."""
+    pending = [node]
+    while pending:
+        for _, edge in txn.children(pending.pop()):
+            if edge.entry != NO_ENTRY:
+                yield edge.entry
+            else:
+                pending.append(edge.node)
 
 
 def tokens_of(txn: Reader, node: int) -> bytes:
@@ -246,8 +282,10 @@ def set_entry(txn: Writer, node: int, entry: int) -> None:
     """Make `entry` end at `node`, or none with `NO_ENTRY`."""
     key = txn.parent_key(node)
     edge = None if key is None else txn.edge(key)
-    assert key is not None, "entries end below the root"
-    assert edge is not None, "a node's way back names no edge"
+    if key is None:
+        raise damaged("entries end below the root")
+    if edge is None:
+        raise damaged("a node's way back names no edge")
     txn.put_edge(key, edge._replace(entry=entry))
 
 
@@ -258,7 +296,8 @@ def drop_entry(txn: Writer, number: int, reason: str, now: float) -> None:
     the commit. `reason` is remembered for `explain`.
     """
     record = txn.entry(number)
-    assert record is not None, "only stored entries are dropped"
+    if record is None:
+        raise damaged("only stored entries are dropped")
     _forget_entry(txn, number, record, reason, now)
     set_entry(txn, record.node, NO_ENTRY)
     _prune(txn, record.node, now)
@@ -296,7 +335,8 @@ def _prune(txn: Writer, node: int, now: float) -> None:
         if key is None:
             return
         edge = txn.edge(key)
-        assert edge is not None, "a node's way back names no edge"
+        if edge is None:
+            raise damaged("a node's way back names no edge")
         below = txn.children(node, limit=2)
         if edge.entry != NO_ENTRY or len(below) > 1:
             return
@@ -319,7 +359,8 @@ def _merge(txn: Writer, key: bytes, upper: Edge, lower_key: bytes, lower: Edge) 
 
 def _refer(txn: Writer, blob: int, change: int) -> BlobRecord:
     record = txn.blob(blob)
-    assert record is not None, "an edge names a blob without record"
+    if record is None:
+        raise damaged("an edge names a blob without record")
     record = record._replace(references=record.references + change)
     txn.put_blob(blob, record)
     return record
@@ -390,12 +431,14 @@ def _may_go(txn: Reader, record: EntryRecord, protected: Collection[int]) -> boo
 def _entry_above(txn: Reader, node: int) -> int:
     """The nearest entry that is a prefix of the one at `node`."""
     key = txn.parent_key(node)
-    while key is not None:
+    for _ in range(_MAX_DEPTH):
+        if key is None:
+            return NO_ENTRY
         key = txn.parent_key(edge_parent(key))
         edge = None if key is None else txn.edge(key)
         if edge is not None and edge.entry != NO_ENTRY:
             return edge.entry
-    return NO_ENTRY
+    raise damaged("the way back from a node has no end")
 
 
 def audit(txn: Reader) -> list[str]:
@@ -422,6 +465,9 @@ def audit(txn: Reader) -> list[str]:
         for key in by_parent.get(node, ()):
             edge = edges[key]
             reached += 1
+            if edge.node in depth:
+                problems.append(f"node {edge.node} is reached twice")
+                continue
             depth[edge.node] = depth[node] + edge.rows
             pending.append(edge.node)
             references[edge.blob] += 1

@@ -18,7 +18,7 @@ from persist_cache import fs, paths
 from persist_cache.blobs import TOKENS, BlobFolder, BlobHeader, BlobReader, Written, prefix_digest
 from persist_cache.entry import TOKEN_BYTES, Tier
 from persist_cache.errors import CorruptBlobError, StoreError
-from persist_cache.index import Index, Reader, Writer
+from persist_cache.index import UNREADABLE, Index, Reader, Writer
 from persist_cache.insert import add_blob, place_entry
 from persist_cache.records import (
     NO_BLOB,
@@ -76,10 +76,11 @@ def rebuild(
     )
 
     def fill(txn: Writer) -> int:
-        known = dict(txn.entries())
+        known = _readable(txn)
+        txn.discard_unreadable()
         txn.clear_tree()
         txn.add(paths.BLOB_BYTES, -txn.counter(paths.BLOB_BYTES))
-        doomed = set(txn.sized(b"trash")) | set(txn.sized(b"pending"))
+        doomed = txn.sized_names(b"trash") | txn.sized_names(b"pending")
         placed = sum(
             _place(txn, one, packed)
             for one in in_order
@@ -95,6 +96,15 @@ def rebuild(
         return placed
 
     return index.update(fill)
+
+
+def _readable(txn: Reader) -> dict[int, EntryRecord]:
+    """The old entries; none when some of their records are damaged."""
+    try:
+        return dict(txn.entries())
+    except (StoreError, *UNREADABLE) as error:
+        log.warning("uses, pins and labels are lost: %s", error)
+        return {}
 
 
 def _remember(record: EntryRecord, old: EntryRecord) -> EntryRecord:

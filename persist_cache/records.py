@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import enum
 import struct
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import msgspec
 import xxhash
@@ -78,6 +78,15 @@ class Edge(NamedTuple):
         _check_version(version)
         return cls._make((bool(flags & 1), blob, node, entry, first_row, rows))
 
+    @classmethod
+    def unpack_all(cls, raws: Sequence[bytes | memoryview]) -> list[Edge]:
+        """Like `unpack` of each, in a third of the time."""
+        new = tuple.__new__
+        return [
+            new(cls, (flags & 1 == 1, blob, node, entry, first_row, rows))
+            for _, flags, _, blob, node, entry, first_row, rows in _unpack_all(_EDGE, raws)
+        ]
+
 
 class BlobRecord(NamedTuple):
     """A published file.
@@ -123,21 +132,23 @@ class BlobRecord(NamedTuple):
     def unpack(cls, raw: bytes | memoryview) -> BlobRecord:
         version, kind, _, *rest = _BLOB.unpack(raw)
         _check_version(version)
-        return cls._make((_KINDS[kind] if kind in _KINDS else BlobKind(kind), *rest))
+        return cls._make((_KINDS[kind] if kind in _KINDS else _unknown(f"blob kind {kind}"), *rest))
 
 
 class BlobSize(NamedTuple):
-    """What listing needs of a `BlobRecord`, which takes a third of the time to unpack."""
+    """What listing needs of a `BlobRecord`."""
 
     num_tokens: int
     start: int
     disk_bytes: int
 
     @classmethod
-    def unpack(cls, raw: bytes | memoryview) -> BlobSize:
-        version, *sizes = _BLOB_SIZE.unpack(raw)
-        _check_version(version)
-        return cls._make(sizes)
+    def unpack_all(cls, raws: Sequence[bytes | memoryview]) -> list[BlobSize]:
+        new = tuple.__new__
+        return [
+            new(cls, (num_tokens, start, disk_bytes))
+            for _, num_tokens, start, disk_bytes in _unpack_all(_BLOB_SIZE, raws)
+        ]
 
 
 class EntryRecord(NamedTuple):
@@ -216,8 +227,24 @@ class EntryRecord(NamedTuple):
         _check_version(version)
         label = bytes(raw[_ENTRY.size :]).decode() if len(raw) > _ENTRY.size else ""
         return cls._make(
-            (_TIERS[tier] if tier in _TIERS else Tier(tier), bool(pinned), *rest, label)
+            (
+                _tier(tier),
+                bool(pinned),
+                *rest,
+                label,
+            )
         )
+
+    @classmethod
+    def unpack_all(cls, raws: Sequence[bytes | memoryview]) -> list[EntryRecord]:
+        """Like `unpack` of each, in a third of the time."""
+        new, size = tuple.__new__, _ENTRY.size
+        fixed = _unpack_all(_ENTRY, [raw[:size] for raw in raws])
+        labels = [bytes(raw[size:]).decode() if len(raw) > size else "" for raw in raws]
+        return [
+            new(cls, (_tier(tier), bool(pinned), *rest, label))
+            for (_, tier, pinned, *rest), label in zip(fixed, labels, strict=True)
+        ]
 
 
 class NamespaceRecord(msgspec.Struct, frozen=True):
@@ -242,7 +269,7 @@ class NamespaceRecord(msgspec.Struct, frozen=True):
 
     @classmethod
     def unpack(cls, raw: bytes | memoryview) -> NamespaceRecord:
-        _check_version(raw[0])
+        _check_version(raw[0] if len(raw) else -1)
         return msgspec.msgpack.decode(raw[1:], type=cls)
 
 
@@ -322,7 +349,27 @@ def entry_number(namespace: bytes, packed: bytes | memoryview) -> int:
 
 
 def entry_id(number: int) -> str:
-    return f"{number:016x}"
+    return number.to_bytes(8, "big").hex()
+
+
+def _tier(number: int) -> Tier:
+    return _TIERS[number] if number in _TIERS else _unknown(f"tier {number}")
+
+
+def _unknown(what: str) -> NoReturn:
+    raise StoreFormatError(f"The index holds a record with the unknown {what}.")
+
+
+def _unpack_all(
+    layout: struct.Struct, raws: Sequence[bytes | memoryview]
+) -> Iterator[tuple[Any, ...]]:
+    """The fields of many records of one kind."""
+    for size in set(map(len, raws)) - {layout.size}:
+        raise struct.error(f"it has {size} bytes instead of {layout.size}")
+    joined = b"".join(raws)
+    for version in set(joined[:: layout.size]):
+        _check_version(version)
+    return layout.iter_unpack(joined)
 
 
 def _check_version(version: int) -> None:

@@ -236,6 +236,11 @@ class Store:
             numbers = [int(entry, 16) for entry in match.entries]
             try:
                 with self._disk.serving(numbers), self._readers(match) as (runs, checkpoint):
+                    # Checksums prove that a file is whole, not that it is the right one.
+                    for run, (reader, used) in zip(match.runs, runs, strict=True):
+                        reader.check_place(fingerprint.hex, packed, run.start, used)
+                    if checkpoint is not None:
+                        checkpoint.check_place(fingerprint.hex, packed, match.num_tokens, 0)
                     return restore(runs, checkpoint, match.num_tokens), match
             except FileNotFoundError as error:
                 # Evicted meanwhile, unless its record is still there.
@@ -366,10 +371,10 @@ class Store:
         """
         number = self._number(prefix)
         with self._disk.index.read() as txn:
-            record = txn.entry(number)
-            if record is None:
-                raise KeyError(prefix)
-            return Catalog(txn).entry(number, record)
+            entry = catalog.load_entry(txn, number)
+        if entry is None:
+            raise KeyError(prefix)
+        return entry
 
     def pin(self, prefix: str, pinned: bool = True) -> None:
         """Exempt an entry from eviction, or no longer.
@@ -546,5 +551,6 @@ def _saved_s(txn: Reader, entries: Sequence[int], position: int) -> float:
 
 def _known(txn: Reader, blob: int) -> BlobRecord:
     record = txn.blob(blob)
-    assert record is not None, "the index names a blob without record"
+    if record is None:
+        raise paths.damaged("the index names a blob without record")
     return record

@@ -7,22 +7,34 @@ server, and on a store that may not be changed.
 from __future__ import annotations
 
 import struct
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 from msgspec import Struct
 
 from persist_cache import paths
-from persist_cache.catalog import Catalog, StoreStats, store_stats
+from persist_cache.catalog import (
+    Catalog,
+    StoreStats,
+    known_blob,
+    load_entry,
+    namespace_of,
+    store_stats,
+)
 from persist_cache.entry import Entry, Tier, unpack_tokens
 from persist_cache.errors import StoreError
 from persist_cache.fingerprint import Fingerprint, Identifier
-from persist_cache.index import Writer
+from persist_cache.index import Reader, Writer
 from persist_cache.records import (
     NO_BLOB,
     NO_ENTRY,
     BlobRecord,
+    EntryRecord,
     NamespaceRecord,
     entry_id,
     unpack_number,
@@ -36,6 +48,7 @@ _OPTION_FIELDS = frozenset(
 )
 """What a request chooses, not a model: such fields never make a model unknown."""
 _ID_DIGITS = 16
+K = TypeVar("K", bound=Hashable)
 
 
 class Model(Struct, frozen=True):
@@ -137,14 +150,6 @@ class Amount(Struct, frozen=True):
     hits: int = 0
     saved_s: float = 0.0
 
-    def __add__(self, other: Amount) -> Amount:
-        return Amount(
-            self.entries + other.entries,
-            self.nbytes + other.nbytes,
-            self.hits + other.hits,
-            self.saved_s + other.saved_s,
-        )
-
 
 class Quarantined(Struct, frozen=True):
     """A damaged blob that was taken out of service; `since` in UTC seconds."""
@@ -178,17 +183,16 @@ class Survey:
             StoreError: The index contradicts itself.
         """
         self._store = store
-        try:
-            with store._disk.index.read() as txn:
-                self._catalog = Catalog(txn)
-            self.entries = self._catalog.entries()
-        except (LookupError, ValueError, AssertionError, struct.error) as error:
-            raise StoreError(
-                "The index contradicts itself; run `persist-cache check --rebuild-index`."
-            ) from error
+        with _consistent(), store._disk.index.read() as txn:
+            self._catalog = Catalog(txn)
         self.models = {
             key[:32].hex(): _model(key, record) for key, record in self._catalog.namespaces.values()
         }
+
+    @cached_property
+    def entries(self) -> list[Entry]:
+        with _consistent():
+            return self._catalog.entries()
 
     def stats(self) -> StoreStats:
         """Totals, budget and counters, without loading the index once more."""
@@ -197,68 +201,31 @@ class Survey:
     def model_of(self, entry: Entry) -> Model:
         return self.models.get(entry.fingerprint) or Model(entry.fingerprint)
 
-    def details(self, entry: Entry) -> Details:
-        """What `entry`, one of `entries`, is made of."""
-        catalog = self._catalog
-        record = catalog.records[int(entry.id, 16)]
-        runs: list[RunDetails] = []
-        found = catalog.edges.get(record.node)
-        while found is not None:
-            parent, edge = found
-            blob = catalog.blobs[edge.blob]
-            rows = edge.rows
-            if runs and runs[-1].blob == blob.name.hex():
-                rows += runs.pop().num_tokens
-            users = catalog.users[edge.node]
-            runs.append(self._run(blob, blob.start, rows, users))
-            found = catalog.edges.get(parent)
-        checkpoint = None
-        if record.checkpoint != NO_BLOB:
-            checkpoint = self._run(catalog.blobs[record.checkpoint], entry.num_tokens, 0, 1)
-        _, namespace = catalog.namespaces[record.namespace]
-        return Details(
-            entry=entry,
-            model=self.model_of(entry),
-            layout=namespace.layout,
-            runs=tuple(reversed(runs)),
-            checkpoint=checkpoint,
-            children=tuple(one.id for one in self.entries if one.parent == entry.id),
-        )
-
     def added_bytes(self, entry: Entry) -> int:
         """Bytes that `entry` has beyond the one it continues, whoever else needs them."""
         catalog = self._catalog
         record = catalog.records[int(entry.id, 16)]
-        total = 0
-        if record.checkpoint != NO_BLOB:
-            total = catalog.blobs[record.checkpoint].disk_bytes
+        total = catalog.checkpoint_bytes(record)
         node = record.node
         while True:
-            node, edge = catalog.edges[node]
-            total += catalog.share(edge)
+            total += catalog.shares[node]
+            node = catalog.edges[node][0]
             above = catalog.edges.get(node)
             if above is None or above[1].entry != NO_ENTRY:
                 return total
-
-    def _run(self, blob: BlobRecord, start: int, rows: int, users: int) -> RunDetails:
-        name = blob.name.hex()
-        path = str(self._store._disk.folder.path(name))
-        return RunDetails(
-            name, path, start, rows, blob.num_tokens, blob.nbytes, users, blob.created
-        )
 
     def removal(self, ids: Collection[str]) -> Removal:
         """What evicting the entries `ids` would free, and what stays because others need it."""
         catalog = self._catalog
         doomed = {int(one, 16) for one in ids}
-        left = catalog.count_users(lambda entry: entry not in doomed)
+        left = catalog.count_users(doomed)
         living_blobs = {edge.blob for node, (_, edge) in catalog.edges.items() if left[node]}
         dying = {edge.blob for node, (_, edge) in catalog.edges.items() if not left[node]}
         dying |= {catalog.records[one].checkpoint for one in doomed} - {NO_BLOB}
         kept_bytes = kept_for = 0
-        for node, (parent, edge) in catalog.edges.items():
+        for node, (parent, _) in catalog.edges.items():
             if left[node] and left[node] < catalog.users[node]:
-                kept_bytes += catalog.share(edge)
+                kept_bytes += catalog.shares[node]
                 if parent not in catalog.edges:
                     kept_for += left[node]
         return Removal(
@@ -269,36 +236,113 @@ class Survey:
 
     def by_tier(self) -> dict[Tier, Amount]:
         """Per tier; rows that several share count for the highest tier among them."""
-        amounts = {tier: Amount() for tier in Tier}
+        catalog = self._catalog
+        nbytes = dict.fromkeys(Tier, 0)
         highest: dict[int, Tier] = {}
-        for node in reversed(self._catalog.order):
-            parent, edge = self._catalog.edges[node]
+        for node in reversed(catalog.order):
+            parent, edge = catalog.edges[node]
             tier = highest.get(node, Tier.ASSISTANT)
             if edge.entry != NO_ENTRY:
-                tier = max(tier, self._catalog.records[edge.entry].tier)
-            amounts[tier] += Amount(nbytes=self._catalog.share(edge))
+                tier = max(tier, catalog.records[edge.entry].tier)
+            nbytes[tier] += catalog.shares[node]
             highest[parent] = max(highest.get(parent, Tier.ASSISTANT), tier)
-        for entry in self.entries:
-            amounts[entry.tier] += self._amount(entry)
-        return amounts
+        return self._amounts(nbytes, lambda record: record.tier)
 
     def by_model(self) -> dict[str, Amount]:
         """Per fingerprint, those without entries left out."""
-        amounts: dict[str, Amount] = {}
-        roots = {record.root: key[:32].hex() for key, record in self._catalog.namespaces.values()}
-        for node in self._catalog.order:
-            parent, edge = self._catalog.edges[node]
-            fingerprint = roots[node] = roots.get(parent, "")
-            share = Amount(nbytes=self._catalog.share(edge))
-            amounts[fingerprint] = amounts.get(fingerprint, Amount()) + share
-        for entry in self.entries:
-            amounts[entry.fingerprint] += self._amount(entry)
-        return amounts
+        catalog = self._catalog
+        above = {record.root: key[:32].hex() for key, record in catalog.namespaces.values()}
+        nbytes: Counter[str] = Counter()
+        for node in catalog.order:
+            above[node] = above[catalog.edges[node][0]]
+            nbytes[above[node]] += catalog.shares[node]
+        return self._amounts(nbytes, catalog.fingerprint)
 
-    def _amount(self, entry: Entry) -> Amount:
-        checkpoint = self._catalog.records[int(entry.id, 16)].checkpoint
-        nbytes = 0 if checkpoint == NO_BLOB else self._catalog.blobs[checkpoint].disk_bytes
-        return Amount(1, nbytes, entry.hits, entry.saved_s)
+    def saved_s(self) -> float:
+        """Seconds of prefill that the hits of all entries saved."""
+        return sum(record.saved_s for record in self._catalog.records.values())
+
+    def _amounts(self, nbytes: Mapping[K, int], key: Callable[[EntryRecord], K]) -> dict[K, Amount]:
+        """Totals by `key` of the entries; `nbytes` are those of their rows."""
+        groups: dict[K, list[EntryRecord]] = {one: [] for one in nbytes}
+        for record in self._catalog.records.values():
+            groups[key(record)].append(record)
+        return {
+            one: Amount(
+                len(records),
+                nbytes[one] + sum(map(self._catalog.checkpoint_bytes, records)),
+                sum(record.hits for record in records),
+                sum(record.saved_s for record in records),
+            )
+            for one, records in groups.items()
+        }
+
+
+@contextmanager
+def _consistent() -> Iterator[None]:
+    try:
+        yield
+    except (LookupError, ValueError, AssertionError, struct.error) as error:
+        raise StoreError(
+            "The index contradicts itself; run `persist-cache check --rebuild-index`."
+        ) from error
+
+
+def details_of(store: Store, entry: str) -> Details | None:
+    """What an entry is made of, or None when it is not stored.
+
+    Reads what is above and below the entry, not the whole index.
+
+    Raises:
+        StoreError: The index contradicts itself.
+    """
+    number = int(entry, 16)
+    with _consistent(), store._disk.index.read() as txn:
+        found = load_entry(txn, number)
+        record = txn.entry(number)
+        if found is None or record is None:
+            return None
+        key, namespace = namespace_of(txn, record)
+        checkpoint = None
+        if record.checkpoint != NO_BLOB:
+            checkpoint = _run(store, known_blob(txn, record.checkpoint), 0, 1)
+        return Details(
+            entry=found,
+            model=_model(key, namespace),
+            layout=namespace.layout,
+            runs=_runs(store, txn, record.node),
+            checkpoint=checkpoint,
+            children=tuple(sorted(map(entry_id, paths.entries_behind(txn, record.node)))),
+        )
+
+
+def _runs(store: Store, txn: Reader, node: int) -> tuple[RunDetails, ...]:
+    """The blobs on the way to `node`, each with the number of entries that use it."""
+    runs: list[RunDetails] = []
+    users = 0
+    lower = None
+    for _, edge in reversed(paths.path_of(txn, node)):
+        users += edge.entry != NO_ENTRY
+        for _, beside in txn.children(edge.node):
+            if beside.node != lower:
+                users += (beside.entry != NO_ENTRY) + sum(
+                    one.entry != NO_ENTRY for one in paths.edges_below(txn, beside.node)
+                )
+        blob = known_blob(txn, edge.blob)
+        rows = edge.rows
+        if runs and runs[-1].blob == blob.name.hex():
+            rows += runs.pop().num_tokens
+        runs.append(_run(store, blob, rows, users))
+        lower = edge.node
+    return tuple(reversed(runs))
+
+
+def _run(store: Store, blob: BlobRecord, rows: int, users: int) -> RunDetails:
+    name = blob.name.hex()
+    path = str(store._disk.folder.path(name))
+    return RunDetails(
+        name, path, blob.start, rows, blob.num_tokens, blob.nbytes, users, blob.created
+    )
 
 
 def _model(key: bytes, record: NamespaceRecord) -> Model:
@@ -307,6 +351,14 @@ def _model(key: bytes, record: NamespaceRecord) -> Model:
     except ValueError:
         return Model(key[:32].hex())
     return Model(key[:32].hex(), identity.fields, identity.info)
+
+
+def short_id(store: Store, entry: str) -> str:
+    """The shortest prefix of one id that no other one has, as `short_ids` gives it."""
+    length = SHORT_ID_DIGITS
+    while length < len(entry) and len(find_ids(store, entry[:length], limit=2)) > 1:
+        length += 1
+    return entry[:length]
 
 
 def short_ids(ids: Sequence[str], at_least: int = SHORT_ID_DIGITS) -> dict[str, str]:

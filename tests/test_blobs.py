@@ -243,6 +243,7 @@ def test_blob_that_is_not_published_leaves_nothing(folder: BlobFolder) -> None:
 def test_writer_dead_before_the_rename_leaves_a_temporary_file_that_a_sweep_removes(
     tmp_path: Path,
 ) -> None:
+    """oMLX: a leftover temporary file indexed as real data."""
     with Store.open(tmp_path / "store", min_free_bytes=0) as store:
         folder = BlobFolder(store.root)
     child = os.fork()

@@ -440,6 +440,22 @@ def test_a_store_may_be_read_only(
     Bundle(file).close()
 
 
+def test_what_is_exported_is_not_evicted_meanwhile(
+    store: Store, other: Store, ids: dict[str, str], file: Path
+) -> None:
+    def evict(done: int, total: int) -> None:
+        store.evict_to(0)
+
+    export(store, [ids["branch"]], file, progress=evict)
+
+    left = {entry.id for entry in store.entries()}
+    assert ids["branch"] in left
+    assert not {ids["base"], ids["stateful"]} & left
+    with Bundle(file) as bundle:
+        load(other, bundle.entries)
+    assert fetched(other, BRANCH) == len(BRANCH)
+
+
 def test_progress_ends_at_the_total(
     store: Store, other: Store, ids: dict[str, str], file: Path
 ) -> None:

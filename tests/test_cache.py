@@ -350,6 +350,7 @@ def test_unknown_cache_class_is_refused_by_name_and_counted(
 def test_any_single_field_that_changes_is_a_miss_and_restoring_it_gives_the_hit_back(
     make: Callable[..., PromptCache], field: str
 ) -> None:
+    """vllm-mlx, llama.cpp, MemOS #2300: same tokens, other model, and a hit."""
     fields = dict.fromkeys(
         ["weights", "config", "adapter.weights", "kv_bits", "mlx_lm", "layout", "salt"], "as it was"
     )

@@ -22,6 +22,7 @@ REPOSITORY = Path(__file__).parent.parent
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_killed_at_every_step_it_recovers(tmp_path: Path, operation: str) -> None:
+    """vllm-mlx 0.6.0: a crash in mid-save serves 900 tokens as 512."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.crash_worker", str(tmp_path), operation],
         cwd=REPOSITORY,
@@ -73,6 +74,7 @@ def test_put_on_a_failing_disk_changes_nothing(tmp_path: Path, operation: str, c
 
 
 def test_full_disk_still_lets_entries_be_evicted(tmp_path: Path) -> None:
+    """Tanguille #4636: cleaning up cannot run on a full disk."""
     crash_worker.prepare(tmp_path / "store")
     with crash_worker.open_store(tmp_path / "store") as store:
 
@@ -133,6 +135,7 @@ print(puts, hits)
 
 
 def test_two_processes_share_a_store(tmp_path: Path) -> None:
+    """SGLang #31926, mlx-vlm, vllm-mlx: two processes spoil one folder."""
     workers = [
         subprocess.Popen(
             [sys.executable, "-c", HAMMER, str(tmp_path / "store"), str(seed), "4"],
@@ -160,6 +163,7 @@ def test_two_processes_share_a_store(tmp_path: Path) -> None:
 
 
 def test_sweep_leaves_files_of_a_living_writer_alone(tmp_path: Path) -> None:
+    """SGLang #31926: cleaning up at start deletes what a living process is writing."""
     slow = """
 import sys, time
 from persist_cache import fs

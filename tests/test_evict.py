@@ -96,6 +96,7 @@ def test_pinned_entries_never_go(store: Store, clock: Clock) -> None:
 
 
 def test_pin_survives_reopening(tmp_path: Path) -> None:
+    """LMCache #562, Mooncake #1196, LlamaFarm: the index, and with it the pins, lost at restart."""
     with Store.open(tmp_path / "store", min_free_bytes=0) as store:
         entry = put(store, [1, 1])
         store.pin(entry)
@@ -108,6 +109,7 @@ def test_pin_survives_reopening(tmp_path: Path) -> None:
 
 
 def test_last_use_survives_reopening(tmp_path: Path, clock: Clock) -> None:
+    """oMLX: last use forgotten over a restart, the hottest prompt evicted first."""
     with Store.open(tmp_path / "store", min_free_bytes=0, clock=clock) as store:
         used = put(store, [1, 1])
         clock.advance(1)
@@ -241,6 +243,7 @@ def test_full_of_pinned_entries_refuses_and_evicts_nothing(small: Store) -> None
 def test_undeletable_file_does_not_wedge_eviction(
     small: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """SGLang #31485: one file that cannot be deleted wedges eviction."""
     put(small, [1] * 4)
     stuck = blob_files(small.root)[0]
     unlink = fs.unlink
@@ -331,7 +334,10 @@ def test_free_space_floor(
 
 
 def test_du_never_exceeds_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sampled before and after every change of the disk, over hundreds of puts."""
+    """Sampled before and after every change of the disk, over hundreds of puts.
+
+    LMCache #4725, vLLM #52784, oMLX #2115: a cap that is declared, not enforced.
+    """
     dice = random.Random(1)
     worst = 0
     root = tmp_path / "store"
@@ -361,6 +367,7 @@ def test_du_never_exceeds_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_leftovers_of_crashes_are_counted_and_removed(tmp_path: Path) -> None:
+    """LMCache #1454: leftovers not counted, one more cap per restart."""
     name = "ab" * 16 + ".safetensors"
     with Store.open(tmp_path / "store", min_free_bytes=0) as store:
         put(store, [1, 2, 3])

@@ -226,6 +226,7 @@ def test_diff_names_what_changed_from_old_to_new() -> None:
 
 
 def test_digest_is_the_same_in_every_process(tmp_path: Path) -> None:
+    """LMCache #2136: keys from Python's `hash()`."""
     model = write_model(tmp_path / "model")
     script = (
         "import sys; from persist_cache.fingerprint import identify;"
@@ -398,6 +399,7 @@ def test_missing_mlx_lm_is_an_empty_version(
 
 
 def test_adapter_and_draft_are_in_the_key(tmp_path: Path) -> None:
+    """vLLM #42125, llama.cpp #26207: a LoRA retrained at the same path, served with old KV."""
     model = write_model(tmp_path / "model")
     adapter = write_adapter(tmp_path / "adapter")
     plain = known((str(model), None, None))

@@ -33,6 +33,7 @@ def modes(root: Path) -> dict[str, int]:
 
 @pytest.mark.parametrize("mask", [0o000, 0o022, 0o277, 0o777])
 def test_everything_is_the_owners_alone_under_any_umask(tmp_path: Path, mask: int) -> None:
+    """llama.cpp, vLLM: prompts that every local user can read (0644)."""
     root = tmp_path / "store"
     with umask(mask), Store.open(root, min_free_bytes=0) as store:
         put(store, [1, 2, 3], complete=False)

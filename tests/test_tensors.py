@@ -310,6 +310,7 @@ def test_any_cuts_and_any_length(disk: Disk, prefix_sources: Any, data: st.DataO
 def test_model_gives_the_same_logits(
     disk: Disk, uncompiled: None, name: str, prefill: tuple[int, ...]
 ) -> None:
+    """vllm-mlx: a rotating cache restored as a plain one."""
     model = tiny_caches.model(name)
     mx.random.seed(2)
     live = make_prompt_cache(model)

@@ -13,7 +13,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 
 from torture import broken, scenes, steps
@@ -47,8 +46,14 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--faults", type=int, help="faults to inject step by step")
     parser.add_argument("--seed", type=int, default=1, help="decides all but the scheduling")
     parser.add_argument("--folder", help="where stores are made; default: memory, if there is any")
-    parser.add_argument("--break", dest="breaks", choices=sorted(broken.BREAKS), default="",
-                        help="break the store on purpose; the torture has to notice")
+    parser.add_argument(
+        "--break",
+        dest="breaks",
+        choices=sorted(broken.BREAKS),
+        default="",
+        help="break the store on purpose; the torture has to notice",
+    )
+    parser.add_argument("--storms-only", action="store_true", help="skip the faults step by step")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
     if options.folder is None and os.access("/dev/shm", os.W_OK):
@@ -61,12 +66,15 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def _run(
-    options: argparse.Namespace, folder: Path, report: Report, started: float
-) -> steps.Tried:
+def _run(options: argparse.Namespace, folder: Path, report: Report, started: float) -> steps.Tried:
     """All phases; a broken build only has to be caught, so its run ends with the first finding."""
     tried = steps.Tried()
     late = started + 60 * options.minutes
+    if options.storms_only:
+        Storm(folder, options.seed, report).run(
+            lambda: report.kills < options.kills and time.monotonic() < late
+        )
+        return tried
     if options.breaks:
         Storm(folder, options.seed, report, options.breaks).run(
             lambda: not report.findings and time.monotonic() < late
@@ -79,9 +87,7 @@ def _run(
         report,
         tried,
         in_child(
-            lambda: steps.run(
-                _made(folder, "steps"), options.seed, lambda n: n >= options.faults
-            )
+            lambda: steps.run(_made(folder, "steps"), options.seed, lambda n: n >= options.faults)
         ),
     )
     _say("a read-only disk, an unknown version, a soak at 200 MB")
@@ -122,21 +128,19 @@ def _as_json(
         "broken": options.breaks,
         "kills": report.kills,
         "faults": report.faults.total() + tried.kinds.total() + report.damages.total(),
-        "storms": {**asdict(report), "skipped": sorted(report.skipped)},
+        "storms": {**vars(report), "skipped": sorted(report.skipped)},
         "steps": {"faults": tried.kinds, "operations": tried.operations, "kills": tried.kills},
         "findings": report.findings,
     }
 
 
-def _print(
-    options: argparse.Namespace, report: Report, tried: steps.Tried, seconds: float
-) -> None:
+def _print(options: argparse.Namespace, report: Report, tried: steps.Tried, seconds: float) -> None:
     machine = f"{os.cpu_count()}-core {platform.machine()}, {platform.system()}"
     print(f"{machine}; {seconds:.0f} s; seed {options.seed}; Python {platform.python_version()}")
     if options.breaks:
         print(f"The store was broken on purpose: {options.breaks}.")
     total = report.faults.total() + tried.kinds.total() + report.damages.total()
-    rows: list[tuple[str, object]] = [
+    rows: list[tuple[str, int | str]] = [
         ("processes killed", report.kills),
         ("  at a given step of an operation", tried.kills),
         ("  at a random moment", report.kills - tried.kills),
@@ -174,7 +178,7 @@ def _print(
         print(f"- {finding}" + (f" ({count} times)" if count > 1 else ""))
 
 
-def _table(rows: Iterable[tuple[str, object]]) -> None:
+def _table(rows: Iterable[tuple[str, int | str]]) -> None:
     for name, value in rows:
         text = f"{value:,}" if isinstance(value, int) else str(value)
         print(f"  {name:<52}{text:>14}")

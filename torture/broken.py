@@ -63,7 +63,7 @@ def _budget_afterwards() -> None:
         self._evictor.evict_to(self._disk.limits.max_bytes)
         return done
 
-    Evictor.reserve = reserve  # type: ignore[method-assign]
+    Evictor.reserve = reserve  # type: ignore[method-assign,assignment]
     Insertion.run = run_then_evict  # type: ignore[method-assign]
 
 

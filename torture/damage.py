@@ -21,7 +21,7 @@ class Done:
 
     Attributes:
         kind: The name of the damage.
-        harms: "files", "blobs", "index", "page", or "" when a sound store must come out as it went in.
+        harms: "files", "blobs", "index", "page", or "" when the store must come out as it went in.
         hurt: Ids of entries whose files it harmed.
     """
 

@@ -54,6 +54,4 @@ class Tally:
     def totals(self) -> Counter[str]:
         width = len(self._names)
         values = struct.unpack(f"<{self._ROWS * width}q", self._memory[:])
-        return Counter(
-            {name: sum(values[place::width]) for name, place in self._names.items()}
-        )
+        return Counter({name: sum(values[place::width]) for name, place in self._names.items()})

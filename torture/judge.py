@@ -232,9 +232,9 @@ class Judge:
         tight = self._setting.max_bytes < ROOMY
         if self._damaged == "page":
             self._verdict.excused["a page of the index was damaged"] += 1
-        elif reason == ROOM and tight and not promise.prompt.pinned:
-            self._verdict.excused[reason] += 1
-        elif reason == "expired" and promise.expires:
+        elif (reason == ROOM and tight and not promise.prompt.pinned) or (
+            reason == "expired" and promise.expires
+        ):
             self._verdict.excused[reason] += 1
         elif (
             reason.startswith("quarantined")
@@ -286,9 +286,7 @@ def _stored(store: Store) -> list[tuple[str, list[int]]]:
     """Model and tokens of every entry, by what the index itself says."""
     digests = {fingerprint(weights=model).digest: model for model in MODELS}
     with store._disk.index.read() as txn:
-        models = {
-            record.number: digests.get(key[:32], "?") for key, record in txn.namespaces()
-        }
+        models = {record.number: digests.get(key[:32], "?") for key, record in txn.namespaces()}
         return [
             (models[record.namespace], unpack_tokens(paths.tokens_of(txn, record.node)))
             for _, record in txn.entries()

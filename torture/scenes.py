@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -97,7 +98,7 @@ class _Bulk:
 def soak(folder: Path, report: Report, seconds: float, breaks: str = "") -> None:
     """Two processes write without pause into 200 MB; the bytes on disk are counted all the time."""
     root = folder / "soak"
-    children = [_forked(lambda n=n: _write_bulk(root, n, breaks)) for n in range(2)]
+    children = [_forked(partial(_write_bulk, root, seed, breaks)) for seed in range(2)]
     end = time.monotonic() + seconds
     worst = 0
     try:

@@ -155,12 +155,12 @@ class _ShortOs:
 
 @contextlib.contextmanager
 def _short_calls(nbytes: int = 1000) -> Iterator[None]:
-    real = fs.os
-    fs.os = _ShortOs(real, nbytes)  # type: ignore[assignment,attr-defined]
+    real = vars(fs)["os"]
+    vars(fs)["os"] = _ShortOs(real, nbytes)
     try:
         yield
     finally:
-        fs.os = real  # type: ignore[attr-defined]
+        vars(fs)["os"] = real
 
 
 def at_step(number: int, kind: str, *, lasting: bool = False) -> Callable[[int, str], str | None]:

@@ -256,7 +256,7 @@ def _import(bed: Bed) -> None:
     from persist_cache.bundle import Bundle, load
 
     with Bundle(bed.bundle) as bundle:
-        load(bed.store, bundle)
+        load(bed.store, bundle.entries)
 
 
 OPERATIONS: dict[str, tuple[Callable[[Bed], None], Callable[[Bed], None]]] = {

@@ -19,6 +19,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -176,7 +177,8 @@ class Storm:
                 if self._breaks == "checksum":
                     kind = "flipped bit"
                 seed = self._dice.getrandbits(64)
-                done = in_child(lambda: damage.damage(setting, kind, random.Random(seed)))
+                harm = partial(damage.damage, setting, kind, random.Random(seed))
+                done = in_child(harm)
                 self._report.damages[kind] += 1
                 hurt = done.hurt
                 where += f", {kind}"

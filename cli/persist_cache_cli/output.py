@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+import msgspec
 from msgspec import Struct
 
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+if TYPE_CHECKING:
+    from persist_cache.entry import Entry
+
+_UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB")
 _GAP = "  "
 _ELLIPSIS = "…"
 
@@ -20,14 +24,14 @@ Painter = Callable[[str, str], str]
 
 def format_bytes(nbytes: int) -> str:
     """`1536` is `1.5 KiB`; three digits, so that columns stay narrow."""
+    if abs(nbytes) < 1024:
+        return f"{nbytes} B"
     value = float(nbytes)
     for unit in _UNITS:
-        if abs(value) < 1023.5 or unit == _UNITS[-1]:
-            if unit == "B":
-                return f"{nbytes} B"
-            return f"{value:.1f} {unit}" if abs(value) < 99.95 else f"{value:.0f} {unit}"
         value /= 1024
-    raise AssertionError("unreachable")
+        if abs(value) < 1023.5:
+            break
+    return f"{value:.1f} {unit}" if abs(value) < 99.95 else f"{value:.0f} {unit}"
 
 
 def format_duration(seconds: float) -> str:
@@ -56,6 +60,15 @@ def format_time(seconds: float) -> str:
     import datetime
 
     return datetime.datetime.fromtimestamp(seconds).isoformat(" ", "seconds")
+
+
+def keeping(entry: Entry, now: float) -> str:
+    """Whether it is pinned, and how long it has until it expires."""
+    words = ["pinned"] if entry.pinned else []
+    if entry.expires is not None:
+        left = entry.expires - now
+        words.append(format_age(left) if left > 0 else "expired")
+    return ", ".join(words)
 
 
 def plural(count: int, one: str, many: str = "") -> str:
@@ -150,29 +163,41 @@ def table(
         paint: Adds colours.
     """
     cells = [row for row in rows if not isinstance(row, str)]
-    natural = [
-        max([text_width(column.title), *(text_width(row[place]) for row in cells)])
-        for place, column in enumerate(columns)
-    ]
+    titles = [column.title for column in columns]
+    by_column = list(zip(titles, *cells, strict=True))
+    natural = [max(map(text_width, set(texts))) for texts in by_column]
     shown = list(range(len(columns)))
     widths = list(natural)
     if width is not None:
         shown = _choose(columns, natural, cells, width)
         widths = _fit(columns, natural, shown, width)
-    lines = []
-    for number, row in enumerate([[column.title for column in columns], *rows]):
-        if isinstance(row, str):
-            lines.append(paint(shorten(row, width or text_width(row)), "heading"))
-            continue
-        line = []
-        for place in shown:
-            column = columns[place]
-            cell = shorten(row[place], widths[place], column.cut)
-            padding = " " * (widths[place] - text_width(cell))
-            cell = paint(cell, "heading" if number == 0 else column.style)
-            line.append(padding + cell if column.right else cell + padding)
-        lines.append(_GAP.join(line).rstrip())
-    return lines
+    laid = [_lay_out(columns[place], by_column[place], widths[place], paint) for place in shown]
+    heading, *lines = [_GAP.join(line).rstrip() for line in zip(*laid, strict=True)]
+    following = iter(lines)
+    return [
+        heading,
+        *(
+            paint(shorten(row, width or text_width(row)), "heading")
+            if isinstance(row, str)
+            else next(following)
+            for row in rows
+        ),
+    ]
+
+
+def _lay_out(column: Column, texts: Sequence[str], width: int, paint: Painter) -> list[str]:
+    """A column's heading and cells, each `width` wide."""
+
+    def pad(text: str, style: str) -> str:
+        if len(text) > width or not text.isascii():
+            text = shorten(text, width, column.cut)
+        padding = " " * (width - text_width(text))
+        return padding + paint(text, style) if column.right else paint(text, style) + padding
+
+    heading, *cells = texts
+    # Most columns say the same again and again.
+    padded = {text: pad(text, column.style) for text in set(cells)}
+    return [pad(heading, "heading"), *(padded[text] for text in cells)]
 
 
 def _choose(
@@ -223,9 +248,14 @@ def pairs(items: Iterable[tuple[str, str]], *, paint: Painter = plain) -> list[s
 
 def print_json(value: Any) -> None:
     """Write `value` to standard output as JSON, readable, with dates and numbers as they are."""
-    import json
+    try:
+        # A tenth of the time that `json` takes to indent.
+        text = msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
+    except OverflowError:  # it knows no integers beyond 64 bits
+        import json
 
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    click.echo(text)
 
 
 _STYLES: dict[str, dict[str, Any]] = {

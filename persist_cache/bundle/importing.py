@@ -161,10 +161,8 @@ def load(
     with contextlib.ExitStack() as stack:
         try:
             for entry in entries:
-                one = _load_one(store, entry, here)
+                one = _load_one(store, entry, here, added)
                 found.append(one)
-                if not one.was_there:
-                    added.append(one.id)
                 stack.enter_context(store._disk.serving([int(one.id, 16)]))
                 done += entry.num_tokens
                 if progress is not None:
@@ -177,10 +175,14 @@ def load(
     return found
 
 
-def _load_one(store: Store, entry: BundledEntry, here: Fingerprint | None) -> Imported:
+def _load_one(
+    store: Store, entry: BundledEntry, here: Fingerprint | None, added: list[str]
+) -> Imported:
+    """Put one entry; its id joins `added` before that, since a put may fail behind its commit."""
     with store._disk.index.read() as txn:
         if _need(txn, entry).is_there:
             return _imported(entry, entry.id, 0, 0, was_there=True)
+    added.append(entry.id)
     known_here = here is not None and here.digest == entry.fingerprint.digest
     done = store.put(
         here if here is not None and known_here else entry.fingerprint,

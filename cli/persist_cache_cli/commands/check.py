@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from persist_cache import Problem, Store
+from persist_cache.describe import quarantine_json
 from persist_cache.rebuild import rebuild
 from persist_cache.survey import Quarantined, quarantined
 from persist_cache_cli.output import (
@@ -105,10 +106,7 @@ def _as_json(
             {"kind": one.kind, "message": one.message, "blob": one.blob} for one in problems
         ],
         **result,
-        "quarantine": [
-            {"blob": one.blob, "bytes": one.nbytes, "since": one.since, "reason": one.reason}
-            for one in aside
-        ],
+        "quarantine": quarantine_json(aside),
     }
 
 

@@ -10,6 +10,12 @@ from typing import Any
 import click
 
 from persist_cache import Store
+from persist_cache.describe import (
+    Filters,
+    removal_json,
+    short_entry_ids,
+    short_model_names,
+)
 from persist_cache.entry import Entry
 from persist_cache.errors import PersistCacheError
 from persist_cache.survey import (
@@ -32,12 +38,6 @@ from persist_cache_cli.output import (
     terminal_width,
 )
 from persist_cache_cli.parse import DURATION, ENTRY_ID, SIZE, TIER
-from persist_cache_cli.selection import (
-    Filters,
-    entry_json,
-    short_entry_ids,
-    short_model_names,
-)
 from persist_cache_cli.store_access import (
     NothingFound,
     changing,
@@ -137,21 +137,15 @@ class _Plan:
         self.freed_bytes = removal.freed_bytes
 
     def as_json(self, survey: Survey, dry_run: bool) -> dict[str, Any]:
-        short = short_entry_ids(survey)
-        return {
-            "dry_run": dry_run,
-            "entries": [
-                {
-                    **entry_json(survey, entry, short),
-                    "reason": self.reasons.get(entry.fingerprint, ""),
-                }
-                for entry in self.entries
-            ],
-            "freed_bytes": self.freed_bytes,
-            "kept_bytes": self.removal.kept_bytes,
-            "kept_for": self.removal.kept_for,
-            "skipped_pinned": [entry.id for entry in self.skipped],
-        }
+        return removal_json(
+            survey,
+            self.entries,
+            self.removal,
+            dry_run=dry_run,
+            freed_bytes=self.freed_bytes,
+            skipped=self.skipped,
+            reasons=self.reasons,
+        )
 
     def lines(self, survey: Survey, dry_run: bool) -> list[str]:
         if not self.entries:

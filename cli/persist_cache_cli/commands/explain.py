@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
+from persist_cache.describe import divergence_texts, explanation_json
 from persist_cache.errors import ModelError
-from persist_cache.explain import Divergence, Explanation, explain
+from persist_cache.explain import Explanation, explain
 from persist_cache.warm import load_tokenizer, render
 from persist_cache_cli.output import format_duration, print_json
 from persist_cache_cli.prompts import (
@@ -89,7 +91,7 @@ def command(
         else:
             found = explain(opened, fingerprint, ids, system_tokens=system_tokens)
     if as_json:
-        print_json(_as_json(found, tokenizer))
+        print_json(explanation_json(found, _decoder(tokenizer)))
     elif not quiet:
         _show(found, tokenizer)
     if check and found.cached_tokens == 0:
@@ -105,7 +107,7 @@ def _show(found: Explanation, tokenizer: Any) -> None:
     for change in found.changes:
         click.echo(f"  {change.name}: stored {_value(change.old)}, now {_value(change.new)}")
     if found.divergence is not None:
-        before, stored, prompt = _texts(found.divergence, tokenizer)
+        before, stored, prompt = divergence_texts(found.divergence, _decoder(tokenizer))
         click.echo(f"  after   …{before}")
         click.echo(f"  stored  {stored}")
         click.echo(f"  prompt  {prompt}")
@@ -115,44 +117,10 @@ def _value(value: str | None) -> str:
     return "nothing" if value in (None, "null") else str(value)
 
 
-def _texts(divergence: Divergence, tokenizer: Any) -> tuple[str, str, str]:
-    """The text right before the parting, and on both sides of it, on one line each."""
+def _decoder(tokenizer: Any) -> Callable[[list[int]], str]:
+    """Decodes tokens as text; ids that stand for no text are left out."""
 
-    def text(tokens: list[int]) -> str:
-        known = [token for token in tokens if 0 <= token < len(tokenizer)]
-        decoded = tokenizer.decode(known) if known else ""
-        return repr(decoded)[1:-1] if decoded else "(nothing: it ends here)"
+    def decode(tokens: list[int]) -> str:
+        return str(tokenizer.decode([one for one in tokens if 0 <= one < len(tokenizer)]))
 
-    return (
-        text(divergence.before) if divergence.before else "",
-        text(divergence.stored),
-        text(divergence.prompt),
-    )
-
-
-def _as_json(found: Explanation, tokenizer: Any) -> dict[str, Any]:
-    divergence = None
-    if found.divergence is not None:
-        before, stored, prompt = _texts(found.divergence, tokenizer)
-        divergence = {
-            "position": found.divergence.position,
-            "before_text": before,
-            "stored_text": stored,
-            "prompt_text": prompt,
-            "stored_tokens": found.divergence.stored,
-            "prompt_tokens": found.divergence.prompt,
-        }
-    return {
-        "outcome": found.outcome,
-        "message": found.message,
-        "num_tokens": found.num_tokens,
-        "cached_tokens": found.cached_tokens,
-        "common_tokens": found.common_tokens,
-        "id": found.entry,
-        "saved_s": found.saved_s,
-        "divergence": divergence,
-        "changes": [
-            {"field": change.name, "stored": change.old, "now": change.new}
-            for change in found.changes
-        ],
-    }
+    return decode

@@ -8,6 +8,14 @@ from typing import Any
 
 import click
 
+from persist_cache.describe import (
+    SORT_KEYS,
+    Filters,
+    entry_json,
+    order,
+    short_entry_ids,
+    short_model_names,
+)
 from persist_cache.entry import Entry
 from persist_cache.survey import Survey
 from persist_cache_cli.output import (
@@ -15,6 +23,7 @@ from persist_cache_cli.output import (
     format_age,
     format_bytes,
     format_duration,
+    keeping,
     painter,
     plural,
     print_json,
@@ -23,15 +32,6 @@ from persist_cache_cli.output import (
     terminal_width,
 )
 from persist_cache_cli.parse import TIER
-from persist_cache_cli.selection import (
-    SORT_KEYS,
-    Filters,
-    entry_json,
-    keeping,
-    order,
-    short_entry_ids,
-    short_model_names,
-)
 from persist_cache_cli.store_access import common_options, no_store, reading
 
 _ROWS_ON_A_TERMINAL = 100
@@ -89,7 +89,7 @@ def command(
         survey = Survey(opened)
     filters = Filters(tier=tier, model=model, label=label)
     names = short_model_names(survey.models)
-    entries = order(survey, filters.choose(survey, time.time()), sort, names)
+    entries = order(filters.choose(survey, time.time()), sort, names)
     if limit is None and not as_json and not quiet and terminal_width() is not None:
         limit = _ROWS_ON_A_TERMINAL
     shown = entries[:limit] if limit else entries
@@ -99,7 +99,7 @@ def command(
         return
     short = short_entry_ids(survey)
     if as_json:
-        flat = [entry_json(survey, entry, short) for entry in shown]
+        flat = [entry_json(entry, survey.model_of(entry), short[entry.id]) for entry in shown]
         print_json(_nested(flat, _shown_parents(survey, shown)) if tree else flat)
         return
     if not shown:

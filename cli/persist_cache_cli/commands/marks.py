@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from persist_cache import Store
-from persist_cache.survey import find_ids
+from persist_cache.describe import mark_json
+from persist_cache.survey import short_id
 from persist_cache_cli.output import format_duration, plural, print_json
 from persist_cache_cli.parse import ENTRY_ID, LABEL, LIFETIME
 from persist_cache_cli.store_access import NothingFound, changing, common_options, resolve
@@ -107,14 +108,7 @@ def _change(
                 change(opened, one)
             except KeyError:
                 raise NothingFound(f"Entry {one} was evicted just now.") from None
-        return [(one, _short(opened, one)) for one in ids]
-
-
-def _short(store: Store, one: str) -> str:
-    length = 6
-    while length < len(one) and len(find_ids(store, one[:length], limit=2)) > 1:
-        length += 1
-    return one[:length]
+        return [(one, short_id(opened, one)) for one in ids]
 
 
 def _report(
@@ -125,7 +119,7 @@ def _report(
     quiet: bool,
 ) -> None:
     if as_json:
-        print_json([{"id": one, "short_id": short, **fields} for one, short in changed])
+        print_json([mark_json(one, short, **fields) for one, short in changed])
     elif not quiet:
         names = ", ".join(short for _, short in changed)
         click.echo(f"{plural(len(changed), 'entry', 'entries')} {done}: {names}")

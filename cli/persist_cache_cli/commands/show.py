@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any
 
 import click
 
-from persist_cache.survey import Details, RunDetails, Survey, as_json_object, tokens_of
+from persist_cache.describe import details_json
+from persist_cache.survey import Details, details_of, short_id, tokens_of
 from persist_cache_cli.output import (
     Column,
     Painter,
@@ -16,6 +16,7 @@ from persist_cache_cli.output import (
     format_bytes,
     format_duration,
     format_time,
+    keeping,
     painter,
     pairs,
     plural,
@@ -27,8 +28,9 @@ from persist_cache_cli.output import (
     terminal_width,
 )
 from persist_cache_cli.parse import ENTRY_ID
-from persist_cache_cli.selection import entry_json, keeping, short_entry_ids
 from persist_cache_cli.store_access import NothingFound, common_options, reading, resolve
+
+_CHILDREN_SHOWN = 6
 
 
 @click.command("show")
@@ -49,20 +51,19 @@ def command(store: str | None, *, entry_id: str, text: bool, as_json: bool, quie
     with reading(store) as opened:
         (full,) = resolve(opened, [entry_id])
         assert opened is not None, "without a store there are no ids"
-        survey = Survey(opened)
-        entry = next((one for one in survey.entries if one.id == full), None)
-        if entry is None:
+        details = details_of(opened, full)
+        if details is None:
             raise NothingFound(f"Entry {full} was evicted just now.")
-        details = survey.details(entry)
         tokens = tokens_of(opened, full) if text else []
+        named = [full, details.entry.parent or full, *details.children[:_CHILDREN_SHOWN]]
+        short = {one: short_id(opened, one) for one in named}
     decoded = None
     if text:
         from persist_cache_cli.texts import Decoder
 
         decoded = Decoder(details.model).text(tokens)
-    short = short_entry_ids(survey)
     if as_json:
-        print_json({**_as_json(survey, details, short), **({"text": decoded} if text else {})})
+        print_json({**details_json(details, short[full]), **({"text": decoded} if text else {})})
         return
     if not quiet:
         click.echo("\n".join(_lines(details, short, painter())))
@@ -70,35 +71,11 @@ def command(store: str | None, *, entry_id: str, text: bool, as_json: bool, quie
         click.echo(decoded if quiet else "\n" + printable_lines(decoded))
 
 
-def _as_json(survey: Survey, details: Details, short: dict[str, str]) -> dict[str, Any]:
-    model = details.model
-    return {
-        **entry_json(survey, details.entry, short),
-        "children": list(details.children),
-        "runs": [_run_json(run) for run in details.runs],
-        "checkpoint": None if details.checkpoint is None else _run_json(details.checkpoint),
-        "identity": {"fields": dict(model.fields), "info": dict(model.info)},
-        "layout": as_json_object(details.layout),
-    }
-
-
-def _run_json(run: RunDetails) -> dict[str, Any]:
-    return {
-        "blob": run.blob,
-        "path": run.path,
-        "start": run.start,
-        "num_tokens": run.num_tokens,
-        "blob_tokens": run.blob_tokens,
-        "nbytes": run.nbytes,
-        "entries": run.entries,
-        "created": run.created,
-    }
-
-
 def _lines(details: Details, short: dict[str, str], paint: Painter) -> list[str]:
     entry, model, now = details.entry, details.model, time.time()
-    children = [short[one] for one in details.children]
-    more = f", … ({len(children):,} in all)" if len(children) > 6 else ""
+    children = [short[one] for one in details.children[:_CHILDREN_SHOWN]]
+    if len(details.children) > _CHILDREN_SHOWN:
+        children.append(f"… ({len(details.children):,} in all)")
     width = terminal_width()
     lines = pairs(
         [
@@ -117,7 +94,7 @@ def _lines(details: Details, short: dict[str, str], paint: Painter) -> list[str]
             ("expires", format_time(entry.expires) if entry.expires else ""),
             ("kept", keeping(entry, now)),
             ("continues", short[entry.parent] if entry.parent else ""),
-            ("continued by", ", ".join(children[:6]) + more),
+            ("continued by", ", ".join(children)),
         ],
         paint=paint,
     )

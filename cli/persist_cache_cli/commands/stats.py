@@ -11,8 +11,9 @@ from typing import Any
 
 import click
 
-from persist_cache import Store, StoreStats, Tier
+from persist_cache import Store, StoreStats
 from persist_cache.budget import DEFAULT_MAX_BYTES, DEFAULT_MIN_FREE_BYTES, Usage
+from persist_cache.describe import short_model_names, store_json
 from persist_cache.fs import free_bytes
 from persist_cache.survey import Quarantined, Survey, quarantined
 from persist_cache_cli.output import (
@@ -30,7 +31,6 @@ from persist_cache_cli.output import (
     terminal_width,
 )
 from persist_cache_cli.parse import DURATION
-from persist_cache_cli.selection import short_model_names
 from persist_cache_cli.store_access import common_options, reading, store_path
 
 _BAR_CELLS = 30
@@ -106,71 +106,13 @@ class _Report:
         self.disk_off = _why_off(self.stats)
 
     def as_json(self) -> dict[str, Any]:
-        stats, usage = self.stats, self.stats.usage
-        hits, misses = self._hits(), self._misses()
-        by_tier = self.survey.by_tier() if self.survey else {}
-        by_model = self.survey.by_model() if self.survey else {}
-        models = self.survey.models if self.survey else {}
-        return {
-            "store": stats.path,
-            "exists": self.exists,
-            "entries": stats.entries,
-            "blobs": stats.blobs,
-            "bytes": {
-                "blobs": usage.blobs,
-                "index": usage.index,
-                "pending": usage.pending,
-                "trash": usage.trash,
-                "quarantine": usage.quarantine,
-                "folders": usage.folders,
-                "total": usage.total,
-            },
-            "max_bytes": stats.max_bytes,
-            "min_free_bytes": stats.min_free_bytes,
-            "free_bytes": stats.free_bytes,
-            "daily_write_bytes": stats.daily_write_bytes,
-            "written_today_bytes": stats.written_today,
-            "written_bytes": stats.written_bytes,
-            "tiers": [
-                {
-                    "tier": tier.label,
-                    "entries": by_tier[tier].entries if by_tier else 0,
-                    "bytes": by_tier[tier].nbytes if by_tier else 0,
-                    "hits": by_tier[tier].hits if by_tier else 0,
-                    "saved_s": by_tier[tier].saved_s if by_tier else 0.0,
-                }
-                for tier in reversed(Tier)
-            ],
-            "models": [
-                {
-                    "fingerprint": fingerprint,
-                    "model": models[fingerprint].name,
-                    "entries": amount.entries,
-                    "bytes": amount.nbytes,
-                    "hits": amount.hits,
-                    "saved_s": amount.saved_s,
-                }
-                for fingerprint, amount in sorted(
-                    by_model.items(), key=lambda item: -item[1].nbytes
-                )
-            ],
-            "hits": hits,
-            "misses": stats.counters.get("misses", 0),
-            "miss_reasons": misses,
-            "tokens_saved": stats.counters.get("tokens_saved", 0),
-            "saved_s": self._saved_s(),
-            "quarantine": [
-                {
-                    "blob": one.blob,
-                    "bytes": one.nbytes,
-                    "since": one.since,
-                    "reason": one.reason,
-                }
-                for one in self.quarantined
-            ],
-            "disk_off": self.disk_off,
-            "counters": dict(stats.counters),
-        }
+        return store_json(
+            self.stats,
+            self.survey,
+            self.quarantined,
+            disk_off=self.disk_off,
+            exists=self.exists,
+        )
 
     def lines(self, paint: Painter, width: int | None) -> list[str]:
         stats = self.stats
@@ -245,20 +187,6 @@ class _Report:
     def _daily(self) -> str:
         daily = self.stats.daily_write_bytes
         return "" if daily is None else f" of {format_bytes(daily)}"
-
-    def _hits(self) -> dict[str, int]:
-        counters = self.stats.counters
-        return {source: counters.get(f"hits_{source}", 0) for source in ("memory", "disk")}
-
-    def _misses(self) -> dict[str, int]:
-        return {
-            name.removeprefix("misses:"): count
-            for name, count in self.stats.counters.items()
-            if name.startswith("misses:")
-        }
-
-    def _saved_s(self) -> float:
-        return sum(entry.saved_s for entry in self.survey.entries) if self.survey else 0.0
 
 
 def _bar(part: int, whole: int) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from persist_cache import Store, Tier
+from persist_cache.describe import warm_json
 from persist_cache.entry import Match
 from persist_cache.errors import ModelError, PersistCacheError
 from persist_cache.fingerprint import Fingerprint
@@ -338,14 +339,14 @@ def _report(
     missing_tokens: int,
     done: Warmed | None = None,
 ) -> dict[str, Any]:
-    return {
-        "id": entries[-1] if entries else None,
-        "model": job.choice.model,
-        "label": job.label,
-        "tier": job.tier.label,
-        "num_tokens": num_tokens,
-        "found_tokens": found_tokens,
-        "missing_tokens": missing_tokens,
-        "written_bytes": 0 if done is None else done.nbytes,
-        "prefill_s": 0.0 if done is None else done.seconds,
-    }
+    return warm_json(
+        entry=entries[-1] if entries else None,
+        model=job.choice.model,
+        label=job.label,
+        tier=job.tier.label,
+        num_tokens=num_tokens,
+        found_tokens=found_tokens,
+        missing_tokens=missing_tokens,
+        written_bytes=0 if done is None else done.nbytes,
+        prefill_s=0.0 if done is None else done.seconds,
+    )

@@ -1,0 +1,238 @@
+"""What canonical operations cost, counted without a clock: bytes, files, look-ups, copies.
+
+A slower machine does not fail these; a second reading of the same bytes does.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from mlx_lm.models.cache import KVCache
+
+from persist_cache import PromptCache, Store, fs, tensors
+from persist_cache.blobs import ALIGNMENT
+from persist_cache.entry import TOKEN_BYTES, pack_tokens
+from persist_cache.index import Reader
+from tests.fakes import FakeSource, fingerprint
+
+MODEL = ("model", None, None)
+HEADS, DIM, LAYERS = 2, 64, 3
+BYTES_PER_TOKEN = HEADS * DIM * 2 * 2 * LAYERS
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with Store.open(tmp_path / "store", min_free_bytes=0) as opened:
+        yield opened
+
+
+def make_cache(num_tokens: int) -> list[Any]:
+    """Layers of plain KV with room for a token more."""
+    cache = []
+    for _ in range(LAYERS):
+        layer = KVCache()
+        rows = mx.random.normal((1, HEADS, num_tokens, DIM)).astype(mx.bfloat16)
+        layer.update_and_fetch(rows[:, :, :-1], rows[:, :, :-1])
+        layer.update_and_fetch(rows[:, :, -1:], rows[:, :, -1:])
+        mx.eval(layer.keys, layer.values)
+        cache.append(layer)
+    return cache
+
+
+def append_token(cache: Sequence[Any]) -> None:
+    row = mx.ones((1, HEADS, 1, DIM), mx.bfloat16)
+    for layer in cache:
+        layer.update_and_fetch(row, row)
+    mx.eval([(layer.keys, layer.values) for layer in cache])
+
+
+def put_turns(store: Store, num_tokens: int, num_turns: int) -> list[int]:
+    """Store a conversation, a run each turn; returns its tokens."""
+    tokens = list(range(num_tokens))
+    source = tensors.source(make_cache(num_tokens), num_tokens)
+    for turn in range(1, num_turns + 1):
+        store.put(fingerprint(), tokens[: num_tokens * turn // num_turns], source)
+    return tokens
+
+
+class Reads:
+    """Every read of a file, by descriptor, and every file opened for it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.opened: list[Path] = []
+        self.spans: dict[Path, list[tuple[int, int]]] = {}
+        self._paths: dict[int, Path] = {}
+        open_read, read_into = fs.open_read, fs.read_into
+
+        def counted_open(path: Path) -> int:
+            fd = open_read(path)
+            self.opened.append(path)
+            self._paths[fd] = path
+            return fd
+
+        def counted_read(fd: int, offset: int, buffers: Sequence[memoryview]) -> int:
+            count = read_into(fd, offset, buffers)
+            self.spans.setdefault(self._paths[fd], []).append((offset, offset + count))
+            return count
+
+        monkeypatch.setattr(fs, "open_read", counted_open)
+        monkeypatch.setattr(fs, "read_into", counted_read)
+
+
+class LookUps:
+    """Calls of the index's reader by name, and the bytes of tokens that they returned."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: Counter[str] = Counter()
+        self.token_bytes = 0
+        for name in ("edge", "tokens", "blob", "children", "entry", "parent_key"):
+            monkeypatch.setattr(Reader, name, self._counted(name, getattr(Reader, name)))
+
+    def _counted(self, name: str, method: Any) -> Any:
+        def counted(*arguments: Any, **named: Any) -> Any:
+            result = method(*arguments, **named)
+            self.calls[name] += 1
+            if name == "tokens":
+                self.token_bytes += len(result)
+            return result
+
+        return counted
+
+
+@pytest.mark.parametrize("others", [0, 40])
+def test_match_reads_each_run_of_the_prompt_once_whatever_else_is_stored(
+    store: Store, monkeypatch: pytest.MonkeyPatch, others: int
+) -> None:
+    tokens = list(range(30_000))
+    for end in (10_000, 20_000, 30_000):
+        store.put(fingerprint(), tokens[:end], FakeSource(tokens[:end]))
+    for number in range(others):
+        other = [*tokens[: 7 * number], -number - 1]
+        store.put(fingerprint(), other, FakeSource(other))
+    prompt = pack_tokens([*tokens, 99_999])
+    looked = LookUps(monkeypatch)
+
+    match = store.match(fingerprint(), prompt)
+
+    assert match.num_tokens == 30_000
+    # Three runs of 4,096 tokens or less for each 10,000, and a half more for each branch.
+    edges = looked.calls["edge"] - 1
+    assert edges == looked.calls["tokens"] == 9 + others - (others > 0)
+    assert looked.token_bytes == 30_000 * TOKEN_BYTES
+    assert looked.calls["blob"] <= edges
+    assert looked.calls["children"] == looked.calls["parent_key"] == 0
+
+
+def test_a_miss_looks_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.put(fingerprint(), [1, 2, 3], FakeSource([1, 2, 3]))
+    looked = LookUps(monkeypatch)
+
+    assert store.match(fingerprint(), list(range(9, 30_000))).num_tokens == 0
+    assert looked.calls == {"edge": 1}
+    assert looked.token_bytes == 0
+
+
+@pytest.mark.parametrize("turns", [1, 7])
+def test_restore_opens_each_blob_once_and_reads_each_byte_once(
+    store: Store, monkeypatch: pytest.MonkeyPatch, turns: int
+) -> None:
+    tokens = put_turns(store, 700, turns)
+    reads = Reads(monkeypatch)
+
+    found = store.fetch(fingerprint(), tokens, tensors.restore)
+
+    assert found is not None
+    assert len(reads.opened) == len(set(reads.opened)) == turns
+    data_bytes = 0
+    for spans in reads.spans.values():
+        spans.sort()
+        assert all(end <= start for (_, end), (start, _) in pairwise(spans))
+        data_bytes += sum(end - start for start, end in spans if start >= ALIGNMENT)
+    assert data_bytes == 700 * (BYTES_PER_TOKEN + TOKEN_BYTES)
+
+
+def test_the_first_token_after_a_restore_copies_nothing(store: Store) -> None:
+    tokens = put_turns(store, 2_000, 3)
+    found = store.fetch(fingerprint(), tokens, tensors.restore)
+    assert found is not None
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+
+    append_token(found[0])
+
+    assert mx.get_peak_memory() - before < 2_000 * BYTES_PER_TOKEN // 20
+
+
+def test_restoring_takes_no_memory_besides_the_buffers(store: Store) -> None:
+    tokens = put_turns(store, 2_000, 8)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+
+    found = store.fetch(fingerprint(), tokens, tensors.restore)
+
+    assert found is not None
+    assert mx.get_peak_memory() - before <= 2_048 * BYTES_PER_TOKEN + 64 * LAYERS * 1024
+
+
+def test_insert_copies_nothing_and_a_lent_cache_goes_on_in_place(tmp_path: Path) -> None:
+    tokens = list(range(2_000))
+    limit = 2_000 * BYTES_PER_TOKEN // 20
+    with PromptCache(store=tmp_path / "s", identify=lambda _: fingerprint(), idle_s=60) as cache:
+        kv = make_cache(2_000)
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+
+        cache.insert_cache(MODEL, tokens, kv, cache_type="user")
+        del kv
+        assert cache.flush()
+        found, _ = cache.fetch_nearest_cache(MODEL, [*tokens, 7])
+        assert found is not None
+        append_token(found)
+
+        assert cache.last_fetch.source == "memory"
+        assert mx.get_peak_memory() - before < limit
+
+
+def test_a_second_turn_writes_its_own_rows_and_nothing_else(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = list(range(1_000))
+    source = tensors.source(make_cache(1_000), 1_000)
+    store.put(fingerprint(), tokens[:900], source)
+    written: list[int] = []
+    write_all = fs.write_all
+
+    def counted(fd: int, buffers: Sequence[memoryview]) -> int:
+        count = write_all(fd, buffers)
+        written.append(count)
+        return count
+
+    monkeypatch.setattr(fs, "write_all", counted)
+
+    store.put(fingerprint(), tokens, source)
+
+    assert len(written) == 1
+    assert 0 <= written[0] - 100 * (BYTES_PER_TOKEN + TOKEN_BYTES) <= ALIGNMENT
+
+
+def test_put_of_what_is_stored_writes_no_file(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tensors.source(make_cache(100), 100)
+    store.put(fingerprint(), list(range(100)), source)
+    files = sorted(os.listdir(store.root / "blobs"))
+
+    def refused(path: Path) -> int:
+        raise AssertionError(f"{path} is written")
+
+    monkeypatch.setattr(fs, "create", refused)
+
+    assert store.put(fingerprint(), list(range(100)), source).nbytes == 0
+    assert sorted(os.listdir(store.root / "blobs")) == files

@@ -1,0 +1,163 @@
+"""Every step of every operation is cut once, by a failing, short or slow call, or by death.
+
+`test_crash` kills put, evict, quarantine and rebuild at every step; `scripts/torture` tries every
+fault at every step of every operation; here each step gets one.
+"""
+
+from __future__ import annotations
+
+import errno
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from persist_cache import fs
+from persist_cache.errors import StoreError
+from persist_cache.store import Store
+from tests.fakes import blob_files, fetched, put
+from tests.memory import fast_folder
+from torture import steps
+from torture.seam import ERRORS, Seam, at_step
+
+KINDS = (*ERRORS, "short", "slow")
+
+
+@pytest.fixture
+def bed() -> Iterator[steps.Bed]:
+    with fast_folder() as folder:
+        bed = steps.Bed(folder, random.Random(7))
+        yield bed
+        bed.close()
+
+
+@pytest.mark.parametrize("lasting", [False, True])
+@pytest.mark.parametrize("operation", steps.OPERATIONS)
+def test_any_step_may_fail(bed: steps.Bed, operation: str, lasting: bool) -> None:
+    number, tried = 1, 0
+    while True:
+        kind = KINDS[(number + 3 * lasting) % len(KINDS)]
+        seam = steps.fail_at(bed, operation, kind, number, lasting=lasting)
+        if len(seam.names) < number:
+            break
+        tried += 1
+        number += 1 if not lasting else 2
+    assert tried > 3, "there were steps to fail at"
+
+
+@pytest.mark.parametrize("operation", ["load", "load what is damaged", "gc", "open", "import"])
+def test_killed_at_every_step_it_recovers(bed: steps.Bed, operation: str) -> None:
+    number = 1
+    while steps.die_at(bed, operation, number):
+        number += 1
+    assert number > 3, "there were steps to die at"
+
+
+def test_passing_trouble_costs_nothing(store: Store) -> None:
+    """Out of descriptors is no damage: neither `check` nor a rebuild gives a sound file up."""
+    put(store, list(range(20)))
+    files = blob_files(store.root)
+
+    for step in range(1, 6):
+        with Seam(at_step(step, "no descriptors")).installed():
+            fetched(store, list(range(20)))
+    with (
+        Seam(at_step(1, "no descriptors")).installed(),
+        pytest.raises(StoreError, match="Too many open files"),
+    ):
+        store.check(read_data=True, repair=True)
+
+    assert blob_files(store.root) == files
+    assert fetched(store, list(range(20))) == 20
+
+
+def test_rebuild_that_runs_out_of_descriptors_starts_over(tmp_path: Path) -> None:
+    with Store.open(tmp_path / "store", min_free_bytes=0, run_tokens=8) as store:
+        put(store, list(range(20)))
+    (tmp_path / "store" / "data.mdb").unlink()
+    opens = fs.open_read
+    left = [2]
+
+    def few(path: Path) -> int:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return opens(path)
+
+    fs.open_read = few
+    try:
+        with pytest.raises(StoreError, match="Too many open files"):
+            Store.open(tmp_path / "store", min_free_bytes=0)
+    finally:
+        fs.open_read = opens
+
+    with Store.open(tmp_path / "store", min_free_bytes=0, run_tokens=8) as store:
+        assert fetched(store, list(range(20))) == 20
+        assert store.gc() >= 0
+        assert fetched(store, list(range(20))) == 20
+
+
+def test_folder_in_the_place_of_a_blob_goes_when_it_is_empty(store: Store) -> None:
+    put(store, [1, 2, 3])
+    (path,) = blob_files(store.root)
+    path.unlink()
+    path.mkdir()
+
+    assert fetched(store, [1, 2, 3]) == 0
+    store.evict_to(0)
+    store.gc()
+
+    assert store.check() == []
+    assert not list(store.root.rglob(path.name))
+
+
+def test_gc_removes_empty_folders_even_while_others_write(store: Store) -> None:
+    put(store, [1, 2, 3])
+    (fan,) = {path.parent for path in blob_files(store.root)}
+    store.evict_to(0)
+    store.gc()
+    assert not fan.exists()
+
+    # Between the making of a folder and the rename into it, as the worst moment.
+    rename = fs.rename
+    emptied: list[Path] = []
+
+    def emptied_before(source: Path, target: Path) -> None:
+        if not emptied:
+            emptied.append(target.parent)
+            target.parent.rmdir()
+        rename(source, target)
+
+    fs.rename = emptied_before
+    try:
+        put(store, [4, 5, 6])
+    finally:
+        fs.rename = rename
+    assert emptied
+    assert fetched(store, [4, 5, 6]) == 3
+
+
+def test_quarantine_can_be_purged(store: Store) -> None:
+    """Damaged files hold prompts, too."""
+    put(store, [1, 2, 3])
+    (path,) = blob_files(store.root)
+    path.write_bytes(path.read_bytes()[:-1])
+    assert fetched(store, [1, 2, 3]) == 0
+    assert len(list((store.root / "quarantine").iterdir())) == 1
+
+    assert store._evictor.purge_quarantine() > 0
+
+    assert list((store.root / "quarantine").iterdir()) == []
+    assert store.stats().usage.quarantine == 0
+
+
+def test_larger_file_in_quarantine_is_counted_as_it_is(store: Store) -> None:
+    put(store, [1, 2, 3])
+    (path,) = blob_files(store.root)
+    with path.open("ab") as file:
+        file.write(b"x" * 500_000)
+
+    assert fetched(store, [1, 2, 3]) == 0
+
+    assert store.stats().usage.quarantine >= 500_000

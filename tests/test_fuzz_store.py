@@ -1,0 +1,279 @@
+"""Nonsense in files and records: clear errors, no crash, no unbounded allocation, no escape."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from persist_cache.blobs import ALIGNMENT, BlobReader, _seal
+from persist_cache.entry import TOKEN_BYTES
+from persist_cache.errors import CorruptBlobError, StoreError, StoreFormatError
+from persist_cache.store import Store
+from tests.fakes import Clock, blob_files, fetched, fingerprint, put, restore
+from tests.memory import fast_folder
+
+BOUNDED = settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+TABLES = (
+    "meta",
+    "namespaces",
+    "edges",
+    "parents",
+    "tokens",
+    "blobs",
+    "names",
+    "entries",
+    "recency",
+    "expiry",
+    "trash",
+    "pending",
+    "quarantine",
+    "departed",
+)
+PROMPT = list(range(20))
+NUMBERS = st.one_of(st.integers(-3, 300), st.sampled_from([2**31, 2**53, 2**60, 2**63, -(2**60)]))
+VALUES: st.SearchStrategy[Any] = st.recursive(
+    st.one_of(st.none(), st.booleans(), NUMBERS, st.text(max_size=5), st.just("1" * 5000)),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@pytest.fixture(scope="module")
+def good() -> Iterator[tuple[Path, dict[str, Any]]]:
+    """A folder, and the header of a sound blob."""
+    with fast_folder() as folder:
+        with Store.open(folder / "store", min_free_bytes=0, run_tokens=8) as store:
+            put(store, [1, 2, 3])
+            (path,) = blob_files(store.root)
+            raw = path.read_bytes()
+        size = int.from_bytes(raw[:8], "little")
+        yield folder, json.loads(raw[8 : 8 + size])
+
+
+def read(path: Path, header: bytes, data: bytes = b"") -> None:
+    """Open a file with `header` as far as it goes; it may be refused, and nothing else."""
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
+    tracemalloc.start()
+    try:
+        with BlobReader(path) as reader:
+            for info in reader.header.tensors.values():
+                assert info.offset >= 0
+                assert info.offset + info.nbytes <= reader.nbytes
+            reader.verify()
+    except (CorruptBlobError, StoreFormatError):
+        pass
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 8 << 20, f"{peak} bytes for a file of {path.stat().st_size}"
+
+
+@given(raw=st.binary(max_size=400))
+@example(raw=b"{" * 300)
+@example(raw=b"[" * 100_000)
+@example(raw=b'{"__metadata__":' * 1000)
+@BOUNDED
+def test_any_bytes_as_a_header(good: tuple[Path, dict[str, Any]], raw: bytes) -> None:
+    read(good[0] / "fuzz.safetensors", raw)
+
+
+@given(size=st.integers(0, 2**64 - 1))
+@example(size=1 << 60)
+@BOUNDED
+def test_any_claimed_length(good: tuple[Path, dict[str, Any]], size: int) -> None:
+    path = good[0] / "fuzz.safetensors"
+    path.write_bytes(size.to_bytes(8, "little") + b"{}" * 50)
+
+    if size != 100:
+        with pytest.raises(CorruptBlobError):
+            BlobReader(path)
+
+
+@given(data=st.data())
+@BOUNDED
+def test_any_change_to_what_a_sealed_header_says(
+    good: tuple[Path, dict[str, Any]], data: st.DataObject
+) -> None:
+    """Even a header whose seal fits is believed in nothing that its file contradicts."""
+    folder, header = good
+    table = json.loads(json.dumps(header))
+    metadata = table["__metadata__"]
+    for _ in range(data.draw(st.integers(1, 3))):
+        where = data.draw(st.sampled_from(["metadata", "tensor", "more"]))
+        if where == "metadata":
+            name = data.draw(st.sampled_from(sorted(metadata)))
+            metadata[name] = data.draw(
+                st.one_of(
+                    st.text(max_size=20),
+                    st.sampled_from(
+                        ["-1", "9" * 30, "1e999", "nan", "../../x", "{}", '{"tokens": 5}', "[]"]
+                    ),
+                )
+            )
+        elif where == "tensor":
+            name = data.draw(st.sampled_from(["tokens", "layers.0.keys"]))
+            field = data.draw(st.sampled_from(["dtype", "shape", "data_offsets"]))
+            table[name] = {**table.get(name, {}), field: data.draw(VALUES)}
+        else:
+            table[data.draw(st.text(max_size=10))] = data.draw(VALUES)
+    sealed = {name: value for name, value in table.items() if name != "__metadata__"}
+    try:
+        metadata["seal"] = _seal(metadata, sealed)
+    except (TypeError, msgspec.EncodeError, OverflowError):
+        return
+    raw = msgspec.json.encode({**sealed, "__metadata__": metadata})
+    read(folder / "fuzz.safetensors", raw, b"\0" * 500)
+
+
+def test_hundred_thousand_tensors_are_read_in_bounded_memory(
+    good: tuple[Path, dict[str, Any]],
+) -> None:
+    folder, header = good
+    metadata = dict(header["__metadata__"])
+    table = {f"t{n}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for n in range(100_000)}
+    metadata["seal"] = _seal(metadata, table)
+    raw = msgspec.json.encode({"__metadata__": metadata, **table})
+    path = folder / "many.safetensors"
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw)
+
+    with pytest.raises(CorruptBlobError):
+        BlobReader(path)
+
+
+# ---- records of the index ------------------------------------------------------------------------
+
+
+def scribble(store: Store, table: str, key: bytes | None, value: bytes) -> None:
+    """Overwrite the record at or behind `key`, or add one."""
+
+    def change(txn: Any) -> None:
+        database = txn._db[table.encode()]
+        where = key
+        with txn._txn.cursor(db=database) as cursor:
+            if where is None and cursor.first():
+                where = bytes(cursor.key())
+        txn._txn.put(where or b"\0" * 8, value, db=database)
+
+    store._disk.index.update(change)
+
+
+@given(data=st.data(), table=st.sampled_from(TABLES))
+@settings(BOUNDED, max_examples=120)
+def test_any_bytes_as_a_record(data: st.DataObject, table: str) -> None:
+    """Nothing but announced errors, never other bytes than asked for, and a repair mends it."""
+    with (
+        fast_folder() as folder,
+        Store.open(folder / "s", min_free_bytes=0, run_tokens=8, clock=Clock()) as store,
+    ):
+        put(store, PROMPT, tier="system")
+        put(store, [*PROMPT[:9], 50, 51], complete=False, model="w1")
+        key = data.draw(st.one_of(st.none(), st.binary(min_size=1, max_size=40)))
+        value = data.draw(st.one_of(st.binary(max_size=90), st.just(b"")))
+        if key is None and data.draw(st.booleans()):
+            value = b"\x01" + value  # a version that is known
+        scribble(store, table, key, value)
+
+        for act in (
+            lambda: fetched(store, PROMPT),
+            lambda: fetched(store, [*PROMPT[:9], 50, 51, 52], model="w1"),
+            lambda: store.entries(),
+            lambda: store.stats(),
+            lambda: put(store, [*PROMPT[:5], 77]),
+            lambda: store.check(read_data=True),
+            lambda: store.check(read_data=True, repair=True),
+        ):
+            with contextlib.suppress(StoreError):
+                act()
+        store.check(read_data=True, repair=True)
+        assert store.check(read_data=True) == []
+        assert fetched(store, PROMPT) in range(21)
+        put(store, [5, 6, 7])
+        assert fetched(store, [5, 6, 7]) == 3
+
+
+def test_index_that_confuses_prompts_serves_none_of_them(store: Store) -> None:
+    """The index has no checksums: a bit in its tokens must not serve another prompt's KV."""
+    put(store, PROMPT)
+    asked = [PROMPT[0], 4711, *PROMPT[2:]]
+
+    def confuse(txn: Any) -> None:
+        number, _ = next(iter(txn.blobs()))
+        packed = bytearray(txn.tokens(number, 0, 100))
+        packed[TOKEN_BYTES : 2 * TOKEN_BYTES] = (4711).to_bytes(8, "little")
+        txn.put_tokens(number, bytes(packed))
+
+    store._disk.index.update(confuse)
+    assert store.match(fingerprint(), asked).num_tokens > 2, "the index does say so"
+
+    found = store.fetch(fingerprint(), asked, restore)
+
+    assert found is None
+    assert store.stats().counters["quarantined"] == 1
+
+
+def test_blob_of_another_model_is_not_served(store: Store) -> None:
+    put(store, PROMPT)
+    put(store, PROMPT, model="w1")
+
+    def swap(txn: Any) -> None:
+        (one, first), (other, second), *_ = [
+            item for item in txn.blobs() if item[1].start == 0 and item[1].num_tokens == 8
+        ]
+        txn.put_blob(one, first._replace(name=second.name, digest=second.digest))
+        txn.put_blob(other, second._replace(name=first.name, digest=first.digest))
+
+    store._disk.index.update(swap)
+
+    assert store.fetch(fingerprint(), PROMPT, restore) is None
+
+
+@given(name=st.text(max_size=60))
+@example(name="../../../etc/passwd")
+@example(name="/etc/passwd")
+@BOUNDED
+def test_no_name_leads_out_of_the_store(name: str) -> None:
+    """Names of files come from 16 bytes in hex, so no record can spell a path."""
+    from persist_cache.blobs import BlobFolder, is_blob_name
+
+    root = Path("/store")
+    if is_blob_name(name):
+        path = BlobFolder(root).path(name)
+        assert path.resolve().is_relative_to(root)
+        assert path.suffix == ".safetensors"
+    assert ALIGNMENT == 16 * 1024
+
+
+def test_parent_named_by_a_blob_is_only_looked_up(tmp_path: Path) -> None:
+    """A header's `parent` is compared with names that a scan found; nothing is opened by it."""
+    root = tmp_path / "store"
+    with Store.open(root, min_free_bytes=0, run_tokens=8) as store:
+        put(store, PROMPT)
+    for path in blob_files(root):
+        raw = path.read_bytes()
+        size = int.from_bytes(raw[:8], "little")
+        table = json.loads(raw[8 : 8 + size])
+        metadata = table.pop("__metadata__")
+        if metadata["parent"]:
+            metadata["parent"] = "../../../../etc/passwd"
+        metadata["seal"] = _seal(metadata, table)
+        new = msgspec.json.encode({"__metadata__": metadata, **table}).ljust(size)
+        path.write_bytes(len(new).to_bytes(8, "little") + new + raw[8 + size :])
+    (root / "data.mdb").unlink()
+
+    with Store.open(root, min_free_bytes=0, run_tokens=8) as store:
+        assert fetched(store, PROMPT) == 8, "only the first run can prove where it belongs"
