@@ -21,15 +21,18 @@ def main() -> int:
     context = common.Context(arguments.quick, arguments.dir)
     names = list(arguments.names)
     if "all" in names:
-        names = [*ALL, "table"]
+        names = [*ALL, "table", *([] if context.quick else ["page"])]
     for name in names:
-        if name != "table":
+        if name in BENCHMARKS:
             measure(name, context)
+    code = 0
     if "table" in names:
         from bench import table
 
-        return table.show(context, measure)
-    return 0
+        code = table.show(context, measure)
+    if "page" in names:
+        common.write_page(["table", *BENCHMARKS])
+    return code
 
 
 def measure(name: str, context: common.Context) -> None:
@@ -55,10 +58,11 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "names",
         nargs="+",
-        choices=[*BENCHMARKS, "table", "all"],
+        choices=[*BENCHMARKS, "table", "page", "all"],
         metavar="BENCHMARK",
         help=f"{', '.join(BENCHMARKS)}; `table` compares the results with their targets and exits "
-        "with 1 if one does not hold; `all` is everything but `peers`",
+        "with 1 if one does not hold; `page` puts the last results into docs/performance.md; `all` "
+        "is everything but `peers`, without the page when `--quick`",
     )
     parser.add_argument("--quick", action="store_true", help="fewer repetitions and smaller sizes")
     parser.add_argument(

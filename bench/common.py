@@ -24,6 +24,8 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "bench" / "results"
 IMAGES = REPOSITORY / "docs" / "img"
+PAGE = REPOSITORY / "docs" / "performance.md"
+_BEGIN, _END = "<!-- results: begin -->", "<!-- results: end -->"
 
 # A forked child may not use Metal.
 _PROCESSES: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
@@ -280,3 +282,25 @@ def load(name: str) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     return said
+
+
+def write_page(names: Sequence[str]) -> None:
+    """Put the Markdown of the last results between the two marks of docs/performance.md."""
+    parts = []
+    for name in names:
+        path = RESULTS / f"{name}.md"
+        if not path.exists():
+            continue
+        parts.append(path.read_text().strip())
+        if (IMAGES / f"{name}-light.svg").exists():
+            said = load(name) or {}
+            title = str(said.get("tables", [{}])[0].get("title", name))
+            parts.append(
+                "<picture>\n"
+                f'  <source media="(prefers-color-scheme: dark)" srcset="img/{name}-dark.svg">\n'
+                f'  <img src="img/{name}-light.svg" alt="{title}">\n'
+                "</picture>"
+            )
+    before, _, rest = PAGE.read_text().partition(_BEGIN)
+    after = rest.partition(_END)[2]
+    PAGE.write_text(before + "\n\n".join([_BEGIN, *parts, _END]) + after)

@@ -211,8 +211,8 @@ def _tables(values: Any) -> list[Table]:
             "bytes per distinct token",
         ],
         rows,
-        "Every call begins with a list of integers. Both keep the key of each entry (8 bytes a "
-        "token); `distinct` counts tokens that prompts share once.",
+        "Every call begins with a list of integers. Ours keeps the whole key of each entry, 8 "
+        "bytes a token; mlx-lm's has a dictionary for each token, which prompts share.",
     )
     ours, upstream = (Spread.of(values["hits"][name]) for name in ("ours", "upstream"))
     hit = Table(

@@ -10,12 +10,19 @@ from bench.common import IMAGES, machine_line
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 """Name to xs and ys; series without points are left out."""
 
-_THEMES = {
-    "light": {"text": "#1f2328", "grid": "#d1d9e0"},
-    "dark": {"text": "#f0f6fc", "grid": "#3d444d"},
+# Okabe and Ito's colours, which anybody can tell apart; blue and green lighter on dark pages.
+_THEMES: dict[str, Any] = {
+    "light": {
+        "text": "#1f2328",
+        "grid": "#d1d9e0",
+        "series": ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"),
+    },
+    "dark": {
+        "text": "#f0f6fc",
+        "grid": "#3d444d",
+        "series": ("#56b4e9", "#e69f00", "#2fc79b", "#cc79a7", "#f0e442", "#d55e00"),
+    },
 }
-# Okabe and Ito's colours that can be told apart on white and on black, by anybody.
-_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
 _MARKERS = "osD^vP"
 
 
@@ -32,15 +39,17 @@ def lines(
 ) -> None:
     """A line for each of `series`."""
 
-    def plot(axes: Any) -> None:
+    def plot(axes: Any, colours: Sequence[str]) -> None:
         shown = [(label, points) for label, points in series.items() if points[0]]
         for index, (label, (xs, ys)) in enumerate(shown):
-            axes.plot(xs, ys, marker=_MARKERS[index], color=_COLOURS[index], label=label, lw=2)
+            axes.plot(xs, ys, marker=_MARKERS[index], color=colours[index], label=label, lw=2)
         if log_x:
             axes.set_xscale("log", base=2 if max(max(p[0]) for _, p in shown) < 1e5 else 10)
             ticks = sorted({value for _, (xs, _) in shown for value in xs})
             axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
             axes.minorticks_off()
+        else:
+            axes.xaxis.get_major_locator().set_params(integer=True)
         if log_y:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
@@ -63,12 +72,12 @@ def bars(
 ) -> None:
     """A group of bars for each of `groups`, one bar for each of `series`."""
 
-    def plot(axes: Any) -> None:
+    def plot(axes: Any, colours: Sequence[str]) -> None:
         width = 0.8 / len(series)
         for index, (label, values) in enumerate(series.items()):
             places = [group + (index + 0.5) * width - 0.4 for group in range(len(groups))]
-            drawn = axes.bar(places, values, width * 0.92, label=label, color=_COLOURS[index])
-            axes.bar_label(drawn, [f"{v:,.3g}" for v in values], fontsize=8, padding=2)
+            drawn = axes.bar(places, values, width * 0.92, label=label, color=colours[index])
+            axes.bar_label(drawn, [f"{v:,.0f}" for v in values], fontsize=8, padding=2)
         axes.set_xticks(range(len(groups)), groups)
         if log_y:
             axes.set_yscale("log")
@@ -85,7 +94,7 @@ def _draw(
     title: str,
     x: str,
     y: str,
-    plot: Callable[[Any], None],
+    plot: Callable[[Any, Sequence[str]], None],
 ) -> None:
     import matplotlib
 
@@ -95,6 +104,7 @@ def _draw(
     IMAGES.mkdir(parents=True, exist_ok=True)
     for theme, colours in _THEMES.items():
         settings = {
+            "axes.facecolor": "none",
             "axes.edgecolor": colours["grid"],
             "axes.labelcolor": colours["text"],
             "axes.spines.right": False,
@@ -116,7 +126,7 @@ def _draw(
             axes.set_ylabel(y)
             axes.grid(axis="y")
             axes.set_axisbelow(True)
-            plot(axes)
+            plot(axes, colours["series"])
             caption = machine_line(said["machine"]) + (" (quick run)" if said["quick"] else "")
             figure.text(0.01, 0.01, caption, fontsize=7, alpha=0.8)
             figure.tight_layout(rect=(0, 0.03, 1, 1))

@@ -46,7 +46,7 @@ def show(context: Context, measure: Callable[[str, Context], None]) -> int:
         "injected faults, is counted by the crash tests, not here.",
     )
     common.RESULTS.mkdir(parents=True, exist_ok=True)
-    (common.RESULTS / "table.md").write_text(table.markdown() + "\n")
+    (common.RESULTS / "table.md").write_text("## " + table.markdown().removeprefix("### ") + "\n")
     print(table.markdown())
     quick_ones = [name for name, said in results.items() if said and said["quick"]]
     if quick_ones:

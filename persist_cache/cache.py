@@ -249,15 +249,22 @@ class PromptCache:
         """Length of the longest prefix that a fetch would serve; looks only, counts nothing."""
         return self._known(model, tokens)[0]
 
-    def branch_point(self, model: Hashable, tokens: Sequence[int]) -> int:
+    def branch_point(
+        self, model: Hashable, tokens: Sequence[int], *, min_gain_tokens: int = 1
+    ) -> int:
         """Where a prompt leaves what is known, if it cannot be resumed there; else 0.
 
         A model whose cache cannot be trimmed needs a checkpoint at that point, for the next
         prompt that leaves there.
+
+        Args:
+            model: mlx-lm's model key.
+            tokens: The prompt.
+            min_gain_tokens: How far behind the last position that can be resumed it has to lie.
         """
         known, common = self._known(model, tokens)
         common = min(common, len(tokens) - 1)
-        return common if common > known else 0
+        return common if common - known >= min_gain_tokens else 0
 
     def _known(self, model: Hashable, tokens: Sequence[int]) -> tuple[int, int]:
         """Tokens that can be served, and tokens shared with anything that is known."""

@@ -156,8 +156,10 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
 
         Then the next conversation that leaves it at the same point finds something to resume.
         """
-        branch = self.cache.branch_point(self.model_provider.model_key, prompt)
-        if branch < _MIN_BRANCH_TOKENS:
+        branch = self.cache.branch_point(
+            self.model_provider.model_key, prompt, min_gain_tokens=_MIN_BRANCH_TOKENS
+        )
+        if branch == 0:
             return segments, types
         start = 0
         for index, segment in enumerate(segments):

@@ -1,4 +1,4 @@
-"""PromptCache over a store, with caches that are lists of tokens: no MLX, every decision visible."""
+"""PromptCache over a store, with caches that are lists of tokens: no MLX, all decisions visible."""
 
 from __future__ import annotations
 
@@ -296,6 +296,17 @@ def test_divergence_within_a_checkpoint_only_prompt_uses_the_last_checkpoint(
 
     assert fetch(second, [*range(45), 1000]) == list(range(30))
     assert "cannot be trimmed" in second.last_fetch.reason
+
+
+def test_branch_point_is_where_a_checkpoint_would_help(make: Callable[..., PromptCache]) -> None:
+    cache = make()
+    insert(cache, range(30), "system", trimmable=False)
+    insert(cache, range(60), "assistant", trimmable=False)
+    prompt = [*range(45), 1000]
+
+    assert cache.branch_point(MODEL, prompt) == 45
+    assert cache.branch_point(MODEL, prompt, min_gain_tokens=16) == 0
+    assert cache.branch_point(MODEL, range(61)) == 0
 
 
 def test_unidentified_model_stays_in_memory_and_stats_say_so(

@@ -170,7 +170,7 @@ def _print(options: argparse.Namespace, report: Report, tried: steps.Tried, seco
         ("problem that check named and repair mended", report.repaired),
     ):
         print(f"\n{title}")
-        _table(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+        _table(counts.most_common())
     for skipped in sorted(report.skipped):
         print(f"\nskipped: {skipped}")
     print(f"\nbroken promises: {len(report.findings)}")

@@ -29,9 +29,10 @@ def format_bytes(nbytes: int) -> str:
     value = float(nbytes)
     for unit in _UNITS:
         value /= 1024
-        if abs(value) < 1023.5:
-            break
-    return f"{value:.1f} {unit}" if abs(value) < 99.95 else f"{value:.0f} {unit}"
+        if abs(value) < 1023.5 or unit == _UNITS[-1]:
+            digits = 1 if abs(value) < 99.95 else 0
+            return f"{value:.{digits}f} {unit}"
+    raise AssertionError("unreachable")
 
 
 def format_duration(seconds: float) -> str:
