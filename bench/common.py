@@ -30,7 +30,9 @@ _BEGIN, _END = "<!-- results: begin -->", "<!-- results: end -->"
 # A forked child may not use Metal.
 _PROCESSES: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
 if sys.platform == "linux":
-    _PROCESSES.set_forkserver_preload(["mlx_lm.models.cache", "persist_cache.tensors"])
+    _PROCESSES.set_forkserver_preload(
+        ["mlx_lm.models.cache", "persist_cache.tensors", "persist_cache.cache", "bench.kv"]
+    )
 
 
 @dataclass(frozen=True)

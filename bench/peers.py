@@ -43,10 +43,10 @@ PEERS = (
     Peer("mlx-vlm APC", "mlx_vlm_apc", "mlx-vlm", note="blocks of 16 tokens, no checksum"),
 )
 NOT_RUN = (
-    Peer("vllm-mlx", "", "vllm-mlx", "no driver was written yet"),
-    Peer("llama-cpp-python", "", "llama-cpp-python", "builds from source; no driver yet"),
-    Peer("oMLX", "", note="a server application, not on PyPI"),
-    Peer("LM Studio mlx-engine", "", note="part of an application; nothing survives a restart"),
+    Peer("vllm-mlx", "", note="no driver was written yet"),
+    Peer("llama-cpp-python", "", note="no driver was written yet; its KV is of its own model file"),
+    Peer("oMLX", "", note="no driver was written yet"),
+    Peer("LM Studio mlx-engine", "", note="its cache does not survive a restart"),
 )
 
 

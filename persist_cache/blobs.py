@@ -11,6 +11,7 @@ import contextlib
 import errno
 import logging
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -32,10 +33,13 @@ ALIGNMENT = 16 * 1024
 TOKENS = "tokens"
 """Name of the tensor that holds a run's own token ids, int64."""
 SUFFIX = ".safetensors"
+_BLOB_NAME = re.compile("[0-9a-f]{32}")
 TAG_FILE = "CACHEDIR.TAG"
 """Tells backup programs to leave the folder out."""
 PRESENCE_FILE = "store.lock"
 """Locked shared by every process that has the store open."""
+SUSPECT_FILE = "index.suspect"
+"""There while the index is known to be damaged: whoever opens the store alone makes a new one."""
 _MAX_HEADER_BYTES = 32 << 20
 _DTYPE_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
@@ -531,6 +535,24 @@ class BlobFolder:
             if len(folder.name) == 2 and folder.is_dir():
                 yield from _blob_files(folder)
 
+    def files(self) -> Iterator[tuple[str, str, int]]:
+        """Like `names`, but for each file its folder's name, its own and its length.
+
+        Paths as objects would take most of the time of looking at a large store.
+        """
+        for fan in sorted(os.listdir(self.blobs)):
+            if len(fan) != 2:
+                continue
+            try:
+                with os.scandir(self.blobs / fan) as found:
+                    files = sorted(found, key=lambda file: file.name)
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            for file in files:
+                name = file.name.removesuffix(SUFFIX)
+                if name != file.name and is_blob_name(name):
+                    yield fan, name, _length(file)
+
     def remove_empty(self) -> None:
         """Remove folders of the fan-out in which nothing is left."""
         for folder in sorted(self.blobs.iterdir()):
@@ -578,7 +600,14 @@ class BlobFolder:
 
 def is_blob_name(name: str) -> bool:
     """Whether `name` is 32 lower-case hex digits: no other file is ever touched."""
-    return len(name) == 32 and all(digit in "0123456789abcdef" for digit in name)
+    return _BLOB_NAME.fullmatch(name) is not None
+
+
+def _length(file: os.DirEntry[str]) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:  # gone meanwhile, or a link to nowhere
+        return -1
 
 
 def _new_name() -> str:
@@ -639,7 +668,13 @@ def try_remove_orphan(path: Path, is_known: Callable[[], bool]) -> bool:
     """
     try:
         fd = fs.open_read(path)
-    except OSError:
+    except OSError as error:
+        if error.errno != errno.ELOOP or is_known():
+            return False
+        # A symbolic link has no writer, and whatever it leads to is not ours.
+        with contextlib.suppress(OSError):
+            fs.unlink(path)
+            return True
         return False
     try:
         # Whoever renamed it to its final place meanwhile may have committed it: look twice.

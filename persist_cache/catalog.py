@@ -95,13 +95,14 @@ class Catalog:
         return [self.entry(number, record) for number, record in self.records.items()]
 
     def entry(self, number: int, record: EntryRecord) -> Entry:
+        own, shared, parent, _ = self._sums[record.node]
         return make_entry(
             number,
             record,
             fingerprint=self.fingerprint(record),
-            own_bytes=self.own_bytes(record),
-            shared_bytes=self._sums[record.node][1],
-            parent=self._sums[self.edges[record.node][0]][2],
+            own_bytes=own + self.checkpoint_bytes(record),
+            shared_bytes=shared,
+            parent=parent,
         )
 
     def fingerprint(self, record: EntryRecord) -> str:
@@ -127,17 +128,21 @@ class Catalog:
             users[parent] += users[node]
         return users
 
-    def _add_up(self) -> dict[int, tuple[int, int, int]]:
-        """Per node: bytes above it that one entry needs, that several share; the last entry."""
-        sums = {record.root: (0, 0, NO_ENTRY) for _, record in self.namespaces.values()}
+    def _add_up(self) -> dict[int, tuple[int, int, int, int]]:
+        """Per node: bytes above it that one entry needs, that several share; the last entries.
+
+        The one above the node, and the one at it or above.
+        """
+        roots = (record.root for _, record in self.namespaces.values())
+        sums = dict.fromkeys(roots, (0, 0, NO_ENTRY, NO_ENTRY))
         for node in self.order:
             parent, edge = self.edges[node]
-            own, shared, above = sums[parent]
+            own, shared, _, above = sums[parent]
             if self.users[node] == 1:
                 own += self.shares[node]
             else:
                 shared += self.shares[node]
-            sums[node] = own, shared, edge.entry or above
+            sums[node] = own, shared, above, edge.entry or above
         return sums
 
 
@@ -225,7 +230,7 @@ def store_stats(disk: Disk, catalog: Catalog | None = None) -> StoreStats:
         disk: The store.
         catalog: Its index, if that has just been loaded.
     """
-    with disk.index.read() as txn:
+    with disk.index.read(copies=True) as txn:
         catalog = catalog or Catalog(txn)
         usage = disk.budget.usage(txn)
         counters = Counter(txn.counts())

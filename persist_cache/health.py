@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,11 +16,11 @@ from pathlib import Path
 from msgspec import Struct
 
 from persist_cache import fs, paths, rebuild
-from persist_cache.blobs import BlobReader, try_remove_orphan
+from persist_cache.blobs import SUFFIX, SUSPECT_FILE, BlobReader, try_remove_orphan
 from persist_cache.disk import Disk
 from persist_cache.errors import CorruptBlobError, StoreError
 from persist_cache.evict import Evictor
-from persist_cache.index import Writer
+from persist_cache.index import DamagedIndexError, Writer
 from persist_cache.records import BlobKind, BlobRecord, SizedRecord
 
 log = logging.getLogger(__name__)
@@ -162,8 +163,8 @@ def check(
     """
     try:
         with disk.index.read() as txn:
-            problems = [Problem("index", message) for message in paths.audit(txn)]
-            blobs = [record for _, record in txn.blobs()]
+            by_number = dict(txn.blobs())
+            problems = [Problem("index", message) for message in paths.audit(txn, by_number)]
             pending = set(txn.sized(b"pending"))
             trash = set(txn.sized(b"trash"))
             for database in (b"quarantine", b"departed"):
@@ -172,21 +173,25 @@ def check(
     except StoreError as error:
         # Records that cannot even be read: nothing can be said of files before it is made anew.
         return [Problem("index", str(error))]
+    blobs = by_number.values()
+    files = list(disk.folder.files())
+    lengths = {name: length for fan, name, length in files if name.startswith(fan)}
     total, done = sum(blob.nbytes for blob in blobs), 0
     for blob in blobs:
-        problem = _check_blob(disk, blob, read_data)
-        # A blob evicted while it was looked at is no problem.
-        if problem is not None and _is_recorded(disk, blob.name):
-            problems.append(problem)
+        if read_data or lengths.get(blob.name.hex()) != blob.nbytes:
+            problem = _check_blob(disk, blob, read_data)
+            # A blob evicted while it was looked at is no problem.
+            if problem is not None and _is_recorded(disk, blob.name):
+                problems.append(problem)
         done += blob.nbytes
         if progress is not None:
             progress(done, total)
     known = {blob.name for blob in blobs} | pending | trash
-    for name_hex, path in disk.folder.names():
+    for fan, name_hex, _ in files:
         name = bytes.fromhex(name_hex)
-        if (name not in known or path != disk.folder.path(name_hex)) and not _is_expected(
-            disk, name, path
-        ):
+        if name in known and name_hex.startswith(fan):
+            continue
+        if not _is_expected(disk, name, disk.folder.blobs / fan / (name_hex + SUFFIX)):
             problems.append(Problem("orphan", "no record names this file", name_hex))
     problems += [
         Problem("trash", "this file was evicted but is still there", name.hex())
@@ -199,12 +204,25 @@ def check(
 def repair(disk: Disk, evictor: Evictor, problems: list[Problem]) -> None:
     """Mend what `check` found; a contradictory index is made anew from the blobs."""
     if any(problem.kind == "index" for problem in problems):
-        rebuild.rebuild(disk.index, disk.folder)
+        try:
+            rebuild.rebuild(disk.index, disk.folder)
+        except DamagedIndexError as error:
+            distrust(disk.root)
+            raise StoreError(
+                "The index is damaged beyond its records; it is made anew when the store is opened "
+                "next and no other process uses it."
+            ) from error
     for problem in problems:
         if problem.kind in ("missing", "damaged"):
             quarantine(disk, problem.blob, problem.message)
     sweep(disk, evictor)
     remove_orphans(disk)
+
+
+def distrust(root: Path) -> None:
+    """Have the index made anew by whoever opens the store next."""
+    with contextlib.suppress(FileExistsError):
+        os.close(fs.create(root / SUSPECT_FILE))
 
 
 def _check_blob(disk: Disk, blob: BlobRecord, read_data: bool) -> Problem | None:

@@ -80,6 +80,13 @@ _TREE = (
 """What a rebuild makes anew from the blobs."""
 _COUNTED = b"count:"
 """Prefix of the counters that people see; all others are the store's own."""
+_DAMAGE = (
+    lmdb.BadTxnError,
+    lmdb.CorruptedError,
+    lmdb.InvalidError,
+    lmdb.PageNotFoundError,
+    lmdb.PanicError,
+)
 UNREADABLE = (struct.error, UnicodeDecodeError, msgspec.MsgspecError)
 """What unpacking a damaged record raises."""
 _GIB = 1 << 30
@@ -168,7 +175,7 @@ class Reader:
 
     def blobs(self) -> Iterator[tuple[int, BlobRecord]]:
         keys, values = self._table(b"blobs")
-        return zip(unpack_numbers(keys), map(BlobRecord.unpack, values), strict=True)
+        return zip(unpack_numbers(keys), BlobRecord.unpack_all(values), strict=True)
 
     def blob_sizes(self) -> Iterator[tuple[int, BlobSize]]:
         """The part of every blob's record that tells what its rows take."""
@@ -422,14 +429,17 @@ class Index:
             self._lock_fd = self._presence = -1
 
     @contextlib.contextmanager
-    def read(self) -> Iterator[Reader]:
+    def read(self, *, copies: bool = False) -> Iterator[Reader]:
         """A consistent view of the index; nothing taken from it may outlive the block undecoded.
 
         Blocks must not be nested, nor contain an `update`: growing the map waits for them.
+
+        Args:
+            copies: Copy what is read, which is faster for whole tables of small records.
         """
         self._enter()
         try:
-            with self._begin_read() as txn:
+            with self._begin_read(copies) as txn:
                 yield Reader(txn, self._db)
         except lmdb.Error as error:
             raise _translated(error) from error
@@ -455,6 +465,9 @@ class Index:
         self._check_usable()
         try:
             with self._write_lock, self._process_lock():
+                # A reader that was killed keeps every page freed since from being used again, and
+                # the file would grow past any budget.
+                self._env.reader_check()
                 while True:
                     try:
                         return self._commit(change)
@@ -527,10 +540,12 @@ class Index:
             self._inside -= 1
             self._gate.notify_all()
 
-    def _begin_read(self) -> lmdb.Transaction:
+    def _begin_read(self, copies: bool) -> lmdb.Transaction:
         """Begin a transaction in a thread that `_enter` has counted."""
         while True:
             try:
+                if copies:
+                    return self._env.begin(buffers=False)
                 return self._env.begin(buffers=True)
             except lmdb.ReadersFullError:
                 if self._env.reader_check() == 0:
@@ -677,6 +692,6 @@ def _translated(error: lmdb.Error) -> StoreError:
     text = str(error)
     if isinstance(error, lmdb.MapFullError) or os.strerror(errno.ENOSPC) in text:
         return StoreFullError("The disk is full; nothing was changed in the index.")
-    if isinstance(error, lmdb.CorruptedError | lmdb.InvalidError | lmdb.PageNotFoundError):
+    if isinstance(error, _DAMAGE):
         return DamagedIndexError(f"The index is damaged ({text}); run `persist-cache check`.")
     return StoreError(f"The index failed: {text}.")

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from persist_cache import fs, rebuild
-from persist_cache.blobs import PRESENCE_FILE, TAG_FILE, BlobFolder
+from persist_cache.blobs import PRESENCE_FILE, SUSPECT_FILE, TAG_FILE, BlobFolder
 from persist_cache.budget import DEFAULT_MAX_BYTES, DEFAULT_MIN_FREE_BYTES, Limits
 from persist_cache.errors import StoreAccessError, StoreError, StoreFullError, StoreInUseError
 from persist_cache.index import DamagedIndexError, Index, Writer
@@ -107,16 +107,18 @@ def _open_present(root: Path, folder: BlobFolder, presence: int) -> Index:
     give_up = time.monotonic() + _PATIENCE_S
     while True:
         fs.lock_shared(presence)
+        damage: StoreError | None = None
         try:
+            if (root / SUSPECT_FILE).exists():
+                raise DamagedIndexError(f"The index at {root} is damaged.")
             index = Index(root, read_only=False, presence=presence)
         except DamagedIndexError as error:
-            damage: StoreError | None = error
+            damage = error
         else:
             if not rebuild.is_due(index):
                 return index
             index.detach_presence()
             index.close()
-            damage = None
         fs.unlock(presence)
         if fs.try_lock(presence):
             return _make_anew(root, folder, presence, damage)
@@ -140,6 +142,8 @@ def _make_anew(root: Path, folder: BlobFolder, presence: int, damage: StoreError
     index = Index(root, read_only=False, presence=presence)
     try:
         placed = rebuild.rebuild(index, folder)
+        with contextlib.suppress(FileNotFoundError):
+            fs.unlink(root / SUSPECT_FILE)
         fs.lock_shared(presence)
     except BaseException:
         index.detach_presence()

@@ -13,7 +13,7 @@ keep these invariants (`audit` checks them):
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import islice
 
 from msgspec import Struct
@@ -441,29 +441,33 @@ def _entry_above(txn: Reader, node: int) -> int:
     raise damaged("the way back from a node has no end")
 
 
-def audit(txn: Reader) -> list[str]:
-    """Check every invariant of the index; returns a sentence for each one that is broken."""
+def audit(txn: Reader, blobs: Mapping[int, BlobRecord] | None = None) -> list[str]:
+    """Check every invariant of the index; returns a sentence for each one that is broken.
+
+    Args:
+        txn: A view of it.
+        blobs: All its blobs, if the caller has read them already.
+    """
     problems: list[str] = []
     references: Counter[int] = Counter()
-    live_rows: Counter[int] = Counter()
     spans: dict[int, list[tuple[int, int]]] = {}
     parents = dict(txn.parents())
-    edges = dict(txn.edges())
     entries = dict(txn.entries())
-    blobs = dict(txn.blobs())
+    blobs = dict(txn.blobs()) if blobs is None else blobs
+    names = dict(txn.names())
     roots = {record.root for _, record in txn.namespaces()}
     depth = dict.fromkeys(roots, 0)
-    children: Counter[int] = Counter(edge_parent(key) for key in edges)
-    by_parent: dict[int, list[bytes]] = {}
-    for key in edges:
-        by_parent.setdefault(edge_parent(key), []).append(key)
+    below: dict[int, list[tuple[bytes, Edge]]] = {}
+    num_edges = 0
+    for key, edge in txn.edges():
+        below.setdefault(edge_parent(key), []).append((key, edge))
+        num_edges += 1
     pending = list(roots)
     seen_entries: dict[int, int] = {}
     reached = 0
     while pending:
         node = pending.pop()
-        for key in by_parent.get(node, ()):
-            edge = edges[key]
+        for key, edge in below.get(node, ()):
             reached += 1
             if edge.node in depth:
                 problems.append(f"node {edge.node} is reached twice")
@@ -471,7 +475,6 @@ def audit(txn: Reader) -> list[str]:
             depth[edge.node] = depth[node] + edge.rows
             pending.append(edge.node)
             references[edge.blob] += 1
-            live_rows[edge.blob] += edge.rows
             spans.setdefault(edge.blob, []).append((edge.first_row, edge.rows))
             if parents.get(edge.node) != key:
                 problems.append(f"node {edge.node} does not know its way back")
@@ -487,17 +490,16 @@ def audit(txn: Reader) -> list[str]:
                 problems.append(f"node {edge.node} is filed under another token")
             if edge.entry != NO_ENTRY:
                 seen_entries[edge.entry] = edge.node
-            elif children[edge.node] == 0:
+            elif edge.node not in below:
                 problems.append(f"node {edge.node} is a leaf without entry")
-            elif children[edge.node] == 1:
-                (only,) = by_parent[edge.node]
-                lower = edges[only]
+            elif len(below[edge.node]) == 1:
+                ((_, lower),) = below[edge.node]
                 if lower.blob == edge.blob and edge.first_row + edge.rows == lower.first_row:
                     problems.append(f"node {edge.node} should be merged with its only child")
-    if reached != len(edges):
-        problems.append(f"{len(edges) - reached} edges cannot be reached from a root")
-    if len(parents) != len(edges):
-        problems.append(f"{len(edges)} edges but {len(parents)} ways back")
+    if reached != num_edges:
+        problems.append(f"{num_edges - reached} edges cannot be reached from a root")
+    if len(parents) != num_edges:
+        problems.append(f"{num_edges} edges but {len(parents)} ways back")
     problems += _audit_entries(txn, entries, seen_entries, depth, blobs, references)
     for number, blob in blobs.items():
         if blob.references != references[number]:
@@ -505,7 +507,7 @@ def audit(txn: Reader) -> list[str]:
                 f"blob {blob.name.hex()} counts {blob.references} references "
                 f"instead of {references[number]}"
             )
-        if txn.blob_number(blob.name) != number:
+        if names.get(blob.name) != number:
             problems.append(f"blob {blob.name.hex()} cannot be found by its name")
         covered = 0
         for first, rows in sorted(spans.get(number, ())):
@@ -526,7 +528,7 @@ def _audit_entries(
     entries: dict[int, EntryRecord],
     seen: dict[int, int],
     depth: dict[int, int],
-    blobs: dict[int, BlobRecord],
+    blobs: Mapping[int, BlobRecord],
     references: Counter[int],
 ) -> list[str]:
     problems = []

@@ -132,7 +132,13 @@ class BlobRecord(NamedTuple):
     def unpack(cls, raw: bytes | memoryview) -> BlobRecord:
         version, kind, _, *rest = _BLOB.unpack(raw)
         _check_version(version)
-        return cls._make((_KINDS[kind] if kind in _KINDS else _unknown(f"blob kind {kind}"), *rest))
+        return cls._make((_kind(kind), *rest))
+
+    @classmethod
+    def unpack_all(cls, raws: Sequence[bytes | memoryview]) -> list[BlobRecord]:
+        """Like `unpack` of each, in half the time."""
+        new = tuple.__new__
+        return [new(cls, (_kind(kind), *rest)) for _, kind, _, *rest in _unpack_all(_BLOB, raws)]
 
 
 class BlobSize(NamedTuple):
@@ -242,7 +248,7 @@ class EntryRecord(NamedTuple):
         fixed = _unpack_all(_ENTRY, [raw[:size] for raw in raws])
         labels = [bytes(raw[size:]).decode() if len(raw) > size else "" for raw in raws]
         return [
-            new(cls, (_tier(tier), bool(pinned), *rest, label))
+            new(cls, (_tier(tier), pinned != 0, *rest, label))
             for (_, tier, pinned, *rest), label in zip(fixed, labels, strict=True)
         ]
 
@@ -350,6 +356,10 @@ def entry_number(namespace: bytes, packed: bytes | memoryview) -> int:
 
 def entry_id(number: int) -> str:
     return number.to_bytes(8, "big").hex()
+
+
+def _kind(number: int) -> BlobKind:
+    return _KINDS[number] if number in _KINDS else _unknown(f"blob kind {number}")
 
 
 def _tier(number: int) -> Tier:

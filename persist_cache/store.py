@@ -35,7 +35,7 @@ from persist_cache.errors import (
 from persist_cache.evict import Evictor
 from persist_cache.fingerprint import Fingerprint
 from persist_cache.health import Problem
-from persist_cache.index import Reader, Writer
+from persist_cache.index import DamagedIndexError, Reader, Writer
 from persist_cache.insert import Insertion, PutResult, Source
 from persist_cache.records import (
     NO_BLOB,
@@ -116,18 +116,27 @@ class Store:
         root = Path(path) if path is not None else default_store_path()
         folder = BlobFolder(root)
         opening.prepare_folder(root, folder, read_only)
-        index = opening.open_index(root, folder, read_only)
-        try:
-            limits = opening.settle_limits(index, max_bytes, min_free_bytes, daily_write_bytes)
-            store = cls(Disk(root, index, folder, limits, clock), run_tokens)
-            if not read_only:
-                # A full disk must not keep anybody from reading, or from evicting.
-                with contextlib.suppress(StoreFullError):
-                    health.sweep(store._disk, store._evictor)
-        except BaseException:
-            index.close()
-            raise
-        return store
+        may_rebuild = not read_only
+        while True:
+            index = opening.open_index(root, folder, read_only)
+            try:
+                limits = opening.settle_limits(index, max_bytes, min_free_bytes, daily_write_bytes)
+                store = cls(Disk(root, index, folder, limits, clock), run_tokens)
+                if not read_only:
+                    # A full disk must not keep anybody from reading, or from evicting.
+                    with contextlib.suppress(StoreFullError):
+                        health.sweep(store._disk, store._evictor)
+                return store
+            except DamagedIndexError:
+                index.close()
+                if not may_rebuild:
+                    raise
+                # LMDB notices some damage only when it comes to the page.
+                may_rebuild = False
+                health.distrust(root)
+            except BaseException:
+                index.close()
+                raise
 
     def close(self) -> None:
         """Write buffered uses and close the index. Further calls do nothing."""
@@ -360,7 +369,7 @@ class Store:
 
     def entries(self) -> list[Entry]:
         """All entries, in the order of their ids."""
-        with self._disk.index.read() as txn:
+        with self._disk.index.read(copies=True) as txn:
             return Catalog(txn).entries()
 
     def get(self, prefix: str) -> Entry:
@@ -419,6 +428,13 @@ class Store:
             Bytes on disk afterwards.
         """
         return self._evictor.evict_to(max_bytes)
+
+    def purge_quarantine(self) -> int:
+        """Remove the damaged files that were put aside; returns their bytes.
+
+        They hold prompts, so whoever evicts everything wants them gone as well.
+        """
+        return self._evictor.purge_quarantine()
 
     def stats(self) -> StoreStats:
         """Totals, budget and counters."""

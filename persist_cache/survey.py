@@ -183,7 +183,7 @@ class Survey:
             StoreError: The index contradicts itself.
         """
         self._store = store
-        with _consistent(), store._disk.index.read() as txn:
+        with _consistent(), store._disk.index.read(copies=True) as txn:
             self._catalog = Catalog(txn)
         self.models = {
             key[:32].hex(): _model(key, record) for key, record in self._catalog.namespaces.values()

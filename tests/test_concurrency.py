@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import subprocess
 import sys
@@ -13,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from persist_cache import fs
-from persist_cache.errors import StoreInUseError
 from persist_cache.store import Store
 from tests.fakes import blob_files, fetched, fingerprint, put, restore
 
@@ -126,33 +124,6 @@ with Store.open(sys.argv[1], min_free_bytes=0) as store:
         assert store.check() == []
 
 
-def test_store_opened_before_a_fork_is_refused_in_the_child(tmp_path: Path) -> None:
-    with Store.open(tmp_path / "store", min_free_bytes=0) as store:
-        put(store, PROMPT)
-        reading, writing = os.pipe()
-        child = os.fork()
-        if child == 0:
-            said = []
-            for act in (lambda: fetched(store, PROMPT), lambda: put(store, [1]), store.entries):
-                try:
-                    act()
-                except StoreInUseError as error:
-                    said.append(str(error))
-            store.close()
-            os.write(writing, "\n".join(said).encode())
-            os._exit(0)
-        os.close(writing)
-        os.waitpid(child, 0)
-        with os.fdopen(reading) as pipe:
-            said = pipe.read().splitlines()
-
-        assert len(said) == 3
-        assert all("opened before this process was forked" in one for one in said)
-        assert fetched(store, PROMPT) == 20, "the parent's store is none the worse"
-        put(store, [4, 5, 6])
-        assert store.check(read_data=True) == []
-
-
 def test_writer_killed_in_its_transaction_has_changed_nothing(tmp_path: Path) -> None:
     script = """
 import sys
@@ -200,7 +171,6 @@ with store._disk.index.read() as txn:
         reader.kill()
         reader.wait()
         size = store._disk.index.file_bytes()
-        store.gc()
 
         for n in range(150):
             store.set_label(store.entries()[0].id, f"label {n}")

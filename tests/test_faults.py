@@ -44,7 +44,7 @@ def test_any_step_may_fail(bed: steps.Bed, operation: str, lasting: bool) -> Non
         if len(seam.names) < number:
             break
         number += STRIDE.get(operation, 1) * (4 if lasting else 1)
-    assert number > 8, "there were steps to fail at"
+    assert number > 3, "there were steps to fail at"
 
 
 @pytest.mark.parametrize("operation", ["load", "load what is damaged", "gc", "open", "import"])
@@ -147,7 +147,7 @@ def test_quarantine_can_be_purged(store: Store) -> None:
     assert fetched(store, [1, 2, 3]) == 0
     assert len(list((store.root / "quarantine").iterdir())) == 1
 
-    assert store._evictor.purge_quarantine() > 0
+    assert store.purge_quarantine() > 0
 
     assert list((store.root / "quarantine").iterdir()) == []
     assert store.stats().usage.quarantine == 0
@@ -162,3 +162,20 @@ def test_larger_file_in_quarantine_is_counted_as_it_is(store: Store) -> None:
     assert fetched(store, [1, 2, 3]) == 0
 
     assert store.stats().usage.quarantine >= 500_000
+
+
+def test_symbolic_link_in_the_place_of_an_orphan_goes_and_its_target_stays(
+    store: Store, tmp_path: Path
+) -> None:
+    target = tmp_path / "mine"
+    target.write_text("mine")
+    link = store.root / "blobs" / "ab" / ("ab" * 16 + ".safetensors")
+    link.parent.mkdir()
+    link.symlink_to(target)
+    assert [problem.kind for problem in store.check()] == ["orphan"]
+
+    store.gc()
+
+    assert store.check() == []
+    assert not link.is_symlink()
+    assert target.read_text() == "mine"

@@ -277,3 +277,25 @@ def test_parent_named_by_a_blob_is_only_looked_up(tmp_path: Path) -> None:
 
     with Store.open(root, min_free_bytes=0, run_tokens=8) as store:
         assert fetched(store, PROMPT) == 8, "only the first run can prove where it belongs"
+
+
+# ---- what the codec reads back -------------------------------------------------------------------
+
+
+@given(text=st.one_of(st.text(max_size=60), VALUES.map(json.dumps)))
+@example(text='[{"class": "os.system"}]')
+@example(text='[{"class": "KVCache"}, {"class": "__import__", "scalars": {"x": 1}}]')
+@example(text='[{"class": "CacheList", "members": [{"class": "eval"}]}]')
+@example(text='[{"class": "RotatingKVCache", "scalars": {"max_size": 1152921504606846976}}]')
+@BOUNDED
+def test_any_layout_from_a_file_names_no_class_but_ours(text: str) -> None:
+    """Classes are an allow-list: nothing is looked up in a module by a name from a file."""
+    from persist_cache.tensors.layers import decode_layout, kind_named, layout_leaves
+
+    try:
+        layouts = decode_layout(text)
+    except (ValueError, msgspec.MsgspecError):
+        return
+    for _, layout in layout_leaves(layouts):
+        cls = kind_named(layout.class_name).cls
+        assert (cls.__name__, cls.__module__) == (layout.class_name, "mlx_lm.models.cache")

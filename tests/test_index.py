@@ -12,6 +12,8 @@ from typing import Any
 import lmdb
 import pytest
 
+from persist_cache import health
+from persist_cache.blobs import SUSPECT_FILE
 from persist_cache.errors import (
     StoreAccessError,
     StoreError,
@@ -220,7 +222,7 @@ def test_errors_of_lmdb_and_the_disk_are_translated(tmp_path: Path) -> None:
         (lmdb.DiskError("No space left on device"), StoreFullError),
         (lmdb.Error("mdb_txn_commit: No space left on device"), StoreFullError),
         (lmdb.CorruptedError("bad page"), DamagedIndexError),
-        (lmdb.BadTxnError("?"), StoreError),
+        (lmdb.BadTxnError("?"), DamagedIndexError),
         (OSError(28, "No space left on device"), StoreFullError),
         (OSError(5, "Input/output error"), StoreError),
     ]
@@ -354,3 +356,45 @@ def test_close_waits_for_transactions_of_other_threads(tmp_path: Path) -> None:
     assert seen == [1]
     with pytest.raises(StoreError, match="closed"), index.read():
         pass
+
+
+def test_index_that_is_suspect_is_made_anew(closed: Path) -> None:
+    """A repair that LMDB itself refuses, its pages being damaged, leaves a mark."""
+    health.distrust(closed)
+
+    with Store.open(closed, min_free_bytes=0) as store:
+        assert fetched(store, PROMPT) == 30
+    assert not (closed / SUSPECT_FILE).exists()
+
+
+def test_damage_that_comes_up_while_the_store_is_opened_is_mended(
+    closed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = health.sweep
+
+    def damaged_once(*arguments: Any) -> None:
+        monkeypatch.setattr(health, "sweep", sweep)
+        raise DamagedIndexError("found by LMDB")
+
+    monkeypatch.setattr(health, "sweep", damaged_once)
+
+    with Store.open(closed, min_free_bytes=0) as store:
+        assert fetched(store, PROMPT) == 30
+
+
+def test_repair_that_lmdb_refuses_asks_for_a_new_index(
+    closed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*arguments: Any) -> int:
+        raise DamagedIndexError("a page of the wrong type")
+
+    with Store.open(closed, min_free_bytes=0) as store:
+        store._disk.index.update(lambda txn: txn.add("blob_bytes", 1))
+        monkeypatch.setattr("persist_cache.rebuild.rebuild", refused)
+        with pytest.raises(StoreError, match="made anew"):
+            store.check(repair=True)
+    monkeypatch.undo()
+
+    with Store.open(closed, min_free_bytes=0) as store:
+        assert store.check(read_data=True) == []
+        assert fetched(store, PROMPT) == 30

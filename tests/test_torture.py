@@ -39,7 +39,7 @@ def test_short_run_breaks_no_promise() -> None:
     ("name", "found"),
     [
         ("checksum", ("wrong bytes were served",)),
-        ("order", ("its file is missing", "no record names this file")),
+        ("order", ("its file is missing", "no record names this file", "usage says")),
         ("budget", ("bytes on disk, the budget is",)),
     ],
 )

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 from torture import broken, scenes, steps
@@ -42,7 +43,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/torture", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a minute, for CI")
     parser.add_argument("--minutes", type=float, help="end the rounds of kills after this long")
-    parser.add_argument("--kills", type=int, help="processes to kill at least")
+    parser.add_argument("--kills", type=int, help="processes to kill at random moments")
     parser.add_argument("--faults", type=int, help="faults to inject step by step")
     parser.add_argument("--seed", type=int, default=1, help="decides all but the scheduling")
     parser.add_argument("--folder", help="where stores are made; default: memory, if there is any")
@@ -59,7 +60,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     if options.folder is None and os.access("/dev/shm", os.W_OK):
         # A killed process loses nothing that the system has, so a slow disk would prove no more.
         options.folder = "/dev/shm"
-    quick = (1.0, 150, 900) if options.quick else (30.0, 1200, 10_000)
+    quick = (1.5, 150, 500) if options.quick else (30.0, 1200, 10_000)
     for name, value in zip(("minutes", "kills", "faults"), quick, strict=True):
         if getattr(options, name) is None:
             setattr(options, name, value)
@@ -71,9 +72,7 @@ def _run(options: argparse.Namespace, folder: Path, report: Report, started: flo
     tried = steps.Tried()
     late = started + 60 * options.minutes
     if options.storms_only:
-        Storm(folder, options.seed, report).run(
-            lambda: report.kills < options.kills and time.monotonic() < late
-        )
+        _storm(options, folder, report, late)
         return tried
     if options.breaks:
         Storm(folder, options.seed, report, options.breaks).run(
@@ -81,24 +80,26 @@ def _run(options: argparse.Namespace, folder: Path, report: Report, started: flo
         )
         return tried
     _say("death at every step of every operation")
-    _add(report, tried, in_child(lambda: steps.run_deaths(_made(folder, "deaths"), options.seed)))
+    stride = 7 if options.quick else 1
+    die = partial(steps.run_deaths, _made(folder, "deaths"), options.seed, stride)
+    _add(report, tried, in_child(die))
     _say(f"{options.faults} faults, one step at a time")
-    _add(
-        report,
-        tried,
-        in_child(
-            lambda: steps.run(_made(folder, "steps"), options.seed, lambda n: n >= options.faults)
-        ),
-    )
+    fail = partial(steps.run, _made(folder, "steps"), options.seed, options.faults)
+    _add(report, tried, in_child(fail))
     _say("a read-only disk, an unknown version, a soak at 200 MB")
     scenes.read_only_disk(folder, report)
     scenes.unknown_schema(folder, report)
     scenes.soak(folder, report, 3.0 if options.quick else 30.0)
     _say(f"processes killed at random, until {options.kills} are dead")
-    Storm(folder, options.seed, report).run(
-        lambda: report.kills < options.kills and time.monotonic() < late
-    )
+    _storm(options, folder, report, late)
     return tried
+
+
+def _storm(options: argparse.Namespace, folder: Path, report: Report, late: float) -> None:
+    wanted = report.kills + options.kills
+    Storm(folder, options.seed, report).run(
+        lambda: report.kills < wanted and time.monotonic() < late
+    )
 
 
 def _made(folder: Path, name: str) -> Path:
@@ -114,6 +115,7 @@ def _add(report: Report, tried: steps.Tried, more: steps.Tried) -> None:
     tried.kinds += more.kinds
     tried.operations += more.operations
     tried.kills += more.kills
+    tried.all_steps += more.all_steps
     report.kills += more.kills
     report.findings += more.findings
 
@@ -129,7 +131,12 @@ def _as_json(
         "kills": report.kills,
         "faults": report.faults.total() + tried.kinds.total() + report.damages.total(),
         "storms": {**vars(report), "skipped": sorted(report.skipped)},
-        "steps": {"faults": tried.kinds, "operations": tried.operations, "kills": tried.kills},
+        "steps": {
+            "faults": tried.kinds,
+            "operations": tried.operations,
+            "all": tried.all_steps,
+            "kills": tried.kills,
+        },
         "findings": report.findings,
     }
 
@@ -146,6 +153,7 @@ def _print(options: argparse.Namespace, report: Report, tried: steps.Tried, seco
         ("  at a random moment", report.kills - tried.kills),
         ("faults injected", total),
         ("  one step at a time", tried.kinds.total()),
+        ("    of all steps and kinds there are", tried.all_steps),
         ("  at random, in processes that share a store", report.faults.total()),
         ("  damage to files between rounds", report.damages.total()),
         ("rounds judged", report.rounds),

@@ -133,6 +133,18 @@ def _garbage_page(root: Path, dice: random.Random) -> None:
         file.write(dice.choice((bytes(4096), dice.randbytes(4096), dice.randbytes(40))))
 
 
+def _flip_index(root: Path, dice: random.Random) -> None:
+    """Bits of an index that has no checksums: tokens, numbers, names."""
+    path = root / "data.mdb"
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        for _ in range(8):
+            file.seek(dice.randrange(2 * 4096, max(size, 2 * 4096 + 1)))
+            (byte,) = file.read(1) or b"\0"
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte ^ (1 << dice.randrange(8))]))
+
+
 WHOLE: dict[str, tuple[str, Callable[[Path, random.Random], None]]] = {
     "foreign files": ("files", _foreign),
     "copy under another name": ("files", _copy_under_other_name),
@@ -141,6 +153,7 @@ WHOLE: dict[str, tuple[str, Callable[[Path, random.Random], None]]] = {
     "deleted index": ("index", _no_index),
     "garbage lock files": ("", _garbage_locks),
     "garbage page in the index": ("page", _garbage_page),
+    "flipped bits in the index": ("page", _flip_index),
 }
 KINDS = (*ONE_BLOB, "two files swapped", *WHOLE)
 

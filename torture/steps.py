@@ -9,7 +9,7 @@ import os
 import random
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -366,64 +366,70 @@ def die_at(bed: Bed, operation: str, number: int) -> bool:
     return code != 0
 
 
-def all_faults(
-    bed: Bed, operation: str, kinds: tuple[str, ...], *, lasting: bool = False
-) -> Iterator[Seam]:
-    """One fault of each kind at each step of `operation`."""
-    for kind in kinds:
-        number = 1
-        while True:
-            seam = fail_at(bed, operation, kind, number, lasting=lasting)
-            if not seam.injected:
-                break
-            yield seam
-            number += 1
-
-
 @dataclass
 class Tried:
-    """Faults tried, by kind, and by the operation they were tried in."""
+    """Faults tried, by kind, and by the operation they were tried in.
+
+    Attributes:
+        all_steps: Steps of all operations times the kinds of faults.
+    """
 
     kinds: Counter[str] = field(default_factory=Counter)
     operations: Counter[str] = field(default_factory=Counter)
     kills: int = 0
+    all_steps: int = 0
     findings: list[str] = field(default_factory=list)
 
 
-def run(folder: Path, seed: int, enough: Callable[[int], bool]) -> Tried:
-    """Faults at all steps of all operations, round after round, until `enough` of them."""
+def lengths(bed: Bed) -> dict[str, int]:
+    """Steps of each operation when nothing fails."""
+    found = {}
+    for operation, (prepare, act) in OPERATIONS.items():
+        bed.make_good()
+        prepare(bed)
+        seam = Seam(lambda step, name: None)
+        with seam.installed():
+            act(bed)
+        found[operation] = len(seam.names)
+    return found
+
+
+def run(folder: Path, seed: int, faults: int) -> Tried:
+    """Every fault at every step of every operation, then lasting ones, until there are `faults`.
+
+    Fewer than all are a sample.
+    """
     bed = Bed(folder, random.Random(seed))
     tried = Tried()
-    kinds = (*ERRORS, "short", "slow")
+    every = [
+        (operation, kind, number)
+        for operation, length in lengths(bed).items()
+        for kind in (*ERRORS, "short", "slow")
+        for number in range(1, length + 1)
+    ]
+    tried.all_steps = len(every)
     lasting = False
     while True:
-        for operation in OPERATIONS:
-            for kind in kinds:
-                number = 1
-                while not enough(tried.kinds.total()):
-                    try:
-                        seam = fail_at(bed, operation, kind, number, lasting=lasting)
-                    except Broken as error:
-                        tried.findings.append(str(error))
-                        if len(tried.findings) > 20:
-                            return tried
-                        bed.close()
-                        shutil.rmtree(bed.root, ignore_errors=True)
-                        number += 1
-                        continue
-                    if not seam.injected:
-                        break
-                    tried.kinds[kind] += 1
-                    tried.operations[operation] += 1
-                    number += 1
-            if enough(tried.kinds.total()):
+        bed.dice.shuffle(every)
+        for operation, kind, number in every:
+            if tried.kinds.total() >= faults or len(tried.findings) > 20:
                 bed.close()
                 return tried
+            try:
+                seam = fail_at(bed, operation, kind, number, lasting=lasting)
+            except Broken as error:
+                tried.findings.append(str(error))
+                bed.close()
+                shutil.rmtree(bed.root, ignore_errors=True)
+                continue
+            if seam.injected:
+                tried.kinds[kind] += 1
+                tried.operations[operation] += 1
         lasting = not lasting
 
 
-def run_deaths(folder: Path, seed: int) -> Tried:
-    """Death at every step of every operation."""
+def run_deaths(folder: Path, seed: int, stride: int = 1) -> Tried:
+    """Death at every step, or every `stride`-th, of every operation."""
     bed = Bed(folder, random.Random(seed))
     tried = Tried()
     for operation in OPERATIONS:
@@ -432,7 +438,7 @@ def run_deaths(folder: Path, seed: int) -> Tried:
             while die_at(bed, operation, number):
                 tried.kills += 1
                 tried.operations[operation] += 1
-                number += 1
+                number += stride
         except Broken as error:
             tried.findings.append(str(error))
             bed.close()

@@ -158,7 +158,7 @@ class Storm:
             shutil.rmtree(home, ignore_errors=True)
 
     def _live(self, setting: work.Setting, scenario: str, go_on: Callable[[], bool]) -> None:
-        index_lost = False
+        index_lost = page_damaged = False
         for number in range(_ROUNDS_PER_STORE):
             if not go_on():
                 return
@@ -172,7 +172,10 @@ class Storm:
             harmed = self._dice.random() < 0.6 and scenario != "full disk"
             if harmed and self._breaks in ("", "checksum"):
                 kind = self._dice.choice(damage.KINDS)
-                if "index" in kind and not self._judge(setting, "", hurt, index_lost, False, where):
+                before = "page" if page_damaged else ""
+                if "index" in kind and not self._judge(
+                    setting, before, hurt, index_lost, False, where
+                ):
                     return  # why an entry has left is forgotten with the index: ask before
                 if self._breaks == "checksum":
                     kind = "flipped bit"
@@ -188,6 +191,9 @@ class Storm:
                     self._storm(setting)
                     hurt = None
             harms = "" if done is None else done.harms
+            # LMDB trusts its pages: what it did not notice so far may come up at any time.
+            page_damaged = page_damaged or harms == "page"
+            harms = "page" if page_damaged else harms
             foreign = done is not None and done.kind == "foreign files"
             if not self._judge(setting, harms, hurt, index_lost, foreign, where):
                 return

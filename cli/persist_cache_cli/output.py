@@ -50,10 +50,11 @@ def format_age(seconds: float) -> str:
     """`7300` is `2 h`: how long ago, in whole units."""
     if seconds < 1:
         return "now"
+    whole = int(seconds)
     for limit, length, unit in ((60, 1, "s"), (3600, 60, "min"), (172_800, 3600, "h")):
-        if seconds < limit:
-            return f"{seconds // length:.0f} {unit}"
-    return f"{seconds // 86400:,.0f} d"
+        if whole < limit:
+            return f"{whole // length} {unit}"
+    return f"{whole // 86400:,} d"
 
 
 def format_time(seconds: float) -> str:
@@ -164,16 +165,31 @@ def table(
         paint: Adds colours.
     """
     cells = [row for row in rows if not isinstance(row, str)]
-    titles = [column.title for column in columns]
-    by_column = list(zip(titles, *cells, strict=True))
-    natural = [max(map(text_width, set(texts))) for texts in by_column]
+    by_column = list(zip(*cells, strict=True)) or [()] * len(columns)
+    # Most columns say the same again and again: each text is measured and laid out once.
+    sizes = [{text: text_width(text) for text in set(texts)} for texts in by_column]
+    natural = [
+        max([text_width(column.title), *size.values()])
+        for column, size in zip(columns, sizes, strict=True)
+    ]
     shown = list(range(len(columns)))
     widths = list(natural)
     if width is not None:
-        shown = _choose(columns, natural, cells, width)
+        shown = _choose(columns, natural, sizes, width)
         widths = _fit(columns, natural, shown, width)
-    laid = [_lay_out(columns[place], by_column[place], widths[place], paint) for place in shown]
+    laid = []
+    for place in shown:
+        column, size = columns[place], widths[place]
+        padded = {
+            text: _pad(column, text, taken, size, column.style, paint)
+            for text, taken in sizes[place].items()
+        }
+        title = column.title
+        heading = _pad(column, title, text_width(title), size, "heading", paint)
+        laid.append([heading, *map(padded.__getitem__, by_column[place])])
     heading, *lines = [_GAP.join(line).rstrip() for line in zip(*laid, strict=True)]
+    if len(lines) == len(rows):
+        return [heading, *lines]
     following = iter(lines)
     return [
         heading,
@@ -186,30 +202,20 @@ def table(
     ]
 
 
-def _lay_out(column: Column, texts: Sequence[str], width: int, paint: Painter) -> list[str]:
-    """A column's heading and cells, each `width` wide."""
-
-    def pad(text: str, style: str) -> str:
-        if len(text) > width or not text.isascii():
-            text = shorten(text, width, column.cut)
-        padding = " " * (width - text_width(text))
-        return padding + paint(text, style) if column.right else paint(text, style) + padding
-
-    heading, *cells = texts
-    # Most columns say the same again and again.
-    padded = {text: pad(text, column.style) for text in set(cells)}
-    return [pad(heading, "heading"), *(padded[text] for text in cells)]
+def _pad(column: Column, text: str, taken: int, width: int, style: str, paint: Painter) -> str:
+    """Fit `text`, which is `taken` columns wide, into `width`."""
+    if taken > width:
+        text = shorten(text, width, column.cut)
+        taken = text_width(text)
+    padding = " " * (width - taken)
+    return padding + paint(text, style) if column.right else paint(text, style) + padding
 
 
 def _choose(
-    columns: Sequence[Column], natural: Sequence[int], rows: Sequence[Sequence[str]], width: int
+    columns: Sequence[Column], natural: Sequence[int], texts: Sequence[Iterable[str]], width: int
 ) -> list[int]:
     """Columns for which there is room, and that say anything at all."""
-    shown = [
-        place
-        for place, column in enumerate(columns)
-        if not column.drop or any(row[place] for row in rows)
-    ]
+    shown = [place for place, column in enumerate(columns) if not column.drop or any(texts[place])]
 
     def least() -> int:
         sizes = [min(natural[place], columns[place].least or natural[place]) for place in shown]

@@ -83,15 +83,16 @@ def changing(given: str | None) -> Iterator[Store | None]:
 
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
-    """Pause the garbage collector, which takes a third of the time to load a large index.
+    """Keep the garbage collector away from the records of a large index.
 
-    It goes over all records again and again, and there are no cycles among them.
+    It would go over all of them again and again, and there are no cycles among them.
     """
     was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
+        gc.freeze()
         if was_enabled:
             gc.enable()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import click
@@ -94,8 +94,8 @@ def command(
         limit = _ROWS_ON_A_TERMINAL
     shown = entries[:limit] if limit else entries
     if quiet and not as_json:
-        for entry in shown:
-            click.echo(entry.id)
+        if shown:
+            click.echo("\n".join(entry.id for entry in shown))
         return
     short = short_entry_ids(survey)
     if as_json:
@@ -115,38 +115,39 @@ def _table(
     entries: Sequence[Entry], names: Mapping[str, str], short: Mapping[str, str]
 ) -> list[str]:
     now = time.time()
-    columns = [
-        Column("id", style="id"),
-        Column("tier"),
-        Column("model", least=16),
-        Column("tokens", right=True),
-        Column("own", right=True),
-        Column("shared", right=True, drop=2),
-        Column("hits", right=True),
-        Column("saved", right=True, drop=3),
-        Column("used", right=True),
-        Column("age", right=True, drop=5),
-        Column("kept", style="good", drop=1),
-        Column("label", least=10, cut="end", drop=4),
-    ]
-    rows = [
-        (
-            short[entry.id],
-            entry.tier.label,
-            printable(names.get(entry.fingerprint, "?")),
-            f"{entry.num_tokens:,}",
-            format_bytes(entry.own_bytes),
-            format_bytes(entry.shared_bytes),
-            f"{entry.hits:,}",
-            format_duration(entry.saved_s) if entry.saved_s else "–",
-            format_age(now - entry.last_use),
-            format_age(now - entry.created),
-            keeping(entry, now),
-            printable(entry.label),
-        )
-        for entry in entries
-    ]
-    return table(columns, rows, width=terminal_width(), paint=painter())
+
+    def model(fingerprint: str) -> str:
+        return printable(names.get(fingerprint, "?"))
+
+    def age(since: float) -> str:
+        return format_age(now - since)
+
+    def saved(seconds: float) -> str:
+        return format_duration(seconds) if seconds else "–"
+
+    columns = {
+        Column("id", style="id"): [short[one.id] for one in entries],
+        Column("tier"): _each(entries, "tier", lambda tier: tier.label),
+        Column("model", least=16): _each(entries, "fingerprint", model),
+        Column("tokens", right=True): _each(entries, "num_tokens", "{:,}".format),
+        Column("own", right=True): _each(entries, "own_bytes", format_bytes),
+        Column("shared", right=True, drop=2): _each(entries, "shared_bytes", format_bytes),
+        Column("hits", right=True): _each(entries, "hits", "{:,}".format),
+        Column("saved", right=True, drop=3): _each(entries, "saved_s", saved),
+        Column("used", right=True): _each(entries, "last_use", age),
+        Column("age", right=True, drop=5): _each(entries, "created", age),
+        Column("kept", style="good", drop=1): [keeping(one, now) for one in entries],
+        Column("label", least=10, cut="end", drop=4): _each(entries, "label", printable),
+    }
+    rows = list(zip(*columns.values(), strict=True))
+    return table(list(columns), rows, width=terminal_width(), paint=painter())
+
+
+def _each(entries: Sequence[Entry], field: str, show: Callable[[Any], str]) -> list[str]:
+    """A field of every entry as text; each value is worked out once, because most come again."""
+    values = [getattr(entry, field) for entry in entries]
+    shown = {value: show(value) for value in set(values)}
+    return [shown[value] for value in values]
 
 
 def _shown_parents(survey: Survey, shown: Sequence[Entry]) -> dict[str, str | None]:
