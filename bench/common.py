@@ -127,7 +127,8 @@ def fresh(function: Callable[..., Any], **arguments: Any) -> Any:
     try:
         result, error = receiver.recv()
     except EOFError:
-        result, error = None, "it died"
+        process.join()
+        result, error = None, f"it died with exit code {process.exitcode}"
     process.join()
     if error:
         raise RuntimeError(f"{function.__module__}.{function.__name__}: {error}")
@@ -156,6 +157,14 @@ def run_python(
     if done.returncode:
         raise RuntimeError(f"{module}.{function}: {done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def limit_memory(nbytes: int = 6 << 30) -> None:
+    """Let this process fail with `MemoryError` rather than take the machine's last memory."""
+    if sys.platform == "linux":
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (nbytes, nbytes))
 
 
 def take_turns(

@@ -173,7 +173,7 @@ def scribble(store: Store, table: str, key: bytes | None, value: bytes) -> None:
 
 
 @given(data=st.data(), table=st.sampled_from(TABLES))
-@settings(BOUNDED, max_examples=60)
+@settings(BOUNDED, max_examples=40)
 def test_any_bytes_as_a_record(data: st.DataObject, table: str) -> None:
     """Nothing but announced errors, never other bytes than asked for, and a repair mends it."""
     with (

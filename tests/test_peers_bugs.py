@@ -23,7 +23,8 @@ from persist_cache import PromptCache, fs
 from persist_cache.blobs import BlobReader
 from persist_cache.errors import CorruptBlobError, StoreAccessError, StoreFullError
 from persist_cache.store import Store
-from tests.fakes import blob_files, disk_usage, fetched, fingerprint, put
+from tests.fakes import FakeSource, blob_files, disk_usage, fetched, fingerprint, put
+from tests.memory import fast_folder
 from tests.test_cache import MODEL, FakeCodec, FakeLayer
 
 TESTS = Path(__file__).parent
@@ -90,31 +91,21 @@ def test_storing_does_not_evict_what_it_extends_nor_what_it_stored(tmp_path: Pat
         assert store.check() == []
 
 
-def test_twenty_turns_write_each_row_once(store: Store) -> None:
+def test_twenty_turns_write_each_row_once() -> None:
     """cc-local-llm #6, mlx-engine #341, vmlx #4, osaurus #2580: the prefix rewritten each turn."""
     prompt: list[int] = []
-    new = 0
-    for turn in range(20):
-        more = [turn, *range(400)]
-        prompt += more
-        done = store.put(fingerprint(), prompt, source_of(prompt))
-        assert done.new_tokens == len(more)
-        new += done.new_tokens
+    with fast_folder() as folder, Store.open(folder / "store", min_free_bytes=0) as store:
+        for turn in range(20):
+            more = [turn, *range(400)]
+            prompt += more
+            done = store.put(fingerprint(), prompt, FakeSource(prompt))
+            assert done.new_tokens == len(more)
 
-    (rows,) = {len(prompt)}
-    assert new == rows
-    stored = sum(
-        reader.header.tensors["layers.0.keys"].shape[2]
-        for path in blob_files(store.root)
-        for reader in [BlobReader(path)]
-    )
-    assert stored == rows, "no row is on disk twice"
-
-
-def source_of(tokens: list[int]):  # type: ignore[no-untyped-def]
-    from tests.fakes import FakeSource
-
-    return FakeSource(tokens)
+        stored = 0
+        for path in blob_files(store.root):
+            with BlobReader(path) as reader:
+                stored += reader.header.tensors["layers.0.keys"].shape[2]
+    assert stored == len(prompt), "no row is on disk twice"
 
 
 def test_restored_prefix_leaves_just_the_suffix_to_compute(tmp_path: Path) -> None:

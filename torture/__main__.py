@@ -8,6 +8,7 @@ import logging
 import os
 import platform
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -23,6 +24,8 @@ from torture.storm import Report, Storm, in_child
 def main(arguments: list[str] | None = None) -> int:
     """Torture a store; returns 0 when every promise held."""
     options = _options(arguments)
+    # So that what was mounted and written is cleaned up, too.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     logging.disable(logging.CRITICAL)  # every repair is announced, thousands of times
     folder = Path(tempfile.mkdtemp(prefix="persist-cache-torture-", dir=options.folder))
     report = Report()
