@@ -34,6 +34,7 @@ TOKENS = "tokens"
 """Name of the tensor that holds a run's own token ids, int64."""
 SUFFIX = ".safetensors"
 _BLOB_NAME = re.compile("[0-9a-f]{32}")
+_BLOB_FILE = re.compile(_BLOB_NAME.pattern + re.escape(SUFFIX))
 TAG_FILE = "CACHEDIR.TAG"
 """Tells backup programs to leave the folder out."""
 PRESENCE_FILE = "store.lock"
@@ -545,13 +546,12 @@ class BlobFolder:
                 continue
             try:
                 with os.scandir(self.blobs / fan) as found:
-                    files = sorted(found, key=lambda file: file.name)
+                    files = list(found)
             except (FileNotFoundError, NotADirectoryError):
                 continue
             for file in files:
-                name = file.name.removesuffix(SUFFIX)
-                if name != file.name and is_blob_name(name):
-                    yield fan, name, _length(file)
+                if _BLOB_FILE.fullmatch(file.name):
+                    yield fan, file.name[: -len(SUFFIX)], _length(file)
 
     def remove_empty(self) -> None:
         """Remove folders of the fan-out in which nothing is left."""

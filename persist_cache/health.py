@@ -162,7 +162,7 @@ def check(
         What is wrong; empty for a sound store.
     """
     try:
-        with disk.index.read() as txn:
+        with disk.index.read(copies=True) as txn:
             by_number = dict(txn.blobs())
             problems = [Problem("index", message) for message in paths.audit(txn, by_number)]
             pending = set(txn.sized(b"pending"))
@@ -173,12 +173,17 @@ def check(
     except StoreError as error:
         # Records that cannot even be read: nothing can be said of files before it is made anew.
         return [Problem("index", str(error))]
-    blobs = by_number.values()
-    files = list(disk.folder.files())
-    lengths = {name: length for fan, name, length in files if name.startswith(fan)}
-    total, done = sum(blob.nbytes for blob in blobs), 0
-    for blob in blobs:
-        if read_data or lengths.get(blob.name.hex()) != blob.nbytes:
+    blobs = {blob.name.hex(): blob for blob in by_number.values()}
+    lengths: dict[str, int] = {}
+    strays: list[tuple[str, str]] = []
+    for fan, name, length in disk.folder.files():
+        if name.startswith(fan):
+            lengths[name] = length
+        else:
+            strays.append((fan, name))
+    total, done = sum(blob.nbytes for blob in blobs.values()), 0
+    for name, blob in blobs.items():
+        if read_data or lengths.get(name) != blob.nbytes:
             problem = _check_blob(disk, blob, read_data)
             # A blob evicted while it was looked at is no problem.
             if problem is not None and _is_recorded(disk, blob.name):
@@ -186,17 +191,15 @@ def check(
         done += blob.nbytes
         if progress is not None:
             progress(done, total)
-    known = {blob.name for blob in blobs} | pending | trash
-    for fan, name_hex, _ in files:
-        name = bytes.fromhex(name_hex)
-        if name in known and name_hex.startswith(fan):
-            continue
-        if not _is_expected(disk, name, disk.folder.blobs / fan / (name_hex + SUFFIX)):
-            problems.append(Problem("orphan", "no record names this file", name_hex))
+    known = blobs.keys() | {name.hex() for name in pending | trash}
+    for fan, name in sorted([*strays, *((name[:2], name) for name in lengths.keys() - known)]):
+        path = disk.folder.blobs / fan / (name + SUFFIX)
+        if not _is_expected(disk, bytes.fromhex(name), path) and os.path.lexists(path):
+            problems.append(Problem("orphan", "no record names this file", name))
     problems += [
-        Problem("trash", "this file was evicted but is still there", name.hex())
-        for name in trash
-        if disk.folder.path(name.hex()).exists()
+        Problem("trash", "this file was evicted but is still there", name)
+        for name in sorted(key.hex() for key in trash)
+        if disk.folder.path(name).exists()
     ]
     return problems
 

@@ -241,8 +241,8 @@ class Reader:
         with self._txn.cursor(db=self._db[database]) as cursor:
             return {bytes(key): SizedRecord.unpack(value) for key, value in cursor}
 
-    def sized_names(self, database: bytes) -> set[bytes]:
-        """The names in `trash`, `pending` or `quarantine`, whatever their records say."""
+    def keys(self, database: bytes) -> set[bytes]:
+        """All keys of a sub-database, whatever their records say."""
         with self._txn.cursor(db=self._db[database]) as cursor:
             return {bytes(key) for key in cursor.iternext(values=False)}
 

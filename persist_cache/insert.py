@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from msgspec import Struct
 
@@ -28,7 +28,6 @@ from persist_cache.disk import Disk
 from persist_cache.entry import TOKEN_BYTES
 from persist_cache.errors import StoreError
 from persist_cache.evict import Evictor
-from persist_cache.fingerprint import Fingerprint
 from persist_cache.index import Reader, Writer
 from persist_cache.records import (
     NO_BLOB,
@@ -41,6 +40,9 @@ from persist_cache.records import (
     entry_number,
     namespace_key,
 )
+
+if TYPE_CHECKING:
+    from persist_cache.fingerprint import Fingerprint
 
 _MAX_ATTEMPTS = 8
 _MAX_RUNS = 100

@@ -12,7 +12,7 @@ keep these invariants (`audit` checks them):
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import islice
 
@@ -449,18 +449,18 @@ def audit(txn: Reader, blobs: Mapping[int, BlobRecord] | None = None) -> list[st
         blobs: All its blobs, if the caller has read them already.
     """
     problems: list[str] = []
-    references: Counter[int] = Counter()
-    spans: dict[int, list[tuple[int, int]]] = {}
+    references: defaultdict[int, int] = defaultdict(int)
+    spans: list[tuple[int, int, int]] = []
     parents = dict(txn.parents())
     entries = dict(txn.entries())
     blobs = dict(txn.blobs()) if blobs is None else blobs
     names = dict(txn.names())
     roots = {record.root for _, record in txn.namespaces()}
     depth = dict.fromkeys(roots, 0)
-    below: dict[int, list[tuple[bytes, Edge]]] = {}
+    below: defaultdict[int, list[tuple[bytes, Edge]]] = defaultdict(list)
     num_edges = 0
     for key, edge in txn.edges():
-        below.setdefault(edge_parent(key), []).append((key, edge))
+        below[edge_parent(key)].append((key, edge))
         num_edges += 1
     pending = list(roots)
     seen_entries: dict[int, int] = {}
@@ -468,34 +468,35 @@ def audit(txn: Reader, blobs: Mapping[int, BlobRecord] | None = None) -> list[st
     while pending:
         node = pending.pop()
         for key, edge in below.get(node, ()):
+            _, number, lower, entry, first_row, rows = edge
             reached += 1
-            if edge.node in depth:
-                problems.append(f"node {edge.node} is reached twice")
+            if lower in depth:
+                problems.append(f"node {lower} is reached twice")
                 continue
-            depth[edge.node] = depth[node] + edge.rows
-            pending.append(edge.node)
-            references[edge.blob] += 1
-            spans.setdefault(edge.blob, []).append((edge.first_row, edge.rows))
-            if parents.get(edge.node) != key:
-                problems.append(f"node {edge.node} does not know its way back")
-            blob = blobs.get(edge.blob)
+            depth[lower] = depth[node] + rows
+            pending.append(lower)
+            references[number] += 1
+            spans.append((number, first_row, rows))
+            if parents.get(lower) != key:
+                problems.append(f"node {lower} does not know its way back")
+            blob = blobs.get(number)
             if blob is None:
-                problems.append(f"node {edge.node} hangs on blob {edge.blob}, which is unknown")
+                problems.append(f"node {lower} hangs on blob {number}, which is unknown")
                 continue
-            if edge.rows < 1 or edge.first_row + edge.rows > blob.num_tokens:
-                problems.append(f"node {edge.node} uses rows that blob {blob.name.hex()} lacks")
-            if blob.start + edge.first_row != depth[node]:
-                problems.append(f"node {edge.node} begins elsewhere than its rows")
-            if txn.tokens(edge.blob, edge.first_row, 1) != key[8:]:
-                problems.append(f"node {edge.node} is filed under another token")
-            if edge.entry != NO_ENTRY:
-                seen_entries[edge.entry] = edge.node
-            elif edge.node not in below:
-                problems.append(f"node {edge.node} is a leaf without entry")
-            elif len(below[edge.node]) == 1:
-                ((_, lower),) = below[edge.node]
-                if lower.blob == edge.blob and edge.first_row + edge.rows == lower.first_row:
-                    problems.append(f"node {edge.node} should be merged with its only child")
+            if rows < 1 or first_row + rows > blob.num_tokens:
+                problems.append(f"node {lower} uses rows that blob {blob.name.hex()} lacks")
+            if blob.start + first_row != depth[node]:
+                problems.append(f"node {lower} begins elsewhere than its rows")
+            if txn.tokens(number, first_row, 1) != key[8:]:
+                problems.append(f"node {lower} is filed under another token")
+            if entry != NO_ENTRY:
+                seen_entries[entry] = lower
+            elif lower not in below:
+                problems.append(f"node {lower} is a leaf without entry")
+            elif len(below[lower]) == 1:
+                ((_, only),) = below[lower]
+                if only.blob == number and first_row + rows == only.first_row:
+                    problems.append(f"node {lower} should be merged with its only child")
     if reached != num_edges:
         problems.append(f"{num_edges - reached} edges cannot be reached from a root")
     if len(parents) != num_edges:
@@ -509,12 +510,7 @@ def audit(txn: Reader, blobs: Mapping[int, BlobRecord] | None = None) -> list[st
             )
         if names.get(blob.name) != number:
             problems.append(f"blob {blob.name.hex()} cannot be found by its name")
-        covered = 0
-        for first, rows in sorted(spans.get(number, ())):
-            if first != covered:
-                problems.append(f"blob {blob.name.hex()} has dead rows before living ones")
-                break
-            covered += rows
+    problems += _audit_spans(spans, blobs)
     total = sum(blob.disk_bytes for blob in blobs.values())
     if total != txn.counter(BLOB_BYTES):
         problems.append(
@@ -523,18 +519,32 @@ def audit(txn: Reader, blobs: Mapping[int, BlobRecord] | None = None) -> list[st
     return problems
 
 
+def _audit_spans(spans: list[tuple[int, int, int]], blobs: Mapping[int, BlobRecord]) -> list[str]:
+    """Check that the live part of each blob is a prefix: `spans` are blob, first row, rows."""
+    bad = set()
+    last, covered = NO_BLOB, 0
+    for number, first, rows in sorted(spans):
+        if number != last:
+            last, covered = number, 0
+        if first != covered:
+            bad.add(number)
+        covered += rows
+    return [
+        f"blob {blobs[number].name.hex()} has dead rows before living ones"
+        for number in sorted(bad & blobs.keys())
+    ]
+
+
 def _audit_entries(
     txn: Reader,
     entries: dict[int, EntryRecord],
     seen: dict[int, int],
     depth: dict[int, int],
     blobs: Mapping[int, BlobRecord],
-    references: Counter[int],
+    references: defaultdict[int, int],
 ) -> list[str]:
     problems = []
-    expected_keys = set()
     for number, record in entries.items():
-        expected_keys.add(recency_key(record.tier, record.last_use_us, number))
         if seen.get(number) != record.node:
             problems.append(f"entry {entry_id(number)} is not where it says it is")
         elif depth[record.node] != record.num_tokens:
@@ -549,11 +559,14 @@ def _audit_entries(
         for number, node in seen.items()
         if number not in entries
     ]
-    if set(txn.recency_keys()) != expected_keys:
+    expected = {
+        recency_key(record.tier, record.last_use_us, number) for number, record in entries.items()
+    }
+    if txn.keys(b"recency") != expected:
         problems.append("the order of eviction does not list exactly the entries")
     expiring = {
         expiry_key(record.expires, number) for number, record in entries.items() if record.expires
     }
-    if set(txn.expiry_keys()) != expiring:
+    if txn.keys(b"expiry") != expiring:
         problems.append("the order of expiry does not list exactly the entries that expire")
     return problems

@@ -80,7 +80,7 @@ def rebuild(
         txn.discard_unreadable()
         txn.clear_tree()
         txn.add(paths.BLOB_BYTES, -txn.counter(paths.BLOB_BYTES))
-        doomed = txn.sized_names(b"trash") | txn.sized_names(b"pending")
+        doomed = txn.keys(b"trash") | txn.keys(b"pending")
         placed = sum(
             _place(txn, one, packed)
             for one in in_order

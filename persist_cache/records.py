@@ -23,6 +23,8 @@ NO_BLOB = 0
 MAX_BLOB = (1 << 32) - 1
 
 _NUMBER = struct.Struct(">Q")
+_RECENCY_KEY = struct.Struct(">BQQ")
+_EXPIRY_KEY = struct.Struct(">QQ")
 _EDGE = struct.Struct("<BBHIQQII")
 _BLOB = struct.Struct("<BBHIIIQQd16s16s")
 _BLOB_SIZE = struct.Struct("<B7xII8xQ40x")
@@ -247,9 +249,12 @@ class EntryRecord(NamedTuple):
         new, size = tuple.__new__, _ENTRY.size
         fixed = _unpack_all(_ENTRY, [raw[:size] for raw in raws])
         labels = [bytes(raw[size:]).decode() if len(raw) > size else "" for raw in raws]
+        # Letters, because a list for the rest of the fields would double the time.
         return [
-            new(cls, (_tier(tier), pinned != 0, *rest, label))
-            for (_, tier, pinned, *rest), label in zip(fixed, labels, strict=True)
+            new(cls, (_tier(tier), pinned != 0, a, b, c, d, e, f, g, h, i, j, label))
+            for (_, tier, pinned, a, b, c, d, e, f, g, h, i, j), label in zip(
+                fixed, labels, strict=True
+            )
         ]
 
 
@@ -329,17 +334,17 @@ def edge_key(parent: int, first_token: bytes) -> bytes:
 
 
 def edge_parent(key: bytes) -> int:
-    return int(_NUMBER.unpack_from(key)[0])
+    return int.from_bytes(key[:8], "big")
 
 
 def expiry_key(expires: float, entry: int) -> bytes:
     """Sorts by date: the first key is the entry that expires next."""
-    return _NUMBER.pack(int(expires * 1e6)) + _NUMBER.pack(entry)
+    return _EXPIRY_KEY.pack(int(expires * 1e6), entry)
 
 
 def recency_key(tier: Tier, last_use_us: int, entry: int) -> bytes:
     """Sorts by tier, then by last use: the first key of a tier is its next victim."""
-    return bytes([tier]) + _NUMBER.pack(last_use_us) + _NUMBER.pack(entry)
+    return _RECENCY_KEY.pack(tier, last_use_us, entry)
 
 
 def namespace_key(fingerprint: bytes, layout: str) -> bytes:

@@ -18,7 +18,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from persist_cache import catalog, health, opening, paths
 from persist_cache.blobs import BlobFolder, BlobReader
@@ -33,7 +33,6 @@ from persist_cache.errors import (
     StoreReadOnlyError,
 )
 from persist_cache.evict import Evictor
-from persist_cache.fingerprint import Fingerprint
 from persist_cache.health import Problem
 from persist_cache.index import DamagedIndexError, Reader, Writer
 from persist_cache.insert import Insertion, PutResult, Source
@@ -44,6 +43,9 @@ from persist_cache.records import (
     NamespaceRecord,
     entry_id,
 )
+
+if TYPE_CHECKING:
+    from persist_cache.fingerprint import Fingerprint
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, S
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 from msgspec import Struct
@@ -28,7 +28,6 @@ from persist_cache.catalog import (
 )
 from persist_cache.entry import Entry, Tier, unpack_tokens
 from persist_cache.errors import StoreError
-from persist_cache.fingerprint import Fingerprint, Identifier
 from persist_cache.index import Reader, Writer
 from persist_cache.records import (
     NO_BLOB,
@@ -40,6 +39,9 @@ from persist_cache.records import (
     unpack_number,
 )
 from persist_cache.store import Store
+
+if TYPE_CHECKING:
+    from persist_cache.fingerprint import Identifier
 
 SHORT_ID_DIGITS = 6
 """Short ids have at least as many digits."""
@@ -347,10 +349,11 @@ def _run(store: Store, blob: BlobRecord, rows: int, users: int) -> RunDetails:
 
 def _model(key: bytes, record: NamespaceRecord) -> Model:
     try:
-        identity = Fingerprint.from_json(record.identity.encode())
-    except ValueError:
+        # Not by `Fingerprint.from_json`: loading hashlib would take longer than all models do.
+        said = msgspec.json.decode(record.identity, type=dict[str, dict[str, str]])
+        return Model(key[:32].hex(), said["fields"], said.get("info", {}))
+    except (msgspec.MsgspecError, KeyError):
         return Model(key[:32].hex())
-    return Model(key[:32].hex(), identity.fields, identity.info)
 
 
 def short_id(store: Store, entry: str) -> str:

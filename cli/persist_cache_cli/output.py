@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -94,14 +95,16 @@ def printable_lines(text: str) -> str:
 
 def text_width(text: str) -> int:
     """Columns that `text` takes on a terminal."""
-    if text.isascii():
-        return len(text)
+    return len(text) if text.isascii() else sum(map(_character_width, text))
+
+
+@cache
+def _character_width(one: str) -> int:
     import unicodedata
 
-    return sum(
-        0 if unicodedata.combining(one) else 1 + (unicodedata.east_asian_width(one) in "WF")
-        for one in text
-    )
+    if unicodedata.combining(one):
+        return 0
+    return 1 + (unicodedata.east_asian_width(one) in "WF")
 
 
 def shorten(text: str, width: int, cut: str = "middle") -> str:

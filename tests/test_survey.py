@@ -1,0 +1,98 @@
+"""What people ask of a store: one entry read alone is the one that the whole index lists."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from persist_cache import Store
+from persist_cache.index import Reader
+from persist_cache.records import BlobRecord, EntryRecord
+from persist_cache.survey import Survey, details_of, short_id, short_ids
+from tests.bulk_store import conversations, fill
+from tests.fakes import FakeSource, fingerprint, put
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    """Conversations, a fork within a turn, an entry in the middle, and one with a checkpoint."""
+    with Store.open(tmp_path / "store", min_free_bytes=0) as opened:
+        fill(opened, conversations(fingerprint(), 200, systems=5))
+        fork = [7, 7, 7, 7, 7, 7]
+        for tokens in ([*fork, 8, 9, 10, 11], [*fork, 12], fork[:3], [*fork, 8, 9, 10, 11, 12]):
+            put(opened, tokens)
+        state = FakeSource([*fork, 13], complete=False, has_state=True)
+        opened.put(fingerprint(), [*fork, 13], state)
+        opened.put(fingerprint(weights="w1"), fork, FakeSource(fork))
+        yield opened
+
+
+def test_an_entry_read_alone_is_the_listed_one(store: Store) -> None:
+    listed = store.entries()
+
+    assert [store.get(one.id) for one in listed] == listed
+
+
+def test_details_agree_with_the_whole_index(store: Store) -> None:
+    survey = Survey(store)
+    catalog = survey._catalog
+    for entry in survey.entries:
+        details = details_of(store, entry.id)
+
+        assert details is not None
+        assert details.entry == entry
+        assert details.model == survey.model_of(entry)
+        below = tuple(one.id for one in survey.entries if one.parent == entry.id)
+        assert details.children == below
+        assert sum(run.num_tokens for run in details.runs) == entry.num_tokens
+        users: dict[str, int] = {}
+        node = catalog.records[int(entry.id, 16)].node
+        with store._disk.index.read() as txn:
+            while node in catalog.edges:
+                parent, edge = catalog.edges[node]
+                blob = txn.blob(edge.blob)
+                assert blob is not None
+                users[blob.name.hex()] = catalog.users[node]
+                node = parent
+        assert {run.blob: run.entries for run in details.runs} == users
+
+
+def test_short_ids_are_the_same_one_by_one(store: Store) -> None:
+    ids = [entry.id for entry in store.entries()]
+
+    assert {one: short_id(store, one) for one in ids} == short_ids(ids)
+
+
+def test_details_do_not_read_the_rest_of_the_store(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = max(store.entries(), key=lambda one: one.num_tokens)
+    path = 1
+    above = entry
+    while above.parent is not None:
+        above = store.get(above.parent)
+        path += 1
+    unpacked = 0
+
+    def counted(record: type[BlobRecord] | type[EntryRecord]) -> classmethod[object, ..., object]:
+        unpack = record.unpack
+
+        def count(cls: object, raw: bytes) -> object:
+            nonlocal unpacked
+            unpacked += 1
+            return unpack(raw)
+
+        return classmethod(count)
+
+    def whole_table(reader: Reader, database: bytes) -> Sequence[object]:
+        raise AssertionError(f"all of {database!r} was read")
+
+    monkeypatch.setattr(Reader, "_table", whole_table)
+    monkeypatch.setattr(BlobRecord, "unpack", counted(BlobRecord))
+    monkeypatch.setattr(EntryRecord, "unpack", counted(EntryRecord))
+
+    details_of(store, entry.id)
+
+    assert unpacked <= 4 * path
