@@ -14,8 +14,9 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import xxhash
@@ -42,7 +43,7 @@ PRESENCE_FILE = "store.lock"
 SUSPECT_FILE = "index.suspect"
 """There while the index is known to be damaged: whoever opens the store alone makes a new one."""
 _MAX_HEADER_BYTES = 32 << 20
-_DTYPE_BYTES = {
+DTYPE_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
     **dict.fromkeys(("U32", "I32", "F32"), 4),
@@ -95,6 +96,24 @@ class TensorInfo(Struct, frozen=True):
     offset: int
     nbytes: int
     xxh3: str
+
+    @property
+    def end(self) -> int:
+        """Position in the file behind its last byte."""
+        return self.offset + self.nbytes
+
+
+class _Place(Struct, frozen=True):
+    """What a safetensors header says of one tensor."""
+
+    dtype: str
+    shape: tuple[Annotated[int, msgspec.Meta(ge=0)], ...]
+    data_offsets: tuple[int, int]
+
+
+_decode_place = msgspec.json.Decoder(_Place).decode
+_decode_table = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_decode_strings = msgspec.json.Decoder(dict[str, str]).decode
 
 
 class BlobHeader(Struct, frozen=True):
@@ -191,7 +210,7 @@ def _check_shape(tensor: Tensor) -> None:
     count = 1
     for extent in tensor.shape:
         count *= extent
-    if count * _DTYPE_BYTES[tensor.dtype] != tensor.nbytes:
+    if count * DTYPE_BYTES[tensor.dtype] != tensor.nbytes:
         raise ValueError(
             f"tensor {tensor.name!r} of {tensor.shape} {tensor.dtype} does not have "
             f"{tensor.nbytes} bytes"
@@ -199,6 +218,8 @@ def _check_shape(tensor: Tensor) -> None:
 
 
 def _checksum(pieces: Sequence[memoryview]) -> str:
+    if len(pieces) == 1:
+        return str(xxhash.xxh3_128_hexdigest(pieces[0]))
     digest = xxhash.xxh3_128()
     for piece in pieces:
         digest.update(piece)
@@ -347,24 +368,40 @@ class BlobReader:
         self.close()
 
     def read(self, name: str, buffers: Sequence[memoryview]) -> None:
-        """Fill `buffers` with the tensor's bytes in file order, and verify them.
+        """Fill `buffers` with one tensor's bytes; see `read_adjacent`."""
+        self.read_adjacent([(name, buffers)])
+
+    def read_adjacent(self, parts: Sequence[tuple[str, Sequence[memoryview]]]) -> None:
+        """Fill buffers with the bytes of tensors that lie end to end, and verify each.
+
+        One call of the system reads all, as far as its limits allow.
 
         Args:
-            name: A name in `header.tensors`.
-            buffers: Writable flat byte views whose lengths sum up to the tensor's size.
+            parts: Per tensor, in file order: its name in `header.tensors`, and writable flat byte
+                views for its bytes, whose lengths sum up to its size.
 
         Raises:
             CorruptBlobError: Torn or flipped bytes; the buffers then hold garbage.
         """
-        info = self.header.tensors[name]
-        if sum(len(buffer) for buffer in buffers) != info.nbytes:
-            raise ValueError(f"buffers for {name!r} do not sum up to {info.nbytes} bytes")
+        tensors = self.header.tensors
+        start = end = tensors[parts[0][0]].offset
+        views: list[memoryview] = []
+        for name, buffers in parts:
+            info = tensors[name]
+            if info.offset != end:
+                raise ValueError(f"tensor {name!r} does not follow the one before it")
+            end += info.nbytes
+            views += buffers
+        if sum(map(len, views)) != end - start:
+            raise ValueError(f"the buffers do not sum up to {end - start} bytes")
         with _bad_sectors(self.path), self._descriptor() as fd:
-            count = fs.read_into(fd, info.offset, buffers)
-        if count != info.nbytes:
-            raise CorruptBlobError(self.path, f"ends within tensor {name!r}")
-        if _checksum(buffers) != info.xxh3:
-            raise CorruptBlobError(self.path, f"checksum of tensor {name!r} differs")
+            count = fs.read_into(fd, start, views)
+        if count != end - start:
+            names = (name for name, _ in parts if tensors[name].end > start + count)
+            raise CorruptBlobError(self.path, f"ends within tensor {next(names)!r}")
+        for name, buffers in parts:
+            if _checksum(buffers) != tensors[name].xxh3:
+                raise CorruptBlobError(self.path, f"checksum of tensor {name!r} differs")
 
     def read_bytes(self, name: str) -> bytes:
         """The verified bytes of a small tensor."""
@@ -426,16 +463,18 @@ class BlobReader:
             os.close(fd)
 
     def _read_header(self, digest: bytes | None) -> BlobHeader:
-        length = self._exactly(0, 8)
-        size = int.from_bytes(length, "little")
+        # Mostly the whole header, because data begins at the next multiple of `ALIGNMENT`.
+        raw = self._exactly(0, max(8, min(ALIGNMENT, self.nbytes)))
+        size = int.from_bytes(raw[:8], "little")
         # A damaged length must not become an allocation of 2^60 bytes.
         if not 2 <= size <= min(_MAX_HEADER_BYTES, self.nbytes - 8):
             raise CorruptBlobError(self.path, "its header length is impossible")
-        raw = self._exactly(8, size)
-        self.digest = xxhash.xxh3_128_digest(length + raw)
+        missing = 8 + size - len(raw)
+        raw = raw + self._exactly(len(raw), missing) if missing > 0 else raw[: 8 + size]
+        self.digest = xxhash.xxh3_128_digest(raw)
         if digest is not None and self.digest != digest:
             raise CorruptBlobError(self.path, "its header differs from what was written")
-        return self._parse(raw, data_start=8 + size)
+        return self._parse(raw[8:], data_start=8 + size, sealed=digest is not None)
 
     def _exactly(self, offset: int, size: int) -> bytes:
         buffer = bytearray(size)
@@ -445,10 +484,12 @@ class BlobReader:
             raise CorruptBlobError(self.path, "ends within its header")
         return bytes(buffer)
 
-    def _parse(self, raw: bytes, data_start: int) -> BlobHeader:
+    def _parse(self, raw: bytes, data_start: int, *, sealed: bool) -> BlobHeader:
+        """Decode a header; `sealed` says that the index vouches for it already."""
         try:
-            table = msgspec.json.decode(raw, type=dict[str, dict[str, Any]])
-            metadata = msgspec.convert(table.pop("__metadata__"), dict[str, str])
+            table = _decode_table(raw)
+            metadata = _decode_strings(table.pop("__metadata__"))
+            said = {} if sealed else {name: msgspec.json.decode(one) for name, one in table.items()}
         except (msgspec.DecodeError, KeyError, UnicodeDecodeError, RecursionError):
             raise CorruptBlobError(self.path, "its header is not that of a blob") from None
         if metadata.get("format") != "persist-cache":
@@ -458,7 +499,7 @@ class BlobReader:
                 f"{self.path.name} has blob format {metadata.get('version')!r}, "
                 f"this version of persist-cache reads {FORMAT_VERSION!r} only."
             )
-        if metadata.get("seal") != _seal(metadata, table):
+        if not sealed and metadata.get("seal") != _seal(metadata, said):
             raise CorruptBlobError(self.path, "its header contradicts its seal")
         try:
             return BlobHeader(
@@ -481,21 +522,19 @@ class BlobReader:
             raise CorruptBlobError(self.path, f"its header is malformed ({error})") from None
 
     def _tensors(
-        self, table: Mapping[str, Any], checksums: str, data_start: int
+        self, table: Mapping[str, msgspec.Raw], checksums: str, data_start: int
     ) -> dict[str, TensorInfo]:
-        digests = msgspec.json.decode(checksums, type=dict[str, str])
+        digests = _decode_strings(checksums)
         tensors: dict[str, TensorInfo] = {}
         expected = 0
         for name, said in table.items():
-            shape = tuple(msgspec.convert(said["shape"], list[int]))
-            begin, end = msgspec.convert(said["data_offsets"], tuple[int, int])
-            count = _DTYPE_BYTES[said["dtype"]]
-            for extent in shape:
-                count *= extent
-            if begin != expected or end - begin != count or min(shape, default=0) < 0:
+            place = _decode_place(said)
+            begin, end = place.data_offsets
+            count = prod(place.shape) * DTYPE_BYTES[place.dtype]
+            if begin != expected or end - begin != count:
                 raise ValueError(f"tensor {name!r} does not fit its place")
             tensors[name] = TensorInfo(
-                said["dtype"], shape, data_start + begin, count, digests[name]
+                place.dtype, place.shape, data_start + begin, count, digests[name]
             )
             expected = end
         if data_start + expected != self.nbytes:

@@ -171,22 +171,24 @@ def translated(error: OSError, doing: str) -> StoreError:
 
 
 def _batches(buffers: Sequence[memoryview]) -> Iterator[list[memoryview]]:
-    batch: list[memoryview] = []
-    size = 0
-    for buffer in buffers:
-        for start in range(0, len(buffer), _MAX_BYTES):
-            piece = buffer[start : start + _MAX_BYTES]
-            if batch and (len(batch) == _MAX_BUFFERS or size + len(piece) > _MAX_BYTES):
-                yield batch
-                batch, size = [], 0
-            batch.append(piece)
-            size += len(piece)
-    if batch:
-        yield batch
+    """Cut `buffers` to what one call takes."""
+    if sum(map(len, buffers)) > _MAX_BYTES:
+        # Slices so small that even a full batch of them is within the limit.
+        size = _MAX_BYTES // _MAX_BUFFERS
+        buffers = [
+            buffer[start : start + size]
+            for buffer in buffers
+            for start in range(0, len(buffer), size)
+        ]
+    buffers = [buffer for buffer in buffers if buffer.nbytes]
+    for start in range(0, len(buffers), _MAX_BUFFERS):
+        yield buffers[start : start + _MAX_BUFFERS]
 
 
 def _advance(buffers: list[memoryview], count: int) -> list[memoryview]:
     """Drop the first `count` bytes of `buffers`."""
+    if count == sum(map(len, buffers)):
+        return []
     for index, buffer in enumerate(buffers):
         if count < len(buffer):
             return [buffer[count:], *buffers[index + 1 :]]

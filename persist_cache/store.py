@@ -268,23 +268,30 @@ class Store:
     def _readers(
         self, match: Match
     ) -> Iterator[tuple[list[tuple[BlobReader, int]], BlobReader | None]]:
+        names = [run.blob for run in match.runs]
+        if match.checkpoint is not None:
+            names.append(match.checkpoint)
         with contextlib.ExitStack() as stack:
-            runs: list[tuple[BlobReader, int]] = []
-            for run in match.runs:
-                reader = stack.enter_context(self._reader(run.blob))
-                if len(runs) >= _MAX_OPEN_FILES:
+            readers: list[BlobReader] = []
+            with self._disk.index.read() as txn:
+                records = [_blob_record(txn, name) for name in names]
+            for name, record in zip(names, records, strict=True):
+                reader = self._open_blob(name, record)
+                stack.callback(reader.close)
+                if len(readers) >= _MAX_OPEN_FILES:
                     reader.release()
-                runs.append((reader, run.num_tokens))
-            checkpoint = None
-            if match.checkpoint is not None:
-                checkpoint = stack.enter_context(self._reader(match.checkpoint))
-            yield runs, checkpoint
+                readers.append(reader)
+            checkpoint = None if match.checkpoint is None else readers.pop()
+            used = (run.num_tokens for run in match.runs)
+            yield list(zip(readers, used, strict=True)), checkpoint
 
     def _reader(self, name: str) -> BlobReader:
-        path = self._disk.folder.path(name)
         with self._disk.index.read() as txn:
-            number = txn.blob_number(bytes.fromhex(name))
-            record = None if number is None else txn.blob(number)
+            record = _blob_record(txn, name)
+        return self._open_blob(name, record)
+
+    def _open_blob(self, name: str, record: BlobRecord | None) -> BlobReader:
+        path = self._disk.folder.path(name)
         if record is None:
             raise FileNotFoundError(errno.ENOENT, "the blob was evicted", str(path))
         return BlobReader(path, nbytes=record.nbytes, digest=record.digest)
@@ -501,6 +508,11 @@ class Store:
             txn.put_entry(number, change(record))
 
         self._disk.index.update(apply)
+
+
+def _blob_record(txn: Reader, name: str) -> BlobRecord | None:
+    number = txn.blob_number(bytes.fromhex(name))
+    return None if number is None else txn.blob(number)
 
 
 def _packed(tokens: Sequence[int] | bytes) -> bytes:

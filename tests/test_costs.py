@@ -153,6 +153,8 @@ def test_restore_opens_each_blob_once_and_reads_each_byte_once(
     data_bytes = 0
     for spans in reads.spans.values():
         spans.sort()
+        # The header, the tokens, and all small tensors in one call.
+        assert len(spans) == 3
         assert all(end <= start for (_, end), (start, _) in pairwise(spans))
         data_bytes += sum(end - start for start, end in spans if start >= ALIGNMENT)
     assert data_bytes == 700 * (BYTES_PER_TOKEN + TOKEN_BYTES)

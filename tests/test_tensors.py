@@ -31,9 +31,11 @@ from mlx_lm.models.cache import (
 )
 
 from persist_cache import fs, tensors
-from persist_cache.blobs import BlobFolder, BlobHeader, BlobReader, BlobWriter, Payload
+from persist_cache.blobs import DTYPE_BYTES, BlobFolder, BlobHeader, BlobReader, BlobWriter, Payload
 from persist_cache.errors import CorruptBlobError, MissingDependencyError, UnsupportedCacheError
 from persist_cache.tensors import pool
+from persist_cache.tensors.empty import empty
+from persist_cache.tensors.layers import DTYPES
 from tests import tiny_caches
 from tests.tiny_caches import CACHES, MODELS, feed, new_cache
 
@@ -952,6 +954,33 @@ def test_copy_of_a_cache_goes_its_own_way() -> None:
     feed(tensors.copy_cache(cache), specs, 5, 1)
 
     assert held(cache) == before
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values())
+def test_empty_arrays_own_the_memory_that_is_filled(dtype: str) -> None:
+    made = empty({"a": (dtype, (2, 3), 6 * DTYPE_BYTES[dtype]), "b": (dtype, (0, 3), 0)})
+    with memoryview(made["a"]) as view:
+        view.cast("B")[:] = bytes(view.nbytes)
+
+    wanted = next(one for one, name in DTYPES.items() if name == dtype)
+    assert made["a"].dtype == wanted
+    assert made["a"].tolist() == mx.zeros((2, 3), wanted, stream=mx.cpu).tolist()
+    assert made["b"].shape == (0, 3)
+
+
+def test_what_memory_held_before_is_never_in_a_cache(disk: Disk) -> None:
+    """Rows behind the last token are zeros, although nothing is cleared in advance."""
+    cache, num_tokens = filled("kv")
+    source = tensors.source(cache, num_tokens)
+    runs = disk.runs(source, [0, 9, num_tokens])
+    dirty = [mx.full((1, 2, 256, 64), float("nan")) for _ in range(8)]
+    mx.eval(dirty)
+    del dirty
+
+    for layer in tensors.restore(runs, None, num_tokens):
+        for array in (layer.keys, layer.values):
+            assert array.shape[2] > num_tokens
+            assert not mx.any(array[:, :, num_tokens:] != 0).item()
 
 
 def test_pool_waits_for_its_tasks_before_it_raises() -> None:

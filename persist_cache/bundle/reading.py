@@ -71,8 +71,8 @@ class _Member(BlobReader):
     def _exactly(self, offset: int, size: int) -> bytes:
         return super()._exactly(self._offset + offset, size)
 
-    def _parse(self, raw: bytes, data_start: int) -> BlobHeader:
-        header = super()._parse(raw, data_start)
+    def _parse(self, raw: bytes, data_start: int, *, sealed: bool) -> BlobHeader:
+        header = super()._parse(raw, data_start, sealed=sealed)
         tensors = {
             name: msgspec.structs.replace(info, offset=self._offset + info.offset)
             for name, info in header.tensors.items()

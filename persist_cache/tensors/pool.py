@@ -1,7 +1,7 @@
-"""A few long-lived threads that fill buffers.
+"""A few long-lived threads that make and fill buffers.
 
-Long-lived, because every Python thread that runs one MLX operation leaves a thread of its own
-behind for ever.
+One of them makes the buffers: every Python thread that runs one MLX operation leaves a thread of
+its own behind for ever. The others only read files into memory.
 """
 
 from __future__ import annotations
@@ -99,17 +99,23 @@ class Pool:
             del job  # it would keep the last batch's buffers alive
 
 
-_pool = Pool()
+_readers = Pool()
+_allocator = Pool()
 
 
 def run(tasks: Iterable[Callable[[], None]], num_threads: int) -> None:
-    """Run `tasks` on the process's pool; see `Pool.run`."""
-    _pool.run(tasks, num_threads)
+    """Run `tasks`, none of which may be an operation of MLX; see `Pool.run`."""
+    _readers.run(tasks, num_threads)
+
+
+def run_mlx(task: Callable[[], None]) -> None:
+    """Run operations of MLX on the one thread of the process that is for them; see `Pool.run`."""
+    _allocator.run([task], 1)
 
 
 def _after_fork() -> None:
-    global _pool
-    _pool = Pool()  # the parent's threads do not exist here
+    global _readers, _allocator
+    _readers, _allocator = Pool(), Pool()  # the parent's threads do not exist here
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -8,17 +8,19 @@ checked is the memory that will be used, after it was read.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
-from persist_cache.blobs import BlobReader, TensorInfo
+from persist_cache.blobs import DTYPE_BYTES, BlobReader
 from persist_cache.errors import CorruptBlobError, UnsupportedCacheError
 from persist_cache.tensors import pool
-from persist_cache.tensors._mlx import mlx_cache, mx
+from persist_cache.tensors._mlx import mlx_cache
+from persist_cache.tensors.empty import empty
 from persist_cache.tensors.layers import (
     DTYPES,
     ArraysKind,
@@ -32,7 +34,9 @@ from persist_cache.tensors.layers import (
     layout_leaves,
 )
 
-_MX_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
+_TYPES = frozenset(DTYPES.values())
+_GROUP_BYTES = 2 << 20
+"""Small tensors that lie side by side are read in one call of about this size."""
 
 
 class _Detail(msgspec.Struct):
@@ -41,8 +45,7 @@ class _Detail(msgspec.Struct):
     states: dict[str, dict[str, int]]
 
 
-@dataclass(frozen=True, slots=True)
-class _Fill:
+class _Fill(NamedTuple):
     """The leading rows of one stored tensor, and where they go.
 
     Attributes:
@@ -59,10 +62,12 @@ class _Fill:
 
 
 class _Buffer:
-    """One array to be made: zeros, then rows of one or more stored tensors.
+    """One array to be made: rows of one or more stored tensors, then zeros.
 
     Attributes:
-        array: The evaluated array, once `load` has run.
+        spec: safetensors name of its type, shape, bytes.
+        fills: Its stored rows, end to end from row 0 on.
+        array: The evaluated array, once the buffer is allocated.
     """
 
     def __init__(
@@ -75,40 +80,48 @@ class _Buffer:
         num_rows: int = 1,
     ) -> None:
         """Plan an array that consists of `heads` blocks of `num_rows` rows of equal size."""
-        self._dtype = _MX_DTYPES[dtype]
-        self._shape = shape
-        self._fills = fills
-        self._heads = heads
-        self._num_rows = num_rows
+        self.spec = (dtype, shape, prod(shape) * DTYPE_BYTES[dtype])
+        self.fills = fills
         self.array: Any = None
+        self._heads = heads
+        self._per_head = self.spec[2] // heads if heads else 0
+        self._per_row = self._per_head // num_rows if num_rows else 0
+        self._flat = memoryview(b"")
 
-    def load(self) -> None:
-        """Make the array and fill it. Runs on a thread of the pool."""
-        # On the CPU's own stream: memory is shared with the GPU, and its queue is left alone.
-        with mx.stream(mx.cpu):
-            self.array = mx.zeros(self._shape, self._dtype)
-            mx.eval(self.array)
-        view = memoryview(self.array)
-        if view.nbytes == 0:
-            return
-        flat = view.cast("B")
-        for fill in self._fills:
-            if fill.used:
-                fill.reader.read(fill.name, self._buffers(flat, fill))
+    def allocate(self, array: Any) -> None:
+        """Take the memory to fill; what it holds is not defined."""
+        self.array = array
+        if array.nbytes:
+            self._flat = memoryview(array).cast("B")
 
-    def _buffers(self, flat: memoryview, fill: _Fill) -> list[memoryview]:
+    def clear_rest(self) -> None:
+        """Write zeros behind the rows."""
+        filled = sum(fill.used for fill in self.fills) * self._per_row
+        zeros = bytes(self._per_head - filled)
+        if zeros:
+            for start in range(0, len(self._flat), self._per_head):
+                self._flat[start + filled : start + self._per_head] = zeros
+
+    def places(self, fill: _Fill) -> list[memoryview]:
         """Per head: the rows' place, then scratch for those that are not wanted."""
-        per_head = len(flat) // self._heads
-        per_row = per_head // self._num_rows
+        flat, per_row = self._flat, self._per_row
+        if not flat:
+            return []
         used, unused = fill.used * per_row, (fill.total - fill.used) * per_row
+        first = fill.first * per_row
+        starts = range(first, first + len(flat), self._per_head)
+        if not unused:
+            return [flat[start : start + used] for start in starts]
         scratch = memoryview(bytearray(unused * self._heads))
-        buffers = []
-        for head in range(self._heads):
-            start = head * per_head + fill.first * per_row
-            buffers.append(flat[start : start + used])
-            if unused:
-                buffers.append(scratch[head * unused : (head + 1) * unused])
-        return buffers
+        places = []
+        for head, start in enumerate(starts):
+            places.append(flat[start : start + used])
+            places.append(scratch[head * unused : (head + 1) * unused])
+        return places
+
+    def release(self) -> None:
+        """Let go of the memory: while a view of it exists, MLX could not write in place."""
+        self._flat = memoryview(b"")
 
 
 class _Plan:
@@ -126,6 +139,7 @@ class _Plan:
         self.path = self._check_path()
         self.layouts = self._check_layouts()
         self.states = self._check_checkpoint()
+        self._spans: dict[int, list[tuple[int, int, int]]] = {}
         self.buffers: dict[str, dict[str, _Buffer]] = {}
         for place, layout in layout_leaves(self.layouts):
             if place in self.states:
@@ -193,20 +207,28 @@ class _Plan:
         if not self.runs and self.num_tokens:
             raise CorruptBlobError(self.path, f"lacks the state of layer {place}")
         num_rows = max(self.num_tokens - layout.lag, 0)
+        capacity = kind.buffer_rows(layout.scalars, num_rows)
+        if layout.lag not in self._spans:
+            self._spans[layout.lag] = self._rows_of_runs(layout.lag)
+        spans = self._spans[layout.lag]
         buffers = {}
         for key, geometry in layout.rows.items():
+            name = f"layers.{place}.{key}"
             fills = []
-            for reader, used in self.runs:
-                start, end = reader.header.start, reader.header.end
-                first = max(start - layout.lag, 0)
-                total = max(end - layout.lag, 0) - first
-                wanted = max(start + used - layout.lag, 0) - first
-                name = f"layers.{place}.{key}"
-                _stored(reader, name, geometry, total)
-                fills.append(_Fill(reader, name, first, wanted, total))
-            capacity = kind.buffer_rows(layout.scalars, num_rows)
+            for (reader, _), (first, used, total) in zip(self.runs, spans, strict=True):
+                _check_stored(reader, name, geometry, total)
+                fills.append(_Fill(reader, name, first, used, total))
             buffers[key] = _row_buffer(geometry, capacity, fills)
         return buffers
+
+    def _rows_of_runs(self, lag: int) -> list[tuple[int, int, int]]:
+        """Per run: first row, rows to use, rows stored; of a layer that is `lag` tokens behind."""
+        spans = []
+        for reader, used in self.runs:
+            start, end = reader.header.start, reader.header.end
+            first = max(start - lag, 0)
+            spans.append((first, max(start + used - lag, 0) - first, max(end - lag, 0) - first))
+        return spans
 
     def _state_buffers(self, place: str, layout: Layout) -> dict[str, _Buffer]:
         reader = self.checkpoint
@@ -217,7 +239,7 @@ class _Plan:
         if isinstance(kind, RowKind):
             num_rows = _num_state_rows(reader, place, layout)
             for key, geometry in layout.rows.items():
-                _stored(reader, prefix + key, geometry, num_rows)
+                _check_stored(reader, prefix + key, geometry, num_rows)
                 fill = _Fill(reader, prefix + key, 0, num_rows, num_rows)
                 capacity = kind.state_buffer_rows(layout.scalars, num_rows)
                 buffers[key] = _row_buffer(geometry, capacity, [fill])
@@ -226,7 +248,7 @@ class _Plan:
         for name, info in reader.header.tensors.items():
             if name.startswith(prefix):
                 key = name.removeprefix(prefix)
-                if key not in slots or info.dtype not in _MX_DTYPES:
+                if key not in slots or info.dtype not in _TYPES:
                     raise CorruptBlobError(reader.path, f"tensor {name!r} is not a state")
                 buffers[key] = _Buffer(info.dtype, info.shape, [_Fill(reader, name, 0, 1, 1)])
         return buffers
@@ -291,14 +313,52 @@ def restore(
     plan = _Plan(runs, checkpoint, num_tokens)
     buffers = [buffer for named in plan.buffers.values() for buffer in named.values()]
     try:
-        pool.run([buffer.load for buffer in buffers], threads)
+        pool.run_mlx(partial(_allocate, buffers))
+        pool.run(_tasks(buffers), threads)
+        for buffer in buffers:
+            buffer.release()
         cache = plan.build()
         _check_built(cache, plan)
     except BaseException:
         for buffer in buffers:
+            buffer.release()
             buffer.array = None  # the traceback may outlive this load; what it read must not
         raise
     return cache
+
+
+def _allocate(buffers: Sequence[_Buffer]) -> None:
+    arrays = empty({str(index): buffer.spec for index, buffer in enumerate(buffers)})
+    for index, buffer in enumerate(buffers):
+        buffer.allocate(arrays[str(index)])
+
+
+def _tasks(buffers: Sequence[_Buffer]) -> Iterator[Callable[[], None]]:
+    """What fills allocated buffers: every byte is written once, by rows or by zeros."""
+    wanted: dict[BlobReader, list[tuple[_Buffer, _Fill]]] = {}
+    for buffer in buffers:
+        yield buffer.clear_rest
+        for fill in buffer.fills:
+            if fill.used:
+                wanted.setdefault(fill.reader, []).append((buffer, fill))
+    for reader, parts in wanted.items():
+        infos = reader.header.tensors
+        parts.sort(key=lambda part: infos[part[1].name].offset)
+        group: list[tuple[_Buffer, _Fill]] = []
+        begin = end = 0
+        for part in parts:
+            info = infos[part[1].name]
+            if info.offset != end or end - begin >= _GROUP_BYTES:
+                if group:
+                    yield partial(_read, reader, group)
+                group, begin = [], info.offset
+            group.append(part)
+            end = info.offset + info.nbytes
+        yield partial(_read, reader, group)
+
+
+def _read(reader: BlobReader, group: Sequence[tuple[_Buffer, _Fill]]) -> None:
+    reader.read_adjacent([(fill.name, buffer.places(fill)) for buffer, fill in group])
 
 
 def _check_built(cache: list[Any], plan: _Plan) -> None:
@@ -317,13 +377,13 @@ def _row_buffer(geometry: RowGeometry, capacity: int, fills: list[_Fill]) -> _Bu
     return _Buffer(geometry.dtype, shape, fills, heads=heads, num_rows=capacity)
 
 
-def _stored(reader: BlobReader, name: str, geometry: RowGeometry, num_rows: int) -> None:
+def _check_stored(reader: BlobReader, name: str, geometry: RowGeometry, num_rows: int) -> None:
     """Check that `reader` holds `num_rows` rows of `geometry` under `name`."""
-    info: TensorInfo | None = reader.header.tensors.get(name)
+    info = reader.header.tensors.get(name)
     if info is None:
         raise CorruptBlobError(reader.path, f"lacks tensor {name!r}")
     shape = (geometry.batch, geometry.heads, num_rows, geometry.dim)
-    if info.dtype != geometry.dtype or info.shape != shape:
+    if info.shape != shape or info.dtype != geometry.dtype:
         raise CorruptBlobError(
             reader.path,
             f"tensor {name!r} is {info.dtype} {info.shape} instead of {geometry.dtype} {shape}",
