@@ -17,7 +17,7 @@ from persist_cache.fingerprint import Fingerprint, identify
 from tests.bulk_store import conversations
 from tests.bulk_store import fill as fill_bulk
 from tests.cli import OTHER, QUESTION, REPLY, SYSTEM, Run, contents, fill, runner, script
-from tests.fakes import FakeSource, fetched, fingerprint
+from tests.fakes import FakeSource, fetched, fingerprint, put
 
 
 @pytest.fixture
@@ -366,6 +366,36 @@ def test_what_expired_goes_with_gc(root: Path, ids: dict[str, str], run: Run) ->
     assert done["freed_bytes"] > 0
     assert done["entries"] == 4
     assert ids["reply"] not in run("list", "-q").out
+
+
+def mostly_dead(root: Path) -> None:
+    """One file with ten living rows and 390 dead ones."""
+    with Store.open(root, min_free_bytes=0) as store:
+        long = put(store, [7, *range(400)])
+        put(store, [7, *range(9)])
+        store.evict([long])
+
+
+def test_gc_says_what_it_wrote_anew(root: Path, run: Run) -> None:
+    mostly_dead(root)
+
+    done = run("gc")
+
+    assert done.out.splitlines()[1:] == ["1 blob of mostly dead rows written anew."]
+    assert run("gc", "--json").json["compacted_blobs"] == 0
+
+
+def test_gc_says_what_it_had_no_room_for(root: Path, run: Run) -> None:
+    mostly_dead(root)
+    with Store.open(root) as store:
+        usage = store.stats().usage.total
+    Store.open(root, max_bytes=usage + 1000).close()
+
+    done = run("gc")
+
+    assert "1 blob of mostly dead rows stays: the budget has no room for a copy." in done.out
+    report = run("gc", "--json").json
+    assert (report["compacted_blobs"], report["skipped_blobs"]) == (0, 1)
 
 
 # ---- stats, check ----------------------------------------------------------------------------
