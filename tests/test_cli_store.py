@@ -242,6 +242,25 @@ def test_evict_all_leaves_no_blob_behind(root: Path, ids: dict[str, str], run: R
     assert run("evict", "--all", "--yes").status == 0
 
 
+def test_evict_all_takes_what_is_in_quarantine(root: Path, ids: dict[str, str], run: Run) -> None:
+    """Damaged files hold prompts, too."""
+    damage(next(iter((root / "blobs").glob("*/*"))))
+    run("check", "--read-data", "--repair")
+    (aside,) = (root / "quarantine").iterdir()
+    aside_bytes = aside.stat().st_size
+    planned = run("evict", "--all", "--dry-run")
+    counted = run("evict", "--all", "--dry-run", "--json").json
+    assert aside.exists()
+
+    done = run("evict", "--all", "--yes", "--json").json
+
+    assert "1 damaged blob in quarantine goes, too." in planned.out
+    assert done["freed_bytes"] == counted["freed_bytes"] >= aside_bytes
+    assert list((root / "quarantine").iterdir()) == []
+    assert run("stats", "--json").json["bytes"]["quarantine"] == 0
+    assert run("evict", "--all", "--yes").out == "The store was empty.\n"
+
+
 def test_evict_stale_names_what_is_gone(tmp_path: Path, root: Path, run: Run) -> None:
     def put(weights: str, mlx_lm: str, path: Path) -> str:
         fields = {"weights": weights, "mlx_lm": mlx_lm}
