@@ -196,10 +196,29 @@ def test_evict_filters_must_all_be_true(ids: dict[str, str], run: Run) -> None:
 
     assert chosen("--tier", "user") == {ids["question"], ids["other"]}
     assert chosen("--tier", "system", "--model", "w1") == {ids["foreign"]}
+    assert chosen("--tier", "assistant", "--tier", "user") == {
+        ids["reply"],
+        ids["question"],
+        ids["other"],
+    }
+    assert chosen("--tier", "system", "--model", "w0", "--model", "W1") == {
+        ids["system"],
+        ids["foreign"],
+    }
     assert chosen(ids["system"], "--tier", "user") == set()
     assert chosen("--older-than", "1h") == set()
     assert chosen("--larger-than", "1B", "--tier", "user") == {ids["other"]}
     assert chosen("--label", "the agent") == {ids["system"]}
+
+
+@pytest.mark.parametrize("option", ["--model", "--match"])
+def test_evict_takes_nothing_for_everything(ids: dict[str, str], run: Run, option: str) -> None:
+    """`--model "$MODEL"`, and the variable is not set."""
+    done = run("evict", option, "", "--yes")
+
+    assert done.status == 2
+    assert "--all" in done.err
+    assert len(run("list", "--json").json) == len(ids)
 
 
 def test_evict_leaves_pinned_entries_unless_they_are_named(ids: dict[str, str], run: Run) -> None:

@@ -52,8 +52,10 @@ _ROWS_SHOWN = 20
 
 @click.command("evict")
 @click.argument("ids", metavar="[ID]...", type=ENTRY_ID, nargs=-1)
-@click.option("--tier", type=TIER, help="Entries of this tier.")
-@click.option("--model", metavar="TEXT", help="Models with this in their name or path.")
+@click.option("--tier", type=TIER, multiple=True, help="Entries of this tier.")
+@click.option(
+    "--model", metavar="TEXT", multiple=True, help="Models with this in their name or path."
+)
 @click.option("--label", metavar="PATTERN", help="Labels like this; * stands for anything.")
 @click.option("--older-than", type=DURATION, help="Not used for this long, such as 30d.")
 @click.option("--larger-than", type=SIZE, help="More bytes of their own, such as 500MB.")
@@ -71,8 +73,8 @@ def command(
     store: str | None,
     *,
     ids: Sequence[str],
-    tier: str | None,
-    model: str | None,
+    tier: tuple[str, ...],
+    model: tuple[str, ...],
     label: str | None,
     older_than: float | None,
     larger_than: int | None,
@@ -87,7 +89,8 @@ def command(
 ) -> None:
     """Remove entries.
 
-    What several options name must be true of an entry together. Rows that other entries share
+    What several options name must be true of an entry together; --tier and --model may be given
+    several times, for any of them. Rows that other entries share
     stay for those. Pinned entries go only when they are named by id, or with --all, which also
     removes the damaged blobs that were put aside: they hold prompts, too.
 
@@ -97,8 +100,11 @@ def command(
       persist-cache evict --tier assistant --older-than 30d --dry-run
       persist-cache evict --to 10GB --yes
     """
+    if "" in model or match == "":
+        # Such as a variable of the shell that is not set.
+        raise click.UsageError("An empty --model or --match means everything; say --all for that.")
     filters = Filters(
-        tier=tier, model=model, label=label, unused_s=older_than, larger_than=larger_than
+        tiers=tier, models=model, label=label, unused_s=older_than, larger_than=larger_than
     )
     chosen_by = [*ids, stale, match is not None, to_bytes is not None, filters != Filters()]
     if everything and any(chosen_by):
