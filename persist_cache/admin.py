@@ -296,8 +296,8 @@ class Admin:
             request, {"tier", "model", "label", "pinned", "sort", "limit", "offset", "parent"}
         )
         filters = Filters(
-            tier=_choice(query, "tier", TIER_LABELS),
-            model=query.get("model"),
+            tiers=(tier,) if (tier := _choice(query, "tier", TIER_LABELS)) else (),
+            models=(query["model"],) if "model" in query else (),
             label=query.get("label"),
             pinned=_flag(query, "pinned") if "pinned" in query else None,
         )

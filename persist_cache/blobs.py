@@ -134,6 +134,7 @@ class BlobHeader(Struct, frozen=True):
         entry: An entry ends at `end`.
         created: UTC seconds.
         tensors: By name.
+        replaces: Names of blobs it was cut from: what hangs on those hangs on it.
     """
 
     kind: str
@@ -150,6 +151,7 @@ class BlobHeader(Struct, frozen=True):
     entry: bool
     created: float
     tensors: Mapping[str, TensorInfo] = {}
+    replaces: tuple[str, ...] = ()
 
 
 class Written(Struct, frozen=True):
@@ -199,6 +201,8 @@ def header_bytes(header: BlobHeader, tensors: Sequence[Tensor]) -> bytes:
         "created": repr(header.created),
         "checksums": msgspec.json.encode(checksums).decode(),
     }
+    if header.replaces:
+        metadata["replaces"] = " ".join(header.replaces)
     metadata["seal"] = _seal(metadata, table)
     raw = msgspec.json.encode({"__metadata__": metadata, **table})
     padding = -(8 + len(raw)) % ALIGNMENT
@@ -517,6 +521,7 @@ class BlobReader:
                 entry=metadata["entry"] == "1",
                 created=float(metadata["created"]),
                 tensors=self._tensors(table, metadata["checksums"], data_start),
+                replaces=tuple(metadata.get("replaces", "").split()),
             )
         except (KeyError, ValueError, TypeError, msgspec.DecodeError) as error:
             raise CorruptBlobError(self.path, f"its header is malformed ({error})") from None

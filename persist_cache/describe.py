@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 
 
 class Filters(Struct, frozen=True):
-    """What an entry must be to be chosen; None asks for nothing.
+    """What an entry must be to be chosen; None, or nothing, asks for nothing.
 
     Attributes:
         ids: Full ids.
-        tier: Role class.
-        model: Part of the model's name or path, or the beginning of its fingerprint.
+        tiers: Role classes, any of them.
+        models: Parts of the model's name or path, or beginnings of its fingerprint; any of them.
         label: Shell pattern for the label.
         unused_s: Not used for that many seconds.
         larger_than: More bytes of its own.
@@ -45,8 +45,8 @@ class Filters(Struct, frozen=True):
     """
 
     ids: frozenset[str] | None = None
-    tier: str | None = None
-    model: str | None = None
+    tiers: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
     label: str | None = None
     unused_s: float | None = None
     larger_than: int | None = None
@@ -57,11 +57,16 @@ class Filters(Struct, frozen=True):
         chosen = list(survey.entries)
         if self.ids is not None:
             chosen = [one for one in chosen if one.id in self.ids]
-        if self.tier is not None:
-            tier = Tier.parse(self.tier)
-            chosen = [one for one in chosen if one.tier == tier]
-        if self.model is not None:
-            models = self._models(survey.models.values(), self.model.lower())
+        if self.tiers:
+            tiers = {Tier.parse(tier) for tier in self.tiers}
+            chosen = [one for one in chosen if one.tier in tiers]
+        if self.models:
+            wanted = [model.lower() for model in self.models]
+            models = {
+                model.fingerprint
+                for model in survey.models.values()
+                if any(_is_named(model, text) for text in wanted)
+            }
             chosen = [one for one in chosen if one.fingerprint in models]
         if self.label is not None:
             chosen = [one for one in chosen if fnmatch.fnmatchcase(one.label, self.label)]
@@ -73,15 +78,13 @@ class Filters(Struct, frozen=True):
             chosen = [one for one in chosen if one.pinned == self.pinned]
         return chosen
 
-    @staticmethod
-    def _models(models: Iterable[Model], wanted: str) -> frozenset[str]:
-        return frozenset(
-            model.fingerprint
-            for model in models
-            if wanted in model.name.lower()
-            or wanted in model.path.lower()
-            or model.fingerprint.startswith(wanted)
-        )
+
+def _is_named(model: Model, text: str) -> bool:
+    return (
+        text in model.name.lower()
+        or text in model.path.lower()
+        or model.fingerprint.startswith(text)
+    )
 
 
 SORT_KEYS = (

@@ -26,7 +26,11 @@ class Evictor:
         self._disk = disk
 
     def reserve(
-        self, names: Sequence[bytes], nbytes: int, num_tokens: int, protected: frozenset[int]
+        self,
+        names: Sequence[bytes],
+        nbytes: int,
+        num_tokens: int,
+        protected: frozenset[int] | None,
     ) -> None:
         """Make room for files called `names`, and note in the index that the room is taken.
 
@@ -34,7 +38,8 @@ class Evictor:
             names: Blob names, 16 bytes each; their temporary files exist and are locked.
             nbytes: Upper estimate of what they will take together.
             num_tokens: New tokens, for the growth of the index.
-            protected: Nodes whose entries must stay: the path that is being extended.
+            protected: Nodes whose entries must stay: the path that is being extended. None:
+                nothing is to be evicted for it.
 
         Raises:
             StoreFullError: There is not enough that may go; nothing was evicted.
@@ -52,7 +57,7 @@ class Evictor:
                 for name in names:
                     txn.put_sized(b"pending", name, SizedRecord(share, now))
                 return False
-            if self._free(txn, excess, protected) < excess:
+            if protected is None or self._free(txn, excess, protected) < excess:
                 # Raising undoes the evictions: they would have been for nothing.
                 raise StoreFullError(
                     "There is no room left: what remains is pinned or in use. Unpin or evict "

@@ -170,6 +170,15 @@ def translated(error: OSError, doing: str) -> StoreError:
     return StoreError(f"The disk failed ({doing}): {reason}.")
 
 
+@contextlib.contextmanager
+def errors_translated(doing: str) -> Iterator[None]:
+    """Raise what the file system says in the block as the user is told it."""
+    try:
+        yield
+    except OSError as error:
+        raise translated(error, doing) from error
+
+
 def _batches(buffers: Sequence[memoryview]) -> Iterator[list[memoryview]]:
     """Cut `buffers` to what one call takes."""
     if sum(map(len, buffers)) > _MAX_BYTES:

@@ -157,7 +157,7 @@ class Insertion:
         if not parts:
             number = self._disk.index.update(lambda txn: self._commit(txn, plan, [], []))
             return PutResult(entry_id(number), 0, 0)
-        with contextlib.ExitStack() as stack, _disk_errors():
+        with contextlib.ExitStack() as stack, fs.errors_translated("while an entry was written"):
             writers = [stack.enter_context(BlobWriter(self._disk.folder)) for _ in parts]
             with self._reserved(writers, parts, protected):
                 written = self._write(writers, parts, plan)
@@ -220,27 +220,8 @@ class Insertion:
         )
         num_tokens = sum(part.end - part.start for part in parts)
         self._evictor.reserve(names, nbytes, num_tokens, protected)
-        try:
+        with undone(self._disk, self._evictor, writers):
             yield
-        except BaseException:
-            # If this fails, the next sweep finds files and reservation without a living writer.
-            with contextlib.suppress(StoreError):
-                self._undo(writers)
-            raise
-
-    def _undo(self, writers: Sequence[BlobWriter]) -> None:
-        """Remove the files and give their room back, unless they were committed after all."""
-        names = [bytes.fromhex(writer.name) for writer in writers]
-        with self._disk.index.read() as txn:
-            committed = [txn.blob_number(name) is not None for name in names]
-        if any(committed):
-            for writer in writers:
-                writer.keep()
-            return
-        # Files first: one without a reservation would be found by a full scan only.
-        for writer in writers:
-            writer.discard()
-        self._evictor.release([name for name, w in zip(names, writers, strict=True) if w.is_gone])
 
     def _write(
         self, writers: Sequence[BlobWriter], parts: Sequence[_Part], plan: _Plan
@@ -329,6 +310,32 @@ class Insertion:
         return place_entry(txn, self._key, self._packed, wanted)
 
 
+@contextlib.contextmanager
+def undone(disk: Disk, evictor: Evictor, writers: Sequence[BlobWriter]) -> Iterator[None]:
+    """If the block fails, remove the files and give the room back that is reserved for them."""
+    try:
+        yield
+    except BaseException:
+        # If this fails, the next sweep finds files and reservation without a living writer.
+        with contextlib.suppress(StoreError):
+            _undo(disk, evictor, writers)
+        raise
+
+
+def _undo(disk: Disk, evictor: Evictor, writers: Sequence[BlobWriter]) -> None:
+    names = [bytes.fromhex(writer.name) for writer in writers]
+    with disk.index.read() as txn:
+        committed = [txn.blob_number(name) is not None for name in names]
+    if any(committed):  # after all
+        for writer in writers:
+            writer.keep()
+        return
+    # Files first: one without a reservation would be found by a full scan only.
+    for writer in writers:
+        writer.discard()
+    evictor.release([name for name, w in zip(names, writers, strict=True) if w.is_gone])
+
+
 def add_blob(
     txn: Writer, one: Written, *, kind: BlobKind, created: float, start: int, packed: bytes
 ) -> int:
@@ -400,12 +407,3 @@ def _nodes_extended(txn: Reader, path: paths.Walk) -> frozenset[int]:
         if entry is not None:
             nodes.add(entry.node)
     return frozenset(nodes)
-
-
-@contextlib.contextmanager
-def _disk_errors() -> Iterator[None]:
-    """Translate what the file system says while blobs are written."""
-    try:
-        yield
-    except OSError as error:
-        raise fs.translated(error, "while an entry was written") from error

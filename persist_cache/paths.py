@@ -376,6 +376,25 @@ def release_checkpoint(txn: Writer, blob: int, now: float) -> None:
     _unrefer(txn, blob, now)
 
 
+def edges_of_run(txn: Reader, key: bytes) -> Iterator[tuple[bytes, Edge]]:
+    """The edges that use the run whose first row's edge is filed under `key`, from there down."""
+    edge = txn.edge(key)
+    run = None if edge is None else edge.blob
+    while edge is not None and edge.blob == run:
+        yield key, edge
+        behind = txn.tokens(edge.blob, edge.first_row + edge.rows, 1)
+        key = edge_key(edge.node, behind)
+        edge = txn.edge(key) if behind else None
+
+
+def repoint(txn: Writer, edges: Sequence[tuple[bytes, Edge]], blob: int, now: float) -> None:
+    """Let edges of one run use another, `blob`, which has the same rows."""
+    for key, edge in edges:
+        txn.put_edge(key, edge._replace(blob=blob))
+        _refer(txn, blob, 1)
+        _unrefer(txn, edge.blob, now)
+
+
 def _unrefer(txn: Writer, blob: int, now: float) -> None:
     record = _refer(txn, blob, -1)
     if record.references == 0:

@@ -69,6 +69,8 @@ def rebuild(
             found[name] = one
         if progress is not None:
             progress(done, len(files))
+    # A blob names the one it hangs on, which may have been written anew under another name.
+    by_name = {old: one for one in found.values() for old in one.header.replaces} | found
     # The longest first: what a dead writer left beside it then adds nothing.
     in_order = sorted(
         found.values(),
@@ -85,7 +87,7 @@ def rebuild(
             _place(txn, one, packed)
             for one in in_order
             if bytes.fromhex(one.name) not in doomed
-            and (packed := _path_tokens(one, found)) is not None
+            and (packed := _path_tokens(one, by_name)) is not None
         )
         _finish_leaves(txn)
         for number, record in list(txn.entries()):
@@ -142,12 +144,12 @@ def _inspect(name: str, path: Path) -> _Found | None:
     return _Found(name, header, written, packed)
 
 
-def _path_tokens(one: _Found, found: dict[str, _Found]) -> bytes | None:
+def _path_tokens(one: _Found, by_name: dict[str, _Found]) -> bytes | None:
     """All tokens up to the end of a blob, if its chain of parents proves them."""
     parts = [one.packed]
     here = one
     while here.header.start > 0:
-        above = found.get(here.header.parent)
+        above = by_name.get(here.header.parent)
         if above is None or not above.header.start < here.header.start <= above.header.end:
             return None
         parts.append(above.packed[: (here.header.start - above.header.start) * TOKEN_BYTES])

@@ -365,7 +365,8 @@ def _run(host: str, port: int, provider: Any, options: ServeOptions) -> None:
     )
     provider.identifier = identifier
     store, why_off = _open_store(options, distributed=mx.distributed.init().size() > 1)
-    memory_bytes = options.memory_bytes or args.prompt_cache_bytes or 1 << 63
+    limits = (options.memory_bytes, args.prompt_cache_bytes, 1 << 63)
+    memory_bytes = next(limit for limit in limits if limit is not None)  # 0 keeps nothing
     cache = PromptCache(
         args.prompt_cache_size,
         memory_bytes,

@@ -20,10 +20,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from msgspec import Struct
+
 from persist_cache import catalog, health, opening, paths
 from persist_cache.blobs import BlobFolder, BlobReader
 from persist_cache.budget import Limits
 from persist_cache.catalog import Catalog, StoreStats
+from persist_cache.compact import compact
 from persist_cache.disk import Disk
 from persist_cache.entry import TOKEN_BYTES, Entry, Match, Run, Tier, pack_tokens
 from persist_cache.errors import (
@@ -66,6 +69,20 @@ def default_store_path() -> Path:
     import platformdirs
 
     return Path(platformdirs.user_cache_dir("persist-cache")) / "store"
+
+
+class Collected(Struct, frozen=True):
+    """What `Store.gc` did.
+
+    Attributes:
+        freed_bytes: By which the store takes less of the disk.
+        compacted: Blobs of mostly dead rows that were written anew.
+        without_room: Such blobs that stay, because a copy would exceed the budget.
+    """
+
+    freed_bytes: int
+    compacted: int
+    without_room: int
 
 
 class Store:
@@ -471,15 +488,24 @@ class Store:
             health.repair(self._disk, self._evictor, problems)
         return problems
 
-    def gc(self) -> int:
-        """Finish dead writers' work, apply expiry and budget; returns bytes freed on disk."""
-        with self._disk.index.read() as txn:
-            before = self._disk.budget.usage(txn).total
-        health.sweep(self._disk, self._evictor)
-        health.remove_orphans(self._disk)
+    def gc(self) -> Collected:
+        """Finish dead writers' work, apply expiry and budget, write mostly dead blobs anew.
+
+        Raises:
+            StoreError: The disk failed; what was done until then stays done.
+        """
+        disk = self._disk
+        with disk.index.read() as txn:
+            before = disk.budget.usage(txn).total
+        health.sweep(disk, self._evictor)
+        health.remove_orphans(disk)
         self._evictor.expire()
-        health.forget_empty_namespaces(self._disk, _NAMESPACE_MEMORY_S)
-        return max(0, before - self._evictor.evict_to(self.limits.max_bytes))
+        health.forget_empty_namespaces(disk, _NAMESPACE_MEMORY_S)
+        self._evictor.evict_to(self.limits.max_bytes)
+        blobs, without_room = compact(disk, self._evictor)
+        with disk.index.read() as txn:
+            freed = before - disk.budget.usage(txn).total
+        return Collected(max(0, freed), blobs, without_room)
 
     def _number(self, prefix: str) -> int:
         """The number of the one entry whose id begins with `prefix`."""

@@ -469,21 +469,6 @@ def victims_until(store: Store, max_bytes: int, candidates: Collection[str]) -> 
     raise AssertionError("unreachable")
 
 
-def discard_quarantine(store: Store) -> int:
-    """Remove the damaged blobs that are kept aside; returns how many there were."""
-
-    def move(txn: Writer) -> int:
-        waiting = txn.sized(b"quarantine")
-        for name, record in waiting.items():
-            txn.delete_sized(b"quarantine", name)
-            txn.put_sized(b"trash", name, record)
-        return len(waiting)
-
-    count = store._disk.index.update(move)
-    store._evictor.empty_trash()
-    return count
-
-
 def stale_reason(model: Model, identifier: Identifier) -> str:
     """Why nothing installed here can use this model's entries any more; "" if something may.
 

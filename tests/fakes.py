@@ -17,6 +17,7 @@ import numpy as np
 from persist_cache.blobs import BlobReader, Payload, Tensor
 from persist_cache.errors import CorruptBlobError
 from persist_cache.fingerprint import Fingerprint
+from persist_cache.records import BlobRecord
 from persist_cache.store import Store
 
 HEADS, WIDTH = 2, 4
@@ -125,6 +126,11 @@ def fetched(store: Store, tokens: Sequence[int], *, model: str = "w0") -> int:
     value, match = found
     assert value.equals(tokens[: match.num_tokens]), "restored bytes differ"
     return match.num_tokens
+
+
+def any_dead_rows(record: BlobRecord, living: int) -> bool:
+    """In the place of `compact.is_mostly_dead`: no file as small as here is mostly rows."""
+    return living < record.num_tokens
 
 
 def files_in(root: Path) -> list[Path]:

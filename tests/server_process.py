@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import requests
 
@@ -66,7 +66,7 @@ class ServerProcess:
         )
         self.process: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> ServerProcess:
+    def __enter__(self) -> Self:
         self.start()
         return self
 
@@ -79,6 +79,10 @@ class ServerProcess:
         if self.process is not None and self.process.poll() is None:
             self.stop()
 
+    def command(self) -> list[str]:
+        """What is run."""
+        return [sys.executable, "-m", "tests.server_process", str(self._job)]
+
     def start(self) -> None:
         """Start it and wait until it is healthy.
 
@@ -87,7 +91,7 @@ class ServerProcess:
         """
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tests.server_process", str(self._job)],
+                self.command(),
                 cwd=ROOT,
                 env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
                 stdout=log,

@@ -17,7 +17,7 @@ from persist_cache.fingerprint import Fingerprint, identify
 from tests.bulk_store import conversations
 from tests.bulk_store import fill as fill_bulk
 from tests.cli import OTHER, QUESTION, REPLY, SYSTEM, Run, contents, fill, runner, script
-from tests.fakes import FakeSource, fetched, fingerprint
+from tests.fakes import FakeSource, fetched, fingerprint, put
 
 
 @pytest.fixture
@@ -196,10 +196,29 @@ def test_evict_filters_must_all_be_true(ids: dict[str, str], run: Run) -> None:
 
     assert chosen("--tier", "user") == {ids["question"], ids["other"]}
     assert chosen("--tier", "system", "--model", "w1") == {ids["foreign"]}
+    assert chosen("--tier", "assistant", "--tier", "user") == {
+        ids["reply"],
+        ids["question"],
+        ids["other"],
+    }
+    assert chosen("--tier", "system", "--model", "w0", "--model", "W1") == {
+        ids["system"],
+        ids["foreign"],
+    }
     assert chosen(ids["system"], "--tier", "user") == set()
     assert chosen("--older-than", "1h") == set()
     assert chosen("--larger-than", "1B", "--tier", "user") == {ids["other"]}
     assert chosen("--label", "the agent") == {ids["system"]}
+
+
+@pytest.mark.parametrize("option", ["--model", "--match"])
+def test_evict_takes_nothing_for_everything(ids: dict[str, str], run: Run, option: str) -> None:
+    """`--model "$MODEL"`, and the variable is not set."""
+    done = run("evict", option, "", "--yes")
+
+    assert done.status == 2
+    assert "--all" in done.err
+    assert len(run("list", "--json").json) == len(ids)
 
 
 def test_evict_leaves_pinned_entries_unless_they_are_named(ids: dict[str, str], run: Run) -> None:
@@ -240,6 +259,25 @@ def test_evict_all_leaves_no_blob_behind(root: Path, ids: dict[str, str], run: R
     assert list(root.rglob("*.safetensors")) == []
     assert run("list", "--json").json == []
     assert run("evict", "--all", "--yes").status == 0
+
+
+def test_evict_all_takes_what_is_in_quarantine(root: Path, ids: dict[str, str], run: Run) -> None:
+    """Damaged files hold prompts, too."""
+    damage(next(iter((root / "blobs").glob("*/*"))))
+    run("check", "--read-data", "--repair")
+    (aside,) = (root / "quarantine").iterdir()
+    aside_bytes = aside.stat().st_size
+    planned = run("evict", "--all", "--dry-run")
+    counted = run("evict", "--all", "--dry-run", "--json").json
+    assert aside.exists()
+
+    done = run("evict", "--all", "--yes", "--json").json
+
+    assert "1 damaged blob in quarantine goes, too." in planned.out
+    assert done["freed_bytes"] == counted["freed_bytes"] >= aside_bytes
+    assert list((root / "quarantine").iterdir()) == []
+    assert run("stats", "--json").json["bytes"]["quarantine"] == 0
+    assert run("evict", "--all", "--yes").out == "The store was empty.\n"
 
 
 def test_evict_stale_names_what_is_gone(tmp_path: Path, root: Path, run: Run) -> None:
@@ -366,6 +404,36 @@ def test_what_expired_goes_with_gc(root: Path, ids: dict[str, str], run: Run) ->
     assert done["freed_bytes"] > 0
     assert done["entries"] == 4
     assert ids["reply"] not in run("list", "-q").out
+
+
+def mostly_dead(root: Path) -> None:
+    """One file with ten living rows and 390 dead ones."""
+    with Store.open(root, min_free_bytes=0) as store:
+        long = put(store, [7, *range(400)])
+        put(store, [7, *range(9)])
+        store.evict([long])
+
+
+def test_gc_says_what_it_wrote_anew(root: Path, run: Run) -> None:
+    mostly_dead(root)
+
+    done = run("gc")
+
+    assert done.out.splitlines()[1:] == ["1 blob of mostly dead rows written anew."]
+    assert run("gc", "--json").json["compacted_blobs"] == 0
+
+
+def test_gc_says_what_it_had_no_room_for(root: Path, run: Run) -> None:
+    mostly_dead(root)
+    with Store.open(root) as store:
+        usage = store.stats().usage.total
+    Store.open(root, max_bytes=usage + 1000).close()
+
+    done = run("gc")
+
+    assert "1 blob of mostly dead rows stays: the budget has no room for a copy." in done.out
+    report = run("gc", "--json").json
+    assert (report["compacted_blobs"], report["skipped_blobs"]) == (0, 1)
 
 
 # ---- stats, check ----------------------------------------------------------------------------

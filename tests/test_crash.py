@@ -100,10 +100,12 @@ def test_full_disk_still_lets_entries_be_evicted(tmp_path: Path) -> None:
 
 HAMMER = """
 import random, sys, time
+from persist_cache import compact
 from persist_cache.errors import StoreFullError
 from persist_cache.store import Store
-from tests.fakes import FakeSource, fetched, fingerprint, put
+from tests.fakes import FakeSource, any_dead_rows, fetched, fingerprint, put
 
+compact.is_mostly_dead = any_dead_rows
 folder, seed, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
 dice = random.Random(seed)
 prompts = [[1, 2, 3, *range(10, 10 + n), 7 * k] for n in range(0, 12, 3) for k in range(3)]
@@ -130,7 +132,8 @@ while time.monotonic() < end:
             else:
                 store.gc()
         assert store.stats().counters.get("quarantined", 0) == 0
-print(puts, hits)
+        compacted = store.stats().counters.get("compacted", 0)
+print(puts, hits, compacted)
 """
 
 
@@ -149,9 +152,10 @@ def test_two_processes_share_a_store(tmp_path: Path) -> None:
     for worker in workers:
         out, err = worker.communicate(timeout=60)
         assert worker.returncode == 0, err[-3000:]
-        puts, hits = map(int, out.split())
+        puts, hits, compacted = map(int, out.split())
         assert puts > 20
         assert hits > 20
+        assert compacted > 0
 
     with Store.open(tmp_path / "store", min_free_bytes=0, run_tokens=8) as store:
         assert store.check(read_data=True) == []

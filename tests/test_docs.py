@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import lmdb
 import mlx.core as mx
@@ -35,6 +36,7 @@ from mlx_lm.models.cache import (
 
 from persist_cache import Fingerprint, Store, tensors
 from persist_cache_cli.demo.openblas import preload_env
+from tests.fakes import any_dead_rows
 from tests.tiny_caches import Layer, Spec, feed, new_cache
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -365,6 +367,7 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
         feed(second, ROWS, 16, seed=3)
         caches["second"] = copy.deepcopy(second)
         system = put(store, PLAIN_MODEL, SYSTEM, caches["system"], "system")
+        longer = put(store, PLAIN_MODEL, [*FIRST, *range(7)], _longer(plain, 7), "user")
         put(store, PLAIN_MODEL, FIRST, caches["first"], "assistant")
         put(store, PLAIN_MODEL, SECOND, caches["second"], "user")
         gone = put(store, PLAIN_MODEL, [9, 8, 7], _short(3), "assistant")
@@ -379,7 +382,9 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
         store.pin(system)
         store.set_label(system, "Grüße")
         store.expire_at(system, NOW + 60)
-        store.evict([gone])
+        store.evict([gone, longer])
+        with mock.patch("persist_cache.compact.is_mostly_dead", any_dead_rows):
+            assert store.gc().compacted == 1
         store.touch(store.match(PLAIN_MODEL, [*FIRST, 1]))
         matches = [
             (model, prompt, limit, store.match(model, prompt, limit=limit))
@@ -391,6 +396,12 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
         assert store.check(read_data=True) == []
         entries = store.entries()
     return Sample(root, caches, entries, matches)
+
+
+def _longer(cache: list[Any], num_tokens: int) -> list[Any]:
+    cache = copy.deepcopy(cache)
+    feed(cache, ROWS, num_tokens, seed=10)
+    return cache
 
 
 def _short(num_tokens: int) -> list[Any]:
@@ -409,6 +420,9 @@ def blob_paths(root: Path) -> Iterator[Path]:
 def test_a_second_implementation_reads_every_blob(sample: Sample) -> None:
     blobs = [Blob.read(path) for path in blob_paths(sample.root)]
 
+    (anew,) = (blob.metadata for blob in blobs if "replaces" in blob.metadata)
+    assert re.fullmatch("[0-9a-f]{32}", anew["replaces"])
+    assert (anew["end"], anew["entry"], anew["tier"]) == (str(len(FIRST)), "1", "assistant")
     assert {blob.metadata["kind"] for blob in blobs} == {"run", "checkpoint"}
     for blob in blobs:
         identity = json.loads(blob.metadata["identity"])
@@ -589,7 +603,7 @@ def test_the_index_has_the_order_and_the_sums_that_are_documented(sample: Sample
         assert record["references"] == uses
     for key, raw in reader.tables["edges"].items():
         assert reader.tables["parents"][struct.pack(">Q", unpack("edge", raw)["node"])] == key
-    (departed,) = [unpack("sized", raw) for raw in reader.tables["departed"].values()]
+    departed, _ = [unpack("sized", raw) for raw in reader.tables["departed"].values()]
     assert departed["note"] == "evicted by request"
     assert departed["since"] == NOW
 

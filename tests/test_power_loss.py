@@ -15,13 +15,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from persist_cache import fs
 from persist_cache.index import Index, Writer
 from persist_cache.store import Store
-from tests.fakes import Clock, blob_files, fetched, put
+from tests.fakes import Clock, any_dead_rows, blob_files, fetched, put
 from tests.memory import fast_folder
 
 SYSTEM = list(range(1, 20))
@@ -203,7 +204,7 @@ def after_the_cut(step: Step, old: Path, new: Path, dice: random.Random) -> None
 
 
 def work(store: Store, promise: Callable[[str, list[int]], None]) -> None:
-    """Puts that extend, split and need a state, evictions, and a damaged file."""
+    """Puts that extend, split and need a state, evictions, a compaction, a damaged file."""
     put(store, SYSTEM, tier="system")
     promise("w0", SYSTEM)
     reply = put(store, [*SYSTEM, 50, 51, 52])
@@ -214,6 +215,14 @@ def work(store: Store, promise: Callable[[str, list[int]], None]) -> None:
     other = put(store, [7, 7, 7], expires=store._disk.clock() - 1)
     store.gc()
     assert other not in {entry.id for entry in store.entries()}
+    long = put(store, [6, 1, 2, 3, 4, 5])
+    put(store, [6, 1, 2], tier="user")
+    promise("w0", [6, 1, 2])
+    store.evict([long])
+    with mock.patch("persist_cache.compact.is_mostly_dead", any_dead_rows):
+        assert store.gc().compacted == 1
+    put(store, [6, 1, 2, 3])
+    promise("w0", [6, 1, 2, 3])
     bad = put(store, [8, 8, 8])
     (path,) = [one for one in blob_files(store.root) if _holds(store, bad, one)]
     path.write_bytes(path.read_bytes()[:-1] + b"\xff")

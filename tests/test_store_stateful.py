@@ -26,7 +26,7 @@ from persist_cache.entry import Tier, unpack_tokens
 from persist_cache.errors import StoreFullError
 from persist_cache.fingerprint import Fingerprint
 from persist_cache.store import Store
-from tests.fakes import Clock, blob_files, disk_usage, fetched, fingerprint, put
+from tests.fakes import Clock, any_dead_rows, blob_files, disk_usage, fetched, fingerprint, put
 
 IMAGE = -(1 << 59) - 7
 TOKENS = st.sampled_from([1, 2, IMAGE])
@@ -66,6 +66,8 @@ class StoreMachine(RuleBasedStateMachine):
         names = (hashlib.md5(str(n).encode()).hexdigest() for n in itertools.count())
         self.names = mock.patch("persist_cache.blobs._new_name", side_effect=names)
         self.names.start()
+        self.eager = mock.patch("persist_cache.compact.is_mostly_dead", any_dead_rows)
+        self.eager.start()
 
     @initialize(max_bytes=st.sampled_from([SMALL, LARGE]))
     def open(self, max_bytes: int) -> None:
@@ -188,7 +190,11 @@ class StoreMachine(RuleBasedStateMachine):
     @rule()
     def collect(self) -> None:
         before = self.ids()
-        self.opened.gc()
+        collected = self.opened.gc()
+        if not collected.without_room:
+            with self.opened._disk.index.read() as txn:
+                living = sum(edge.rows for _, edge in txn.edges())
+                assert living == sum(blob.num_tokens for _, blob in txn.blobs()), "dead rows stay"
         gone = before - self.ids()
         assert gone >= {
             known.id for known in self.known.values() if self.is_expired(known) and not known.pinned
@@ -369,6 +375,7 @@ class StoreMachine(RuleBasedStateMachine):
         if self.store is not None:
             self.store.close()
         self.names.stop()
+        self.eager.stop()
         shutil.rmtree(self.folder)
 
 

@@ -28,6 +28,7 @@ BASE: tuple[tuple[str, list[int]], ...] = (
 )
 FOREIGN = [9, 9, 9, *range(200, 220)]
 """A prompt that comes from a bundle."""
+MOSTLY_DEAD = [8, 8, 8, *range(500, 900)]
 MAX_BYTES = 1 << 28
 _READS = ("read_into", "open_read")
 
@@ -197,6 +198,16 @@ def _collect(bed: Bed) -> None:
     bed.store.gc()
 
 
+def _want_compaction(bed: Bed) -> None:
+    """One file with a few living rows and many dead ones."""
+    bed.close()
+    with Store.open(bed.root, max_bytes=MAX_BYTES, min_free_bytes=0, clock=bed.clock) as store:
+        long = put(store, MOSTLY_DEAD)
+        bed.known[put(store, MOSTLY_DEAD[:9], tier="user")] = "w0", MOSTLY_DEAD[:9]
+        store.evict([long])
+    _ = bed.store
+
+
 def _damaged(bed: Bed) -> Path:
     path = bed.dice.choice(blob_files(bed.root))
     bed.doomed = users_of(bed.store, path.stem)
@@ -267,6 +278,7 @@ OPERATIONS: dict[str, tuple[Callable[[Bed], None], Callable[[Bed], None]]] = {
     "make room": (_all_may_go, _make_room),
     "load": (_nothing, _load),
     "gc": (_want_collection, _collect),
+    "compact": (_want_compaction, _collect),
     "load what is damaged": (_flip, _load_all),
     "check and repair": (_delete, _repair),
     "rebuild": (_contradict, _repair_index),

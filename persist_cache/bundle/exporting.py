@@ -41,7 +41,7 @@ from persist_cache.bundle.container import (
     member_header,
     padding,
 )
-from persist_cache.bundle.cutting import ROW_AXIS, Span, StoredTensor, join, rows_between, whole
+from persist_cache.cutting import StoredTensor, cut_run, whole
 from persist_cache.entry import TOKEN_BYTES, Tier
 from persist_cache.errors import CorruptBlobError, StoreAccessError, StoreError
 from persist_cache.fingerprint import Fingerprint
@@ -347,24 +347,11 @@ def _tensors(reader: BlobReader, cut: _Cut, count: _Counter) -> list[Tensor]:
         CorruptBlobError: The blob in the store is not what the index says.
     """
     header = reader.header
-    names = [name for name in header.tensors if name != TOKENS]
-    if not cut.is_run:
-        if header.kind != "checkpoint" or header.end != cut.start:
-            raise CorruptBlobError(reader.path, "is another checkpoint than the index says")
-        return [whole(reader, name, count) for name in names]
-    own = cut.tokens(cut.start, cut.end)
-    if header.kind != "run" or header.start != cut.start or header.end < cut.end:
-        raise CorruptBlobError(reader.path, "is another run than the index says")
-    if not reader.read_bytes(TOKENS).startswith(bytes(own)):
-        raise CorruptBlobError(reader.path, "has other tokens than the index says")
-    tensors: list[Tensor] = [Tensor(TOKENS, "I64", (cut.num_tokens,), [own])]
-    for name in names:
-        info = header.tensors[name]
-        if len(info.shape) <= ROW_AXIS or info.shape[ROW_AXIS] > header.end - header.start:
-            raise CorruptBlobError(reader.path, f"tensor {name!r} is not made of rows")
-        span = Span(reader, name, *rows_between(header, info, cut.start, cut.end))
-        tensors.append(join([span], count))
-    return tensors
+    if cut.is_run:
+        return cut_run(reader, cut.start, cut.end, cut.tokens(cut.start, cut.end), count)
+    if header.kind != "checkpoint" or header.end != cut.start:
+        raise CorruptBlobError(reader.path, "is another checkpoint than the index says")
+    return [whole(reader, name, count) for name in header.tensors if name != TOKENS]
 
 
 def _write_file(file: Path, force: bool, manifest: bytes, blobs: Sequence[_Blob]) -> int:

@@ -44,7 +44,7 @@ from persist_cache.bundle.container import (
     padding,
     parse_manifest,
 )
-from persist_cache.bundle.cutting import ROW_AXIS, Span, join, rows_between, whole
+from persist_cache.cutting import ROW_AXIS, Span, join, rows_between, whole
 from persist_cache.entry import TOKEN_BYTES, Tier
 from persist_cache.errors import CorruptBlobError, StoreAccessError, StoreFormatError
 from persist_cache.fingerprint import LAYOUT_VERSION, Fingerprint

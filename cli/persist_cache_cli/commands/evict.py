@@ -21,7 +21,7 @@ from persist_cache.errors import PersistCacheError
 from persist_cache.survey import (
     Removal,
     Survey,
-    discard_quarantine,
+    quarantined,
     stale_reason,
     tokens_of,
     victims_until,
@@ -52,15 +52,19 @@ _ROWS_SHOWN = 20
 
 @click.command("evict")
 @click.argument("ids", metavar="[ID]...", type=ENTRY_ID, nargs=-1)
-@click.option("--tier", type=TIER, help="Entries of this tier.")
-@click.option("--model", metavar="TEXT", help="Models with this in their name or path.")
+@click.option("--tier", type=TIER, multiple=True, help="Entries of this tier.")
+@click.option(
+    "--model", metavar="TEXT", multiple=True, help="Models with this in their name or path."
+)
 @click.option("--label", metavar="PATTERN", help="Labels like this; * stands for anything.")
 @click.option("--older-than", type=DURATION, help="Not used for this long, such as 30d.")
 @click.option("--larger-than", type=SIZE, help="More bytes of their own, such as 500MB.")
 @click.option("--stale", is_flag=True, help="Models that nothing installed here can use.")
 @click.option("--match", metavar="TEXT", help="This text in the prompt; needs the tokenizer.")
 @click.option("--to", "to_bytes", type=SIZE, help="In order, until the store takes this much.")
-@click.option("--all", "everything", is_flag=True, help="All entries, and damaged blobs.")
+@click.option(
+    "--all", "everything", is_flag=True, help="All entries, and damaged blobs in quarantine."
+)
 @click.option("--dry-run", is_flag=True, help="Only say what would go.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 @common_options()
@@ -69,8 +73,8 @@ def command(
     store: str | None,
     *,
     ids: Sequence[str],
-    tier: str | None,
-    model: str | None,
+    tier: tuple[str, ...],
+    model: tuple[str, ...],
     label: str | None,
     older_than: float | None,
     larger_than: int | None,
@@ -85,8 +89,10 @@ def command(
 ) -> None:
     """Remove entries.
 
-    What several options name must be true of an entry together. Rows that other entries share
-    stay for those. Pinned entries go only when they are named by id, or with --all.
+    What several options name must be true of an entry together; --tier and --model may be given
+    several times, for any of them. Rows that other entries share
+    stay for those. Pinned entries go only when they are named by id, or with --all, which also
+    removes the damaged blobs that were put aside: they hold prompts, too.
 
     \b
     Examples:
@@ -94,8 +100,11 @@ def command(
       persist-cache evict --tier assistant --older-than 30d --dry-run
       persist-cache evict --to 10GB --yes
     """
+    if "" in model or match == "":
+        # Such as a variable of the shell that is not set.
+        raise click.UsageError("An empty --model or --match means everything; say --all for that.")
     filters = Filters(
-        tier=tier, model=model, label=label, unused_s=older_than, larger_than=larger_than
+        tiers=tier, models=model, label=label, unused_s=older_than, larger_than=larger_than
     )
     chosen_by = [*ids, stale, match is not None, to_bytes is not None, filters != Filters()]
     if everything and any(chosen_by):
@@ -134,6 +143,7 @@ class _Plan:
         self.removal = removal
         self.skipped = skipped
         self.reasons: Mapping[str, str] = {}
+        self.damaged = 0
         self.freed_bytes = removal.freed_bytes
 
     def as_json(self, survey: Survey, dry_run: bool) -> dict[str, Any]:
@@ -148,9 +158,9 @@ class _Plan:
         )
 
     def lines(self, survey: Survey, dry_run: bool) -> list[str]:
-        if not self.entries:
+        if not self.entries and not self.damaged:
             return ["The store was empty."]
-        lines = self.table(survey) if dry_run else []
+        lines = self.table(survey) if dry_run and self.entries else []
         count = plural(len(self.entries), "entry", "entries")
         verb = "would go" if dry_run else "gone"
         free = "to free" if dry_run else "freed"
@@ -159,6 +169,9 @@ class _Plan:
 
     def remarks(self, survey: Survey) -> list[str]:
         lines = []
+        if self.damaged:
+            verb = "goes" if self.damaged == 1 else "go"
+            lines.append(f"{plural(self.damaged, 'damaged blob')} in quarantine {verb}, too.")
         kept = self.removal
         if kept.kept_for:
             others = plural(kept.kept_for, "other entry", "other entries")
@@ -237,6 +250,10 @@ def _plan(
         by_id = {entry.id: entry for entry in entries}
         entries = [by_id[one] for one in victims]
     plan = _Plan(entries, survey.removal([entry.id for entry in entries]), skipped)
+    if everything:
+        aside = quarantined(store)
+        plan.damaged = len(aside)
+        plan.freed_bytes += sum(one.nbytes for one in aside)
     plan.reasons = {
         fingerprint: reason
         for fingerprint, reason in reasons.items()
@@ -315,7 +332,7 @@ def _ask(plan: _Plan, survey: Survey) -> None:
         )
     for line in [*plan.table(survey), *plan.remarks(survey)]:
         click.echo(line, err=True)
-    click.confirm(f"Evict {count}, {format_bytes(plan.removal.freed_bytes)}?", abort=True, err=True)
+    click.confirm(f"Evict {count}, {format_bytes(plan.freed_bytes)}?", abort=True, err=True)
 
 
 def _evict(store: Store, plan: _Plan, everything: bool) -> int:
@@ -331,5 +348,5 @@ def _evict(store: Store, plan: _Plan, everything: bool) -> int:
                 except KeyError:
                     continue
     if everything:
-        discard_quarantine(store)
+        freed += store.purge_quarantine()
     return freed

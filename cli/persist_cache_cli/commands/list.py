@@ -38,8 +38,10 @@ _ROWS_ON_A_TERMINAL = 100
 
 
 @click.command("list")
-@click.option("--tier", type=TIER, help="Only entries of this tier.")
-@click.option("--model", metavar="TEXT", help="Only models with this in their name or path.")
+@click.option("--tier", type=TIER, multiple=True, help="Only entries of this tier.")
+@click.option(
+    "--model", metavar="TEXT", multiple=True, help="Only models with this in their name or path."
+)
 @click.option("--label", metavar="PATTERN", help="Only labels like this; * stands for anything.")
 @click.option(
     "--sort",
@@ -59,8 +61,8 @@ _ROWS_ON_A_TERMINAL = 100
 def command(
     store: str | None,
     *,
-    tier: str | None,
-    model: str | None,
+    tier: tuple[str, ...],
+    model: tuple[str, ...],
     label: str | None,
     sort: str,
     limit: int | None,
@@ -87,7 +89,7 @@ def command(
                 click.echo(no_store(store), err=True)
             return
         survey = Survey(opened)
-    filters = Filters(tier=tier, model=model, label=label)
+    filters = Filters(tiers=tier, models=model, label=label)
     names = short_model_names(survey.models)
     entries = order(filters.choose(survey, time.time()), sort, names)
     if limit is None and not as_json and not quiet and terminal_width() is not None:

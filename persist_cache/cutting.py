@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import overload
 
-from persist_cache.blobs import BlobHeader, BlobReader, Tensor, TensorInfo
+from persist_cache.blobs import TOKENS, BlobHeader, BlobReader, Tensor, TensorInfo
+from persist_cache.errors import CorruptBlobError
 
 ROW_AXIS = 2
 
@@ -109,6 +110,41 @@ def whole(
 
     pieces: Sequence[memoryview] = _Lazy(read) if info.nbytes else ()
     return StoredTensor(name, info.dtype, info.shape, pieces, info.nbytes)
+
+
+def cut_run(
+    reader: BlobReader,
+    start: int,
+    end: int,
+    own: memoryview,
+    on_read: Callable[[int], None] | None = None,
+) -> list[Tensor]:
+    """What is left of a run when it is cut to the tokens `[start, end)`.
+
+    Args:
+        reader: The run, as the index says.
+        start: Position where it begins.
+        end: Position behind the last token to be kept.
+        own: The packed tokens between, as the index says.
+        on_read: Called with the bytes read, each time.
+
+    Raises:
+        CorruptBlobError: It is not what the index says.
+    """
+    header = reader.header
+    if header.kind != "run" or header.start != start or header.end < end:
+        raise CorruptBlobError(reader.path, "is another run than the index says")
+    if not reader.read_bytes(TOKENS).startswith(bytes(own)):
+        raise CorruptBlobError(reader.path, "has other tokens than the index says")
+    tensors: list[Tensor] = [Tensor(TOKENS, "I64", (end - start,), [own])]
+    for name, info in header.tensors.items():
+        if name == TOKENS:
+            continue
+        if len(info.shape) <= ROW_AXIS or info.shape[ROW_AXIS] > header.end - header.start:
+            raise CorruptBlobError(reader.path, f"tensor {name!r} is not made of rows")
+        span = Span(reader, name, *rows_between(header, info, start, end))
+        tensors.append(join([span], on_read))
+    return tensors
 
 
 def _row_bytes(span: Span) -> int:

@@ -1,0 +1,166 @@
+"""Commands work on the store of a running server: no error, no wrong answer."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from persist_cache import Store
+from tests.cli import SCRIPT, script
+from tests.server_process import ServerProcess
+from tests.tiny_models import build_model_dir
+
+SYSTEMS = [
+    f"You are assistant number {number}. Answer in a short sentence. " * 12 for number in range(4)
+]
+QUESTIONS = ["Who are you?", "Tell me a story about dragons.", "What is the capital of France?"]
+Asked = tuple[int, int]
+ALL = [(system, question) for system in range(len(SYSTEMS)) for question in range(len(QUESTIONS))]
+
+
+class Serve(ServerProcess):
+    """`persist-cache serve`, as it was installed."""
+
+    def __init__(self, model: Path, store: Path, folder: Path, *options: str) -> None:
+        super().__init__(model, store, folder)
+        self._words = [str(SCRIPT), "--store", str(store), "serve", "--model", str(model)]
+        self._words += ["--port", str(self.port), "--min-free", "0", *options]
+
+    def command(self) -> list[str]:
+        return self._words
+
+    def answer(self, asked: Asked) -> tuple[str, int, str]:
+        """The greedy answer, the tokens that were cached, and where."""
+        system, question = asked
+        done = self.chat(
+            ("system", SYSTEMS[system]),
+            ("user", QUESTIONS[question]),
+            max_tokens=8,
+            temperature=0.0,
+        )
+        assert done.status_code == 200, done.text
+        body: dict[str, Any] = done.json()
+        cached = body["usage"]["prompt_tokens_details"]["cached_tokens"]
+        header = done.headers["x-persist-cache"]
+        return str(body["choices"][0]["message"]["content"]), int(cached), header.split(";")[0]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_model_dir(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Asked, str]:
+    """What a server answers that stores nothing and keeps nothing."""
+    folder = tmp_path_factory.mktemp("cold")
+    with Serve(model, folder / "store", folder, "--persist", "none", "--memory-bytes", "0") as cold:
+        answers = {asked: cold.answer(asked) for asked in ALL}
+    assert {cached for _, cached, _ in answers.values()} == {0}
+    return {asked: text for asked, (text, _, _) in answers.items()}
+
+
+@contextmanager
+def asking(server: Serve, expected: dict[Asked, str]) -> Iterator[list[tuple[str, int, str]]]:
+    """Two clients that ask on and on, and compare; yields the answers they got so far."""
+    answers: list[tuple[str, int, str]] = []
+    enough = threading.Event()
+
+    def ask(first: int) -> None:
+        turn = first
+        while not enough.is_set():
+            asked = ALL[turn % len(ALL)]
+            answer = server.answer(asked)
+            assert answer[0] == expected[asked], (asked, answer)
+            answers.append(answer)
+            turn += 5
+
+    with ThreadPoolExecutor(2) as pool:
+        clients = [pool.submit(ask, first) for first in (0, 7)]
+        try:
+            yield answers
+        finally:
+            enough.set()
+        for client in clients:
+            client.result()
+
+
+def sound(server: Serve, store: Path) -> Mapping[str, int]:
+    """Stop the server and look at what it leaves; returns the store's counters."""
+    assert server.stop() == 0
+    log = server.log.read_text()
+    assert "Traceback" not in log, log[-4000:]
+    checked = script(store, "check", "--read-data")
+    assert checked.status == 0, checked.out
+    with Store.open(store) as opened:
+        counters = opened.stats().counters
+    assert counters.get("quarantined", 0) == counters.get("read_errors", 0) == 0, counters
+    return counters
+
+
+def test_warm_while_a_server_serves_from_the_same_store(
+    model: Path, expected: dict[Asked, str], tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    manifest = tmp_path / "prompts.toml"
+    manifest.write_text(
+        "".join(
+            f'[[prompt]]\nmodel = "{model}"\nlabel = "s{number}"\nsystem = "{text}"\n'
+            for number, text in enumerate(SYSTEMS)
+        )
+    )
+    # Nothing stays in memory, so that every answer looks at the store.
+    with Serve(model, store, tmp_path, "--memory-bytes", "0", "--persist", "system") as server:
+        with asking(server, expected) as answers:
+            warmed = script(store, "warm", "--manifest", manifest, "--json")
+            asked = len(answers)
+        found = {asked: server.answer(asked) for asked in ALL}
+        sound(server, store)
+
+    assert warmed.status == 0, warmed.err
+    assert len(warmed.json) == len(SYSTEMS)
+    assert all(report["found_tokens"] > 100 for report in warmed.json)
+    assert asked > 5, "they were served meanwhile"
+    for (system, _), (text, cached, where) in found.items():
+        assert where == "disk"
+        assert cached >= warmed.json[system]["found_tokens"]
+        assert text
+    assert {asked: text for asked, (text, _, _) in found.items()} == expected
+
+
+def test_evict_of_what_a_server_is_reading(
+    model: Path, expected: dict[Asked, str], tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    statuses = []
+    with Serve(model, store, tmp_path, "--memory-bytes", "0") as server:
+        with asking(server, expected) as answers:
+            for turn in range(8):
+                # All at once, some of it, or the oldest, while others put them back.
+                which = (["--all"], ["--tier", "system"], ["--to", "200KB"])[turn % 3]
+                seen = len(answers)
+                while len(answers) < seen + 3:
+                    threading.Event().wait(0.01)
+                statuses.append(script(store, "evict", *which, "--yes").status)
+            with Store.open(store, min_free_bytes=0) as beside:
+                for _ in range(200):
+                    ids = [entry.id for entry in beside.entries()]
+                    for one in ids:
+                        with contextlib.suppress(KeyError):  # gone with another
+                            beside.evict([one])
+                    threading.Event().wait(0.01)
+        final = {asked: server.answer(asked)[0] for asked in ALL}
+        counters = sound(server, store)
+
+    assert set(statuses) <= {0, 3}
+    assert 0 in statuses
+    assert "disk" in {where for _, _, where in answers}
+    assert counters["evicted"] > 10
+    assert final == expected
