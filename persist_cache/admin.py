@@ -6,6 +6,7 @@ the token, and never to another site's page in a browser: prompts can be told fr
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hmac
 import ipaddress
@@ -494,12 +495,14 @@ class Admin:
         key = getattr(getattr(self._generator, "model_provider", None), "model_key", None)
         if key is not None:
             said["model"] = key[0]
-        if stats.store is not None:
-            view = self._now()
-            said["version"] = view.tag
-            said["store"] = store_json(
-                stats.store, view.survey, quarantined(self._store()), disk_off=stats.disk_off
-            )
+        # A store that was lost or fails is one of the things to be seen here.
+        with contextlib.suppress(StoreError):
+            if stats.store is not None:
+                view = self._now()
+                said["store"] = store_json(
+                    stats.store, view.survey, quarantined(self._store()), disk_off=stats.disk_off
+                )
+                said["version"] = view.tag
         return said
 
     def _flush(self) -> Response:

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from persist_cache.errors import StoreError, StoreFullError
+from persist_cache.errors import StoreAccessError, StoreError, StoreFullError
 
 FILE_MODE = 0o600
 FOLDER_MODE = 0o700
@@ -27,6 +27,9 @@ _MAX_BYTES = 1 << 30
 _OF_THE_FILE = frozenset(
     (errno.EIO, errno.ENOENT, errno.ELOOP, errno.EISDIR, errno.EACCES, errno.EPERM)
 )
+
+FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
+"""What a file system says that is read-only, or not ours."""
 
 
 def create(path: Path) -> int:
@@ -167,6 +170,8 @@ def translated(error: OSError, doing: str) -> StoreError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StoreFullError(f"The disk is full ({doing}); nothing was changed.")
     reason = os.strerror(error.errno) if error.errno else str(error)
+    if error.errno in FORBIDDEN:
+        return StoreAccessError(f"The disk may not be used ({doing}): {reason}.")
     return StoreError(f"The disk failed ({doing}): {reason}.")
 
 

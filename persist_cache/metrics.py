@@ -34,6 +34,7 @@ _REASONS = (
 OTHER_REASON = "disk_error"
 """Any other reason is the sentence of an error from the store."""
 SOURCES = ("memory", "disk")
+_TROUBLES = {"StoreFullError": "full", "StoreAccessError": "not_writable"}
 
 
 def reason_label(reason: str) -> str:
@@ -73,7 +74,7 @@ class CacheCollector(Collector):
         yield from _memory(stats)
         if self._healthy is not None:
             yield _gauge("model_up", "1 while the model can answer.", int(self._healthy()))
-        yield _gauge("disk_off", "1 while nothing is kept on disk.", int(bool(stats.disk_off)))
+        yield _disk_off(stats)
         if stats.store is not None:
             yield from _store(stats.store)
 
@@ -123,6 +124,20 @@ def _memory(stats: PromptCacheStats) -> Iterator[GaugeMetricFamily]:
     nbytes = {tier: stats.memory.get(tier, {}).get("n_bytes", 0) for tier in TIER_LABELS}
     yield _gauge_by("memory_entries", "Caches in memory.", "tier", entries)
     yield _gauge_by("memory_bytes", "Bytes of the caches in memory.", "tier", nbytes)
+
+
+def _disk_off(stats: PromptCacheStats) -> GaugeMetricFamily:
+    reason = ""
+    if stats.disk_error:
+        reason = _TROUBLES.get(stats.disk_error, "failed")
+    elif stats.disk_off:
+        reason = "memory_only"
+    return _gauge_by(
+        "disk_off",
+        "1 while nothing is kept on disk for this reason; GET /v1/cache/stats has the sentence.",
+        "reason",
+        {one: int(one == reason) for one in ("memory_only", "failed", *_TROUBLES.values())},
+    )
 
 
 def _store(store: StoreStats) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:

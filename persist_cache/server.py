@@ -373,6 +373,7 @@ def _run(host: str, port: int, provider: Any, options: ServeOptions) -> None:
         identify=identifier,
         leave_tokens=1,
         persist=options.persist,
+        disk_off=why_off,
     )
     log.info("%s", _start_line(store, why_off, args.prompt_cache_size, memory_bytes, options))
     generator = Generator(provider, cache)
@@ -418,7 +419,7 @@ def _listen(host: str, port: int, generator: Generator, grace_s: float) -> None:
 def _open_store(options: ServeOptions, *, distributed: bool) -> tuple[Store | None, str]:
     """The store, or why there is none: a server without its disk still answers."""
     if not options.persist:
-        return None, "--persist none"
+        return None, "no store was given (--persist none)"
     if distributed:
         return None, "several ranks share one model, and shards are not stored yet"
     try:

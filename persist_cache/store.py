@@ -358,14 +358,13 @@ class Store:
         """Add to a counter that `stats` shows. Buffered like `touch`."""
         self._disk.count(name, amount)
 
-    def flush(self) -> None:
-        """Commit buffered uses and counts.
+    def flush(self) -> bool:
+        """Commit buffered uses and counts; returns whether there were any.
 
         Raises:
             StoreError: The index cannot be written; they stay buffered.
         """
-        if not self.read_only:
-            self._disk.flush()
+        return not self.read_only and self._disk.flush()
 
     # ---- look after --------------------------------------------------------------------------
 

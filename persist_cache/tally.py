@@ -49,6 +49,7 @@ class PromptCacheStats:
         queued_jobs, queued_bytes: Saves that wait, and the cache memory they keep alive.
         problems: Things that went wrong or were refused, by name.
         disk_off: Why nothing is kept on disk, or "" when it is.
+        disk_error: Class of the `StoreError` behind that, or "" if no error is.
         store: Totals of the store, or None without one.
     """
 
@@ -64,6 +65,7 @@ class PromptCacheStats:
     queued_bytes: int
     problems: Mapping[str, int]
     disk_off: str
+    disk_error: str
     store: StoreStats | None
 
 
@@ -157,6 +159,7 @@ class Tally:
         memory: Mapping[str, Mapping[str, int]],
         queue: tuple[int, int],
         disk_off: str,
+        disk_error: str,
         store: StoreStats | None,
     ) -> PromptCacheStats:
         """All counters, together with what the cache knows of itself.
@@ -165,6 +168,7 @@ class Tally:
             memory: Sequences and bytes per tier label.
             queue: Jobs that wait, and the bytes they keep alive.
             disk_off: Why nothing is kept on disk, or "".
+            disk_error: Class of the error behind that, or "".
             store: Totals of the store.
         """
         with self._lock:
@@ -181,6 +185,7 @@ class Tally:
                 queued_bytes=queue[1],
                 problems=dict(self._problems),
                 disk_off=disk_off,
+                disk_error=disk_error,
                 store=store,
             )
 

@@ -13,7 +13,7 @@ from persist_cache.store import Store
 from persist_cache.tally import PromptCacheStats
 from tests.fakes import put
 
-EMPTY = PromptCacheStats({}, {}, {}, {}, 0.0, 0, 0, 0, 0, 0, {}, "", None)
+EMPTY = PromptCacheStats({}, {}, {}, {}, 0.0, 0, 0, 0, 0, 0, {}, "", "", None)
 
 
 def samples(stats: PromptCacheStats, healthy: bool = True) -> dict[tuple[str, ...], float]:
@@ -41,6 +41,7 @@ def test_counters_of_the_process_are_reported() -> None:
         queued_bytes=100,
         problems={"disk:StoreFullError": 2, "disk:StoreError": 1},
         disk_off="the disk is full",
+        disk_error="StoreFullError",
     )
 
     found = samples(stats, healthy=False)
@@ -59,7 +60,8 @@ def test_counters_of_the_process_are_reported() -> None:
         ("problems_total", "disk"): 3,
         ("memory_entries", "system"): 2,
         ("memory_bytes", "system"): 300,
-        ("disk_off",): 1,
+        ("disk_off", "full"): 1,
+        ("disk_off", "memory_only"): 0,
         ("model_up",): 0,
     }
     assert {key: found[key] for key in expected} == expected
