@@ -74,6 +74,8 @@ _ID = re.compile("[0-9a-f]{1,16}")
 _FLUSH_S = 60.0
 _SETTLE_S = 30.0
 _RECENT = 20
+_LOADING_RARELY = 20
+"""Statistics may be as old as this many times what loading the index took."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,8 +286,16 @@ class Admin:
         version = _version(store)
         view = self._view
         if view is None or view.version != version:
-            view = self._view = _View(version, Survey(store))
+            view = self._view = _View(version, store)
         return view
+
+    def _lately(self) -> _View:
+        """The store as of now or a little earlier: a large one must not be loaded all the time.
+
+        The page asks for statistics every few seconds, beside a decode loop that commits.
+        """
+        view = self._view
+        return view if view is not None and time.monotonic() < view.good_until else self._now()
 
     def _is_healthy(self) -> bool:
         return self._generator is None or bool(self._generator.is_healthy)
@@ -498,7 +508,7 @@ class Admin:
         # A store that was lost or fails is one of the things to be seen here.
         with contextlib.suppress(StoreError):
             if stats.store is not None:
-                view = self._now()
+                view = self._lately()
                 said["store"] = store_json(
                     stats.store, view.survey, quarantined(self._store()), disk_off=stats.disk_off
                 )
@@ -626,11 +636,14 @@ class Admin:
 class _View:
     """The store as of one commit, and what is worked out from it when somebody asks."""
 
-    def __init__(self, version: int, survey: Survey) -> None:
+    def __init__(self, version: int, store: Store) -> None:
+        started = time.monotonic()
         self.version = version
-        self.survey = survey
-        self.short = short_entry_ids(survey)
-        self.names = short_model_names(survey.models)
+        self.survey = Survey(store)
+        self.short = short_entry_ids(self.survey)
+        self.names = short_model_names(self.survey.models)
+        ended = time.monotonic()
+        self.good_until = ended + _LOADING_RARELY * (ended - started)
         # Another store may be behind the same address tomorrow.
         self.tag = f'"{_SESSION}-{version}"'
         self._branches: Branches | None = None

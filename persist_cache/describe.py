@@ -344,8 +344,8 @@ def store_json(
         exists: Whether there is a store at all.
     """
     usage = stats.usage
-    by_tier = survey.by_tier() if survey else {}
-    by_model = survey.by_model() if survey else {}
+    by_tier = survey.by_tier if survey else {}
+    by_model = survey.by_model if survey else {}
     models = survey.models if survey else {}
     return {
         "store": stats.path,
@@ -387,7 +387,7 @@ def store_json(
             if name.startswith("misses:")
         },
         "tokens_saved": stats.counters.get("tokens_saved", 0),
-        "saved_s": survey.saved_s() if survey else 0.0,
+        "saved_s": survey.saved_s if survey else 0.0,
         "quarantine": quarantine_json(damaged),
         "disk_off": disk_off,
         "counters": dict(stats.counters),

@@ -141,19 +141,7 @@ def _disk_off(stats: PromptCacheStats) -> GaugeMetricFamily:
 
 
 def _store(store: StoreStats) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
-    tiers = store.tiers
-    yield _gauge_by(
-        "disk_entries",
-        "Entries on disk.",
-        "tier",
-        {tier: tiers[tier].entries if tier in tiers else 0 for tier in TIER_LABELS},
-    )
-    yield _gauge_by(
-        "disk_own_bytes",
-        "Bytes of files that only one entry needs.",
-        "tier",
-        {tier: tiers[tier].own_bytes if tier in tiers else 0 for tier in TIER_LABELS},
-    )
+    yield _gauge("disk_entries", "Entries on disk.", store.entries)
     usage = store.usage
     kinds = ("blobs", "index", "pending", "trash", "quarantine", "folders")
     yield _gauge_by(
@@ -178,8 +166,15 @@ def _store(store: StoreStats) -> Iterator[CounterMetricFamily | GaugeMetricFamil
     yield _counter(
         "disk_written_bytes", "Bytes written in the life of the store.", store.written_bytes
     )
-    evictions = {"evicted": counters.get("evicted", 0), "expired": counters.get("expired", 0)}
-    yield _by("evictions", "Entries removed in the life of the store.", "cause", evictions)
+    evictions = CounterMetricFamily(
+        "persist_cache_evictions",
+        "Entries removed in the life of the store.",
+        labels=["cause", "tier"],
+    )
+    for cause in ("evicted", "expired"):
+        for tier in TIER_LABELS:
+            evictions.add_metric([cause, tier], counters.get(f"{cause}:{tier}", 0))
+    yield evictions
     yield _counter("quarantined", "Damaged blobs put aside.", counters.get("quarantined", 0))
     yield _counter(
         "stale_rejected",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from collections.abc import Iterator
 from email.message import Message
 from pathlib import Path
@@ -338,6 +339,28 @@ def test_unchanged_lists_are_not_sent_again(cache: PromptCache, store: Store) ->
     assert (unchanged.status, unchanged.body) == (304, b"")
     assert changed.status == 200
     assert json.loads(changed.body)["total"] == 2
+
+
+def test_statistics_of_a_large_store_do_not_load_it_at_each_commit(
+    cache: PromptCache, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = []
+
+    class Large(Survey):
+        def __init__(self, store: Store) -> None:
+            loaded.append(store)
+            time.sleep(0.5)
+            super().__init__(store)
+
+    monkeypatch.setattr("persist_cache.admin.Survey", Large)
+    admin = Admin(cache)
+    for number in range(3):
+        put(store, [number, 2, 3])
+        _, said = ask(admin, "GET", "/v1/cache/stats")
+
+    assert len(loaded) == 1
+    assert said["store"]["entries"] == 3
+    assert len(ask(admin, "GET", "/v1/cache/entries")[1]["entries"]) == 3
 
 
 def test_every_entry_of_a_large_store_is_reached_through_the_tree(
@@ -763,4 +786,6 @@ def test_metrics_of_a_real_server(server: ServerProcess) -> None:
     text = server.request("GET", "/metrics").text
 
     assert "persist_cache_model_up 1.0" in text
-    assert 'persist_cache_disk_entries{tier="system"}' in text
+    assert "persist_cache_disk_entries " in text
+    assert 'persist_cache_evictions_total{cause="evicted",tier="system"}' in text
+    assert 'persist_cache_disk_off{reason="full"} 0.0' in text
