@@ -10,12 +10,13 @@ import contextlib
 import copy
 import hmac
 import ipaddress
+import itertools
 import json
 import logging
 import re
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from email.message import Message
 from functools import cache
@@ -556,8 +557,8 @@ class Admin:
         model = self._model(body)
         if model.fingerprint is None:
             raise RefusedError(409, f"The model cannot be identified: {model.why}")
-        tokens, system_tokens = model.tokenize(body)
-        found = explain(store, model.fingerprint, tokens, system_tokens=system_tokens)
+        tokens, end = model.tokenize(body)
+        found = explain(store, model.fingerprint, tokens, system_tokens=end)
         known = self._cache.known_tokens(model.key, tokens[:-1])
         return json_response(
             {
@@ -575,20 +576,22 @@ class Admin:
             raise RefusedError(409, "This server cannot run a model.")
         whole = body["messages"][-1]["role"] != "system"
         if not whole:
-            # Only what precedes the user message is wanted, so its text does not matter.
-            body["messages"] = [*body["messages"], {"role": "user", "content": "Hello"}]
+            # Only what precedes the user message is wanted; nobody else says the same.
+            message = {"role": "user", "content": secrets.token_hex(8)}
+            body["messages"] = [*body["messages"], message]
         before = self._cache.stats()
         started = time.monotonic()
-        status, answer = ask({**body, "stream": False, "max_tokens": 1})
+        with self._generator.keeping_only("prompt" if whole else "system"):
+            status, answer = ask({**body, "stream": False, "max_tokens": 1})
         if status != 200:
             raise RefusedError(status, str(answer.get("error", "The model refused this prompt.")))
         spent = time.monotonic() - started
         usage = answer.get("usage", {})
         cached = usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)
         model = self._model(body)
-        tokens, system_tokens = model.tokenize(body)
+        tokens, end = model.tokenize(body)
         # A request computes its last token itself.
-        wanted = tokens[:-1] if whole else tokens[:system_tokens]
+        wanted = tokens[:-1] if whole else tokens[:end]
         if not wanted:
             raise RefusedError(
                 409,
@@ -701,16 +704,17 @@ class _LoadedModel:
         except Exception as error:  # templates are programs of their own
             log.debug("a prompt could not be rendered: %s", error)
             raise RefusedError(400, "The chat template refuses these messages.") from None
-        system_tokens = 0
-        for segment, kind in zip(segments, kinds, strict=True):
-            if kind != "system":
-                break
-            system_tokens += len(segment)
-        return list(prompt), system_tokens
+        return list(prompt), system_tokens(segments, kinds)
 
     def decode(self, tokens: list[int]) -> str:
         known = [token for token in tokens if 0 <= token < len(self.tokenizer)]
         return str(self.tokenizer.decode(known)) if known else ""
+
+
+def system_tokens(segments: Sequence[Sequence[int]], kinds: Sequence[str]) -> int:
+    """Length of the system part of a prompt that was cut into segments."""
+    system = itertools.takewhile(lambda one: one[1] == "system", zip(segments, kinds, strict=True))
+    return sum(len(segment) for segment, _ in system)
 
 
 class _Marks(msgspec.Struct, forbid_unknown_fields=True):

@@ -11,6 +11,7 @@ import logging
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Any, Protocol
 
@@ -119,6 +120,7 @@ class PromptCache:
         self._store = store if isinstance(store, Store) or store is None else Store.open(store)
         self._identify: Callable[[Any], Fingerprint | None] = identify or Identifier()
         self._closed = False
+        self._cuts: deque[tuple[bytes, int]] = deque(maxlen=16)
         self._writer: WriteBehind | None = None
         if self._store is not None and not self._store.read_only:
             self._writer = WriteBehind(
@@ -244,6 +246,14 @@ class PromptCache:
 
     # ---- beyond LRUPromptCache ---------------------------------------------------------------
 
+    def cut_answer(self, tokens: Sequence[int], num_tokens: int) -> None:
+        """Of the next answer to a prompt, keep the cache of its first `num_tokens` and no more.
+
+        For a prompt that is run to have its beginning computed. What cannot be cut there is not
+        kept.
+        """
+        self._cuts.append((pack_tokens(tokens), num_tokens))
+
     def known_tokens(self, model: Hashable, tokens: Sequence[int]) -> int:
         """Length of the longest prefix that a fetch would serve; looks only, counts nothing."""
         return self._known(model, tokens)[0]
@@ -293,14 +303,11 @@ class PromptCache:
         done = self._writer.drain(timeout_s)
         # The queue is bounded, so what waits in memory goes in portions.
         while done and (waiting := self._waiting()):
-            before = len(waiting)
             for held in waiting:
                 self._save_later(held)
-            done = self._writer.drain(timeout_s)
-            if len(self._waiting()) >= before:
-                break
+            done = self._writer.drain(timeout_s) and not all(held.wanted for held in waiting)
         self._flush_uses()
-        return done and not self._waiting()
+        return done
 
     def close(self, timeout_s: float | None = None) -> None:
         """Save what is not on disk yet, and end the writer thread. Further calls do nothing."""
@@ -445,7 +452,13 @@ class PromptCache:
             self._tally.problem(f"unsupported:{error.class_name}")
             log.warning("a prompt is not kept: %s", error)
             return
-        packed = pack_tokens(tokens)[: num_tokens * TOKEN_BYTES]
+        packed = pack_tokens(tokens)
+        surplus = num_tokens - self._kept_tokens(packed, num_tokens)
+        if surplus:
+            if not self._codec.can_trim(cache) or self._codec.trim(cache, surplus) != surplus:
+                return
+            num_tokens -= surplus
+        packed = packed[: num_tokens * TOKEN_BYTES]
         nbytes = self._codec.nbytes(cache)
         prefill_s = prefill_s or self._tally.prefill_s(model, packed, tier)
         held = Held(model, packed, cache, nbytes, tier.label, prefill_s)
@@ -463,6 +476,17 @@ class PromptCache:
                 self._spill([held])
                 return
             self._spill(self._resident.add(held))
+
+    def _kept_tokens(self, packed: bytes, num_tokens: int) -> int:
+        """How much of a cache is to be kept: all of it, or as `cut_answer` said."""
+        for cut in list(self._cuts):
+            prompt, kept = cut
+            if packed.startswith(prompt) or prompt.startswith(packed):
+                if len(packed) > len(prompt):
+                    # With the reply the answer has ended.
+                    self._cuts.remove(cut)
+                return min(kept, num_tokens)
+        return num_tokens
 
     def _waiting(self) -> list[Held]:
         """Caches that are to be on disk, are not, and have no save under way."""

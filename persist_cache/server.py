@@ -18,13 +18,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import msgspec
 from mlx_lm import server as upstream
 
-from persist_cache.admin import Admin
+from persist_cache.admin import Admin, system_tokens
 from persist_cache.cache import PromptCache
 from persist_cache.errors import PersistCacheError, StoreError
 from persist_cache.fingerprint import Identifier
@@ -108,6 +108,10 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
             if len(segments) == 1 and types == ["assistant"] and request.request_type == "chat":
                 segments, types = self._cut_tool_turn(tokenizer, request, args, prompt)
             segments, types = self._cut_at_branch(prompt, segments, types)
+        part = getattr(request, "wanted_part", "")
+        if part:
+            end = len(prompt) - 1 if part == "prompt" else system_tokens(segments, types)
+            self.cache.cut_answer(prompt, end)
         return prompt, segments, types, initial_state, vision
 
     def _cut_tool_turn(
@@ -225,9 +229,20 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
         generation_args: Any,
         progress_callback: Callable[[int, int], None] | None = None,
     ) -> Any:
+        if part := getattr(self._answering, "wanted_part", ""):
+            request.wanted_part = part
         ctx, response = super().generate(request, generation_args, progress_callback)
         self._answering.fetch = self._fetch_of(ctx)
         return ctx, response
+
+    @contextlib.contextmanager
+    def keeping_only(self, part: Literal["prompt", "system"]) -> Iterator[None]:
+        """Have requests of this thread leave the cache of that part of theirs, and nothing else."""
+        self._answering.wanted_part = part
+        try:
+            yield
+        finally:
+            self._answering.wanted_part = ""
 
     @contextlib.contextmanager
     def in_flight(self) -> Iterator[None]:

@@ -553,6 +553,38 @@ def test_warm_stores_a_system_prompt_and_the_next_request_finds_it(server: Serve
     assert cached >= warmed["num_tokens"]
 
 
+def test_warm_leaves_what_was_asked_for_and_nothing_else(server: ServerProcess) -> None:
+    def ids() -> set[str]:
+        assert server.request("POST", "/v1/cache/flush").status_code == 200
+        found = server.get("/v1/cache/entries?limit=1000")["entries"]
+        return {entry["id"] for entry in found}
+
+    def caches() -> int:
+        tiers = server.get("/v1/cache/stats")["server"]["memory"]["tiers"]
+        return sum(tier["entries"] for tier in tiers)
+
+    system = {"role": "system", "content": "You answer like a baker. " * 10}
+    user = {"role": "user", "content": "Where is the bread? " * 10}
+    before, held = ids(), caches()
+
+    warmed = server.request("POST", "/v1/cache/warm", json={"messages": [system]}).json()
+    after_system, held_after = ids(), caches()
+    whole = server.request("POST", "/v1/cache/warm", json={"messages": [system, user]}).json()
+    after_whole = ids()
+    answer = server.chat(("system", system["content"]), ("user", user["content"]))
+    reply = answer.json()["usage"]
+    # The answer is sent before its cache is kept.
+    deadline = time.monotonic() + 10
+    while not (new := ids() - after_whole) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+    assert after_system - before == {warmed["id"]}
+    assert held_after == min(held + 1, 10)
+    assert after_whole - after_system == {whole["id"]}
+    assert reply["prompt_tokens_details"]["cached_tokens"] == whole["num_tokens"]
+    assert len(new) == 1, "a request of its own keeps its answer"
+
+
 def test_warm_stores_a_whole_conversation(server: ServerProcess) -> None:
     messages = [{"role": "user", "content": "Once upon a time there was a dragon. " * 5}]
 

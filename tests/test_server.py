@@ -317,7 +317,7 @@ def test_many_clients_and_restarts_answer_as_without_a_cache(
             wanted[index] = text(ask(plain, *prompt, max_tokens=6))
         plain.stop()
 
-    disk_bytes, memory_bytes = 12_000_000, 600_000
+    disk_bytes, memory_bytes = 1_600_000, 600_000
     peaks = {"disk": 0, "disk, as said": 0, "memory": 0}
 
     def sample(running: ServerProcess) -> None:
@@ -361,6 +361,7 @@ def test_many_clients_and_restarts_answer_as_without_a_cache(
             assert running.stop() == 0
         assert not re.search("Traceback|Exception|died|failed", running.log.read_text())
 
+    assert 0.8 * disk_bytes < peaks["disk"]
     assert 0.9 * memory_bytes < peaks["memory"] <= memory_bytes
     assert max(peaks["disk"], peaks["disk, as said"]) <= disk_bytes
     with Store.open(store) as checked:
