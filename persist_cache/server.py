@@ -95,7 +95,6 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
         self._fetches: deque[tuple[Sequence[int], Fetch]] = deque(maxlen=256)
         self._answering = threading.local()
         self._in_flight = 0
-        self.was_cut = False
         self.admin: Admin | None = None
         self._changed = threading.Condition()
         super().__init__(model_provider, prompt_cache)
@@ -348,7 +347,7 @@ def cache_header(fetch: Fetch) -> str:
 
 
 def serve(upstream_args: Sequence[str], options: ServeOptions) -> None:
-    """Run `mlx_lm.server` with our cache until SIGTERM or SIGINT.
+    """Run `mlx_lm.server` with our cache until SIGTERM or SIGINT, which end the process.
 
     Args:
         upstream_args: Command line for `mlx_lm.server`'s own parser.
@@ -403,12 +402,12 @@ def _run(host: str, port: int, provider: Any, options: ServeOptions) -> None:
         cache.close()
         if store is not None:
             store.close()
-    if generator.was_cut:
-        # Threads of cut requests may still be inside of MLX, whose end would abort the process.
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+    # Threads that answer or were cut may still be about. The interpreter's end would have them run
+    # into what is gone already, MLX and standard error, which aborts the process.
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _listen(host: str, port: int, generator: Generator, grace_s: float) -> None:
@@ -418,12 +417,14 @@ def _listen(host: str, port: int, generator: Generator, grace_s: float) -> None:
         log.info("stopping: waiting up to %.0f s for running requests", grace_s)
         if not generator.drain(grace_s):
             log.warning("running requests were cut after %.0f s", grace_s)
-            generator.was_cut = True
         stop()
 
     generator.stop_and_join = drain_then_stop
     try:
         upstream._run_http_server(host, port, generator, handler_class=Handler)
+    except KeyboardInterrupt:
+        # Before it listened, or for the second time: whoever waits does so in vain.
+        stop()
     except OSError as error:
         stop()
         raise PersistCacheError(

@@ -116,6 +116,27 @@ def test_sigterm_lets_a_running_request_end_and_saves_it(
         assert any(entry.tier.label == "assistant" for entry in checked.entries())
 
 
+@pytest.mark.parametrize("delay_s", [0.0, 0.1, 0.4])
+def test_sigterm_that_cuts_requests_ends_with_status_0(
+    model: Path, store: Path, tmp_path: Path, delay_s: float
+) -> None:
+    """The interpreter's end beside living threads aborts the process now and then."""
+    with server(model, store, tmp_path, grace_s=0.0) as running:
+        streams = [
+            _begin_stream(running, [("system", SYSTEM), ("user", f"Story {number}")], 3000)
+            for number in range(3)
+        ]
+        threading.Event().wait(delay_s)
+
+        assert running.stop() == 0
+        for stream in streams:
+            stream.close()
+
+    with Store.open(store) as checked:
+        assert checked.check(read_data=True) == []
+        assert checked.entries() != []
+
+
 def test_tool_turn_leaves_system_and_user_entries(model: Path, store: Path, tmp_path: Path) -> None:
     call = {
         "id": "1",
@@ -368,13 +389,15 @@ def test_many_clients_and_restarts_answer_as_without_a_cache(
         assert checked.check(read_data=True) == []
 
 
-def _begin_stream(running: ServerProcess, prompt: list[tuple[str, str]]) -> requests.Response:
+def _begin_stream(
+    running: ServerProcess, prompt: list[tuple[str, str]], max_tokens: int = 50
+) -> requests.Response:
     """Ask for a stream and read the beginning of it; to be closed in the middle."""
     said = [{"role": role, "content": content} for role, content in prompt]
     answer = running.request(
         "POST",
         "/v1/chat/completions",
-        json={"messages": said, "stream": True, "max_tokens": 50},
+        json={"messages": said, "stream": True, "max_tokens": max_tokens},
         stream=True,
     )
     next(answer.iter_lines(), None)
