@@ -246,6 +246,27 @@ class PromptCache:
 
     # ---- beyond LRUPromptCache ---------------------------------------------------------------
 
+    def read_ahead(self, model: Hashable, tokens: Sequence[int]) -> int:
+        """Have the system read what a fetch of this prompt would, for a request that waits.
+
+        Runs no MLX operation, so any thread may call it, and counts nothing.
+
+        Returns:
+            Bytes of the files; 0 when memory serves the prompt.
+        """
+        fingerprint = self._fingerprint(model)
+        if fingerprint is None or self._store is None:
+            return 0
+        packed = pack_tokens(tokens)
+        match = self._match(fingerprint, packed, len(tokens))
+        with self._lock:
+            in_memory = self._resident.common_tokens(model, packed)
+        if match.num_tokens - in_memory < _ENOUGH_GAIN_TOKENS:
+            return 0
+        nbytes = self._store.read_ahead(match)
+        self._tally.read_ahead(nbytes)
+        return nbytes
+
     def cut_answer(self, tokens: Sequence[int], num_tokens: int) -> None:
         """Of the next answer to a prompt, keep the cache of its first `num_tokens` and no more.
 

@@ -439,6 +439,7 @@ def server_json(stats: PromptCacheStats, *, max_size: int, max_bytes: int) -> di
         "tokens_saved": {source: stats.tokens.get(source, 0) for source in ("memory", "disk")},
         "restore_s": stats.restore_s,
         "restored_bytes": stats.restored_bytes,
+        "read_ahead_bytes": stats.read_ahead_bytes,
         "saves": stats.saves,
         "written_bytes": stats.written_bytes,
         "queued_jobs": stats.queued_jobs,

@@ -105,6 +105,9 @@ def _requests(stats: PromptCacheStats) -> Iterator[CounterMetricFamily]:
     )
     yield _counter("restore_seconds", "Seconds spent in loading from disk.", stats.restore_s)
     yield _counter("restored_bytes", "Bytes loaded from disk.", stats.restored_bytes)
+    yield _counter(
+        "read_ahead_bytes", "Bytes read ahead for waiting requests.", stats.read_ahead_bytes
+    )
 
 
 def _saving(stats: PromptCacheStats) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:

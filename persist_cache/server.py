@@ -9,6 +9,8 @@ orderly end. This is the only importer of `mlx_lm.server`, whose private seam is
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import logging
 import os
 import signal
@@ -17,6 +19,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -95,6 +98,8 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
         self._fetches: deque[tuple[Sequence[int], Fetch]] = deque(maxlen=256)
         self._answering = threading.local()
         self._in_flight = 0
+        self._reader = ThreadPoolExecutor(1, "persist-cache-read-ahead")
+        self._spare: tuple[Any, Any] | None = None
         self.admin: Admin | None = None
         self._changed = threading.Condition()
         super().__init__(model_provider, prompt_cache)
@@ -230,9 +235,35 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
     ) -> Any:
         if part := getattr(self._answering, "wanted_part", ""):
             request.wanted_part = part
+        if self._in_flight > 1:
+            self._reader.submit(self._read_ahead, request, generation_args)
         ctx, response = super().generate(request, generation_args, progress_callback)
         self._answering.fetch = self._fetch_of(ctx)
         return ctx, response
+
+    def _read_ahead(self, request: Any, args: Any) -> None:
+        """Have the disk read what a request needs while the loop still decodes for others.
+
+        It looks at new requests twice a second only. On a thread of its own, with a tokenizer of
+        its own; what fails here is left to upstream to say.
+        """
+        provider = self.model_provider
+        key, tokenizer = provider.model_key, provider.tokenizer
+        wanted = args.model.model
+        if wanted == "default_model":
+            wanted = self.cli_args.model
+        if key is None or tokenizer is None or wanted != key[0]:
+            return
+        try:
+            if self._spare is None or self._spare[0] is not tokenizer:
+                # The generation thread uses the other one; not all tokenizers bear company.
+                self._spare = (tokenizer, copy.deepcopy(tokenizer))
+            if any(upstream._image_parts(request.messages)):
+                return
+            mine = dataclasses.replace(request, messages=copy.deepcopy(request.messages))
+            self.cache.read_ahead(key, super()._tokenize(self._spare[1], mine, args)[0])
+        except Exception as error:
+            log.debug("nothing was read ahead: %s", error)
 
     @contextlib.contextmanager
     def keeping_only(self, part: Literal["prompt", "system"]) -> Iterator[None]:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from persist_cache import catalog, health, opening, paths
+from persist_cache import catalog, fs, health, opening, paths
 from persist_cache.blobs import BlobFolder, BlobReader
 from persist_cache.budget import Limits
 from persist_cache.catalog import Catalog, StoreStats
@@ -263,6 +263,21 @@ class Store:
                 log.warning("a stored prompt could not be read: %s", error)
                 return None
         return None
+
+    def read_ahead(self, match: Match) -> int:
+        """Have the system read what `match` needs, so that a `fetch` soon after waits for less.
+
+        Only advice: nothing is verified, kept or changed, and what is gone is passed over.
+
+        Returns:
+            Bytes of the files.
+        """
+        nbytes = 0
+        for name in (*(run.blob for run in match.runs), match.checkpoint):
+            if name is not None:
+                with contextlib.suppress(OSError):
+                    nbytes += fs.read_ahead(self._disk.folder.path(name))
+        return nbytes
 
     @contextlib.contextmanager
     def _readers(

@@ -44,6 +44,7 @@ class PromptCacheStats:
         tokens: Tokens that were not computed, by source.
         restore_s: Seconds spent in loading from disk.
         restored_bytes: Bytes loaded from disk.
+        read_ahead_bytes: Bytes of files that the system was told to read for waiting requests.
         saves: Entries written.
         written_bytes: Bytes written.
         queued_jobs, queued_bytes: Saves that wait, and the cache memory they keep alive.
@@ -59,6 +60,7 @@ class PromptCacheStats:
     tokens: Mapping[str, int]
     restore_s: float
     restored_bytes: int
+    read_ahead_bytes: int
     saves: int
     written_bytes: int
     queued_jobs: int
@@ -96,6 +98,7 @@ class Tally:
         self._problems: Counter[str] = Counter()
         self._restore_s = 0.0
         self._restored_bytes = 0
+        self._read_ahead_bytes = 0
         self._saves = 0
         self._written_bytes = 0
 
@@ -121,6 +124,11 @@ class Tally:
             if fetch.source == "disk":
                 self._restore_s += fetch.seconds
                 self._restored_bytes += fetch.nbytes
+
+    def read_ahead(self, nbytes: int) -> None:
+        """Count bytes that the system was told to read."""
+        with self._lock:
+            self._read_ahead_bytes += nbytes
 
     def saved(self, nbytes: int) -> None:
         """Count an entry that was written, unless all of it was there."""
@@ -179,6 +187,7 @@ class Tally:
                 tokens=dict(self._tokens),
                 restore_s=self._restore_s,
                 restored_bytes=self._restored_bytes,
+                read_ahead_bytes=self._read_ahead_bytes,
                 saves=self._saves,
                 written_bytes=self._written_bytes,
                 queued_jobs=queue[0],

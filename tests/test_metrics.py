@@ -16,7 +16,7 @@ from persist_cache.tally import PromptCacheStats
 from tests.bulk_store import conversations, fill
 from tests.fakes import Clock, blob_files, fetched, fingerprint, put
 
-EMPTY = PromptCacheStats({}, {}, {}, {}, 0.0, 0, 0, 0, 0, 0, {}, "", "", None)
+EMPTY = PromptCacheStats({}, {}, {}, {}, 0.0, 0, 0, 0, 0, 0, 0, {}, "", "", None)
 
 
 def samples(stats: PromptCacheStats, healthy: bool = True) -> dict[tuple[str, ...], float]:
@@ -38,6 +38,7 @@ def test_counters_of_the_process_are_reported() -> None:
         tokens={"memory": 30, "disk": 20},
         restore_s=1.5,
         restored_bytes=1000,
+        read_ahead_bytes=900,
         saves=6,
         written_bytes=600,
         queued_jobs=1,
@@ -56,6 +57,7 @@ def test_counters_of_the_process_are_reported() -> None:
         ("tokens_saved_total", "disk"): 20,
         ("restore_seconds_total",): 1.5,
         ("restored_bytes_total",): 1000,
+        ("read_ahead_bytes_total",): 900,
         ("writes_total",): 6,
         ("written_bytes_total",): 600,
         ("queue_jobs",): 1,

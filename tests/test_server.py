@@ -6,6 +6,7 @@ import random
 import re
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -135,6 +136,27 @@ def test_sigterm_that_cuts_requests_ends_with_status_0(
     with Store.open(store) as checked:
         assert checked.check(read_data=True) == []
         assert checked.entries() != []
+
+
+def test_request_that_waits_for_others_is_read_ahead(
+    model: Path, store: Path, tmp_path: Path
+) -> None:
+    with server(model, store, tmp_path) as first:
+        ask(first, ("system", SYSTEM), ("user", "Who are you?"))
+        first.stop()
+
+    with server(model, store, tmp_path) as second:
+        with _begin_stream(second, [("user", "Once upon a time")], 2000):
+            answer = ask(second, ("system", SYSTEM), ("user", "What time is it?"))
+            # It is advice, beside the request; nobody waits for it.
+            deadline = time.monotonic() + 10
+            while not (read := second.get("/v1/cache/stats")["server"]["read_ahead_bytes"]):
+                assert time.monotonic() < deadline, second.log.read_text()
+                time.sleep(0.05)
+        second.stop()
+
+    assert answer["header"] == f"disk; tokens={cached(answer)}"
+    assert read > 100 * cached(answer)
 
 
 def test_tool_turn_leaves_system_and_user_entries(model: Path, store: Path, tmp_path: Path) -> None:
