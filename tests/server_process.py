@@ -41,6 +41,7 @@ class ServerProcess:
         folder: Path,
         *,
         flags: tuple[str, ...] = (),
+        module: str = "tests.server_process",
         **options: Any,
     ) -> None:
         """Prepare a server.
@@ -50,6 +51,7 @@ class ServerProcess:
             store: Folder of its store.
             folder: Where the log and the job file go.
             flags: Further flags of `mlx_lm.server`.
+            module: What the process runs, with the job's file as its argument.
             options: Further fields of `ServeOptions`.
         """
         self.port = free_port()
@@ -64,6 +66,7 @@ class ServerProcess:
         self._job.write_text(
             json.dumps({"flags": upstream, "options": {"store": str(store), **options}})
         )
+        self._module = module
         self.process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> ServerProcess:
@@ -87,7 +90,7 @@ class ServerProcess:
         """
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tests.server_process", str(self._job)],
+                [sys.executable, "-m", self._module, str(self._job)],
                 cwd=ROOT,
                 env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
                 stdout=log,
