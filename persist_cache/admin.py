@@ -6,15 +6,17 @@ the token, and never to another site's page in a browser: prompts can be told fr
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hmac
 import ipaddress
+import itertools
 import json
 import logging
 import re
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from email.message import Message
 from functools import cache
@@ -73,6 +75,8 @@ _ID = re.compile("[0-9a-f]{1,16}")
 _FLUSH_S = 60.0
 _SETTLE_S = 30.0
 _RECENT = 20
+_LOADING_RARELY = 20
+"""Statistics may be as old as this many times what loading the index took."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,8 +287,16 @@ class Admin:
         version = _version(store)
         view = self._view
         if view is None or view.version != version:
-            view = self._view = _View(version, Survey(store))
+            view = self._view = _View(version, store)
         return view
+
+    def _lately(self) -> _View:
+        """The store as of now or a little earlier: a large one must not be loaded all the time.
+
+        The page asks for statistics every few seconds, beside a decode loop that commits.
+        """
+        view = self._view
+        return view if view is not None and time.monotonic() < view.good_until else self._now()
 
     def _is_healthy(self) -> bool:
         return self._generator is None or bool(self._generator.is_healthy)
@@ -494,12 +506,14 @@ class Admin:
         key = getattr(getattr(self._generator, "model_provider", None), "model_key", None)
         if key is not None:
             said["model"] = key[0]
-        if stats.store is not None:
-            view = self._now()
-            said["version"] = view.tag
-            said["store"] = store_json(
-                stats.store, view.survey, quarantined(self._store()), disk_off=stats.disk_off
-            )
+        # A store that was lost or fails is one of the things to be seen here.
+        with contextlib.suppress(StoreError):
+            if stats.store is not None:
+                view = self._lately()
+                said["store"] = store_json(
+                    stats.store, view.survey, quarantined(self._store()), disk_off=stats.disk_off
+                )
+                said["version"] = view.tag
         return said
 
     def _flush(self) -> Response:
@@ -543,8 +557,8 @@ class Admin:
         model = self._model(body)
         if model.fingerprint is None:
             raise RefusedError(409, f"The model cannot be identified: {model.why}")
-        tokens, system_tokens = model.tokenize(body)
-        found = explain(store, model.fingerprint, tokens, system_tokens=system_tokens)
+        tokens, end = model.tokenize(body)
+        found = explain(store, model.fingerprint, tokens, system_tokens=end)
         known = self._cache.known_tokens(model.key, tokens[:-1])
         return json_response(
             {
@@ -562,20 +576,22 @@ class Admin:
             raise RefusedError(409, "This server cannot run a model.")
         whole = body["messages"][-1]["role"] != "system"
         if not whole:
-            # Only what precedes the user message is wanted, so its text does not matter.
-            body["messages"] = [*body["messages"], {"role": "user", "content": "Hello"}]
+            # Only what precedes the user message is wanted; nobody else says the same.
+            message = {"role": "user", "content": secrets.token_hex(8)}
+            body["messages"] = [*body["messages"], message]
         before = self._cache.stats()
         started = time.monotonic()
-        status, answer = ask({**body, "stream": False, "max_tokens": 1})
+        with self._generator.keeping_only("prompt" if whole else "system"):
+            status, answer = ask({**body, "stream": False, "max_tokens": 1})
         if status != 200:
             raise RefusedError(status, str(answer.get("error", "The model refused this prompt.")))
         spent = time.monotonic() - started
         usage = answer.get("usage", {})
         cached = usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)
         model = self._model(body)
-        tokens, system_tokens = model.tokenize(body)
+        tokens, end = model.tokenize(body)
         # A request computes its last token itself.
-        wanted = tokens[:-1] if whole else tokens[:system_tokens]
+        wanted = tokens[:-1] if whole else tokens[:end]
         if not wanted:
             raise RefusedError(
                 409,
@@ -623,11 +639,14 @@ class Admin:
 class _View:
     """The store as of one commit, and what is worked out from it when somebody asks."""
 
-    def __init__(self, version: int, survey: Survey) -> None:
+    def __init__(self, version: int, store: Store) -> None:
+        started = time.monotonic()
         self.version = version
-        self.survey = survey
-        self.short = short_entry_ids(survey)
-        self.names = short_model_names(survey.models)
+        self.survey = Survey(store)
+        self.short = short_entry_ids(self.survey)
+        self.names = short_model_names(self.survey.models)
+        ended = time.monotonic()
+        self.good_until = ended + _LOADING_RARELY * (ended - started)
         # Another store may be behind the same address tomorrow.
         self.tag = f'"{_SESSION}-{version}"'
         self._branches: Branches | None = None
@@ -685,16 +704,17 @@ class _LoadedModel:
         except Exception as error:  # templates are programs of their own
             log.debug("a prompt could not be rendered: %s", error)
             raise RefusedError(400, "The chat template refuses these messages.") from None
-        system_tokens = 0
-        for segment, kind in zip(segments, kinds, strict=True):
-            if kind != "system":
-                break
-            system_tokens += len(segment)
-        return list(prompt), system_tokens
+        return list(prompt), system_tokens(segments, kinds)
 
     def decode(self, tokens: list[int]) -> str:
         known = [token for token in tokens if 0 <= token < len(self.tokenizer)]
         return str(self.tokenizer.decode(known)) if known else ""
+
+
+def system_tokens(segments: Sequence[Sequence[int]], kinds: Sequence[str]) -> int:
+    """Length of the system part of a prompt that was cut into segments."""
+    system = itertools.takewhile(lambda one: one[1] == "system", zip(segments, kinds, strict=True))
+    return sum(len(segment) for segment, _ in system)
 
 
 class _Marks(msgspec.Struct, forbid_unknown_fields=True):

@@ -11,17 +11,13 @@ import logging
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Any, Protocol
 
 from persist_cache.blobs import BlobReader
 from persist_cache.entry import TIER_LABELS, TOKEN_BYTES, Match, Tier, pack_tokens
-from persist_cache.errors import (
-    PersistCacheError,
-    StoreAccessError,
-    StoreError,
-    UnsupportedCacheError,
-)
+from persist_cache.errors import StoreAccessError, StoreError, UnsupportedCacheError
 from persist_cache.fingerprint import Fingerprint, Identifier
 from persist_cache.insert import Source
 from persist_cache.resident import Candidate, Held, LiveCaches, Resident
@@ -78,6 +74,7 @@ class PromptCache:
         idle_s: float = 2.0,
         queue_bytes: int = 4 << 30,
         codec: Codec | None = None,
+        disk_off: str = "no store was given",
     ) -> None:
         """Make an empty memory over `store`.
 
@@ -95,6 +92,7 @@ class PromptCache:
             idle_s: Seconds without requests after which `assistant` caches are saved.
             queue_bytes: Cache memory that waiting saves may keep alive.
             codec: How caches become bytes; mlx-lm's by default.
+            disk_off: Why there is no `store`, for whoever asks; unused when there is one.
 
         Raises:
             ValueError: An unknown tier, or a negative number.
@@ -113,14 +111,16 @@ class PromptCache:
         self._lock = threading.RLock()
         self._resident = Resident(codec, max_size, max_bytes)
         self._tally = Tally()
-        self._disk_off = "" if store is not None else "no store was given"
+        self._memory_only = "" if store is not None else disk_off
+        self._disk_error: StoreError | None = None
         if store is not None and codec.group_size() > 1:
             # Every rank has a shard of each layer, and all would have the same fingerprint.
-            store, self._disk_off = None, "several ranks share one model; shards are not stored"
+            store, self._memory_only = None, "several ranks share one model; shards are not stored"
         self._owns_store = store is not None and not isinstance(store, Store)
         self._store = store if isinstance(store, Store) or store is None else Store.open(store)
         self._identify: Callable[[Any], Fingerprint | None] = identify or Identifier()
         self._closed = False
+        self._cuts: deque[tuple[bytes, int]] = deque(maxlen=16)
         self._writer: WriteBehind | None = None
         if self._store is not None and not self._store.read_only:
             self._writer = WriteBehind(
@@ -157,7 +157,8 @@ class PromptCache:
     @property
     def disk_off(self) -> str:
         """Why nothing is kept on disk at present; "" when it is."""
-        return self._disk_off
+        error = self._disk_trouble()
+        return self._memory_only if error is None else str(error)
 
     @property
     def last_fetch(self) -> Fetch:
@@ -245,6 +246,35 @@ class PromptCache:
 
     # ---- beyond LRUPromptCache ---------------------------------------------------------------
 
+    def read_ahead(self, model: Hashable, tokens: Sequence[int]) -> int:
+        """Have the system read what a fetch of this prompt would, for a request that waits.
+
+        Runs no MLX operation, so any thread may call it, and counts nothing.
+
+        Returns:
+            Bytes of the files; 0 when memory serves the prompt.
+        """
+        fingerprint = self._fingerprint(model)
+        if fingerprint is None or self._store is None:
+            return 0
+        packed = pack_tokens(tokens)
+        match = self._match(fingerprint, packed, len(tokens))
+        with self._lock:
+            in_memory = self._resident.common_tokens(model, packed)
+        if match.num_tokens - in_memory < _ENOUGH_GAIN_TOKENS:
+            return 0
+        nbytes = self._store.read_ahead(match)
+        self._tally.read_ahead(nbytes)
+        return nbytes
+
+    def cut_answer(self, tokens: Sequence[int], num_tokens: int) -> None:
+        """Of the next answer to a prompt, keep the cache of its first `num_tokens` and no more.
+
+        For a prompt that is run to have its beginning computed. What cannot be cut there is not
+        kept.
+        """
+        self._cuts.append((pack_tokens(tokens), num_tokens))
+
     def known_tokens(self, model: Hashable, tokens: Sequence[int]) -> int:
         """Length of the longest prefix that a fetch would serve; looks only, counts nothing."""
         return self._known(model, tokens)[0]
@@ -274,12 +304,8 @@ class PromptCache:
                 candidate = self._candidate(model, packed, len(tokens))
                 common = self._resident.common_tokens(model, packed)
             known = 0 if candidate is None else candidate.num_tokens
-            fingerprint = self._fingerprint(model)
-            if fingerprint is not None and self._store is not None:
-                match = self._store.match(fingerprint, packed)
-                known = max(known, match.num_tokens)
-                common = max(common, match.common_tokens)
-            return known, common
+            match = self._match(self._fingerprint(model), packed, len(tokens))
+            return max(known, match.num_tokens), max(common, match.common_tokens)
         except Exception:
             log.exception("a look-up failed")
             self._tally.problem("look_up_failed")
@@ -298,14 +324,11 @@ class PromptCache:
         done = self._writer.drain(timeout_s)
         # The queue is bounded, so what waits in memory goes in portions.
         while done and (waiting := self._waiting()):
-            before = len(waiting)
             for held in waiting:
                 self._save_later(held)
-            done = self._writer.drain(timeout_s)
-            if len(self._waiting()) >= before:
-                break
+            done = self._writer.drain(timeout_s) and not all(held.wanted for held in waiting)
         self._flush_uses()
-        return done and not self._waiting()
+        return done
 
     def close(self, timeout_s: float | None = None) -> None:
         """Save what is not on disk yet, and end the writer thread. Further calls do nothing."""
@@ -321,14 +344,19 @@ class PromptCache:
     def stats(self) -> PromptCacheStats:
         """What this cache did since it was made, and the totals of its store."""
         store = None
+        trouble = self._disk_trouble()
         if self._store is not None:
             try:
                 store = self._store.stats()
-            except PersistCacheError as error:
-                self._disk_off = str(error)
+            except StoreError as error:
+                trouble = trouble or error
         queue = self._writer.waiting() if self._writer is not None else (0, 0)
         return self._tally.stats(
-            memory=self.stats_by_type(), queue=queue, disk_off=self._disk_off, store=store
+            memory=self.stats_by_type(),
+            queue=queue,
+            disk_off=self._memory_only if trouble is None else str(trouble),
+            disk_error="" if trouble is None else type(trouble).__name__,
+            store=store,
         )
 
     # ---- look up -----------------------------------------------------------------------------
@@ -338,13 +366,7 @@ class PromptCache:
         if self._writer is not None:
             self._writer.poke()
         fingerprint = self._fingerprint(model)
-        match = Match(0, reason=self._disk_off)
-        if fingerprint is not None and self._store is not None:
-            try:
-                match = self._store.match(fingerprint, packed, limit=limit)
-            except StoreError as error:
-                self._disk_failed(error)
-                match = Match(0, reason=str(error))
+        match = self._match(fingerprint, packed, limit)
         with self._lock:
             candidate = self._candidate(model, packed, limit)
         in_memory = -1 if candidate is None else candidate.num_tokens
@@ -371,6 +393,16 @@ class PromptCache:
         if self._store is not None and match.num_tokens:
             self._store.touch(match)
         return cache, Fetch("memory", candidate.num_tokens, match.reason)
+
+    def _match(self, fingerprint: Fingerprint | None, packed: bytes, limit: int) -> Match:
+        """What the disk has of a prompt; nothing, with the reason, when it cannot be asked."""
+        if fingerprint is None or self._store is None:
+            return Match(0, reason=self.disk_off)
+        try:
+            return self._store.match(fingerprint, packed, limit=limit)
+        except StoreError as error:
+            self._disk_failed(error)
+            return Match(0, reason=str(error))
 
     def _candidate(self, model: Hashable, packed: bytes, limit: int) -> Candidate | None:
         """The best cache in memory whose owner left it as it was inserted."""
@@ -422,9 +454,9 @@ class PromptCache:
         if fingerprint is None:
             reason = getattr(self._identify, "reason", None)
             said = reason(model) if callable(reason) else "its identity is unknown"
-            self._disk_off = f"this model is kept in memory only: {said}"
-        elif self._disk_off.startswith("this model"):
-            self._disk_off = ""
+            self._memory_only = f"this model is kept in memory only: {said}"
+        else:
+            self._memory_only = ""
         return fingerprint
 
     # ---- keep and save -----------------------------------------------------------------------
@@ -441,7 +473,13 @@ class PromptCache:
             self._tally.problem(f"unsupported:{error.class_name}")
             log.warning("a prompt is not kept: %s", error)
             return
-        packed = pack_tokens(tokens)[: num_tokens * TOKEN_BYTES]
+        packed = pack_tokens(tokens)
+        surplus = num_tokens - self._kept_tokens(packed, num_tokens)
+        if surplus:
+            if not self._codec.can_trim(cache) or self._codec.trim(cache, surplus) != surplus:
+                return
+            num_tokens -= surplus
+        packed = packed[: num_tokens * TOKEN_BYTES]
         nbytes = self._codec.nbytes(cache)
         prefill_s = prefill_s or self._tally.prefill_s(model, packed, tier)
         held = Held(model, packed, cache, nbytes, tier.label, prefill_s)
@@ -460,6 +498,17 @@ class PromptCache:
                 return
             self._spill(self._resident.add(held))
 
+    def _kept_tokens(self, packed: bytes, num_tokens: int) -> int:
+        """How much of a cache is to be kept: all of it, or as `cut_answer` said."""
+        for cut in list(self._cuts):
+            prompt, kept = cut
+            if packed.startswith(prompt) or prompt.startswith(packed):
+                if len(packed) > len(prompt):
+                    # With the reply the answer has ended.
+                    self._cuts.remove(cut)
+                return min(kept, num_tokens)
+        return num_tokens
+
     def _waiting(self) -> list[Held]:
         """Caches that are to be on disk, are not, and have no save under way."""
         with self._lock:
@@ -467,20 +516,25 @@ class PromptCache:
 
     def _save_when_idle(self) -> None:
         self._recover_store()
-        for held in self._waiting():
+        waiting = self._waiting()
+        for held in waiting:
             self._save_later(held)
+        if self._store is not None and self._disk_error is not None and not waiting:
+            # With nothing to save, only a commit of its own can tell whether the disk is back.
+            self._store.count("disk_retries")
         self._flush_uses()
 
     def _recover_store(self) -> None:
         """Begin anew when the store's folder was removed; runs on the writer thread."""
         if self._store is None or not self._store.is_lost:
             return
-        self._disk_failed(StoreAccessError(f"The folder {self._store.root} was removed."))
+        self._disk_failed(_removed(self._store))
         try:
             self._store.reopen()
         except StoreError as error:
-            self._disk_failed(error)
+            log.debug("the store could not be begun anew: %s", error)
             return
+        self._disk_error = None
         log.warning("the store at %s was begun anew", self._store.root)
         with self._lock:
             for held in self._resident.held():
@@ -488,11 +542,13 @@ class PromptCache:
                     held.saved, held.wanted = False, True
 
     def _flush_uses(self) -> None:
-        if self._store is not None:
-            try:
-                self._store.flush()
-            except StoreError as error:
-                self._disk_failed(error)
+        if self._store is None:
+            return
+        try:
+            if self._store.flush():
+                self._disk_error = None
+        except StoreError as error:
+            self._disk_failed(error)
 
     def _spill(self, gone: Sequence[Held]) -> None:
         """Save what leaves memory unsaved."""
@@ -539,11 +595,21 @@ class PromptCache:
             return
         with self._lock:
             held.saved = True
-            self._disk_off = ""
+            self._disk_error = None
         self._tally.saved(result.nbytes)
 
     def _disk_failed(self, error: StoreError) -> None:
         self._tally.problem(f"disk:{type(error).__name__}")
-        if str(error) != self._disk_off:
+        if str(error) != str(self._disk_error):
             log.warning("the disk is not used: %s", error)
-        self._disk_off = str(error)
+        self._disk_error = error
+
+    def _disk_trouble(self) -> StoreError | None:
+        """What keeps the disk from being used, as of the last attempt."""
+        if self._store is not None and self._store.is_lost:
+            return _removed(self._store)
+        return self._disk_error
+
+
+def _removed(store: Store) -> StoreAccessError:
+    return StoreAccessError(f"The folder {store.root} was removed.")

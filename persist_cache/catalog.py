@@ -13,7 +13,7 @@ from msgspec import Struct
 from persist_cache import paths
 from persist_cache.budget import Usage, written_today
 from persist_cache.disk import Disk
-from persist_cache.entry import Entry, Tier
+from persist_cache.entry import Entry
 from persist_cache.index import Reader
 from persist_cache.records import (
     NO_BLOB,
@@ -25,13 +25,6 @@ from persist_cache.records import (
     NamespaceRecord,
     entry_id,
 )
-
-
-class TierStats(Struct, frozen=True):
-    """Entries of one tier, and the bytes that only one of them needs."""
-
-    entries: int = 0
-    own_bytes: int = 0
 
 
 class StoreStats(Struct, frozen=True):
@@ -48,7 +41,6 @@ class StoreStats(Struct, frozen=True):
         daily_write_bytes: Write budget per UTC day, or None.
         written_today: Bytes written on this UTC day.
         written_bytes: Bytes written in the store's life.
-        tiers: Per tier label.
         counters: Hits, misses by reason, evictions, quarantined, and so on, over its life.
     """
 
@@ -62,7 +54,6 @@ class StoreStats(Struct, frozen=True):
     daily_write_bytes: int | None
     written_today: int
     written_bytes: int
-    tiers: Mapping[str, TierStats] = {}
     counters: Mapping[str, int] = {}
 
 
@@ -107,10 +98,6 @@ class Catalog:
 
     def fingerprint(self, record: EntryRecord) -> str:
         return self._fingerprints.get(record.namespace, "")
-
-    def own_bytes(self, record: EntryRecord) -> int:
-        """Bytes of files that only this entry needs."""
-        return self._sums[record.node][0] + self.checkpoint_bytes(record)
 
     def checkpoint_bytes(self, record: EntryRecord) -> int:
         if record.checkpoint == NO_BLOB:
@@ -223,28 +210,19 @@ def rows_bytes(blob: BlobRecord | BlobSize, edge: Edge) -> int:
     return blob.disk_bytes * edge.rows // (blob.num_tokens or 1)
 
 
-def store_stats(disk: Disk, catalog: Catalog | None = None) -> StoreStats:
-    """Totals, budget and counters of a store.
-
-    Args:
-        disk: The store.
-        catalog: Its index, if that has just been loaded.
-    """
-    with disk.index.read(copies=True) as txn:
-        catalog = catalog or Catalog(txn)
+def store_stats(disk: Disk) -> StoreStats:
+    """Totals, budget and counters of a store; takes no longer when there are more entries."""
+    with disk.index.read() as txn:
         usage = disk.budget.usage(txn)
         counters = Counter(txn.counts())
         counters.update(disk.counts())
         written_bytes = txn.counter("written_bytes")
+        number_of_entries = txn.size_of(b"entries")
         number_of_blobs = txn.size_of(b"blobs")
         today = txn.counter(written_today(disk.clock()))
-    sums = {tier: [0, 0] for tier in Tier}
-    for record in catalog.records.values():
-        sums[record.tier][0] += 1
-        sums[record.tier][1] += catalog.own_bytes(record)
     return StoreStats(
         path=str(disk.root),
-        entries=len(catalog.records),
+        entries=number_of_entries,
         blobs=number_of_blobs,
         usage=usage,
         max_bytes=disk.limits.max_bytes,
@@ -253,6 +231,5 @@ def store_stats(disk: Disk, catalog: Catalog | None = None) -> StoreStats:
         daily_write_bytes=disk.limits.daily_write_bytes,
         written_today=today,
         written_bytes=written_bytes,
-        tiers={tier.label: TierStats(*sums[tier]) for tier in Tier},
         counters=dict(sorted(counters.items())),
     )

@@ -347,8 +347,8 @@ def store_json(
         exists: Whether there is a store at all.
     """
     usage = stats.usage
-    by_tier = survey.by_tier() if survey else {}
-    by_model = survey.by_model() if survey else {}
+    by_tier = survey.by_tier if survey else {}
+    by_model = survey.by_model if survey else {}
     models = survey.models if survey else {}
     return {
         "store": stats.path,
@@ -390,7 +390,7 @@ def store_json(
             if name.startswith("misses:")
         },
         "tokens_saved": stats.counters.get("tokens_saved", 0),
-        "saved_s": survey.saved_s() if survey else 0.0,
+        "saved_s": survey.saved_s if survey else 0.0,
         "quarantine": quarantine_json(damaged),
         "disk_off": disk_off,
         "counters": dict(stats.counters),
@@ -442,6 +442,7 @@ def server_json(stats: PromptCacheStats, *, max_size: int, max_bytes: int) -> di
         "tokens_saved": {source: stats.tokens.get(source, 0) for source in ("memory", "disk")},
         "restore_s": stats.restore_s,
         "restored_bytes": stats.restored_bytes,
+        "read_ahead_bytes": stats.read_ahead_bytes,
         "saves": stats.saves,
         "written_bytes": stats.written_bytes,
         "queued_jobs": stats.queued_jobs,

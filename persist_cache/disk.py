@@ -87,8 +87,11 @@ class Disk:
         with self._lock:
             return Counter(self._counts)
 
-    def flush(self) -> None:
+    def flush(self) -> bool:
         """Commit buffered uses and counts together; they stay buffered if that fails.
+
+        Returns:
+            Whether there was anything to commit.
 
         Raises:
             StoreError: The index cannot be written.
@@ -97,7 +100,7 @@ class Disk:
             uses, self._uses = self._uses, {}
             counts, self._counts = self._counts, Counter()
         if not uses and not counts:
-            return
+            return False
 
         def apply(txn: Writer) -> None:
             for number, use in uses.items():
@@ -125,3 +128,4 @@ class Disk:
                         newer.saved_s += use.saved_s
                 self._counts.update(counts)
             raise
+        return True

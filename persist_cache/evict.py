@@ -7,8 +7,10 @@ next commit strikes them from the list. A file that cannot be unlinked stays lis
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 from persist_cache import paths
 from persist_cache.disk import Disk
@@ -57,7 +59,9 @@ class Evictor:
                 for name in names:
                     txn.put_sized(b"pending", name, SizedRecord(share, now))
                 return False
-            if protected is None or self._free(txn, excess, protected) < excess:
+            usage = budget.usage(txn)
+            hopeless = excess > usage.blobs + usage.quarantine
+            if protected is None or hopeless or self._free(txn, excess, protected) < excess:
                 # Raising undoes the evictions: they would have been for nothing.
                 raise StoreFullError(
                     "There is no room left: what remains is pinned or in use. Unpin or evict "
@@ -95,8 +99,7 @@ class Evictor:
             for number in numbers:
                 if txn.entry(number) is None:
                     raise KeyError(entry_id(number))
-                paths.drop_entry(txn, number, reason, self._disk.clock())
-            txn.count("evicted", len(numbers))
+            self._drop(txn, numbers, "evicted", reason)
             return before - txn.counter(paths.BLOB_BYTES)
 
         freed = self._disk.index.update(drop)
@@ -173,7 +176,6 @@ class Evictor:
 
     def _free(self, txn: Writer, excess: int, protected: frozenset[int]) -> int:
         """Drop entries until `excess` bytes are freed or nothing may go; returns bytes freed."""
-        now = self._disk.clock()
         start = txn.counter(paths.BLOB_BYTES)
         waste = self._drop_quarantine(txn)
         shielded = protected | self._disk.nodes_served(txn)
@@ -182,28 +184,31 @@ class Evictor:
             return waste + start - txn.counter(paths.BLOB_BYTES)
 
         self._drop_expired(txn, shielded)
-        dropped = 0
-        if freed() < excess:
-            for number in paths.victims(txn, shielded):
-                paths.drop_entry(txn, number, "evicted to make room", now)
-                dropped += 1
-                if freed() >= excess:
-                    break
-        if dropped:
-            txn.count("evicted", dropped)
+        victims = itertools.takewhile(lambda _: freed() < excess, paths.victims(txn, shielded))
+        self._drop(txn, victims, "evicted", "evicted to make room")
         return freed()
 
     def _drop_expired(self, txn: Writer, shielded: set[int] | frozenset[int]) -> int:
-        now = self._disk.clock()
-        dropped = 0
-        for number in txn.expired(now):
+        past = []
+        for number in txn.expired(self._disk.clock()):
             record = txn.entry(number)
             if record is not None and not record.pinned and record.node not in shielded:
-                paths.drop_entry(txn, number, "expired", now)
-                dropped += 1
+                past.append(number)
+        return self._drop(txn, past, "expired", "expired")
+
+    def _drop(self, txn: Writer, numbers: Iterable[int], cause: str, reason: str) -> int:
+        """Drop entries and count them, in all and by tier; returns how many there were."""
+        dropped: Counter[str] = Counter()
+        for number in numbers:
+            record = txn.entry(number)
+            if record is not None:
+                paths.drop_entry(txn, number, reason, self._disk.clock())
+                dropped[record.tier.label] += 1
+        for tier, count in dropped.items():
+            txn.count(f"{cause}:{tier}", count)
         if dropped:
-            txn.count("expired", dropped)
-        return dropped
+            txn.count(cause, dropped.total())
+        return dropped.total()
 
     def _drop_quarantine(self, txn: Writer) -> int:
         """Damaged files are kept out of courtesy only: they go before anything useful does."""

@@ -14,19 +14,25 @@ import contextlib
 import errno
 import fcntl
 import os
+import struct
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from persist_cache.errors import StoreError, StoreFullError
+from persist_cache.errors import StoreAccessError, StoreError, StoreFullError
 
 FILE_MODE = 0o600
 FOLDER_MODE = 0o700
 _MAX_BUFFERS = 1000  # IOV_MAX is 1024 on Linux and macOS
 _MAX_BYTES = 1 << 30
+_ADVISED_BYTES = 128 << 10  # Linux reads no more for one piece of advice, on some devices
+_F_RDADVISE = 44  # macOS, <sys/fcntl.h>; Python does not name it
 _OF_THE_FILE = frozenset(
     (errno.EIO, errno.ENOENT, errno.ELOOP, errno.EISDIR, errno.EACCES, errno.EPERM)
 )
+
+FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
+"""What a file system says that is read-only, or not ours."""
 
 
 def create(path: Path) -> int:
@@ -143,6 +149,25 @@ def unlock(fd: int) -> None:
     fcntl.flock(fd, fcntl.LOCK_UN)
 
 
+def read_ahead(path: Path) -> int:
+    """Have the system read `path` into its page cache meanwhile; returns its bytes.
+
+    Advice only: where the system takes none, nothing happens.
+    """
+    fd = open_read(path)
+    try:
+        nbytes = os.fstat(fd).st_size
+        for start in range(0, nbytes, _ADVISED_BYTES):
+            if sys.platform == "darwin":
+                # struct radvisory: where, and how much.
+                fcntl.fcntl(fd, _F_RDADVISE, struct.pack("qi4x", start, _ADVISED_BYTES))
+            elif hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(fd, start, _ADVISED_BYTES, os.POSIX_FADV_WILLNEED)
+        return nbytes
+    finally:
+        os.close(fd)
+
+
 def free_bytes(path: Path) -> int:
     """Bytes that an unprivileged process may still write to the file system of `path`."""
     status = os.statvfs(path)
@@ -167,6 +192,8 @@ def translated(error: OSError, doing: str) -> StoreError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StoreFullError(f"The disk is full ({doing}); nothing was changed.")
     reason = os.strerror(error.errno) if error.errno else str(error)
+    if error.errno in FORBIDDEN:
+        return StoreAccessError(f"The disk may not be used ({doing}): {reason}.")
     return StoreError(f"The disk failed ({doing}): {reason}.")
 
 

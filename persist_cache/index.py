@@ -24,6 +24,7 @@ import msgspec
 
 from persist_cache import fs
 from persist_cache.errors import (
+    StoreAccessError,
     StoreError,
     StoreFormatError,
     StoreFullError,
@@ -396,7 +397,7 @@ class Index:
         self._env = _open_environment(root, read_only, map_bytes)
         try:
             self._check_last_page()
-            self._inode = self.data_path.stat().st_ino
+            self._file = _identity(self.data_path)
             if not read_only:
                 self._lock_fd = fs.open_shared(root / "writer.lock")
                 # LMDB creates its files under the umask, which may be any.
@@ -511,9 +512,12 @@ class Index:
         return sum(fs.disk_bytes(self.root / name) for name in names)
 
     def is_lost(self) -> bool:
-        """Whether the file that is open no longer has its name: somebody removed the folder."""
+        """Whether the open file no longer has its name: somebody removed or replaced the folder.
+
+        A closed one has none: it was lost before, and its number may be another file's by now.
+        """
         try:
-            return self.data_path.stat().st_ino != self._inode
+            return self._closed or _identity(self.data_path) != self._file
         except OSError:
             return True
 
@@ -646,6 +650,11 @@ class Index:
             )
 
 
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
 def _initialise(txn: Writer) -> None:
     if txn.meta("schema") is None:
         txn.add("schema", SCHEMA_VERSION)
@@ -692,6 +701,8 @@ def _translated(error: lmdb.Error) -> StoreError:
     text = str(error)
     if isinstance(error, lmdb.MapFullError) or os.strerror(errno.ENOSPC) in text:
         return StoreFullError("The disk is full; nothing was changed in the index.")
+    if any(os.strerror(one) in text for one in fs.FORBIDDEN):
+        return StoreAccessError(f"The index may not be used: {text}.")
     if isinstance(error, _DAMAGE):
         return DamagedIndexError(f"The index is damaged ({text}); run `persist-cache check`.")
     return StoreError(f"The index failed: {text}.")

@@ -34,6 +34,7 @@ _REASONS = (
 OTHER_REASON = "disk_error"
 """Any other reason is the sentence of an error from the store."""
 SOURCES = ("memory", "disk")
+_TROUBLES = {"StoreFullError": "full", "StoreAccessError": "not_writable"}
 
 
 def reason_label(reason: str) -> str:
@@ -73,7 +74,7 @@ class CacheCollector(Collector):
         yield from _memory(stats)
         if self._healthy is not None:
             yield _gauge("model_up", "1 while the model can answer.", int(self._healthy()))
-        yield _gauge("disk_off", "1 while nothing is kept on disk.", int(bool(stats.disk_off)))
+        yield _disk_off(stats)
         if stats.store is not None:
             yield from _store(stats.store)
 
@@ -104,6 +105,9 @@ def _requests(stats: PromptCacheStats) -> Iterator[CounterMetricFamily]:
     )
     yield _counter("restore_seconds", "Seconds spent in loading from disk.", stats.restore_s)
     yield _counter("restored_bytes", "Bytes loaded from disk.", stats.restored_bytes)
+    yield _counter(
+        "read_ahead_bytes", "Bytes read ahead for waiting requests.", stats.read_ahead_bytes
+    )
 
 
 def _saving(stats: PromptCacheStats) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
@@ -125,20 +129,22 @@ def _memory(stats: PromptCacheStats) -> Iterator[GaugeMetricFamily]:
     yield _gauge_by("memory_bytes", "Bytes of the caches in memory.", "tier", nbytes)
 
 
+def _disk_off(stats: PromptCacheStats) -> GaugeMetricFamily:
+    reason = ""
+    if stats.disk_error:
+        reason = _TROUBLES.get(stats.disk_error, "failed")
+    elif stats.disk_off:
+        reason = "memory_only"
+    return _gauge_by(
+        "disk_off",
+        "1 while nothing is kept on disk for this reason; GET /v1/cache/stats has the sentence.",
+        "reason",
+        {one: int(one == reason) for one in ("memory_only", "failed", *_TROUBLES.values())},
+    )
+
+
 def _store(store: StoreStats) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
-    tiers = store.tiers
-    yield _gauge_by(
-        "disk_entries",
-        "Entries on disk.",
-        "tier",
-        {tier: tiers[tier].entries if tier in tiers else 0 for tier in TIER_LABELS},
-    )
-    yield _gauge_by(
-        "disk_own_bytes",
-        "Bytes of files that only one entry needs.",
-        "tier",
-        {tier: tiers[tier].own_bytes if tier in tiers else 0 for tier in TIER_LABELS},
-    )
+    yield _gauge("disk_entries", "Entries on disk.", store.entries)
     usage = store.usage
     kinds = ("blobs", "index", "pending", "trash", "quarantine", "folders")
     yield _gauge_by(
@@ -163,8 +169,15 @@ def _store(store: StoreStats) -> Iterator[CounterMetricFamily | GaugeMetricFamil
     yield _counter(
         "disk_written_bytes", "Bytes written in the life of the store.", store.written_bytes
     )
-    evictions = {"evicted": counters.get("evicted", 0), "expired": counters.get("expired", 0)}
-    yield _by("evictions", "Entries removed in the life of the store.", "cause", evictions)
+    evictions = CounterMetricFamily(
+        "persist_cache_evictions",
+        "Entries removed in the life of the store.",
+        labels=["cause", "tier"],
+    )
+    for cause in ("evicted", "expired"):
+        for tier in TIER_LABELS:
+            evictions.add_metric([cause, tier], counters.get(f"{cause}:{tier}", 0))
+    yield evictions
     yield _counter("quarantined", "Damaged blobs put aside.", counters.get("quarantined", 0))
     yield _counter(
         "stale_rejected",

@@ -9,6 +9,8 @@ orderly end. This is the only importer of `mlx_lm.server`, whose private seam is
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import logging
 import os
 import signal
@@ -17,14 +19,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import msgspec
 from mlx_lm import server as upstream
 
-from persist_cache.admin import Admin
+from persist_cache.admin import Admin, system_tokens
 from persist_cache.cache import PromptCache
 from persist_cache.errors import PersistCacheError, StoreError
 from persist_cache.fingerprint import Identifier
@@ -95,7 +98,8 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
         self._fetches: deque[tuple[Sequence[int], Fetch]] = deque(maxlen=256)
         self._answering = threading.local()
         self._in_flight = 0
-        self.was_cut = False
+        self._reader = ThreadPoolExecutor(1, "persist-cache-read-ahead")
+        self._spare: tuple[Any, Any] | None = None
         self.admin: Admin | None = None
         self._changed = threading.Condition()
         super().__init__(model_provider, prompt_cache)
@@ -108,6 +112,10 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
             if len(segments) == 1 and types == ["assistant"] and request.request_type == "chat":
                 segments, types = self._cut_tool_turn(tokenizer, request, args, prompt)
             segments, types = self._cut_at_branch(prompt, segments, types)
+        part = getattr(request, "wanted_part", "")
+        if part:
+            end = len(prompt) - 1 if part == "prompt" else system_tokens(segments, types)
+            self.cache.cut_answer(prompt, end)
         return prompt, segments, types, initial_state, vision
 
     def _cut_tool_turn(
@@ -225,9 +233,46 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
         generation_args: Any,
         progress_callback: Callable[[int, int], None] | None = None,
     ) -> Any:
+        if part := getattr(self._answering, "wanted_part", ""):
+            request.wanted_part = part
+        if self._in_flight > 1:
+            self._reader.submit(self._read_ahead, request, generation_args)
         ctx, response = super().generate(request, generation_args, progress_callback)
         self._answering.fetch = self._fetch_of(ctx)
         return ctx, response
+
+    def _read_ahead(self, request: Any, args: Any) -> None:
+        """Have the disk read what a request needs while the loop still decodes for others.
+
+        It looks at new requests twice a second only. On a thread of its own, with a tokenizer of
+        its own; what fails here is left to upstream to say.
+        """
+        provider = self.model_provider
+        key, tokenizer = provider.model_key, provider.tokenizer
+        wanted = args.model.model
+        if wanted == "default_model":
+            wanted = self.cli_args.model
+        if key is None or tokenizer is None or wanted != key[0]:
+            return
+        try:
+            if self._spare is None or self._spare[0] is not tokenizer:
+                # The generation thread uses the other one; not all tokenizers bear company.
+                self._spare = (tokenizer, copy.deepcopy(tokenizer))
+            if any(upstream._image_parts(request.messages)):
+                return
+            mine = dataclasses.replace(request, messages=copy.deepcopy(request.messages))
+            self.cache.read_ahead(key, super()._tokenize(self._spare[1], mine, args)[0])
+        except Exception as error:
+            log.debug("nothing was read ahead: %s", error)
+
+    @contextlib.contextmanager
+    def keeping_only(self, part: Literal["prompt", "system"]) -> Iterator[None]:
+        """Have requests of this thread leave the cache of that part of theirs, and nothing else."""
+        self._answering.wanted_part = part
+        try:
+            yield
+        finally:
+            self._answering.wanted_part = ""
 
     @contextlib.contextmanager
     def in_flight(self) -> Iterator[None]:
@@ -333,7 +378,7 @@ def cache_header(fetch: Fetch) -> str:
 
 
 def serve(upstream_args: Sequence[str], options: ServeOptions) -> None:
-    """Run `mlx_lm.server` with our cache until SIGTERM or SIGINT.
+    """Run `mlx_lm.server` with our cache until SIGTERM or SIGINT, which end the process.
 
     Args:
         upstream_args: Command line for `mlx_lm.server`'s own parser.
@@ -374,6 +419,7 @@ def _run(host: str, port: int, provider: Any, options: ServeOptions) -> None:
         identify=identifier,
         leave_tokens=1,
         persist=options.persist,
+        disk_off=why_off,
     )
     log.info("%s", _start_line(store, why_off, args.prompt_cache_size, memory_bytes, options))
     generator = Generator(provider, cache)
@@ -388,12 +434,12 @@ def _run(host: str, port: int, provider: Any, options: ServeOptions) -> None:
         cache.close()
         if store is not None:
             store.close()
-    if generator.was_cut:
-        # Threads of cut requests may still be inside of MLX, whose end would abort the process.
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+    # Threads that answer or were cut may still be about. The interpreter's end would have them run
+    # into what is gone already, MLX and standard error, which aborts the process.
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _listen(host: str, port: int, generator: Generator, grace_s: float) -> None:
@@ -403,12 +449,14 @@ def _listen(host: str, port: int, generator: Generator, grace_s: float) -> None:
         log.info("stopping: waiting up to %.0f s for running requests", grace_s)
         if not generator.drain(grace_s):
             log.warning("running requests were cut after %.0f s", grace_s)
-            generator.was_cut = True
         stop()
 
     generator.stop_and_join = drain_then_stop
     try:
         upstream._run_http_server(host, port, generator, handler_class=Handler)
+    except KeyboardInterrupt:
+        # Before it listened, or for the second time: whoever waits does so in vain.
+        stop()
     except OSError as error:
         stop()
         raise PersistCacheError(
@@ -419,7 +467,7 @@ def _listen(host: str, port: int, generator: Generator, grace_s: float) -> None:
 def _open_store(options: ServeOptions, *, distributed: bool) -> tuple[Store | None, str]:
     """The store, or why there is none: a server without its disk still answers."""
     if not options.persist:
-        return None, "--persist none"
+        return None, "no store was given (--persist none)"
     if distributed:
         return None, "several ranks share one model, and shards are not stored yet"
     try:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from msgspec import Struct
 
-from persist_cache import catalog, health, opening, paths
+from persist_cache import catalog, fs, health, opening, paths
 from persist_cache.blobs import BlobFolder, BlobReader
 from persist_cache.budget import Limits
 from persist_cache.catalog import Catalog, StoreStats
@@ -281,6 +281,21 @@ class Store:
                 return None
         return None
 
+    def read_ahead(self, match: Match) -> int:
+        """Have the system read what `match` needs, so that a `fetch` soon after waits for less.
+
+        Only advice: nothing is verified, kept or changed, and what is gone is passed over.
+
+        Returns:
+            Bytes of the files.
+        """
+        nbytes = 0
+        for name in (*(run.blob for run in match.runs), match.checkpoint):
+            if name is not None:
+                with contextlib.suppress(OSError):
+                    nbytes += fs.read_ahead(self._disk.folder.path(name))
+        return nbytes
+
     @contextlib.contextmanager
     def _readers(
         self, match: Match
@@ -382,14 +397,13 @@ class Store:
         """Add to a counter that `stats` shows. Buffered like `touch`."""
         self._disk.count(name, amount)
 
-    def flush(self) -> None:
-        """Commit buffered uses and counts.
+    def flush(self) -> bool:
+        """Commit buffered uses and counts; returns whether there were any.
 
         Raises:
             StoreError: The index cannot be written; they stay buffered.
         """
-        if not self.read_only:
-            self._disk.flush()
+        return not self.read_only and self._disk.flush()
 
     # ---- look after --------------------------------------------------------------------------
 

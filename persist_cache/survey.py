@@ -20,11 +20,9 @@ from msgspec import Struct
 from persist_cache import paths
 from persist_cache.catalog import (
     Catalog,
-    StoreStats,
     known_blob,
     load_entry,
     namespace_of,
-    store_stats,
 )
 from persist_cache.entry import Entry, Tier, unpack_tokens
 from persist_cache.errors import StoreError
@@ -196,10 +194,6 @@ class Survey:
         with _consistent():
             return self._catalog.entries()
 
-    def stats(self) -> StoreStats:
-        """Totals, budget and counters, without loading the index once more."""
-        return store_stats(self._store._disk, self._catalog)
-
     def model_of(self, entry: Entry) -> Model:
         return self.models.get(entry.fingerprint) or Model(entry.fingerprint)
 
@@ -236,6 +230,7 @@ class Survey:
             kept_for=kept_for,
         )
 
+    @cached_property
     def by_tier(self) -> dict[Tier, Amount]:
         """Per tier; rows that several share count for the highest tier among them."""
         catalog = self._catalog
@@ -250,6 +245,7 @@ class Survey:
             highest[parent] = max(highest.get(parent, Tier.ASSISTANT), tier)
         return self._amounts(nbytes, lambda record: record.tier)
 
+    @cached_property
     def by_model(self) -> dict[str, Amount]:
         """Per fingerprint, those without entries left out."""
         catalog = self._catalog
@@ -260,6 +256,7 @@ class Survey:
             nbytes[above[node]] += catalog.shares[node]
         return self._amounts(nbytes, catalog.fingerprint)
 
+    @cached_property
     def saved_s(self) -> float:
         """Seconds of prefill that the hits of all entries saved."""
         return sum(record.saved_s for record in self._catalog.records.values())

@@ -44,11 +44,13 @@ class PromptCacheStats:
         tokens: Tokens that were not computed, by source.
         restore_s: Seconds spent in loading from disk.
         restored_bytes: Bytes loaded from disk.
+        read_ahead_bytes: Bytes of files that the system was told to read for waiting requests.
         saves: Entries written.
         written_bytes: Bytes written.
         queued_jobs, queued_bytes: Saves that wait, and the cache memory they keep alive.
         problems: Things that went wrong or were refused, by name.
         disk_off: Why nothing is kept on disk, or "" when it is.
+        disk_error: Class of the `StoreError` behind that, or "" if no error is.
         store: Totals of the store, or None without one.
     """
 
@@ -58,12 +60,14 @@ class PromptCacheStats:
     tokens: Mapping[str, int]
     restore_s: float
     restored_bytes: int
+    read_ahead_bytes: int
     saves: int
     written_bytes: int
     queued_jobs: int
     queued_bytes: int
     problems: Mapping[str, int]
     disk_off: str
+    disk_error: str
     store: StoreStats | None
 
 
@@ -94,6 +98,7 @@ class Tally:
         self._problems: Counter[str] = Counter()
         self._restore_s = 0.0
         self._restored_bytes = 0
+        self._read_ahead_bytes = 0
         self._saves = 0
         self._written_bytes = 0
 
@@ -119,6 +124,11 @@ class Tally:
             if fetch.source == "disk":
                 self._restore_s += fetch.seconds
                 self._restored_bytes += fetch.nbytes
+
+    def read_ahead(self, nbytes: int) -> None:
+        """Count bytes that the system was told to read."""
+        with self._lock:
+            self._read_ahead_bytes += nbytes
 
     def saved(self, nbytes: int) -> None:
         """Count an entry that was written, unless all of it was there."""
@@ -157,6 +167,7 @@ class Tally:
         memory: Mapping[str, Mapping[str, int]],
         queue: tuple[int, int],
         disk_off: str,
+        disk_error: str,
         store: StoreStats | None,
     ) -> PromptCacheStats:
         """All counters, together with what the cache knows of itself.
@@ -165,6 +176,7 @@ class Tally:
             memory: Sequences and bytes per tier label.
             queue: Jobs that wait, and the bytes they keep alive.
             disk_off: Why nothing is kept on disk, or "".
+            disk_error: Class of the error behind that, or "".
             store: Totals of the store.
         """
         with self._lock:
@@ -175,12 +187,14 @@ class Tally:
                 tokens=dict(self._tokens),
                 restore_s=self._restore_s,
                 restored_bytes=self._restored_bytes,
+                read_ahead_bytes=self._read_ahead_bytes,
                 saves=self._saves,
                 written_bytes=self._written_bytes,
                 queued_jobs=queue[0],
                 queued_bytes=queue[1],
                 problems=dict(self._problems),
                 disk_off=disk_off,
+                disk_error=disk_error,
                 store=store,
             )
 

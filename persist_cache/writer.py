@@ -16,6 +16,9 @@ from dataclasses import dataclass, field
 
 log = logging.getLogger(__name__)
 
+_IDLE_AGAIN = 5
+"""Idle work is also how a disk that failed is tried again, so it comes back, but rarely."""
+
 
 @dataclass(order=True, slots=True)
 class _Job:
@@ -38,11 +41,12 @@ class WriteBehind:
         Args:
             max_bytes: Cache memory that waiting jobs may keep alive. A single larger job is
                 accepted while nothing else waits.
-            idle_s: Seconds without jobs or `poke` after which `on_idle` is called, once.
+            idle_s: Seconds without jobs or `poke` after which `on_idle` is called; while nothing
+                else happens, it is called again after five times as long.
             on_idle: Called on the thread; it may submit jobs.
         """
         self._max_bytes = max_bytes
-        self._idle_s = idle_s
+        self._idle_s = max(idle_s, 0.01)
         self._on_idle = on_idle
         self._changed = threading.Condition()
         self._jobs: list[_Job] = []
@@ -51,7 +55,6 @@ class WriteBehind:
         self._running = False
         self._closing = False
         self._idle_at = time.monotonic() + idle_s
-        self._was_idle = False
         self._thread = threading.Thread(target=self._run, name="persist-cache-writer", daemon=True)
         self._thread.start()
 
@@ -82,7 +85,6 @@ class WriteBehind:
     def poke(self) -> None:
         """Say that the process is busy: idle work waits another `idle_s`."""
         self._idle_at = time.monotonic() + self._idle_s
-        self._was_idle = False
 
     def waiting(self) -> tuple[int, int]:
         """Jobs not finished yet, and the bytes they keep alive."""
@@ -133,8 +135,8 @@ class WriteBehind:
             if self._closing:
                 return None
             wait = self._idle_at - time.monotonic()
-            if wait <= 0 and not self._was_idle:
-                self._was_idle = True
+            if wait <= 0:
+                self._idle_at = time.monotonic() + _IDLE_AGAIN * self._idle_s
                 return None
-            # After idle work nothing is due; poke() cannot wake us, so look again now and then.
-            self._changed.wait(max(wait, 0.0) or self._idle_s)
+            # poke() cannot wake us, so look again now and then.
+            self._changed.wait(min(wait, self._idle_s))

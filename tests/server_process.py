@@ -41,6 +41,7 @@ class ServerProcess:
         folder: Path,
         *,
         flags: tuple[str, ...] = (),
+        module: str = "tests.server_process",
         **options: Any,
     ) -> None:
         """Prepare a server.
@@ -50,6 +51,7 @@ class ServerProcess:
             store: Folder of its store.
             folder: Where the log and the job file go.
             flags: Further flags of `mlx_lm.server`.
+            module: What the process runs, with the job's file as its argument.
             options: Further fields of `ServeOptions`.
         """
         self.port = free_port()
@@ -64,6 +66,7 @@ class ServerProcess:
         self._job.write_text(
             json.dumps({"flags": upstream, "options": {"store": str(store), **options}})
         )
+        self._module = module
         self.process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -81,7 +84,7 @@ class ServerProcess:
 
     def command(self) -> list[str]:
         """What is run."""
-        return [sys.executable, "-m", "tests.server_process", str(self._job)]
+        return [sys.executable, "-m", self._module, str(self._job)]
 
     def start(self) -> None:
         """Start it and wait until it is healthy.

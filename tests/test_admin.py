@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from collections.abc import Iterator
 from email.message import Message
 from pathlib import Path
@@ -340,6 +341,28 @@ def test_unchanged_lists_are_not_sent_again(cache: PromptCache, store: Store) ->
     assert json.loads(changed.body)["total"] == 2
 
 
+def test_statistics_of_a_large_store_do_not_load_it_at_each_commit(
+    cache: PromptCache, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = []
+
+    class Large(Survey):
+        def __init__(self, store: Store) -> None:
+            loaded.append(store)
+            time.sleep(0.5)
+            super().__init__(store)
+
+    monkeypatch.setattr("persist_cache.admin.Survey", Large)
+    admin = Admin(cache)
+    for number in range(3):
+        put(store, [number, 2, 3])
+        _, said = ask(admin, "GET", "/v1/cache/stats")
+
+    assert len(loaded) == 1
+    assert said["store"]["entries"] == 3
+    assert len(ask(admin, "GET", "/v1/cache/entries")[1]["entries"]) == 3
+
+
 def test_every_entry_of_a_large_store_is_reached_through_the_tree(
     cache: PromptCache, store: Store
 ) -> None:
@@ -528,6 +551,38 @@ def test_warm_stores_a_system_prompt_and_the_next_request_finds_it(server: Serve
     assert entry["expires"] > entry["created"] + 3000
     cached = answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
     assert cached >= warmed["num_tokens"]
+
+
+def test_warm_leaves_what_was_asked_for_and_nothing_else(server: ServerProcess) -> None:
+    def ids() -> set[str]:
+        assert server.request("POST", "/v1/cache/flush").status_code == 200
+        found = server.get("/v1/cache/entries?limit=1000")["entries"]
+        return {entry["id"] for entry in found}
+
+    def caches() -> int:
+        tiers = server.get("/v1/cache/stats")["server"]["memory"]["tiers"]
+        return sum(tier["entries"] for tier in tiers)
+
+    system = {"role": "system", "content": "You answer like a baker. " * 10}
+    user = {"role": "user", "content": "Where is the bread? " * 10}
+    before, held = ids(), caches()
+
+    warmed = server.request("POST", "/v1/cache/warm", json={"messages": [system]}).json()
+    after_system, held_after = ids(), caches()
+    whole = server.request("POST", "/v1/cache/warm", json={"messages": [system, user]}).json()
+    after_whole = ids()
+    answer = server.chat(("system", system["content"]), ("user", user["content"]))
+    reply = answer.json()["usage"]
+    # The answer is sent before its cache is kept.
+    deadline = time.monotonic() + 10
+    while not (new := ids() - after_whole) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+    assert after_system - before == {warmed["id"]}
+    assert held_after == min(held + 1, 10)
+    assert after_whole - after_system == {whole["id"]}
+    assert reply["prompt_tokens_details"]["cached_tokens"] == whole["num_tokens"]
+    assert len(new) == 1, "a request of its own keeps its answer"
 
 
 def test_warm_stores_a_whole_conversation(server: ServerProcess) -> None:
@@ -763,4 +818,6 @@ def test_metrics_of_a_real_server(server: ServerProcess) -> None:
     text = server.request("GET", "/metrics").text
 
     assert "persist_cache_model_up 1.0" in text
-    assert 'persist_cache_disk_entries{tier="system"}' in text
+    assert "persist_cache_disk_entries " in text
+    assert 'persist_cache_evictions_total{cause="evicted",tier="system"}' in text
+    assert 'persist_cache_disk_off{reason="full"} 0.0' in text

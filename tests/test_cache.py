@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 import time
@@ -586,3 +587,46 @@ def test_threads_may_share_a_cache(make: Callable[..., PromptCache]) -> None:
 def test_bad_options_are_refused(options: dict[str, Any], codec: FakeCodec) -> None:
     with pytest.raises(ValueError, match=r"negative|narrator"):
         PromptCache(codec=codec, **options)
+
+
+def test_read_ahead_advises_the_files_of_a_fetch_and_nothing_else(
+    make: Callable[..., PromptCache], disk: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = make()
+    insert(first, range(100), "system")
+    first.flush()
+    second = make()
+    advised: list[str] = []
+    read_ahead = fs.read_ahead
+
+    def noted(path: Path) -> int:
+        advised.append(path.stem)
+        return read_ahead(path)
+
+    monkeypatch.setattr(fs, "read_ahead", noted)
+    nbytes = second.read_ahead(MODEL, range(110))
+    of_another_prompt = second.read_ahead(MODEL, range(50, 150))
+    in_memory = first.read_ahead(MODEL, range(110))
+
+    runs = disk.match(fingerprint(), list(range(110))).runs
+    assert advised == [run.blob for run in runs]
+    assert second.stats().read_ahead_bytes == nbytes > 0
+    assert of_another_prompt == in_memory == 0
+    assert second.stats().hits == {}
+    assert fetch(second, range(110)) == list(range(100))
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="macOS takes another advice")
+def test_advice_covers_a_whole_file_in_pieces_that_linux_heeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(300_000))
+    spans: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, start, n, kind: spans.append((start, n)))
+
+    assert fs.read_ahead(path) == 300_000
+
+    assert all(size <= 128 << 10 for _, size in spans)
+    assert [start for start, _ in spans] == [sum(n for _, n in spans[:k]) for k in range(3)]
+    assert sum(size for _, size in spans) >= 300_000

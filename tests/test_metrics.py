@@ -8,12 +8,15 @@ import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from persist_cache.cache import PromptCache
+from persist_cache.index import Reader
 from persist_cache.metrics import CacheCollector, exposition, reason_label
 from persist_cache.store import Store
 from persist_cache.tally import PromptCacheStats
-from tests.fakes import put
+from tests.bulk_store import conversations, fill
+from tests.fakes import Clock, blob_files, fetched, fingerprint, put
 
-EMPTY = PromptCacheStats({}, {}, {}, {}, 0.0, 0, 0, 0, 0, 0, {}, "", None)
+EMPTY = PromptCacheStats({}, {}, {}, {}, 0.0, 0, 0, 0, 0, 0, 0, {}, "", "", None)
 
 
 def samples(stats: PromptCacheStats, healthy: bool = True) -> dict[tuple[str, ...], float]:
@@ -35,12 +38,14 @@ def test_counters_of_the_process_are_reported() -> None:
         tokens={"memory": 30, "disk": 20},
         restore_s=1.5,
         restored_bytes=1000,
+        read_ahead_bytes=900,
         saves=6,
         written_bytes=600,
         queued_jobs=1,
         queued_bytes=100,
         problems={"disk:StoreFullError": 2, "disk:StoreError": 1},
         disk_off="the disk is full",
+        disk_error="StoreFullError",
     )
 
     found = samples(stats, healthy=False)
@@ -52,6 +57,7 @@ def test_counters_of_the_process_are_reported() -> None:
         ("tokens_saved_total", "disk"): 20,
         ("restore_seconds_total",): 1.5,
         ("restored_bytes_total",): 1000,
+        ("read_ahead_bytes_total",): 900,
         ("writes_total",): 6,
         ("written_bytes_total",): 600,
         ("queue_jobs",): 1,
@@ -59,35 +65,68 @@ def test_counters_of_the_process_are_reported() -> None:
         ("problems_total", "disk"): 3,
         ("memory_entries", "system"): 2,
         ("memory_bytes", "system"): 300,
-        ("disk_off",): 1,
+        ("disk_off", "full"): 1,
+        ("disk_off", "memory_only"): 0,
         ("model_up",): 0,
     }
     assert {key: found[key] for key in expected} == expected
 
 
-def test_totals_of_the_store_are_reported(store: Store) -> None:
+def test_totals_of_the_store_are_reported(store: Store, clock: Clock) -> None:
     put(store, [1, 2, 3], tier="system")
     first = put(store, [4, 5, 6], tier="user")
+    put(store, [7, 8, 9], expires=clock() + 1)
     store.evict([first])
+    clock.advance(2)
+    store.gc()
     store.count("bad_reads", 2)
     totals = store.stats()
 
     found = samples(replace(EMPTY, store=totals))
 
-    assert found["disk_entries", "system"] == 1
-    assert found["disk_entries", "user"] == 0
-    assert found["disk_own_bytes", "system"] == totals.tiers["system"].own_bytes > 0
+    assert found[("disk_entries",)] == 1
     assert found[("disk_used_bytes",)] == totals.usage.total
     assert found["disk_bytes", "blobs"] == totals.usage.blobs
     assert found[("disk_budget_bytes",)] == totals.max_bytes
     assert found[("disk_free_bytes",)] == totals.free_bytes
     assert found[("disk_written_today_bytes",)] == totals.written_today > 0
-    assert found["evictions_total", "evicted"] == 1
+    assert found["evictions_total", "evicted", "user"] == 1
+    assert found["evictions_total", "evicted", "assistant"] == 0
+    assert found["evictions_total", "expired", "assistant"] == 1
+    assert found[("disk_min_free_bytes",)] == totals.min_free_bytes
     assert found[("stale_rejected_total",)] == 2
     assert found[("quarantined_total",)] == 0
     assert ("disk_daily_write_budget_bytes",) not in found
     budget = msgspec.structs.replace(totals, daily_write_bytes=7)
     assert samples(replace(EMPTY, store=budget))[("disk_daily_write_budget_bytes",)] == 7
+
+
+def test_damaged_blob_is_counted_as_rejected_and_as_quarantined(store: Store) -> None:
+    put(store, [1, 2, 3])
+    (path,) = blob_files(store.root)
+    path.write_bytes(path.read_bytes()[:-1])
+    assert fetched(store, [1, 2, 3]) == 0
+
+    found = samples(replace(EMPTY, store=store.stats()))
+
+    assert found[("stale_rejected_total",)] == 1
+    assert found[("quarantined_total",)] == 1
+    assert found["disk_bytes", "quarantine"] > 0
+
+
+def test_statistics_read_no_table(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are scraped every few seconds, beside a decode loop, whatever the store holds."""
+    fill(store, conversations(fingerprint(), 100))
+
+    def forbidden(self: Reader, database: bytes) -> None:
+        raise AssertionError(f"all of {database!r} was read")
+
+    monkeypatch.setattr(Reader, "_table", forbidden)
+    with PromptCache(store=store) as cache:
+        found = samples(cache.stats())
+        assert cache.disk_off == ""
+
+    assert found[("disk_entries",)] == 100
 
 
 def test_labels_stay_few_whatever_the_reasons_are() -> None:
@@ -102,8 +141,6 @@ def test_labels_stay_few_whatever_the_reasons_are() -> None:
 
 @pytest.mark.parametrize("words", [(), ("a", "b")])
 def test_reasons_that_the_store_gives_have_labels(store: Store, words: tuple[str, ...]) -> None:
-    from tests.fakes import fingerprint
-
     if words:
         put(store, [1, 2, 3])
     reason = store.match(fingerprint(), [9, 9]).reason

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import random
+import re
 import signal
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+import requests
 
 from persist_cache import Store
 from tests.server_process import ServerProcess
@@ -112,6 +115,48 @@ def test_sigterm_lets_a_running_request_end_and_saves_it(
     assert answers[0]["usage"]["completion_tokens"] > 0
     with Store.open(store) as checked:
         assert any(entry.tier.label == "assistant" for entry in checked.entries())
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.1, 0.4])
+def test_sigterm_that_cuts_requests_ends_with_status_0(
+    model: Path, store: Path, tmp_path: Path, delay_s: float
+) -> None:
+    """The interpreter's end beside living threads aborts the process now and then."""
+    with server(model, store, tmp_path, grace_s=0.0) as running:
+        streams = [
+            _begin_stream(running, [("system", SYSTEM), ("user", f"Story {number}")], 3000)
+            for number in range(3)
+        ]
+        threading.Event().wait(delay_s)
+
+        assert running.stop() == 0
+        for stream in streams:
+            stream.close()
+
+    with Store.open(store) as checked:
+        assert checked.check(read_data=True) == []
+        assert checked.entries() != []
+
+
+def test_request_that_waits_for_others_is_read_ahead(
+    model: Path, store: Path, tmp_path: Path
+) -> None:
+    with server(model, store, tmp_path) as first:
+        ask(first, ("system", SYSTEM), ("user", "Who are you?"))
+        first.stop()
+
+    with server(model, store, tmp_path) as second:
+        with _begin_stream(second, [("user", "Once upon a time")], 2000):
+            answer = ask(second, ("system", SYSTEM), ("user", "What time is it?"))
+            # It is advice, beside the request; nobody waits for it.
+            deadline = time.monotonic() + 10
+            while not (read := second.get("/v1/cache/stats")["server"]["read_ahead_bytes"]):
+                assert time.monotonic() < deadline, second.log.read_text()
+                time.sleep(0.05)
+        second.stop()
+
+    assert answer["header"] == f"disk; tokens={cached(answer)}"
+    assert read > 100 * cached(answer)
 
 
 def test_tool_turn_leaves_system_and_user_entries(model: Path, store: Path, tmp_path: Path) -> None:
@@ -297,7 +342,10 @@ def test_openai_client_over_two_turns_and_a_restart(client: tuple[openai.OpenAI,
 def test_many_clients_and_restarts_answer_as_without_a_cache(
     model: Path, store: Path, tmp_path: Path
 ) -> None:
-    """Every greedy answer equals the one of a server that keeps nothing."""
+    """Every greedy answer equals the one of a server that keeps nothing.
+
+    Clients leave in the middle of an answer, and one answer is cut by SIGKILL.
+    """
     rng = random.Random(5)
     prompts = [
         [("system", f"{SYSTEM} Style {style}."), ("user", f"Question {number} about {topic}?")]
@@ -312,52 +360,67 @@ def test_many_clients_and_restarts_answer_as_without_a_cache(
             wanted[index] = text(ask(plain, *prompt, max_tokens=6))
         plain.stop()
 
-    wrong: list[str] = []
-    over: list[int] = []
-    budget = 12_000_000
+    disk_bytes, memory_bytes = 1_600_000, 600_000
+    peaks = {"disk": 0, "disk, as said": 0, "memory": 0}
+
+    def sample(running: ServerProcess) -> None:
+        stats = running.get("/v1/cache/stats")
+        seen = {
+            "disk": sum(path.lstat().st_blocks * 512 for path in store.rglob("*")),
+            "disk, as said": stats["store"]["bytes"]["total"],
+            "memory": sum(tier["bytes"] for tier in stats["server"]["memory"]["tiers"]),
+        }
+        for what, nbytes in seen.items():
+            peaks[what] = max(peaks[what], nbytes)
+
+    def work(running: ServerProcess, mine: list[int]) -> list[str]:
+        wrong = []
+        for index in mine:
+            if index % 9 == 8:
+                _begin_stream(running, prompts[index]).close()
+                continue
+            said = text(ask(running, *prompts[index], max_tokens=6))
+            if said != wanted[index]:
+                wrong.append(f"{index}: {said!r} instead of {wanted[index]!r}")
+        return wrong
+
     for how in (signal.SIGTERM, signal.SIGKILL, signal.SIGTERM):
-        running = server(model, store, tmp_path, disk_bytes=budget, memory_bytes=2_000_000)
+        running = server(model, store, tmp_path, disk_bytes=disk_bytes, memory_bytes=memory_bytes)
         running.start()
-        jobs = [rng.randrange(len(prompts)) for _ in range(70)]
-
-        def work(mine: list[int], running: ServerProcess = running) -> None:
-            for index in mine:
-                if index % 9 == 8:
-                    _hang_up(running, prompts[index])
-                    continue
-                said = text(ask(running, *prompts[index], max_tokens=6))
-                if said != wanted[index]:
-                    wrong.append(f"{index}: {said!r} instead of {wanted[index]!r}")
-
-        clients = [threading.Thread(target=work, args=(jobs[n::8],)) for n in range(8)]
-        for one in clients:
-            one.start()
-        while any(one.is_alive() for one in clients):
-            used = sum(path.lstat().st_blocks * 512 for path in store.rglob("*"))
-            if used > budget:
-                over.append(used)
-            threading.Event().wait(0.05)
-        assert running.get("/health")["status"] == "ok"
+        jobs = [0, *(rng.randrange(len(prompts)) for _ in range(70))]
+        with ThreadPoolExecutor(8) as clients:
+            done = [clients.submit(work, running, jobs[n::8]) for n in range(8)]
+            while not all(one.done() for one in done):
+                sample(running)
+                threading.Event().wait(0.05)
+        assert [wrong for one in done for wrong in one.result()] == []
+        assert running.get("/health") == {"status": "ok", "model": "ok", "disk": "ok"}
         if how == signal.SIGKILL:
-            running.kill()
+            with _begin_stream(running, prompts[0]):
+                running.kill()
         else:
+            # The thread that writes lives as well.
+            assert running.request("POST", "/v1/cache/flush").status_code == 200
             assert running.stop() == 0
+        assert not re.search("Traceback|Exception|died|failed", running.log.read_text())
 
-    assert wrong == []
-    assert over == []
+    assert 0.8 * disk_bytes < peaks["disk"]
+    assert 0.9 * memory_bytes < peaks["memory"] <= memory_bytes
+    assert max(peaks["disk"], peaks["disk, as said"]) <= disk_bytes
     with Store.open(store) as checked:
         assert checked.check(read_data=True) == []
 
 
-def _hang_up(running: ServerProcess, prompt: list[tuple[str, str]]) -> None:
-    """Ask for a stream and leave in the middle of it."""
+def _begin_stream(
+    running: ServerProcess, prompt: list[tuple[str, str]], max_tokens: int = 50
+) -> requests.Response:
+    """Ask for a stream and read the beginning of it; to be closed in the middle."""
     said = [{"role": role, "content": content} for role, content in prompt]
     answer = running.request(
         "POST",
         "/v1/chat/completions",
-        data=json.dumps({"messages": said, "stream": True, "max_tokens": 50}),
-        headers={"Content-Type": "application/json"},
+        json={"messages": said, "stream": True, "max_tokens": max_tokens},
         stream=True,
     )
     next(answer.iter_lines(), None)
-    answer.close()
+    return answer

@@ -102,7 +102,7 @@ class _Report:
         self.exists = True
         self.survey = Survey(store)
         self.quarantined = quarantined(store)
-        self.stats = self.survey.stats()
+        self.stats = store.stats()
         self.disk_off = _why_off(self.stats)
 
     def as_json(self) -> dict[str, Any]:
