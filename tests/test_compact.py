@@ -288,15 +288,15 @@ def test_reader_of_the_old_file_reads_on(store: Store) -> None:
 
 def test_look_up_that_finds_the_old_name_looks_again(store: Store) -> None:
     leave_dead_rows(store)
-    reader = store._reader
+    open_blob = store._open_blob
     compacted: list[int] = []
 
-    def compact_first(name: str) -> Any:
+    def compact_first(*found: Any) -> Any:
         if not compacted:
             compacted.append(store.gc().compacted)
-        return reader(name)
+        return open_blob(*found)
 
-    store._reader = compact_first  # type: ignore[method-assign]
+    store._open_blob = compact_first  # type: ignore[assignment, method-assign]
 
     assert fetched(store, LONG) == len(HEAD)
     assert compacted == [1]
