@@ -25,7 +25,7 @@ from bench.common import Context, Report, Spread, Table
 from tests.server_process import ServerProcess
 
 SENTENCE = "Answer the question of the user in a short sentence. "
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "hidden_size": 256,
     "num_hidden_layers": 16,
     "num_attention_heads": 8,
@@ -254,4 +254,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
