@@ -99,7 +99,6 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
         self._answering = threading.local()
         self._in_flight = 0
         self._reader = ThreadPoolExecutor(1, "persist-cache-read-ahead")
-        self._spare: tuple[Any, Any] | None = None
         self.admin: Admin | None = None
         self._changed = threading.Condition()
         super().__init__(model_provider, prompt_cache)
@@ -236,7 +235,9 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
         if part := getattr(self._answering, "wanted_part", ""):
             request.wanted_part = part
         if self._in_flight > 1:
-            self._reader.submit(self._read_ahead, request, generation_args)
+            # Rendering a prompt changes its messages, so each thread has its own.
+            mine = dataclasses.replace(request, messages=copy.deepcopy(request.messages))
+            self._reader.submit(self._read_ahead, mine, generation_args)
         ctx, response = super().generate(request, generation_args, progress_callback)
         self._answering.fetch = self._fetch_of(ctx)
         return ctx, response
@@ -248,20 +249,16 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
         its own; what fails here is left to upstream to say.
         """
         provider = self.model_provider
-        key, tokenizer = provider.model_key, provider.tokenizer
+        key, tokenizer = provider.model_key, getattr(provider, "spare_tokenizer", None)
         wanted = args.model.model
         if wanted == "default_model":
             wanted = self.cli_args.model
-        if key is None or tokenizer is None or wanted != key[0]:
+        if tokenizer is None or key is None or wanted != key[0]:
             return
         try:
-            if self._spare is None or self._spare[0] is not tokenizer:
-                # The generation thread uses the other one; not all tokenizers bear company.
-                self._spare = (tokenizer, copy.deepcopy(tokenizer))
             if any(upstream._image_parts(request.messages)):
                 return
-            mine = dataclasses.replace(request, messages=copy.deepcopy(request.messages))
-            self.cache.read_ahead(key, super()._tokenize(self._spare[1], mine, args)[0])
+            self.cache.read_ahead(key, super()._tokenize(tokenizer, request, args)[0])
         except Exception as error:
             log.debug("nothing was read ahead: %s", error)
 
@@ -319,6 +316,8 @@ class Provider(upstream.ModelProvider):  # type: ignore[misc]
     """Upstream's model provider; identifies a model right when its files were read."""
 
     identifier: Identifier | None = None
+    spare_tokenizer: Any = None
+    """For use beside the generation thread: not all tokenizers bear company."""
 
     def _load(
         self, model_path: str, adapter_path: str | None = None, draft_model_path: str | None = None
@@ -327,7 +326,9 @@ class Provider(upstream.ModelProvider):  # type: ignore[misc]
         # identity is that of the files at the time of loading.
         if self.identifier is not None:
             self.identifier.forget()
+        self.spare_tokenizer = None
         super()._load(model_path, adapter_path, draft_model_path)
+        self.spare_tokenizer = copy.deepcopy(self.tokenizer)
         if self.identifier is not None:
             self.identifier(self.model_key)
 

@@ -451,6 +451,27 @@ def test_full_disk_that_is_freed_is_used_again(
         cache.close()
 
 
+def test_flush_is_not_misled_by_what_comes_meanwhile(
+    make: Callable[..., PromptCache], disk: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = make()
+    insert(cache, [1] * 50, "assistant")
+    writer = cache._writer
+    assert writer is not None
+    drain, newcomers = writer.drain, [[2] * 50]
+
+    def busy(timeout_s: float | None = None) -> bool:
+        done = drain(timeout_s)
+        if not cache._waiting() and newcomers:
+            insert(cache, newcomers.pop(), "assistant")
+        return done
+
+    monkeypatch.setattr(writer, "drain", busy)
+
+    assert cache.flush()
+    assert len(disk.entries()) == 2
+
+
 def test_full_queue_refuses_and_loses_nothing_at_close(
     make: Callable[..., PromptCache], disk: Store
 ) -> None:
