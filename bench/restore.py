@@ -10,11 +10,14 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from bench import common, kv, plots
 from bench.common import Context, Report, Spread, Table, fresh
+from persist_cache.entry import pack_tokens
 
 RUNS = (1, 4, 16, 64)
+_PROFILE_LINES = 12
 
 
 def run(context: Context) -> Report:
@@ -30,7 +33,8 @@ def run(context: Context) -> Report:
         "Verified restore, ready to decode",
         {"shape": shape.name, "bytes_per_token": shape.bytes_per_token, "warm": warm, "cold": cold},
         [_times(warm, "files in the page cache"), _ratios(warm)]
-        + [_times(cold, "page cache dropped before each reading") for _ in cold],
+        + [_times(cold, "page cache dropped before each reading") for _ in cold]
+        + [_profile(sweep) for sweep in warm if sweep["num_tokens"] == 2048],
     )
 
 
@@ -48,7 +52,8 @@ def _sweep(context: Context, num_tokens: int, repetitions: int, *, cold: bool) -
             )
         title = f"restore {num_tokens}{', cold' if cold else ''}"
         found = common.take_turns(cases, repetitions, title)
-    return {"num_tokens": num_tokens, "samples": found}
+        spent = fresh(profile, folder=str(scratch), num_tokens=num_tokens, runs=RUNS[-1])
+    return {"num_tokens": num_tokens, "samples": found, "profile": spent}
 
 
 def make_files(folder: str, num_tokens: int) -> None:
@@ -146,6 +151,37 @@ def restore(folder: str, num_tokens: int, runs: int, cold: bool) -> dict[str, fl
     return {"s": loaded - started, "ready_s": ended - started, "cpu_s": time.process_time() - cpu}
 
 
+def profile(folder: str, num_tokens: int, runs: int) -> list[tuple[str, int, float]]:
+    """Where the time goes: function, calls, its own seconds; of a restore by one thread."""
+    import cProfile
+    import pstats
+
+    import mlx.core as mx
+
+    from persist_cache import Store, tensors
+    from persist_cache.tensors import pool
+
+    mx.set_default_device(mx.cpu)
+    with Store.open(Path(folder) / f"runs-{runs}", min_free_bytes=0) as store:
+        packed = pack_tokens(kv.prompt(num_tokens))
+        work = cProfile.Profile()
+
+        def restored(*found: Any) -> Any:
+            # The pool's threads are not seen by the profiler of this one.
+            with patch.object(pool, "run", lambda tasks, _: [task() for task in tasks]):
+                return tensors.restore(*found)
+
+        for _ in range(2):
+            store.fetch(kv.FINGERPRINT, packed, restored)
+        work.runcall(store.fetch, kv.FINGERPRINT, packed, restored)
+    said: Any = pstats.Stats(work)
+    lines = [
+        (f"{Path(path).name}: {name}" if line else name.strip("<>{}"), calls, own)
+        for (path, line, name), (_, calls, own, *_) in said.stats.items()
+    ]
+    return sorted(lines, key=lambda one: -one[2])[:_PROFILE_LINES]
+
+
 def seconds(sweep: Any, case: str, field: str = "s") -> Spread:
     return Spread.of([sample[field] for sample in sweep["samples"][case]])
 
@@ -187,6 +223,16 @@ def _ratios(sweeps: list[Any]) -> Table:
         )
     columns = ["tokens", "speed of raw reading", "time of mlx-lm's file, + 1 token each"]
     return Table("Ratios", [*columns, *(f"{runs} runs : 1 run" for runs in RUNS[1:])], rows)
+
+
+def _profile(sweep: Any) -> Table:
+    whole = seconds(sweep, f"{RUNS[-1]} runs").median * 1e3
+    return Table(
+        f"Where the time goes: {sweep['num_tokens']:,} tokens from {RUNS[-1]} runs, one thread",
+        ["function", "calls", "own ms, under the profiler"],
+        [[f"`{name}`", f"{calls:,}", f"{own * 1e3:.1f}"] for name, calls, own in sweep["profile"]],
+        f"The profiler adds to what is called often; without it the whole took {whole:.0f} ms.",
+    )
 
 
 def draw(said: Any) -> None:
