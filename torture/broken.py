@@ -48,7 +48,7 @@ def _budget_afterwards() -> None:
     """Room is made once the blob is there, not before."""
     run = Insertion.run
 
-    def reserve(self: Evictor, names: Sequence[bytes], nbytes: int, *_: Any) -> None:
+    def reserve(self: Evictor, names: Sequence[bytes], nbytes: int, *_: Any, **__: Any) -> None:
         disk: Disk = self._disk
         share = SizedRecord(nbytes // len(names) + 1, disk.clock())
 
