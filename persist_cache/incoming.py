@@ -18,6 +18,21 @@ MAX_BODY_BYTES = 64 << 20
 MAX_NEW_TOKENS = 10_000_000
 MAX_STOP_WORDS = 64
 _MAX_DIGITS = 18
+_MAX_TOP_LOGPROBS = 11
+_NUMBERS = (
+    "frequency_context_size",
+    "frequency_penalty",
+    "min_p",
+    "num_draft_tokens",
+    "presence_context_size",
+    "presence_penalty",
+    "repetition_context_size",
+    "repetition_penalty",
+    "temperature",
+    "top_p",
+    "xtc_probability",
+    "xtc_threshold",
+)
 _SAFE_VOCABULARY = 256
 """No model has fewer token ids; what a request may name before its model is loaded."""
 _RESERVED_TEMPLATE_ARGS = frozenset(
@@ -179,6 +194,11 @@ def _check_options(body: dict[str, Any], vocabulary: int | None) -> None:
         _check_integer(body, name, 1, MAX_NEW_TOKENS)
     _check_integer(body, "seed", 0, 10**_MAX_DIGITS)
     _check_integer(body, "top_k", 0, (vocabulary or _SAFE_VOCABULARY) - 1)
+    # Upstream takes true for 1, and its generation thread does not survive it.
+    _check_integer(body, "top_logprobs", -1, _MAX_TOP_LOGPROBS)
+    for name in _NUMBERS:
+        if isinstance(body.get(name), bool):
+            raise RefusedError(400, f"{name} must be a number.")
     threshold = body.get("xtc_threshold")
     if isinstance(threshold, (int, float)) and not 0 <= threshold <= 0.5:
         raise RefusedError(400, "xtc_threshold must be between 0 and 0.5.")

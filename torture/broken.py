@@ -48,7 +48,7 @@ def _budget_afterwards() -> None:
     """Room is made once the blob is there, not before."""
     run = Insertion.run
 
-    def reserve(self: Evictor, names: Sequence[bytes], nbytes: int, *_: Any) -> None:
+    def reserve(self: Evictor, names: Sequence[bytes], nbytes: int, *_: Any, **__: Any) -> None:
         disk: Disk = self._disk
         share = SizedRecord(nbytes // len(names) + 1, disk.clock())
 
@@ -63,7 +63,7 @@ def _budget_afterwards() -> None:
         self._evictor.evict_to(self._disk.limits.max_bytes)
         return done
 
-    Evictor.reserve = reserve  # type: ignore[method-assign,assignment]
+    Evictor.reserve = reserve  # type: ignore[method-assign]
     Insertion.run = run_then_evict  # type: ignore[method-assign]
 
 

@@ -38,10 +38,10 @@ def parse_size(text: str) -> int:
         raise click.BadParameter(f"a size must not be negative: {text!r}.")
     if found is None or factor is None:
         raise click.BadParameter(f"{text!r} is not a size: write it like 500MB or 2GiB.")
-    nbytes = int(float(found[1]) * factor)
-    if nbytes > _MAX_BYTES:
+    nbytes = float(found[1]) * factor
+    if nbytes > _MAX_BYTES:  # infinite, for as many digits as that
         raise click.BadParameter(f"{text!r} is more than any disk holds.")
-    return nbytes
+    return int(nbytes)
 
 
 def parse_duration(text: str) -> float:
