@@ -71,10 +71,18 @@ def rebuild(
             progress(done, len(files))
     # A blob names the one it hangs on, which may have been written anew under another name.
     by_name = {old: one for one in found.values() for old in one.header.replaces} | found
-    # The longest first: what a dead writer left beside it then adds nothing.
+    needed = {id(by_name[one.header.parent]) for one in found.values() if _has_parent(one, by_name)}
+    # What a dead writer left beside a blob then adds nothing: no blob hangs on that, and of two
+    # that nothing hangs on the longer one comes first.
     in_order = sorted(
         found.values(),
-        key=lambda one: (one.header.start, one.header.kind != "run", -one.header.end, one.name),
+        key=lambda one: (
+            one.header.start,
+            one.header.kind != "run",
+            id(one) not in needed,
+            -one.header.end,
+            one.name,
+        ),
     )
 
     def fill(txn: Writer) -> int:
@@ -149,14 +157,19 @@ def _path_tokens(one: _Found, by_name: dict[str, _Found]) -> bytes | None:
     parts = [one.packed]
     here = one
     while here.header.start > 0:
-        above = by_name.get(here.header.parent)
-        if above is None or not above.header.start < here.header.start <= above.header.end:
+        if not _has_parent(here, by_name):
             return None
+        above = by_name[here.header.parent]
         parts.append(above.packed[: (here.header.start - above.header.start) * TOKEN_BYTES])
         here = above
     packed = b"".join(reversed(parts))
     before = packed[: one.header.start * TOKEN_BYTES]
     return packed if prefix_digest(before) == one.header.prefix else None
+
+
+def _has_parent(one: _Found, by_name: dict[str, _Found]) -> bool:
+    above = by_name.get(one.header.parent)
+    return above is not None and above.header.start < one.header.start <= above.header.end
 
 
 def _place(txn: Writer, one: _Found, packed: bytes) -> bool:

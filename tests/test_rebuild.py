@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,30 @@ def test_rebuild_twice_is_rebuild_once(root: Path) -> None:
             rebuild.rebuild(store._disk.index, store._disk.folder)
         assert everything(store) == before
         assert store.check(read_data=True) == []
+
+
+def test_blob_of_a_dead_writer_does_not_take_the_place_of_one_that_others_hang_on(
+    tmp_path: Path,
+) -> None:
+    """Neither now nor, once its file is swept, at the rebuild after that."""
+    shared = list(range(1, 9))
+    conversations = ([*shared, 50, 60], [*shared, 70])
+    with Store.open(tmp_path / "dead", min_free_bytes=0) as store:
+        put(store, [*shared, 50])
+    (left,) = blob_files(tmp_path / "dead")
+    root = tmp_path / "store"
+    with Store.open(root, min_free_bytes=0) as store:
+        for prompt in (shared, *conversations):
+            put(store, prompt)
+    (root / "blobs" / left.parent.name).mkdir(mode=0o700, exist_ok=True)
+    shutil.copy2(left, root / "blobs" / left.parent.name)
+
+    for _ in range(2):
+        forget_index(root)
+        with Store.open(root, min_free_bytes=0) as store:
+            store.gc()
+            assert [fetched(store, prompt) for prompt in conversations] == [10, 9]
+            assert store.check(read_data=True) == []
 
 
 def test_blob_without_its_parent_is_left_out_and_its_bytes_are_freed(root: Path) -> None:
