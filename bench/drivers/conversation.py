@@ -15,7 +15,8 @@ TURNS, TURN_TOKENS = 16, 128
 NUM_TOKENS = TURNS * TURN_TOKENS
 BYTES_PER_TOKEN = LAYERS * HEADS * DIM * 2 * 2
 
-Store = Callable[[Path, list[int], Sequence[Any], Sequence[Any]], Callable[[int], None]]
+Step = Callable[[int], None]
+Store = Callable[[Path, list[int], Sequence[Any], Sequence[Any]], tuple[Step, Step]]
 Restore = Callable[[Path, list[int]], tuple[list[Any], int]]
 
 
@@ -40,8 +41,9 @@ def run(store: Store, restore: Restore) -> None:
     """Do what the command line says: store all turns, or restore them in a new process.
 
     Args:
-        store: Opens the store; returns a function that saves the first `n` tokens, durably as far
-            as the peer does that.
+        store: Opens the store; returns two functions that are called with a number of tokens after
+            each turn. The first brings the cache to that length, as a model would, off the clock;
+            the second saves it, durably as far as the peer does that.
         restore: Returns the cache that it found and its tokens. The next token is added here, and
             what was restored is compared with what was stored, after the clock has stopped.
     """
@@ -52,7 +54,7 @@ def run(store: Store, restore: Restore) -> None:
     place = Path(folder)
     if what == "store":
         keys, values = rows()
-        say(save_turns(place, store(place, tokens(), keys, values), BYTES_PER_TOKEN))
+        say(save_turns(place, *store(place, tokens(), keys, values), BYTES_PER_TOKEN))
         return
     started = time.perf_counter()
     cache, found = restore(place, tokens())
@@ -68,13 +70,8 @@ def run(store: Store, restore: Restore) -> None:
     say({"s": loaded - started, "ready_s": ended - started, "tokens": found})
 
 
-def save_turns(
-    place: Path,
-    save: Callable[[int], None],
-    bytes_per_token: int,
-    compute: Callable[[int], None] = lambda count: None,
-) -> dict[str, Any]:
-    """Save the conversation after each turn; `compute` is what comes before that, off the clock."""
+def save_turns(place: Path, compute: Step, save: Step, bytes_per_token: int) -> dict[str, Any]:
+    """Compute and save each turn; only saving is measured."""
     seconds, written = 0.0, 0
     for turn in range(1, TURNS + 1):
         compute(turn * TURN_TOKENS)
@@ -89,6 +86,10 @@ def save_turns(
         "on_disk": sum(one.lstat().st_blocks * 512 for one in place.rglob("*")),
         "files": sum(one.is_file() for one in place.rglob("*")),
     }
+
+
+def nothing(count: int) -> None:
+    """For a peer that is given slices of the rows."""
 
 
 def say(found: dict[str, Any]) -> None:

@@ -35,9 +35,9 @@ def run(save: Save, restore: Restore) -> None:
     if what == "store":
         said = conversation.save_turns(
             place,
+            lambda count: llama.eval(tokens[count - conversation.TURN_TOKENS : count]),
             lambda count: save(llama, place, tokens[:count]),
             BYTES_PER_TOKEN,
-            lambda count: llama.eval(tokens[count - conversation.TURN_TOKENS : count]),
         )
         logits.write_text(repr(_next(llama)))
     else:

@@ -2,41 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import KVCache
 from vllm_mlx.memory_cache import MemoryAwarePrefixCache
 
 from bench.drivers import conversation
+from bench.drivers.conversation import Step
+from bench.drivers.mlx_lm_file import growing
 
 MODEL = SimpleNamespace(args=SimpleNamespace(model_type="benchmark"))
 
 
 def store(
     place: Path, tokens: list[int], keys: Sequence[Any], values: Sequence[Any]
-) -> Callable[[int], None]:
+) -> tuple[Step, Step]:
     prefixes = MemoryAwarePrefixCache(MODEL)
+    cache, compute = growing(keys, values)
 
     def save(count: int) -> None:
-        cache = layers(keys, values, count)
         assert prefixes.store(tokens[:count], cache)
         assert prefixes.save_to_disk(str(place))
 
-    return save
-
-
-def layers(keys: Sequence[Any], values: Sequence[Any], count: int) -> list[Any]:
-    cache = []
-    for key, value in zip(keys, values, strict=True):
-        layer = KVCache()
-        layer.update_and_fetch(key[:, :, :count], value[:, :, :count])
-        cache.append(layer)
-    mx.eval([layer.state for layer in cache])
-    return cache
+    return compute, save
 
 
 def restore(place: Path, tokens: list[int]) -> tuple[list[Any], int]:

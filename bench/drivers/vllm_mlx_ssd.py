@@ -4,32 +4,41 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from vllm_mlx.memory_cache import MemoryAwarePrefixCache, estimate_kv_cache_memory
+from vllm_mlx.memory_cache import MemoryAwarePrefixCache
 from vllm_mlx.scheduler import Scheduler
 from vllm_mlx.ssd_cache import SSDCacheConfig, SSDCacheTier
 
 from bench.drivers import conversation
-from bench.drivers.vllm_mlx_memory import MODEL, layers
+from bench.drivers.conversation import Step
+from bench.drivers.mlx_lm_file import growing
+from bench.drivers.vllm_mlx_memory import MODEL
 
 
 def store(
     place: Path, tokens: list[int], keys: Sequence[Any], values: Sequence[Any]
-) -> Callable[[int], None]:
+) -> tuple[Step, Step]:
     tier = _open(place)
+    # It is given what memory evicts, which was cut to its length and copied when it was stored.
+    prefixes = MemoryAwarePrefixCache(MODEL)
+    cache, grow = growing(keys, values)
+    entries: list[Any] = []
+
+    def compute(count: int) -> None:
+        grow(count)
+        entries[:] = [prefixes.prepare_store(tokens[:count], cache)]
 
     def save(count: int) -> None:
-        cache = layers(keys, values, count)
-        before = tier.get_stats()["spill_count"]
-        assert tier.enqueue_spill(tuple(tokens[:count]), cache, estimate_kv_cache_memory(cache))
+        before, entry = tier.get_stats()["spill_count"], entries[0]
+        assert tier.enqueue_spill(entry.tokens, entry.cache, entry.memory_bytes)
         while tier.get_stats()["spill_count"] == before:
             time.sleep(0.001)
 
-    return save
+    return compute, save
 
 
 def restore(place: Path, tokens: list[int]) -> tuple[list[Any], int]:
