@@ -89,7 +89,7 @@ PEERS = (
 NOT_RUN = (
     ("oMLX", "not on PyPI"),
     ("LMCache", "needs PyTorch, CUDA and a server of vLLM or SGLang; holds no MLX arrays"),
-    ("LM Studio mlx-engine", "not on PyPI; its cache does not survive a restart"),
+    ("LM Studio mlx-engine", "its cache does not survive a restart"),
 )
 
 
@@ -126,7 +126,7 @@ def run(context: Context) -> Report:
             samples["store"].append(stored)
             samples["restore"].append(restored)
     values = {"found": found, "versions": versions, "failed": failed}
-    return Report("peers", "Beside other projects", values, _tables(values))
+    return Report("peers", "Peers", values, _tables(values))
 
 
 def _python(peer: Peer) -> str:
@@ -211,9 +211,9 @@ def _tables(values: Any) -> list[Table]:
         rows,
         "KV is that of the whole conversation: 28 layers × 8 heads × 128, bf16, 235 MB; with "
         "llama.cpp that of SmolLM2-135M, 30 layers × 3 heads × 64, f16, 47 MB. Restoring begins "
-        "with opening the store; llama.cpp's model and its memory for KV are there before. What "
-        "was restored equals what was stored, for every project and every repetition. The version "
-        "of persist-cache and of the file is that of mlx-lm.",
+        "with opening the store; llama.cpp's model and its memory for KV are there before. In every "
+        "repetition, what was restored equals what was stored (with llama.cpp: leads to the same "
+        "logits). The version of persist-cache and of the file is that of mlx-lm.",
     )
     missing = Table("Not run", ["project", "reason"], values["failed"])
     return [measured, missing]
