@@ -211,7 +211,7 @@ def _tables(values: Any) -> list[Table]:
         rows,
         "KV is that of the whole conversation: 28 layers × 8 heads × 128, bf16, 235 MB; with "
         "llama.cpp that of SmolLM2-135M, 30 layers × 3 heads × 64, f16, 47 MB. Restoring begins "
-        "with opening the store; llama.cpp's model and its memory for KV are there before. In every "
+        "with opening the store; llama.cpp's model and its memory for KV are there before. In each "
         "repetition, what was restored equals what was stored (with llama.cpp: leads to the same "
         "logits). The version of persist-cache and of the file is that of mlx-lm.",
     )
