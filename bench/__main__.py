@@ -31,7 +31,8 @@ def main() -> int:
 
         code = table.show(context, measure)
     if "page" in names:
-        common.write_page(["table", *BENCHMARKS])
+        common.write_page("results", ["table", *ALL])
+        common.write_page("peers", ["peers"])
     return code
 
 

@@ -25,7 +25,6 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "bench" / "results"
 IMAGES = REPOSITORY / "docs" / "img"
 PAGE = REPOSITORY / "docs" / "performance.md"
-_BEGIN, _END = "<!-- results: begin -->", "<!-- results: end -->"
 
 # A forked child may not use Metal.
 _PROCESSES: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
@@ -295,8 +294,9 @@ def load(name: str) -> dict[str, Any] | None:
     return said
 
 
-def write_page(names: Sequence[str]) -> None:
-    """Put the Markdown of the last results between the two marks of docs/performance.md."""
+def write_page(mark: str, names: Sequence[str]) -> None:
+    """Put the Markdown of the last results between two marks of docs/performance.md."""
+    begin, end = f"<!-- {mark}: begin -->", f"<!-- {mark}: end -->"
     parts = []
     for name in names:
         path = RESULTS / f"{name}.md"
@@ -312,6 +312,6 @@ def write_page(names: Sequence[str]) -> None:
                 f'  <img src="img/{name}-light.svg" alt="{title}">\n'
                 "</picture>"
             )
-    before, _, rest = PAGE.read_text().partition(_BEGIN)
-    after = rest.partition(_END)[2]
-    PAGE.write_text(before + "\n\n".join([_BEGIN, *parts, _END]) + after)
+    before, _, rest = PAGE.read_text().partition(begin)
+    after = rest.partition(end)[2]
+    PAGE.write_text(before + "\n\n".join([begin, *parts, end]) + after)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,12 @@ import mlx.core as mx
 from mlx_vlm.apc import APCManager, DiskBlockStore
 
 from bench.drivers import conversation
+from bench.drivers.conversation import Step
 
 
 def store(
     place: Path, tokens: list[int], keys: Sequence[Any], values: Sequence[Any]
-) -> Callable[[int], None]:
+) -> tuple[Step, Step]:
     disk = DiskBlockStore(place, namespace="benchmark")
     manager = APCManager(disk=disk)
 
@@ -27,7 +28,7 @@ def store(
         manager.release(blocks)
         disk.flush()
 
-    return save
+    return conversation.nothing, save
 
 
 def restore(place: Path, tokens: list[int]) -> tuple[list[Any], int]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mlx_lm.models.cache import KVCache
 
 from bench.drivers import conversation
+from bench.drivers.conversation import Step
 from persist_cache import Fingerprint, Store, tensors
 
 MODEL = Fingerprint.from_fields({"model": "benchmark"})
@@ -16,7 +17,7 @@ MODEL = Fingerprint.from_fields({"model": "benchmark"})
 
 def store(
     place: Path, tokens: list[int], keys: Sequence[Any], values: Sequence[Any]
-) -> Callable[[int], None]:
+) -> tuple[Step, Step]:
     cache = []
     for key, value in zip(keys, values, strict=True):
         layer = KVCache()
@@ -28,7 +29,7 @@ def store(
     def save(count: int) -> None:
         opened.put(MODEL, tokens[:count], source, tier="user")
 
-    return save
+    return conversation.nothing, save
 
 
 def restore(place: Path, tokens: list[int]) -> tuple[list[Any], int]:
