@@ -77,6 +77,15 @@ def test_list_tree_puts_conversations_below_their_system_prompt(
     assert {one["id"] for one in system["children"]} == {ids["question"], ids["other"]}
 
 
+def test_limited_tree_begins_at_the_system_prompts(ids: dict[str, str], run: Run) -> None:
+    (root,) = run("list", "--tree", "--json", "--limit", "3", "--sort", "tokens").json
+
+    assert root["id"] == ids["system"]
+    (question,) = root["children"]
+    assert question["id"] == ids["question"]
+    assert [one["id"] for one in question["children"]] == [ids["reply"]]
+
+
 def test_list_tree_hangs_entries_on_the_nearest_one_shown(ids: dict[str, str], run: Run) -> None:
     tree = run("list", "--tree", "--json", "--tier", "assistant").json
 

@@ -94,7 +94,7 @@ def command(
     entries = order(filters.choose(survey, time.time()), sort, names)
     if limit is None and not as_json and not quiet and terminal_width() is not None:
         limit = _ROWS_ON_A_TERMINAL
-    shown = entries[:limit] if limit else entries
+    shown = _first(entries, limit, survey if tree else None)
     if quiet and not as_json:
         if shown:
             click.echo("\n".join(entry.id for entry in shown))
@@ -111,6 +111,28 @@ def command(
     click.echo("\n".join(lines))
     if len(shown) < len(entries):
         click.echo(f"… and {len(entries) - len(shown):,} more; --limit 0 shows all.", err=True)
+
+
+def _first(entries: list[Entry], limit: int | None, tree: Survey | None) -> list[Entry]:
+    """The first `limit` entries; in a tree, each together with those that it continues."""
+    if not limit or len(entries) <= limit:
+        return entries
+    if tree is None:
+        return entries[:limit]
+    above = {entry.id: entry.parent for entry in tree.entries}
+    listed = {entry.id for entry in entries}
+    picked: set[str] = set()
+    for entry in entries:
+        chain: set[str] = set()
+        here: str | None = entry.id
+        while here is not None and here not in picked:
+            if here in listed:
+                chain.add(here)
+            here = above[here]
+        if picked and len(picked) + len(chain) > limit:
+            break
+        picked |= chain
+    return [entry for entry in entries if entry.id in picked]
 
 
 def _table(
