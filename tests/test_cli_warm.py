@@ -162,7 +162,7 @@ def test_manifest_warms_several_prompts(model: Path, store: Path, tmp_path: Path
 def test_interrupted_warm_goes_on_where_the_last_step_ended(
     model: Path, store: Path, how: signal.Signals
 ) -> None:
-    arguments = ["warm", "--model", model, "--system", SYSTEM * 12, "--prefill-step-size", 64]
+    arguments = ["warm", "--model", model, "--system", SYSTEM * 40, "--prefill-step-size", 64]
     process = subprocess.Popen(
         command(store, *arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
