@@ -1,33 +1,28 @@
 """The admin API: look at what is stored, pin, evict, warm and explain, as JSON over HTTP.
 
-Requests in, responses out; sockets are the server's. It answers on loopback, or to whoever knows
-the token, and never to another site's page in a browser: prompts can be told from what it says.
+Requests in, responses out; sockets are the server's, and `access` says who may ask.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import hmac
-import ipaddress
-import itertools
 import json
 import logging
 import re
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from email.message import Message
 from functools import cache
 from importlib import resources
-from types import SimpleNamespace
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl
 
 import msgspec
 
 from persist_cache import metrics
+from persist_cache.access import API_PATH, METRICS_PATH, PAGE_PATH, Guard, Request
 from persist_cache.branches import Branches
 from persist_cache.cache import PromptCache
 from persist_cache.describe import (
@@ -48,8 +43,8 @@ from persist_cache.describe import (
 from persist_cache.entry import TIER_LABELS, Entry
 from persist_cache.errors import PersistCacheError, StoreError
 from persist_cache.explain import explain
-from persist_cache.fingerprint import Fingerprint
 from persist_cache.incoming import RefusedError, check_chat, decode_object
+from persist_cache.loaded import LoadedModel
 from persist_cache.store import Store
 from persist_cache.survey import (
     Survey,
@@ -63,45 +58,15 @@ from persist_cache.survey import (
 
 log = logging.getLogger(__name__)
 
-PAGE_PATH = "/cache"
-METRICS_PATH = "/metrics"
-API_PATH = "/v1/cache"
 DEFAULT_LIMIT = 100
 MAX_LIMIT = 1000
 MAX_LABEL = 200
-_LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
-_FORWARDING_HEADERS = ("Forwarded", "X-Forwarded-For", "X-Real-IP")
 _ID = re.compile("[0-9a-f]{1,16}")
 _FLUSH_S = 60.0
 _SETTLE_S = 30.0
 _RECENT = 20
 _LOADING_RARELY = 20
 """Statistics may be as old as this many times what loading the index took."""
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """A request as it arrived.
-
-    Attributes:
-        method: Such as `GET`.
-        target: Path and query as in the request line.
-        headers: Its headers.
-        peer: Address it came from.
-        local: Address it came to.
-        body: Its body, once that was read.
-    """
-
-    method: str
-    target: str
-    headers: Message
-    peer: str
-    local: str = "127.0.0.1"
-    body: bytes = b""
-
-    @property
-    def path(self) -> str:
-        return self.target.partition("?")[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,12 +81,6 @@ class Response:
 
 Ask = Callable[[dict[str, Any]], tuple[int, dict[str, Any]]]
 """Answers a chat request as if it had come from outside: status and decoded answer."""
-
-
-def owns(target: str) -> bool:
-    """Whether a request target belongs to the admin API, the metrics or the page."""
-    path = target.partition("?")[0]
-    return path in (PAGE_PATH, METRICS_PATH, API_PATH) or path.startswith(API_PATH + "/")
 
 
 def json_response(
@@ -160,12 +119,10 @@ class Admin:
         """
         self._cache = cache
         self._token = token
-        self._hosts = _LOCAL_NAMES | ({host.lower().strip("[]")} if host else set())
+        self._guard = Guard(token, host)
         self._generator = generator
         self._view: _View | None = None
         self._tokenizer: tuple[Any, Any] | None = None
-
-    # ---- who may ask -------------------------------------------------------------------------
 
     def check(self, request: Request) -> None:
         """Decide whether a request may be answered, before its body is read.
@@ -173,46 +130,7 @@ class Admin:
         Raises:
             RefusedError: It may not.
         """
-        self._check_host(request)
-        self._check_origin(request)
-        if request.path == PAGE_PATH and self._token is not None:
-            return  # the page holds no data; it asks for the token itself
-        if self._token is None:
-            if not _is_loopback(request.peer) or any(
-                request.headers.get(name) for name in _FORWARDING_HEADERS
-            ):
-                raise RefusedError(
-                    403,
-                    "Without --admin-token the admin API answers requests from this machine only.",
-                )
-            return
-        scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-        secret = given.strip().encode("latin-1", "replace")
-        # Both are compared even if the scheme is wrong, so that time tells nothing.
-        right = hmac.compare_digest(secret, self._token.encode())
-        if not right or scheme.lower() != "bearer":
-            raise RefusedError(
-                401,
-                "The admin API asks for its token: send Authorization: Bearer TOKEN.",
-                {"WWW-Authenticate": 'Bearer realm="persist-cache"'},
-            )
-
-    def _check_host(self, request: Request) -> None:
-        """A page of another site must not reach this server through a name of its own."""
-        hosts = request.headers.get_all("Host") or []
-        if len(hosts) != 1:
-            raise RefusedError(400, "The request must have one Host header.")
-        name = _host_name(hosts[0])
-        if name not in self._hosts and name != request.local.lower():
-            raise RefusedError(403, "The admin API does not answer to this Host name.")
-
-    def _check_origin(self, request: Request) -> None:
-        origin = request.headers.get("Origin")
-        if origin is not None and not _is_same_origin(origin, request.headers["Host"]):
-            raise RefusedError(403, "The admin API does not answer pages of other sites.")
-        site = request.headers.get("Sec-Fetch-Site", "none")
-        if request.path != PAGE_PATH and site not in ("same-origin", "none"):
-            raise RefusedError(403, "The admin API does not answer pages of other sites.")
+        self._guard.check(request)
 
     # ---- answers -----------------------------------------------------------------------------
 
@@ -526,7 +444,7 @@ class Admin:
 
     # ---- what needs the model ----------------------------------------------------------------
 
-    def _model(self, body: Mapping[str, Any]) -> _LoadedModel:
+    def _model(self, body: Mapping[str, Any]) -> LoadedModel:
         """The model that a request would be answered by, if that is the one that is loaded.
 
         Raises:
@@ -548,7 +466,7 @@ class Admin:
         identify = getattr(provider, "identifier", None)
         fingerprint = None if identify is None else identify(key)
         why = "" if fingerprint is not None or identify is None else str(identify.reason(key))
-        return _LoadedModel(self._generator, key, self._tokenizer[1], fingerprint, why)
+        return LoadedModel(self._generator, key, self._tokenizer[1], fingerprint, why)
 
     def _explain(self, request: Request) -> Response:
         body = decode_object(request.body)
@@ -620,7 +538,7 @@ class Admin:
             }
         )
 
-    def _settle(self, model: _LoadedModel, wanted: list[int]) -> Entry | None:
+    def _settle(self, model: LoadedModel, wanted: list[int]) -> Entry | None:
         """Wait until `wanted` is on disk; None when it does not get there."""
         store = self._cache._store
         if store is None or model.fingerprint is None:
@@ -668,53 +586,6 @@ class _View:
 
 
 _SESSION = secrets.token_hex(4)
-
-
-@dataclass(frozen=True, slots=True)
-class _LoadedModel:
-    """The model of the server at the time of a request."""
-
-    generator: Any
-    key: Any
-    tokenizer: Any
-    fingerprint: Fingerprint | None
-    why: str
-
-    def tokenize(self, body: Mapping[str, Any]) -> tuple[list[int], int]:
-        """The prompt as the server would read it, and the length of its system part.
-
-        Raises:
-            RefusedError: It cannot be rendered, or has images.
-        """
-        messages = copy.deepcopy(body["messages"])
-        for message in messages:
-            content = message.get("content")
-            if isinstance(content, list) and any(part["type"] != "text" for part in content):
-                raise RefusedError(400, "Only prompts without images can be explained or warmed.")
-        request = SimpleNamespace(
-            request_type="chat",
-            prompt="",
-            messages=messages,
-            tools=body.get("tools") or None,
-            role_mapping=body.get("role_mapping"),
-        )
-        args = SimpleNamespace(chat_template_kwargs=body.get("chat_template_kwargs"))
-        try:
-            prompt, segments, kinds, _, _ = self.generator._tokenize(self.tokenizer, request, args)
-        except Exception as error:  # templates are programs of their own
-            log.debug("a prompt could not be rendered: %s", error)
-            raise RefusedError(400, "The chat template refuses these messages.") from None
-        return list(prompt), system_tokens(segments, kinds)
-
-    def decode(self, tokens: list[int]) -> str:
-        known = [token for token in tokens if 0 <= token < len(self.tokenizer)]
-        return str(self.tokenizer.decode(known)) if known else ""
-
-
-def system_tokens(segments: Sequence[Sequence[int]], kinds: Sequence[str]) -> int:
-    """Length of the system part of a prompt that was cut into segments."""
-    system = itertools.takewhile(lambda one: one[1] == "system", zip(segments, kinds, strict=True))
-    return sum(len(segment) for segment, _ in system)
 
 
 class _Marks(msgspec.Struct, forbid_unknown_fields=True):
@@ -826,30 +697,3 @@ def _flag(query: Mapping[str, str], name: str) -> bool:
     if value not in ("true", "false", "1", "0"):
         raise RefusedError(400, f"{name} must be true or false.")
     return value in ("true", "1")
-
-
-def _host_name(host: str) -> str:
-    """The name in a Host header, without port and brackets; "" when it is none."""
-    try:
-        parsed = urlsplit(f"//{host.strip()}")
-        _ = parsed.port
-    except ValueError:
-        return ""
-    if parsed.path or parsed.query or parsed.fragment or "@" in parsed.netloc:
-        return ""
-    return (parsed.hostname or "").rstrip(".")
-
-
-def _is_same_origin(origin: str, host: str) -> bool:
-    scheme, found, rest = origin.strip().partition("://")
-    # A proxy in front may speak TLS, so either scheme is ours.
-    return bool(found) and scheme in ("http", "https") and rest.lower() == host.strip().lower()
-
-
-def _is_loopback(peer: str) -> bool:
-    try:
-        address = ipaddress.ip_address(peer.partition("%")[0])
-    except ValueError:
-        return False
-    mapped = getattr(address, "ipv4_mapped", None)
-    return bool((mapped or address).is_loopback)

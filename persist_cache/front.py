@@ -19,6 +19,7 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 from persist_cache import admin
+from persist_cache.access import Request, owns
 from persist_cache.incoming import (
     MAX_BODY_BYTES,
     RefusedError,
@@ -78,7 +79,7 @@ class Front(BaseHTTPRequestHandler):
         self._sent = False
         self._body_left = self.headers.get("Content-Length", "0") != "0"
         try:
-            if admin.owns(self.path):
+            if owns(self.path):
                 self._answer_admin()
             elif otherwise is None:
                 raise RefusedError(405, "This path knows no such method.", {"Allow": "GET, POST"})
@@ -138,7 +139,7 @@ class Front(BaseHTTPRequestHandler):
     def _answer_admin(self) -> None:
         """Answer for the admin API, whose answers must not be readable by other sites' pages."""
         api = self._admin()
-        request = admin.Request(
+        request = Request(
             self.command,
             self.path,
             self.headers,
@@ -188,7 +189,7 @@ class Front(BaseHTTPRequestHandler):
             self.send_header("X-Content-Type-Options", "nosniff")
             for name, value in response.headers.items():
                 self.send_header(name, value)
-            if not admin.owns(getattr(self, "path", "")) and hasattr(self, "headers"):
+            if not owns(getattr(self, "path", "")) and hasattr(self, "headers"):
                 # Upstream's clients may be pages of other sites; they should see what is wrong.
                 self._set_cors_headers()  # type: ignore[attr-defined]
             self.end_headers()
@@ -234,5 +235,5 @@ class Front(BaseHTTPRequestHandler):
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
         # The page asks every few seconds, and queries may name labels.
-        if not admin.owns(getattr(self, "path", "")):
+        if not owns(getattr(self, "path", "")):
             super().log_request(code, size)

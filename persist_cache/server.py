@@ -27,11 +27,12 @@ import mlx.core as mx
 import msgspec
 from mlx_lm import server as upstream
 
-from persist_cache.admin import Admin, system_tokens
+from persist_cache.admin import Admin
 from persist_cache.cache import PromptCache
 from persist_cache.errors import PersistCacheError, StoreError
 from persist_cache.fingerprint import Identifier
 from persist_cache.front import Front
+from persist_cache.loaded import system_tokens
 from persist_cache.store import Store
 from persist_cache.tally import Fetch
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from persist_cache.admin import Admin, Request, owns
+from persist_cache.access import Request, owns
+from persist_cache.admin import Admin
 from persist_cache.branches import MAX_CHAIN, Branches
 from persist_cache.cache import PromptCache
 from persist_cache.errors import StoreError
