@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from persist_cache.store import Store
 from tests.fakes import Clock
 
 pytest_plugins = ["tests.real_model"]
+
+# A shell makes what it runs in the background ignore it, and the commands under test inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
