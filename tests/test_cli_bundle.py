@@ -130,8 +130,10 @@ def test_the_model_given_decides(
         ("export 0123456789abcdef {file}", 3, "No entry"),
         ("export {id} 0123456789abcdef {file}", 3, "No entry"),
         ("export {id} {taken}", 1, "exists already; --force"),
-        ("export {id} {folder}", 1, "exists already"),
-        ("export {id} {folder} --force", 1, "cannot be written"),
+        ("export {id} {folder}", 1, "is a folder; name the file"),
+        ("export {id} {folder} --force", 1, "is a folder; name the file"),
+        ("export {id} {empty} --force", 1, ". is a folder; name the file"),
+        ("export {id} / --force", 1, "/ is a folder; name the file"),
         ("export {id} {folder}/no/where.tar", 1, "cannot be written"),
         ("export {id} {file} --nonsense", 2, "--nonsense"),
         ("import", 2, "FILE"),
@@ -163,7 +165,7 @@ def test_bad_arguments(
     raw[-2000] ^= 1
     bad.write_bytes(raw)
     taken.write_text("mine\n" * 200)
-    words = {"id": ids["reply"], "file": tmp_path / "new.tar", "folder": folder}
+    words = {"id": ids["reply"], "file": tmp_path / "new.tar", "folder": folder, "empty": ""}
     words |= {"good": good, "bad": bad, "taken": taken}
     before = contents(root)
 

@@ -90,6 +90,8 @@ def test_any_arguments(name: str, folder: Path) -> None:
     @given(words=arguments(name, ids))
     @example(words=[])
     @example(words=["\udcff"])
+    @example(words=[ids[0], ""])
+    @example(words=["--force", ids[0], ""])
     def check(words: list[str]) -> None:
         with pytest.MonkeyPatch.context() as patch:
             status, err = run([name, *words], patch)

@@ -98,9 +98,11 @@ def export(
         KeyError: An entry is not stored.
         FileExistsError: There is a `file`, and `force` was not given.
         StoreFullError: The disk of `file` is full.
-        StoreAccessError: `file` cannot be written there.
+        StoreAccessError: `file` cannot be written there, or is a folder.
         StoreError: A blob is damaged, or was evicted meanwhile.
     """
+    if file.is_dir():
+        raise StoreAccessError(f"{file} is a folder; name the file that is to be written.")
     if not force and os.path.lexists(file):
         raise FileExistsError(file)
     with store._disk.index.read() as txn:
