@@ -589,13 +589,19 @@ class BlobFolder:
             if len(fan) != 2:
                 continue
             try:
-                with os.scandir(self.blobs / fan) as found:
+                with os.scandir(f"{self.blobs}/{fan}") as found:
                     files = list(found)
             except (FileNotFoundError, NotADirectoryError):
                 continue
             for file in files:
-                if _BLOB_FILE.fullmatch(file.name):
-                    yield fan, file.name[: -len(SUFFIX)], _length(file)
+                name = file.name
+                if not _BLOB_FILE.fullmatch(name):
+                    continue
+                try:
+                    length = file.stat().st_size
+                except OSError:  # gone meanwhile, or a link to nowhere
+                    length = -1
+                yield fan, name[: -len(SUFFIX)], length
 
     def remove_empty(self) -> None:
         """Remove folders of the fan-out in which nothing is left."""
@@ -645,13 +651,6 @@ class BlobFolder:
 def is_blob_name(name: str) -> bool:
     """Whether `name` is 32 lower-case hex digits: no other file is ever touched."""
     return _BLOB_NAME.fullmatch(name) is not None
-
-
-def _length(file: os.DirEntry[str]) -> int:
-    try:
-        return file.stat().st_size
-    except OSError:  # gone meanwhile, or a link to nowhere
-        return -1
 
 
 def _new_name() -> str:

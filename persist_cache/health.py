@@ -16,12 +16,13 @@ from pathlib import Path
 from msgspec import Struct
 
 from persist_cache import fs, paths, rebuild
+from persist_cache.audit import broken_invariants
 from persist_cache.blobs import SUFFIX, SUSPECT_FILE, BlobReader, try_remove_orphan
 from persist_cache.disk import Disk
 from persist_cache.errors import CorruptBlobError, StoreError
 from persist_cache.evict import Evictor
 from persist_cache.index import DamagedIndexError, Writer
-from persist_cache.records import BlobKind, BlobRecord, SizedRecord
+from persist_cache.records import BlobKind, SizedRecord
 
 log = logging.getLogger(__name__)
 
@@ -163,8 +164,8 @@ def check(
     """
     try:
         with disk.index.read(copies=True) as txn:
-            by_number = dict(txn.blobs())
-            problems = [Problem("index", message) for message in paths.audit(txn, by_number)]
+            blobs = txn.blob_columns()
+            problems = [Problem("index", message) for message in broken_invariants(txn, blobs)]
             pending = set(txn.sized(b"pending"))
             trash = set(txn.sized(b"trash"))
             for database in (b"quarantine", b"departed"):
@@ -173,7 +174,7 @@ def check(
     except StoreError as error:
         # Records that cannot even be read: nothing can be said of files before it is made anew.
         return [Problem("index", str(error))]
-    blobs = {blob.name.hex(): blob for blob in by_number.values()}
+    names = [name.hex() for name in blobs.names]
     lengths: dict[str, int] = {}
     strays: list[tuple[str, str]] = []
     for fan, name, length in disk.folder.files():
@@ -181,17 +182,17 @@ def check(
             lengths[name] = length
         else:
             strays.append((fan, name))
-    total, done = sum(blob.nbytes for blob in blobs.values()), 0
-    for name, blob in blobs.items():
-        if read_data or lengths.get(name) != blob.nbytes:
-            problem = _check_blob(disk, blob, read_data)
+    total, done = sum(blobs.nbytes), 0
+    for name, nbytes, digest in zip(names, blobs.nbytes, blobs.digests, strict=True):
+        if read_data or lengths.get(name) != nbytes:
+            problem = _check_blob(disk, name, nbytes, digest if read_data else None)
             # A blob evicted while it was looked at is no problem.
-            if problem is not None and _is_recorded(disk, blob.name):
+            if problem is not None and _is_recorded(disk, bytes.fromhex(name)):
                 problems.append(problem)
-        done += blob.nbytes
-        if progress is not None:
-            progress(done, total)
-    known = blobs.keys() | {name.hex() for name in pending | trash}
+            done += nbytes
+            if progress is not None and read_data:
+                progress(done, total)
+    known = {*names} | {name.hex() for name in pending | trash}
     for fan, name in sorted([*strays, *((name[:2], name) for name in lengths.keys() - known)]):
         path = disk.folder.blobs / fan / (name + SUFFIX)
         if not _is_expected(disk, bytes.fromhex(name), path) and os.path.lexists(path):
@@ -228,16 +229,16 @@ def distrust(root: Path) -> None:
         os.close(fs.create(root / SUSPECT_FILE))
 
 
-def _check_blob(disk: Disk, blob: BlobRecord, read_data: bool) -> Problem | None:
-    name = blob.name.hex()
+def _check_blob(disk: Disk, name: str, nbytes: int, digest: bytes | None) -> Problem | None:
+    """What is wrong with a blob: with its length, or when its `digest` is given, any byte."""
     path = disk.folder.path(name)
     try:
-        if not read_data:
+        if digest is None:
             size = path.stat().st_size
-            if size != blob.nbytes:
-                return Problem("damaged", f"{size} bytes long instead of {blob.nbytes}", name)
+            if size != nbytes:
+                return Problem("damaged", f"{size} bytes long instead of {nbytes}", name)
             return None
-        with BlobReader(path, nbytes=blob.nbytes, digest=blob.digest) as reader:
+        with BlobReader(path, nbytes=nbytes, digest=digest) as reader:
             reader.verify()
     except FileNotFoundError:
         return Problem("missing", "its file is missing", name)

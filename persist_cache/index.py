@@ -23,6 +23,7 @@ import lmdb
 import msgspec
 
 from persist_cache import fs
+from persist_cache.columns import BlobColumns, EdgeColumns, EntryColumns, unpack_keys
 from persist_cache.errors import (
     StoreAccessError,
     StoreError,
@@ -32,6 +33,8 @@ from persist_cache.errors import (
     StoreReadOnlyError,
 )
 from persist_cache.records import (
+    EXPIRY_KEY,
+    RECENCY_KEY,
     BlobRecord,
     BlobSize,
     Edge,
@@ -161,6 +164,9 @@ class Reader:
         keys, values = self._table(b"edges")
         return zip(unpack_numbers([key[:8] for key in keys]), Edge.unpack_all(values), strict=True)
 
+    def edge_columns(self) -> EdgeColumns:
+        return EdgeColumns.unpack(*self._table(b"edges"))
+
     def parent_key(self, node: int) -> bytes | None:
         """Key of the edge that leads to `node`; None for a root."""
         raw = self._txn.get(pack_number(node), db=self._db[b"parents"])
@@ -177,6 +183,9 @@ class Reader:
     def blobs(self) -> Iterator[tuple[int, BlobRecord]]:
         keys, values = self._table(b"blobs")
         return zip(unpack_numbers(keys), BlobRecord.unpack_all(values), strict=True)
+
+    def blob_columns(self) -> BlobColumns:
+        return BlobColumns.unpack(*self._table(b"blobs"))
 
     def blob_sizes(self) -> Iterator[tuple[int, BlobSize]]:
         """The part of every blob's record that tells what its rows take."""
@@ -196,6 +205,15 @@ class Reader:
         raw = self._txn.get(pack_number(blob), db=self._db[b"tokens"])
         return b"" if raw is None else bytes(raw[first_row * 8 : (first_row + rows) * 8])
 
+    def first_tokens(self, blobs: Sequence[int], rows: Sequence[int]) -> list[bytes]:
+        """The packed token at each row of a blob; empty where there is none."""
+        get, database = self._txn.get, self._db[b"tokens"]
+        keys = map(pack_number, blobs)
+        return [
+            bytes(get(key, b"", db=database)[row * 8 : row * 8 + 8])
+            for key, row in zip(keys, rows, strict=True)
+        ]
+
     def entry(self, number: int) -> EntryRecord | None:
         raw = self._txn.get(pack_number(number), db=self._db[b"entries"])
         return None if raw is None else EntryRecord.unpack(raw)
@@ -203,6 +221,9 @@ class Reader:
     def entries(self) -> Iterator[tuple[int, EntryRecord]]:
         keys, values = self._table(b"entries")
         return zip(unpack_numbers(keys), EntryRecord.unpack_all(values), strict=True)
+
+    def entry_columns(self) -> EntryColumns:
+        return EntryColumns.unpack(*self._table(b"entries"))
 
     def entries_from(self, low: int) -> Iterator[int]:
         """Entry numbers from `low` upwards: how a short id is completed."""
@@ -219,6 +240,14 @@ class Reader:
                     raw = bytes(key)
                     if raw != after:
                         yield raw
+
+    def recency_columns(self) -> Sequence[tuple[int, ...]]:
+        """Tier, last use in microseconds and number of all entries that are evicted in turn."""
+        return unpack_keys(RECENCY_KEY, self._keys(b"recency"))
+
+    def expiry_columns(self) -> Sequence[tuple[int, ...]]:
+        """Expiry in microseconds and number of all entries that expire."""
+        return unpack_keys(EXPIRY_KEY, self._keys(b"expiry"))
 
     def expired(self, now: float) -> list[int]:
         """Entries whose time has come, the longest expired first."""
@@ -244,8 +273,7 @@ class Reader:
 
     def keys(self, database: bytes) -> set[bytes]:
         """All keys of a sub-database, whatever their records say."""
-        with self._txn.cursor(db=self._db[database]) as cursor:
-            return {bytes(key) for key in cursor.iternext(values=False)}
+        return set(map(bytes, self._keys(database)))
 
     def in_database(self, database: bytes, key: bytes) -> bool:
         return self._txn.get(key, db=self._db[database]) is not None
@@ -254,6 +282,11 @@ class Reader:
         """Why an entry is no longer here, if that is remembered."""
         raw = self._txn.get(pack_number(entry), db=self._db[b"departed"])
         return None if raw is None else SizedRecord.unpack(raw)
+
+    def _keys(self, database: bytes) -> list[bytes | memoryview]:
+        """All keys of a sub-database; valid until something is written."""
+        with self._txn.cursor(db=self._db[database]) as cursor:
+            return list(cursor.iternext(values=False))
 
     def _table(self, database: bytes) -> tuple[Sequence[memoryview], Sequence[memoryview]]:
         """All keys and all values of a sub-database; valid until something is written."""

@@ -1,7 +1,7 @@
 """The trie of prompts inside the index: walk, split, attach, drop, merge.
 
 Its edges are rows of blobs. All functions work within one transaction given by the caller and
-keep these invariants (`audit` checks them):
+keep these invariants, which `audit` checks:
 
 - an edge never spans blobs, and begins at the position where its parent node lies;
 - a blob's references equal the edges, or for a checkpoint the entries, that use it;
@@ -12,8 +12,7 @@ keep these invariants (`audit` checks them):
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
 
 from msgspec import Struct
@@ -24,15 +23,12 @@ from persist_cache.index import Reader, Writer
 from persist_cache.records import (
     NO_BLOB,
     NO_ENTRY,
-    BlobKind,
     BlobRecord,
     Edge,
     EntryRecord,
     SizedRecord,
     edge_key,
     edge_parent,
-    entry_id,
-    expiry_key,
     pack_number,
     recency_key,
     unpack_number,
@@ -458,134 +454,3 @@ def _entry_above(txn: Reader, node: int) -> int:
         if edge is not None and edge.entry != NO_ENTRY:
             return edge.entry
     raise damaged("the way back from a node has no end")
-
-
-def audit(txn: Reader, blobs: Mapping[int, BlobRecord] | None = None) -> list[str]:
-    """Check every invariant of the index; returns a sentence for each one that is broken.
-
-    Args:
-        txn: A view of it.
-        blobs: All its blobs, if the caller has read them already.
-    """
-    problems: list[str] = []
-    references: defaultdict[int, int] = defaultdict(int)
-    spans: list[tuple[int, int, int]] = []
-    parents = dict(txn.parents())
-    entries = dict(txn.entries())
-    blobs = dict(txn.blobs()) if blobs is None else blobs
-    names = dict(txn.names())
-    roots = {record.root for _, record in txn.namespaces()}
-    depth = dict.fromkeys(roots, 0)
-    below: defaultdict[int, list[tuple[bytes, Edge]]] = defaultdict(list)
-    num_edges = 0
-    for key, edge in txn.edges():
-        below[edge_parent(key)].append((key, edge))
-        num_edges += 1
-    pending = list(roots)
-    seen_entries: dict[int, int] = {}
-    reached = 0
-    while pending:
-        node = pending.pop()
-        for key, edge in below.get(node, ()):
-            _, number, lower, entry, first_row, rows = edge
-            reached += 1
-            if lower in depth:
-                problems.append(f"node {lower} is reached twice")
-                continue
-            depth[lower] = depth[node] + rows
-            pending.append(lower)
-            references[number] += 1
-            spans.append((number, first_row, rows))
-            if parents.get(lower) != key:
-                problems.append(f"node {lower} does not know its way back")
-            blob = blobs.get(number)
-            if blob is None:
-                problems.append(f"node {lower} hangs on blob {number}, which is unknown")
-                continue
-            if rows < 1 or first_row + rows > blob.num_tokens:
-                problems.append(f"node {lower} uses rows that blob {blob.name.hex()} lacks")
-            if blob.start + first_row != depth[node]:
-                problems.append(f"node {lower} begins elsewhere than its rows")
-            if txn.tokens(number, first_row, 1) != key[8:]:
-                problems.append(f"node {lower} is filed under another token")
-            if entry != NO_ENTRY:
-                seen_entries[entry] = lower
-            elif lower not in below:
-                problems.append(f"node {lower} is a leaf without entry")
-            elif len(below[lower]) == 1:
-                ((_, only),) = below[lower]
-                if only.blob == number and first_row + rows == only.first_row:
-                    problems.append(f"node {lower} should be merged with its only child")
-    if reached != num_edges:
-        problems.append(f"{num_edges - reached} edges cannot be reached from a root")
-    if len(parents) != num_edges:
-        problems.append(f"{num_edges} edges but {len(parents)} ways back")
-    problems += _audit_entries(txn, entries, seen_entries, depth, blobs, references)
-    for number, blob in blobs.items():
-        if blob.references != references[number]:
-            problems.append(
-                f"blob {blob.name.hex()} counts {blob.references} references "
-                f"instead of {references[number]}"
-            )
-        if names.get(blob.name) != number:
-            problems.append(f"blob {blob.name.hex()} cannot be found by its name")
-    problems += _audit_spans(spans, blobs)
-    total = sum(blob.disk_bytes for blob in blobs.values())
-    if total != txn.counter(BLOB_BYTES):
-        problems.append(
-            f"blobs sum up to {total} bytes, the counter says {txn.counter(BLOB_BYTES)}"
-        )
-    return problems
-
-
-def _audit_spans(spans: list[tuple[int, int, int]], blobs: Mapping[int, BlobRecord]) -> list[str]:
-    """Check that the live part of each blob is a prefix: `spans` are blob, first row, rows."""
-    bad = set()
-    last, covered = NO_BLOB, 0
-    for number, first, rows in sorted(spans):
-        if number != last:
-            last, covered = number, 0
-        if first != covered:
-            bad.add(number)
-        covered += rows
-    return [
-        f"blob {blobs[number].name.hex()} has dead rows before living ones"
-        for number in sorted(bad & blobs.keys())
-    ]
-
-
-def _audit_entries(
-    txn: Reader,
-    entries: dict[int, EntryRecord],
-    seen: dict[int, int],
-    depth: dict[int, int],
-    blobs: Mapping[int, BlobRecord],
-    references: defaultdict[int, int],
-) -> list[str]:
-    problems = []
-    for number, record in entries.items():
-        if seen.get(number) != record.node:
-            problems.append(f"entry {entry_id(number)} is not where it says it is")
-        elif depth[record.node] != record.num_tokens:
-            problems.append(f"entry {entry_id(number)} has another length than its path")
-        if record.checkpoint != NO_BLOB:
-            references[record.checkpoint] += 1
-            blob = blobs.get(record.checkpoint)
-            if blob is None or blob.kind != BlobKind.CHECKPOINT or blob.start != record.num_tokens:
-                problems.append(f"entry {entry_id(number)} names a checkpoint that is not its own")
-    problems += [
-        f"node {node} carries entry {entry_id(number)}, which has no record"
-        for number, node in seen.items()
-        if number not in entries
-    ]
-    expected = {
-        recency_key(record.tier, record.last_use_us, number) for number, record in entries.items()
-    }
-    if txn.keys(b"recency") != expected:
-        problems.append("the order of eviction does not list exactly the entries")
-    expiring = {
-        expiry_key(record.expires, number) for number, record in entries.items() if record.expires
-    }
-    if txn.keys(b"expiry") != expiring:
-        problems.append("the order of expiry does not list exactly the entries that expire")
-    return problems

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import msgspec
@@ -23,12 +23,12 @@ NO_BLOB = 0
 MAX_BLOB = (1 << 32) - 1
 
 _NUMBER = struct.Struct(">Q")
-_RECENCY_KEY = struct.Struct(">BQQ")
-_EXPIRY_KEY = struct.Struct(">QQ")
-_EDGE = struct.Struct("<BBHIQQII")
-_BLOB = struct.Struct("<BBHIIIQQd16s16s")
+RECENCY_KEY = struct.Struct(">BQQ")
+EXPIRY_KEY = struct.Struct(">QQ")
+EDGE = struct.Struct("<BBHIQQII")
+BLOB = struct.Struct("<BBHIIIQQd16s16s")
 _BLOB_SIZE = struct.Struct("<B7xII8xQ40x")
-_ENTRY = struct.Struct("<BBHIIIIQQQddd")
+ENTRY = struct.Struct("<BBHIIIIQQQddd")
 _TIERS = {int(tier): tier for tier in Tier}
 """Enums by number: calling one takes longer than unpacking a whole record."""
 _SIZED = struct.Struct("<BxxxxxxxQd")
@@ -63,7 +63,7 @@ class Edge(NamedTuple):
     rows: int
 
     def pack(self) -> bytes:
-        return _EDGE.pack(
+        return EDGE.pack(
             RECORD_VERSION,
             self.complete,
             0,
@@ -76,7 +76,7 @@ class Edge(NamedTuple):
 
     @classmethod
     def unpack(cls, raw: bytes | memoryview) -> Edge:
-        version, flags, _, blob, node, entry, first_row, rows = _EDGE.unpack(raw)
+        version, flags, _, blob, node, entry, first_row, rows = EDGE.unpack(raw)
         _check_version(version)
         return cls._make((bool(flags & 1), blob, node, entry, first_row, rows))
 
@@ -86,7 +86,7 @@ class Edge(NamedTuple):
         new = tuple.__new__
         return [
             new(cls, (flags & 1 == 1, blob, node, entry, first_row, rows))
-            for _, flags, _, blob, node, entry, first_row, rows in _unpack_all(_EDGE, raws)
+            for _, flags, _, blob, node, entry, first_row, rows in _unpack_records(EDGE, raws)
         ]
 
 
@@ -116,7 +116,7 @@ class BlobRecord(NamedTuple):
     digest: bytes
 
     def pack(self) -> bytes:
-        return _BLOB.pack(
+        return BLOB.pack(
             RECORD_VERSION,
             self.kind,
             0,
@@ -132,7 +132,7 @@ class BlobRecord(NamedTuple):
 
     @classmethod
     def unpack(cls, raw: bytes | memoryview) -> BlobRecord:
-        version, kind, _, *rest = _BLOB.unpack(raw)
+        version, kind, _, *rest = BLOB.unpack(raw)
         _check_version(version)
         return cls._make((_kind(kind), *rest))
 
@@ -140,7 +140,7 @@ class BlobRecord(NamedTuple):
     def unpack_all(cls, raws: Sequence[bytes | memoryview]) -> list[BlobRecord]:
         """Like `unpack` of each, in half the time."""
         new = tuple.__new__
-        return [new(cls, (_kind(kind), *rest)) for _, kind, _, *rest in _unpack_all(_BLOB, raws)]
+        return [new(cls, (_kind(kind), *rest)) for _, kind, _, *rest in _unpack_records(BLOB, raws)]
 
 
 class BlobSize(NamedTuple):
@@ -155,7 +155,7 @@ class BlobSize(NamedTuple):
         new = tuple.__new__
         return [
             new(cls, (num_tokens, start, disk_bytes))
-            for _, num_tokens, start, disk_bytes in _unpack_all(_BLOB_SIZE, raws)
+            for _, num_tokens, start, disk_bytes in _unpack_records(_BLOB_SIZE, raws)
         ]
 
 
@@ -212,7 +212,7 @@ class EntryRecord(NamedTuple):
         )
 
     def pack(self) -> bytes:
-        fixed = _ENTRY.pack(
+        fixed = ENTRY.pack(
             RECORD_VERSION,
             self.tier,
             self.pinned,
@@ -231,9 +231,9 @@ class EntryRecord(NamedTuple):
 
     @classmethod
     def unpack(cls, raw: bytes | memoryview) -> EntryRecord:
-        version, tier, pinned, *rest = _ENTRY.unpack_from(raw)
+        version, tier, pinned, *rest = ENTRY.unpack_from(raw)
         _check_version(version)
-        label = bytes(raw[_ENTRY.size :]).decode() if len(raw) > _ENTRY.size else ""
+        label = bytes(raw[ENTRY.size :]).decode() if len(raw) > ENTRY.size else ""
         return cls._make(
             (
                 _tier(tier),
@@ -246,8 +246,8 @@ class EntryRecord(NamedTuple):
     @classmethod
     def unpack_all(cls, raws: Sequence[bytes | memoryview]) -> list[EntryRecord]:
         """Like `unpack` of each, in a third of the time."""
-        new, size = tuple.__new__, _ENTRY.size
-        fixed = _unpack_all(_ENTRY, [raw[:size] for raw in raws])
+        new, size = tuple.__new__, ENTRY.size
+        fixed = _unpack_records(ENTRY, [raw[:size] for raw in raws])
         labels = [bytes(raw[size:]).decode() if len(raw) > size else "" for raw in raws]
         # Letters, because a list for the rest of the fields would double the time.
         return [
@@ -339,12 +339,12 @@ def edge_parent(key: bytes) -> int:
 
 def expiry_key(expires: float, entry: int) -> bytes:
     """Sorts by date: the first key is the entry that expires next."""
-    return _EXPIRY_KEY.pack(int(expires * 1e6), entry)
+    return EXPIRY_KEY.pack(int(expires * 1e6), entry)
 
 
 def recency_key(tier: Tier, last_use_us: int, entry: int) -> bytes:
     """Sorts by tier, then by last use: the first key of a tier is its next victim."""
-    return _RECENCY_KEY.pack(tier, last_use_us, entry)
+    return RECENCY_KEY.pack(tier, last_use_us, entry)
 
 
 def namespace_key(fingerprint: bytes, layout: str) -> bytes:
@@ -363,6 +363,18 @@ def entry_id(number: int) -> str:
     return number.to_bytes(8, "big").hex()
 
 
+def check_kinds(kinds: Iterable[int]) -> None:
+    """Refuse what is no `BlobKind`."""
+    for number in set(kinds):
+        _kind(number)
+
+
+def check_tiers(tiers: Iterable[int]) -> None:
+    """Refuse what is no `Tier`."""
+    for number in set(tiers):
+        _tier(number)
+
+
 def _kind(number: int) -> BlobKind:
     return _KINDS[number] if number in _KINDS else _unknown(f"blob kind {number}")
 
@@ -375,16 +387,26 @@ def _unknown(what: str) -> NoReturn:
     raise StoreFormatError(f"The index holds a record with the unknown {what}.")
 
 
-def _unpack_all(
-    layout: struct.Struct, raws: Sequence[bytes | memoryview]
+def _unpack_records(
+    layout: struct.Struct, raws: Collection[bytes | memoryview]
 ) -> Iterator[tuple[Any, ...]]:
-    """The fields of many records of one kind."""
+    """The fields of many records of one kind, as `layout` has them: the version comes first."""
+    joined = join(layout, raws)
+    check_versions(joined[:: layout.size])
+    return layout.iter_unpack(joined)
+
+
+def join(layout: struct.Struct, raws: Collection[bytes | memoryview]) -> bytes:
+    """Put records of one length behind each other, refusing what has another."""
     for size in set(map(len, raws)) - {layout.size}:
         raise struct.error(f"it has {size} bytes instead of {layout.size}")
-    joined = b"".join(raws)
-    for version in set(joined[:: layout.size]):
+    return b"".join(raws)
+
+
+def check_versions(versions: Iterable[int]) -> None:
+    """Refuse records that another version of persist-cache wrote."""
+    for version in set(versions):
         _check_version(version)
-    return layout.iter_unpack(joined)
 
 
 def _check_version(version: int) -> None:

@@ -6,12 +6,17 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from persist_cache.store import Store
 from tests.fakes import Clock
 
 pytest_plugins = ["tests.real_model"]
+
+# The same examples each time, for a verdict that does not change from one run to the next; without
+# `--hypothesis-profile=ci` others are tried each time.
+hypothesis.settings.register_profile("ci", derandomize=True, print_blob=True)
 
 # A shell makes what it runs in the background ignore it, and the commands under test inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)

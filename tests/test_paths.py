@@ -1,14 +1,11 @@
-"""The trie in the index keeps its invariants, and `audit` sees each one that is broken."""
+"""The trie in the index: how edges are split, merged, walked and dropped."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import pytest
 
 from persist_cache import paths
 from persist_cache.entry import pack_tokens
-from persist_cache.index import Writer
 from persist_cache.store import Store
 from tests.fakes import fetched, put
 
@@ -82,127 +79,6 @@ def test_walk_stops_at_the_first_other_token(store: Store) -> None:
     assert (whole.common, part.common, none.common) == (20, 11, 0)
     assert [step.used for step in part.steps] == [8, 3]
     assert (whole.node is None, part.node is None, none.node) == (False, True, root)
-
-
-def first_edge(txn: Writer):  # type: ignore[no-untyped-def]
-    return next(iter(txn.edges()))
-
-
-def first_blob(txn: Writer):  # type: ignore[no-untyped-def]
-    return next(iter(txn.blobs()))
-
-
-def first_entry(txn: Writer):  # type: ignore[no-untyped-def]
-    return next(iter(txn.entries()))
-
-
-def wrong_references(txn: Writer) -> None:
-    number, blob = first_blob(txn)
-    txn.put_blob(number, blob._replace(references=9))
-
-
-def too_many_rows(txn: Writer) -> None:
-    key, edge = first_edge(txn)
-    txn.put_edge(key, edge._replace(rows=edge.rows + 1))
-
-
-def dead_rows_first(txn: Writer) -> None:
-    key, edge = first_edge(txn)
-    txn.put_edge(key, edge._replace(first_row=1, rows=edge.rows - 1))
-
-
-def lost_entry(txn: Writer) -> None:
-    txn.delete_entry(first_entry(txn)[0])
-
-
-def bare_leaf(txn: Writer) -> None:
-    for key, edge in list(txn.edges()):
-        txn.put_edge(key, edge._replace(entry=0))
-
-
-def lost_way_back(txn: Writer) -> None:
-    key, edge = first_edge(txn)
-    txn.delete_edge(key, edge.node)
-    txn._txn.put(key, edge.pack(), db=txn._db[b"edges"])
-
-
-def unreachable(txn: Writer) -> None:
-    key, _ = first_edge(txn)
-    txn._txn.delete(key, db=txn._db[b"edges"])
-
-
-def lost_recency(txn: Writer) -> None:
-    key = next(txn.recency_keys())
-    txn._txn.delete(key, db=txn._db[b"recency"])
-
-
-def lost_expiry(txn: Writer) -> None:
-    key = next(txn.expiry_keys())
-    txn._txn.delete(key, db=txn._db[b"expiry"])
-
-
-def foreign_checkpoint(txn: Writer) -> None:
-    number, record = first_entry(txn)
-    txn.put_entry(number, record._replace(checkpoint=first_blob(txn)[0]))
-
-
-def lost_name(txn: Writer) -> None:
-    txn._txn.delete(first_blob(txn)[1].name, db=txn._db[b"names"])
-
-
-def wrong_total(txn: Writer) -> None:
-    txn.add(paths.BLOB_BYTES, 1)
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        wrong_references,
-        too_many_rows,
-        dead_rows_first,
-        lost_entry,
-        bare_leaf,
-        lost_way_back,
-        unreachable,
-        lost_recency,
-        lost_expiry,
-        foreign_checkpoint,
-        lost_name,
-        wrong_total,
-    ],
-)
-def test_audit_sees_damage_and_repair_mends_it(
-    store: Store, damage: Callable[[Writer], None]
-) -> None:
-    prompts = [[*STEM, 5, 6], [*STEM, 7]]
-    for prompt in prompts:
-        put(store, prompt, expires=2e9)
-    assert store.check() == []
-
-    store._disk.index.update(damage)
-
-    assert {problem.kind for problem in store.check()} == {"index"}
-    store.check(repair=True)
-    assert store.check(read_data=True) == []
-    for prompt in prompts:
-        assert fetched(store, prompt) == len(prompt)
-
-
-def test_unmerged_edges_are_seen(store: Store) -> None:
-    middle = put(store, STEM)
-    put(store, [*STEM, 5, 6])
-    store.evict([middle])
-    long = put(store, [1, 2, 3])
-
-    def forget(txn: Writer) -> None:
-        record = txn.entry(int(long, 16))
-        assert record is not None
-        txn.delete_entry(int(long, 16))
-        paths.set_entry(txn, record.node, 0)
-
-    store._disk.index.update(forget)
-
-    assert "merged" in store.check()[0].message
 
 
 def test_notes_on_departed_entries_are_bounded(

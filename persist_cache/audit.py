@@ -1,0 +1,203 @@
+"""Whether an index keeps the invariants of `paths`: every one is checked, for all records at once.
+
+Linear in what is stored. Whole columns are compared, and single records looked at only where two
+differ: a loop over ten thousand of them that asks ten questions of each would take most of the
+time of `persist-cache check`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from operator import add, gt
+from typing import TypeVar
+
+from persist_cache.columns import BlobColumns, EdgeColumns, EntryColumns
+from persist_cache.index import Reader
+from persist_cache.paths import BLOB_BYTES
+from persist_cache.records import NO_BLOB, NO_ENTRY, BlobKind, entry_id
+
+V = TypeVar("V")
+
+
+def broken_invariants(txn: Reader, blobs: BlobColumns) -> list[str]:
+    """A sentence for each invariant that does not hold; empty for a sound index.
+
+    Args:
+        txn: A view of the index.
+        blobs: All its blobs, as the caller has read them already.
+
+    Raises:
+        StoreError: A record cannot even be read.
+    """
+    edges = txn.edge_columns()
+    entries = txn.entry_columns()
+    roots = {record.root for _, record in txn.namespaces()}
+    starts = dict(zip(blobs.numbers, blobs.starts, strict=True))
+    # An edge of an unknown blob is named as such; what else is said of it does not matter.
+    begins = [*map(add, map(starts.get, edges.blobs, [-1] * len(edges.blobs)), edges.first_rows)]
+    depths = dict(zip(edges.nodes, map(add, begins, edges.rows), strict=True))
+    depths |= dict.fromkeys(roots, 0)
+    problems = [*_shape(edges, dict(txn.parents()), roots)]
+    problems += [
+        f"node {edges.nodes[at]} begins elsewhere than its rows"
+        for at in _unequal(map(depths.get, edges.parents), begins)
+    ]
+    problems += _rows(txn, edges, blobs)
+    problems += _leaves(edges)
+    problems += _entries(edges, entries, depths, blobs)
+    problems += _orders(txn, entries)
+    problems += _blobs(txn, edges, entries, blobs)
+    return problems
+
+
+def _unequal(found: Iterable[V | None], expected: Iterable[V]) -> list[int]:
+    """Places at which two columns differ."""
+    left, right = list(found), list(expected)
+    if left == right:
+        return []
+    return [at for at, (one, other) in enumerate(zip(left, right, strict=True)) if one != other]
+
+
+def _shape(edges: EdgeColumns, parents: dict[int, bytes], roots: set[int]) -> Iterator[str]:
+    """Whether the edges are trees below the roots, and each node knows the edge above it.
+
+    There is no circle if each edge has rows and begins where its parent lies, which is checked
+    elsewhere: depth would have to grow all the way round.
+    """
+    ways = dict(zip(edges.nodes, edges.keys, strict=True))
+    if len(ways) < len(edges.nodes) or not roots.isdisjoint(ways):
+        times = Counter(edges.nodes)
+        times.update(roots)
+        yield from (f"node {node} is reached twice" for node in times if times[node] > 1)
+    if ways != parents:
+        for node, key in ways.items():
+            if parents.get(node) != key:
+                yield f"node {node} does not know its way back"
+        if len(parents) != len(edges.nodes):
+            yield f"{len(edges.nodes)} edges but {len(parents)} ways back"
+    unknown = set(edges.parents) - ways.keys() - roots
+    if unknown:
+        lost = sum(map(unknown.__contains__, edges.parents))
+        yield f"{lost} edges cannot be reached from a root"
+
+
+def _rows(txn: Reader, edges: EdgeColumns, blobs: BlobColumns) -> Iterator[str]:
+    """Whether every edge uses rows that its blob has, under their first token, from row 0 on."""
+    names = dict(zip(blobs.numbers, blobs.names, strict=True))
+    lengths = dict(zip(blobs.numbers, blobs.num_tokens, strict=True))
+    ends = list(map(add, edges.first_rows, edges.rows))
+    available = list(map(lengths.get, edges.blobs, [-1] * len(ends)))
+    if any(map(gt, ends, available)) or not all(edges.rows):
+        for node, blob, rows, end, length in zip(
+            edges.nodes, edges.blobs, edges.rows, ends, available, strict=True
+        ):
+            if blob not in names:
+                yield f"node {node} hangs on blob {blob}, which is unknown"
+            elif not rows or end > length:
+                yield f"node {node} uses rows that blob {names[blob].hex()} lacks"
+    for at in _unequal(txn.first_tokens(edges.blobs, edges.first_rows), edges.tokens):
+        yield f"node {edges.nodes[at]} is filed under another token"
+    # A blob with one edge is told by its first row alone.
+    users = Counter(edges.blobs)
+    spans = zip(edges.blobs, edges.first_rows, edges.rows, strict=True)
+    bad = set()
+    last, covered = NO_BLOB, 0
+    for blob, first, rows in sorted(span for span in spans if span[1] or users[span[0]] > 1):
+        if blob != last:
+            last, covered = blob, 0
+        if first != covered:
+            bad.add(blob)
+        covered += rows
+    for blob in sorted(bad & names.keys()):
+        yield f"blob {names[blob].hex()} has dead rows before living ones"
+
+
+def _leaves(edges: EdgeColumns) -> Iterator[str]:
+    """Whether every node without entry branches, or changes from one blob to another."""
+    children = Counter(edges.parents)
+    bare = {}
+    for at, entry in enumerate(edges.entries):
+        if entry == NO_ENTRY:
+            node = edges.nodes[at]
+            if not children[node]:
+                yield f"node {node} is a leaf without entry"
+            elif children[node] == 1:
+                bare[node] = edges.blobs[at], edges.first_rows[at] + edges.rows[at]
+    if bare:
+        for node, *begin in zip(edges.parents, edges.blobs, edges.first_rows, strict=True):
+            if bare.get(node) == tuple(begin):
+                yield f"node {node} should be merged with its only child"
+
+
+def _entries(
+    edges: EdgeColumns, entries: EntryColumns, depths: dict[int, int], blobs: BlobColumns
+) -> Iterator[str]:
+    """Whether each entry lies at its node and depth, with a checkpoint made for just there."""
+    nodes = dict(zip(edges.entries, edges.nodes, strict=True))
+    nodes.pop(NO_ENTRY, None)
+    lost = _unequal(map(nodes.get, entries.numbers), entries.nodes)
+    for at in lost:
+        yield f"entry {entry_id(entries.numbers[at])} is not where it says it is"
+    for at in _unequal(map(depths.get, entries.nodes), entries.num_tokens):
+        yield f"entry {entry_id(entries.numbers[at])} has another length than its path"
+    if lost or len(nodes) != len(entries.numbers):
+        for number in sorted(nodes.keys() - set(entries.numbers)):
+            yield f"node {nodes[number]} carries entry {entry_id(number)}, which has no record"
+    if len(nodes) < len(edges.entries) - edges.entries.count(NO_ENTRY):
+        times = Counter(edges.entries)
+        for number in nodes:
+            if times[number] > 1:
+                yield f"entry {entry_id(number)} ends at {times[number]} nodes"
+    made_for = {
+        blobs.numbers[at]: blobs.starts[at]
+        for at, kind in enumerate(blobs.kinds)
+        if kind == BlobKind.CHECKPOINT
+    }
+    for at, checkpoint in enumerate(entries.checkpoints):
+        if checkpoint != NO_BLOB and made_for.get(checkpoint) != entries.num_tokens[at]:
+            this = entry_id(entries.numbers[at])
+            yield f"entry {this} names a checkpoint that is not its own"
+
+
+def _orders(txn: Reader, entries: EntryColumns) -> Iterator[str]:
+    """Whether eviction and expiry go through exactly the entries there are."""
+    tiers, last_uses, numbers = txn.recency_columns()
+    is_listed = (
+        len(numbers) == len(entries.numbers)
+        and not _unequal(_by(numbers, tiers, entries.numbers), entries.tiers)
+        and not _unequal(_by(numbers, last_uses, entries.numbers), entries.last_uses_us)
+    )
+    if not is_listed:
+        yield "the order of eviction does not list exactly the entries"
+    dated = zip(entries.expires, entries.numbers, strict=True)
+    expiring = {(int(expires * 1e6), number) for expires, number in dated if expires}
+    if set(zip(*txn.expiry_columns(), strict=True)) != expiring:
+        yield "the order of expiry does not list exactly the entries that expire"
+
+
+def _by(keys: Iterable[int], values: Iterable[V], wanted: Iterable[int]) -> Iterator[V | None]:
+    """The values of the `wanted` keys, None for those that are not there."""
+    get: Callable[[int], V | None] = dict(zip(keys, values, strict=True)).get
+    return map(get, wanted)
+
+
+def _blobs(
+    txn: Reader, edges: EdgeColumns, entries: EntryColumns, blobs: BlobColumns
+) -> Iterator[str]:
+    """Whether each blob is found by name, and counts the edges or entries that use it."""
+    used = Counter(edges.blobs)
+    used.update(entries.checkpoints)
+    for at in _unequal(map(used.__getitem__, blobs.numbers), blobs.references):
+        yield (
+            f"blob {blobs.names[at].hex()} counts {blobs.references[at]} references "
+            f"instead of {used[blobs.numbers[at]]}"
+        )
+    names = dict(txn.names())
+    for at in _unequal(map(names.get, blobs.names), blobs.numbers):
+        yield f"blob {blobs.names[at].hex()} cannot be found by its name"
+    if len(names) != len(blobs.names):
+        yield f"{len(blobs.names)} blobs but {len(names)} names"
+    total, counted = sum(blobs.disk_bytes), txn.counter(BLOB_BYTES)
+    if total != counted:
+        yield f"blobs sum up to {total} bytes, the counter says {counted}"
