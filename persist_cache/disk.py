@@ -67,6 +67,11 @@ class Disk:
             serving = list(self._serving)
         return {record.node for number in serving if (record := txn.entry(number)) is not None}
 
+    def is_recorded(self, name: bytes) -> bool:
+        """Whether a record names the blob `name` (16 bytes), as of now."""
+        with self.index.read() as txn:
+            return txn.blob_number(name) is not None
+
     def touch(self, entries: list[int], saved_s: float) -> None:
         """Note a use of `entries`; the last one is credited with the hit. Writes nothing yet."""
         now = self.clock()

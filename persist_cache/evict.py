@@ -11,8 +11,10 @@ import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 from persist_cache import paths
+from persist_cache.blobs import try_remove_orphan
 from persist_cache.disk import Disk
 from persist_cache.errors import StoreFullError
 from persist_cache.index import Writer
@@ -49,6 +51,7 @@ class Evictor:
         self._disk.flush()
         self.empty_trash()
         budget = self._disk.budget
+        swept = False
         share = nbytes // len(names) + 1
         now = self._disk.clock()
 
@@ -59,6 +62,8 @@ class Evictor:
                 for name in names:
                     txn.put_sized(b"pending", name, SizedRecord(share, now))
                 return False
+            if not swept:
+                return True
             usage = budget.usage(txn)
             hopeless = excess > usage.blobs + usage.quarantine
             if protected is None or hopeless or self._free(txn, excess, protected) < excess:
@@ -71,7 +76,11 @@ class Evictor:
             return True
 
         while self._disk.index.update(attempt):
-            if not self.empty_trash():
+            if not swept:
+                # Nothing useful goes for what a dead writer reserved and will not write.
+                self.release_abandoned()
+                swept = True
+            elif not self.empty_trash():
                 # Files that stay would have us evict everything, one round after the other.
                 raise StoreFullError(
                     "There is no room left: evicted files cannot be removed from the store's "
@@ -86,6 +95,25 @@ class Evictor:
                 txn.delete_sized(b"pending", name)
 
         self._disk.index.update(forget)
+
+    def release_abandoned(self) -> None:
+        """Give back what dead writers reserved, and remove the files that they left."""
+        with self._disk.index.read() as txn:
+            pending = list(txn.sized(b"pending"))
+        dead = [name for name in pending if self._is_abandoned(name)]
+        if dead:
+            self.release(dead)
+
+    def _is_abandoned(self, name: bytes) -> bool:
+        """Whether nothing is left of a reserved file, its writer being dead; removes what is."""
+        folder = self._disk.folder
+        # A writer renames from the first place to the second, so in this order none is missed.
+        places = (folder.temporary_path(name.hex()), folder.path(name.hex()))
+        return all(
+            try_remove_orphan(path, partial(self._disk.is_recorded, name))
+            for path in places
+            if path.exists()
+        )
 
     def evict(self, numbers: Sequence[int], reason: str) -> int:
         """Remove entries, and every byte that nothing else needs; returns the bytes freed.

@@ -47,12 +47,9 @@ def sweep(disk: Disk, evictor: Evictor) -> None:
     Cheap enough for every start: it looks at what the index lists and at the folders for
     temporary and damaged files, never at all blobs.
     """
+    evictor.release_abandoned()
     with disk.index.read() as txn:
-        pending = list(txn.sized(b"pending"))
         quarantined = txn.sized(b"quarantine")
-    dead = [name for name in pending if _is_abandoned(disk, name)]
-    if dead:
-        evictor.release(dead)
     for name_hex, path in list(disk.folder.temporaries()):
         try_remove_orphan(path, partial(_is_pending, disk, bytes.fromhex(name_hex)))
     for name, record in quarantined.items():
@@ -64,17 +61,6 @@ def sweep(disk: Disk, evictor: Evictor) -> None:
             try_remove_orphan(path, partial(_is_quarantined, disk, bytes.fromhex(name_hex)))
     evictor.empty_trash()
     disk.index.reader_check()
-
-
-def _is_abandoned(disk: Disk, name: bytes) -> bool:
-    """Whether nothing is left of a reserved file, its writer being dead; removes what is."""
-    # A writer renames from the first place to the second, so in this order none is missed.
-    places = (disk.folder.temporary_path(name.hex()), disk.folder.path(name.hex()))
-    return all(
-        try_remove_orphan(path, partial(_is_recorded, disk, name))
-        for path in places
-        if path.exists()
-    )
 
 
 def remove_orphans(disk: Disk) -> int:
@@ -187,7 +173,7 @@ def check(
         if read_data or lengths.get(name) != nbytes:
             problem = _check_blob(disk, name, nbytes, digest if read_data else None)
             # A blob evicted while it was looked at is no problem.
-            if problem is not None and _is_recorded(disk, bytes.fromhex(name)):
+            if problem is not None and disk.is_recorded(bytes.fromhex(name)):
                 problems.append(problem)
             done += nbytes
             if progress is not None and read_data:
@@ -251,11 +237,6 @@ def _check_blob(disk: Disk, name: str, nbytes: int, digest: bytes | None) -> Pro
             raise fs.translated(error, "while a blob was checked") from error
         return Problem("damaged", f"it cannot be read ({error.strerror})", name)
     return None
-
-
-def _is_recorded(disk: Disk, name: bytes) -> bool:
-    with disk.index.read() as txn:
-        return txn.blob_number(name) is not None
 
 
 def _is_expected(disk: Disk, name: bytes, path: Path) -> bool:

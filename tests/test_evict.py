@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from persist_cache import fs
+from persist_cache.blobs import BlobWriter
 from persist_cache.errors import StoreFullError
+from persist_cache.records import SizedRecord
 from persist_cache.store import Store
 from tests.fakes import Clock, blob_files, disk_usage, fetched, files_in, fingerprint, put, restore
 
@@ -48,6 +50,41 @@ def test_expired_go_first_whatever_their_tier(store: Store, clock: Clock) -> Non
     clock.advance(11)
 
     assert evict_one(store) == {old}
+
+
+def test_nothing_goes_for_what_a_dead_writer_reserved(tmp_path: Path, clock: Clock) -> None:
+    with Store.open(
+        tmp_path / "s", max_bytes=ROOM_FOR_FEW, min_free_bytes=0, run_tokens=8, clock=clock
+    ) as small:
+        kept = put(small, [1, 2, 3])
+        name = bytes(range(16))
+        left_behind = small._disk.folder.temporary_path(name.hex())
+        left_behind.write_bytes(b"half a blob")
+        reserved = SizedRecord(ROOM_FOR_FEW, clock())
+        small._disk.index.update(lambda txn: txn.put_sized(b"pending", name, reserved))
+
+        put(small, [4, 5, 6])
+
+        assert kept in {entry.id for entry in small.entries()}
+        assert small.stats().usage.pending == 0
+        assert not left_behind.exists()
+
+
+def test_what_a_living_writer_reserved_is_not_given_away(tmp_path: Path, clock: Clock) -> None:
+    with Store.open(
+        tmp_path / "s", max_bytes=ROOM_FOR_FEW, min_free_bytes=0, run_tokens=8, clock=clock
+    ) as small:
+        folder = small._disk.folder
+        with BlobWriter(folder) as writer:
+            name = bytes.fromhex(writer.name)
+            reserved = SizedRecord(ROOM_FOR_FEW, clock())
+            small._disk.index.update(lambda txn: txn.put_sized(b"pending", name, reserved))
+
+            with pytest.raises(StoreFullError):
+                put(small, [4, 5, 6])
+
+            assert small.stats().usage.pending == ROOM_FOR_FEW
+            assert folder.temporary_path(writer.name).exists()
 
 
 def test_leaves_go_before_their_parents(store: Store, clock: Clock) -> None:
