@@ -33,6 +33,8 @@ _NUMBERS = (
     "xtc_probability",
     "xtc_threshold",
 )
+_MAX_FILE_NAME = 255
+"""Bytes of one part of a path: what common file systems take."""
 _SAFE_VOCABULARY = 256
 """No model has fewer token ids; what a request may name before its model is loaded."""
 _RESERVED_TEMPLATE_ARGS = frozenset(
@@ -202,6 +204,8 @@ def _check_options(body: dict[str, Any], vocabulary: int | None) -> None:
     threshold = body.get("xtc_threshold")
     if isinstance(threshold, (int, float)) and not 0 <= threshold <= 0.5:
         raise RefusedError(400, "xtc_threshold must be between 0 and 0.5.")
+    for name in ("model", "draft_model", "adapters"):
+        _check_path(body.get(name), name)
     _check_stop(body.get("stop"))
     _check_bias(body.get("logit_bias"), vocabulary)
     options = body.get("stream_options")
@@ -226,6 +230,13 @@ def _check_integer(body: dict[str, Any], name: str, low: int, high: int) -> None
         return
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise RefusedError(400, f"{name} must be a whole number from {low} to {high}.")
+
+
+def _check_path(path: Any, name: str) -> None:
+    """Upstream repeats the whole of a name that no file can have."""
+    parts = path.split("/") if isinstance(path, str) else []
+    if any(len(part.encode(errors="replace")) > _MAX_FILE_NAME for part in parts):
+        raise RefusedError(400, f"{name} must be a path or the name of a model.")
 
 
 def _check_stop(stop: Any) -> None:

@@ -31,7 +31,9 @@ HOSTILE = [
     "-5GB", "1QB", "system", "SYSTEM", "no/such", "list", "f.json", "f.toml", "store", "%s%n",
     "$(id)", "a" * 5000,
 ]  # fmt: skip
-TEXTS = st.text(st.characters(exclude_characters="/\0"), max_size=8)
+TEXTS = st.binary(max_size=8).map(lambda raw: os.fsdecode(raw.translate(None, b"/\0"))) | st.text(
+    st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), max_size=8
+)
 """No argument of a process holds a zero byte, and none here may lead out of the folder."""
 
 

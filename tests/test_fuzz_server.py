@@ -87,6 +87,8 @@ def test_true_is_no_number(server: ServerProcess, changes: dict[str, Any]) -> No
     path=st.sampled_from(PATHS),
     changes=st.dictionaries(st.sampled_from(FIELDS) | TEXTS, VALUES, min_size=1, max_size=2),
 )
+@example(path=PATHS[0], changes={"model": "é" * 900})
+@example(path=PATHS[1], changes={"adapters": "a/" + "b" * 300})
 @BOUNDED
 def test_any_values_in_a_request(server: ServerProcess, path: str, changes: dict[str, Any]) -> None:
     good = {"prompt": "Hello!"} if path == "/v1/completions" else CHAT
