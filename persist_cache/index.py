@@ -702,7 +702,7 @@ def _open_environment(root: Path, read_only: bool, map_bytes: int) -> lmdb.Envir
     lockable = not read_only or os.access(root / "lock.mdb", os.W_OK)
     try:
         return lmdb.open(
-            str(root),
+            os.fsencode(root),
             lib_version=0,
             map_size=map_bytes,
             max_dbs=16,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import json
 import logging
 import os
 import signal
@@ -24,7 +25,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import mlx.core as mx
-import msgspec
 from mlx_lm import server as upstream
 
 from persist_cache.admin import Admin
@@ -363,7 +363,7 @@ class Handler(Front, upstream.APIHandler):  # type: ignore[misc]
             "model": "ok" if healthy else "the generation thread died",
             "disk": f"off: {cache.disk_off}" if cache.disk_off else "ok",
         }
-        body = msgspec.json.encode(said)
+        body = json.dumps(said).encode()
         self._set_completion_headers(200 if healthy else 503)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -491,13 +491,18 @@ def _start_line(
 ) -> str:
     memory = f"{max_size} caches"
     if memory_bytes < 1 << 62:
-        memory += f", {memory_bytes} bytes"
+        memory += f", {_gib(memory_bytes)}"
     if store is None:
         return f"prompt cache: memory {memory}; disk off: {why_off}"
     return (
-        f"prompt cache: memory {memory}; disk {store.root}, at most {store.limits.max_bytes} "
-        f"bytes, {store.limits.min_free_bytes} left free, tiers {', '.join(options.persist)}"
+        f"prompt cache: memory {memory}; disk {store.root}, at most "
+        f"{_gib(store.limits.max_bytes)}, {_gib(store.limits.min_free_bytes)} left free, "
+        f"tiers {', '.join(options.persist)}"
     )
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / 2**30:,.2f} GiB"
 
 
 def _interrupt(signum: int, frame: Any) -> None:

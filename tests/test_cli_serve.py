@@ -30,7 +30,7 @@ class Serve(ServerProcess):
 
     def __init__(self, model: Path, store: Path, folder: Path, *options: str) -> None:
         super().__init__(model, store, folder)
-        self._words = [str(SCRIPT), "--store", str(store), "serve", "--model", str(model)]
+        self._words = [str(SCRIPT), "serve", "--store", str(store), "--model", str(model)]
         self._words += ["--port", str(self.port), "--min-free", "0", *options]
 
     def command(self) -> list[str]:
@@ -164,3 +164,47 @@ def test_evict_of_what_a_server_is_reading(
     assert "disk" in {where for _, _, where in answers}
     assert counters["evicted"] > 10
     assert final == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--nonsense"], "--nonsense"),
+        (["--port", "abc"], "--port"),
+        (["--store", ""], "--store"),
+        (["--disk-bytes", "lots"], "--disk-bytes"),
+        (["--persist", "tool"], "--persist"),
+    ],
+)
+def test_wrong_flags_are_one_sentence(words: list[str], says: str, tmp_path: Path) -> None:
+    done = script(tmp_path / "store", "serve", *words)
+
+    assert done.status == 2
+    assert says in done.sentence
+    assert done.out == ""
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("is_usable", [True, False])
+def test_one_line_at_the_start_says_what_the_cache_may_take(
+    model: Path, tmp_path: Path, is_usable: bool
+) -> None:
+    store = tmp_path / "store"
+    if not is_usable:
+        store.write_text("somebody else's")
+    with Serve(model, store, tmp_path, "--disk-bytes", "2GiB", "--persist", "system") as server:
+        assert server.request("GET", "/health").status_code == 200
+        assert server.stop() == 0
+
+    (line,) = [one for one in server.log.read_text().splitlines() if "prompt cache: " in one]
+    wanted = f"disk {store}, at most 2.00 GiB, 0.00 GiB left free, tiers system"
+    assert (wanted if is_usable else "disk off: ") in line
+    assert is_usable or str(store) in line
+
+
+def test_log_level_is_that_of_upstream(model: Path, tmp_path: Path) -> None:
+    flags = ("--log-level", "ERROR")
+    with Serve(model, tmp_path / "store", tmp_path, *flags) as server:
+        assert server.stop() == 0
+
+    assert "prompt cache: " not in server.log.read_text()

@@ -640,6 +640,22 @@ def test_a_reader_may_leave_early(root: Path, ids: dict[str, str]) -> None:
         assert listing.stderr.read() == ""
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file names are UTF-8")
+def test_a_folder_whose_name_is_no_text_holds_a_store_too(tmp_path: Path) -> None:
+    root = tmp_path / os.fsdecode(b"\xff\xfe") / "store"
+    root.parent.mkdir()
+    (first, *_) = sorted(fill(root).values())
+
+    for words in (["list"], ["show", first], ["stats"], ["stats", "--json"], ["check"], ["gc"]):
+        done = script(root, *words, errors="replace")
+        assert (done.status, done.err) == (0, ""), words
+    file = root.with_name(os.fsdecode(b"\xfd.tar"))
+    done = script(root, "export", first, file, "--json")
+    assert (done.status, done.err) == (0, "")
+    assert Path(done.json["file"]) == file
+    assert file.exists()
+
+
 def test_completion_names_commands_and_ids(root: Path, ids: dict[str, str]) -> None:
     def complete(words: str) -> list[str]:
         env = {

@@ -257,14 +257,18 @@ def pairs(items: Iterable[tuple[str, str]], *, paint: Painter = plain) -> list[s
 
 
 def print_json(value: Any) -> None:
-    """Write `value` to standard output as JSON, readable, with dates and numbers as they are."""
+    """Write `value` to standard output as JSON, readable, with dates and numbers as they are.
+
+    Bytes of a file name that are no UTF-8 appear as escaped surrogates, as Python decodes them.
+    """
     try:
         # A tenth of the time that `json` takes to indent.
         text = msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
-    except OverflowError:  # it knows no integers beyond 64 bits
+    except (OverflowError, UnicodeEncodeError) as error:  # integers of more than 64 bits; names
         import json
 
-        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+        is_name = isinstance(error, UnicodeEncodeError)
+        text = json.dumps(value, indent=2, ensure_ascii=is_name, allow_nan=False)
     click.echo(text)
 
 

@@ -35,8 +35,11 @@ from persist_cache.tensors.layers import (
 )
 
 _TYPES = frozenset(DTYPES.values())
-_GROUP_BYTES = 2 << 20
-"""Small tensors that lie side by side are read in one call of about this size."""
+_ALONE_BYTES = 1 << 20
+"""A tensor of this size is a task of its own. Smaller ones that lie side by side make up one."""
+_GROUP_BYTES = (2 << 20, 8 << 20)
+"""Least and most of what such a task reads. With each the threads take turns holding Python's
+lock, so there should be few; but enough to keep all threads busy until the end."""
 
 
 class _Detail(msgspec.Struct):
@@ -314,7 +317,7 @@ def restore(
     buffers = [buffer for named in plan.buffers.values() for buffer in named.values()]
     try:
         pool.run_mlx(partial(_allocate, buffers))
-        pool.run(_tasks(buffers), threads)
+        pool.run(_tasks(buffers, threads), threads)
         for buffer in buffers:
             buffer.release()
         cache = plan.build()
@@ -333,7 +336,7 @@ def _allocate(buffers: Sequence[_Buffer]) -> None:
         buffer.allocate(arrays[str(index)])
 
 
-def _tasks(buffers: Sequence[_Buffer]) -> Iterator[Callable[[], None]]:
+def _tasks(buffers: Sequence[_Buffer], threads: int) -> Iterator[Callable[[], None]]:
     """What fills allocated buffers: every byte is written once, by rows or by zeros."""
     wanted: dict[BlobReader, list[tuple[_Buffer, _Fill]]] = {}
     for buffer in buffers:
@@ -341,18 +344,23 @@ def _tasks(buffers: Sequence[_Buffer]) -> Iterator[Callable[[], None]]:
         for fill in buffer.fills:
             if fill.used:
                 wanted.setdefault(fill.reader, []).append((buffer, fill))
+    least, most = _GROUP_BYTES
+    share = sum(buffer.spec[2] for buffer in buffers) // (4 * threads)
+    group_bytes = min(max(share, least), most)
     for reader, parts in wanted.items():
         infos = reader.header.tensors
         parts.sort(key=lambda part: infos[part[1].name].offset)
         group: list[tuple[_Buffer, _Fill]] = []
-        begin = end = 0
+        room = end = 0
         for part in parts:
             info = infos[part[1].name]
-            if info.offset != end or end - begin >= _GROUP_BYTES:
+            if info.offset != end or info.nbytes > room:
                 if group:
                     yield partial(_read, reader, group)
-                group, begin = [], info.offset
+                group = []
+                room = group_bytes if info.nbytes < _ALONE_BYTES else 0
             group.append(part)
+            room -= info.nbytes
             end = info.offset + info.nbytes
         yield partial(_read, reader, group)
 

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import NoReturn
+
 import click
 
 from persist_cache.entry import TIER_LABELS
@@ -14,6 +20,7 @@ from persist_cache_cli.parse import SIZE
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
     add_help_option=False,
 )
+@click.option("--store", "own_store", metavar="PATH", help="Folder of the store.")
 @click.option("--disk-bytes", type=SIZE, help="Budget on disk, such as 50GB.")
 @click.option("--memory-bytes", type=SIZE, help="Live caches in memory; also --prompt-cache-bytes.")
 @click.option("--min-free", type=SIZE, help="Free disk space that is left alone.")
@@ -44,6 +51,7 @@ from persist_cache_cli.parse import SIZE
 def command(
     ctx: click.Context,
     *,
+    own_store: str | None,
     disk_bytes: int | None,
     memory_bytes: int | None,
     min_free: int | None,
@@ -67,6 +75,8 @@ def command(
         click.echo("\nFlags of mlx_lm.server:\n")
         serve(["--help"], ServeOptions())
         return
+    if own_store == "":
+        raise click.UsageError("--store needs a folder, not an empty name.")
     tiers = () if persist == "none" else tuple(part.strip() for part in persist.split(","))
     unknown = [tier for tier in tiers if tier not in TIER_LABELS]
     if unknown:
@@ -74,7 +84,7 @@ def command(
             f"--persist: unknown tier {unknown[0]!r}; use system, user, assistant, or none."
         )
     options = ServeOptions(
-        store=ctx.obj,
+        store=ctx.obj if own_store is None else own_store,
         disk_bytes=disk_bytes,
         min_free_bytes=min_free,
         daily_write_bytes=daily_write_bytes,
@@ -84,4 +94,23 @@ def command(
         admin_token=admin_token,
         salt=salt,
     )
-    serve(ctx.args, options)
+    for handler in list(logging.getLogger().handlers):
+        # Upstream sets up logging as its --log-level says, but only where nobody has done so yet.
+        logging.getLogger().removeHandler(handler)
+    with _errors_in_one_sentence():
+        serve(ctx.args, options)
+
+
+@contextlib.contextmanager
+def _errors_in_one_sentence() -> Iterator[None]:
+    """Have upstream's parser complain as ours does, without a page of usage."""
+
+    def refuse(_: argparse.ArgumentParser, message: str) -> NoReturn:
+        raise click.UsageError(message[:1].upper() + message[1:])
+
+    before = argparse.ArgumentParser.error
+    argparse.ArgumentParser.error = refuse  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        argparse.ArgumentParser.error = before  # type: ignore[method-assign]
