@@ -88,7 +88,7 @@ class Payload(Struct, frozen=True):
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
-class TensorInfo(Struct, frozen=True):
+class TensorInfo(Struct, frozen=True, gc=False):
     """Where a stored tensor lies, and the digest of its bytes."""
 
     dtype: str
@@ -103,7 +103,7 @@ class TensorInfo(Struct, frozen=True):
         return self.offset + self.nbytes
 
 
-class _Place(Struct, frozen=True):
+class _Place(Struct, frozen=True, gc=False):
     """What a safetensors header says of one tensor."""
 
     dtype: str

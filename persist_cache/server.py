@@ -8,6 +8,7 @@ orderly end. This is the only importer of `mlx_lm.server`, whose private seam is
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import copy
 import dataclasses
@@ -29,12 +30,18 @@ from mlx_lm import server as upstream
 
 from persist_cache.admin import Admin
 from persist_cache.cache import PromptCache
-from persist_cache.errors import PersistCacheError, StoreError
+from persist_cache.errors import (
+    MissingDependencyError,
+    ModelError,
+    PersistCacheError,
+    StoreError,
+)
 from persist_cache.fingerprint import Identifier
 from persist_cache.front import Front
 from persist_cache.loaded import system_tokens
 from persist_cache.store import Store
 from persist_cache.tally import Fetch
+from persist_cache.warm import model_errors
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +57,7 @@ SEAM = {
         "progress_callback",
     ),
     "ResponseGenerator.stop_and_join": ("self",),
+    "ModelProvider.load_default": ("self",),
     "ModelProvider._load": ("self", "model_path", "adapter_path", "draft_model_path"),
     "APIHandler.handle_completion": ("self", "request", "stop_words"),
     "APIHandler._set_completion_headers": ("self", "status_code"),
@@ -319,6 +327,18 @@ class Provider(upstream.ModelProvider):  # type: ignore[misc]
     identifier: Identifier | None = None
     spare_tokenizer: Any = None
     """For use beside the generation thread: not all tokenizers bear company."""
+    failed: ModelError | MissingDependencyError | None = None
+    """Why the model of the command line could not be loaded, which ends the server."""
+
+    def load_default(self) -> None:
+        try:
+            with model_errors(self.cli_args.model):
+                super().load_default()
+        except (ModelError, MissingDependencyError) as error:
+            self.failed = error
+            # This is the generation thread: without it upstream would listen on, and never answer.
+            _thread.interrupt_main()
+            raise SystemExit from None
 
     def _load(
         self, model_path: str, adapter_path: str | None = None, draft_model_path: str | None = None
@@ -424,18 +444,23 @@ def _run(host: str, port: int, provider: Any, options: ServeOptions) -> None:
         disk_off=why_off,
     )
     log.info("%s", _start_line(store, why_off, args.prompt_cache_size, memory_bytes, options))
-    generator = Generator(provider, cache)
-    generator.admin = Admin(cache, token=options.admin_token, host=host, generator=generator)
-    signal.signal(signal.SIGTERM, _interrupt)
     try:
+        generator = Generator(provider, cache)
+        generator.admin = Admin(cache, token=options.admin_token, host=host, generator=generator)
+        signal.signal(signal.SIGTERM, _interrupt)
         if mx.distributed.init().rank() == 0:
             _listen(host, port, generator, options.grace_s)
         else:
             generator.join()
+    except KeyboardInterrupt:
+        if provider.failed is None:
+            raise
     finally:
         cache.close()
         if store is not None:
             store.close()
+    if provider.failed is not None:
+        raise provider.failed
     # Threads that answer or were cut may still be about. The interpreter's end would have them run
     # into what is gone already, MLX and standard error, which aborts the process.
     logging.shutdown()
@@ -448,6 +473,8 @@ def _listen(host: str, port: int, generator: Generator, grace_s: float) -> None:
     stop = generator.stop_and_join
 
     def drain_then_stop() -> None:
+        if generator.model_provider.failed is not None:
+            return
         log.info("stopping: waiting up to %.0f s for running requests", grace_s)
         if not generator.drain(grace_s):
             log.warning("running requests were cut after %.0f s", grace_s)

@@ -50,7 +50,7 @@ def load_model(model: str, adapter_path: str | None = None) -> tuple[Any, Any]:
         ModelError: It cannot be found or loaded.
         MissingDependencyError: mlx-lm is not installed.
     """
-    with _model_errors(model):
+    with model_errors(model):
         import mlx_lm
 
         loaded = mlx_lm.load(model, adapter_path=adapter_path)
@@ -64,14 +64,14 @@ def load_tokenizer(model: str) -> Any:
         ModelError: It cannot be found or loaded.
         MissingDependencyError: mlx-lm is not installed.
     """
-    with _model_errors(model):
+    with model_errors(model):
         from mlx_lm.utils import load_tokenizer
 
         return load_tokenizer(model)
 
 
 @contextlib.contextmanager
-def _model_errors(model: str) -> Iterator[None]:
+def model_errors(model: str) -> Iterator[None]:
     """mlx-lm, transformers and the hub raise whatever they like; the user gets one sentence."""
     try:
         yield

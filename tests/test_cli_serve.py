@@ -208,3 +208,21 @@ def test_log_level_is_that_of_upstream(model: Path, tmp_path: Path) -> None:
         assert server.stop() == 0
 
     assert "prompt cache: " not in server.log.read_text()
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_model_that_cannot_be_loaded_ends_it_with_one_sentence(
+    tmp_path: Path, is_there: bool
+) -> None:
+    model = tmp_path / "model"
+    if is_there:
+        model.mkdir()
+        (model / "config.json").write_text('{"model_type": "no_such_architecture"}')
+    words = ["serve", "--model", model, "--port", "0", "--log-level", "ERROR"]
+
+    done = script(tmp_path / "store", *words, env={"HF_HUB_OFFLINE": "1"}, timeout=60)
+
+    assert done.status == 1
+    (sentence,) = [line for line in done.err.splitlines() if str(model) in line]
+    assert sentence.startswith("Error: ")
+    assert "Traceback" not in done.err
