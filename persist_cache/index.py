@@ -261,11 +261,6 @@ class Reader:
                 found.append(unpack_number(raw[8:]))
         return found
 
-    def expiry_keys(self) -> Iterator[bytes]:
-        with self._txn.cursor(db=self._db[b"expiry"]) as cursor:
-            for key in cursor.iternext(values=False):
-                yield bytes(key)
-
     def sized(self, database: bytes) -> dict[bytes, SizedRecord]:
         """All records of `trash`, `pending`, `quarantine`: name (16 bytes) to record."""
         with self._txn.cursor(db=self._db[database]) as cursor:

@@ -367,11 +367,6 @@ def refer_checkpoint(txn: Writer, blob: int) -> None:
     _refer(txn, blob, 1)
 
 
-def release_checkpoint(txn: Writer, blob: int, now: float) -> None:
-    """Count one entry less; with the last one the checkpoint goes to the trash."""
-    _unrefer(txn, blob, now)
-
-
 def edges_of_run(txn: Reader, key: bytes) -> Iterator[tuple[bytes, Edge]]:
     """The edges that use the run whose first row's edge is filed under `key`, from there down."""
     edge = txn.edge(key)

@@ -69,7 +69,7 @@ def lost_recency(txn: Writer) -> None:
 
 
 def lost_expiry(txn: Writer) -> None:
-    key = next(txn.expiry_keys())
+    key = min(txn.keys(b"expiry"))
     txn._txn.delete(key, db=txn._db[b"expiry"])
 
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from persist_cache.columns import BlobColumns, EdgeColumns, EntryColumns
 from persist_cache.entry import Tier
 from persist_cache.errors import StoreFormatError
 from persist_cache.records import (
@@ -23,6 +24,7 @@ from persist_cache.records import (
     entry_number,
     expiry_key,
     namespace_key,
+    pack_number,
     recency_key,
 )
 
@@ -77,3 +79,42 @@ def test_entry_numbers_do_not_depend_on_the_process() -> None:
     assert entry_id(entry_number(key, b"x" * 8)) == entry_id(entry_number(key, b"x" * 8))
     assert entry_number(key, b"x" * 8) != entry_number(namespace_key(b"g" * 32, "{}"), b"x" * 8)
     assert len(entry_id(1)) == 16
+
+
+@given(st.lists(st.tuples(U64, st.booleans(), U32, U64, U64, U32, U32), max_size=4))
+def test_columns_of_edges_are_their_fields(rows: list[tuple[Any, ...]]) -> None:
+    keys = [edge_key(parent, pack_number(parent ^ 5)) for parent, *_ in rows]
+    edges = [Edge(*fields) for _, *fields in rows]
+
+    found = EdgeColumns.unpack(keys, [edge.pack() for edge in edges])
+
+    assert [*found.keys] == keys
+    assert [*found.parents] == [edge_parent(key) for key in keys]
+    assert [*found.tokens] == [key[8:] for key in keys]
+    assert [*zip(*found[3:], strict=True)] == [edge[1:] for edge in edges]
+
+
+def test_columns_of_blobs_and_entries_are_their_fields() -> None:
+    blobs = [BlobRecord(kind, 1, 2, 3, 4, 5, 6.5, b"n" * 16, b"d" * 16) for kind in BlobKind]
+    entry = EntryRecord(Tier.USER, True, 2, 3, 4, 5, 6, 7, 8, 9.5, 10.5, 11.5, "Grüße")
+    plain = entry._replace(label="", tier=Tier.SYSTEM)
+    keys = [pack_number(7), pack_number(8)]
+
+    stored = BlobColumns.unpack(keys, [blob.pack() for blob in blobs])
+    placed = EntryColumns.unpack(keys, [entry.pack(), plain.pack()])
+
+    assert stored == BlobColumns(
+        (7, 8), (0, 1), (1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (b"n" * 16,) * 2, (b"d" * 16,) * 2
+    )
+    tiers = (int(Tier.USER), int(Tier.SYSTEM))
+    assert placed == EntryColumns((7, 8), tiers, (2, 2), (3, 3), (6, 6), (8, 8), (11.5, 11.5))
+
+
+@pytest.mark.parametrize("columns", [EdgeColumns, BlobColumns, EntryColumns])
+def test_columns_of_an_unknown_version_are_refused(columns: Any) -> None:
+    record = {EdgeColumns: RECORDS[0], BlobColumns: RECORDS[1], EntryColumns: RECORDS[2]}[columns]
+    raw = bytearray(record.pack())
+    raw[0] = 9
+
+    with pytest.raises(StoreFormatError, match="version 9"):
+        columns.unpack([b"k" * 16], [bytes(raw)])

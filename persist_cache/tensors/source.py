@@ -57,9 +57,6 @@ class _Held:
                 pieces.append(self.data[start + first * per_row : start + last * per_row])
         return Tensor(prefix + self.name, self.dtype, shape, pieces)
 
-    def cut_nbytes(self, num_rows: int) -> int:
-        return len(self.data) // self.shape[2] * num_rows if self.shape[2] else 0
-
 
 @dataclass(frozen=True, slots=True)
 class _RowLayer:
@@ -140,15 +137,6 @@ class CacheSource:
                 for held in layer.arrays
             ]
         )
-
-    def rows_nbytes(self, start: int, end: int) -> int:
-        """Bytes of `rows(start, end)`, without making views."""
-        self._check(start, end)
-        total = 0
-        for layer in self._rows:
-            first, last = layer.span(start, end)
-            total += sum(held.cut_nbytes(last - first) for held in layer.arrays)
-        return total
 
     def checkpoint(self) -> Payload | None:
         """The state at `num_tokens` of all layers that may drop rows; None if there are none.
