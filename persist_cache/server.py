@@ -332,8 +332,7 @@ class Provider(upstream.ModelProvider):  # type: ignore[misc]
 
     def load_default(self) -> None:
         try:
-            with model_errors(self.cli_args.model):
-                super().load_default()
+            super().load_default()
         except (ModelError, MissingDependencyError) as error:
             self.failed = error
             # This is the generation thread: without it upstream would listen on, and never answer.
@@ -348,7 +347,8 @@ class Provider(upstream.ModelProvider):  # type: ignore[misc]
         if self.identifier is not None:
             self.identifier.forget()
         self.spare_tokenizer = None
-        super()._load(model_path, adapter_path, draft_model_path)
+        with model_errors(model_path) if model_path else contextlib.nullcontext():
+            super()._load(model_path, adapter_path, draft_model_path)
         self.spare_tokenizer = copy.deepcopy(self.tokenizer)
         if self.identifier is not None:
             self.identifier(self.model_key)

@@ -226,3 +226,13 @@ def test_model_that_cannot_be_loaded_ends_it_with_one_sentence(
     (sentence,) = [line for line in done.err.splitlines() if str(model) in line]
     assert sentence.startswith("Error: ")
     assert "Traceback" not in done.err
+
+
+def test_model_of_a_request_that_is_nowhere_is_one_sentence(model: Path, tmp_path: Path) -> None:
+    with Serve(model, tmp_path / "store", tmp_path) as server:
+        done = server.chat(("user", "Hello!"), model=str(tmp_path / "nowhere"))
+        assert done.status_code == 404
+        said = done.json()["error"]
+        assert "is no folder here" in said
+        assert "\n" not in said
+        assert server.chat(("user", "Are you there?"), max_tokens=2).status_code == 200
