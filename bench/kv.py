@@ -91,8 +91,17 @@ def append_token(cache: Sequence[Any]) -> None:
     mx.eval(arrays)
 
 
-def fill_store(path: Path, shape: Shape, num_tokens: int, num_runs: int) -> dict[str, Any]:
+def fill_store(
+    path: Path, shape: Shape, num_tokens: int, num_runs: int, *, idle: bool = False
+) -> dict[str, Any]:
     """Put one prompt into a new store, as a conversation of `num_runs` turns would.
+
+    Args:
+        path: Its folder.
+        shape: Geometry of the KV.
+        num_tokens: Tokens of the prompt.
+        num_runs: Turns, of equal length.
+        idle: Between the turns do what a server does while nobody asks it anything.
 
     Returns:
         `bytes`: of its KV.
@@ -106,4 +115,6 @@ def fill_store(path: Path, shape: Shape, num_tokens: int, num_runs: int) -> dict
             end = num_tokens * turn // num_runs
             tier = Tier.SYSTEM if turn == 1 else Tier.USER
             store.put(FINGERPRINT, tokens[:end], source, tier=tier)
+            if idle:
+                store.merge_runs()
     return {"bytes": num_tokens * shape.bytes_per_token}

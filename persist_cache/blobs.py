@@ -116,6 +116,17 @@ _decode_table = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _decode_strings = msgspec.json.Decoder(dict[str, str]).decode
 
 
+class EntryMark(Struct, frozen=True, array_like=True):
+    """An entry that ends within a run: where, its tier's label, when it was made (UTC seconds)."""
+
+    end: int
+    tier: str
+    created: float
+
+
+_decode_marks = msgspec.json.Decoder(tuple[EntryMark, ...]).decode
+
+
 class BlobHeader(Struct, frozen=True):
     """What a blob says of itself; enough to rebuild the index from files alone.
 
@@ -134,7 +145,8 @@ class BlobHeader(Struct, frozen=True):
         entry: An entry ends at `end`.
         created: UTC seconds.
         tensors: By name.
-        replaces: Names of blobs it was cut from: what hangs on those hangs on it.
+        replaces: Names of blobs it was made of: what hangs on those hangs on it.
+        inner_entries: Those that end before `end`, as of when it was made of others.
     """
 
     kind: str
@@ -152,6 +164,7 @@ class BlobHeader(Struct, frozen=True):
     created: float
     tensors: Mapping[str, TensorInfo] = {}
     replaces: tuple[str, ...] = ()
+    inner_entries: tuple[EntryMark, ...] = ()
 
 
 class Written(Struct, frozen=True):
@@ -203,6 +216,8 @@ def header_bytes(header: BlobHeader, tensors: Sequence[Tensor]) -> bytes:
     }
     if header.replaces:
         metadata["replaces"] = " ".join(header.replaces)
+    if header.inner_entries:
+        metadata["inner_entries"] = msgspec.json.encode(header.inner_entries).decode()
     metadata["seal"] = _seal(metadata, table)
     raw = msgspec.json.encode({"__metadata__": metadata, **table})
     padding = -(8 + len(raw)) % ALIGNMENT
@@ -522,6 +537,7 @@ class BlobReader:
                 created=float(metadata["created"]),
                 tensors=self._tensors(table, metadata["checksums"], data_start),
                 replaces=tuple(metadata.get("replaces", "").split()),
+                inner_entries=_decode_marks(metadata.get("inner_entries", "[]")),
             )
         except (KeyError, ValueError, TypeError, msgspec.DecodeError) as error:
             raise CorruptBlobError(self.path, f"its header is malformed ({error})") from None

@@ -1,60 +1,38 @@
-"""Writing blobs anew that are mostly dead rows.
+"""Which files are worth writing anew: those of mostly dead rows, and long chains of short ones.
 
 An eviction frees a file only when nothing uses it any more. What shares its first rows keeps all
-of it on disk, the evicted prompt's rows too. Here the living rows get a file of their own, by the
-steps of any other put, and the old file goes to the trash.
+of it on disk, the evicted prompt's rows too. And a conversation leaves a file or two at each turn,
+each with a header to be opened and parsed before the next answer after a restart can begin.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from msgspec import Struct
-from msgspec.structs import replace
-
-from persist_cache import fs, health, paths
-from persist_cache.blobs import ALIGNMENT, BlobHeader, BlobReader, BlobWriter, Tensor, Written
-from persist_cache.budget import blob_estimate, written_today
-from persist_cache.cutting import cut_run
+from persist_cache import health, paths
+from persist_cache.blobs import ALIGNMENT
 from persist_cache.disk import Disk
-from persist_cache.entry import TOKEN_BYTES
+from persist_cache.entry import Tier
 from persist_cache.errors import CorruptBlobError, StoreFormatError, StoreFullError
 from persist_cache.evict import Evictor
-from persist_cache.index import Reader, Writer
-from persist_cache.insert import add_blob, undone
-from persist_cache.records import BlobKind, BlobRecord, EntryRecord
+from persist_cache.index import Reader
+from persist_cache.records import NO_ENTRY, BlobKind, BlobRecord, Edge
+from persist_cache.rewrite import LivingRun, NotRewrittenError, living_run, rewrite
 
 log = logging.getLogger(__name__)
 
-
-class _Job(Struct, frozen=True):
-    """One run to be cut, as of one look at the index.
-
-    Attributes:
-        key: Of the edge with its first row: the same as long as anything uses the run.
-        record: Of the run.
-        packed: Tokens of its living rows.
-        entry: The one that ends with the last of them, or None.
-    """
-
-    key: bytes
-    record: BlobRecord
-    packed: bytes
-    entry: EntryRecord | None
-
-    @property
-    def name(self) -> str:
-        return self.record.name.hex()
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.packed) // TOKEN_BYTES
-
-
-class _MovedError(Exception):
-    """The index changed while the copy was written."""
+LONG_CHAIN = 48
+"""Short runs in a row that are merged: more than twenty turns of a conversation leave behind, so
+that those are written once."""
+_SHORT_BYTES = 16 << 20
+"""A file beyond this takes longer to read than to open."""
+_MERGED_BYTES = 128 << 20
+"""Largest merged file, about: a request that comes meanwhile waits for no more than that."""
+_MERGED_RUNS = 100
+"""Files open at the same time; macOS allows a process 256."""
+_Edges = Sequence[tuple[bytes, Edge]]
 
 
 def compact(disk: Disk, evictor: Evictor) -> tuple[int, int]:
@@ -69,22 +47,71 @@ def compact(disk: Disk, evictor: Evictor) -> tuple[int, int]:
         StoreError: The disk failed.
     """
     with disk.index.read() as txn:
-        jobs = sorted(_jobs(txn), key=lambda job: job.num_tokens)
+        jobs = sorted(_mostly_dead(txn), key=lambda run: run.num_tokens)
     blobs = without_room = 0
-    for job in jobs:
+    for run in jobs:
         try:
-            _rewrite(disk, evictor, job)
-            blobs += 1
-        except _MovedError:
-            log.debug("blob %s changed while it was written anew", job.name)
+            blobs += _try_rewrite(disk, evictor, [run])
         except StoreFullError:
             without_room += 1
-        except StoreFormatError as error:
-            log.warning("blob %s is left as it is: %s", job.name, error)
-        except CorruptBlobError as error:
-            health.quarantine(disk, job.name, error.reason)
-        evictor.empty_trash()
     return blobs, without_room
+
+
+def merge_chains(
+    disk: Disk,
+    evictor: Evictor,
+    entries: Iterable[int],
+    run_tokens: int,
+    keep_on: Callable[[], bool] = lambda: True,
+) -> int:
+    """Make one file of many where the way to an entry is a long chain of short runs.
+
+    Rows are written again once each time their chain has doubled, not at every turn: a run that
+    is longer than all that follow it stays. Nothing is evicted for a copy, and no file gets rows
+    of two entries between which somebody drew a line: a branch, a pin, a date, a system prompt.
+
+    Args:
+        disk: The store.
+        evictor: Its evictor.
+        entries: Numbers of the entries to look at; those that others continue are passed over.
+        run_tokens: Longest run in one blob.
+        keep_on: Asked before each file; False ends the work.
+
+    Returns:
+        How many files others took the place of.
+
+    Raises:
+        StoreError: The disk failed.
+    """
+    merged = 0
+    for number in entries:
+        with disk.index.read() as txn:
+            jobs = list(_long_chains(txn, number, run_tokens))
+        for runs in jobs:
+            if not keep_on():
+                return merged
+            try:
+                merged += len(runs) * _try_rewrite(disk, evictor, runs)
+            except StoreFullError:
+                log.debug("there is no room to merge %d runs", len(runs))
+                return merged
+    return merged
+
+
+def _try_rewrite(disk: Disk, evictor: Evictor, runs: Sequence[LivingRun]) -> bool:
+    """Write `runs` anew as one; returns whether that came true."""
+    try:
+        rewrite(disk, evictor, runs)
+        return True
+    except NotRewrittenError as error:
+        log.debug("blob %s is left as it is: %s", runs[-1].record.name.hex(), error)
+    except StoreFormatError as error:
+        log.warning("blob %s is left as it is: %s", runs[-1].record.name.hex(), error)
+    except CorruptBlobError as error:
+        health.quarantine(disk, error.path.stem, error.reason)
+    finally:
+        evictor.empty_trash()
+    return False
 
 
 def is_mostly_dead(record: BlobRecord, living: int) -> bool:
@@ -93,7 +120,7 @@ def is_mostly_dead(record: BlobRecord, living: int) -> bool:
     return 2 * dead * (record.nbytes - ALIGNMENT) > record.num_tokens * record.nbytes
 
 
-def _jobs(txn: Reader) -> Iterator[_Job]:
+def _mostly_dead(txn: Reader) -> Iterator[LivingRun]:
     living: Counter[int] = Counter()
     first: dict[int, bytes] = {}
     for key, edge in txn.edges():
@@ -102,85 +129,78 @@ def _jobs(txn: Reader) -> Iterator[_Job]:
             first[edge.blob] = key
     for number, record in txn.blobs():
         if record.kind == BlobKind.RUN and is_mostly_dead(record, living[number]):
-            *_, (_, last) = paths.edges_of_run(txn, first[number])
-            packed = txn.tokens(number, 0, living[number])
-            yield _Job(first[number], record, packed, txn.entry(last.entry))
+            yield living_run(txn, first[number])
 
 
-def _rewrite(disk: Disk, evictor: Evictor, job: _Job) -> None:
-    """Cut one run.
-
-    Raises:
-        CorruptBlobError: It is not what was written.
-        StoreFullError: There is no room for the copy.
-        _MovedError: What lives of it is not what it was; nothing was changed.
-    """
-    with (
-        fs.errors_translated("while a blob was written anew"),
-        _opened(disk, job) as reader,
-        BlobWriter(disk.folder) as writer,
-    ):
-        end = job.record.start + job.num_tokens
-        tensors = cut_run(reader, job.record.start, end, memoryview(job.packed))
-        header = _header(reader, job, end)
-        _reserve(evictor, writer, header, tensors)
-        with undone(disk, evictor, [writer]):
-            written = writer.write(header, tensors)
-            writer.publish()
-            disk.index.update(lambda txn: _commit(disk, txn, job, written))
-        writer.keep()
+def _long_chains(txn: Reader, number: int, run_tokens: int) -> Iterator[Sequence[LivingRun]]:
+    """Runs on the way to a leaf that are to be merged, those of one file each."""
+    record = txn.entry(number)
+    if record is None or txn.children(record.node, limit=1):
+        return
+    by_run: list[list[tuple[bytes, Edge]]] = []
+    for key, edge in paths.path_of(txn, record.node):
+        if not by_run or by_run[-1][-1][1].blob != edge.blob:
+            by_run.append([])
+        by_run[-1].append((key, edge))
+    # The last one goes first when room is needed, or the next turn cuts it.
+    before = by_run[:-1]
+    if len(before) < LONG_CHAIN:
+        return
+    for chain in _chains(txn, before):
+        while chain and chain[0].num_tokens > sum(run.num_tokens for run in chain[1:]):
+            chain = chain[1:]
+        if len(chain) >= LONG_CHAIN:
+            yield from _in_files(chain, run_tokens)
 
 
-def _opened(disk: Disk, job: _Job) -> BlobReader:
-    path = disk.folder.path(job.name)
-    try:
-        return BlobReader(path, nbytes=job.record.nbytes, digest=job.record.digest)
-    except FileNotFoundError:  # it was evicted, unless its record is still there
-        raise CorruptBlobError(path, "its file is missing") from None
+def _chains(txn: Reader, by_run: Sequence[_Edges]) -> Iterator[list[LivingRun]]:
+    """Stretches of short runs between which nobody drew a line."""
+    chain: list[LivingRun] = []
+    complete = False
+    for edges in by_run:
+        run = living_run(txn, edges[0][0])
+        if _is_short(txn, run, edges):
+            if chain and complete != edges[0][1].complete:
+                yield chain
+                chain = []
+            chain.append(run)
+            complete = edges[0][1].complete
+            if _is_passed(txn, edges[-1][1]):
+                continue
+        if chain:
+            yield chain
+            chain = []
+    if chain:
+        yield chain
 
 
-def _header(reader: BlobReader, job: _Job, end: int) -> BlobHeader:
-    old = reader.header
-    entry = job.entry
-    return replace(
-        old,
-        end=end,
-        tier=old.tier if entry is None else entry.tier.label,
-        entry=entry is not None,
-        created=old.created if entry is None else entry.created_us / 1e6,
-        replaces=(*old.replaces, reader.name),
+def _is_short(txn: Reader, run: LivingRun, edges: _Edges) -> bool:
+    """Whether a run is short, lives on this way only, and has no line within."""
+    return (
+        run.record.nbytes < _SHORT_BYTES
+        and sum(edge.rows for _, edge in edges) == run.num_tokens
+        and all(_is_passed(txn, edge) for _, edge in edges[:-1])
     )
 
 
-def _reserve(
-    evictor: Evictor, writer: BlobWriter, header: BlobHeader, tensors: Sequence[Tensor]
-) -> None:
-    texts = (header.layout, header.identity, header.detail, *header.replaces)
-    nbytes = blob_estimate(
-        sum(tensor.nbytes for tensor in tensors), len(tensors), sum(map(len, texts))
-    )
-    num_tokens = header.end - header.start
-    evictor.reserve([bytes.fromhex(writer.name)], nbytes, num_tokens, protected=None)
+def _is_passed(txn: Reader, edge: Edge) -> bool:
+    """Whether what is above the end of `edge` may go together with what is below."""
+    if len(txn.children(edge.node, limit=2)) > 1:
+        return False
+    entry = txn.entry(edge.entry) if edge.entry != NO_ENTRY else None
+    return entry is None or not (entry.pinned or entry.expires or entry.tier == Tier.SYSTEM)
 
 
-def _commit(disk: Disk, txn: Writer, job: _Job, written: Written) -> None:
-    """Let the copy take the place of the run, unless more of that lives by now."""
-    number = txn.blob_number(job.record.name)
-    edges = list(paths.edges_of_run(txn, job.key))
-    # A rebuild gives all nodes and blobs new numbers.
-    if not edges or (edges[0][1].blob, edges[0][1].first_row) != (number, 0):
-        raise _MovedError
-    if sum(edge.rows for _, edge in edges) > job.num_tokens:
-        raise _MovedError
-    blob = add_blob(
-        txn,
-        written,
-        kind=BlobKind.RUN,
-        created=job.record.created,
-        start=job.record.start,
-        packed=job.packed,
-    )
-    paths.repoint(txn, edges, blob, disk.clock())
-    txn.count("compacted")
-    txn.add("written_bytes", written.nbytes)
-    txn.add(written_today(disk.clock()), written.nbytes)
+def _in_files(chain: Sequence[LivingRun], run_tokens: int) -> Iterator[Sequence[LivingRun]]:
+    """Cut a chain into what goes into one file each; what stays alone is left out."""
+    group: list[LivingRun] = []
+    for run in chain:
+        num_tokens = sum(one.num_tokens for one in group) + run.num_tokens
+        nbytes = sum(one.nbytes for one in group) + run.nbytes
+        if num_tokens > run_tokens or nbytes > _MERGED_BYTES or len(group) == _MERGED_RUNS:
+            if len(group) > 1:
+                yield group
+            group = []
+        group.append(run)
+    if len(group) > 1:
+        yield group

@@ -112,39 +112,59 @@ def whole(
     return StoredTensor(name, info.dtype, info.shape, pieces, info.nbytes)
 
 
-def cut_run(
-    reader: BlobReader,
-    start: int,
-    end: int,
-    own: memoryview,
-    on_read: Callable[[int], None] | None = None,
-) -> list[Tensor]:
-    """What is left of a run when it is cut to the tokens `[start, end)`.
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Tokens `[start, end)` of a run.
 
-    Args:
+    Attributes:
         reader: The run, as the index says.
         start: Position where it begins.
         end: Position behind the last token to be kept.
         own: The packed tokens between, as the index says.
+    """
+
+    reader: BlobReader
+    start: int
+    end: int
+    own: memoryview
+
+
+def cut_runs(cuts: Sequence[Cut], on_read: Callable[[int], None] | None = None) -> list[Tensor]:
+    """What is left of runs, which lie end to end and have the same tensors, when they are cut.
+
+    Args:
+        cuts: At least one.
         on_read: Called with the bytes read, each time.
 
     Raises:
-        CorruptBlobError: It is not what the index says.
+        CorruptBlobError: One is not what the index says; its path says which.
     """
-    header = reader.header
-    if header.kind != "run" or header.start != start or header.end < end:
+    for cut in cuts:
+        _check_run(cut)
+    num_tokens = cuts[-1].end - cuts[0].start
+    tensors: list[Tensor] = [Tensor(TOKENS, "I64", (num_tokens,), [cut.own for cut in cuts])]
+    for name in cuts[0].reader.header.tensors:
+        if name != TOKENS:
+            tensors.append(join([_span(cut, name) for cut in cuts], on_read))
+    return tensors
+
+
+def _check_run(cut: Cut) -> None:
+    reader, header = cut.reader, cut.reader.header
+    if header.kind != "run" or header.start != cut.start or header.end < cut.end:
         raise CorruptBlobError(reader.path, "is another run than the index says")
-    if not reader.read_bytes(TOKENS).startswith(bytes(own)):
+    if not reader.read_bytes(TOKENS).startswith(bytes(cut.own)):
         raise CorruptBlobError(reader.path, "has other tokens than the index says")
-    tensors: list[Tensor] = [Tensor(TOKENS, "I64", (end - start,), [own])]
     for name, info in header.tensors.items():
         if name == TOKENS:
             continue
         if len(info.shape) <= ROW_AXIS or info.shape[ROW_AXIS] > header.end - header.start:
             raise CorruptBlobError(reader.path, f"tensor {name!r} is not made of rows")
-        span = Span(reader, name, *rows_between(header, info, start, end))
-        tensors.append(join([span], on_read))
-    return tensors
+
+
+def _span(cut: Cut, name: str) -> Span:
+    header = cut.reader.header
+    return Span(cut.reader, name, *rows_between(header, header.tensors[name], cut.start, cut.end))
 
 
 def _row_bytes(span: Span) -> int:

@@ -13,7 +13,7 @@ keep these invariants, which `audit` checks:
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from itertools import islice
+from itertools import islice, pairwise
 
 from msgspec import Struct
 
@@ -379,11 +379,26 @@ def edges_of_run(txn: Reader, key: bytes) -> Iterator[tuple[bytes, Edge]]:
 
 
 def repoint(txn: Writer, edges: Sequence[tuple[bytes, Edge]], blob: int, now: float) -> None:
-    """Let edges of one run use another, `blob`, which has the same rows."""
+    """Let edges, which lie end to end, use the rows of `blob` from its first one on.
+
+    They are the same rows. Of the blobs that had them none is left but those with other edges.
+    """
+    first_row = 0
     for key, edge in edges:
-        txn.put_edge(key, edge._replace(blob=blob))
+        txn.put_edge(key, edge._replace(blob=blob, first_row=first_row))
         _refer(txn, blob, 1)
         _unrefer(txn, edge.blob, now)
+        first_row += edge.rows
+    for (key, upper), (lower_key, _) in reversed(list(pairwise(edges))):
+        if upper.entry == NO_ENTRY and len(txn.children(upper.node, limit=2)) == 1:
+            _merge(txn, key, _known_edge(txn, key), lower_key, _known_edge(txn, lower_key))
+
+
+def _known_edge(txn: Reader, key: bytes) -> Edge:
+    edge = txn.edge(key)
+    if edge is None:
+        raise damaged("a node's way back names no edge")
+    return edge
 
 
 def _unrefer(txn: Writer, blob: int, now: float) -> None:

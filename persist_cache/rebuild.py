@@ -15,7 +15,15 @@ from pathlib import Path
 from msgspec import Struct
 
 from persist_cache import fs, paths
-from persist_cache.blobs import TOKENS, BlobFolder, BlobHeader, BlobReader, Written, prefix_digest
+from persist_cache.blobs import (
+    TOKENS,
+    BlobFolder,
+    BlobHeader,
+    BlobReader,
+    EntryMark,
+    Written,
+    prefix_digest,
+)
 from persist_cache.entry import TOKEN_BYTES, Tier
 from persist_cache.errors import CorruptBlobError, StoreError
 from persist_cache.index import UNREADABLE, Index, Reader, Writer
@@ -195,8 +203,11 @@ def _place(txn: Writer, one: _Found, packed: bytes) -> bool:
         piece = paths.Piece(blob, header.end - header.start, header.complete)
         node = paths.attach(txn, path, packed, [piece])
         grown = paths.walk(txn, namespace.root, packed)
-        if header.entry and grown.complete_tokens == header.end:
-            place_entry(txn, key, packed, wanted._replace(node=node))
+        if grown.complete_tokens == header.end:
+            if header.entry:
+                place_entry(txn, key, packed, wanted._replace(node=node))
+            for mark in header.inner_entries:
+                _place_inner(txn, key, namespace, packed, header, mark)
         return True
     if path.common != header.end or header.end == 0 or _has_checkpoint(txn, path):
         return False
@@ -211,6 +222,23 @@ def _place(txn: Writer, one: _Found, packed: bytes) -> bool:
     )
     place_entry(txn, key, packed, wanted._replace(node=node, checkpoint=blob))
     return True
+
+
+def _place_inner(
+    txn: Writer,
+    key: bytes,
+    namespace: NamespaceRecord,
+    packed: bytes,
+    header: BlobHeader,
+    mark: EntryMark,
+) -> None:
+    """Place an entry that ends within a run. One with a state of its own has a file of its own."""
+    if not header.start < mark.end < header.end:
+        return
+    own = packed[: mark.end * TOKEN_BYTES]
+    node = paths.attach(txn, paths.walk(txn, namespace.root, own), own, [])
+    wanted = EntryRecord.fresh(Tier.parse(mark.tier), mark.end, mark.created)
+    place_entry(txn, key, own, wanted._replace(namespace=namespace.number, node=node))
 
 
 def _has_checkpoint(txn: Reader, path: paths.Walk) -> bool:

@@ -26,7 +26,7 @@ from persist_cache import catalog, fs, health, opening, paths
 from persist_cache.blobs import BlobFolder, BlobReader
 from persist_cache.budget import Limits
 from persist_cache.catalog import Catalog, StoreStats
-from persist_cache.compact import compact
+from persist_cache.compact import compact, merge_chains
 from persist_cache.disk import Disk
 from persist_cache.entry import TOKEN_BYTES, Entry, Match, Run, Tier, pack_tokens
 from persist_cache.errors import (
@@ -57,6 +57,7 @@ DEFAULT_RUN_TOKENS = 4096
 """Longest run written into one blob: large and sequential, yet a tail can be freed."""
 _MAX_ATTEMPTS = 4
 _MAX_OPEN_FILES = 200
+_MAX_GROWN = 4096
 _NAMESPACE_MEMORY_S = 30 * 86400.0
 _END_OF_TIME_S = 1e12
 
@@ -76,11 +77,13 @@ class Collected(Struct, frozen=True):
 
     Attributes:
         freed_bytes: By which the store takes less of the disk.
+        merged: Blobs that were merged with those before or behind them.
         compacted: Blobs of mostly dead rows that were written anew.
         without_room: Such blobs that stay, because a copy would exceed the budget.
     """
 
     freed_bytes: int
+    merged: int
     compacted: int
     without_room: int
 
@@ -95,6 +98,8 @@ class Store:
         self._disk = disk
         self._evictor = Evictor(disk)
         self._run_tokens = run_tokens
+        self._grown: dict[int, None] = {}
+        """Entries stored since runs were merged last, in their order."""
         self._closed = False
 
     @classmethod
@@ -385,9 +390,12 @@ class Store:
         wanted = EntryRecord.fresh(
             Tier.parse(tier), len(packed) // TOKEN_BYTES, self._disk.clock()
         )._replace(prefill_s=prefill_s, label=label, pinned=pinned, expires=_checked_date(expires))
-        return Insertion(
+        done = Insertion(
             self._disk, self._evictor, fingerprint, packed, source, wanted, self._run_tokens
         ).run()
+        if done.entry is not None and done.nbytes and len(self._grown) < _MAX_GROWN:
+            self._grown[int(done.entry, 16)] = None
+        return done
 
     def touch(self, match: Match) -> None:
         """Note that `match` was served. Buffered: `flush` or the next put writes it."""
@@ -502,8 +510,29 @@ class Store:
             health.repair(self._disk, self._evictor, problems)
         return problems
 
+    def merge_runs(self, keep_on: Callable[[], bool] = lambda: True) -> int:
+        """Make few files of the many that a long conversation left, as far as puts told of it.
+
+        For when nothing else is to be done. Nothing is evicted for it, and what is found stays
+        the same; see `merge_chains`.
+
+        Args:
+            keep_on: Asked before each file; False ends the work.
+
+        Returns:
+            How many files others took the place of.
+
+        Raises:
+            StoreError: The disk failed; what was done until then stays done.
+        """
+        grown, self._grown = self._grown, {}
+        merged = merge_chains(self._disk, self._evictor, list(grown), self._run_tokens, keep_on)
+        if not keep_on():
+            self._grown = grown | self._grown
+        return merged
+
     def gc(self) -> Collected:
-        """Finish dead writers' work, apply expiry and budget, write mostly dead blobs anew.
+        """Finish dead writers' work, apply expiry and budget, merge and compact blobs.
 
         Raises:
             StoreError: The disk failed; what was done until then stays done.
@@ -516,10 +545,13 @@ class Store:
         self._evictor.expire()
         health.forget_empty_namespaces(disk, _NAMESPACE_MEMORY_S)
         self._evictor.evict_to(self.limits.max_bytes)
+        with disk.index.read() as txn:
+            entries = [number for number, _ in txn.entries()]
+        merged = merge_chains(disk, self._evictor, entries, self._run_tokens)
         blobs, without_room = compact(disk, self._evictor)
         with disk.index.read() as txn:
             freed = before - disk.budget.usage(txn).total
-        return Collected(max(0, freed), blobs, without_room)
+        return Collected(max(0, freed), merged, blobs, without_room)
 
     def _number(self, prefix: str) -> int:
         """The number of the one entry whose id begins with `prefix`."""

@@ -54,6 +54,7 @@ class WriteBehind:
         self._nbytes = 0
         self._running = False
         self._closing = False
+        self._poked = False
         self._idle_at = time.monotonic() + idle_s
         self._thread = threading.Thread(target=self._run, name="persist-cache-writer", daemon=True)
         self._thread.start()
@@ -84,7 +85,13 @@ class WriteBehind:
 
     def poke(self) -> None:
         """Say that the process is busy: idle work waits another `idle_s`."""
+        self._poked = True
         self._idle_at = time.monotonic() + self._idle_s
+
+    def is_idle(self) -> bool:
+        """Whether idle work that is under way may go on: nothing else came up meanwhile."""
+        with self._changed:
+            return not (self._poked or self._jobs or self._closing)
 
     def waiting(self) -> tuple[int, int]:
         """Jobs not finished yet, and the bytes they keep alive."""
@@ -137,6 +144,7 @@ class WriteBehind:
             wait = self._idle_at - time.monotonic()
             if wait <= 0:
                 self._idle_at = time.monotonic() + _IDLE_AGAIN * self._idle_s
+                self._poked = False
                 return None
             # poke() cannot wake us, so look again now and then.
             self._changed.wait(min(wait, self._idle_s))

@@ -6,11 +6,13 @@ would hold, whichever blobs it came from.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -43,7 +45,7 @@ class FakeSource:
     def rows(self, start: int, end: int) -> Payload:
         rows = kv_rows(self.tokens, start, end)
         tensors = [Tensor("layers.0.keys", "I64", rows.shape, [rows.data.cast("B")])]
-        return Payload(tensors, json.dumps({"rows": end - start}))
+        return Payload(tensors)
 
     def checkpoint(self) -> Payload | None:
         if self.complete and not self.has_state:
@@ -131,6 +133,16 @@ def fetched(store: Store, tokens: Sequence[int], *, model: str = "w0") -> int:
 def any_dead_rows(record: BlobRecord, living: int) -> bool:
     """In the place of `compact.is_mostly_dead`: no file as small as here is mostly rows."""
     return living < record.num_tokens
+
+
+@contextlib.contextmanager
+def eager_gc() -> Iterator[None]:
+    """Let `gc` write anew whatever it may, however little that is worth here."""
+    with (
+        mock.patch("persist_cache.compact.is_mostly_dead", any_dead_rows),
+        mock.patch("persist_cache.compact.LONG_CHAIN", 2),
+    ):
+        yield
 
 
 def files_in(root: Path) -> list[Path]:

@@ -105,7 +105,7 @@ from persist_cache.errors import StoreFullError
 from persist_cache.store import Store
 from tests.fakes import FakeSource, any_dead_rows, fetched, fingerprint, put
 
-compact.is_mostly_dead = any_dead_rows
+compact.is_mostly_dead, compact.LONG_CHAIN = any_dead_rows, 2
 folder, seed, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
 dice = random.Random(seed)
 prompts = [[1, 2, 3, *range(10, 10 + n), 7 * k] for n in range(0, 12, 3) for k in range(3)]
@@ -132,8 +132,8 @@ while time.monotonic() < end:
             else:
                 store.gc()
         assert store.stats().counters.get("quarantined", 0) == 0
-        compacted = store.stats().counters.get("compacted", 0)
-print(puts, hits, compacted)
+        counters = store.stats().counters
+print(puts, hits, counters.get("compacted", 0), counters.get("merged", 0))
 """
 
 
@@ -152,10 +152,11 @@ def test_two_processes_share_a_store(tmp_path: Path) -> None:
     for worker in workers:
         out, err = worker.communicate(timeout=60)
         assert worker.returncode == 0, err[-3000:]
-        puts, hits, compacted = map(int, out.split())
+        puts, hits, compacted, merged = map(int, out.split())
         assert puts > 20
         assert hits > 20
         assert compacted > 0
+        assert merged > 0
 
     with Store.open(tmp_path / "store", min_free_bytes=0, run_tokens=8) as store:
         assert store.check(read_data=True) == []

@@ -48,7 +48,7 @@ def test_any_step_may_fail(bed: steps.Bed, operation: str, lasting: bool) -> Non
 
 
 @pytest.mark.parametrize(
-    "operation", ["load", "load what is damaged", "gc", "compact", "open", "import"]
+    "operation", ["load", "load what is damaged", "gc", "compact", "merge", "open", "import"]
 )
 def test_killed_at_every_step_it_recovers(bed: steps.Bed, operation: str) -> None:
     number = 1

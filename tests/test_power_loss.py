@@ -15,14 +15,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 
 from persist_cache import fs
 from persist_cache.index import Index, Writer
 from persist_cache.store import Store
-from tests.fakes import Clock, any_dead_rows, blob_files, fetched, put
+from tests.fakes import Clock, blob_files, eager_gc, fetched, put
 from tests.memory import fast_folder
 
 SYSTEM = list(range(1, 20))
@@ -219,8 +218,17 @@ def work(store: Store, promise: Callable[[str, list[int]], None]) -> None:
     put(store, [6, 1, 2], tier="user")
     promise("w0", [6, 1, 2])
     store.evict([long])
-    with mock.patch("persist_cache.compact.is_mostly_dead", any_dead_rows):
-        assert store.gc().compacted == 1
+    talk = [4]
+    for token in (1, 2, 3, 4, 5):
+        talk = [*talk, token]
+        put(store, talk, tier="user")
+        promise("w0", talk)
+    with eager_gc():
+        collected = store.gc()
+    assert collected.compacted == 1
+    assert collected.merged >= 4
+    put(store, [*talk[:3], 9])
+    promise("w0", [*talk[:3], 9])
     put(store, [6, 1, 2, 3])
     promise("w0", [6, 1, 2, 3])
     bad = put(store, [8, 8, 8])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import os
@@ -26,7 +27,7 @@ from persist_cache.entry import Tier, unpack_tokens
 from persist_cache.errors import StoreFullError
 from persist_cache.fingerprint import Fingerprint
 from persist_cache.store import Store
-from tests.fakes import Clock, any_dead_rows, blob_files, disk_usage, fetched, fingerprint, put
+from tests.fakes import Clock, blob_files, disk_usage, eager_gc, fetched, fingerprint, put
 
 IMAGE = -(1 << 59) - 7
 TOKENS = st.sampled_from([1, 2, IMAGE])
@@ -66,8 +67,8 @@ class StoreMachine(RuleBasedStateMachine):
         names = (hashlib.md5(str(n).encode()).hexdigest() for n in itertools.count())
         self.names = mock.patch("persist_cache.blobs._new_name", side_effect=names)
         self.names.start()
-        self.eager = mock.patch("persist_cache.compact.is_mostly_dead", any_dead_rows)
-        self.eager.start()
+        self.eager = contextlib.ExitStack()
+        self.eager.enter_context(eager_gc())
 
     @initialize(max_bytes=st.sampled_from([SMALL, LARGE]))
     def open(self, max_bytes: int) -> None:
@@ -375,7 +376,7 @@ class StoreMachine(RuleBasedStateMachine):
         if self.store is not None:
             self.store.close()
         self.names.stop()
-        self.eager.stop()
+        self.eager.close()
         shutil.rmtree(self.folder)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from persist_cache.errors import StoreError
 from persist_cache.store import Store
-from tests.fakes import Clock, blob_files, fetched, put
+from tests.fakes import Clock, blob_files, eager_gc, fetched, put
 from torture.judge import bytes_below, users_of
 from torture.seam import ERRORS, Seam, at_step
 
@@ -208,6 +208,19 @@ def _want_compaction(bed: Bed) -> None:
     _ = bed.store
 
 
+def _want_merging(bed: Bed) -> None:
+    """A chain of files, each of one turn."""
+    talk = [bed.dice.randrange(1000, 2000)]
+    for _ in range(6):
+        talk = [*talk, bed.dice.randrange(100)]
+        bed.known[put(bed.store, talk, tier="user")] = "w0", talk
+
+
+def _merge(bed: Bed) -> None:
+    with eager_gc():
+        bed.store.gc()
+
+
 def _damaged(bed: Bed) -> Path:
     path = bed.dice.choice(blob_files(bed.root))
     bed.doomed = users_of(bed.store, path.stem)
@@ -279,6 +292,7 @@ OPERATIONS: dict[str, tuple[Callable[[Bed], None], Callable[[Bed], None]]] = {
     "load": (_nothing, _load),
     "gc": (_want_collection, _collect),
     "compact": (_want_compaction, _collect),
+    "merge": (_want_merging, _merge),
     "load what is damaged": (_flip, _load_all),
     "check and repair": (_delete, _repair),
     "rebuild": (_contradict, _repair_index),

@@ -16,11 +16,10 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 from persist_cache.errors import StoreError
 from persist_cache.store import Store
-from tests.fakes import FakeSource, any_dead_rows, fingerprint, restore
+from tests.fakes import FakeSource, eager_gc, fingerprint, restore
 from torture import broken
 from torture.journal import Journal, Tally
 from torture.prompts import Prompt, any_prompt
@@ -175,7 +174,7 @@ class Worker:
             for one in self._dice.sample(free, min(2, len(free))):
                 self._evict(store, one)
         elif what < 0.85:
-            with mock.patch("persist_cache.compact.is_mostly_dead", any_dead_rows):
+            with eager_gc():
                 store.gc()
         else:
             self._fetch(store, any_prompt(self._dice))

@@ -41,7 +41,7 @@ from persist_cache.bundle.container import (
     member_header,
     padding,
 )
-from persist_cache.cutting import StoredTensor, cut_run, whole
+from persist_cache.cutting import Cut, StoredTensor, cut_runs, whole
 from persist_cache.entry import TOKEN_BYTES, Tier
 from persist_cache.errors import CorruptBlobError, StoreAccessError, StoreError
 from persist_cache.fingerprint import Fingerprint
@@ -350,7 +350,8 @@ def _tensors(reader: BlobReader, cut: _Cut, count: _Counter) -> list[Tensor]:
     """
     header = reader.header
     if cut.is_run:
-        return cut_run(reader, cut.start, cut.end, cut.tokens(cut.start, cut.end), count)
+        own = cut.tokens(cut.start, cut.end)
+        return cut_runs([Cut(reader, cut.start, cut.end, own)], count)
     if header.kind != "checkpoint" or header.end != cut.start:
         raise CorruptBlobError(reader.path, "is another checkpoint than the index says")
     return [whole(reader, name, count) for name in header.tensors if name != TOKENS]

@@ -10,6 +10,7 @@ from persist_cache_cli.store_access import changing, common_options, no_store
 _NOTHING = {
     "freed_bytes": 0,
     "evicted": 0,
+    "merged_blobs": 0,
     "compacted_blobs": 0,
     "skipped_blobs": 0,
     "entries": 0,
@@ -24,7 +25,8 @@ def command(store: str | None, *, as_json: bool, quiet: bool) -> None:
     """Remove what has expired, what dead processes left behind, and what exceeds the budget.
 
     A store looks after itself while it is used; this does it at once. Blobs of which more than
-    half is rows of evicted prompts are written anew without them, if there is room for the copy.
+    half is rows of evicted prompts are written anew without them, and those of long chains of
+    short runs as few, if there is room for the copies.
 
     \b
     Example:
@@ -46,6 +48,7 @@ def command(store: str | None, *, as_json: bool, quiet: bool) -> None:
             {
                 "freed_bytes": done.freed_bytes,
                 "evicted": evicted,
+                "merged_blobs": done.merged,
                 "compacted_blobs": done.compacted,
                 "skipped_blobs": done.without_room,
                 "entries": after.entries,
@@ -58,6 +61,8 @@ def command(store: str | None, *, as_json: bool, quiet: bool) -> None:
             f"{format_bytes(done.freed_bytes)} freed, {gone} gone; {after.entries:,} left, "
             f"{format_bytes(after.usage.total)} on disk."
         )
+        if done.merged:
+            click.echo(f"{plural(done.merged, 'blob')} of short runs merged into few.")
         if done.compacted:
             click.echo(f"{plural(done.compacted, 'blob')} of mostly dead rows written anew.")
         if done.without_room:

@@ -1,0 +1,434 @@
+"""Long chains of short runs become few files, and nobody can tell but by their number."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from persist_cache import PromptCache, compact, fs, tensors
+from persist_cache.disk import Disk
+from persist_cache.entry import Tier
+from persist_cache.evict import Evictor
+from persist_cache.index import Index
+from persist_cache.rebuild import rebuild
+from persist_cache.rewrite import LivingRun, rewrite
+from persist_cache.store import Store
+from tests.fakes import Clock, blob_files, disk_usage, fetched, fingerprint, put, restore
+from tests.test_cache import MODEL, FakeCodec, FakeLayer
+from tests.test_tensors import held
+from tests.tiny_caches import CACHES, feed, new_cache
+
+TURNS = compact.LONG_CHAIN + 12
+SYSTEM = list(range(1, 11))
+
+
+@pytest.fixture
+def store(tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    monkeypatch.setattr(fs, "sync", lambda fd: None)
+    with open_store(tmp_path / "store", clock) as opened:
+        yield opened
+
+
+def open_store(root: Path, clock: Clock | None = None, **options: Any) -> Store:
+    return Store.open(
+        root, **{"max_bytes": 1 << 30, "min_free_bytes": 0, "clock": clock or Clock(), **options}
+    )
+
+
+def turn(number: int) -> list[int]:
+    """The tokens of one turn, three of them."""
+    return [1000 + number, 7, 2000 + number]
+
+
+def conversation(num_turns: int) -> list[int]:
+    return [*SYSTEM, *(token for number in range(num_turns) for token in turn(number))]
+
+
+def talk(store: Store, first: int = 0, last: int = TURNS, **options: Any) -> list[str]:
+    """Put every turn of a conversation; returns the entries."""
+    ids = []
+    for number in range(first, last):
+        tier = ("user", "assistant")[number % 2]
+        prompt = conversation(number + 1)
+        ids.append(put(store, prompt, **{"tier": tier, "prefill_s": 0.5, **options}))
+    return ids
+
+
+def files_on_the_way(store: Store, tokens: list[int], **model: str) -> int:
+    return len(store.match(fingerprint(**model), tokens).runs)
+
+
+def sound(store: Store) -> bool:
+    return store.check(read_data=True) == [] and store.stats().usage.total == disk_usage(store.root)
+
+
+def test_conversation_becomes_few_files_and_keeps_its_entries(store: Store) -> None:
+    put(store, SYSTEM, tier="system")
+    talk(store)
+    before = store.entries()
+    size = disk_usage(store.root)
+
+    collected = store.gc()
+
+    assert collected.merged == TURNS - 1
+    assert len(blob_files(store.root)) == 3, "system prompt, conversation, last turn"
+    assert disk_usage(store.root) < size
+    assert sound(store)
+    kept = {one.id: (one.tier, one.num_tokens, one.created, one.prefill_s) for one in before}
+    assert kept == {
+        one.id: (one.tier, one.num_tokens, one.created, one.prefill_s) for one in store.entries()
+    }
+    for number in (0, 1, 30, TURNS):
+        prompt = conversation(number)
+        assert fetched(store, [*prompt, 5]) == len(prompt)
+        assert fetched(store, [*prompt[:-1], 5]) == len(prompt) - 1
+    assert store.stats().counters["merged"] == collected.merged
+    assert store.gc().merged == 0
+
+
+def test_twenty_turns_with_an_answer_each_are_written_once(store: Store) -> None:
+    put(store, SYSTEM, tier="system")
+    talk(store, last=40)
+    files = blob_files(store.root)
+
+    assert store.merge_runs() == 0
+    assert store.gc().merged == 0
+
+    assert blob_files(store.root) == files
+
+
+def test_merging_while_idle_needs_no_look_at_the_rest_of_the_store(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    talk(store)
+    put(store, [5, 5, 5])
+    scans: list[str] = []
+    monkeypatch.setattr("persist_cache.index.Reader.edges", lambda _: scans.append("edges"))
+    monkeypatch.setattr("persist_cache.index.Reader.entries", lambda _: scans.append("entries"))
+
+    assert store.merge_runs() == TURNS - 1
+    assert store.merge_runs() == 0, "it is told of each entry once"
+
+    assert scans == []
+
+
+def test_rows_are_written_again_when_a_chain_has_doubled_not_each_turn(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long_chain, turns, most = 8, 300, 0
+    monkeypatch.setattr(compact, "LONG_CHAIN", long_chain)
+    copied: list[int] = []
+
+    def counted(disk: Disk, evictor: Evictor, runs: Sequence[LivingRun]) -> None:
+        copied.append(sum(run.num_tokens for run in runs))
+        rewrite(disk, evictor, runs)
+
+    monkeypatch.setattr(compact, "rewrite", counted)
+    for number in range(turns):
+        talk(store, number, number + 1)
+        store.merge_runs()
+        most = max(most, files_on_the_way(store, conversation(number + 1)))
+
+    times_doubled = math.log2(turns / long_chain)
+    assert most <= long_chain + times_doubled + 1
+    assert len(copied) <= turns / (long_chain - 1)
+    assert sum(copied) <= len(conversation(turns)) * (1 + times_doubled)
+    assert sound(store)
+
+
+@pytest.mark.parametrize("line", ["pinned", "expires", "system", "branch", "other model"])
+def test_no_file_gets_rows_from_both_sides_of_a_line(
+    store: Store, clock: Clock, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else evicting what is below it would free nothing."""
+    monkeypatch.setattr(compact, "LONG_CHAIN", 4)
+    half = conversation(20)
+    drawn: dict[str, dict[str, Any]] = {
+        "pinned": {"pinned": True},
+        "expires": {"expires": clock() + 1e6},
+        "system": {"tier": "system"},
+    }
+    options = drawn.get(line, {})
+    talk(store, 0, 19)
+    kept = put(store, half, **options)
+    if line == "branch":
+        kept = put(store, [*half, 1, 1])
+    if line == "other model":
+        put(store, half, model="w1")
+    talk(store, 20, 40)
+
+    store.gc()
+
+    starts = {run.start for run in store.match(fingerprint(), conversation(40)).runs}
+    assert (len(half) in starts) == (line != "other model")
+    assert len(starts) <= 4
+    assert sound(store)
+    size = disk_usage(store.root)
+    store.evict([one.id for one in store.entries() if one.num_tokens > len(half) + 2])
+    if line != "other model":
+        assert disk_usage(store.root) < size
+    assert store.get(kept).num_tokens <= len(half) + 2
+    assert fetched(store, conversation(40)) == len(half)
+
+
+def test_nodes_that_nothing_needs_any_more_go(store: Store) -> None:
+    """A run that was cut for its length, or whose entry went, leaves a node without entry."""
+    ids = talk(store)
+    store.evict(ids[:30:2])
+
+    assert store.gc().merged == TURNS - 1
+
+    assert sound(store)
+    assert len(store.entries()) == TURNS - 15
+    with store._disk.index.read() as txn:
+        assert sum(1 for _ in txn.edges()) == TURNS - 15
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_runs_without_rows_of_all_layers_keep_their_states(store: Store, complete: bool) -> None:
+    talk(store, complete=complete)
+
+    assert store.gc().merged == TURNS - 1
+
+    assert sound(store)
+    for number in (1, 30, TURNS):
+        prompt = conversation(number)
+        assert fetched(store, [*prompt, 5]) == len(prompt)
+
+
+def test_runs_of_both_kinds_are_not_mixed(store: Store) -> None:
+    talk(store, 0, TURNS)
+    talk(store, TURNS, 2 * TURNS, complete=False)
+
+    assert store.gc().merged == 2 * TURNS - 1
+
+    assert files_on_the_way(store, conversation(2 * TURNS)) == 3
+    assert sound(store)
+    assert fetched(store, conversation(2 * TURNS)) == len(conversation(2 * TURNS))
+
+
+@pytest.mark.parametrize("complete", [True, False])
+@pytest.mark.parametrize("others", ["gone", "all there", "some there"])
+def test_new_index_has_all_entries_again(
+    store: Store, tmp_path: Path, complete: bool, others: str
+) -> None:
+    """Also when a power cut brought back files whose place the merged one took."""
+    put(store, SYSTEM, tier="system", complete=complete)
+    talk(store, complete=complete)
+    before = {(one.id, one.tier, one.num_tokens) for one in store.entries()}
+    saved = tmp_path / "saved"
+    shutil.copytree(store.root, saved)
+    old = {path.name: path for path in blob_files(saved)}
+    store.gc()
+    put(store, [*conversation(TURNS), 9, 9], complete=complete)
+    before |= {(one.id, one.tier, one.num_tokens) for one in store.entries()}
+    store.close()
+    (store.root / "data.mdb").unlink()
+    for index, name in enumerate(sorted(old)):
+        if others == "all there" or (others == "some there" and index % 3):
+            target = store.root / "blobs" / name[:2] / name
+            target.parent.mkdir(exist_ok=True)
+            shutil.copy(old[name], target)
+
+    with open_store(store.root) as again:
+        after = {(one.id, one.tier, one.num_tokens) for one in again.entries()}
+        assert after == before
+        for number in (1, 30, TURNS):
+            prompt = conversation(number)
+            assert fetched(again, [*prompt, 5]) == len(prompt)
+        again.gc()
+        assert again.check(read_data=True) == []
+        assert {(one.id, one.tier, one.num_tokens) for one in again.entries()} == before
+
+
+def meanwhile(monkeypatch: pytest.MonkeyPatch, act: Any) -> None:
+    """Do something between the writing of the file and its commit, once."""
+    publish = fs.rename
+    done: list[bool] = []
+
+    def rename(source: Path, target: Path) -> None:
+        publish(source, target)
+        if not done and source.parent.name == "tmp":
+            done.append(True)
+            act()
+
+    monkeypatch.setattr(fs, "rename", rename)
+
+
+def test_branch_that_came_meanwhile_hangs_on_the_merged_file(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    talk(store)
+    branches = [[*conversation(20), 8, 8], [*conversation(21)[:-1], 9], conversation(7)[:-2]]
+    meanwhile(monkeypatch, lambda: [put(store, branch) for branch in branches])
+
+    assert store.gc().merged == TURNS - 1
+
+    assert sound(store)
+    for branch in branches:
+        assert fetched(store, [*branch, 1]) == len(branch)
+
+
+@pytest.mark.parametrize("what", ["end", "all", "index"])
+def test_chain_that_is_not_the_same_any_more_is_left_alone(
+    store: Store, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    ids = talk(store)
+    left = {"end": 5, "all": 0, "index": TURNS}[what]
+
+    def act() -> None:
+        if what == "index":
+            put(store, [9])
+            rebuild(store._disk.index, store._disk.folder)
+        store.evict(ids[left:][::-1])
+
+    meanwhile(monkeypatch, act)
+
+    assert store.gc().merged == 0
+
+    assert sound(store)
+    assert store.stats().usage.pending == 0
+    assert list((store.root / "tmp").iterdir()) == []
+    assert fetched(store, conversation(TURNS)) == (len(conversation(left)) if left else 0)
+
+
+def test_damaged_run_is_put_aside_and_the_rest_stays(store: Store) -> None:
+    talk(store)
+    name = store.match(fingerprint(), conversation(TURNS)).runs[30].blob
+    path = store._disk.folder.path(name)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+    assert store.gc().merged == 0
+
+    assert [one.name for one in (store.root / "quarantine").iterdir()] == [path.name]
+    assert fetched(store, conversation(TURNS)) == len(conversation(30))
+    assert store.check(read_data=True) == []
+
+
+def test_nothing_goes_for_a_merged_file_and_the_budget_holds(tmp_path: Path) -> None:
+    with open_store(tmp_path / "store") as store:
+        talk(store, pinned=False)
+        tight = disk_usage(store.root) + 40_000
+    with open_store(tmp_path / "store", max_bytes=tight, daily_write_bytes=1) as store:
+        before = store.entries()
+        assert store.gc().merged == 0
+        assert [one.id for one in store.entries()] == [one.id for one in before]
+        assert store.stats().usage.pending == 0
+
+
+def test_work_ends_when_somebody_needs_the_machine(store: Store) -> None:
+    talk(store)
+
+    assert store.merge_runs(keep_on=lambda: False) == 0
+    assert store.merge_runs() == TURNS - 1
+
+
+def test_long_runs_are_the_limit_of_a_file(tmp_path: Path) -> None:
+    with open_store(tmp_path / "store", run_tokens=30) as store:
+        talk(store)
+        assert store.gc().merged == TURNS - 1
+        with store._disk.index.read() as txn:
+            assert max(blob.num_tokens for _, blob in txn.blobs()) == 30
+        assert fetched(store, conversation(TURNS)) == len(conversation(TURNS))
+        assert sound(store)
+
+
+def test_reader_of_the_old_files_reads_on(store: Store) -> None:
+    talk(store)
+    merged: list[int] = []
+
+    def merge_meanwhile(runs: Any, checkpoint: Any, num_tokens: int) -> Any:
+        merged.append(store.gc().merged)
+        return restore(runs, checkpoint, num_tokens)
+
+    found = store.fetch(fingerprint(), conversation(TURNS), merge_meanwhile)
+
+    assert merged == [TURNS - 1]
+    assert found is not None
+    assert found[0].equals(conversation(TURNS))
+
+
+def test_prompt_stored_meanwhile_hangs_on_the_merged_file(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The put has written its file, which names the old one, when the old one goes."""
+    talk(store)
+    update = Index.update
+    turns = iter(range(100))
+
+    def merge_first(index: Index, change: Any) -> Any:
+        if next(turns) == 1:
+            monkeypatch.undo()
+            assert store.gc().merged == TURNS - 1
+        return update(index, change)
+
+    monkeypatch.setattr(Index, "update", merge_first)
+    branch = [*conversation(12), 3, 3]
+    put(store, branch)
+
+    assert fetched(store, branch) == len(branch)
+    assert store.check(read_data=True) == []
+    store.close()
+    (store.root / "data.mdb").unlink()
+    with open_store(store.root) as again:
+        assert fetched(again, branch) == len(branch)
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_real_caches_are_restored_bit_for_bit(
+    store: Store, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(compact, "LONG_CHAIN", 3)
+    specs, chunks = CACHES[name]
+    cache = new_cache(specs)
+    tokens: list[int] = []
+    for seed, num_tokens in enumerate((*chunks, 1, 2, 1, 5, 1)):
+        feed(cache, specs, num_tokens, seed)
+        tokens += range(1000 * seed, 1000 * seed + num_tokens)
+        kept = tensors.prepare(cache, len(tokens))
+        store.put(fingerprint(), tokens[:kept], tensors.source(cache, kept))
+    before = files_on_the_way(store, tokens)
+    old = store.fetch(fingerprint(), tokens, tensors.restore)
+
+    merged = store.gc().merged
+
+    new = store.fetch(fingerprint(), tokens, tensors.restore)
+    assert old is not None
+    assert new is not None
+    assert old[1].num_tokens == new[1].num_tokens == len(tokens)
+    assert held(new[0]) == held(old[0])
+    assert store.check(read_data=True) == []
+    if before > 4 and "rotating" not in name and "chunked" not in name:
+        assert merged >= 3
+        assert files_on_the_way(store, tokens) < before
+    mx.clear_cache()
+
+
+def test_server_merges_while_it_is_idle(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compact, "LONG_CHAIN", 4)
+    with PromptCache(
+        store=store, identify=lambda model: fingerprint(), codec=FakeCodec(), idle_s=0.05
+    ) as cache:
+        for number in range(12):
+            prompt = conversation(number + 1)
+            cache.insert_cache(MODEL, prompt, [FakeLayer(prompt)], cache_type="user")
+        cache.flush()
+        end = time.monotonic() + 20
+        while not store.stats().counters.get("merged"):
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        kv, rest = cache.fetch_nearest_cache(MODEL, [*conversation(12), 1])
+        assert kv is not None
+        assert rest == [1]
+    assert len(blob_files(store.root)) <= 4
+    assert sound(store)
+    assert {one.tier for one in store.entries()} == {Tier.USER}
