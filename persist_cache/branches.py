@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from persist_cache.entry import Entry, Tier
-from persist_cache.records import NO_ENTRY
 from persist_cache.survey import Survey
 
 MAX_CHAIN = 100
@@ -114,39 +113,23 @@ class Branches:
 def _exclusive_bytes(survey: Survey) -> dict[str, int]:
     """Per entry the bytes of files that only it and what continues it need."""
     catalog = survey._catalog
-    below: dict[int, int] = {}
-    for record in catalog.records.values():
-        below[record.node] = catalog.checkpoint_bytes(record)
-    for node in reversed(catalog.order):
-        parent, _ = catalog.edges[node]
-        below[node] = below.get(node, 0) + catalog.shares[node]
-        below[parent] = below.get(parent, 0) + below[node]
+    table = catalog.table
+    amounts = list(catalog.shares)
+    for node, nbytes in zip(table.nodes, catalog.checkpoint_bytes(), strict=True):
+        amounts[catalog.places[node]] += nbytes
+    below = catalog.sum_upwards(amounts)
     found = {}
-    for entry in survey.entries:
-        node = top = catalog.records[int(entry.id, 16)].node
-        nbytes = below[node]
-        while True:
-            parent = catalog.edges[top][0]
-            if parent not in catalog.edges or catalog.users[parent] != catalog.users[node]:
-                break
-            nbytes += catalog.shares[parent]
-            top = parent
+    for entry, node in zip(survey.entries, table.nodes, strict=True):
+        place = catalog.places[node]
+        nbytes, users = below[place], catalog.users[place]
+        place = catalog.above[place]
+        while place >= catalog.first and catalog.users[place] == users:
+            nbytes += catalog.shares[place]
+            place = catalog.above[place]
         found[entry.id] = nbytes
     return found
 
 
 def _added_bytes(survey: Survey) -> dict[str, int]:
     """Per entry the bytes of its rows behind the entry above it, and of its checkpoint."""
-    catalog = survey._catalog
-    found = {}
-    for entry in survey.entries:
-        record = catalog.records[int(entry.id, 16)]
-        nbytes = catalog.checkpoint_bytes(record)
-        node = record.node
-        while node in catalog.edges:
-            nbytes += catalog.shares[node]
-            node = catalog.edges[node][0]
-            if node in catalog.edges and catalog.edges[node][1].entry != NO_ENTRY:
-                break
-        found[entry.id] = nbytes
-    return found
+    return {entry.id: survey.added_bytes(entry) for entry in survey.entries}

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping
+from itertools import count, repeat
+from operator import add, truediv
 
 from msgspec import Struct
 
 from persist_cache import paths
 from persist_cache.budget import Usage, written_today
+from persist_cache.columns import BlobColumns, EdgeColumns
 from persist_cache.disk import Disk
 from persist_cache.entry import Entry
 from persist_cache.index import Reader
@@ -19,11 +22,11 @@ from persist_cache.records import (
     NO_BLOB,
     NO_ENTRY,
     BlobRecord,
-    BlobSize,
-    Edge,
     EntryRecord,
     NamespaceRecord,
     entry_id,
+    entry_ids,
+    tiers_of,
 )
 
 
@@ -58,108 +61,119 @@ class StoreStats(Struct, frozen=True):
 
 
 class Catalog:
-    """The whole index, loaded once for listing; linear in what is stored."""
+    """The whole index, loaded once for listing; linear in what is stored.
+
+    It consists of columns, because an object for each record would take twice the time. A node
+    has a *place* in those of the tree: each node's is behind that of the node above it. An entry
+    has a *row* in its own columns.
+
+    Attributes:
+        namespaces: Records with their keys, by number.
+        places: Per node its place; the roots come first.
+        first: Place of the first node that is no root.
+        above: Per place that of the node above; a root's is its own.
+        ends: Per place the entry that ends there, or `NO_ENTRY`.
+        blobs: Per place the blob that the edge above it is of.
+        shares: Per place the bytes of that blob that belong to the edge, by rows.
+        users: Per place the number of entries there or below.
+        disk_bytes: Per blob what it takes on disk.
+        table: The entries.
+        rows: Per entry its row.
+    """
 
     def __init__(self, txn: Reader) -> None:
         self.namespaces = {record.number: (key, record) for key, record in txn.namespaces()}
-        self._fingerprints = {
-            number: key[:32].hex() for number, (key, _) in self.namespaces.items()
-        }
-        self.blobs = dict(txn.blob_sizes())
-        self.records = dict(txn.entries())
-        self.edges = {edge.node: (parent, edge) for parent, edge in txn.links()}
-        """Per node the node above it, and the edge between them."""
-        self.shares: dict[int, int] = {}
-        """Per node the part of a file that belongs to the edge above it, by rows."""
-        depths: dict[int, int] = {}
-        for node, (_, edge) in self.edges.items():
-            blob = self.blobs[edge.blob]
-            self.shares[node] = rows_bytes(blob, edge)
-            depths[node] = blob.start + edge.first_row
-        self.order = sorted(depths, key=depths.__getitem__)
-        """Nodes with edges, each behind the one above it."""
+        self.table = txn.entry_columns()
+        self.rows = {number: row for row, number in enumerate(self.table.numbers)}
+        blobs = txn.blob_columns()
+        self.disk_bytes = dict(zip(blobs.numbers, blobs.disk_bytes, strict=True))
+        self._load_tree(txn.edge_columns(), blobs)
         self.users = self.count_users()
-        self._sums = self._add_up()
+
+    def _load_tree(self, edges: EdgeColumns, blobs: BlobColumns) -> None:
+        starts = dict(zip(blobs.numbers, blobs.starts, strict=True))
+        depths = list(map(add, map(starts.__getitem__, edges.blobs), edges.first_rows))
+        order = sorted(range(len(depths)), key=depths.__getitem__)
+        roots = [record.root for _, record in self.namespaces.values()]
+        self.first = first = len(roots)
+        self.places = dict(zip(roots, range(first), strict=True))
+        self.places |= zip(map(edges.nodes.__getitem__, order), count(first))
+        parents = map(edges.parents.__getitem__, order)
+        self.above = [*range(first), *map(self.places.__getitem__, parents)]
+        self.ends = [*repeat(NO_ENTRY, first), *map(edges.entries.__getitem__, order)]
+        self.blobs = [*repeat(NO_BLOB, first), *map(edges.blobs.__getitem__, order)]
+        num_tokens = dict(zip(blobs.numbers, blobs.num_tokens, strict=True))
+        shares = [
+            rows_bytes(self.disk_bytes[blob], num_tokens[blob], rows)
+            for blob, rows in zip(edges.blobs, edges.rows, strict=True)
+        ]
+        self.shares = [*repeat(0, first), *map(shares.__getitem__, order)]
 
     def entries(self) -> list[Entry]:
         """All entries, in the order of their ids."""
-        return [self.entry(number, record) for number, record in self.records.items()]
-
-    def entry(self, number: int, record: EntryRecord) -> Entry:
-        own, shared, parent, _ = self._sums[record.node]
-        return make_entry(
-            number,
-            record,
-            fingerprint=self.fingerprint(record),
-            own_bytes=own + self.checkpoint_bytes(record),
-            shared_bytes=shared,
-            parent=parent,
+        table = self.table
+        own, shared, above = self._add_up()
+        places = list(map(self.places.__getitem__, table.nodes))
+        own_bytes = list(map(add, map(own.__getitem__, places), self.checkpoint_bytes()))
+        ids = entry_ids(table.numbers)
+        named: dict[int, str | None] = dict(zip(table.numbers, ids, strict=True))
+        named[NO_ENTRY] = None
+        # In the order of the fields of `Entry`.
+        return list(
+            map(
+                Entry,
+                ids,
+                self.fingerprints(),
+                tiers_of(table.tiers),
+                table.num_tokens,
+                own_bytes,
+                map(shared.__getitem__, places),
+                map(truediv, table.created_us, repeat(1e6)),
+                map(truediv, table.last_uses_us, repeat(1e6)),
+                table.hits,
+                table.saved_s,
+                table.prefills_s,
+                map(bool, table.pinned),
+                [when or None for when in table.expires],
+                table.labels,
+                [named[above[place]] for place in places],
+            )
         )
 
-    def fingerprint(self, record: EntryRecord) -> str:
-        return self._fingerprints.get(record.namespace, "")
+    def fingerprints(self) -> list[str]:
+        """Per row the fingerprint in hex."""
+        known = {number: key[:32].hex() for number, (key, _) in self.namespaces.items()}
+        return [known.get(number, "") for number in self.table.namespaces]
 
-    def checkpoint_bytes(self, record: EntryRecord) -> int:
-        if record.checkpoint == NO_BLOB:
-            return 0
-        return self.blobs[record.checkpoint].disk_bytes
+    def checkpoint_bytes(self) -> list[int]:
+        """Per row the bytes of the entry's checkpoint on disk."""
+        checkpoints = self.table.checkpoints
+        return [0 if one == NO_BLOB else self.disk_bytes[one] for one in checkpoints]
 
-    def count_users(self, without: Collection[int] = ()) -> dict[int, int]:
-        """Entries at or below each node, those `without` left out."""
-        users = dict.fromkeys(self.edges, 0)
-        users |= dict.fromkeys((record.root for _, record in self.namespaces.values()), 0)
-        for node in reversed(self.order):
-            parent, edge = self.edges[node]
-            if edge.entry != NO_ENTRY and edge.entry not in without:
-                users[node] += 1
-            users[parent] += users[node]
-        return users
+    def count_users(self, without: Collection[int] = ()) -> list[int]:
+        """Per place the entries there or below, those `without` left out."""
+        users = [entry != NO_ENTRY and entry not in without for entry in self.ends]
+        return self.sum_upwards(list(map(int, users)))
 
-    def _add_up(self) -> dict[int, tuple[int, int, int, int]]:
-        """Per node: bytes above it that one entry needs, that several share; the last entries.
+    def sum_upwards(self, amounts: list[int]) -> list[int]:
+        """Add to each place what is at all places below it; changes `amounts` and returns it."""
+        above = self.above
+        for place in range(len(amounts) - 1, self.first - 1, -1):
+            amounts[above[place]] += amounts[place]
+        return amounts
 
-        The one above the node, and the one at it or above.
-        """
-        roots = (record.root for _, record in self.namespaces.values())
-        sums = dict.fromkeys(roots, (0, 0, NO_ENTRY, NO_ENTRY))
-        for node in self.order:
-            parent, edge = self.edges[node]
-            own, shared, _, above = sums[parent]
-            if self.users[node] == 1:
-                own += self.shares[node]
-            else:
-                shared += self.shares[node]
-            sums[node] = own, shared, above, edge.entry or above
-        return sums
-
-
-def make_entry(
-    number: int,
-    record: EntryRecord,
-    *,
-    fingerprint: str,
-    own_bytes: int,
-    shared_bytes: int,
-    parent: int,
-) -> Entry:
-    """An entry as people see it; `parent` is the number of the one that it continues."""
-    return Entry(
-        id=entry_id(number),
-        fingerprint=fingerprint,
-        tier=record.tier,
-        num_tokens=record.num_tokens,
-        own_bytes=own_bytes,
-        shared_bytes=shared_bytes,
-        created=record.created_us / 1e6,
-        last_use=record.last_use_us / 1e6,
-        hits=record.hits,
-        saved_s=record.saved_s,
-        prefill_s=record.prefill_s,
-        pinned=record.pinned,
-        expires=record.expires or None,
-        label=record.label,
-        parent=None if parent == NO_ENTRY else entry_id(parent),
-    )
+    def _add_up(self) -> tuple[list[int], list[int], list[int]]:
+        """Per place: bytes down to it that one entry needs, that several share; the entry above."""
+        own, shared, before = [0] * self.first, [0] * self.first, [NO_ENTRY] * self.first
+        ends = self.ends
+        users, shares = self.users, self.shares
+        for place in range(self.first, len(ends)):
+            parent = self.above[place]
+            mine = users[place] == 1
+            own.append(own[parent] + shares[place] if mine else own[parent])
+            shared.append(shared[parent] if mine else shared[parent] + shares[place])
+            before.append(ends[parent] or before[parent])
+        return own, shared, before
 
 
 def load_entry(txn: Reader, number: int) -> Entry | None:
@@ -176,17 +190,27 @@ def load_entry(txn: Reader, number: int) -> Entry | None:
             is_own = False
         # What else hangs below a node needs all that is above it.
         is_own = is_own and len(txn.children(edge.node, limit=2)) == (0 if is_end else 1)
-        share = rows_bytes(known_blob(txn, edge.blob), edge)
+        blob = known_blob(txn, edge.blob)
+        share = rows_bytes(blob.disk_bytes, blob.num_tokens, edge.rows)
         own, shared = (own + share, shared) if is_own else (own, shared + share)
     if record.checkpoint != NO_BLOB:
         own += known_blob(txn, record.checkpoint).disk_bytes
-    return make_entry(
-        number,
-        record,
+    return Entry(
+        id=entry_id(number),
         fingerprint=namespace_of(txn, record)[0][:32].hex(),
+        tier=record.tier,
+        num_tokens=record.num_tokens,
         own_bytes=own,
         shared_bytes=shared,
-        parent=parent,
+        created=record.created_us / 1e6,
+        last_use=record.last_use_us / 1e6,
+        hits=record.hits,
+        saved_s=record.saved_s,
+        prefill_s=record.prefill_s,
+        pinned=record.pinned,
+        expires=record.expires or None,
+        label=record.label,
+        parent=None if parent == NO_ENTRY else entry_id(parent),
     )
 
 
@@ -205,9 +229,9 @@ def known_blob(txn: Reader, number: int) -> BlobRecord:
     return record
 
 
-def rows_bytes(blob: BlobRecord | BlobSize, edge: Edge) -> int:
-    """The part of a file that belongs to an edge, by rows."""
-    return blob.disk_bytes * edge.rows // (blob.num_tokens or 1)
+def rows_bytes(disk_bytes: int, num_tokens: int, rows: int) -> int:
+    """The part that `rows` are of a file of `num_tokens` rows."""
+    return disk_bytes * rows // (num_tokens or 1)
 
 
 def store_stats(disk: Disk) -> StoreStats:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from struct import Struct, unpack
+from itertools import chain
+from struct import Struct
 from typing import Any, NamedTuple
 
 from persist_cache.records import (
     BLOB,
     EDGE,
+    ENTRY,
     check_kinds,
     check_tiers,
     check_versions,
@@ -16,8 +18,9 @@ from persist_cache.records import (
     unpack_numbers,
 )
 
-_ENTRY_PLACE = Struct("<BB2xII8xQ8xQ16xd")
-"""Of an entry's record the version, and what `EntryColumns` has."""
+_EDGE_KEY = Struct(">Q8s")
+_AT_ONCE = 256
+"""Records that are unpacked by one format."""
 Raw = Sequence[bytes | memoryview]
 Numbers = tuple[int, ...]
 
@@ -27,7 +30,7 @@ class EdgeColumns(NamedTuple):
 
     keys: tuple[bytes, ...]
     parents: Numbers
-    tokens: list[bytes]
+    tokens: tuple[bytes, ...]
     blobs: Numbers
     nodes: Numbers
     entries: Numbers
@@ -37,9 +40,8 @@ class EdgeColumns(NamedTuple):
     @classmethod
     def unpack(cls, keys: Raw, values: Raw) -> EdgeColumns:
         _, _, *columns = _fields(EDGE, values)
-        names = tuple(map(bytes, keys))
-        parents = unpack_numbers([key[:8] for key in names])
-        return cls(names, parents, [key[8:] for key in names], *columns)
+        parents, tokens = unpack_keys(_EDGE_KEY, keys)
+        return cls._make((tuple(map(bytes, keys)), parents, tokens, *columns))
 
 
 class BlobColumns(NamedTuple):
@@ -64,31 +66,42 @@ class BlobColumns(NamedTuple):
 
 
 class EntryColumns(NamedTuple):
-    """What places an `EntryRecord`, with its number; the rest of it is read, but not kept."""
+    """Every `EntryRecord`, with its number; a tier is its number, too."""
 
     numbers: Numbers
     tiers: Numbers
+    pinned: Numbers
     num_tokens: Numbers
     checkpoints: Numbers
+    namespaces: Numbers
+    hits: Numbers
     nodes: Numbers
+    created_us: Numbers
     last_uses_us: Numbers
+    prefills_s: tuple[float, ...]
+    saved_s: tuple[float, ...]
     expires: tuple[float, ...]
+    labels: list[str]
 
     @classmethod
     def unpack(cls, keys: Raw, values: Raw) -> EntryColumns:
-        size = _ENTRY_PLACE.size
-        columns = _fields(_ENTRY_PLACE, [value[:size] for value in values])
-        check_tiers(columns[0])
-        for value in values:
-            if len(value) > size:
-                bytes(value[size:]).decode()
-        return cls._make((unpack_numbers(keys), *columns))
+        size = ENTRY.size
+        tiers, pinned, *columns = _fields(ENTRY, [value[:size] for value in values])
+        check_tiers(tiers)
+        labels = [bytes(value[size:]).decode() if len(value) > size else "" for value in values]
+        return cls._make((unpack_numbers(keys), tiers, pinned, *columns, labels))
 
 
-def unpack_keys(layout: Struct, keys: Raw) -> Sequence[Numbers]:
-    """The numbers that each of many keys consists of, the first of all, then the second …"""
-    # All at once: a tuple for every record would take twice the time.
-    flat = unpack(layout.format[0] + layout.format[1:] * len(keys), join(layout, keys))
+def unpack_keys(layout: Struct, keys: Raw) -> Sequence[tuple[Any, ...]]:
+    """What each of many keys consists of, the first part of all, then the second …"""
+    # A tuple for every record would take twice the time; a format for all of them at once would
+    # take longer to be understood than to be followed.
+    raw = memoryview(join(layout, keys))
+    many = Struct(layout.format[0] + layout.format[1:] * _AT_ONCE)
+    whole = len(raw) - len(raw) % many.size
+    rest = Struct(layout.format[0] + layout.format[1:] * ((len(raw) - whole) // layout.size))
+    parts = [*many.iter_unpack(raw[:whole]), rest.unpack(raw[whole:])]
+    flat = tuple(chain.from_iterable(parts))
     width = len(layout.unpack(bytes(layout.size)))
     return [flat[column::width] for column in range(width)]
 

@@ -8,8 +8,9 @@ the first runs of a path are short.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import overload
+
+from msgspec import Struct
 
 from persist_cache.blobs import TOKENS, BlobHeader, BlobReader, Tensor, TensorInfo
 from persist_cache.errors import CorruptBlobError
@@ -17,8 +18,7 @@ from persist_cache.errors import CorruptBlobError
 ROW_AXIS = 2
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(Struct, frozen=True):
     """Rows `[first, last)` of a stored tensor."""
 
     reader: BlobReader
@@ -112,8 +112,7 @@ def whole(
     return StoredTensor(name, info.dtype, info.shape, pieces, info.nbytes)
 
 
-@dataclass(frozen=True, slots=True)
-class Cut:
+class Cut(Struct, frozen=True):
     """Tokens `[start, end)` of a run.
 
     Attributes:

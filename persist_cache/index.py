@@ -36,7 +36,6 @@ from persist_cache.records import (
     EXPIRY_KEY,
     RECENCY_KEY,
     BlobRecord,
-    BlobSize,
     Edge,
     EntryRecord,
     NamespaceRecord,
@@ -159,11 +158,6 @@ class Reader:
         keys, values = self._table(b"edges")
         return zip(map(bytes, keys), Edge.unpack_all(values), strict=True)
 
-    def links(self) -> Iterator[tuple[int, Edge]]:
-        """Every edge with the node above it."""
-        keys, values = self._table(b"edges")
-        return zip(unpack_numbers([key[:8] for key in keys]), Edge.unpack_all(values), strict=True)
-
     def edge_columns(self) -> EdgeColumns:
         return EdgeColumns.unpack(*self._table(b"edges"))
 
@@ -186,11 +180,6 @@ class Reader:
 
     def blob_columns(self) -> BlobColumns:
         return BlobColumns.unpack(*self._table(b"blobs"))
-
-    def blob_sizes(self) -> Iterator[tuple[int, BlobSize]]:
-        """The part of every blob's record that tells what its rows take."""
-        keys, values = self._table(b"blobs")
-        return zip(unpack_numbers(keys), BlobSize.unpack_all(values), strict=True)
 
     def blob_number(self, name: bytes) -> int | None:
         raw = self._txn.get(name, db=self._db[b"names"])

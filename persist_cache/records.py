@@ -27,7 +27,6 @@ RECENCY_KEY = struct.Struct(">BQQ")
 EXPIRY_KEY = struct.Struct(">QQ")
 EDGE = struct.Struct("<BBHIQQII")
 BLOB = struct.Struct("<BBHIIIQQd16s16s")
-_BLOB_SIZE = struct.Struct("<B7xII8xQ40x")
 ENTRY = struct.Struct("<BBHIIIIQQQddd")
 _TIERS = {int(tier): tier for tier in Tier}
 """Enums by number: calling one takes longer than unpacking a whole record."""
@@ -141,22 +140,6 @@ class BlobRecord(NamedTuple):
         """Like `unpack` of each, in half the time."""
         new = tuple.__new__
         return [new(cls, (_kind(kind), *rest)) for _, kind, _, *rest in _unpack_records(BLOB, raws)]
-
-
-class BlobSize(NamedTuple):
-    """What listing needs of a `BlobRecord`."""
-
-    num_tokens: int
-    start: int
-    disk_bytes: int
-
-    @classmethod
-    def unpack_all(cls, raws: Sequence[bytes | memoryview]) -> list[BlobSize]:
-        new = tuple.__new__
-        return [
-            new(cls, (num_tokens, start, disk_bytes))
-            for _, num_tokens, start, disk_bytes in _unpack_records(_BLOB_SIZE, raws)
-        ]
 
 
 class EntryRecord(NamedTuple):
@@ -363,10 +346,21 @@ def entry_id(number: int) -> str:
     return number.to_bytes(8, "big").hex()
 
 
+def entry_ids(numbers: Sequence[int]) -> list[str]:
+    """The id of each of many entries."""
+    digits = struct.pack(f">{len(numbers)}Q", *numbers).hex()
+    return [digits[start : start + 16] for start in range(0, len(digits), 16)]
+
+
 def check_kinds(kinds: Iterable[int]) -> None:
     """Refuse what is no `BlobKind`."""
     for number in set(kinds):
         _kind(number)
+
+
+def tiers_of(numbers: Iterable[int]) -> list[Tier]:
+    """The `Tier` of each number, all of which `check_tiers` has seen."""
+    return [_TIERS[number] for number in numbers]
 
 
 def check_tiers(tiers: Iterable[int]) -> None:

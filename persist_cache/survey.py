@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import struct
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -31,7 +32,6 @@ from persist_cache.records import (
     NO_BLOB,
     NO_ENTRY,
     BlobRecord,
-    EntryRecord,
     NamespaceRecord,
     entry_id,
     unpack_number,
@@ -200,14 +200,14 @@ class Survey:
     def added_bytes(self, entry: Entry) -> int:
         """Bytes that `entry` has beyond the one it continues, whoever else needs them."""
         catalog = self._catalog
-        record = catalog.records[int(entry.id, 16)]
-        total = catalog.checkpoint_bytes(record)
-        node = record.node
+        row = catalog.rows[int(entry.id, 16)]
+        checkpoint = catalog.table.checkpoints[row]
+        total = 0 if checkpoint == NO_BLOB else catalog.disk_bytes[checkpoint]
+        place = catalog.places[catalog.table.nodes[row]]
         while True:
-            total += catalog.shares[node]
-            node = catalog.edges[node][0]
-            above = catalog.edges.get(node)
-            if above is None or above[1].entry != NO_ENTRY:
+            total += catalog.shares[place]
+            place = catalog.above[place]
+            if place < catalog.first or catalog.ends[place] != NO_ENTRY:
                 return total
 
     def removal(self, ids: Collection[str]) -> Removal:
@@ -215,17 +215,18 @@ class Survey:
         catalog = self._catalog
         doomed = {int(one, 16) for one in ids}
         left = catalog.count_users(doomed)
-        living_blobs = {edge.blob for node, (_, edge) in catalog.edges.items() if left[node]}
-        dying = {edge.blob for node, (_, edge) in catalog.edges.items() if not left[node]}
-        dying |= {catalog.records[one].checkpoint for one in doomed} - {NO_BLOB}
+        living: set[int] = set()
+        dying = {catalog.table.checkpoints[catalog.rows[one]] for one in doomed}
         kept_bytes = kept_for = 0
-        for node, (parent, _) in catalog.edges.items():
-            if left[node] and left[node] < catalog.users[node]:
-                kept_bytes += catalog.shares[node]
-                if parent not in catalog.edges:
-                    kept_for += left[node]
+        for place in range(catalog.first, len(left)):
+            stay = left[place]
+            (living if stay else dying).add(catalog.blobs[place])
+            if stay and stay < catalog.users[place]:
+                kept_bytes += catalog.shares[place]
+                if catalog.above[place] < catalog.first:
+                    kept_for += stay
         return Removal(
-            freed_bytes=sum(catalog.blobs[blob].disk_bytes for blob in dying - living_blobs),
+            freed_bytes=sum(catalog.disk_bytes[blob] for blob in dying - living - {NO_BLOB}),
             kept_bytes=kept_bytes,
             kept_for=kept_for,
         )
@@ -234,46 +235,53 @@ class Survey:
     def by_tier(self) -> dict[Tier, Amount]:
         """Per tier; rows that several share count for the highest tier among them."""
         catalog = self._catalog
-        nbytes = dict.fromkeys(Tier, 0)
-        highest: dict[int, Tier] = {}
-        for node in reversed(catalog.order):
-            parent, edge = catalog.edges[node]
-            tier = highest.get(node, Tier.ASSISTANT)
-            if edge.entry != NO_ENTRY:
-                tier = max(tier, catalog.records[edge.entry].tier)
-            nbytes[tier] += catalog.shares[node]
-            highest[parent] = max(highest.get(parent, Tier.ASSISTANT), tier)
-        return self._amounts(nbytes, lambda record: record.tier)
+        tier_of = dict(zip(catalog.table.numbers, catalog.table.tiers, strict=True))
+        tier_of[NO_ENTRY] = min(Tier)
+        highest = list(map(tier_of.__getitem__, catalog.ends))
+        nbytes = dict.fromkeys(map(int, Tier), 0)
+        above = catalog.above
+        for place in range(len(highest) - 1, catalog.first - 1, -1):
+            tier = highest[place]
+            nbytes[tier] += catalog.shares[place]
+            if highest[above[place]] < tier:
+                highest[above[place]] = tier
+        amounts = self._amounts(nbytes, catalog.table.tiers)
+        return {tier: amounts[tier] for tier in Tier}
 
     @cached_property
     def by_model(self) -> dict[str, Amount]:
         """Per fingerprint, those without entries left out."""
         catalog = self._catalog
-        above = {record.root: key[:32].hex() for key, record in catalog.namespaces.values()}
+        key_of = {record.root: key[:32].hex() for key, record in catalog.namespaces.values()}
+        models = [key_of[root] for root in list(catalog.places)[: catalog.first]]
         nbytes: Counter[str] = Counter()
-        for node in catalog.order:
-            above[node] = above[catalog.edges[node][0]]
-            nbytes[above[node]] += catalog.shares[node]
-        return self._amounts(nbytes, catalog.fingerprint)
+        for place in range(catalog.first, len(catalog.above)):
+            model = models[catalog.above[place]]
+            models.append(model)
+            nbytes[model] += catalog.shares[place]
+        return self._amounts(nbytes, catalog.fingerprints())
 
     @cached_property
     def saved_s(self) -> float:
         """Seconds of prefill that the hits of all entries saved."""
-        return sum(record.saved_s for record in self._catalog.records.values())
+        return sum(self._catalog.table.saved_s)
 
-    def _amounts(self, nbytes: Mapping[K, int], key: Callable[[EntryRecord], K]) -> dict[K, Amount]:
-        """Totals by `key` of the entries; `nbytes` are those of their rows."""
-        groups: dict[K, list[EntryRecord]] = {one: [] for one in nbytes}
-        for record in self._catalog.records.values():
-            groups[key(record)].append(record)
+    def _amounts(self, nbytes: Mapping[K, int], keys: Sequence[K]) -> dict[K, Amount]:
+        """Totals of the entries with the same key; `nbytes` are those of their rows."""
+        table = self._catalog.table
+        numbers = {key: [0, amount, 0] for key, amount in nbytes.items()}
+        seconds = dict.fromkeys(nbytes, 0.0)
+        for key, checkpoint, hits, saved_s in zip(
+            keys, self._catalog.checkpoint_bytes(), table.hits, table.saved_s, strict=True
+        ):
+            sums = numbers[key]
+            sums[0] += 1
+            sums[1] += checkpoint
+            sums[2] += hits
+            seconds[key] += saved_s
         return {
-            one: Amount(
-                len(records),
-                nbytes[one] + sum(map(self._catalog.checkpoint_bytes, records)),
-                sum(record.hits for record in records),
-                sum(record.saved_s for record in records),
-            )
-            for one, records in groups.items()
+            key: Amount(entries, amount, hits, seconds[key])
+            for key, (entries, amount, hits) in numbers.items()
         }
 
 
@@ -368,15 +376,18 @@ def short_ids(ids: Sequence[str], at_least: int = SHORT_ID_DIGITS) -> dict[str, 
         ids: Ids of all entries, sorted.
         at_least: Digits that are shown even if fewer would do.
     """
-    short = {}
-    before = ""
-    for place, one in enumerate(ids):
-        behind = ids[place + 1] if place + 1 < len(ids) else ""
-        length = at_least
-        while one[:length] in (before[:length], behind[:length]) and length < len(one):
+    least = [one[:at_least] for one in ids]
+    short = dict(zip(ids, least, strict=True))
+    if len(set(least)) == len(ids):
+        return short
+    # Ids with the same beginning lie side by side.
+    unclear = [place for place, pair in enumerate(pairwise(least)) if pair[0] == pair[1]]
+    for place in {*unclear, *(place + 1 for place in unclear)}:
+        one, length = ids[place], at_least
+        beside = [*ids[max(place - 1, 0) : place], *ids[place + 1 : place + 2]]
+        while length < len(one) and any(one[:length] == other[:length] for other in beside):
             length += 1
         short[one] = one[:length]
-        before = one
     return short
 
 

@@ -107,7 +107,8 @@ def test_columns_of_blobs_and_entries_are_their_fields() -> None:
         (7, 8), (0, 1), (1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (b"n" * 16,) * 2, (b"d" * 16,) * 2
     )
     tiers = (int(Tier.USER), int(Tier.SYSTEM))
-    assert placed == EntryColumns((7, 8), tiers, (2, 2), (3, 3), (6, 6), (8, 8), (11.5, 11.5))
+    twice = [(value, value) for value in entry[1:-1]]
+    assert placed == EntryColumns._make(((7, 8), tiers, *twice, ["Grüße", ""]))
 
 
 @pytest.mark.parametrize("columns", [EdgeColumns, BlobColumns, EntryColumns])

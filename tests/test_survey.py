@@ -48,14 +48,13 @@ def test_details_agree_with_the_whole_index(store: Store) -> None:
         assert details.children == below
         assert sum(run.num_tokens for run in details.runs) == entry.num_tokens
         users: dict[str, int] = {}
-        node = catalog.records[int(entry.id, 16)].node
+        place = catalog.places[catalog.table.nodes[catalog.rows[int(entry.id, 16)]]]
         with store._disk.index.read() as txn:
-            while node in catalog.edges:
-                parent, edge = catalog.edges[node]
-                blob = txn.blob(edge.blob)
+            while place >= catalog.first:
+                blob = txn.blob(catalog.blobs[place])
                 assert blob is not None
-                users[blob.name.hex()] = catalog.users[node]
-                node = parent
+                users[blob.name.hex()] = catalog.users[place]
+                place = catalog.above[place]
         assert {run.blob: run.entries for run in details.runs} == users
 
 

@@ -169,8 +169,31 @@ def table(
     """
     cells = [row for row in rows if not isinstance(row, str)]
     by_column = list(zip(*cells, strict=True)) or [()] * len(columns)
+    heading, *lines = table_of_columns(columns, by_column, width=width, paint=paint)
+    if len(lines) == len(rows):
+        return [heading, *lines]
+    following = iter(lines)
+    return [
+        heading,
+        *(
+            paint(shorten(row, width or text_width(row)), "heading")
+            if isinstance(row, str)
+            else next(following)
+            for row in rows
+        ),
+    ]
+
+
+def table_of_columns(
+    columns: Sequence[Column],
+    texts: Sequence[Sequence[str]],
+    *,
+    width: int | None = None,
+    paint: Painter = plain,
+) -> list[str]:
+    """Like `table`, but with the cells of each column together."""
     # Most columns say the same again and again: each text is measured and laid out once.
-    sizes = [{text: text_width(text) for text in set(texts)} for texts in by_column]
+    sizes = [{text: text_width(text) for text in set(column)} for column in texts]
     natural = [
         max([text_width(column.title), *size.values()])
         for column, size in zip(columns, sizes, strict=True)
@@ -189,20 +212,8 @@ def table(
         }
         title = column.title
         heading = _pad(column, title, text_width(title), size, "heading", paint)
-        laid.append([heading, *map(padded.__getitem__, by_column[place])])
-    heading, *lines = [_GAP.join(line).rstrip() for line in zip(*laid, strict=True)]
-    if len(lines) == len(rows):
-        return [heading, *lines]
-    following = iter(lines)
-    return [
-        heading,
-        *(
-            paint(shorten(row, width or text_width(row)), "heading")
-            if isinstance(row, str)
-            else next(following)
-            for row in rows
-        ),
-    ]
+        laid.append([heading, *map(padded.__getitem__, texts[place])])
+    return [line.rstrip() for line in map(_GAP.join, zip(*laid, strict=True))]
 
 
 def _pad(column: Column, text: str, taken: int, width: int, style: str, paint: Painter) -> str:

@@ -29,6 +29,7 @@ from persist_cache_cli.output import (
     print_json,
     printable,
     table,
+    table_of_columns,
     terminal_width,
 )
 from persist_cache_cli.parse import TIER
@@ -163,8 +164,9 @@ def _table(
         Column("kept", style="good", drop=1): [keeping(one, now) for one in entries],
         Column("label", least=10, cut="end", drop=4): _each(entries, "label", printable),
     }
-    rows = list(zip(*columns.values(), strict=True))
-    return table(list(columns), rows, width=terminal_width(), paint=painter())
+    return table_of_columns(
+        list(columns), list(columns.values()), width=terminal_width(), paint=painter()
+    )
 
 
 def _each(entries: Sequence[Entry], field: str, show: Callable[[Any], str]) -> list[str]:
