@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
 
 from persist_cache import health, paths
 from persist_cache.blobs import ALIGNMENT
@@ -32,7 +33,7 @@ _MERGED_BYTES = 128 << 20
 """Largest merged file, about: a request that comes meanwhile waits for no more than that."""
 _MERGED_RUNS = 100
 """Files open at the same time; macOS allows a process 256."""
-_Edges = Sequence[tuple[bytes, Edge]]
+_Edges = list[tuple[bytes, Edge]]
 
 
 def compact(disk: Disk, evictor: Evictor) -> tuple[int, int]:
@@ -84,7 +85,10 @@ def merge_chains(
         StoreError: The disk failed.
     """
     merged = 0
-    for number in entries:
+    with disk.index.read() as txn:
+        candidates = [number for number in entries if _runs_before_leaf(txn, number)]
+    for number in candidates:
+        # Looked at again, because two may have most of their way in common.
         with disk.index.read() as txn:
             jobs = list(_long_chains(txn, number, run_tokens))
         for runs in jobs:
@@ -134,23 +138,24 @@ def _mostly_dead(txn: Reader) -> Iterator[LivingRun]:
 
 def _long_chains(txn: Reader, number: int, run_tokens: int) -> Iterator[Sequence[LivingRun]]:
     """Runs on the way to a leaf that are to be merged, those of one file each."""
-    record = txn.entry(number)
-    if record is None or txn.children(record.node, limit=1):
-        return
-    by_run: list[list[tuple[bytes, Edge]]] = []
-    for key, edge in paths.path_of(txn, record.node):
-        if not by_run or by_run[-1][-1][1].blob != edge.blob:
-            by_run.append([])
-        by_run[-1].append((key, edge))
-    # The last one goes first when room is needed, or the next turn cuts it.
-    before = by_run[:-1]
-    if len(before) < LONG_CHAIN:
-        return
-    for chain in _chains(txn, before):
+    for chain in _chains(txn, _runs_before_leaf(txn, number)):
         while chain and chain[0].num_tokens > sum(run.num_tokens for run in chain[1:]):
             chain = chain[1:]
         if len(chain) >= LONG_CHAIN:
             yield from _in_files(chain, run_tokens)
+
+
+def _runs_before_leaf(txn: Reader, number: int) -> list[_Edges]:
+    """The edges of each run on the way to a leaf but the last, if there are many runs.
+
+    The last one goes first when room is needed, or the next turn cuts it.
+    """
+    record = txn.entry(number)
+    if record is None or txn.children(record.node, limit=1):
+        return []
+    way = paths.path_of(txn, record.node)
+    runs = [list(edges) for _, edges in groupby(way, key=lambda step: step[1].blob)]
+    return runs[:-1] if len(runs) > LONG_CHAIN else []
 
 
 def _chains(txn: Reader, by_run: Sequence[_Edges]) -> Iterator[list[LivingRun]]:

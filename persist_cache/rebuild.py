@@ -29,6 +29,7 @@ from persist_cache.errors import CorruptBlobError, StoreError
 from persist_cache.index import UNREADABLE, Index, Reader, Writer
 from persist_cache.insert import add_blob, place_entry
 from persist_cache.records import (
+    END_OF_TIME_S,
     NO_BLOB,
     BlobKind,
     EntryRecord,
@@ -37,6 +38,7 @@ from persist_cache.records import (
 )
 
 log = logging.getLogger(__name__)
+_FINGERPRINT_BYTES = 32
 _FILLED = "filled"
 """Counter in the index: not 0 once it lists the blobs. Until then no file is an orphan."""
 
@@ -151,6 +153,7 @@ def _inspect(name: str, path: Path) -> _Found | None:
             packed = reader.read_bytes(TOKENS) if header.kind == "run" else b""
             if len(packed) != (header.end - header.start) * TOKEN_BYTES:
                 raise CorruptBlobError(path, "its tokens do not fill its span")
+            _check_claims(header)
             written = Written(name, reader.nbytes, fs.disk_bytes(path), reader.digest)
     except (StoreError, OSError, ValueError, KeyError) as error:
         if isinstance(error, OSError) and fs.is_passing(error):
@@ -158,6 +161,24 @@ def _inspect(name: str, path: Path) -> _Found | None:
         log.warning("blob %s is left out of the new index: %s", name, error)
         return None
     return _Found(name, header, written, packed)
+
+
+def _check_claims(header: BlobHeader) -> None:
+    """Refuse what no index can hold.
+
+    A seal proves that a header is as it was written, not that a version wrote it that we know.
+
+    Raises:
+        ValueError: It names a tier, a date or a fingerprint that does not exist.
+    """
+    if len(bytes.fromhex(header.fingerprint)) != _FINGERPRINT_BYTES:
+        raise ValueError(f"{header.fingerprint!r} is no fingerprint")
+    claims = [(header.tier, header.created)]
+    claims += [(mark.tier, mark.created) for mark in header.inner_entries]
+    for tier, created in claims:
+        Tier.parse(tier)
+        if not 0 <= created < END_OF_TIME_S:
+            raise ValueError(f"{created} is no date")
 
 
 def _path_tokens(one: _Found, by_name: dict[str, _Found]) -> bytes | None:

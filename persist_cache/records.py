@@ -21,6 +21,8 @@ RECORD_VERSION = 1
 NO_ENTRY = 0
 NO_BLOB = 0
 MAX_BLOB = (1 << 32) - 1
+END_OF_TIME_S = 1e12
+"""No date is as late, in UTC seconds: microseconds up to it fit into 64 bits."""
 
 _NUMBER = struct.Struct(">Q")
 RECENCY_KEY = struct.Struct(">BQQ")

@@ -40,6 +40,7 @@ from persist_cache.health import Problem
 from persist_cache.index import DamagedIndexError, Reader, Writer
 from persist_cache.insert import Insertion, PutResult, Source
 from persist_cache.records import (
+    END_OF_TIME_S,
     NO_BLOB,
     BlobRecord,
     EntryRecord,
@@ -59,7 +60,6 @@ _MAX_ATTEMPTS = 4
 _MAX_OPEN_FILES = 200
 _MAX_GROWN = 4096
 _NAMESPACE_MEMORY_S = 30 * 86400.0
-_END_OF_TIME_S = 1e12
 
 
 def default_store_path() -> Path:
@@ -514,7 +514,8 @@ class Store:
         """Make few files of the many that a long conversation left, as far as puts told of it.
 
         For when nothing else is to be done. Nothing is evicted for it, and what is found stays
-        the same; see `merge_chains`.
+        the same; see `merge_chains`. Does nothing where the bytes of a day are limited: they are
+        for what is new.
 
         Args:
             keep_on: Asked before each file; False ends the work.
@@ -526,6 +527,8 @@ class Store:
             StoreError: The disk failed; what was done until then stays done.
         """
         grown, self._grown = self._grown, {}
+        if self.limits.daily_write_bytes is not None:
+            return 0
         merged = merge_chains(self._disk, self._evictor, list(grown), self._run_tokens, keep_on)
         if not keep_on():
             self._grown = grown | self._grown
@@ -599,7 +602,7 @@ def _checked_date(expires: float | None) -> float:
     """An expiry as it is recorded: 0 for never, else a date."""
     if expires is None:
         return 0.0
-    if not 0 < expires < _END_OF_TIME_S:
+    if not 0 < expires < END_OF_TIME_S:
         raise ValueError(f"an expiry is a date in UTC seconds, got {expires}")
     return expires
 

@@ -325,6 +325,16 @@ def test_nothing_goes_for_a_merged_file_and_the_budget_holds(tmp_path: Path) -> 
         assert store.stats().usage.pending == 0
 
 
+def test_bytes_of_a_day_are_for_what_is_new(tmp_path: Path) -> None:
+    with open_store(tmp_path / "store", daily_write_bytes=1 << 30) as store:
+        talk(store)
+        written = store.stats().written_today
+        assert store.merge_runs() == 0
+        assert store.stats().written_today == written
+        assert store.gc().merged == TURNS - 1, "who asks for it gets it"
+        assert store.stats().written_today > written
+
+
 def test_work_ends_when_somebody_needs_the_machine(store: Store) -> None:
     talk(store)
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 
 from persist_cache import rebuild
+from persist_cache.blobs import BlobReader, BlobWriter, EntryMark
+from persist_cache.cutting import whole
 from persist_cache.store import Store
 from tests.fakes import blob_files, fetched, fingerprint, put
 
@@ -161,6 +166,44 @@ def test_damaged_header_and_foreign_files_do_not_stop_it(root: Path) -> None:
     with open_store(root) as store:
         assert len(store.entries()) > 3
         store.check(repair=True)
+        assert store.check(read_data=True) == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tier": "root"},
+        {"created": math.nan},
+        {"created": 1e300},
+        {"created": -1.0},
+        {"start": 1 << 40, "end": (1 << 40) + 3},
+        {"inner_entries": (EntryMark(2, "root", 1.0),)},
+        {"inner_entries": (EntryMark(2, "user", math.inf),)},
+        {"inner_entries": (EntryMark(0, "user", 1.0), EntryMark(99, "user", 1.0))},
+        {"fingerprint": "no hex"},
+        {"parent": "x"},
+        {"replaces": ("x",)},
+    ],
+    ids=str,
+)
+def test_sealed_nonsense_does_not_stop_it(root: Path, changes: dict[str, Any]) -> None:
+    """A seal proves that a header is whole, not that a version we know wrote it."""
+    with open_store(root) as store:
+        before = everything(store)
+        put(store, [41, 42, 43])
+        (run,) = store.match(fingerprint(), [41, 42, 43]).runs
+        path = store._disk.folder.path(run.blob)
+        with BlobReader(path) as reader, BlobWriter(store._disk.folder) as writer:
+            tensors = [whole(reader, tensor) for tensor in reader.header.tensors]
+            writer.write(msgspec.structs.replace(reader.header, tensors={}, **changes), tensors)
+            writer.publish()
+            writer.keep()
+        path.unlink()
+    forget_index(root)
+
+    with open_store(root) as store:
+        assert everything(store) == before
+        assert store.gc().freed_bytes >= 0
         assert store.check(read_data=True) == []
 
 
