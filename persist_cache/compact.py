@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 
 from persist_cache import health, paths
 from persist_cache.blobs import ALIGNMENT
@@ -19,7 +19,7 @@ from persist_cache.entry import Tier
 from persist_cache.errors import CorruptBlobError, StoreFormatError, StoreFullError
 from persist_cache.evict import Evictor
 from persist_cache.index import Reader
-from persist_cache.records import NO_ENTRY, BlobKind, BlobRecord, Edge
+from persist_cache.records import NO_ENTRY, BlobKind, BlobRecord, Edge, EntryRecord
 from persist_cache.rewrite import LivingRun, NotRewrittenError, living_run, rewrite
 
 log = logging.getLogger(__name__)
@@ -33,6 +33,8 @@ _MERGED_BYTES = 128 << 20
 """Largest merged file, about: a request that comes meanwhile waits for no more than that."""
 _MERGED_RUNS = 100
 """Files open at the same time; macOS allows a process 256."""
+_MOST_BESIDE = 3
+"""Replies beside the one that a conversation went on with, at one turn."""
 _Edges = list[tuple[bytes, Edge]]
 
 
@@ -86,7 +88,7 @@ def merge_chains(
     """
     merged = 0
     with disk.index.read() as txn:
-        candidates = [number for number in entries if _runs_before_leaf(txn, number)]
+        candidates = [number for number in entries if _way_to_leaf(txn, number)]
     for number in candidates:
         # Looked at again, because two may have most of their way in common.
         with disk.index.read() as txn:
@@ -138,31 +140,31 @@ def _mostly_dead(txn: Reader) -> Iterator[LivingRun]:
 
 def _long_chains(txn: Reader, number: int, run_tokens: int) -> Iterator[Sequence[LivingRun]]:
     """Runs on the way to a leaf that are to be merged, those of one file each."""
-    for chain in _chains(txn, _runs_before_leaf(txn, number)):
+    for chain in _chains(txn, _way_to_leaf(txn, number)):
         while chain and chain[0].num_tokens > sum(run.num_tokens for run in chain[1:]):
             chain = chain[1:]
         if len(chain) >= LONG_CHAIN:
             yield from _in_files(chain, run_tokens)
 
 
-def _runs_before_leaf(txn: Reader, number: int) -> list[_Edges]:
-    """The edges of each run on the way to a leaf but the last, if there are many runs.
-
-    The last one goes first when room is needed, or the next turn cuts it.
-    """
+def _way_to_leaf(txn: Reader, number: int) -> list[_Edges]:
+    """The edges of each run on the way to a leaf, if there are many runs."""
     record = txn.entry(number)
     if record is None or txn.children(record.node, limit=1):
         return []
     way = paths.path_of(txn, record.node)
     runs = [list(edges) for _, edges in groupby(way, key=lambda step: step[1].blob)]
-    return runs[:-1] if len(runs) > LONG_CHAIN else []
+    return runs if len(runs) > LONG_CHAIN else []
 
 
-def _chains(txn: Reader, by_run: Sequence[_Edges]) -> Iterator[list[LivingRun]]:
-    """Stretches of short runs between which nobody drew a line."""
+def _chains(txn: Reader, way: Sequence[_Edges]) -> Iterator[list[LivingRun]]:
+    """Stretches of short runs between which nobody drew a line.
+
+    The last run is left out: it goes first when room is needed, or the next turn cuts it.
+    """
     chain: list[LivingRun] = []
     complete = False
-    for edges in by_run:
+    for edges, below in pairwise(way):
         run = living_run(txn, edges[0][0])
         if _is_short(txn, run, edges):
             if chain and complete != edges[0][1].complete:
@@ -170,7 +172,7 @@ def _chains(txn: Reader, by_run: Sequence[_Edges]) -> Iterator[list[LivingRun]]:
                 chain = []
             chain.append(run)
             complete = edges[0][1].complete
-            if _is_passed(txn, edges[-1][1]):
+            if _is_passed(txn, edges[-1][1], below[0][0]):
                 continue
         if chain:
             yield chain
@@ -184,16 +186,36 @@ def _is_short(txn: Reader, run: LivingRun, edges: _Edges) -> bool:
     return (
         run.record.nbytes < _SHORT_BYTES
         and sum(edge.rows for _, edge in edges) == run.num_tokens
-        and all(_is_passed(txn, edge) for _, edge in edges[:-1])
+        and all(_is_passed(txn, edge, below) for (_, edge), (below, _) in pairwise(edges))
     )
 
 
-def _is_passed(txn: Reader, edge: Edge) -> bool:
-    """Whether what is above the end of `edge` may go together with what is below."""
-    if len(txn.children(edge.node, limit=2)) > 1:
-        return False
+def _is_passed(txn: Reader, edge: Edge, below: bytes) -> bool:
+    """Whether what is above the end of `edge` may go together with the edge under `below`."""
     entry = txn.entry(edge.entry) if edge.entry != NO_ENTRY else None
-    return entry is None or not (entry.pinned or entry.expires or entry.tier == Tier.SYSTEM)
+    if entry is not None and (_is_kept(entry) or entry.tier == Tier.SYSTEM):
+        return False
+    beside = txn.children(edge.node, limit=_MOST_BESIDE + 2)
+    return len(beside) <= _MOST_BESIDE + 1 and all(
+        key == below or _is_dead_end(txn, other) for key, other in beside
+    )
+
+
+def _is_dead_end(txn: Reader, edge: Edge) -> bool:
+    """Whether below `edge` is one reply that nobody went on from: it is evicted before the way.
+
+    Conversations have one at each turn if the next request says the reply in other tokens, as
+    those do that leave the model's reasoning out.
+    """
+    entry = txn.entry(edge.entry) if edge.entry != NO_ENTRY else None
+    if entry is None or _is_kept(entry) or entry.tier != Tier.ASSISTANT:
+        return False
+    return not txn.children(edge.node, limit=1)
+
+
+def _is_kept(entry: EntryRecord) -> bool:
+    """Whether somebody said how long an entry stays."""
+    return entry.pinned or entry.expires != 0
 
 
 def _in_files(chain: Sequence[LivingRun], run_tokens: int) -> Iterator[Sequence[LivingRun]]:

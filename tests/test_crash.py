@@ -109,6 +109,7 @@ compact.is_mostly_dead, compact.LONG_CHAIN = any_dead_rows, 2
 folder, seed, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
 dice = random.Random(seed)
 prompts = [[1, 2, 3, *range(10, 10 + n), 7 * k] for n in range(0, 12, 3) for k in range(3)]
+prompts += [[4, *range(20, 20 + n)] for n in range(6)]
 end = time.monotonic() + seconds
 puts = hits = 0
 while time.monotonic() < end:

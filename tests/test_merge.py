@@ -159,7 +159,7 @@ def test_no_file_gets_rows_from_both_sides_of_a_line(
     talk(store, 0, 19)
     kept = put(store, half, **options)
     if line == "branch":
-        kept = put(store, [*half, 1, 1])
+        kept = put(store, [*half, 1, 1], tier="user")
     if line == "other model":
         put(store, half, model="w1")
     talk(store, 20, 40)
@@ -176,6 +176,33 @@ def test_no_file_gets_rows_from_both_sides_of_a_line(
         assert disk_usage(store.root) < size
     assert store.get(kept).num_tokens <= len(half) + 2
     assert fetched(store, conversation(40)) == len(half)
+
+
+@pytest.mark.parametrize("answered", ["at once", "later"])
+def test_replies_that_nobody_went_on_from_are_no_line(store: Store, answered: str) -> None:
+    """A reply in other tokens than the next request has it in hangs beside the way."""
+    replies = []
+    for number in range(TURNS):
+        prompt = conversation(number + 1)
+        put(store, prompt, tier="user")
+        replies.append([*prompt[:-1], 3, 4] if number % 2 else [*prompt, 3, 4])
+        if answered == "at once":
+            put(store, replies[-1])
+    for reply in replies if answered == "later" else ():
+        put(store, reply)
+    put(store, conversation(TURNS + 1), tier="user")
+
+    merged = store.merge_runs()
+
+    assert merged >= compact.LONG_CHAIN
+    assert sound(store)
+    assert files_on_the_way(store, conversation(TURNS + 1)) <= TURNS + 2 - merged
+    for reply in replies:
+        assert fetched(store, [*reply, 1]) == len(reply)
+    size = disk_usage(store.root)
+    store.evict([one.id for one in store.entries() if one.tier == Tier.ASSISTANT])
+    assert disk_usage(store.root) < size
+    assert fetched(store, conversation(TURNS + 1)) == len(conversation(TURNS + 1))
 
 
 def test_nodes_that_nothing_needs_any_more_go(store: Store) -> None:

@@ -7,7 +7,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import openai
 import pytest
 import requests
 
-from persist_cache import Store
+from persist_cache import Store, compact
 from tests.server_process import ServerProcess
 from tests.tiny_models import build_model_dir
 
@@ -262,6 +262,42 @@ def test_exact_resend_of_prompt_and_completion_answers(
         assert again["choices"][0]["text"] == first["choices"][0]["text"]
         assert whole["usage"]["completion_tokens"] > 0
         assert running.get("/health")["status"] == "ok"
+
+
+@pytest.mark.parametrize("name", ["model", "sliding"])
+def test_long_conversation_is_merged_while_idle_and_goes_on_the_same(
+    request: pytest.FixtureRequest, store: Path, tmp_path: Path, name: str
+) -> None:
+    chosen: Path = request.getfixturevalue(name)
+    said: list[tuple[str, str]] = [("system", SYSTEM)]
+    with server(chosen, store, tmp_path) as first:
+        for number in range(compact.LONG_CHAIN + 2):
+            said.append(("user", f"And the city number {number}?"))
+            said.append(("assistant", text(ask(first, *said, max_tokens=3))))
+        last = (*said, ("user", "Which one was the first?"))
+        right = ask(first, *last, max_tokens=8)
+        deadline = time.monotonic() + 60
+        while not _counters(store).get("merged"):
+            assert time.monotonic() < deadline, "an idle server merges"
+            time.sleep(0.2)
+        first.kill()
+
+    with server(chosen, store, tmp_path) as second:
+        again = ask(second, *last, max_tokens=8)
+        other = ask(second, *said[:-2], ("user", "Which one was the last?"), max_tokens=3)
+        assert second.stop() == 0
+
+    assert cached(again) >= cached(right)
+    assert text(again) == text(right)
+    assert cached(other) > 100
+    with Store.open(store) as checked:
+        assert checked.check(read_data=True) == []
+        assert "quarantined" not in checked.stats().counters
+
+
+def _counters(store: Path) -> Mapping[str, int]:
+    with Store.open(store, read_only=True) as opened:
+        return opened.stats().counters
 
 
 def test_port_that_is_taken_is_one_sentence(model: Path, store: Path, tmp_path: Path) -> None:
