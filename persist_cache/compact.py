@@ -71,7 +71,8 @@ def merge_chains(
 
     Rows are written again once each time their chain has doubled, not at every turn: a run that
     is longer than all that follow it stays. Nothing is evicted for a copy, and no file gets rows
-    of two entries between which somebody drew a line: a branch, a pin, a date, a system prompt.
+    of two entries between which somebody drew a line: a branch whose both sides go on, a
+    pin, a date, a system prompt. Else evicting what is below the line would free nothing.
 
     Args:
         disk: The store.
