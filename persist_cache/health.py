@@ -59,8 +59,29 @@ def sweep(disk: Disk, evictor: Evictor) -> None:
     for name_hex, path in list(disk.folder.in_quarantine()):
         if bytes.fromhex(name_hex) not in quarantined:
             try_remove_orphan(path, partial(_is_quarantined, disk, bytes.fromhex(name_hex)))
+    _measure_quarantine(disk)
     evictor.empty_trash()
     disk.index.reader_check()
+
+
+def _measure_quarantine(disk: Disk) -> None:
+    """Correct the sizes of damaged files that could not be told when they were put aside."""
+    with disk.index.read() as txn:
+        recorded = txn.sized(b"quarantine")
+    found: dict[bytes, int] = {}
+    for name, record in recorded.items():
+        with contextlib.suppress(OSError):
+            nbytes = fs.disk_bytes(disk.folder.quarantine_path(name.hex()))
+            if nbytes != record.nbytes:
+                found[name] = nbytes
+
+    def correct(txn: Writer) -> None:
+        for name, record in txn.sized(b"quarantine").items():
+            if name in found:
+                txn.put_sized(b"quarantine", name, record._replace(nbytes=found[name]))
+
+    if found:
+        disk.index.update(correct)
 
 
 def remove_orphans(disk: Disk) -> int:

@@ -7,6 +7,7 @@ fault at every step of every operation; here each step gets one.
 from __future__ import annotations
 
 import errno
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 from persist_cache import fs
 from persist_cache.errors import StoreError
 from persist_cache.store import Store
-from tests.fakes import blob_files, fetched, put
+from tests.fakes import Clock, blob_files, disk_usage, fetched, put
 from tests.memory import fast_folder
 from torture import steps
 from torture.seam import ERRORS, Seam, at_step
@@ -153,6 +154,31 @@ def test_quarantine_can_be_purged(store: Store) -> None:
 
     assert list((store.root / "quarantine").iterdir()) == []
     assert store.stats().usage.quarantine == 0
+
+
+def test_size_that_could_not_be_told_is_told_later(
+    store: Store, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A torn file is smaller than its record says, and asking for its size may fail, too."""
+    put(store, list(range(2000)))
+    path = max(blob_files(store.root), key=lambda file: file.stat().st_size)
+    os.truncate(path, 4096)
+    asked = fs.disk_bytes
+
+    def disk_bytes(file: Path) -> int:
+        if file == path:
+            raise OSError(errno.EIO, "made up", str(file))
+        return asked(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fs, "disk_bytes", disk_bytes)
+        assert fetched(store, list(range(2000))) < 2000
+    store.close()
+
+    with Store.open(store.root, min_free_bytes=0, run_tokens=8, clock=clock) as again:
+        assert again.check(repair=True) is not None
+        assert len(list((store.root / "quarantine").iterdir())) == 1
+        assert again.stats().usage.total == disk_usage(store.root)
 
 
 def test_larger_file_in_quarantine_is_counted_as_it_is(store: Store) -> None:
