@@ -27,6 +27,7 @@ from persist_cache.writer import WriteBehind
 
 log = logging.getLogger(__name__)
 
+_LONGEST_ANSWER_S = 600.0
 _ENOUGH_GAIN_TOKENS = 32
 """Reading the disk beats a shorter cache in memory only for more than a few tokens."""
 
@@ -119,6 +120,10 @@ class PromptCache:
         self._owns_store = store is not None and not isinstance(store, Store)
         self._store = store if isinstance(store, Store) or store is None else Store.open(store)
         self._identify: Callable[[Any], Fingerprint | None] = identify or Identifier()
+        self._computing_until = 0.0
+        self.is_busy: Callable[[], bool] = lambda: time.monotonic() < self._computing_until
+        """Asked before files are merged: whether an answer is being computed. A server knows;
+        else it is so from a look-up to the insert of the reply, for ten minutes at most."""
         self._closed = False
         self._cuts: deque[tuple[bytes, int]] = deque(maxlen=16)
         self._writer: WriteBehind | None = None
@@ -365,6 +370,7 @@ class PromptCache:
         limit = max(0, len(packed) // TOKEN_BYTES - self._leave_tokens)
         if self._writer is not None:
             self._writer.poke()
+        self._computing_until = time.monotonic() + _LONGEST_ANSWER_S
         fingerprint = self._fingerprint(model)
         match = self._match(fingerprint, packed, limit)
         with self._lock:
@@ -467,6 +473,8 @@ class PromptCache:
         tier = Tier.parse(cache_type)
         if self._writer is not None:
             self._writer.poke()
+        if tier == Tier.ASSISTANT:
+            self._computing_until = 0.0
         try:
             num_tokens = self._codec.prepare(cache, len(tokens))
         except UnsupportedCacheError as error:
@@ -553,12 +561,13 @@ class PromptCache:
 
     def _merge_runs(self) -> None:
         """Make the next restart's first answer of a long conversation faster, while idle."""
-        if self._store is None or self._writer is None or self._disk_error is not None:
+        store, writer = self._store, self._writer
+        if store is None or writer is None or self._disk_error is not None:
             return
         try:
-            self._store.merge_runs(self._writer.is_idle)
+            store.merge_runs(lambda: writer.is_idle() and not self.is_busy())
         except StoreError as error:
-            self._disk_failed(error)
+            log.warning("the runs of a conversation could not be merged: %s", error)
 
     def _spill(self, gone: Sequence[Held]) -> None:
         """Save what leaves memory unsaved."""

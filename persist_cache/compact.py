@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby, pairwise
 
 from persist_cache import health, paths
@@ -19,7 +19,7 @@ from persist_cache.entry import Tier
 from persist_cache.errors import CorruptBlobError, StoreFormatError, StoreFullError
 from persist_cache.evict import Evictor
 from persist_cache.index import Reader
-from persist_cache.records import NO_ENTRY, BlobKind, BlobRecord, Edge, EntryRecord
+from persist_cache.records import NO_ENTRY, BlobKind, BlobRecord, Edge, EntryRecord, edge_parent
 from persist_cache.rewrite import LivingRun, NotRewrittenError, living_run, rewrite
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ _SHORT_BYTES = 16 << 20
 """A file beyond this takes longer to read than to open."""
 _MERGED_BYTES = 128 << 20
 """Largest merged file, about: a request that comes meanwhile waits for no more than that."""
-_MERGED_RUNS = 100
+_MERGED_RUNS = 64
 """Files open at the same time; macOS allows a process 256."""
 _MOST_BESIDE = 3
 """Replies beside the one that a conversation went on with, at one turn."""
@@ -63,7 +63,7 @@ def compact(disk: Disk, evictor: Evictor) -> tuple[int, int]:
 def merge_chains(
     disk: Disk,
     evictor: Evictor,
-    entries: Iterable[int],
+    entry: int,
     run_tokens: int,
     keep_on: Callable[[], bool] = lambda: True,
 ) -> int:
@@ -71,13 +71,13 @@ def merge_chains(
 
     Rows are written again once each time their chain has doubled, not at every turn: a run that
     is longer than all that follow it stays. Nothing is evicted for a copy, and no file gets rows
-    of two entries between which somebody drew a line: a branch whose both sides go on, a
-    pin, a date, a system prompt. Else evicting what is below the line would free nothing.
+    of two entries between which somebody drew a line: a branch whose both sides go on, a pin, a
+    date, a system prompt. Else evicting what is below the line would free nothing.
 
     Args:
         disk: The store.
         evictor: Its evictor.
-        entries: Numbers of the entries to look at; those that others continue are passed over.
+        entry: Number of the entry; one that others continue, or go on beside, is passed over.
         run_tokens: Longest run in one blob.
         keep_on: Asked before each file; False ends the work.
 
@@ -87,21 +87,16 @@ def merge_chains(
     Raises:
         StoreError: The disk failed.
     """
-    merged = 0
     with disk.index.read() as txn:
-        candidates = [number for number in entries if _way_to_leaf(txn, number)]
-    for number in candidates:
-        # Looked at again, because two may have most of their way in common.
-        with disk.index.read() as txn:
-            jobs = list(_long_chains(txn, number, run_tokens))
-        for runs in jobs:
-            if not keep_on():
-                return merged
-            try:
-                merged += len(runs) * _try_rewrite(disk, evictor, runs)
-            except StoreFullError:
-                log.debug("there is no room to merge %d runs", len(runs))
-                return merged
+        jobs = list(_long_chains(txn, entry, run_tokens))
+    merged = 0
+    for runs in jobs:
+        if not keep_on():
+            break
+        try:
+            merged += len(runs) * _try_rewrite(disk, evictor, runs)
+        except StoreFullError:
+            log.debug("there is no room to merge %d runs", len(runs))
     return merged
 
 
@@ -142,16 +137,32 @@ def _mostly_dead(txn: Reader) -> Iterator[LivingRun]:
 def _long_chains(txn: Reader, number: int, run_tokens: int) -> Iterator[Sequence[LivingRun]]:
     """Runs on the way to a leaf that are to be merged, those of one file each."""
     for chain in _chains(txn, _way_to_leaf(txn, number)):
-        while chain and chain[0].num_tokens > sum(run.num_tokens for run in chain[1:]):
-            chain = chain[1:]
-        if len(chain) >= LONG_CHAIN:
-            yield from _in_files(chain, run_tokens)
+        rest = _without_long_head(chain)
+        groups = [_without_long_head(group) for group in _in_files(rest, run_tokens)]
+        groups = [group for group in groups if len(group) > 1]
+        # Files that are full already do not make a chain long.
+        if sum(map(len, groups)) >= LONG_CHAIN:
+            yield from groups
+
+
+def _without_long_head(chain: Sequence[LivingRun]) -> Sequence[LivingRun]:
+    """Leave out what is longer than all behind it: to copy that each time would cost too much."""
+    while chain and chain[0].num_tokens > sum(run.num_tokens for run in chain[1:]):
+        chain = chain[1:]
+    return chain
 
 
 def _way_to_leaf(txn: Reader, number: int) -> list[_Edges]:
-    """The edges of each run on the way to a leaf, if there are many runs."""
+    """The edges of each run on the way to a leaf, if there are many runs.
+
+    None for a reply that hangs beside a way: that is looked at from its own leaf.
+    """
     record = txn.entry(number)
-    if record is None or txn.children(record.node, limit=1):
+    above = None if record is None else txn.parent_key(record.node)
+    if record is None or above is None or txn.children(record.node, limit=1):
+        return []
+    beside = txn.children(edge_parent(above), limit=_MOST_BESIDE + 2)
+    if any(key != above and not _is_dead_end(txn, edge) for key, edge in beside):
         return []
     way = paths.path_of(txn, record.node)
     runs = [list(edges) for _, edges in groupby(way, key=lambda step: step[1].blob)]

@@ -89,6 +89,7 @@ def rebuild(
         key=lambda one: (
             one.header.start,
             one.header.kind != "run",
+            not _took_over(one, found),
             id(one) not in needed,
             -one.header.end,
             one.name,
@@ -116,6 +117,13 @@ def rebuild(
         return placed
 
     return index.update(fill)
+
+
+def _took_over(one: _Found, found: dict[str, _Found]) -> bool:
+    """Whether files whose place `one` took are gone, as they are only once it was committed."""
+    old = one.header.replaces
+    covered = {name for each in old if each in found for name in found[each].header.replaces}
+    return any(name not in found and name not in covered for name in old)
 
 
 def _readable(txn: Reader) -> dict[int, EntryRecord]:

@@ -8,6 +8,7 @@ worth it, `compact` decides.
 from __future__ import annotations
 
 import contextlib
+import mmap
 from collections.abc import Sequence
 
 import msgspec
@@ -33,6 +34,9 @@ from persist_cache.evict import Evictor
 from persist_cache.index import Reader, Writer
 from persist_cache.insert import add_blob, undone
 from persist_cache.records import NO_ENTRY, BlobKind, BlobRecord, Edge, EntryRecord, edge_parent
+
+_PAGES_PER_RUN = 8
+"""Pages of the index that a commit may copy for each run: its records lie in six tables."""
 
 
 class LivingRun(Struct, frozen=True):
@@ -107,7 +111,7 @@ def rewrite(disk: Disk, evictor: Evictor, runs: Sequence[LivingRun]) -> None:
                 for reader, run in zip(readers, runs, strict=True)
             ]
         )
-        _reserve(evictor, writer, header, tensors)
+        _reserve(evictor, writer, header, tensors, len(runs))
         with undone(disk, evictor, [writer]):
             written = writer.write(header, tensors)
             writer.publish()
@@ -166,13 +170,18 @@ def _geometry(header: BlobHeader) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def _reserve(
-    evictor: Evictor, writer: BlobWriter, header: BlobHeader, tensors: Sequence[Tensor]
+    evictor: Evictor,
+    writer: BlobWriter,
+    header: BlobHeader,
+    tensors: Sequence[Tensor],
+    num_runs: int,
 ) -> None:
     marks = msgspec.json.encode(header.inner_entries).decode()
     texts = (header.layout, header.identity, header.detail, marks, *header.replaces)
     nbytes = blob_estimate(
         sum(tensor.nbytes for tensor in tensors), len(tensors), sum(map(len, texts))
     )
+    nbytes += num_runs * _PAGES_PER_RUN * mmap.PAGESIZE
     num_tokens = header.end - header.start
     evictor.reserve([bytes.fromhex(writer.name)], nbytes, num_tokens, protected=None)
 

@@ -110,6 +110,7 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
         self._reader = ThreadPoolExecutor(1, "persist-cache-read-ahead")
         self.admin: Admin | None = None
         self._changed = threading.Condition()
+        prompt_cache.is_busy = lambda: self._in_flight > 0
         super().__init__(model_provider, prompt_cache)
 
     # ---- where prompts are cut ---------------------------------------------------------------

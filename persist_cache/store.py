@@ -529,8 +529,15 @@ class Store:
         grown, self._grown = self._grown, {}
         if self.limits.daily_write_bytes is not None:
             return 0
-        merged = merge_chains(self._disk, self._evictor, list(grown), self._run_tokens, keep_on)
-        if not keep_on():
+        merged = 0
+        try:
+            while grown and keep_on():
+                number = next(iter(grown))
+                del grown[number]
+                merged += merge_chains(self._disk, self._evictor, number, self._run_tokens, keep_on)
+                if not keep_on():
+                    grown[number] = None
+        finally:
             self._grown = grown | self._grown
         return merged
 
@@ -550,7 +557,9 @@ class Store:
         self._evictor.evict_to(self.limits.max_bytes)
         with disk.index.read() as txn:
             entries = [number for number, _ in txn.entries()]
-        merged = merge_chains(disk, self._evictor, entries, self._run_tokens)
+        merged = sum(
+            merge_chains(disk, self._evictor, entry, self._run_tokens) for entry in entries
+        )
         blobs, without_room = compact(disk, self._evictor)
         with disk.index.read() as txn:
             freed = before - disk.budget.usage(txn).total

@@ -85,8 +85,8 @@ class WriteBehind:
 
     def poke(self) -> None:
         """Say that the process is busy: idle work waits another `idle_s`."""
-        self._poked = True
         self._idle_at = time.monotonic() + self._idle_s
+        self._poked = True
 
     def is_idle(self) -> bool:
         """Whether idle work that is under way may go on: nothing else came up meanwhile."""
@@ -141,10 +141,10 @@ class WriteBehind:
                 return heapq.heappop(self._jobs)
             if self._closing:
                 return None
+            self._poked = False  # before looking at the clock: what comes after it is seen
             wait = self._idle_at - time.monotonic()
             if wait <= 0:
                 self._idle_at = time.monotonic() + _IDLE_AGAIN * self._idle_s
-                self._poked = False
                 return None
             # poke() cannot wake us, so look again now and then.
             self._changed.wait(min(wait, self._idle_s))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -12,12 +13,13 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from persist_cache import PromptCache, compact, fs, tensors
+from persist_cache import PromptCache, compact, fs, paths, tensors
 from persist_cache.disk import Disk
 from persist_cache.entry import Tier
 from persist_cache.evict import Evictor
-from persist_cache.index import Index
+from persist_cache.index import Index, Reader
 from persist_cache.rebuild import rebuild
+from persist_cache.records import Edge
 from persist_cache.rewrite import LivingRun, rewrite
 from persist_cache.store import Store
 from tests.fakes import Clock, blob_files, disk_usage, fetched, fingerprint, put, restore
@@ -275,6 +277,103 @@ def test_new_index_has_all_entries_again(
         assert {(one.id, one.tier, one.num_tokens) for one in again.entries()} == before
 
 
+def test_old_files_that_a_power_cut_brings_back_do_not_beat_the_merged_one(
+    store: Store, tmp_path: Path
+) -> None:
+    """Nothing hangs on the merged one any more, while the old ones hang on each other."""
+    ids = talk(store)
+    saved = tmp_path / "saved"
+    shutil.copytree(store.root, saved)
+    first = [run.blob for run in store.match(fingerprint(), conversation(TURNS)).runs[:3]]
+    store.gc()
+    store.evict(ids[-1:])
+    before = {(one.id, one.tier, one.num_tokens) for one in store.entries()}
+    store.close()
+    (store.root / "data.mdb").unlink()
+    for name in first:
+        target = store.root / "blobs" / name[:2] / f"{name}.safetensors"
+        target.parent.mkdir(exist_ok=True)
+        shutil.copy(saved / "blobs" / name[:2] / target.name, target)
+
+    with open_store(store.root) as again:
+        assert {(one.id, one.tier, one.num_tokens) for one in again.entries()} == before
+        assert fetched(again, conversation(TURNS)) == len(conversation(TURNS - 1))
+        again.gc()
+        assert again.check(read_data=True) == []
+
+
+def test_full_files_do_not_have_the_tail_written_again_at_each_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fs, "sync", lambda fd: None)
+    monkeypatch.setattr(compact, "LONG_CHAIN", 8)
+    prompt = list(range(1, 401))
+    with open_store(tmp_path / "store", run_tokens=40) as store:
+        put(store, prompt, tier="user")
+        merges = 0
+        for number in range(20):
+            prompt = [*prompt, 1000 + number]
+            put(store, prompt, tier="user")
+            merges += store.merge_runs() > 0
+        assert merges <= 20 // 7
+        assert fetched(store, prompt) == len(prompt)
+
+
+def test_budget_holds_while_the_old_files_are_still_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a large store the commit copies a page of the index for each record that it changes."""
+    monkeypatch.setattr(fs, "sync", lambda fd: None)
+    root = tmp_path / "store"
+    with open_store(root) as store:
+        for number in range(TURNS):
+            put(store, conversation(number + 1), tier="user")
+            put(store, [-1 - number])
+        before = disk_usage(root)
+        leaf = max(store.entries(), key=lambda one: one.num_tokens).id
+    samples: list[int] = []
+    empty_trash = Evictor.empty_trash
+
+    def sampled(evictor: Evictor) -> bool:
+        samples.append(disk_usage(root))
+        return empty_trash(evictor)
+
+    monkeypatch.setattr(Evictor, "empty_trash", sampled)
+    merged = 0
+    for room in range(100_000, 3_000_000, 200_000):
+        with open_store(root, max_bytes=before + room) as store:
+            store._grown[int(leaf, 16)] = None
+            samples.clear()
+            merged = store.merge_runs()
+            assert max(samples) <= before + room
+        if merged:
+            break
+    assert merged == TURNS - 1, "with enough room it is done"
+    assert room > 4 * (TURNS - 1) * mmap.PAGESIZE, "there is room for those pages"
+
+
+def test_replies_beside_the_way_are_not_looked_at_each(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(TURNS):
+        put(store, conversation(number + 1), tier="user")
+        put(store, [*conversation(number + 1), 3, 4])
+    put(store, conversation(TURNS + 1), tier="user")
+    looked: list[int] = []
+    path_of = paths.path_of
+
+    def counted(txn: Reader, node: int) -> list[tuple[bytes, Edge]]:
+        found = path_of(txn, node)
+        looked.append(len(found))
+        return found
+
+    monkeypatch.setattr("persist_cache.paths.path_of", counted)
+    assert store.merge_runs(keep_on=lambda: False) == 0
+    assert looked == []
+    assert store.merge_runs() == TURNS
+    assert len(looked) == 1, "the way itself"
+
+
 def meanwhile(monkeypatch: pytest.MonkeyPatch, act: Any) -> None:
     """Do something between the writing of the file and its commit, once."""
     publish = fs.rename
@@ -450,11 +549,38 @@ def test_real_caches_are_restored_bit_for_bit(
     mx.clear_cache()
 
 
-def test_server_merges_while_it_is_idle(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_that_takes_longer_is_no_idle_time(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(compact, "LONG_CHAIN", 4)
     with PromptCache(
         store=store, identify=lambda model: fingerprint(), codec=FakeCodec(), idle_s=0.05
     ) as cache:
+        cache.fetch_nearest_cache(MODEL, conversation(13))
+        talk(store, last=12)
+        time.sleep(1.0)
+        assert "merged" not in store.stats().counters
+        reply = [*conversation(13), 5]
+        cache.insert_cache(MODEL, reply, [FakeLayer(reply)])
+        end = time.monotonic() + 20
+        while "merged" not in store.stats().counters:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+    assert sound(store)
+
+
+def test_server_merges_while_it_is_idle(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compact, "LONG_CHAIN", 4)
+    asked: list[bool] = []
+
+    def is_busy() -> bool:
+        asked.append(len(asked) < 3)
+        return asked[-1]
+
+    with PromptCache(
+        store=store, identify=lambda model: fingerprint(), codec=FakeCodec(), idle_s=0.05
+    ) as cache:
+        cache.is_busy = is_busy
         for number in range(12):
             prompt = conversation(number + 1)
             cache.insert_cache(MODEL, prompt, [FakeLayer(prompt)], cache_type="user")
@@ -466,6 +592,7 @@ def test_server_merges_while_it_is_idle(store: Store, monkeypatch: pytest.Monkey
         kv, rest = cache.fetch_nearest_cache(MODEL, [*conversation(12), 1])
         assert kv is not None
         assert rest == [1]
+    assert asked[:4] == [True, True, True, False], "it waits for answers to end"
     assert len(blob_files(store.root)) <= 4
     assert sound(store)
     assert {one.tier for one in store.entries()} == {Tier.USER}
