@@ -50,6 +50,7 @@ from tests.fakes import (
     Clock,
     FakeSource,
     blob_files,
+    eager_gc,
     fetched,
     files_in,
     fingerprint,
@@ -454,6 +455,40 @@ def test_what_is_exported_is_not_evicted_meanwhile(
     with Bundle(file) as bundle:
         load(other, bundle.entries)
     assert fetched(other, BRANCH) == len(BRANCH)
+
+
+def test_files_that_are_merged_meanwhile_are_found_again(
+    store: Store, other: Store, file: Path
+) -> None:
+    talk: list[int] = []
+    for token in range(40, 48):
+        talk.append(token)
+        entry = put(store, talk, tier="user")
+    merged: list[int] = []
+
+    def merge(done: int, total: int) -> None:
+        if not merged:
+            with eager_gc():
+                merged.append(store.gc().merged)
+
+    export(store, [entry], file, progress=merge)
+
+    assert merged == [7]
+    with Bundle(file) as bundle:
+        load(other, bundle.entries)
+    assert fetched(other, talk) == len(talk)
+
+
+def test_an_entry_that_is_evicted_meanwhile_by_another_process(
+    store: Store, ids: dict[str, str], file: Path
+) -> None:
+    def evict(done: int, total: int) -> None:
+        for entry in store.entries():
+            store.evict([entry.id])
+
+    with pytest.raises(StoreError, match="evicted while it was exported"):
+        export(store, [ids["branch"]], file, progress=evict)
+    assert not file.exists()
 
 
 def test_progress_ends_at_the_total(

@@ -105,6 +105,25 @@ def export(
         raise StoreAccessError(f"{file} is a folder; name the file that is to be written.")
     if not force and os.path.lexists(file):
         raise FileExistsError(file)
+    for attempts_left in (2, 1, 0):
+        try:
+            return _export(store, ids, file, force, progress)
+        except _GoneError:
+            # Merging and compaction, here or in another process, give rows a file of a new name.
+            with store._disk.index.read() as txn:
+                stored = all(txn.entry(int(one, 16)) is not None for one in ids)
+            if not attempts_left or not stored:
+                raise
+    raise AssertionError("unreachable")
+
+
+class _GoneError(StoreError):
+    """A blob is not there any more."""
+
+
+def _export(
+    store: Store, ids: Sequence[str], file: Path, force: bool, progress: Progress | None
+) -> Exported:
     with store._disk.index.read() as txn:
         plan = _Plan(txn, list(dict.fromkeys(ids)))
     numbers = [int(one, 16) for one in plan.ids]
@@ -424,7 +443,7 @@ def _blob_errors(name: str) -> Iterator[None]:
             f"Blob {name} is damaged ({error.reason}); run `persist-cache check --repair`."
         ) from error
     except FileNotFoundError as error:
-        raise StoreError(
+        raise _GoneError(
             "An entry was evicted while it was exported, or its file is missing; "
             "run `persist-cache check` and try again."
         ) from error
