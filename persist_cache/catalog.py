@@ -63,9 +63,9 @@ class StoreStats(Struct, frozen=True):
 class Catalog:
     """The whole index, loaded once for listing; linear in what is stored.
 
-    It consists of columns, because an object for each record would take twice the time. A node
-    has a *place* in those of the tree: each node's is behind that of the node above it. An entry
-    has a *row* in its own columns.
+    It consists of columns: to add up along the tree takes a third to a half of the time that it
+    takes with an object for each record. A node has a *place* in those of the tree, behind that
+    of the node above it. An entry has a *row* in its own columns.
 
     Attributes:
         namespaces: Records with their keys, by number.
