@@ -88,7 +88,7 @@ def merge_chains(
         StoreError: The disk failed.
     """
     with disk.index.read() as txn:
-        jobs = list(_long_chains(txn, entry, run_tokens))
+        jobs = _long_chains(txn, entry, run_tokens)
     merged = 0
     for runs in jobs:
         if not keep_on():
@@ -134,15 +134,16 @@ def _mostly_dead(txn: Reader) -> Iterator[LivingRun]:
             yield living_run(txn, first[number])
 
 
-def _long_chains(txn: Reader, number: int, run_tokens: int) -> Iterator[Sequence[LivingRun]]:
+def _long_chains(txn: Reader, number: int, run_tokens: int) -> Sequence[Sequence[LivingRun]]:
     """Runs on the way to a leaf that are to be merged, those of one file each."""
+    groups: list[Sequence[LivingRun]] = []
     for chain in _chains(txn, _way_to_leaf(txn, number)):
-        rest = _without_long_head(chain)
-        groups = [_without_long_head(group) for group in _in_files(rest, run_tokens)]
-        groups = [group for group in groups if len(group) > 1]
-        # Files that are full already do not make a chain long.
-        if sum(map(len, groups)) >= LONG_CHAIN:
-            yield from groups
+        for group in _in_files(_without_long_head(chain), run_tokens):
+            short = _without_long_head(group)
+            if len(short) > 1:
+                groups.append(short)
+    # Files that are full, or as long as what follows them, do not make a way long.
+    return groups if sum(map(len, groups)) >= LONG_CHAIN else []
 
 
 def _without_long_head(chain: Sequence[LivingRun]) -> Sequence[LivingRun]:

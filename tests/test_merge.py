@@ -207,6 +207,27 @@ def test_replies_that_nobody_went_on_from_are_no_line(store: Store, answered: st
     assert fetched(store, conversation(TURNS + 1)) == len(conversation(TURNS + 1))
 
 
+def test_replies_that_differ_in_their_middle_now_and_then_do_not_keep_the_rest_apart(
+    store: Store,
+) -> None:
+    """A part of such a reply's file is on the way, and the rest beside it."""
+    talked: list[int] = []
+    for number in range(TURNS):
+        talked = [*talked, *turn(number)]
+        if number % 10 == 5:
+            put(store, [*talked, 5, 6, 7])
+            talked = [*talked, 5, 6]
+        put(store, talked, tier="user")
+    before = files_on_the_way(store, talked)
+
+    assert store.merge_runs() >= compact.LONG_CHAIN
+
+    assert files_on_the_way(store, talked) < before / 3
+    assert sound(store)
+    assert fetched(store, talked) == len(talked)
+    assert fetched(store, [*conversation(6)[len(SYSTEM) :], 5, 6, 7]) == 21
+
+
 def test_nodes_that_nothing_needs_any_more_go(store: Store) -> None:
     """A run that was cut for its length, or whose entry went, leaves a node without entry."""
     ids = talk(store)
