@@ -74,10 +74,11 @@ def bars(
 
     def plot(axes: Any, colours: Sequence[str]) -> None:
         width = 0.8 / len(series)
+        size = 8 if len(series) < 5 else 6.5
         for index, (label, values) in enumerate(series.items()):
             places = [group + (index + 0.5) * width - 0.4 for group in range(len(groups))]
             drawn = axes.bar(places, values, width * 0.92, label=label, color=colours[index])
-            axes.bar_label(drawn, [f"{v:,.0f}" for v in values], fontsize=8, padding=2)
+            axes.bar_label(drawn, [f"{v:,.0f}" for v in values], fontsize=size, padding=2)
         axes.set_xticks(range(len(groups)), groups)
         if log_y:
             axes.set_yscale("log")

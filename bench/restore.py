@@ -258,6 +258,7 @@ def draw(said: Any) -> None:
     ready = {
         "1 run, verified": "1 run",
         "64 runs, verified": "64 runs",
+        "64 turns, merged while idle": MERGED,
         "mlx-lm file": "mlx-lm file",
     }
     series = {"raw read": [raw_median(sweep) * 1e3 for sweep in sweeps]}
