@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import numpy as np
 
+from persist_cache import fs
 from persist_cache.blobs import BlobReader, Payload, Tensor
 from persist_cache.errors import CorruptBlobError
 from persist_cache.fingerprint import Fingerprint
 from persist_cache.records import BlobRecord
 from persist_cache.store import Store
+
+if TYPE_CHECKING:
+    import pytest
 
 HEADS, WIDTH = 2, 4
 
@@ -143,6 +147,20 @@ def eager_gc() -> Iterator[None]:
         mock.patch("persist_cache.compact.LONG_CHAIN", 2),
     ):
         yield
+
+
+def meanwhile(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
+    """Do something between the writing of the next blob and its commit, once."""
+    publish = fs.rename
+    done: list[bool] = []
+
+    def rename(source: Path, target: Path) -> None:
+        publish(source, target)
+        if not done and source.parent.name == "tmp":
+            done.append(True)
+            act()
+
+    monkeypatch.setattr(fs, "rename", rename)
 
 
 def files_in(root: Path) -> list[Path]:

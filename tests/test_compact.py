@@ -14,7 +14,7 @@ from persist_cache.errors import StoreError
 from persist_cache.index import Index, Writer
 from persist_cache.records import BlobRecord
 from persist_cache.store import Store
-from tests.fakes import Clock, blob_files, disk_usage, fetched, files_in, put, restore
+from tests.fakes import Clock, blob_files, disk_usage, fetched, files_in, meanwhile, put, restore
 from tests.fakes import fingerprint as identity
 
 LONG = list(range(1, 401))
@@ -197,20 +197,6 @@ def test_missing_file_takes_its_records_along(store: Store) -> None:
 
     assert store.check() == []
     assert store.entries() == []
-
-
-def meanwhile(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
-    """Do something between the writing of the copy and its commit, once."""
-    publish = fs.rename
-    done: list[bool] = []
-
-    def rename(source: Path, target: Path) -> None:
-        publish(source, target)
-        if not done and source.parent.name == "tmp":
-            done.append(True)
-            act()
-
-    monkeypatch.setattr(fs, "rename", rename)
 
 
 def test_rows_that_came_to_life_meanwhile_are_not_cut_off(

@@ -22,7 +22,7 @@ from persist_cache.rebuild import rebuild
 from persist_cache.records import Edge
 from persist_cache.rewrite import LivingRun, rewrite
 from persist_cache.store import Store
-from tests.fakes import Clock, blob_files, disk_usage, fetched, fingerprint, put, restore
+from tests.fakes import Clock, blob_files, disk_usage, fetched, fingerprint, meanwhile, put, restore
 from tests.test_cache import MODEL, FakeCodec, FakeLayer
 from tests.test_tensors import held
 from tests.tiny_caches import CACHES, feed, new_cache
@@ -393,20 +393,6 @@ def test_replies_beside_the_way_are_not_looked_at_each(
     assert looked == []
     assert store.merge_runs() == TURNS
     assert len(looked) == 1, "the way itself"
-
-
-def meanwhile(monkeypatch: pytest.MonkeyPatch, act: Any) -> None:
-    """Do something between the writing of the file and its commit, once."""
-    publish = fs.rename
-    done: list[bool] = []
-
-    def rename(source: Path, target: Path) -> None:
-        publish(source, target)
-        if not done and source.parent.name == "tmp":
-            done.append(True)
-            act()
-
-    monkeypatch.setattr(fs, "rename", rename)
 
 
 def test_branch_that_came_meanwhile_hangs_on_the_merged_file(
