@@ -128,7 +128,7 @@ def _usage_sentence(error: click.UsageError) -> str:
     if isinstance(error, click.NoSuchOption) and error.option_name == "--store":
         return "--store goes before the command: persist-cache --store PATH COMMAND."
     message = error.format_message()
-    if message[-1:] not in ".?!)":
+    if message[-1:] not in ".?!":
         message += "."
     path = error.ctx.command_path if error.ctx else "persist-cache"
     return f"{message} See `{path} --help`."
