@@ -25,8 +25,10 @@ from persist_cache.rewrite import LivingRun, NotRewrittenError, living_run, rewr
 log = logging.getLogger(__name__)
 
 LONG_CHAIN = 48
-"""Short runs in a row that are merged: more than twenty turns of a conversation leave behind, so
-that those are written once."""
+"""Entries or runs on a way from which on it is merged: more than twenty turns of a conversation
+leave behind, so that those are written once."""
+FURTHER_RUNS = 8
+"""Short runs behind the merged ones that are merged in their turn."""
 _SHORT_BYTES = 16 << 20
 """A file beyond this takes longer to read than to open."""
 _MERGED_BYTES = 128 << 20
@@ -69,10 +71,10 @@ def merge_chains(
 ) -> int:
     """Make one file of many where the way to an entry is a long chain of short runs.
 
-    Rows are written again once each time their chain has doubled, not at every turn: a run that
-    is longer than all that follow it stays. Nothing is evicted for a copy, and no file gets rows
-    of two entries between which somebody drew a line: a branch whose both sides go on, a pin, a
-    date, a system prompt. Else evicting what is below the line would free nothing.
+    Rows are written again each time their chain has become three times as long, not at every turn:
+    a run that is longer than half of what follows it stays. Nothing is evicted for a copy, and no
+    file gets rows of two entries between which somebody drew a line: a branch whose both sides go
+    on, a pin, a date, a system prompt. Else evicting what is below the line would free nothing.
 
     Args:
         disk: The store.
@@ -143,18 +145,18 @@ def _long_chains(txn: Reader, number: int, run_tokens: int) -> Sequence[Sequence
             if len(short) > 1:
                 groups.append(short)
     # Files that are full, or as long as what follows them, do not make a way long.
-    return groups if sum(map(len, groups)) >= LONG_CHAIN else []
+    return groups if sum(map(len, groups)) >= FURTHER_RUNS else []
 
 
 def _without_long_head(chain: Sequence[LivingRun]) -> Sequence[LivingRun]:
-    """Leave out what is longer than all behind it: to copy that each time would cost too much."""
-    while chain and chain[0].num_tokens > sum(run.num_tokens for run in chain[1:]):
+    """Leave out what is longer than half of what is behind: to copy that again would cost much."""
+    while chain and 2 * chain[0].num_tokens > sum(run.num_tokens for run in chain[1:]):
         chain = chain[1:]
     return chain
 
 
 def _way_to_leaf(txn: Reader, number: int) -> list[_Edges]:
-    """The edges of each run on the way to a leaf, if there are many runs.
+    """The edges of each run on the way to a leaf, if it is long.
 
     None for a reply that hangs beside a way: that is looked at from its own leaf.
     """
@@ -167,7 +169,8 @@ def _way_to_leaf(txn: Reader, number: int) -> list[_Edges]:
         return []
     way = paths.path_of(txn, record.node)
     runs = [list(edges) for _, edges in groupby(way, key=lambda step: step[1].blob)]
-    return runs if len(runs) > LONG_CHAIN else []
+    turns = sum(edge.entry != NO_ENTRY for _, edge in way)
+    return runs if max(len(runs), turns) > LONG_CHAIN else []
 
 
 def _chains(txn: Reader, way: Sequence[_Edges]) -> Iterator[list[LivingRun]]:

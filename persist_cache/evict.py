@@ -22,6 +22,9 @@ from persist_cache.records import SizedRecord, entry_id
 
 log = logging.getLogger(__name__)
 
+_COMMIT_BYTES = 64 * 1024
+"""What the commit of some evictions may add to the index."""
+
 
 class Evictor:
     """Frees bytes of one store. Thread safety: as `Disk`."""
@@ -65,8 +68,10 @@ class Evictor:
             if not swept:
                 return True
             usage = budget.usage(txn)
-            hopeless = excess > usage.blobs + usage.quarantine
-            if protected is None or hopeless or self._free(txn, excess, protected) < excess:
+            # The commit of the evictions adds pages itself; the put must not fail by those.
+            needed = excess + _COMMIT_BYTES
+            hopeless = needed > usage.blobs + usage.quarantine
+            if protected is None or hopeless or self._free(txn, needed, protected) < needed:
                 # Raising undoes the evictions: they would have been for nothing.
                 raise StoreFullError(
                     "There is no room left: what remains is pinned or in use. Unpin or evict "

@@ -142,9 +142,12 @@ def any_dead_rows(record: BlobRecord, living: int) -> bool:
 @contextlib.contextmanager
 def eager_gc() -> Iterator[None]:
     """Let `gc` write anew whatever it may, however little that is worth here."""
-    with (
-        mock.patch("persist_cache.compact.is_mostly_dead", any_dead_rows),
-        mock.patch("persist_cache.compact.LONG_CHAIN", 2),
+    with mock.patch.multiple(
+        "persist_cache.compact",
+        is_mostly_dead=any_dead_rows,
+        LONG_CHAIN=2,
+        FURTHER_RUNS=2,
+        _without_long_head=lambda chain: chain,
     ):
         yield
 

@@ -100,12 +100,12 @@ def test_full_disk_still_lets_entries_be_evicted(tmp_path: Path) -> None:
 
 HAMMER = """
 import random, sys, time
-from persist_cache import compact
 from persist_cache.errors import StoreFullError
 from persist_cache.store import Store
-from tests.fakes import FakeSource, any_dead_rows, fetched, fingerprint, put
+from tests.fakes import FakeSource, eager_gc, fetched, fingerprint, put
 
-compact.is_mostly_dead, compact.LONG_CHAIN = any_dead_rows, 2
+eager = eager_gc()
+eager.__enter__()
 folder, seed, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
 dice = random.Random(seed)
 prompts = [[1, 2, 3, *range(10, 10 + n), 7 * k] for n in range(0, 12, 3) for k in range(3)]

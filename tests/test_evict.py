@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import random
+import shutil
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -318,11 +321,39 @@ def test_folder_that_lets_nothing_go_does_not_cost_all_entries(
         path.unlink()
 
     monkeypatch.setattr(fs, "unlink", refuse)
+    prompts = iter([[1, 2, 3, number] for number in range(before)])
     with pytest.raises(StoreFullError, match="cannot be removed"):
-        put(small, [1, 2, 3])
+        any(not put(small, prompt) for prompt in prompts)
 
     assert before - len(small.entries()) <= 8
     small.close()
+
+
+def test_put_that_no_eviction_makes_room_for_evicts_nothing(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The commit of the evictions takes room itself, most of all beside a reader."""
+    monkeypatch.setattr(fs, "sync", lambda fd: None)
+    options: dict[str, Any] = {"min_free_bytes": 0, "run_tokens": 8, "clock": clock}
+    with Store.open(tmp_path / "full", max_bytes=1 << 30, **options) as full:
+        for number in range(12):
+            put(full, [number] * 4, complete=False)
+        size = disk_usage(full.root)
+    outcomes: Counter[str] = Counter()
+    for room in range(60_000, 220_000, 8192):
+        root = tmp_path / str(room)
+        shutil.copytree(tmp_path / "full", root)
+        with Store.open(root, max_bytes=size + room, **options) as tight:
+            before = tight.entries()
+            with tight._disk.index.read():
+                try:
+                    put(tight, [99] * 96, complete=False)
+                    outcomes["stored"] += 1
+                except StoreFullError:
+                    outcomes["refused"] += 1
+                    assert tight.entries() == before
+    assert outcomes["stored"] > 0
+    assert outcomes["refused"] > 0
 
 
 def test_quarantine_counts_and_goes_before_anything_useful(small: Store) -> None:

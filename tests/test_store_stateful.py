@@ -32,6 +32,8 @@ from tests.fakes import Clock, blob_files, disk_usage, eager_gc, fetched, finger
 IMAGE = -(1 << 59) - 7
 TOKENS = st.sampled_from([1, 2, IMAGE])
 PROMPTS = st.lists(TOKENS, min_size=1, max_size=14)
+TURNS = st.lists(TOKENS, min_size=1, max_size=4)
+OTHER = 3
 MODELS = st.sampled_from(["w0", "w1"])
 SMALL, LARGE = 700_000, 1 << 30
 Key = tuple[str, tuple[int, ...]]
@@ -112,6 +114,20 @@ class StoreMachine(RuleBasedStateMachine):
         cut = data.draw(st.integers(1, len(tokens)))
         self.do_put(model, [*tokens[:cut], *more], tier, complete, False)
 
+    @rule(
+        model=MODELS,
+        turns=st.lists(TURNS, min_size=3, max_size=8),
+        complete=st.booleans(),
+        forks=st.booleans(),
+    )
+    def talk(self, model: str, turns: list[list[int]], complete: bool, forks: bool) -> None:
+        """A conversation whose turns leave a chain of short runs, and perhaps a fork in it."""
+        for end in range(1, len(turns) + 1):
+            tokens = [token for turn in turns[:end] for token in turn]
+            self.do_put(model, tokens, Tier.USER, complete, False)
+        if forks:
+            self.do_put(model, [*tokens[:-1], OTHER], Tier.ASSISTANT, complete, False)
+
     def do_put(
         self, model: str, tokens: list[int], tier: Tier, complete: bool, pinned: bool
     ) -> None:
@@ -167,6 +183,7 @@ class StoreMachine(RuleBasedStateMachine):
         key = data.draw(st.sampled_from(sorted(self.known)))
         self.opened.evict([self.known.pop(key).id])
 
+    @precondition(lambda self: self.known)
     @rule(share=st.integers(0, 10))
     def evict_to(self, share: int) -> None:
         before = self.ids()
@@ -188,6 +205,7 @@ class StoreMachine(RuleBasedStateMachine):
         known.expires = None if seconds is None else self.clock() + seconds
         self.opened.expire_at(known.id, known.expires)
 
+    @precondition(lambda self: self.known)
     @rule()
     def collect(self) -> None:
         before = self.ids()
@@ -202,6 +220,7 @@ class StoreMachine(RuleBasedStateMachine):
         }
         self.drop_evicted(gone, extending=None)
 
+    @precondition(lambda self: self.known)
     @rule(seconds=st.integers(0, 5))
     def wait(self, seconds: int) -> None:
         self.clock.advance(seconds)
@@ -247,10 +266,12 @@ class StoreMachine(RuleBasedStateMachine):
                 users.add(known.id)
         return users
 
+    @precondition(lambda self: self.known)
     @rule()
     def reopen(self) -> None:
         self.reopen_store()
 
+    @precondition(lambda self: self.known)
     @rule(how=st.sampled_from(["missing", "garbage", "repair"]))
     def rebuild(self, how: str) -> None:
         """A new index finds all that the old one found; it forgets pins and uses."""
