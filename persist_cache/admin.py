@@ -237,16 +237,16 @@ class Admin:
         view = self._now()
         if unchanged := view.unchanged(request):
             return unchanged
-        chosen = filters.choose(view.survey, time.time())
+        rows = filters.rows(view.survey, time.time())
         if "parent" in query:
             parent = None if query["parent"] == "none" else self._resolve(query["parent"])
-            chosen = [entry for entry in chosen if entry.parent == parent]
-        chosen = order(chosen, sort, view.names)
-        shown = chosen[offset : offset + limit]
+            rows = [row for row in rows if view.survey.entries[row].parent == parent]
+        rows = order(view.survey, rows, sort, view.names)
+        shown = view.survey.entries_at(rows[offset : offset + limit])
         return json_response(
             {
                 "entries": [view.entry_json(entry) for entry in shown],
-                "total": len(chosen),
+                "total": len(rows),
                 "offset": offset,
                 "limit": limit,
             },

@@ -115,7 +115,8 @@ def _exclusive_bytes(survey: Survey) -> dict[str, int]:
     catalog = survey._catalog
     table = catalog.table
     amounts = list(catalog.shares)
-    for node, nbytes in zip(table.nodes, catalog.checkpoint_bytes(), strict=True):
+    checkpoints = catalog.checkpoint_bytes(table.checkpoints)
+    for node, nbytes in zip(table.nodes, checkpoints, strict=True):
         amounts[catalog.places[node]] += nbytes
     below = catalog.sum_upwards(amounts)
     found = {}

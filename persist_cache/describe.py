@@ -52,31 +52,39 @@ class Filters(Struct, frozen=True):
     larger_than: int | None = None
     pinned: bool | None = None
 
-    def choose(self, survey: Survey, now: float) -> list[Entry]:
-        """Entries that pass, in the order of their ids."""
-        chosen = list(survey.entries)
+    def rows(self, survey: Survey, now: float) -> list[int]:
+        """Places in `survey.entries` of those that pass."""
+        table = survey._catalog.table
+        rows = list(range(len(survey)))
         if self.ids is not None:
-            chosen = [one for one in chosen if one.id in self.ids]
+            numbers = {int(one, 16) for one in self.ids}
+            rows = [row for row in rows if table.numbers[row] in numbers]
         if self.tiers:
-            tiers = {Tier.parse(tier) for tier in self.tiers}
-            chosen = [one for one in chosen if one.tier in tiers]
+            tiers = {int(Tier.parse(tier)) for tier in self.tiers}
+            rows = [row for row in rows if table.tiers[row] in tiers]
         if self.models:
             wanted = [model.lower() for model in self.models]
-            models = {
-                model.fingerprint
-                for model in survey.models.values()
+            namespaces = {
+                number
+                for number, model in survey.models_by_namespace.items()
                 if any(_is_named(model, text) for text in wanted)
             }
-            chosen = [one for one in chosen if one.fingerprint in models]
+            rows = [row for row in rows if table.namespaces[row] in namespaces]
         if self.label is not None:
-            chosen = [one for one in chosen if fnmatch.fnmatchcase(one.label, self.label)]
+            rows = [row for row in rows if fnmatch.fnmatchcase(table.labels[row], self.label)]
         if self.unused_s is not None:
-            chosen = [one for one in chosen if now - one.last_use > self.unused_s]
+            latest = (now - self.unused_s) * 1e6
+            rows = [row for row in rows if table.last_uses_us[row] < latest]
         if self.larger_than is not None:
-            chosen = [one for one in chosen if one.own_bytes > self.larger_than]
+            own = survey.columns(rows, ["own_bytes"])["own_bytes"]
+            rows = [row for row, nbytes in zip(rows, own, strict=True) if nbytes > self.larger_than]
         if self.pinned is not None:
-            chosen = [one for one in chosen if one.pinned == self.pinned]
-        return chosen
+            rows = [row for row in rows if bool(table.pinned[row]) == self.pinned]
+        return rows
+
+    def choose(self, survey: Survey, now: float) -> list[Entry]:
+        """Entries that pass, in the order of their ids."""
+        return survey.entries_at(self.rows(survey, now))
 
 
 def _is_named(model: Model, text: str) -> bool:
@@ -102,38 +110,44 @@ SORT_KEYS = (
 
 
 def order(
-    entries: Sequence[Entry], key: str, names: Mapping[str, str] | None = None
-) -> list[Entry]:
+    survey: Survey, rows: Sequence[int], key: str, names: Mapping[str, str] | None = None
+) -> list[int]:
     """Sort: what is most or latest first, names from A to Z.
 
     Args:
-        entries: What to sort.
+        survey: The store.
+        rows: Places in `survey.entries` of what to sort.
         key: One of `SORT_KEYS`.
         names: Per fingerprint the name to sort by, for `model`.
 
     Raises:
         ValueError: There is no such key.
     """
+    table = survey._catalog.table
     match key:
         case "model":
-            shown = names or {}
-            return sorted(entries, key=lambda one: (shown.get(one.fingerprint, ""), one.id))
+            shown = {
+                number: (names or {}).get(model.fingerprint, "")
+                for number, model in survey.models_by_namespace.items()
+            }
+            return sorted(rows, key=lambda row: (shown[table.namespaces[row]], row))
         case "label":
-            return sorted(entries, key=lambda one: (not one.label, one.label, one.id))
+            return sorted(rows, key=lambda row: (not table.labels[row], table.labels[row], row))
         case "tier":
-            return sorted(entries, key=lambda one: (-one.tier, -one.last_use))
-    numbers: dict[str, Callable[[Entry], float]] = {
-        "used": lambda one: one.last_use,
-        "created": lambda one: one.created,
-        "tokens": lambda one: one.num_tokens,
-        "size": lambda one: one.own_bytes,
-        "shared": lambda one: one.shared_bytes,
-        "hits": lambda one: one.hits,
-        "saved": lambda one: one.saved_s,
+            return sorted(rows, key=lambda row: (-table.tiers[row], -table.last_uses_us[row]))
+        case "size" | "shared":
+            (nbytes,) = survey.columns(rows, [f"{'own' if key == 'size' else key}_bytes"]).values()
+            return sorted(rows, key=dict(zip(rows, nbytes, strict=True)).__getitem__, reverse=True)
+    columns: dict[str, Sequence[float]] = {
+        "used": table.last_uses_us,
+        "created": table.created_us,
+        "tokens": table.num_tokens,
+        "hits": table.hits,
+        "saved": table.saved_s,
     }
-    if key not in numbers:
+    if key not in columns:
         raise ValueError(f"unknown order {key!r}: use one of {', '.join(SORT_KEYS)}")
-    return sorted(entries, key=numbers[key], reverse=True)
+    return sorted(rows, key=columns[key].__getitem__, reverse=True)
 
 
 def short_model_names(models: Mapping[str, Model]) -> dict[str, str]:
@@ -144,7 +158,8 @@ def short_model_names(models: Mapping[str, Model]) -> dict[str, str]:
 
 
 def short_entry_ids(survey: Survey) -> dict[str, str]:
-    return short_ids([entry.id for entry in survey.entries])
+    """Per id of the store the shortest that is clear."""
+    return short_ids(survey.ids)
 
 
 def entry_json(entry: Entry, model: Model, short: str) -> dict[str, Any]:

@@ -23,7 +23,14 @@ import lmdb
 import msgspec
 
 from persist_cache import fs
-from persist_cache.columns import BlobColumns, EdgeColumns, EntryColumns, unpack_keys
+from persist_cache.columns import (
+    BlobColumns,
+    EdgeColumns,
+    EntryColumns,
+    SizeColumns,
+    TreeColumns,
+    unpack_keys,
+)
 from persist_cache.errors import (
     StoreAccessError,
     StoreError,
@@ -161,6 +168,9 @@ class Reader:
     def edge_columns(self) -> EdgeColumns:
         return EdgeColumns.unpack(*self._table(b"edges"))
 
+    def tree_columns(self) -> TreeColumns:
+        return TreeColumns.unpack(*self._table(b"edges"))
+
     def parent_key(self, node: int) -> bytes | None:
         """Key of the edge that leads to `node`; None for a root."""
         raw = self._txn.get(pack_number(node), db=self._db[b"parents"])
@@ -180,6 +190,9 @@ class Reader:
 
     def blob_columns(self) -> BlobColumns:
         return BlobColumns.unpack(*self._table(b"blobs"))
+
+    def size_columns(self) -> SizeColumns:
+        return SizeColumns.unpack(*self._table(b"blobs"))
 
     def blob_number(self, name: bytes) -> int | None:
         raw = self._txn.get(name, db=self._db[b"names"])

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from itertools import repeat
+from typing import Any
 
 import click
 import msgspec
 from msgspec import Struct
-
-if TYPE_CHECKING:
-    from persist_cache.entry import Entry
 
 _UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB")
 _GAP = "  "
@@ -65,11 +63,11 @@ def format_time(seconds: float) -> str:
     return datetime.datetime.fromtimestamp(seconds).isoformat(" ", "seconds")
 
 
-def keeping(entry: Entry, now: float) -> str:
-    """Whether it is pinned, and how long it has until it expires."""
-    words = ["pinned"] if entry.pinned else []
-    if entry.expires is not None:
-        left = entry.expires - now
+def keeping(pinned: bool, expires: float | None, now: float) -> str:
+    """Whether an entry is pinned, and how long it has until it expires."""
+    words = ["pinned"] if pinned else []
+    if expires is not None:
+        left = expires - now
         words.append(format_age(left) if left > 0 else "expired")
     return ", ".join(words)
 
@@ -192,8 +190,7 @@ def table_of_columns(
     paint: Painter = plain,
 ) -> list[str]:
     """Like `table`, but with the cells of each column together."""
-    # Most columns say the same again and again: each text is measured and laid out once.
-    sizes = [{text: text_width(text) for text in set(column)} for column in texts]
+    sizes = [_sizes(cells) for cells in texts]
     natural = [
         max([text_width(column.title), *size.values()])
         for column, size in zip(columns, sizes, strict=True)
@@ -205,15 +202,35 @@ def table_of_columns(
         widths = _fit(columns, natural, shown, width)
     laid = []
     for place in shown:
-        column, size = columns[place], widths[place]
-        padded = {
-            text: _pad(column, text, taken, size, column.style, paint)
-            for text, taken in sizes[place].items()
-        }
+        column, size, cells = columns[place], widths[place], texts[place]
         title = column.title
         heading = _pad(column, title, text_width(title), size, "heading", paint)
-        laid.append([heading, *map(padded.__getitem__, texts[place])])
-    return [line.rstrip() for line in map(_GAP.join, zip(*laid, strict=True))]
+        laid.append([heading, *_lay(column, cells, sizes[place], size, paint)])
+    return list(map(str.rstrip, map(_GAP.join, zip(*laid, strict=True))))
+
+
+def _lay(
+    column: Column, cells: Sequence[str], sizes: Mapping[str, int], width: int, paint: Painter
+) -> Iterator[str]:
+    """The cells of one column, all `width` wide."""
+    only_pads = (paint is plain or not column.style) and max(sizes.values(), default=0) <= width
+    if only_pads and 2 * len(sizes) > len(cells) and all(map(str.isascii, sizes)):
+        return map(str.rjust if column.right else str.ljust, cells, repeat(width))
+    padded = {
+        text: _pad(column, text, taken, width, column.style, paint) for text, taken in sizes.items()
+    }
+    return map(padded.__getitem__, cells)
+
+
+def _sizes(cells: Sequence[str]) -> dict[str, int]:
+    """Each text with the columns that it takes.
+
+    Most columns say the same again and again: each text is measured and laid out once.
+    """
+    different = set(cells)
+    if all(map(str.isascii, different)):
+        return dict(zip(different, map(len, different), strict=True))
+    return {text: text_width(text) for text in different}
 
 
 def _pad(column: Column, text: str, taken: int, width: int, style: str, paint: Painter) -> str:

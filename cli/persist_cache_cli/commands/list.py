@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import repeat
+from math import floor
+from operator import sub
 from typing import Any
 
 import click
@@ -36,6 +39,7 @@ from persist_cache_cli.parse import TIER
 from persist_cache_cli.store_access import common_options, no_store, reading
 
 _ROWS_ON_A_TERMINAL = 100
+_SHOWN_FIELDS = [field for field in Entry.__struct_fields__ if field not in ("prefill_s", "parent")]
 
 
 @click.command("list")
@@ -92,40 +96,45 @@ def command(
         survey = Survey(opened)
     filters = Filters(tiers=tier, models=model, label=label)
     names = short_model_names(survey.models)
-    entries = order(filters.choose(survey, time.time()), sort, names)
+    rows = order(survey, filters.rows(survey, time.time()), sort, names)
     if limit is None and not as_json and not quiet and terminal_width() is not None:
         limit = _ROWS_ON_A_TERMINAL
-    shown = _first(entries, limit, survey if tree else None)
+    shown = _first(survey, rows, limit, tree)
     if quiet and not as_json:
         if shown:
-            click.echo("\n".join(entry.id for entry in shown))
+            click.echo("\n".join(map(survey.ids.__getitem__, shown)))
+        return
+    if not shown and not as_json:
+        click.echo("Nothing matches." if len(survey) else "The store is empty.", err=True)
         return
     short = short_entry_ids(survey)
     if as_json:
-        flat = [entry_json(entry, survey.model_of(entry), short[entry.id]) for entry in shown]
-        print_json(_nested(flat, _shown_parents(survey, shown)) if tree else flat)
+        entries = survey.entries_at(shown)
+        flat = [entry_json(entry, survey.model_of(entry), short[entry.id]) for entry in entries]
+        print_json(_nested(flat, _shown_parents(survey, entries)) if tree else flat)
         return
-    if not shown:
-        click.echo("Nothing matches." if survey.entries else "The store is empty.", err=True)
-        return
-    lines = _tree(survey, shown, short) if tree else _table(shown, names, short)
+    if tree:
+        lines = _tree(survey, survey.entries_at(shown), short)
+    else:
+        lines = _table(survey, shown, names, short)
     click.echo("\n".join(lines))
-    if len(shown) < len(entries):
-        click.echo(f"… and {len(entries) - len(shown):,} more; --limit 0 shows all.", err=True)
+    if len(shown) < len(rows):
+        click.echo(f"… and {len(rows) - len(shown):,} more; --limit 0 shows all.", err=True)
 
 
-def _first(entries: list[Entry], limit: int | None, tree: Survey | None) -> list[Entry]:
-    """The first `limit` entries; in a tree, each together with those that it continues."""
-    if not limit or len(entries) <= limit:
-        return entries
-    if tree is None:
-        return entries[:limit]
-    above = {entry.id: entry.parent for entry in tree.entries}
-    listed = {entry.id for entry in entries}
-    picked: set[str] = set()
-    for entry in entries:
-        chain: set[str] = set()
-        here: str | None = entry.id
+def _first(survey: Survey, rows: list[int], limit: int | None, tree: bool) -> list[int]:
+    """The first `limit` rows; in a tree, each together with those of what it continues."""
+    if not limit or len(rows) <= limit:
+        return rows
+    if not tree:
+        return rows[:limit]
+    places = {entry.id: row for row, entry in enumerate(survey.entries)}
+    above = [places[entry.parent] if entry.parent else None for entry in survey.entries]
+    listed = set(rows)
+    picked: set[int] = set()
+    for row in rows:
+        chain: set[int] = set()
+        here: int | None = row
         while here is not None and here not in picked:
             if here in listed:
                 chain.add(here)
@@ -133,47 +142,57 @@ def _first(entries: list[Entry], limit: int | None, tree: Survey | None) -> list
         if picked and len(picked) + len(chain) > limit:
             break
         picked |= chain
-    return [entry for entry in entries if entry.id in picked]
+    return [row for row in rows if row in picked]
 
 
 def _table(
-    entries: Sequence[Entry], names: Mapping[str, str], short: Mapping[str, str]
+    survey: Survey, rows: Sequence[int], names: Mapping[str, str], short: Mapping[str, str]
 ) -> list[str]:
     now = time.time()
+    # In the order of memory all is read faster; the finished lines are put in order.
+    places = range(len(survey)) if len(rows) == len(survey) else sorted(rows)
+    columns = survey.columns(places, _SHOWN_FIELDS)
 
     def model(fingerprint: str) -> str:
         return printable(names.get(fingerprint, "?"))
 
-    def age(since: float) -> str:
-        return format_age(now - since)
-
     def saved(seconds: float) -> str:
         return format_duration(seconds) if seconds else "–"
 
-    columns = {
-        Column("id", style="id"): [short[one.id] for one in entries],
-        Column("tier"): _each(entries, "tier", lambda tier: tier.label),
-        Column("model", least=16): _each(entries, "fingerprint", model),
-        Column("tokens", right=True): _each(entries, "num_tokens", "{:,}".format),
-        Column("own", right=True): _each(entries, "own_bytes", format_bytes),
-        Column("shared", right=True, drop=2): _each(entries, "shared_bytes", format_bytes),
-        Column("hits", right=True): _each(entries, "hits", "{:,}".format),
-        Column("saved", right=True, drop=3): _each(entries, "saved_s", saved),
-        Column("used", right=True): _each(entries, "last_use", age),
-        Column("age", right=True, drop=5): _each(entries, "created", age),
-        Column("kept", style="good", drop=1): [keeping(one, now) for one in entries],
-        Column("label", least=10, cut="end", drop=4): _each(entries, "label", printable),
+    pinned, expires = columns["pinned"], columns["expires"]
+    kept = [""] * len(places)
+    if any(pinned) or any(expires):
+        kept = list(map(keeping, pinned, expires, repeat(now)))
+    texts = {
+        Column("id", style="id"): list(map(short.__getitem__, columns["id"])),
+        Column("tier"): _each(columns["tier"], lambda tier: tier.label),
+        Column("model", least=16): _each(columns["fingerprint"], model),
+        Column("tokens", right=True): _each(columns["num_tokens"], "{:,}".format),
+        Column("own", right=True): _each(columns["own_bytes"], format_bytes),
+        Column("shared", right=True, drop=2): _each(columns["shared_bytes"], format_bytes),
+        Column("hits", right=True): _each(columns["hits"], "{:,}".format),
+        Column("saved", right=True, drop=3): _each(columns["saved_s"], saved),
+        Column("used", right=True): _ages(columns["last_use"], now),
+        Column("age", right=True, drop=5): _ages(columns["created"], now),
+        Column("kept", style="good", drop=1): kept,
+        Column("label", least=10, cut="end", drop=4): _each(columns["label"], printable),
     }
-    return table_of_columns(
-        list(columns), list(columns.values()), width=terminal_width(), paint=painter()
+    heading, *lines = table_of_columns(
+        list(texts), list(texts.values()), width=terminal_width(), paint=painter()
     )
+    return [heading, *map(dict(zip(places, lines, strict=True)).__getitem__, rows)]
 
 
-def _each(entries: Sequence[Entry], field: str, show: Callable[[Any], str]) -> list[str]:
-    """A field of every entry as text; each value is worked out once, because most come again."""
-    values = [getattr(entry, field) for entry in entries]
+def _each(values: Sequence[Any], show: Callable[[Any], str]) -> list[str]:
+    """Every value as text; each is worked out once, because most come again."""
     shown = {value: show(value) for value in set(values)}
-    return [shown[value] for value in values]
+    return list(map(shown.__getitem__, values))
+
+
+def _ages(times: Sequence[float], now: float) -> list[str]:
+    """How long ago each of these times was."""
+    # Whole seconds come again; what is less than one of them ago is "now".
+    return _each(list(map(floor, map(sub, repeat(now), times))), format_age)
 
 
 def _shown_parents(survey: Survey, shown: Sequence[Entry]) -> dict[str, str | None]:
@@ -230,7 +249,7 @@ def _tree(survey: Survey, shown: Sequence[Entry], short: Mapping[str, str]) -> l
                     format_bytes(survey.added_bytes(entry)),
                     f"{entry.hits:,}",
                     format_age(now - entry.last_use),
-                    keeping(entry, now),
+                    keeping(entry.pinned, entry.expires, now),
                     printable(entry.label),
                 )
             )

@@ -92,7 +92,7 @@ def _lines(details: Details, short: dict[str, str], paint: Painter) -> list[str]
             ("created", f"{format_time(entry.created)} ({format_age(now - entry.created)} ago)"),
             ("used", f"{format_time(entry.last_use)} ({format_age(now - entry.last_use)} ago)"),
             ("expires", format_time(entry.expires) if entry.expires else ""),
-            ("kept", keeping(entry, now)),
+            ("kept", keeping(entry.pinned, entry.expires, now)),
             ("continues", short[entry.parent] if entry.parent else ""),
             ("continued by", ", ".join(children)),
         ],
