@@ -26,7 +26,7 @@ def run(context: Context) -> Report:
     sizes: list[int] = context.pick([2048], [512, 2048, 8192, 16384])
     shape = kv.LARGE
     warm = [
-        _sweep(context, num_tokens, context.pick(3, 9 if num_tokens < 4096 else 5), cold=False)
+        _sweep(context, num_tokens, context.pick(3, 15 if num_tokens < 4096 else 9), cold=False)
         for num_tokens in sizes
     ]
     cold = [] if context.quick else [_sweep(context, 2048, 3, cold=True)]
