@@ -115,6 +115,8 @@ def _rows(txn: Reader, edges: EdgeColumns, blobs: BlobColumns) -> Iterator[str]:
 
 def _leaves(edges: EdgeColumns) -> Iterator[str]:
     """Whether every node without entry branches, or changes from one blob to another."""
+    if NO_ENTRY not in edges.entries:
+        return
     children = Counter(edges.parents)
     bare = {}
     for at, entry in enumerate(edges.entries):

@@ -8,8 +8,6 @@ from struct import Struct
 from typing import Any, NamedTuple
 
 from persist_cache.records import (
-    BLOB,
-    EDGE,
     ENTRY,
     check_kinds,
     check_tiers,
@@ -20,10 +18,10 @@ from persist_cache.records import (
 
 _EDGE_KEY = Struct(">Q8s")
 _PARENT = Struct(">Q8x")
-_TREE_EDGE = Struct("<B3xIQQII")
-"""`EDGE` without what the shape of the tree does not depend on."""
+# As in `records`, but what is not asked for is passed over: to make a number takes its time.
+_EDGE = Struct("<B3xIQQII")
+_BLOB = Struct("<BB2xIIIQQ8x16s16s")
 _BLOB_SIZE = Struct("<B7xII8xQ40x")
-"""`BLOB` without what sizes do not depend on."""
 _AT_ONCE = 256
 """Records that are unpacked by one format."""
 Raw = Sequence[bytes | memoryview]
@@ -44,9 +42,8 @@ class EdgeColumns(NamedTuple):
 
     @classmethod
     def unpack(cls, keys: Raw, values: Raw) -> EdgeColumns:
-        _, _, *columns = _fields(EDGE, values)
         parents, tokens = unpack_keys(_EDGE_KEY, keys)
-        return cls._make((tuple(map(bytes, keys)), parents, tokens, *columns))
+        return cls._make((tuple(map(bytes, keys)), parents, tokens, *_fields(_EDGE, values)))
 
 
 class TreeColumns(NamedTuple):
@@ -61,7 +58,7 @@ class TreeColumns(NamedTuple):
 
     @classmethod
     def unpack(cls, keys: Raw, values: Raw) -> TreeColumns:
-        return cls._make((*unpack_keys(_PARENT, keys), *_fields(_TREE_EDGE, values)))
+        return cls._make((*unpack_keys(_PARENT, keys), *_fields(_EDGE, values)))
 
 
 class BlobColumns(NamedTuple):
@@ -79,10 +76,9 @@ class BlobColumns(NamedTuple):
 
     @classmethod
     def unpack(cls, keys: Raw, values: Raw) -> BlobColumns:
-        kinds, _, *rest = _fields(BLOB, values)
+        kinds, *rest = _fields(_BLOB, values)
         check_kinds(kinds)
-        *numbers, _, names, digests = rest
-        return cls._make((unpack_numbers(keys), kinds, *numbers, names, digests))
+        return cls._make((unpack_numbers(keys), kinds, *rest))
 
 
 class SizeColumns(NamedTuple):

@@ -170,7 +170,7 @@ def _way_to_leaf(txn: Reader, number: int) -> list[_Edges]:
     way = paths.path_of(txn, record.node)
     runs = [list(edges) for _, edges in groupby(way, key=lambda step: step[1].blob)]
     turns = sum(edge.entry != NO_ENTRY for _, edge in way)
-    return runs if max(len(runs), turns) > LONG_CHAIN else []
+    return runs if len(runs) > FURTHER_RUNS and max(len(runs), turns) > LONG_CHAIN else []
 
 
 def _chains(txn: Reader, way: Sequence[_Edges]) -> Iterator[list[LivingRun]]:

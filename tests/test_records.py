@@ -8,7 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persist_cache.columns import BlobColumns, EdgeColumns, EntryColumns
+from persist_cache.columns import (
+    BlobColumns,
+    EdgeColumns,
+    EntryColumns,
+    SizeColumns,
+    TreeColumns,
+)
 from persist_cache.entry import Tier
 from persist_cache.errors import StoreFormatError
 from persist_cache.records import (
@@ -92,6 +98,8 @@ def test_columns_of_edges_are_their_fields(rows: list[tuple[Any, ...]]) -> None:
     assert [*found.parents] == [edge_parent(key) for key in keys]
     assert [*found.tokens] == [key[8:] for key in keys]
     assert [*zip(*found[3:], strict=True)] == [edge[1:] for edge in edges]
+    tree = TreeColumns.unpack(keys, [edge.pack() for edge in edges])
+    assert tree == (found.parents, *found[3:])
 
 
 def test_columns_of_blobs_and_entries_are_their_fields() -> None:
@@ -106,14 +114,24 @@ def test_columns_of_blobs_and_entries_are_their_fields() -> None:
     assert stored == BlobColumns(
         (7, 8), (0, 1), (1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (b"n" * 16,) * 2, (b"d" * 16,) * 2
     )
+    sizes = SizeColumns.unpack(keys, [blob.pack() for blob in blobs])
+    assert sizes == (stored.numbers, stored.num_tokens, stored.starts, stored.disk_bytes)
     tiers = (int(Tier.USER), int(Tier.SYSTEM))
     twice = [(value, value) for value in entry[1:-1]]
     assert placed == EntryColumns._make(((7, 8), tiers, *twice, ["Grüße", ""]))
 
 
-@pytest.mark.parametrize("columns", [EdgeColumns, BlobColumns, EntryColumns])
-def test_columns_of_an_unknown_version_are_refused(columns: Any) -> None:
-    record = {EdgeColumns: RECORDS[0], BlobColumns: RECORDS[1], EntryColumns: RECORDS[2]}[columns]
+@pytest.mark.parametrize(
+    ("columns", "record"),
+    [
+        (EdgeColumns, RECORDS[0]),
+        (TreeColumns, RECORDS[0]),
+        (BlobColumns, RECORDS[1]),
+        (SizeColumns, RECORDS[1]),
+        (EntryColumns, RECORDS[2]),
+    ],
+)
+def test_columns_of_an_unknown_version_are_refused(columns: Any, record: Any) -> None:
     raw = bytearray(record.pack())
     raw[0] = 9
 

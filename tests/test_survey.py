@@ -9,6 +9,7 @@ import pytest
 
 from persist_cache import Store
 from persist_cache.index import Reader
+from persist_cache.entry import Entry
 from persist_cache.records import BlobRecord, EntryRecord
 from persist_cache.survey import Survey, details_of, short_id, short_ids
 from tests.bulk_store import conversations, fill
@@ -56,6 +57,22 @@ def test_details_agree_with_the_whole_index(store: Store) -> None:
                 users[blob.name.hex()] = catalog.users[place]
                 place = catalog.above[place]
         assert {run.blob: run.entries for run in details.runs} == users
+
+
+def test_columns_are_the_fields_of_the_entries(store: Store) -> None:
+    survey = Survey(store)
+    fields = Entry.__struct_fields__
+    last_first = range(len(survey) - 1, -1, -1)
+
+    for rows in (range(len(survey)), last_first, [2, 0], []):
+        columns = survey.columns(rows, fields)
+        chosen = [survey.entries[row] for row in rows]
+        assert survey.entries_at(rows) == chosen
+        assert {name: [getattr(one, name) for one in chosen] for name in fields} == {
+            name: list(column) for name, column in columns.items()
+        }
+    assert survey.ids == [entry.id for entry in survey.entries]
+    assert list(survey.columns([0], ["label", "id"])) == ["label", "id"]
 
 
 def test_short_ids_are_the_same_one_by_one(store: Store) -> None:
