@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from persist_cache import Store
-from persist_cache.index import Reader
 from persist_cache.entry import Entry
+from persist_cache.index import Reader
 from persist_cache.records import BlobRecord, EntryRecord
 from persist_cache.survey import Survey, details_of, short_id, short_ids
 from tests.bulk_store import conversations, fill
