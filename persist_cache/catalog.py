@@ -73,6 +73,7 @@ class Catalog:
 
     Attributes:
         namespaces: Records with their keys, by number.
+        fingerprints: In hex, by the namespace's number.
         places: Per node its place; the roots come first.
         first: Place of the first node that is no root.
         above: Per place that of the node above; a root's is its own.
@@ -87,11 +88,15 @@ class Catalog:
 
     def __init__(self, txn: Reader) -> None:
         self.namespaces = {record.number: (key, record) for key, record in txn.namespaces()}
+        self.fingerprints = {number: key[:32].hex() for number, (key, _) in self.namespaces.items()}
         self.table = txn.entry_columns()
         self.rows = {number: row for row, number in enumerate(self.table.numbers)}
         blobs = txn.size_columns()
         self.disk_bytes = dict(zip(blobs.numbers, blobs.disk_bytes, strict=True))
         self._load_tree(txn.tree_columns(), blobs)
+        # What is worked out later relies on it; whoever reads the index says so in one sentence.
+        assert self.fingerprints.keys() >= set(self.table.namespaces)
+        assert self.rows.keys() >= set(self.ends) - {NO_ENTRY}
         self.users = self.count_users()
 
     def _load_tree(self, edges: TreeColumns, blobs: SizeColumns) -> None:
@@ -127,10 +132,6 @@ class Catalog:
         places = list(map(self.places.__getitem__, of(table.nodes)))
         own, shared, above = self._sums
 
-        def fingerprints() -> list[str]:
-            known = {number: key[:32].hex() for number, (key, _) in self.namespaces.items()}
-            return [known.get(number, "") for number in of(table.namespaces)]
-
         def own_bytes() -> list[int]:
             checkpoints = self.checkpoint_bytes(of(table.checkpoints))
             return list(map(add, map(own.__getitem__, places), checkpoints))
@@ -142,7 +143,7 @@ class Catalog:
 
         makers: dict[str, Callable[[], Sequence[Any]]] = {
             "id": lambda: of(self.ids),
-            "fingerprint": fingerprints,
+            "fingerprint": lambda: list(map(self.fingerprints.__getitem__, of(table.namespaces))),
             "tier": lambda: tiers_of(of(table.tiers)),
             "num_tokens": lambda: of(table.num_tokens),
             "own_bytes": own_bytes,

@@ -21,7 +21,7 @@ _PARENT = Struct(">Q8x")
 # As in `records`, but what is not asked for is passed over: to make a number takes its time.
 _EDGE = Struct("<B3xIQQII")
 _BLOB = Struct("<BB2xIIIQQ8x16s16s")
-_BLOB_SIZE = Struct("<B7xII8xQ40x")
+_BLOB_SIZE = Struct("<BB6xII8xQ40x")
 _AT_ONCE = 256
 """Records that are unpacked by one format."""
 Raw = Sequence[bytes | memoryview]
@@ -91,7 +91,9 @@ class SizeColumns(NamedTuple):
 
     @classmethod
     def unpack(cls, keys: Raw, values: Raw) -> SizeColumns:
-        return cls._make((unpack_numbers(keys), *_fields(_BLOB_SIZE, values)))
+        kinds, *rest = _fields(_BLOB_SIZE, values)
+        check_kinds(kinds)
+        return cls._make((unpack_numbers(keys), *rest))
 
 
 class EntryColumns(NamedTuple):

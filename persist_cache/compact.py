@@ -139,24 +139,25 @@ def _mostly_dead(txn: Reader) -> Iterator[LivingRun]:
 def _long_chains(txn: Reader, number: int, run_tokens: int) -> Sequence[Sequence[LivingRun]]:
     """Runs on the way to a leaf that are to be merged, those of one file each."""
     groups: list[Sequence[LivingRun]] = []
-    for chain in _chains(txn, _way_to_leaf(txn, number)):
-        for group in _in_files(_without_long_head(chain), run_tokens):
-            short = _without_long_head(group)
-            if len(short) > 1:
-                groups.append(short)
+    for chain in _chains(txn, _way_to_leaf(txn, number, run_tokens)):
+        *full, last = _in_files(_without_long_head(chain), run_tokens)
+        # What follows will never be in one file with a full one: it need not wait to be worth it.
+        groups += [_without_long_head(group, share=1) for group in full]
+        groups.append(_without_long_head(last))
+    groups = [group for group in groups if len(group) > 1]
     # Files that are full, or as long as what follows them, do not make a way long.
     return groups if sum(map(len, groups)) >= FURTHER_RUNS else []
 
 
-def _without_long_head(chain: Sequence[LivingRun]) -> Sequence[LivingRun]:
+def _without_long_head(chain: Sequence[LivingRun], share: int = 2) -> Sequence[LivingRun]:
     """Leave out what is longer than half of what is behind: to copy that again would cost much."""
-    while chain and 2 * chain[0].num_tokens > sum(run.num_tokens for run in chain[1:]):
+    while chain and share * chain[0].num_tokens > sum(run.num_tokens for run in chain[1:]):
         chain = chain[1:]
     return chain
 
 
-def _way_to_leaf(txn: Reader, number: int) -> list[_Edges]:
-    """The edges of each run on the way to a leaf, if it is long.
+def _way_to_leaf(txn: Reader, number: int, run_tokens: int) -> list[_Edges]:
+    """The edges of each run on the way to a leaf, if it is long: many entries, or runs not full.
 
     None for a reply that hangs beside a way: that is looked at from its own leaf.
     """
@@ -169,8 +170,12 @@ def _way_to_leaf(txn: Reader, number: int) -> list[_Edges]:
         return []
     way = paths.path_of(txn, record.node)
     runs = [list(edges) for _, edges in groupby(way, key=lambda step: step[1].blob)]
+    if len(runs) <= FURTHER_RUNS:
+        return []
     turns = sum(edge.entry != NO_ENTRY for _, edge in way)
-    return runs if len(runs) > FURTHER_RUNS and max(len(runs), turns) > LONG_CHAIN else []
+    if turns <= LONG_CHAIN < len(runs):
+        turns = sum(sum(edge.rows for _, edge in edges) < run_tokens for edges in runs)
+    return runs if turns > LONG_CHAIN else []
 
 
 def _chains(txn: Reader, way: Sequence[_Edges]) -> Iterator[list[LivingRun]]:
@@ -235,15 +240,13 @@ def _is_kept(entry: EntryRecord) -> bool:
 
 
 def _in_files(chain: Sequence[LivingRun], run_tokens: int) -> Iterator[Sequence[LivingRun]]:
-    """Cut a chain into what goes into one file each; what stays alone is left out."""
+    """Cut a chain into what goes into one file each; the last of them may have room left."""
     group: list[LivingRun] = []
     for run in chain:
         num_tokens = sum(one.num_tokens for one in group) + run.num_tokens
         nbytes = sum(one.nbytes for one in group) + run.nbytes
         if num_tokens > run_tokens or nbytes > _MERGED_BYTES or len(group) == _MERGED_RUNS:
-            if len(group) > 1:
-                yield group
+            yield group
             group = []
         group.append(run)
-    if len(group) > 1:
-        yield group
+    yield group

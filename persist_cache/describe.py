@@ -64,11 +64,12 @@ class Filters(Struct, frozen=True):
             rows = [row for row in rows if table.tiers[row] in tiers]
         if self.models:
             wanted = [model.lower() for model in self.models]
-            namespaces = {
-                number
-                for number, model in survey.models_by_namespace.items()
+            named = {
+                model.fingerprint
+                for model in survey.models.values()
                 if any(_is_named(model, text) for text in wanted)
             }
+            namespaces = {number for number, key in survey.fingerprints.items() if key in named}
             rows = [row for row in rows if table.namespaces[row] in namespaces]
         if self.label is not None:
             rows = [row for row in rows if fnmatch.fnmatchcase(table.labels[row], self.label)]
@@ -127,8 +128,7 @@ def order(
     match key:
         case "model":
             shown = {
-                number: (names or {}).get(model.fingerprint, "")
-                for number, model in survey.models_by_namespace.items()
+                number: (names or {}).get(key, "") for number, key in survey.fingerprints.items()
             }
             return sorted(rows, key=lambda row: (shown[table.namespaces[row]], row))
         case "label":

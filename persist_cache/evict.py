@@ -7,10 +7,9 @@ next commit strikes them from the list. A file that cannot be unlinked stays lis
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 from persist_cache import paths
@@ -23,7 +22,9 @@ from persist_cache.records import SizedRecord, entry_id
 log = logging.getLogger(__name__)
 
 _COMMIT_BYTES = 64 * 1024
-"""What the commit of some evictions may add to the index."""
+"""What the commit of an eviction may add to the index, however little is evicted …"""
+_ENTRY_BYTES = 512
+"""… and for each entry that goes: it is remembered for a while, and pages are copied."""
 
 
 class Evictor:
@@ -68,14 +69,12 @@ class Evictor:
             if not swept:
                 return True
             usage = budget.usage(txn)
-            # The commit of the evictions adds pages itself; the put must not fail by those.
-            needed = excess + _COMMIT_BYTES
-            hopeless = needed > usage.blobs + usage.quarantine
-            if protected is None or hopeless or self._free(txn, needed, protected) < needed:
+            hopeless = excess > usage.blobs + usage.quarantine
+            if protected is None or hopeless or self._make_room(txn, excess, protected) < 0:
                 # Raising undoes the evictions: they would have been for nothing.
                 raise StoreFullError(
-                    "There is no room left: what remains is pinned or in use. Unpin or evict "
-                    "something, free some disk space, or raise the budget "
+                    "There is no room left: what may go is too little, the rest is pinned or in "
+                    "use. Unpin or evict something, free some disk space, or raise the budget "
                     f"(now {self._disk.limits.max_bytes} bytes)."
                 )
             return True
@@ -207,19 +206,53 @@ class Evictor:
             self._disk.index.update(strike)
         return bool(gone) or not doomed
 
+    def _make_room(self, txn: Writer, excess: int, protected: frozenset[int]) -> int:
+        """Drop entries for `excess` bytes and for what the commit of that takes itself.
+
+        Else a put could be refused in the end for whose sake something was evicted.
+
+        Returns:
+            Bytes freed beyond those; fewer than 0 if nothing more may go.
+        """
+        return self._drop_until(
+            txn,
+            lambda freed, dropped: freed - excess - _COMMIT_BYTES - dropped * _ENTRY_BYTES,
+            protected,
+        )
+
     def _free(self, txn: Writer, excess: int, protected: frozenset[int]) -> int:
         """Drop entries until `excess` bytes are freed or nothing may go; returns bytes freed."""
+        surplus = self._drop_until(txn, lambda freed, _: freed - excess, protected)
+        return surplus + excess
+
+    def _drop_until(
+        self, txn: Writer, surplus: Callable[[int, int], int], protected: frozenset[int]
+    ) -> int:
+        """Drop what is worth least until the surplus is 0 or nothing may go; returns the surplus.
+
+        Args:
+            txn: Where.
+            surplus: What is more than enough, given the bytes freed and the entries dropped.
+            protected: Nodes whose entries stay.
+        """
         start = txn.counter(paths.BLOB_BYTES)
         waste = self._drop_quarantine(txn)
         shielded = protected | self._disk.nodes_served(txn)
+        dropped = self._drop_expired(txn, shielded)
 
-        def freed() -> int:
-            return waste + start - txn.counter(paths.BLOB_BYTES)
+        def left() -> int:
+            return surplus(waste + start - txn.counter(paths.BLOB_BYTES), dropped)
 
-        self._drop_expired(txn, shielded)
-        victims = itertools.takewhile(lambda _: freed() < excess, paths.victims(txn, shielded))
-        self._drop(txn, victims, "evicted", "evicted to make room")
-        return freed()
+        def victims() -> Iterator[int]:
+            nonlocal dropped
+            for number in paths.victims(txn, shielded):
+                if left() >= 0:
+                    return
+                dropped += 1
+                yield number
+
+        self._drop(txn, victims(), "evicted", "evicted to make room")
+        return left()
 
     def _drop_expired(self, txn: Writer, shielded: set[int] | frozenset[int]) -> int:
         past = []

@@ -176,7 +176,7 @@ class Survey:
         entries: All entries, in the order of their ids.
         ids: Theirs, sorted.
         models: By fingerprint; also those that have no entries left.
-        models_by_namespace: By the number that records name them by; one for each layout.
+        fingerprints: By the number of a namespace, of which a model has one for each layout.
     """
 
     def __init__(self, store: Store) -> None:
@@ -188,11 +188,9 @@ class Survey:
         self._store = store
         with _consistent(), store._disk.index.read(copies=True) as txn:
             self._catalog = Catalog(txn)
-        self.models_by_namespace = {
-            number: _model(key, record)
-            for number, (key, record) in self._catalog.namespaces.items()
+        self.models = {
+            key[:32].hex(): _model(key, record) for key, record in self._catalog.namespaces.values()
         }
-        self.models = {model.fingerprint: model for model in self.models_by_namespace.values()}
 
     @cached_property
     def entries(self) -> list[Entry]:
@@ -202,6 +200,10 @@ class Survey:
     @property
     def ids(self) -> list[str]:
         return self._catalog.ids
+
+    @property
+    def fingerprints(self) -> dict[int, str]:
+        return self._catalog.fingerprints
 
     def __len__(self) -> int:
         """Number of entries."""
@@ -275,7 +277,7 @@ class Survey:
     def by_model(self) -> dict[str, Amount]:
         """Per fingerprint, those without entries left out."""
         catalog = self._catalog
-        key_of = {number: key[:32].hex() for number, (key, _) in catalog.namespaces.items()}
+        key_of = catalog.fingerprints
         # The roots come first, in the order of the namespaces.
         models = list(key_of.values())
         nbytes: Counter[str] = Counter()

@@ -147,7 +147,7 @@ def eager_gc() -> Iterator[None]:
         is_mostly_dead=any_dead_rows,
         LONG_CHAIN=2,
         FURTHER_RUNS=2,
-        _without_long_head=lambda chain: chain,
+        _without_long_head=lambda chain, share=0: chain,
     ):
         yield
 

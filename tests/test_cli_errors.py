@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from persist_cache import Store
 from persist_cache.records import pack_counter
 from tests.bulk_store import conversations
 from tests.bulk_store import fill as fill_bulk
-from tests.cli import Done, Run, contents, fill, runner, script
+from tests.cli import SCRIPT, Done, Run, contents, fill, runner, script
 from tests.fakes import fingerprint
 
 COMMANDS = {
@@ -309,3 +310,28 @@ def test_blobs_that_cannot_be_read_are_problems(root: Path, ids: dict[str, str])
     assert done.status == 1
     assert done.out.count("damaged") == 1
     assert "Permission denied" in done.out
+
+
+@pytest.mark.parametrize("line", ["--version", "list", "stats --json", "show 0123456789abcdef"])
+@pytest.mark.usefixtures("ids")
+def test_status_does_not_depend_on_a_closed_standard_error(root: Path, line: str) -> None:
+    command = [str(SCRIPT), "--store", str(root), *line.split()]
+    plain = subprocess.run(command, capture_output=True, text=True)
+
+    closed = subprocess.run(
+        ["sh", "-c", 'exec "$@" 2>&-', "sh", *command], stdout=subprocess.PIPE, text=True
+    )
+
+    assert (closed.returncode, closed.stdout) == (plain.returncode, plain.stdout)
+
+
+def test_profiler_can_write_what_it_found(root: Path, tmp_path: Path) -> None:
+    found = tmp_path / "found.prof"
+    subprocess.run(
+        f"{sys.executable} -m cProfile -o {found} -m persist_cache_cli --store {root} list".split(),
+        check=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+    assert found.stat().st_size > 0

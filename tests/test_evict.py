@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import random
 import shutil
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -329,31 +328,41 @@ def test_folder_that_lets_nothing_go_does_not_cost_all_entries(
     small.close()
 
 
+@pytest.mark.parametrize("beside", ["nobody", "a reader"])
+@pytest.mark.parametrize(("entries", "new_tokens"), [(12, 96), (250, 40_000)])
 def test_put_that_no_eviction_makes_room_for_evicts_nothing(
-    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+    beside: str,
+    entries: int,
+    new_tokens: int,
 ) -> None:
     """The commit of the evictions takes room itself, most of all beside a reader."""
     monkeypatch.setattr(fs, "sync", lambda fd: None)
-    options: dict[str, Any] = {"min_free_bytes": 0, "run_tokens": 8, "clock": clock}
-    with Store.open(tmp_path / "full", max_bytes=1 << 30, **options) as full:
-        for number in range(12):
+    options: dict[str, Any] = {"min_free_bytes": 0, "clock": clock, "max_bytes": 1 << 30}
+    with Store.open(tmp_path / "full", **options) as full:
+        for number in range(entries):
             put(full, [number] * 4, complete=False)
-        size = disk_usage(full.root)
-    outcomes: Counter[str] = Counter()
-    for room in range(60_000, 220_000, 8192):
-        root = tmp_path / str(room)
+        usage = full.stats().usage
+    too_little, enough = usage.total - usage.blobs, usage.total + (32 << 20)
+    while enough - too_little > 8192:
+        root = tmp_path / str(enough)
         shutil.copytree(tmp_path / "full", root)
-        with Store.open(root, max_bytes=size + room, **options) as tight:
+        options["max_bytes"] = (too_little + enough) // 2
+        with Store.open(root, **options) as tight, contextlib.ExitStack() as stack:
             before = tight.entries()
-            with tight._disk.index.read():
-                try:
-                    put(tight, [99] * 96, complete=False)
-                    outcomes["stored"] += 1
-                except StoreFullError:
-                    outcomes["refused"] += 1
-                    assert tight.entries() == before
-    assert outcomes["stored"] > 0
-    assert outcomes["refused"] > 0
+            if beside == "a reader":
+                stack.enter_context(tight._disk.index.read())
+            try:
+                put(tight, [-1] * new_tokens, complete=False)
+                enough = options["max_bytes"]
+            except StoreFullError:
+                too_little = options["max_bytes"]
+                stack.close()
+                assert tight.entries() == before
+        shutil.rmtree(root)
+    assert usage.total - usage.blobs < too_little < enough < usage.total + (32 << 20)
 
 
 def test_quarantine_counts_and_goes_before_anything_useful(small: Store) -> None:

@@ -92,7 +92,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.max_bytes = max_bytes
         self.reopen_store()
         # Else most steps would be done to an empty store.
-        self.talk("w0", turns, complete=True, forks=False)
+        self.talk("w0", turns, complete=True, forks=[], idle=False)
 
     def reopen_store(self) -> None:
         if self.store is not None:
@@ -139,15 +139,28 @@ class StoreMachine(RuleBasedStateMachine):
         model=MODELS,
         turns=st.lists(TURNS, min_size=3, max_size=8),
         complete=st.booleans(),
-        forks=st.booleans(),
+        forks=st.lists(st.tuples(ANY, st.sampled_from(Tier)), max_size=2),
+        idle=st.booleans(),
     )
-    def talk(self, model: str, turns: list[list[int]], complete: bool, forks: bool) -> None:
-        """A conversation whose turns leave a chain of short runs, and perhaps a fork in it."""
-        for end in range(1, len(turns) + 1):
-            tokens = [token for turn in turns[:end] for token in turn]
+    def talk(
+        self,
+        model: str,
+        turns: list[list[int]],
+        complete: bool,
+        forks: list[tuple[int, Tier]],
+        idle: bool,
+    ) -> None:
+        """A conversation whose turns leave a chain of short runs, with replies beside it."""
+        talked = [
+            [token for turn in turns[:end] for token in turn] for end in range(1, len(turns) + 1)
+        ]
+        for tokens in talked:
             self.do_put(model, tokens, Tier.USER, complete, False)
-        if forks:
-            self.do_put(model, [*tokens[:-1], OTHER], Tier.ASSISTANT, complete, False)
+        for which, tier in forks:
+            tokens = talked[which % len(talked)]
+            self.do_put(model, [*tokens[:-1], OTHER], tier, complete, False)
+        if idle:
+            self.opened.merge_runs()
 
     def do_put(
         self, model: str, tokens: list[int], tier: Tier, complete: bool, pinned: bool

@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 
 from persist_cache import Store
+from persist_cache.describe import Filters
 from persist_cache.entry import Entry
-from persist_cache.index import Reader
-from persist_cache.records import BlobRecord, EntryRecord
+from persist_cache.errors import StoreError
+from persist_cache.fingerprint import Fingerprint
+from persist_cache.index import Reader, Writer
+from persist_cache.records import BlobRecord, EntryRecord, pack_number
 from persist_cache.survey import Survey, details_of, short_id, short_ids
 from tests.bulk_store import conversations, fill
 from tests.fakes import FakeSource, fingerprint, put
@@ -73,6 +76,45 @@ def test_columns_are_the_fields_of_the_entries(store: Store) -> None:
         }
     assert survey.ids == [entry.id for entry in survey.entries]
     assert list(survey.columns([0], ["label", "id"])) == ["label", "id"]
+
+
+def test_model_is_named_the_same_in_all_its_layouts(tmp_path: Path) -> None:
+    """What `evict --model` means is what `list` calls so."""
+    with Store.open(tmp_path / "other", min_free_bytes=0) as opened:
+        for number, name in enumerate(("old-name", "new-name")):
+            identity = Fingerprint.from_fields({"weights": "w0"}, {"name": name})
+            source = FakeSource([number], layout=f'{{"rows":{number}}}')
+            opened.put(identity, [number], source)
+        survey = Survey(opened)
+
+        for part in ("old", "new"):
+            named = [one.id for one in survey.entries if part in survey.model_of(one).name]
+            chosen = Filters(models=(part,)).choose(survey, 0.0)
+            assert [one.id for one in chosen] == named
+        assert len(survey.models) == 1
+
+
+@pytest.mark.parametrize("damage", ["entry without record", "unknown namespace", "unknown kind"])
+def test_index_that_contradicts_itself_is_refused(store: Store, damage: str) -> None:
+    def spoil(txn: Writer) -> None:
+        inner, record = next(
+            (number, one) for number, one in txn.entries() if txn.children(one.node, limit=1)
+        )
+        if damage == "entry without record":
+            txn._txn.delete(pack_number(inner), db=txn._db[b"entries"])
+        if damage == "unknown namespace":
+            raw = record._replace(namespace=77).pack()
+            txn._txn.put(pack_number(inner), raw, db=txn._db[b"entries"])
+        if damage == "unknown kind":
+            number, blob = next(iter(txn.blobs()))
+            spoiled = bytearray(blob.pack())
+            spoiled[1] = 9
+            txn._txn.put(pack_number(number), bytes(spoiled), db=txn._db[b"blobs"])
+
+    store._disk.index.update(spoil)
+
+    with pytest.raises(StoreError, match=r"contradicts itself|unknown blob kind"):
+        Survey(store)
 
 
 def test_short_ids_are_the_same_one_by_one(store: Store) -> None:

@@ -63,11 +63,13 @@ class LazyGroup(click.Group):
         if place is None:
             return None
         # None of what an import makes is garbage; to look for some takes a tenth of the time.
+        was_enabled = gc.isenabled()
         gc.disable()
         try:
             module = import_module(f"persist_cache_cli.commands.{place.module}")
         finally:
-            gc.enable()
+            if was_enabled:
+                gc.enable()
         command: click.Command = getattr(module, place.attribute)
         return command
 
@@ -100,15 +102,21 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     status = _run(arguments)
-    if arguments is None and threading.active_count() == 1 and "mlx" not in sys.modules:
+    if arguments is None and _is_alone():
         _leave(status)
     sys.exit(status)
+
+
+def _is_alone() -> bool:
+    """Whether nobody has anything to do at the end: threads, a model's libraries, a profiler."""
+    watched = sys.getprofile() or sys.gettrace()
+    return threading.active_count() == 1 and not watched and "mlx" not in sys.modules
 
 
 def _leave(status: int) -> NoReturn:
     """End this process, but do not take it apart object by object: `show` would take longer."""
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
             stream.flush()
     os._exit(status)
