@@ -314,14 +314,14 @@ class BlobWriter:
     def publish(self) -> None:
         """Give the file its final name, durably. The lock stays held."""
         target = self._folder.path(self.name)
-        for attempts_left in (2, 1, 0):
-            self._folder.ensure_parent(target)
+        for attempts_left in range(9, -1, -1):
             try:
+                self._folder.ensure_parent(target)
                 fs.rename(self.path, target)
                 break
             except FileNotFoundError:
                 # `gc` of another process may have found the folder empty meanwhile.
-                if not attempts_left or target.parent.is_dir():
+                if not attempts_left or not self.path.exists():
                     raise
         self.path = target
         fs.sync_folder(target.parent)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -204,3 +206,26 @@ def test_threads_that_put_and_evict_the_same_prompts_agree(tmp_path: Path, threa
         assert failures == []
         assert store.check(read_data=True) == []
         assert store.stats().usage.pending == 0
+
+
+@pytest.mark.parametrize("before", ["chmod", "rename"])
+def test_folder_that_another_process_finds_empty_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str
+) -> None:
+    """`gc` removes folders in which nothing is; a put makes its own right before it needs it."""
+    original = getattr(os, before)
+    removed: list[str] = []
+
+    def beaten(source: str | Path, *rest: Any) -> None:
+        folder = Path(source) if before == "chmod" else Path(rest[0]).parent
+        if len(removed) < 5 and folder.parent.name == "blobs":
+            folder.rmdir()
+            removed.append(folder.name)
+        original(source, *rest)
+
+    with Store.open(tmp_path / "store", min_free_bytes=0) as store:
+        monkeypatch.setattr(os, before, beaten)
+        put(store, [1, 2, 3])
+        assert len(removed) == 5
+        assert fetched(store, [1, 2, 3]) == 3
+        assert store.check(read_data=True) == []

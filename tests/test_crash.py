@@ -125,7 +125,8 @@ while time.monotonic() < end:
             elif what < 0.85:
                 hits += fetched(store, prompt, model=model) > 0
             elif what < 0.95:
-                for entry in dice.sample(store.entries(), min(2, len(store.entries()))):
+                entries = store.entries()
+                for entry in dice.sample(entries, min(2, len(entries))):
                     try:
                         store.evict([entry.id])
                     except KeyError:
