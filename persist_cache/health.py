@@ -102,12 +102,13 @@ def quarantine(disk: Disk, name_hex: str, reason: str) -> bool:
         Whether a record named it; False when somebody else was first.
     """
     name = bytes.fromhex(name_hex)
-    now = disk.clock()
     nbytes: int | None = None
     with contextlib.suppress(OSError):  # damage may have changed its size as well
         nbytes = fs.disk_bytes(disk.folder.path(name_hex))
 
     def expel(txn: Writer) -> SizedRecord | None:
+        # Not before: while this waits for its turn, others may still be told that they are stored.
+        now = disk.clock()
         number = txn.blob_number(name)
         record = None if number is None else txn.blob(number)
         if number is None or record is None:

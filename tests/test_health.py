@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
-from persist_cache.index import Writer
+from persist_cache.index import Index, Writer
 from persist_cache.store import Store
 from tests.fakes import Clock, blob_files, fetched, put
 
@@ -55,6 +57,30 @@ def test_cheap_check_compares_sizes_only(store: Store) -> None:
 
     assert kinds(store, read_data=False) == []
     assert kinds(store) == ["damaged"]
+
+
+def test_damaged_entry_goes_when_its_turn_has_come_not_when_damage_was_seen(
+    store: Store, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While one process waits for the index, another is still told that the entry is stored."""
+    entry = put(store, [1, 2, 3])
+    path = blob_files(store.root)[0]
+    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+    update = Index.update
+
+    def wait(index: Index, change: Callable[[Writer], Any]) -> Any:
+        clock.advance(5)
+        return update(index, change)
+
+    monkeypatch.setattr(Index, "update", wait)
+    put_at = clock() + 4
+
+    assert fetched(store, [1, 2, 3]) == 0
+
+    with store._disk.index.read() as txn:
+        departed = txn.departed(int(entry, 16))
+    assert departed is not None
+    assert departed.since > put_at
 
 
 def test_check_reports_progress(store: Store) -> None:
