@@ -55,7 +55,7 @@ class Filters(Struct, frozen=True):
     def rows(self, survey: Survey, now: float) -> list[int]:
         """Places in `survey.entries` of those that pass."""
         table = survey._catalog.table
-        rows = list(range(len(survey)))
+        rows = list(range(survey.num_entries))
         if self.ids is not None:
             numbers = {int(one, 16) for one in self.ids}
             rows = [row for row in rows if table.numbers[row] in numbers]
@@ -128,7 +128,8 @@ def order(
     match key:
         case "model":
             shown = {
-                number: (names or {}).get(key, "") for number, key in survey.fingerprints.items()
+                number: (names or {}).get(fingerprint, "")
+                for number, fingerprint in survey.fingerprints.items()
             }
             return sorted(rows, key=lambda row: (shown[table.namespaces[row]], row))
         case "label":

@@ -205,8 +205,8 @@ class Survey:
     def fingerprints(self) -> dict[int, str]:
         return self._catalog.fingerprints
 
-    def __len__(self) -> int:
-        """Number of entries."""
+    @property
+    def num_entries(self) -> int:
         return len(self._catalog.rows)
 
     def entries_at(self, rows: Sequence[int]) -> list[Entry]:

@@ -65,9 +65,9 @@ def test_details_agree_with_the_whole_index(store: Store) -> None:
 def test_columns_are_the_fields_of_the_entries(store: Store) -> None:
     survey = Survey(store)
     fields = Entry.__struct_fields__
-    last_first = range(len(survey) - 1, -1, -1)
+    last_first = range(survey.num_entries - 1, -1, -1)
 
-    for rows in (range(len(survey)), last_first, [2, 0], []):
+    for rows in (range(survey.num_entries), last_first, [2, 0], []):
         columns = survey.columns(rows, fields)
         chosen = [survey.entries[row] for row in rows]
         assert survey.entries_at(rows) == chosen

@@ -105,7 +105,7 @@ def command(
             click.echo("\n".join(map(survey.ids.__getitem__, shown)))
         return
     if not shown and not as_json:
-        click.echo("Nothing matches." if len(survey) else "The store is empty.", err=True)
+        click.echo("Nothing matches." if survey.num_entries else "The store is empty.", err=True)
         return
     short = short_entry_ids(survey)
     if as_json:
@@ -150,7 +150,8 @@ def _table(
 ) -> list[str]:
     now = time.time()
     # In the order of memory all is read faster; the finished lines are put in order.
-    places = range(len(survey)) if len(rows) == len(survey) else sorted(rows)
+    everything = range(survey.num_entries)
+    places = everything if len(rows) == len(everything) else sorted(rows)
     columns = survey.columns(places, _SHOWN_FIELDS)
 
     def model(fingerprint: str) -> str:
