@@ -94,9 +94,10 @@ class Catalog:
         blobs = txn.size_columns()
         self.disk_bytes = dict(zip(blobs.numbers, blobs.disk_bytes, strict=True))
         self._load_tree(txn.tree_columns(), blobs)
-        # What is worked out later relies on it; whoever reads the index says so in one sentence.
-        assert self.fingerprints.keys() >= set(self.table.namespaces)
-        assert self.rows.keys() >= set(self.ends) - {NO_ENTRY}
+        if not self.fingerprints.keys() >= set(self.table.namespaces):
+            raise paths.damaged("an entry names a namespace without record")
+        if not self.rows.keys() >= set(self.ends) - {NO_ENTRY}:
+            raise paths.damaged("an edge names an entry without record")
         self.users = self.count_users()
 
     def _load_tree(self, edges: TreeColumns, blobs: SizeColumns) -> None:
