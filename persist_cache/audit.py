@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from operator import add, gt
+from itertools import compress, count
+from operator import add, gt, or_
 from typing import TypeVar
 
 from persist_cache.columns import BlobColumns, EdgeColumns, EntryColumns
@@ -38,7 +39,7 @@ def broken_invariants(txn: Reader, blobs: BlobColumns) -> list[str]:
     begins = [*map(add, map(starts.get, edges.blobs, [-1] * len(edges.blobs)), edges.first_rows)]
     depths = dict(zip(edges.nodes, map(add, begins, edges.rows), strict=True))
     depths |= dict.fromkeys(roots, 0)
-    problems = [*_shape(edges, dict(txn.parents()), roots)]
+    problems = [*_shape(txn, edges, roots)]
     problems += [
         f"node {edges.nodes[at]} begins elsewhere than its rows"
         for at in _unequal(map(depths.get, edges.parents), begins)
@@ -59,7 +60,7 @@ def _unequal(found: Iterable[V | None], expected: Iterable[V]) -> list[int]:
     return [at for at, (one, other) in enumerate(zip(left, right, strict=True)) if one != other]
 
 
-def _shape(edges: EdgeColumns, parents: dict[int, bytes], roots: set[int]) -> Iterator[str]:
+def _shape(txn: Reader, edges: EdgeColumns, roots: set[int]) -> Iterator[str]:
     """Whether the edges are trees below the roots, and each node knows the edge above it.
 
     There is no circle if each edge has rows and begins where its parent lies, which is checked
@@ -70,7 +71,9 @@ def _shape(edges: EdgeColumns, parents: dict[int, bytes], roots: set[int]) -> It
         times = Counter(edges.nodes)
         times.update(roots)
         yield from (f"node {node} is reached twice" for node in times if times[node] > 1)
-    if ways != parents:
+    nodes, keys = txn.parents()
+    if len(nodes) != len(ways) or _unequal(map(ways.get, nodes), keys):
+        parents = dict(zip(nodes, keys, strict=True))
         for node, key in ways.items():
             if parents.get(node) != key:
                 yield f"node {node} does not know its way back"
@@ -96,14 +99,18 @@ def _rows(txn: Reader, edges: EdgeColumns, blobs: BlobColumns) -> Iterator[str]:
                 yield f"node {node} hangs on blob {blob}, which is unknown"
             elif not rows or end > length:
                 yield f"node {node} uses rows that blob {names[blob].hex()} lacks"
-    for at in _unequal(txn.first_tokens(edges.blobs, edges.first_rows), edges.tokens):
+    tokens = list(map(txn.first_tokens().get, edges.blobs))
+    for at in compress(count(), edges.first_rows):
+        tokens[at] = txn.tokens(edges.blobs[at], edges.first_rows[at], 1)
+    for at in _unequal(tokens, edges.tokens):
         yield f"node {edges.nodes[at]} is filed under another token"
     # A blob with one edge is told by its first row alone.
-    users = Counter(edges.blobs)
-    spans = zip(edges.blobs, edges.first_rows, edges.rows, strict=True)
+    shared = {blob for blob, users in Counter(edges.blobs).items() if users > 1}
+    places = compress(count(), map(or_, map(shared.__contains__, edges.blobs), edges.first_rows))
+    spans = [(edges.blobs[at], edges.first_rows[at], edges.rows[at]) for at in places]
     bad = set()
     last, covered = NO_BLOB, 0
-    for blob, first, rows in sorted(span for span in spans if span[1] or users[span[0]] > 1):
+    for blob, first, rows in sorted(spans):
         if blob != last:
             last, covered = blob, 0
         if first != covered:
@@ -126,10 +133,10 @@ def _leaves(edges: EdgeColumns) -> Iterator[str]:
                 yield f"node {node} is a leaf without entry"
             elif children[node] == 1:
                 bare[node] = edges.blobs[at], edges.first_rows[at] + edges.rows[at]
-    if bare:
-        for node, *begin in zip(edges.parents, edges.blobs, edges.first_rows, strict=True):
-            if bare.get(node) == tuple(begin):
-                yield f"node {node} should be merged with its only child"
+    for at in compress(count(), map(bare.__contains__, edges.parents)):
+        node = edges.parents[at]
+        if bare[node] == (edges.blobs[at], edges.first_rows[at]):
+            yield f"node {node} should be merged with its only child"
 
 
 def _entries(
@@ -172,8 +179,8 @@ def _orders(txn: Reader, entries: EntryColumns) -> Iterator[str]:
     )
     if not is_listed:
         yield "the order of eviction does not list exactly the entries"
-    dated = zip(entries.expires, entries.numbers, strict=True)
-    expiring = {(int(expires * 1e6), number) for expires, number in dated if expires}
+    dated = compress(zip(entries.expires, entries.numbers, strict=True), entries.expires)
+    expiring = {(int(expires * 1e6), number) for expires, number in dated}
     if set(zip(*txn.expiry_columns(), strict=True)) != expiring:
         yield "the order of expiry does not list exactly the entries that expire"
 
@@ -195,7 +202,7 @@ def _blobs(
             f"blob {blobs.names[at].hex()} counts {blobs.references[at]} references "
             f"instead of {used[blobs.numbers[at]]}"
         )
-    names = dict(txn.names())
+    names = dict(zip(*txn.names(), strict=True))
     for at in _unequal(map(names.get, blobs.names), blobs.numbers):
         yield f"blob {blobs.names[at].hex()} cannot be found by its name"
     if len(names) != len(blobs.names):

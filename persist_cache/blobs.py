@@ -596,8 +596,8 @@ class BlobFolder:
             if len(folder.name) == 2 and folder.is_dir():
                 yield from _blob_files(folder)
 
-    def files(self) -> Iterator[tuple[str, str, int]]:
-        """Like `names`, but for each file its folder's name, its own and its length.
+    def lengths(self) -> Iterator[tuple[str, dict[str, int]]]:
+        """Per folder of the fan-out the length of each file in it, -1 where there is none to tell.
 
         Paths as objects would take most of the time of looking at a large store.
         """
@@ -609,15 +609,11 @@ class BlobFolder:
                     files = list(found)
             except (FileNotFoundError, NotADirectoryError):
                 continue
-            for file in files:
-                name = file.name
-                if not _BLOB_FILE.fullmatch(name):
-                    continue
-                try:
-                    length = file.stat().st_size
-                except OSError:  # gone meanwhile, or a link to nowhere
-                    length = -1
-                yield fan, name[: -len(SUFFIX)], length
+            try:
+                lengths = {file.name: file.stat().st_size for file in files}
+            except OSError:
+                lengths = {file.name: _length(file) for file in files}
+            yield fan, lengths
 
     def remove_empty(self) -> None:
         """Remove folders of the fan-out in which nothing is left."""
@@ -669,8 +665,20 @@ def is_blob_name(name: str) -> bool:
     return _BLOB_NAME.fullmatch(name) is not None
 
 
+def is_blob_file(name: str) -> bool:
+    """Whether `name` is what a blob's file is called."""
+    return _BLOB_FILE.fullmatch(name) is not None
+
+
 def _new_name() -> str:
     return os.urandom(16).hex()
+
+
+def _length(file: os.DirEntry[str]) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:  # gone meanwhile, or a link to nowhere
+        return -1
 
 
 def _blob_files(folder: Path) -> Iterator[tuple[str, Path]]:
@@ -679,9 +687,8 @@ def _blob_files(folder: Path) -> Iterator[tuple[str, Path]]:
     except FileNotFoundError:  # empty, and removed by another process
         return
     for path in paths:
-        name = path.name.removesuffix(SUFFIX)
-        if path.suffix == SUFFIX and is_blob_name(name):
-            yield name, path
+        if is_blob_file(path.name):
+            yield path.name.removesuffix(SUFFIX), path
 
 
 def _unlink_or_rmdir(path: Path) -> None:

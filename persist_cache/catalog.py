@@ -16,7 +16,7 @@ from msgspec import Struct
 
 from persist_cache import paths
 from persist_cache.budget import Usage, written_today
-from persist_cache.columns import SizeColumns, TreeColumns
+from persist_cache.columns import BlobColumns, EdgeColumns
 from persist_cache.disk import Disk
 from persist_cache.entry import Entry
 from persist_cache.index import Reader
@@ -91,16 +91,16 @@ class Catalog:
         self.fingerprints = {number: key[:32].hex() for number, (key, _) in self.namespaces.items()}
         self.table = txn.entry_columns()
         self.rows = {number: row for row, number in enumerate(self.table.numbers)}
-        blobs = txn.size_columns()
+        blobs = txn.blob_columns()
         self.disk_bytes = dict(zip(blobs.numbers, blobs.disk_bytes, strict=True))
-        self._load_tree(txn.tree_columns(), blobs)
+        self._load_tree(txn.edge_columns(), blobs)
         if not self.fingerprints.keys() >= set(self.table.namespaces):
             raise paths.damaged("an entry names a namespace without record")
         if not self.rows.keys() >= set(self.ends) - {NO_ENTRY}:
             raise paths.damaged("an edge names an entry without record")
         self.users = self.count_users()
 
-    def _load_tree(self, edges: TreeColumns, blobs: SizeColumns) -> None:
+    def _load_tree(self, edges: EdgeColumns, blobs: BlobColumns) -> None:
         starts = dict(zip(blobs.numbers, blobs.starts, strict=True))
         depths = list(map(add, map(starts.__getitem__, edges.blobs), edges.first_rows))
         order = sorted(range(len(depths)), key=depths.__getitem__)

@@ -1,147 +1,170 @@
-"""All records of one kind in columns: for checks of everything, many times faster than objects."""
+"""All records of one kind in columns: for checks of everything, many times faster than objects.
+
+Records are put behind each other, so that a field of all of them is every n-th number of an array.
+A column that nobody asks for is never made: most of the time goes into making its numbers.
+"""
 
 from __future__ import annotations
 
+import re
+import struct
+import sys
+from array import array
 from collections.abc import Sequence
-from itertools import chain
-from struct import Struct
-from typing import Any, NamedTuple
+from typing import Any
 
 from persist_cache.records import (
+    BLOB,
+    EDGE,
+    EDGE_KEY,
     ENTRY,
+    NUMBER,
     check_kinds,
+    check_lengths,
     check_tiers,
     check_versions,
-    join,
-    unpack_numbers,
 )
 
-_EDGE_KEY = Struct(">Q8s")
-_PARENT = Struct(">Q8x")
-# As in `records`, but what is not asked for is passed over: to make a number takes its time.
-_EDGE = Struct("<B3xIQQII")
-_BLOB = Struct("<BB2xIIIQQ8x16s16s")
-_BLOB_SIZE = Struct("<BB6xII8xQ40x")
-_AT_ONCE = 256
-"""Records that are unpacked by one format."""
 Raw = Sequence[bytes | memoryview]
-Numbers = tuple[int, ...]
+_FIELD = re.compile(r"\d*[a-zA-Z]")
 
 
-class EdgeColumns(NamedTuple):
+class Packed:
+    """Records of one layout behind each other.
+
+    Each ends at a multiple of eight bytes. That puts every number of the layouts in `records`
+    where an array of such numbers can have it.
+    """
+
+    def __init__(self, layout: struct.Struct, raws: Raw) -> None:
+        """Put records together.
+
+        Args:
+            layout: What they consist of.
+            raws: Their bytes.
+
+        Raises:
+            struct.error: One of them has another length.
+        """
+        check_lengths(layout, raws)
+        gap = bytes(-layout.size % 8)
+        self._layout = layout
+        self._start = len(gap)
+        self._size = len(gap) + layout.size
+        self._raw = gap.join((b"", *raws)) if gap else b"".join(raws)
+
+    def field(self, place: int) -> Sequence[Any]:
+        """One field of every record; `place` counts the fields of the layout."""
+        order, fields = self._layout.format[0], _FIELD.findall(self._layout.format)
+        start = self._start + struct.calcsize(order + "".join(fields[:place]))
+        code = fields[place]
+        if code == "B":
+            return self._raw[start :: self._size]
+        if code.endswith("s"):
+            width = int(code[:-1])
+            starts = range(start, len(self._raw), self._size)
+            return [self._raw[start : start + width] for start in starts]
+        numbers = array(code, self._raw)
+        if (order == ">") != (sys.byteorder == "big"):
+            numbers.byteswap()
+        return numbers[start // numbers.itemsize :: self._size // numbers.itemsize].tolist()
+
+
+class _Column:
+    """An attribute that is made when it is first asked for: one field of all records."""
+
+    def __init__(self, records: str, place: int) -> None:
+        self._records = records
+        self._place = place
+        self._name = ""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, columns: _Columns, owner: type) -> Sequence[Any]:
+        records: Packed = getattr(columns, self._records)
+        found = columns.__dict__[self._name] = records.field(self._place)
+        return found
+
+
+def _key(place: int) -> Any:
+    return _Column("_keys", place)
+
+
+def _value(place: int) -> Any:
+    return _Column("_values", place)
+
+
+class _Columns:
+    """All records of one kind.
+
+    Raises:
+        StoreFormatError: Another version of persist-cache wrote one.
+        struct.error: One has another length than its layout.
+    """
+
+    def __init__(self, key: struct.Struct, keys: Raw, value: struct.Struct, values: Raw) -> None:
+        self._keys = Packed(key, keys)
+        self._values = Packed(value, values)
+        check_versions(self._values.field(0))
+
+
+class EdgeColumns(_Columns):
     """Every `Edge`, with the key it is filed under: the node above it and its first token."""
 
-    keys: tuple[bytes, ...]
-    parents: Numbers
-    tokens: tuple[bytes, ...]
-    blobs: Numbers
-    nodes: Numbers
-    entries: Numbers
-    first_rows: Numbers
-    rows: Numbers
+    parents: Sequence[int] = _key(0)
+    tokens: Sequence[bytes] = _key(1)
+    blobs: Sequence[int] = _value(3)
+    nodes: Sequence[int] = _value(4)
+    entries: Sequence[int] = _value(5)
+    first_rows: Sequence[int] = _value(6)
+    rows: Sequence[int] = _value(7)
 
-    @classmethod
-    def unpack(cls, keys: Raw, values: Raw) -> EdgeColumns:
-        parents, tokens = unpack_keys(_EDGE_KEY, keys)
-        return cls._make((tuple(map(bytes, keys)), parents, tokens, *_fields(_EDGE, values)))
+    def __init__(self, keys: Raw, values: Raw) -> None:
+        super().__init__(EDGE_KEY, keys, EDGE, values)
+        self.keys = keys
 
 
-class TreeColumns(NamedTuple):
-    """What listing needs of every `Edge`: a part of `EdgeColumns`, in half of the time."""
+class BlobColumns(_Columns):
+    """Every `BlobRecord`, with its number; a kind is its number, too."""
 
-    parents: Numbers
-    blobs: Numbers
-    nodes: Numbers
-    entries: Numbers
-    first_rows: Numbers
-    rows: Numbers
+    numbers: Sequence[int] = _key(0)
+    kinds: Sequence[int] = _value(1)
+    references: Sequence[int] = _value(3)
+    num_tokens: Sequence[int] = _value(4)
+    starts: Sequence[int] = _value(5)
+    nbytes: Sequence[int] = _value(6)
+    disk_bytes: Sequence[int] = _value(7)
+    names: Sequence[bytes] = _value(9)
+    digests: Sequence[bytes] = _value(10)
 
-    @classmethod
-    def unpack(cls, keys: Raw, values: Raw) -> TreeColumns:
-        return cls._make((*unpack_keys(_PARENT, keys), *_fields(_EDGE, values)))
-
-
-class BlobColumns(NamedTuple):
-    """Every `BlobRecord`, with its number."""
-
-    numbers: Numbers
-    kinds: Numbers
-    references: Numbers
-    num_tokens: Numbers
-    starts: Numbers
-    nbytes: Numbers
-    disk_bytes: Numbers
-    names: tuple[bytes, ...]
-    digests: tuple[bytes, ...]
-
-    @classmethod
-    def unpack(cls, keys: Raw, values: Raw) -> BlobColumns:
-        kinds, *rest = _fields(_BLOB, values)
-        check_kinds(kinds)
-        return cls._make((unpack_numbers(keys), kinds, *rest))
+    def __init__(self, keys: Raw, values: Raw) -> None:
+        super().__init__(NUMBER, keys, BLOB, values)
+        check_kinds(self.kinds)
 
 
-class SizeColumns(NamedTuple):
-    """What listing needs of every `BlobRecord`: a part of `BlobColumns`, in half of the time."""
-
-    numbers: Numbers
-    num_tokens: Numbers
-    starts: Numbers
-    disk_bytes: Numbers
-
-    @classmethod
-    def unpack(cls, keys: Raw, values: Raw) -> SizeColumns:
-        kinds, *rest = _fields(_BLOB_SIZE, values)
-        check_kinds(kinds)
-        return cls._make((unpack_numbers(keys), *rest))
-
-
-class EntryColumns(NamedTuple):
+class EntryColumns(_Columns):
     """Every `EntryRecord`, with its number; a tier is its number, too."""
 
-    numbers: Numbers
-    tiers: Numbers
-    pinned: Numbers
-    num_tokens: Numbers
-    checkpoints: Numbers
-    namespaces: Numbers
-    hits: Numbers
-    nodes: Numbers
-    created_us: Numbers
-    last_uses_us: Numbers
-    prefills_s: tuple[float, ...]
-    saved_s: tuple[float, ...]
-    expires: tuple[float, ...]
-    labels: list[str]
+    numbers: Sequence[int] = _key(0)
+    tiers: Sequence[int] = _value(1)
+    pinned: Sequence[int] = _value(2)
+    num_tokens: Sequence[int] = _value(3)
+    checkpoints: Sequence[int] = _value(4)
+    namespaces: Sequence[int] = _value(5)
+    hits: Sequence[int] = _value(6)
+    nodes: Sequence[int] = _value(7)
+    created_us: Sequence[int] = _value(8)
+    last_uses_us: Sequence[int] = _value(9)
+    prefills_s: Sequence[float] = _value(10)
+    saved_s: Sequence[float] = _value(11)
+    expires: Sequence[float] = _value(12)
 
-    @classmethod
-    def unpack(cls, keys: Raw, values: Raw) -> EntryColumns:
+    def __init__(self, keys: Raw, values: Raw) -> None:
         size = ENTRY.size
-        labels = [""] * len(values)
-        if set(map(len, values)) != {size}:
-            labels = [bytes(value[size:]).decode() for value in values]
+        self.labels = [""] * len(values)
+        if set(map(len, values)) - {size}:
+            self.labels = [bytes(value[size:]).decode() for value in values]
             values = [value[:size] for value in values]
-        tiers, pinned, *columns = _fields(ENTRY, values)
-        check_tiers(tiers)
-        return cls._make((unpack_numbers(keys), tiers, pinned, *columns, labels))
-
-
-def unpack_keys(layout: Struct, keys: Raw) -> Sequence[tuple[Any, ...]]:
-    """What each of many keys consists of, the first part of all, then the second …"""
-    # A tuple for every record would take twice the time; a format for all of them at once would
-    # take longer to be understood than to be followed.
-    raw = memoryview(join(layout, keys))
-    many = Struct(layout.format[0] + layout.format[1:] * _AT_ONCE)
-    whole = len(raw) - len(raw) % many.size
-    rest = Struct(layout.format[0] + layout.format[1:] * ((len(raw) - whole) // layout.size))
-    parts = [*many.iter_unpack(raw[:whole]), rest.unpack(raw[whole:])]
-    flat = tuple(chain.from_iterable(parts))
-    width = len(layout.unpack(bytes(layout.size)))
-    return [flat[column::width] for column in range(width)]
-
-
-def _fields(layout: Struct, values: Raw) -> Sequence[tuple[Any, ...]]:
-    """Each field of many records; the first one, the version, is checked and left out."""
-    versions, *columns = unpack_keys(layout, values)
-    check_versions(versions)
-    return columns
+        super().__init__(NUMBER, keys, ENTRY, values)
+        check_tiers(self.tiers)

@@ -9,15 +9,23 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import compress, count, repeat
+from operator import add, ne
 from pathlib import Path
 
 from msgspec import Struct
 
 from persist_cache import fs, paths, rebuild
 from persist_cache.audit import broken_invariants
-from persist_cache.blobs import SUFFIX, SUSPECT_FILE, BlobReader, try_remove_orphan
+from persist_cache.blobs import (
+    SUFFIX,
+    SUSPECT_FILE,
+    BlobReader,
+    is_blob_file,
+    try_remove_orphan,
+)
 from persist_cache.disk import Disk
 from persist_cache.errors import CorruptBlobError, StoreError
 from persist_cache.evict import Evictor
@@ -182,27 +190,28 @@ def check(
     except StoreError as error:
         # Records that cannot even be read: nothing can be said of files before it is made anew.
         return [Problem("index", str(error))]
-    names = [name.hex() for name in blobs.names]
-    lengths: dict[str, int] = {}
-    strays: list[tuple[str, str]] = []
-    for fan, name, length in disk.folder.files():
-        if name.startswith(fan):
-            lengths[name] = length
-        else:
-            strays.append((fan, name))
+    lengths, misplaced = _look_at_files(disk)
+    names = list(map(bytes.hex, blobs.names))
+    files = list(map(add, names, repeat(SUFFIX)))
     total, done = sum(blobs.nbytes), 0
-    for name, nbytes, digest in zip(names, blobs.nbytes, blobs.digests, strict=True):
-        if read_data or lengths.get(name) != nbytes:
-            problem = _check_blob(disk, name, nbytes, digest if read_data else None)
-            # A blob evicted while it was looked at is no problem.
-            if problem is not None and disk.is_recorded(bytes.fromhex(name)):
-                problems.append(problem)
-            done += nbytes
-            if progress is not None and read_data:
-                progress(done, total)
-    known = {*names} | {name.hex() for name in pending | trash}
-    for fan, name in sorted([*strays, *((name[:2], name) for name in lengths.keys() - known)]):
-        path = disk.folder.blobs / fan / (name + SUFFIX)
+    suspects: Iterable[int] = range(len(names))
+    if not read_data:
+        suspects = compress(count(), map(ne, map(lengths.get, files), blobs.nbytes))
+    for at in suspects:
+        digest = blobs.digests[at] if read_data else None
+        problem = _check_blob(disk, names[at], blobs.nbytes[at], digest)
+        # A blob evicted while it was looked at is no problem.
+        if problem is not None and disk.is_recorded(blobs.names[at]):
+            problems.append(problem)
+        done += blobs.nbytes[at]
+        if progress is not None and read_data:
+            progress(done, total)
+    awaited = {name.hex() + SUFFIX for name in pending | trash}
+    unknown = lengths.keys() - files - awaited
+    for fan, file in sorted([*misplaced, *((file[:2], file) for file in unknown)]):
+        if not is_blob_file(file):
+            continue
+        name, path = file.removesuffix(SUFFIX), disk.folder.blobs / fan / file
         if not _is_expected(disk, bytes.fromhex(name), path) and os.path.lexists(path):
             problems.append(Problem("orphan", "no record names this file", name))
     problems += [
@@ -211,6 +220,18 @@ def check(
         if disk.folder.path(name).exists()
     ]
     return problems
+
+
+def _look_at_files(disk: Disk) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """The length of every file where a blob of its name belongs; folder and name of all others."""
+    lengths: dict[str, int] = {}
+    misplaced: list[tuple[str, str]] = []
+    for fan, found in disk.folder.lengths():
+        for file in [file for file in found if not file.startswith(fan)]:
+            misplaced.append((fan, file))
+            del found[file]
+        lengths |= found
+    return lengths, misplaced
 
 
 def repair(disk: Disk, evictor: Evictor, problems: list[Problem]) -> None:

@@ -15,7 +15,7 @@ import os
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,14 +23,7 @@ import lmdb
 import msgspec
 
 from persist_cache import fs
-from persist_cache.columns import (
-    BlobColumns,
-    EdgeColumns,
-    EntryColumns,
-    SizeColumns,
-    TreeColumns,
-    unpack_keys,
-)
+from persist_cache.columns import BlobColumns, EdgeColumns, EntryColumns, Packed, Raw
 from persist_cache.errors import (
     StoreAccessError,
     StoreError,
@@ -41,6 +34,7 @@ from persist_cache.errors import (
 )
 from persist_cache.records import (
     EXPIRY_KEY,
+    NUMBER,
     RECENCY_KEY,
     BlobRecord,
     Edge,
@@ -53,7 +47,6 @@ from persist_cache.records import (
     recency_key,
     unpack_counter,
     unpack_number,
-    unpack_numbers,
 )
 
 SCHEMA_VERSION = 1
@@ -166,19 +159,17 @@ class Reader:
         return zip(map(bytes, keys), Edge.unpack_all(values), strict=True)
 
     def edge_columns(self) -> EdgeColumns:
-        return EdgeColumns.unpack(*self._table(b"edges"))
-
-    def tree_columns(self) -> TreeColumns:
-        return TreeColumns.unpack(*self._table(b"edges"))
+        return EdgeColumns(*self._table(b"edges"))
 
     def parent_key(self, node: int) -> bytes | None:
         """Key of the edge that leads to `node`; None for a root."""
         raw = self._txn.get(pack_number(node), db=self._db[b"parents"])
         return None if raw is None else bytes(raw)
 
-    def parents(self) -> Iterator[tuple[int, bytes]]:
+    def parents(self) -> tuple[Sequence[int], Raw]:
+        """All nodes but the roots, and the key of the edge that leads to each."""
         keys, values = self._table(b"parents")
-        return zip(unpack_numbers(keys), map(bytes, values), strict=True)
+        return Packed(NUMBER, keys).field(0), values
 
     def blob(self, number: int) -> BlobRecord | None:
         raw = self._txn.get(pack_number(number), db=self._db[b"blobs"])
@@ -186,35 +177,31 @@ class Reader:
 
     def blobs(self) -> Iterator[tuple[int, BlobRecord]]:
         keys, values = self._table(b"blobs")
-        return zip(unpack_numbers(keys), BlobRecord.unpack_all(values), strict=True)
+        return zip(Packed(NUMBER, keys).field(0), BlobRecord.unpack_all(values), strict=True)
 
     def blob_columns(self) -> BlobColumns:
-        return BlobColumns.unpack(*self._table(b"blobs"))
-
-    def size_columns(self) -> SizeColumns:
-        return SizeColumns.unpack(*self._table(b"blobs"))
+        return BlobColumns(*self._table(b"blobs"))
 
     def blob_number(self, name: bytes) -> int | None:
         raw = self._txn.get(name, db=self._db[b"names"])
         return None if raw is None else unpack_number(raw)
 
-    def names(self) -> Iterator[tuple[bytes, int]]:
+    def names(self) -> tuple[Raw, Sequence[int]]:
+        """The names of all blobs, and their numbers."""
         keys, values = self._table(b"names")
-        return zip(map(bytes, keys), unpack_numbers(values), strict=True)
+        return keys, Packed(NUMBER, values).field(0)
 
     def tokens(self, blob: int, first_row: int, rows: int) -> bytes:
         """Packed tokens of rows `[first_row, first_row + rows)` of a blob."""
         raw = self._txn.get(pack_number(blob), db=self._db[b"tokens"])
         return b"" if raw is None else bytes(raw[first_row * 8 : (first_row + rows) * 8])
 
-    def first_tokens(self, blobs: Sequence[int], rows: Sequence[int]) -> list[bytes]:
-        """The packed token at each row of a blob; empty where there is none."""
-        get, database = self._txn.get, self._db[b"tokens"]
-        keys = map(pack_number, blobs)
-        return [
-            bytes(get(key, b"", db=database)[row * 8 : row * 8 + 8])
-            for key, row in zip(keys, rows, strict=True)
-        ]
+    def first_tokens(self) -> dict[int, bytes | memoryview]:
+        """The first packed token of every run, by the blob's number."""
+        with self._txn.cursor(db=self._db[b"tokens"]) as cursor:
+            # Not as a table: that would be all tokens at once.
+            keys, tokens = _transposed((key, bytes(value[:8])) for key, value in cursor)
+        return dict(zip(Packed(NUMBER, keys).field(0), tokens, strict=True))
 
     def entry(self, number: int) -> EntryRecord | None:
         raw = self._txn.get(pack_number(number), db=self._db[b"entries"])
@@ -222,10 +209,10 @@ class Reader:
 
     def entries(self) -> Iterator[tuple[int, EntryRecord]]:
         keys, values = self._table(b"entries")
-        return zip(unpack_numbers(keys), EntryRecord.unpack_all(values), strict=True)
+        return zip(Packed(NUMBER, keys).field(0), EntryRecord.unpack_all(values), strict=True)
 
     def entry_columns(self) -> EntryColumns:
-        return EntryColumns.unpack(*self._table(b"entries"))
+        return EntryColumns(*self._table(b"entries"))
 
     def entries_from(self, low: int) -> Iterator[int]:
         """Entry numbers from `low` upwards: how a short id is completed."""
@@ -243,13 +230,15 @@ class Reader:
                     if raw != after:
                         yield raw
 
-    def recency_columns(self) -> Sequence[tuple[int, ...]]:
+    def recency_columns(self) -> list[Sequence[int]]:
         """Tier, last use in microseconds and number of all entries that are evicted in turn."""
-        return unpack_keys(RECENCY_KEY, self._keys(b"recency"))
+        keys = Packed(RECENCY_KEY, self._keys(b"recency"))
+        return [keys.field(place) for place in range(3)]
 
-    def expiry_columns(self) -> Sequence[tuple[int, ...]]:
+    def expiry_columns(self) -> list[Sequence[int]]:
         """Expiry in microseconds and number of all entries that expire."""
-        return unpack_keys(EXPIRY_KEY, self._keys(b"expiry"))
+        keys = Packed(EXPIRY_KEY, self._keys(b"expiry"))
+        return [keys.field(place) for place in range(2)]
 
     def expired(self, now: float) -> list[int]:
         """Entries whose time has come, the longest expired first."""
@@ -280,16 +269,15 @@ class Reader:
         raw = self._txn.get(pack_number(entry), db=self._db[b"departed"])
         return None if raw is None else SizedRecord.unpack(raw)
 
-    def _keys(self, database: bytes) -> list[bytes | memoryview]:
+    def _keys(self, database: bytes) -> Raw:
         """All keys of a sub-database; valid until something is written."""
         with self._txn.cursor(db=self._db[database]) as cursor:
             return list(cursor.iternext(values=False))
 
-    def _table(self, database: bytes) -> tuple[Sequence[memoryview], Sequence[memoryview]]:
+    def _table(self, database: bytes) -> tuple[Raw, Raw]:
         """All keys and all values of a sub-database; valid until something is written."""
         with self._txn.cursor(db=self._db[database]) as cursor:
-            keys, values = tuple(zip(*cursor, strict=True)) or ((), ())
-        return keys, values
+            return _transposed(cursor)
 
     def size_of(self, database: bytes) -> int:
         """Number of records in a sub-database."""
@@ -678,6 +666,13 @@ class Index:
                 f"version of persist-cache knows {SCHEMA_VERSION} only. Use the version that "
                 "wrote it, or another --store."
             )
+
+
+def _transposed(
+    pairs: Iterable[tuple[bytes | memoryview, bytes | memoryview]],
+) -> tuple[Raw, Raw]:
+    keys, values = tuple(zip(*pairs, strict=True)) or ((), ())
+    return keys, values
 
 
 def _identity(path: Path) -> tuple[int, int]:

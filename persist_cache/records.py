@@ -24,7 +24,8 @@ MAX_BLOB = (1 << 32) - 1
 END_OF_TIME_S = 1e12
 """No date is as late, in UTC seconds: microseconds up to it fit into 64 bits."""
 
-_NUMBER = struct.Struct(">Q")
+NUMBER = struct.Struct(">Q")
+EDGE_KEY = struct.Struct(">Q8s")
 RECENCY_KEY = struct.Struct(">BQQ")
 EXPIRY_KEY = struct.Struct(">QQ")
 EDGE = struct.Struct("<BBHIQQII")
@@ -294,15 +295,11 @@ class SizedRecord(NamedTuple):
 
 def pack_number(number: int) -> bytes:
     """A node, blob or entry number as a key."""
-    return _NUMBER.pack(number)
+    return NUMBER.pack(number)
 
 
 def unpack_number(raw: bytes | memoryview) -> int:
-    return int(_NUMBER.unpack(raw)[0])
-
-
-def unpack_numbers(raws: Sequence[bytes | memoryview]) -> tuple[int, ...]:
-    return struct.unpack(f">{len(raws)}Q", b"".join(raws))
+    return int(NUMBER.unpack(raw)[0])
 
 
 def pack_counter(value: int) -> bytes:
@@ -315,7 +312,7 @@ def unpack_counter(raw: bytes | memoryview) -> int:
 
 def edge_key(parent: int, first_token: bytes) -> bytes:
     """Key of the edge below `parent` that begins with the packed token `first_token`."""
-    return _NUMBER.pack(parent) + first_token
+    return NUMBER.pack(parent) + first_token
 
 
 def edge_parent(key: bytes) -> int:
@@ -387,16 +384,16 @@ def _unpack_records(
     layout: struct.Struct, raws: Collection[bytes | memoryview]
 ) -> Iterator[tuple[Any, ...]]:
     """The fields of many records of one kind, as `layout` has them: the version comes first."""
-    joined = join(layout, raws)
+    check_lengths(layout, raws)
+    joined = b"".join(raws)
     check_versions(joined[:: layout.size])
     return layout.iter_unpack(joined)
 
 
-def join(layout: struct.Struct, raws: Collection[bytes | memoryview]) -> bytes:
-    """Put records of one length behind each other, refusing what has another."""
+def check_lengths(layout: struct.Struct, raws: Iterable[bytes | memoryview]) -> None:
+    """Refuse records of another length than `layout` has."""
     for size in set(map(len, raws)) - {layout.size}:
         raise struct.error(f"it has {size} bytes instead of {layout.size}")
-    return b"".join(raws)
 
 
 def check_versions(versions: Iterable[int]) -> None:

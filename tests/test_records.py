@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persist_cache.columns import (
-    BlobColumns,
-    EdgeColumns,
-    EntryColumns,
-    SizeColumns,
-    TreeColumns,
-)
+from persist_cache.columns import BlobColumns, EdgeColumns, EntryColumns, Packed
 from persist_cache.entry import Tier
 from persist_cache.errors import StoreFormatError
 from persist_cache.records import (
+    NUMBER,
+    RECENCY_KEY,
     BlobKind,
     BlobRecord,
     Edge,
@@ -92,48 +89,110 @@ def test_columns_of_edges_are_their_fields(rows: list[tuple[Any, ...]]) -> None:
     keys = [edge_key(parent, pack_number(parent ^ 5)) for parent, *_ in rows]
     edges = [Edge(*fields) for _, *fields in rows]
 
-    found = EdgeColumns.unpack(keys, [edge.pack() for edge in edges])
+    found = EdgeColumns(keys, [edge.pack() for edge in edges])
 
     assert [*found.keys] == keys
     assert [*found.parents] == [edge_parent(key) for key in keys]
     assert [*found.tokens] == [key[8:] for key in keys]
-    assert [*zip(*found[3:], strict=True)] == [edge[1:] for edge in edges]
-    tree = TreeColumns.unpack(keys, [edge.pack() for edge in edges])
-    assert tree == (found.parents, *found[3:])
+    for name, field in {
+        "blobs": "blob",
+        "nodes": "node",
+        "entries": "entry",
+        "first_rows": "first_row",
+        "rows": "rows",
+    }.items():
+        assert [*getattr(found, name)] == [getattr(edge, field) for edge in edges]
 
 
-def test_columns_of_blobs_and_entries_are_their_fields() -> None:
-    blobs = [BlobRecord(kind, 1, 2, 3, 4, 5, 6.5, b"n" * 16, b"d" * 16) for kind in BlobKind]
-    entry = EntryRecord(Tier.USER, True, 2, 3, 4, 5, 6, 7, 8, 9.5, 10.5, 11.5, "Grüße")
-    plain = entry._replace(label="", tier=Tier.SYSTEM)
-    keys = [pack_number(7), pack_number(8)]
+BLOBS = st.builds(
+    BlobRecord,
+    st.sampled_from(BlobKind),
+    *(U32, U32, U32, U64, U64),
+    DATES,
+    *(st.binary(min_size=16, max_size=16),) * 2,
+)
+ENTRIES = st.builds(
+    EntryRecord,
+    st.sampled_from(Tier),
+    st.booleans(),
+    *(U32, U32, U32, U32, U64, U64, U64),
+    *(DATES, DATES, DATES),
+    st.text(max_size=3),
+)
 
-    stored = BlobColumns.unpack(keys, [blob.pack() for blob in blobs])
-    placed = EntryColumns.unpack(keys, [entry.pack(), plain.pack()])
 
-    assert stored == BlobColumns(
-        (7, 8), (0, 1), (1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (b"n" * 16,) * 2, (b"d" * 16,) * 2
+@given(st.lists(st.tuples(U64, BLOBS), max_size=4))
+def test_columns_of_blobs_are_their_fields(rows: list[tuple[int, BlobRecord]]) -> None:
+    found = BlobColumns(
+        [pack_number(number) for number, _ in rows], [row.pack() for _, row in rows]
     )
-    sizes = SizeColumns.unpack(keys, [blob.pack() for blob in blobs])
-    assert sizes == (stored.numbers, stored.num_tokens, stored.starts, stored.disk_bytes)
-    tiers = (int(Tier.USER), int(Tier.SYSTEM))
-    twice = [(value, value) for value in entry[1:-1]]
-    assert placed == EntryColumns._make(((7, 8), tiers, *twice, ["Grüße", ""]))
+
+    assert [*found.numbers] == [number for number, _ in rows]
+    for name, field in {
+        "kinds": "kind",
+        "references": "references",
+        "num_tokens": "num_tokens",
+        "starts": "start",
+        "nbytes": "nbytes",
+        "disk_bytes": "disk_bytes",
+        "names": "name",
+        "digests": "digest",
+    }.items():
+        assert [*getattr(found, name)] == [getattr(row, field) for _, row in rows]
+
+
+@given(st.lists(st.tuples(U64, ENTRIES), max_size=4))
+def test_columns_of_entries_are_their_fields(rows: list[tuple[int, EntryRecord]]) -> None:
+    found = EntryColumns(
+        [pack_number(number) for number, _ in rows], [row.pack() for _, row in rows]
+    )
+
+    assert [*found.numbers] == [number for number, _ in rows]
+    for name, field in {
+        "tiers": "tier",
+        "pinned": "pinned",
+        "num_tokens": "num_tokens",
+        "checkpoints": "checkpoint",
+        "namespaces": "namespace",
+        "hits": "hits",
+        "nodes": "node",
+        "created_us": "created_us",
+        "last_uses_us": "last_use_us",
+        "prefills_s": "prefill_s",
+        "saved_s": "saved_s",
+        "expires": "expires",
+        "labels": "label",
+    }.items():
+        assert [*getattr(found, name)] == [getattr(row, field) for _, row in rows]
+
+
+@given(st.lists(st.binary(min_size=17, max_size=17), max_size=4))
+def test_packed_records_that_need_a_gap_are_read_as_their_layout_reads_them(
+    raws: list[bytes],
+) -> None:
+    packed = Packed(RECENCY_KEY, raws)
+
+    found = zip(*(packed.field(place) for place in range(3)), strict=True)
+
+    assert [*found] == [RECENCY_KEY.unpack(raw) for raw in raws]
+
+
+def test_packed_records_of_another_length_are_refused() -> None:
+    with pytest.raises(struct.error, match="it has 9 bytes instead of 8"):
+        Packed(NUMBER, [bytes(8), bytes(9)])
 
 
 @pytest.mark.parametrize(
-    ("columns", "record"),
+    ("columns", "key", "record"),
     [
-        (EdgeColumns, RECORDS[0]),
-        (TreeColumns, RECORDS[0]),
-        (BlobColumns, RECORDS[1]),
-        (SizeColumns, RECORDS[1]),
-        (EntryColumns, RECORDS[2]),
+        (EdgeColumns, b"k" * 16, RECORDS[0]),
+        (BlobColumns, b"k" * 8, RECORDS[1]),
+        (EntryColumns, b"k" * 8, RECORDS[2]),
     ],
 )
-def test_columns_of_an_unknown_version_are_refused(columns: Any, record: Any) -> None:
+def test_columns_of_an_unknown_version_are_refused(columns: Any, key: bytes, record: Any) -> None:
     raw = bytearray(record.pack())
     raw[0] = 9
 
     with pytest.raises(StoreFormatError, match="version 9"):
-        columns.unpack([b"k" * 16], [bytes(raw)])
+        columns([key], [bytes(raw)])
