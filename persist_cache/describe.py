@@ -83,10 +83,6 @@ class Filters(Struct, frozen=True):
             rows = [row for row in rows if bool(table.pinned[row]) == self.pinned]
         return rows
 
-    def choose(self, survey: Survey, now: float) -> list[Entry]:
-        """Entries that pass, in the order of their ids."""
-        return survey.entries_at(self.rows(survey, now))
-
 
 def _is_named(model: Model, text: str) -> bool:
     return (

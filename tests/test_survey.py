@@ -89,7 +89,7 @@ def test_model_is_named_the_same_in_all_its_layouts(tmp_path: Path) -> None:
 
         for part in ("old", "new"):
             named = [one.id for one in survey.entries if part in survey.model_of(one).name]
-            chosen = Filters(models=(part,)).choose(survey, 0.0)
+            chosen = survey.entries_at(Filters(models=(part,)).rows(survey, 0.0))
             assert [one.id for one in chosen] == named
         assert len(survey.models) == 1
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from itertools import compress
+from operator import not_
 from typing import Any
 
 import click
@@ -16,10 +18,8 @@ from persist_cache.describe import (
     short_entry_ids,
     short_model_names,
 )
-from persist_cache.entry import Entry
 from persist_cache.errors import PersistCacheError
 from persist_cache.survey import (
-    Removal,
     Survey,
     quarantined,
     stale_reason,
@@ -121,53 +121,63 @@ def command(
         survey = Survey(opened)
         filters = Filters(wanted, tier, model, label, unused_s=older_than, larger_than=larger_than)
         plan = _plan(opened, survey, filters, stale, match, to_bytes, everything)
-        if not plan.entries and not everything:
-            _say_nothing(plan, survey, as_json=as_json, dry_run=dry_run)
+        if not plan.rows and not everything:
+            _say_nothing(plan, as_json=as_json, dry_run=dry_run)
         if not dry_run:
-            if plan.entries and not yes:
-                _ask(plan, survey)
+            if plan.rows and not yes:
+                _ask(plan)
             plan.freed_bytes = _evict(opened, plan, everything)
     if as_json:
-        print_json(plan.as_json(survey, dry_run))
+        print_json(plan.as_json(dry_run))
     elif not quiet:
-        click.echo("\n".join(plan.lines(survey, dry_run)))
+        click.echo("\n".join(plan.lines(dry_run)))
 
 
 class _Plan:
-    """What is to go."""
+    """What is to go: rows of `survey`, which may be thousands, and are objects only if shown."""
 
     def __init__(
-        self, entries: Sequence[Entry], removal: Removal, skipped: Sequence[Entry]
+        self,
+        survey: Survey,
+        rows: Sequence[int],
+        skipped: Sequence[int],
+        reasons: Mapping[str, str],
     ) -> None:
-        self.entries = entries
-        self.removal = removal
+        self.survey = survey
+        self.rows = rows
         self.skipped = skipped
-        self.reasons: Mapping[str, str] = {}
+        self.removal = survey.removal(self.ids)
+        going = set(survey.columns(rows, ["fingerprint"])["fingerprint"]) if reasons else ()
+        self.reasons = {one: reason for one, reason in reasons.items() if one in going}
         self.damaged = 0
-        self.freed_bytes = removal.freed_bytes
+        self.freed_bytes = self.removal.freed_bytes
 
-    def as_json(self, survey: Survey, dry_run: bool) -> dict[str, Any]:
+    @property
+    def ids(self) -> list[str]:
+        return [self.survey.ids[row] for row in self.rows]
+
+    def as_json(self, dry_run: bool) -> dict[str, Any]:
         return removal_json(
-            survey,
-            self.entries,
+            self.survey,
+            self.survey.entries_at(self.rows),
             self.removal,
             dry_run=dry_run,
             freed_bytes=self.freed_bytes,
-            skipped=self.skipped,
+            skipped=self.survey.entries_at(self.skipped),
             reasons=self.reasons,
         )
 
-    def lines(self, survey: Survey, dry_run: bool) -> list[str]:
-        if not self.entries and not self.damaged:
+    def lines(self, dry_run: bool) -> list[str]:
+        if not self.rows and not self.damaged:
             return ["The store was empty."]
-        lines = self.table(survey) if dry_run and self.entries else []
-        count = plural(len(self.entries), "entry", "entries")
+        lines = self.table() if dry_run and self.rows else []
+        count = plural(len(self.rows), "entry", "entries")
         verb = "would go" if dry_run else "gone"
         free = "to free" if dry_run else "freed"
         lines.append(f"{count} {verb}, {format_bytes(self.freed_bytes)} {free}.")
-        return lines + self.remarks(survey)
+        return lines + self.remarks()
 
-    def remarks(self, survey: Survey) -> list[str]:
+    def remarks(self) -> list[str]:
         lines = []
         if self.damaged:
             verb = "goes" if self.damaged == 1 else "go"
@@ -182,17 +192,17 @@ class _Plan:
         if self.skipped:
             verb = "stays" if len(self.skipped) == 1 else "stay"
             lines.append(f"{plural(len(self.skipped), 'pinned entry', 'pinned entries')} {verb}.")
-        names = short_model_names(survey.models)
+        names = short_model_names(self.survey.models)
         lines += [
             f"{printable(names[fingerprint])} is stale: {printable(reason)}."
             for fingerprint, reason in self.reasons.items()
         ]
         return lines
 
-    def table(self, survey: Survey) -> list[str]:
+    def table(self) -> list[str]:
         now = time.time()
-        short = short_entry_ids(survey)
-        names = short_model_names(survey.models)
+        short = short_entry_ids(self.survey)
+        names = short_model_names(self.survey.models)
         columns = [
             Column("id", style="id"),
             Column("tier"),
@@ -214,11 +224,11 @@ class _Plan:
                 format_age(now - entry.last_use),
                 printable(entry.label),
             )
-            for entry in self.entries[:_ROWS_SHOWN]
+            for entry in self.survey.entries_at(self.rows[:_ROWS_SHOWN])
         ]
         lines = table(columns, rows, width=terminal_width(), paint=painter())
-        if len(self.entries) > _ROWS_SHOWN:
-            lines.append(f"… and {len(self.entries) - _ROWS_SHOWN:,} more")
+        if len(self.rows) > _ROWS_SHOWN:
+            lines.append(f"… and {len(self.rows) - _ROWS_SHOWN:,} more")
         return [*lines, ""]
 
 
@@ -232,51 +242,47 @@ def _plan(
     everything: bool,
 ) -> _Plan:
     """Choose the entries that are to go."""
-    entries = filters.choose(survey, time.time())
-    skipped: list[Entry] = []
+    rows = filters.rows(survey, time.time())
+    skipped: list[int] = []
     if filters.ids is None and not everything:
-        skipped = [entry for entry in entries if entry.pinned]
-        entries = [entry for entry in entries if not entry.pinned]
+        pinned = survey.columns(rows, ["pinned"])["pinned"]
+        skipped = list(compress(rows, pinned))
+        rows = list(compress(rows, map(not_, pinned)))
     reasons: dict[str, str] = {}
     if stale:
-        reasons = _stale(survey, entries)
-        entries = [entry for entry in entries if entry.fingerprint in reasons]
+        fingerprints = survey.columns(rows, ["fingerprint"])["fingerprint"]
+        reasons = _stale(survey, set(fingerprints))
+        rows = list(compress(rows, map(reasons.__contains__, fingerprints)))
         skipped = []
     if match is not None:
-        entries = _matching(store, survey, entries, match)
+        rows = _matching(store, survey, rows, match)
         skipped = []
     if to_bytes is not None:
-        victims = victims_until(store, to_bytes, [entry.id for entry in entries])
-        by_id = {entry.id: entry for entry in entries}
-        entries = [by_id[one] for one in victims]
-    plan = _Plan(entries, survey.removal([entry.id for entry in entries]), skipped)
+        by_id = {survey.ids[row]: row for row in rows}
+        rows = [by_id[one] for one in victims_until(store, to_bytes, by_id.keys())]
+    plan = _Plan(survey, rows, skipped, reasons)
     if everything:
         aside = quarantined(store)
         plan.damaged = len(aside)
         plan.freed_bytes += sum(one.nbytes for one in aside)
-    plan.reasons = {
-        fingerprint: reason
-        for fingerprint, reason in reasons.items()
-        if any(entry.fingerprint == fingerprint for entry in entries)
-    }
     return plan
 
 
-def _stale(survey: Survey, entries: Sequence[Entry]) -> dict[str, str]:
+def _stale(survey: Survey, fingerprints: set[str]) -> dict[str, str]:
     """Per fingerprint why nothing can use it any more; those that something may are left out."""
     from persist_cache.fingerprint import Identifier
 
     identifier = Identifier()
     reasons = {
         fingerprint: stale_reason(survey.models[fingerprint], identifier)
-        for fingerprint in {entry.fingerprint for entry in entries}
+        for fingerprint in fingerprints
         if fingerprint in survey.models
     }
     return {fingerprint: reason for fingerprint, reason in reasons.items() if reason}
 
 
-def _matching(store: Store, survey: Survey, entries: Sequence[Entry], text: str) -> list[Entry]:
-    """Entries whose prompt contains `text`, whatever its case.
+def _matching(store: Store, survey: Survey, rows: Sequence[int], text: str) -> list[int]:
+    """Rows of entries whose prompt contains `text`, whatever its case.
 
     Models without a tokenizer are skipped with a warning, unless that leaves none.
     """
@@ -285,7 +291,7 @@ def _matching(store: Store, survey: Survey, entries: Sequence[Entry], text: str)
     decoders: dict[str, Decoder | None] = {}
     errors: list[PersistCacheError] = []
     found = []
-    for entry in entries:
+    for row, entry in zip(rows, survey.entries_at(rows), strict=True):
         if entry.fingerprint not in decoders:
             try:
                 decoders[entry.fingerprint] = Decoder(survey.model_of(entry))
@@ -299,7 +305,7 @@ def _matching(store: Store, survey: Survey, entries: Sequence[Entry], text: str)
             except KeyError:
                 continue  # evicted meanwhile
             if text.casefold() in decoder.text(tokens).casefold():
-                found.append(entry)
+                found.append(row)
     if errors and len(errors) == len(decoders):
         raise errors[0]
     for problem in errors:
@@ -307,10 +313,10 @@ def _matching(store: Store, survey: Survey, entries: Sequence[Entry], text: str)
     return found
 
 
-def _say_nothing(plan: _Plan, survey: Survey, *, as_json: bool, dry_run: bool) -> None:
+def _say_nothing(plan: _Plan, *, as_json: bool, dry_run: bool) -> None:
     """Nothing is to go: that is the answer, and exit status 3."""
     if as_json:
-        print_json(plan.as_json(survey, dry_run))
+        print_json(plan.as_json(dry_run))
     pinned = len(plan.skipped)
     if not pinned:
         raise NothingFound("Nothing matches; nothing was evicted.")
@@ -318,19 +324,19 @@ def _say_nothing(plan: _Plan, survey: Survey, *, as_json: bool, dry_run: bool) -
     raise NothingFound(f"{what} pinned; nothing was evicted.")
 
 
-def _ask(plan: _Plan, survey: Survey) -> None:
+def _ask(plan: _Plan) -> None:
     """Have the user agree.
 
     Raises:
         click.UsageError: There is nobody to ask.
         click.Abort: The user does not agree.
     """
-    count = plural(len(plan.entries), "entry", "entries")
+    count = plural(len(plan.rows), "entry", "entries")
     if not sys.stdin.isatty():
         raise click.UsageError(
             f"This would evict {count}; say --yes, because there is no terminal to ask on."
         )
-    for line in [*plan.table(survey), *plan.remarks(survey)]:
+    for line in [*plan.table(), *plan.remarks()]:
         click.echo(line, err=True)
     click.confirm(f"Evict {count}, {format_bytes(plan.freed_bytes)}?", abort=True, err=True)
 
@@ -338,13 +344,13 @@ def _ask(plan: _Plan, survey: Survey) -> None:
 def _evict(store: Store, plan: _Plan, everything: bool) -> int:
     """Evict what was planned; what others evicted meanwhile is fine."""
     freed = 0
-    if plan.entries:
+    if plan.rows:
         try:
-            freed = store.evict([entry.id for entry in plan.entries])
+            freed = store.evict(plan.ids)
         except KeyError:
-            for entry in plan.entries:
+            for one in plan.ids:
                 try:
-                    freed += store.evict([entry.id])
+                    freed += store.evict([one])
                 except KeyError:
                     continue
     if everything:
