@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from itertools import compress, count
-from operator import add, gt, or_
+from itertools import compress, count, repeat
+from operator import add, eq, gt, ne, or_
 from typing import TypeVar
 
 from persist_cache.columns import BlobColumns, EdgeColumns, EntryColumns
@@ -126,13 +126,12 @@ def _leaves(edges: EdgeColumns) -> Iterator[str]:
         return
     children = Counter(edges.parents)
     bare = {}
-    for at, entry in enumerate(edges.entries):
-        if entry == NO_ENTRY:
-            node = edges.nodes[at]
-            if not children[node]:
-                yield f"node {node} is a leaf without entry"
-            elif children[node] == 1:
-                bare[node] = edges.blobs[at], edges.first_rows[at] + edges.rows[at]
+    for at in compress(count(), map(eq, edges.entries, repeat(NO_ENTRY))):
+        node = edges.nodes[at]
+        if not children[node]:
+            yield f"node {node} is a leaf without entry"
+        elif children[node] == 1:
+            bare[node] = edges.blobs[at], edges.first_rows[at] + edges.rows[at]
     for at in compress(count(), map(bare.__contains__, edges.parents)):
         node = edges.parents[at]
         if bare[node] == (edges.blobs[at], edges.first_rows[at]):
@@ -158,13 +157,10 @@ def _entries(
         for number in nodes:
             if times[number] > 1:
                 yield f"entry {entry_id(number)} ends at {times[number]} nodes"
-    made_for = {
-        blobs.numbers[at]: blobs.starts[at]
-        for at, kind in enumerate(blobs.kinds)
-        if kind == BlobKind.CHECKPOINT
-    }
-    for at, checkpoint in enumerate(entries.checkpoints):
-        if checkpoint != NO_BLOB and made_for.get(checkpoint) != entries.num_tokens[at]:
+    are_checkpoints = map(eq, blobs.kinds, repeat(BlobKind.CHECKPOINT))
+    made_for = dict(compress(zip(blobs.numbers, blobs.starts, strict=True), are_checkpoints))
+    for at in compress(count(), map(ne, entries.checkpoints, repeat(NO_BLOB))):
+        if made_for.get(entries.checkpoints[at]) != entries.num_tokens[at]:
             this = entry_id(entries.numbers[at])
             yield f"entry {this} names a checkpoint that is not its own"
 

@@ -605,15 +605,14 @@ class BlobFolder:
             if len(fan) != 2:
                 continue
             try:
-                with os.scandir(f"{self.blobs}/{fan}") as found:
-                    files = list(found)
+                folder = os.open(f"{self.blobs}/{fan}", os.O_RDONLY | os.O_DIRECTORY)
             except (FileNotFoundError, NotADirectoryError):
                 continue
             try:
-                lengths = {file.name: file.stat().st_size for file in files}
-            except OSError:
-                lengths = {file.name: _length(file) for file in files}
-            yield fan, lengths
+                names = os.listdir(folder)
+                yield fan, dict(zip(names, _lengths(names, folder), strict=True))
+            finally:
+                os.close(folder)
 
     def remove_empty(self) -> None:
         """Remove folders of the fan-out in which nothing is left."""
@@ -674,11 +673,14 @@ def _new_name() -> str:
     return os.urandom(16).hex()
 
 
-def _length(file: os.DirEntry[str]) -> int:
+def _lengths(names: Sequence[str], folder: int) -> list[int]:
+    """The length of each of these files of an open folder, -1 where there is none to tell."""
     try:
-        return file.stat().st_size
-    except OSError:  # gone meanwhile, or a link to nowhere
-        return -1
+        return [os.stat(name, dir_fd=folder).st_size for name in names]
+    except OSError:  # one is gone meanwhile, or a link to nowhere
+        if len(names) == 1:
+            return [-1]
+        return [length for name in names for length in _lengths([name], folder)]
 
 
 def _blob_files(folder: Path) -> Iterator[tuple[str, Path]]:

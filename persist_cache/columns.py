@@ -11,6 +11,7 @@ import struct
 import sys
 from array import array
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 from persist_cache.records import (
@@ -61,9 +62,9 @@ class Packed:
         if code == "B":
             return self._raw[start :: self._size]
         if code.endswith("s"):
-            width = int(code[:-1])
-            starts = range(start, len(self._raw), self._size)
-            return [self._raw[start : start + width] for start in starts]
+            behind = self._size - start - int(code[:-1])
+            texts = struct.iter_unpack(f"{start}x{code}{behind}x", self._raw)
+            return list(chain.from_iterable(texts))
         numbers = array(code, self._raw)
         if (order == ">") != (sys.byteorder == "big"):
             numbers.byteswap()

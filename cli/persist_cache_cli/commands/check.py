@@ -10,7 +10,6 @@ from typing import Any
 import click
 
 from persist_cache import Problem, Store
-from persist_cache.describe import quarantine_json
 from persist_cache.rebuild import rebuild
 from persist_cache.survey import Quarantined, quarantined
 from persist_cache_cli.output import (
@@ -99,6 +98,8 @@ def _as_json(
     blobs: int,
     read_data: bool,
 ) -> dict[str, Any]:
+    from persist_cache.describe import quarantine_json
+
     return {
         "blobs": blobs,
         "read_data": read_data,
