@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bench import common
 
-ALL = ("restore", "insert", "lookup", "growth", "ttft", "memory", "stall")
+ALL = ("restore", "insert", "lookup", "growth", "ttft", "memory", "stall", "commands")
 """Modules of this package, in the order in which `all` runs them."""
 BENCHMARKS = (*ALL, "peers")
 

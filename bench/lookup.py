@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +15,6 @@ from bench.common import Context, Report, Spread, Table, fresh
 LENGTHS = (1_000, 10_000, 30_000)
 KINDS = ("hit", "partial", "miss")
 _QUERIES = 20
-_LIST_RUNS = 5
 
 
 def run(context: Context) -> Report:
@@ -38,9 +36,7 @@ def run(context: Context) -> Report:
         if count in scan_entries:
             case["scan"] = fresh(search_list, num_entries=count, rounds=rounds)
         found.append(case)
-    listed = list_command(context)
-    values = {"cases": found, "list_command": listed}
-    return Report("lookup", "Looking up a prompt", values, _tables(found, listed))
+    return Report("lookup", "Looking up a prompt", {"cases": found}, _tables(found))
 
 
 def make_store(folder: str, num_entries: int) -> dict[str, Any]:
@@ -165,27 +161,6 @@ def _measure(
     return found
 
 
-def list_command(context: Context) -> dict[str, Any]:
-    """`persist-cache list` in processes of its own, on a store with a few dozen entries."""
-    with context.scratch() as scratch:
-        store = str(scratch / "store")
-        fresh(make_store, folder=store, num_entries=50)
-        command = [sys.executable, "-X", "importtime", "-m", "persist_cache_cli"]
-        command += ["--store", store, "list"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-        samples = []
-        for _ in range(_LIST_RUNS):
-            started = time.perf_counter()
-            subprocess.run([command[0], *command[3:]], capture_output=True, check=False)
-            samples.append(time.perf_counter() - started)
-    return {
-        "works": done.returncode == 0,
-        "imports_mlx": any(name.partition(".")[0] in ("mlx", "mlx_lm") for name in imported),
-        "s": samples,
-    }
-
-
 def _resident_bytes() -> int:
     import resource
 
@@ -211,7 +186,7 @@ def open_exponent(cases: Sequence[Any]) -> float:
     )
 
 
-def _tables(cases: list[Any], listed: Any) -> list[Table]:
+def _tables(cases: list[Any]) -> list[Table]:
     rows = []
     for case in cases:
         for kind in KINDS:
@@ -249,9 +224,8 @@ def _tables(cases: list[Any], listed: Any) -> list[Table]:
             ]
             for case in cases
         ],
-        f"`persist-cache list` with 50 entries: {Spread.of(listed['s']).show(1e3, 0)} ms, "
-        f"{'imports MLX' if listed['imports_mlx'] else 'without importing MLX'}. Resident memory "
-        "is the pages of the index that look-ups touched; the system may take them back.",
+        "Resident memory is the pages of the index that look-ups touched; the system may take "
+        "them back.",
     )
     exponents = Table(
         "Growth with the number of entries: exponent of the best fit (0: none, 1: in proportion)",

@@ -10,7 +10,7 @@ from typing import Any
 from bench import common, growth, insert, lookup, memory, restore, ttft
 from bench.common import Context, Spread, Table
 
-NEEDED = ("restore", "insert", "lookup", "growth", "ttft", "memory")
+NEEDED = ("restore", "insert", "lookup", "growth", "ttft", "memory", "commands")
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ def _lines(values: dict[str, Any]) -> Iterator[Line]:
     ratio = growth.disk_ratio(values["growth"]["large"])
     yield Line("bytes on disk / live KV bytes", "≤ 1.01", f"{ratio:.3f}", ratio <= 1.01)
     yield from _lookup(values["lookup"])
+    yield from _commands(values["commands"])
 
 
 def _first_token(values: Any) -> Line:
@@ -152,11 +153,15 @@ def _lookup(values: Any) -> Iterator[Line]:
         f"{opened:.1f} ms, exponent {exponent:.2f}",
         opened < 50 and exponent < 0.1,
     )
-    listed = values["list_command"]
-    seconds = Spread.of(listed["s"]).median
-    yield Line(
-        "`persist-cache list`",
-        "< 0.3 s, no mlx import",
-        f"{seconds:.2f} s, {'MLX imported' if listed['imports_mlx'] else 'no mlx import'}",
-        seconds < 0.3 and not listed["imports_mlx"] and listed["works"],
-    )
+
+
+def _commands(values: Any) -> Iterator[Line]:
+    for case in values["cases"]:
+        seconds = Spread.of(case["s"]["list"]).median
+        imported = ", ".join(case["imported"])
+        yield Line(
+            f"`persist-cache list`, {case['entries']:,} entries",
+            "< 0.3 s, no mlx import",
+            f"{seconds:.2f} s, {imported + ' imported' if imported else 'no mlx import'}",
+            seconds < 0.3 and not imported,
+        )
