@@ -8,7 +8,7 @@ time of `persist-cache check`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import compress, count, repeat
 from operator import add, eq, gt, ne, or_
 from typing import TypeVar
@@ -16,7 +16,7 @@ from typing import TypeVar
 from persist_cache.columns import BlobColumns, EdgeColumns, EntryColumns
 from persist_cache.index import Reader
 from persist_cache.paths import BLOB_BYTES
-from persist_cache.records import NO_BLOB, NO_ENTRY, BlobKind, entry_id
+from persist_cache.records import END_OF_TIME_S, NO_BLOB, NO_ENTRY, BlobKind, entry_id
 
 V = TypeVar("V")
 
@@ -33,7 +33,8 @@ def broken_invariants(txn: Reader, blobs: BlobColumns) -> list[str]:
     """
     edges = txn.edge_columns()
     entries = txn.entry_columns()
-    roots = {record.root for _, record in txn.namespaces()}
+    namespaces = {record.number: record.root for _, record in txn.namespaces()}
+    roots = set(namespaces.values())
     starts = dict(zip(blobs.numbers, blobs.starts, strict=True))
     # An edge of an unknown blob is named as such; what else is said of it does not matter.
     begins = [*map(add, map(starts.get, edges.blobs, [-1] * len(edges.blobs)), edges.first_rows)]
@@ -47,6 +48,7 @@ def broken_invariants(txn: Reader, blobs: BlobColumns) -> list[str]:
     problems += _rows(txn, edges, blobs)
     problems += _leaves(edges)
     problems += _entries(edges, entries, depths, blobs)
+    problems += _models(edges, entries, namespaces)
     problems += _orders(txn, entries)
     problems += _blobs(txn, edges, entries, blobs)
     return problems
@@ -165,6 +167,25 @@ def _entries(
             yield f"entry {this} names a checkpoint that is not its own"
 
 
+def _models(edges: EdgeColumns, entries: EntryColumns, roots: Mapping[int, int]) -> Iterator[str]:
+    """Whether each entry names the namespace that it lies in; `roots` has all of them."""
+    if len(roots) == 1 and set(entries.namespaces) <= roots.keys():
+        return
+    above = dict(zip(edges.nodes, edges.parents, strict=True))
+    found = {root: root for root in roots.values()}
+    for at, node in enumerate(entries.nodes):
+        way = []
+        while node not in found:
+            found[node] = node  # where a way ends in a circle, or nowhere
+            way.append(node)
+            node = above.get(node, node)
+        found |= dict.fromkeys(way, found[node])
+        number = entries.namespaces[at]
+        if roots.get(number) != found[node]:
+            this = entry_id(entries.numbers[at])
+            yield f"entry {this} names namespace {number}, below whose root it does not lie"
+
+
 def _orders(txn: Reader, entries: EntryColumns) -> Iterator[str]:
     """Whether eviction and expiry go through exactly the entries there are."""
     tiers, last_uses, numbers = txn.recency_columns()
@@ -176,7 +197,9 @@ def _orders(txn: Reader, entries: EntryColumns) -> Iterator[str]:
     if not is_listed:
         yield "the order of eviction does not list exactly the entries"
     dated = compress(zip(entries.expires, entries.numbers, strict=True), entries.expires)
-    expiring = {(int(expires * 1e6), number) for expires, number in dated}
+    expiring = {
+        (int(when * 1e6) if 0 < when < END_OF_TIME_S else -1, number) for when, number in dated
+    }
     if set(zip(*txn.expiry_columns(), strict=True)) != expiring:
         yield "the order of expiry does not list exactly the entries that expire"
 

@@ -34,8 +34,7 @@ ALIGNMENT = 16 * 1024
 TOKENS = "tokens"
 """Name of the tensor that holds a run's own token ids, int64."""
 SUFFIX = ".safetensors"
-_BLOB_NAME = re.compile("[0-9a-f]{32}")
-_BLOB_FILE = re.compile(_BLOB_NAME.pattern + re.escape(SUFFIX))
+_BLOB_FILE = re.compile("[0-9a-f]{32}" + re.escape(SUFFIX))
 TAG_FILE = "CACHEDIR.TAG"
 """Tells backup programs to leave the folder out."""
 PRESENCE_FILE = "store.lock"
@@ -597,22 +596,25 @@ class BlobFolder:
                 yield from _blob_files(folder)
 
     def lengths(self) -> Iterator[tuple[str, dict[str, int]]]:
-        """Per folder of the fan-out the length of each file in it, -1 where there is none to tell.
+        """Per folder of the fan-out what is in it, blob or not, with its length.
 
-        Paths as objects would take most of the time of looking at a large store.
+        The length is -1 where there is none to tell. Paths as objects would take most of the time
+        of looking at a large store.
         """
         for fan in sorted(os.listdir(self.blobs)):
             if len(fan) != 2:
                 continue
+            path = f"{self.blobs}/{fan}"
             try:
-                folder = os.open(f"{self.blobs}/{fan}", os.O_RDONLY | os.O_DIRECTORY)
+                names = os.listdir(path)
+                folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
             except (FileNotFoundError, NotADirectoryError):
                 continue
             try:
-                names = os.listdir(folder)
-                yield fan, dict(zip(names, _lengths(names, folder), strict=True))
+                lengths = _lengths(names, folder)
             finally:
                 os.close(folder)
+            yield fan, dict(zip(names, lengths, strict=True))
 
     def remove_empty(self) -> None:
         """Remove folders of the fan-out in which nothing is left."""
@@ -659,13 +661,8 @@ class BlobFolder:
         return True
 
 
-def is_blob_name(name: str) -> bool:
-    """Whether `name` is 32 lower-case hex digits: no other file is ever touched."""
-    return _BLOB_NAME.fullmatch(name) is not None
-
-
 def is_blob_file(name: str) -> bool:
-    """Whether `name` is what a blob's file is called."""
+    """Whether `name` is 32 lower-case hex digits and the suffix: no other file is ever touched."""
     return _BLOB_FILE.fullmatch(name) is not None
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
-from itertools import count, repeat
-from operator import add, truediv
+from itertools import count, islice, repeat
+from math import isfinite
+from operator import add, ge, truediv
 from typing import Any, TypeVar
 
 from msgspec import Struct
@@ -93,12 +94,29 @@ class Catalog:
         self.rows = {number: row for row, number in enumerate(self.table.numbers)}
         blobs = txn.blob_columns()
         self.disk_bytes = dict(zip(blobs.numbers, blobs.disk_bytes, strict=True))
-        self._load_tree(txn.edge_columns(), blobs)
+        try:
+            self._load_tree(txn.edge_columns(), blobs)
+        except KeyError as error:
+            raise paths.damaged(
+                f"an edge names blob or node {error}, which has no record"
+            ) from None
+        self._refuse_contradictions()
+        self.users = self.count_users()
+
+    def _refuse_contradictions(self) -> None:
+        """See now that no sum along the tree can fail: an eviction may have begun by then."""
         if not self.fingerprints.keys() >= set(self.table.namespaces):
             raise paths.damaged("an entry names a namespace without record")
         if not self.rows.keys() >= set(self.ends) - {NO_ENTRY}:
             raise paths.damaged("an edge names an entry without record")
-        self.users = self.count_users()
+        if not self.places.keys() >= set(self.table.nodes):
+            raise paths.damaged("an entry names a node without record")
+        if not self.disk_bytes.keys() >= set(self.table.checkpoints) - {NO_BLOB}:
+            raise paths.damaged("an entry names a checkpoint without record")
+        if any(map(ge, islice(self.above, self.first, None), count(self.first))):
+            raise paths.damaged("an edge begins before the one above it")
+        if not all(map(isfinite, self.table.expires)):
+            raise paths.damaged("an entry expires at no time")
 
     def _load_tree(self, edges: EdgeColumns, blobs: BlobColumns) -> None:
         starts = dict(zip(blobs.numbers, blobs.starts, strict=True))

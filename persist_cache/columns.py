@@ -55,7 +55,7 @@ class Packed:
         self._raw = gap.join((b"", *raws)) if gap else b"".join(raws)
 
     def field(self, place: int) -> Sequence[Any]:
-        """One field of every record; `place` counts the fields of the layout."""
+        """One field of every record; `place` counts the letters of the layout's format."""
         order, fields = self._layout.format[0], _FIELD.findall(self._layout.format)
         start = self._start + struct.calcsize(order + "".join(fields[:place]))
         code = fields[place]
@@ -111,7 +111,11 @@ class _Columns:
 
 
 class EdgeColumns(_Columns):
-    """Every `Edge`, with the key it is filed under: the node above it and its first token."""
+    """Every `Edge`, with the key it is filed under: the node above it and its first token.
+
+    Attributes:
+        keys: As they were given, so perhaps valid within a transaction only.
+    """
 
     parents: Sequence[int] = _key(0)
     tokens: Sequence[bytes] = _key(1)
@@ -145,7 +149,11 @@ class BlobColumns(_Columns):
 
 
 class EntryColumns(_Columns):
-    """Every `EntryRecord`, with its number; a tier is its number, too."""
+    """Every `EntryRecord`, with its number; a tier is its number, too.
+
+    Raises:
+        UnicodeDecodeError: A label is no text.
+    """
 
     numbers: Sequence[int] = _key(0)
     tiers: Sequence[int] = _value(1)

@@ -15,7 +15,7 @@ import os
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -196,11 +196,15 @@ class Reader:
         raw = self._txn.get(pack_number(blob), db=self._db[b"tokens"])
         return b"" if raw is None else bytes(raw[first_row * 8 : (first_row + rows) * 8])
 
-    def first_tokens(self) -> dict[int, bytes | memoryview]:
+    def first_tokens(self) -> dict[int, bytes]:
         """The first packed token of every run, by the blob's number."""
+        keys: list[bytes] = []
+        tokens: list[bytes] = []
         with self._txn.cursor(db=self._db[b"tokens"]) as cursor:
             # Not as a table: that would be all tokens at once.
-            keys, tokens = _transposed((key, bytes(value[:8])) for key, value in cursor)
+            for key, value in cursor:
+                keys.append(bytes(key))
+                tokens.append(bytes(value[:8]))
         return dict(zip(Packed(NUMBER, keys).field(0), tokens, strict=True))
 
     def entry(self, number: int) -> EntryRecord | None:
@@ -277,7 +281,8 @@ class Reader:
     def _table(self, database: bytes) -> tuple[Raw, Raw]:
         """All keys and all values of a sub-database; valid until something is written."""
         with self._txn.cursor(db=self._db[database]) as cursor:
-            return _transposed(cursor)
+            keys, values = tuple(zip(*cursor, strict=True)) or ((), ())
+        return keys, values
 
     def size_of(self, database: bytes) -> int:
         """Number of records in a sub-database."""
@@ -666,13 +671,6 @@ class Index:
                 f"version of persist-cache knows {SCHEMA_VERSION} only. Use the version that "
                 "wrote it, or another --store."
             )
-
-
-def _transposed(
-    pairs: Iterable[tuple[bytes | memoryview, bytes | memoryview]],
-) -> tuple[Raw, Raw]:
-    keys, values = tuple(zip(*pairs, strict=True)) or ((), ())
-    return keys, values
 
 
 def _identity(path: Path) -> tuple[int, int]:

@@ -144,7 +144,7 @@ def _remember(record: EntryRecord, old: EntryRecord) -> EntryRecord:
         last_use_us=old.last_use_us,
         prefill_s=old.prefill_s,
         saved_s=old.saved_s,
-        expires=old.expires,
+        expires=old.expires if 0 <= old.expires < END_OF_TIME_S else 0.0,
         label=old.label,
     )
 

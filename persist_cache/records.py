@@ -320,8 +320,11 @@ def edge_parent(key: bytes) -> int:
 
 
 def expiry_key(expires: float, entry: int) -> bytes:
-    """Sorts by date: the first key is the entry that expires next."""
-    return EXPIRY_KEY.pack(int(expires * 1e6), entry)
+    """Sorts by date: the first key is the entry that expires next.
+
+    What is no date, because a record is damaged, becomes the beginning or the end of time.
+    """
+    return EXPIRY_KEY.pack(int(min(max(0.0, expires), END_OF_TIME_S) * 1e6), entry)
 
 
 def recency_key(tier: Tier, last_use_us: int, entry: int) -> bytes:

@@ -6,10 +6,8 @@ server, and on a store that may not be changed.
 
 from __future__ import annotations
 
-import struct
 from collections import Counter
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from functools import cached_property
 from itertools import compress, count, islice
 from operator import eq
@@ -27,7 +25,6 @@ from persist_cache.catalog import (
     namespace_of,
 )
 from persist_cache.entry import Entry, Tier, unpack_tokens
-from persist_cache.errors import StoreError
 from persist_cache.index import Reader, Writer
 from persist_cache.records import (
     NO_BLOB,
@@ -186,7 +183,7 @@ class Survey:
             StoreError: The index contradicts itself.
         """
         self._store = store
-        with _consistent(), store._disk.index.read(copies=True) as txn:
+        with store._disk.index.read(copies=True) as txn:
             self._catalog = Catalog(txn)
         self.models = {
             key[:32].hex(): _model(key, record) for key, record in self._catalog.namespaces.values()
@@ -194,8 +191,7 @@ class Survey:
 
     @cached_property
     def entries(self) -> list[Entry]:
-        with _consistent():
-            return self._catalog.entries()
+        return self._catalog.entries()
 
     @property
     def ids(self) -> list[str]:
@@ -211,13 +207,11 @@ class Survey:
 
     def entries_at(self, rows: Sequence[int]) -> list[Entry]:
         """The entries at these places of `entries`, in the order of `rows`."""
-        with _consistent():
-            return self._catalog.entries(rows)
+        return self._catalog.entries(rows)
 
     def columns(self, rows: Sequence[int], fields: Sequence[str]) -> dict[str, Sequence[Any]]:
         """Like `entries_at`, but each field of all: for thousands, in a fraction of the time."""
-        with _consistent():
-            return self._catalog.columns(rows, fields)
+        return self._catalog.columns(rows, fields)
 
     def model_of(self, entry: Entry) -> Model:
         return self.models.get(entry.fingerprint) or Model(entry.fingerprint)
@@ -315,16 +309,6 @@ class Survey:
         }
 
 
-@contextmanager
-def _consistent() -> Iterator[None]:
-    try:
-        yield
-    except (LookupError, ValueError, AssertionError, struct.error) as error:
-        raise StoreError(
-            "The index contradicts itself; run `persist-cache check --rebuild-index`."
-        ) from error
-
-
 def details_of(store: Store, entry: str) -> Details | None:
     """What an entry is made of, or None when it is not stored.
 
@@ -334,7 +318,7 @@ def details_of(store: Store, entry: str) -> Details | None:
         StoreError: The index contradicts itself.
     """
     number = int(entry, 16)
-    with _consistent(), store._disk.index.read() as txn:
+    with store._disk.index.read() as txn:
         found = load_entry(txn, number)
         record = txn.entry(number)
         if found is None or record is None:

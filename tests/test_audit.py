@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -157,6 +158,26 @@ def checkpoint_elsewhere(txn: Writer) -> None:
     txn.put_entry(entry, record._replace(checkpoint=number))
 
 
+def damaged_key_of_tokens(txn: Writer) -> None:
+    txn._txn.put(b"\0" * 9, b"\1" * 8, db=txn._db[b"tokens"])
+
+
+def unknown_namespace(txn: Writer) -> None:
+    number, record = first_entry(txn)
+    txn.put_entry(number, record._replace(namespace=99))
+
+
+def no_date(txn: Writer) -> None:
+    number, record = first_entry(txn)
+    raw = record._replace(expires=math.nan).pack()
+    txn._txn.put(pack_number(number), raw, db=txn._db[b"entries"])
+
+
+def date_after_all_time(txn: Writer) -> None:
+    number, record = first_entry(txn)
+    txn.put_entry(number, record._replace(expires=math.inf))
+
+
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
@@ -185,6 +206,10 @@ def checkpoint_elsewhere(txn: Writer) -> None:
         (lost_name, "cannot be found by its name"),
         (extra_name, "blobs but 3 names"),
         (wrong_total, "the counter says"),
+        (damaged_key_of_tokens, "holds a damaged record (it has 9 bytes instead of 8)"),
+        (unknown_namespace, "names namespace 99, below whose root it does not lie"),
+        (no_date, "the order of expiry does not list exactly the entries that expire"),
+        (date_after_all_time, "the order of expiry does not list exactly the entries that expire"),
     ],
 )
 def test_damage_is_named_and_mended(
@@ -203,6 +228,26 @@ def test_damage_is_named_and_mended(
     assert store.check(read_data=True) == []
     for prompt in PROMPTS:
         assert fetched(store, prompt) == len(prompt)
+
+
+def test_entry_of_another_model_is_seen(store: Store) -> None:
+    for prompt in PROMPTS:
+        put(store, prompt)
+    put(store, PROMPTS[0], model="w1")
+    assert store.check() == []
+
+    def confuse(txn: Writer) -> None:
+        one, other = (record.number for _, record in txn.namespaces())
+        number, record = first_entry(txn)
+        changed = record._replace(namespace=one + other - record.namespace)
+        txn.put_entry(number, changed)
+
+    store._disk.index.update(confuse)
+
+    (problem,) = store.check()
+    assert "below whose root it does not lie" in problem.message
+    store.check(repair=True)
+    assert store.check() == []
 
 
 def test_unmerged_edges_are_seen(store: Store) -> None:

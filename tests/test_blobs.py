@@ -12,6 +12,7 @@ import safetensors
 from persist_cache import fs
 from persist_cache.blobs import (
     ALIGNMENT,
+    SUFFIX,
     TOKENS,
     BlobFolder,
     BlobHeader,
@@ -20,7 +21,7 @@ from persist_cache.blobs import (
     Tensor,
     Written,
     header_bytes,
-    is_blob_name,
+    is_blob_file,
     try_remove_orphan,
 )
 from persist_cache.entry import pack_tokens
@@ -307,8 +308,10 @@ def test_only_names_of_blobs_are_ever_touched(folder: BlobFolder) -> None:
         (folder.temporary / name).write_text("mine")
 
     assert list(folder.temporaries()) == []
-    assert is_blob_name("0123456789abcdef" * 2)
-    assert not any(map(is_blob_name, ["", "0" * 31, "0" * 33, "g" * 32]))
+    assert is_blob_file("0123456789abcdef" * 2 + SUFFIX)
+    names = ["", "0" * 31, "0" * 33, "g" * 32, "A" * 32]
+    assert not any(is_blob_file(name + SUFFIX) for name in names)
+    assert not is_blob_file("0" * 32)
 
 
 def test_short_writes_and_many_buffers_are_handled(

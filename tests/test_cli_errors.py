@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from persist_cache import Store
+from persist_cache import Store, paths
+from persist_cache.index import Writer
 from persist_cache.records import pack_counter
 from tests.bulk_store import conversations
 from tests.bulk_store import fill as fill_bulk
@@ -194,6 +197,95 @@ def test_a_damaged_index_is_rebuilt_on_request(root: Path, ids: dict[str, str], 
 
     assert done.status == 0
     assert set(run("list", "-q").out.split()) == set(ids.values())
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "evict --all --yes --json",
+        "evict --all --yes",
+        "evict {id} --yes --json",
+        "evict --tier system --yes",
+        "evict --tier system --dry-run",
+        "evict --stale --dry-run",
+        "evict --to 1MB --dry-run",
+        "list --json",
+        "stats --json",
+    ],
+)
+def test_an_index_that_contradicts_itself(
+    root: Path, ids: dict[str, str], run: Run, line: str
+) -> None:
+    def confuse(txn: Writer) -> None:
+        number, record = next(iter(txn.entries()))
+        txn.put_entry(number, record._replace(checkpoint=7777))
+
+    with Store.open(root) as store:
+        store._disk.index.update(confuse)
+    before = contents(root)
+
+    done = run(*line.format(id=ids["reply"]).split())
+
+    assert (done.status, done.out) == (1, "")
+    assert "an entry names a checkpoint without record" in done.sentence
+    assert contents(root) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"checkpoint": 7777}, "it names a blob without record"),
+        ({"namespace": 7777}, "an entry names a namespace without record"),
+        ({"node": 7777}, "an entry has another length than its path"),
+        ({"num_tokens": 7777}, "an entry has another length than its path"),
+    ],
+)
+def test_export_from_an_index_that_contradicts_itself(
+    root: Path, ids: dict[str, str], run: Run, tmp_path: Path, change: Any, says: str
+) -> None:
+    def confuse(txn: Writer) -> None:
+        record = txn.entry(int(ids["reply"], 16))
+        assert record is not None
+        txn.put_entry(int(ids["reply"], 16), record._replace(**change))
+
+    with Store.open(root) as store:
+        store._disk.index.update(confuse)
+
+    done = run("export", ids["reply"], tmp_path / "bundle")
+
+    assert (done.status, done.out) == (1, "")
+    assert says in done.sentence
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_stats_of_a_store_whose_counter_is_damaged(
+    root: Path, ids: dict[str, str], run: Run
+) -> None:
+    with Store.open(root) as store:
+        store._disk.index.update(lambda txn: txn.add(paths.BLOB_BYTES, -(1 << 60)))
+
+    done = run("stats")
+
+    assert done.status == 0
+    assert len(done.out) < 10_000
+
+
+def test_a_folder_of_blobs_that_cannot_be_listed(
+    root: Path, ids: dict[str, str], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.listdir
+
+    def fail(path: str) -> list[str]:
+        if Path(path).parent == root / "blobs":
+            raise OSError(errno.EIO, "Input/output error", path)
+        return real(path)
+
+    monkeypatch.setattr(os, "listdir", fail)
+
+    done = run("check")
+
+    assert (done.status, done.out) == (1, "")
+    assert done.sentence.endswith(": Input/output error.")
 
 
 def test_an_error_of_the_system_becomes_a_sentence(

@@ -10,6 +10,7 @@ from persist_cache_cli.output import (
     format_age,
     format_bytes,
     format_duration,
+    format_time,
     painter,
     printable,
     printable_lines,
@@ -177,3 +178,7 @@ def test_colours_are_for_terminals(
         monkeypatch.setenv(name, value)
 
     assert ("\x1b" in painter()("text", "good")) == coloured
+
+
+def test_what_is_no_date_is_called_so() -> None:
+    assert format_time(1.8e13) == format_time(float("nan")) == "no date"

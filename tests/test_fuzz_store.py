@@ -242,16 +242,17 @@ def test_blob_of_another_model_is_not_served(store: Store) -> None:
     assert store.fetch(fingerprint(), PROMPT, restore) is None
 
 
-@given(name=st.text(max_size=60))
+@given(name=st.text(max_size=60) | st.text("0123456789abcdef/.\n", min_size=31, max_size=33))
 @example(name="../../../etc/passwd")
 @example(name="/etc/passwd")
+@example(name="0" * 32)
 @BOUNDED
 def test_no_name_leads_out_of_the_store(name: str) -> None:
     """Names of files come from 16 bytes in hex, so no record can spell a path."""
-    from persist_cache.blobs import BlobFolder, is_blob_name
+    from persist_cache.blobs import SUFFIX, BlobFolder, is_blob_file
 
     root = Path("/store")
-    if is_blob_name(name):
+    if is_blob_file(name + SUFFIX):
         path = BlobFolder(root).path(name)
         assert path.resolve().is_relative_to(root)
         assert path.suffix == ".safetensors"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -94,27 +96,47 @@ def test_model_is_named_the_same_in_all_its_layouts(tmp_path: Path) -> None:
         assert len(survey.models) == 1
 
 
-@pytest.mark.parametrize("damage", ["entry without record", "unknown namespace", "unknown kind"])
-def test_index_that_contradicts_itself_is_refused(store: Store, damage: str) -> None:
-    def spoil(txn: Writer) -> None:
-        inner, record = next(
-            (number, one) for number, one in txn.entries() if txn.children(one.node, limit=1)
-        )
-        if damage == "entry without record":
-            txn._txn.delete(pack_number(inner), db=txn._db[b"entries"])
-        if damage == "unknown namespace":
-            raw = record._replace(namespace=77).pack()
-            txn._txn.put(pack_number(inner), raw, db=txn._db[b"entries"])
-        if damage == "unknown kind":
-            number, blob = next(iter(txn.blobs()))
-            spoiled = bytearray(blob.pack())
-            spoiled[1] = 9
-            txn._txn.put(pack_number(number), bytes(spoiled), db=txn._db[b"blobs"])
+DAMAGES = {
+    "an edge names an entry without record": "forget the entry",
+    "an entry names a namespace without record": {"namespace": 7777},
+    "an entry names a node without record": {"node": 7777},
+    "an entry names a checkpoint without record": {"checkpoint": 7777},
+    "an entry expires at no time": {"expires": math.nan},
+    "unknown blob kind": {"kind": 9},
+    "an edge begins before the one above it": {"start": 0},
+    "an edge names blob or node 7777, which has no record": {"blob": 7777},
+}
 
-    store._disk.index.update(spoil)
 
-    with pytest.raises(StoreError, match=r"(entry|namespace) without record|unknown blob kind"):
+def spoil(txn: Writer, damage: Any) -> None:
+    """Make the index contradict itself."""
+    inner, record = next(
+        (number, one) for number, one in txn.entries() if txn.children(one.node, limit=1)
+    )
+    ((key, below), *_) = txn.children(record.node, limit=1)
+    if damage == "forget the entry":
+        txn._txn.delete(pack_number(inner), db=txn._db[b"entries"])
+    elif "blob" in damage:
+        txn._txn.put(key, below._replace(**damage).pack(), db=txn._db[b"edges"])
+    elif damage.keys() & {"kind", "start"}:
+        blob = txn.blob(below.blob)
+        assert blob is not None
+        raw = pack_number(below.blob), blob._replace(**damage).pack()
+        txn._txn.put(*raw, db=txn._db[b"blobs"])
+    else:
+        raw = pack_number(inner), record._replace(**damage).pack()
+        txn._txn.put(*raw, db=txn._db[b"entries"])
+
+
+@pytest.mark.parametrize(("message", "damage"), DAMAGES.items(), ids=list(DAMAGES))
+def test_index_that_contradicts_itself_is_refused(store: Store, message: str, damage: Any) -> None:
+    store._disk.index.update(lambda txn: spoil(txn, damage))
+
+    with pytest.raises(StoreError, match=message):
         Survey(store)
+    with pytest.raises(StoreError, match=message):
+        store.entries()
+    assert store.check()
 
 
 def test_short_ids_are_the_same_one_by_one(store: Store) -> None:

@@ -57,10 +57,13 @@ def format_age(seconds: float) -> str:
 
 
 def format_time(seconds: float) -> str:
-    """UTC seconds as local time, to the second."""
+    """UTC seconds as local time, to the second; a damaged record may hold what is no date."""
     import datetime
 
-    return datetime.datetime.fromtimestamp(seconds).isoformat(" ", "seconds")
+    try:
+        return datetime.datetime.fromtimestamp(seconds).isoformat(" ", "seconds")
+    except (ValueError, OverflowError, OSError):
+        return "no date"
 
 
 def keeping(pinned: bool, expires: float | None, now: float) -> str:

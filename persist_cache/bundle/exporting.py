@@ -41,6 +41,7 @@ from persist_cache.bundle.container import (
     member_header,
     padding,
 )
+from persist_cache.catalog import known_blob
 from persist_cache.cutting import Cut, StoredTensor, cut_runs, whole
 from persist_cache.entry import TOKEN_BYTES, Tier
 from persist_cache.errors import CorruptBlobError, StoreAccessError, StoreError
@@ -218,15 +219,18 @@ class _Plan:
             self._add(txn, number, record)
 
     def _add(self, txn: Reader, number: int, record: EntryRecord) -> None:
+        if record.namespace not in self._namespaces:
+            raise paths.damaged("an entry names a namespace without record")
         model = self._models.setdefault(record.namespace, len(self._models))
         packed = paths.tokens_of(txn, record.node)
         runs: dict[int, _Cut] = {}
         above: _Cut | None = None
         position = 0
         for _, edge in paths.path_of(txn, record.node):
+            blob = known_blob(txn, edge.blob)
+            if blob.start + edge.first_row != position:
+                raise paths.damaged("an edge begins elsewhere than its rows")
             position += edge.rows
-            blob = txn.blob(edge.blob)
-            assert blob is not None, "the index names a blob without record"
             cut = self.cuts.get(edge.blob)
             if cut is None:
                 source = blob.name.hex()
@@ -237,12 +241,12 @@ class _Plan:
                 cut.end, cut.path, cut.ends = position, packed, False
             cut.tier = max(cut.tier, record.tier)
             runs[edge.blob] = above = cut
-        assert above is not None, "entries end below the root"
+        if above is None or not position == len(packed) // TOKEN_BYTES == record.num_tokens:
+            raise paths.damaged("an entry has another length than its path")
         above.ends |= above.end == record.num_tokens
         checkpoint = None
         if record.checkpoint != NO_BLOB:
-            blob = txn.blob(record.checkpoint)
-            assert blob is not None, "the index names a blob without record"
+            blob = known_blob(txn, record.checkpoint)
             end = record.num_tokens
             source = blob.name.hex()
             checkpoint = self.cuts[record.checkpoint] = _Cut(

@@ -192,7 +192,7 @@ class _Report:
 def _bar(part: int, whole: int) -> str:
     """How full something is, as a bar with a figure."""
     share = part / whole if whole else 1.0
-    filled = min(_BAR_CELLS, round(share * _BAR_CELLS))
+    filled = max(0, min(_BAR_CELLS, round(share * _BAR_CELLS)))  # a damaged counter may say less
     return "█" * filled + "░" * (_BAR_CELLS - filled) + f" {share:.0%}"
 
 
