@@ -11,7 +11,7 @@ from functools import cached_property
 from itertools import count, islice, repeat
 from math import isfinite
 from operator import add, ge, truediv
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from msgspec import Struct
 
@@ -31,6 +31,9 @@ from persist_cache.records import (
     entry_ids,
     tiers_of,
 )
+
+if TYPE_CHECKING:
+    from persist_cache.fingerprint import Fingerprint
 
 T = TypeVar("T")
 
@@ -264,6 +267,16 @@ def namespace_of(txn: Reader, record: EntryRecord) -> tuple[bytes, NamespaceReco
         if namespace.number == record.namespace:
             return key, namespace
     raise paths.damaged("an entry names a namespace without record")
+
+
+def identity_of(record: NamespaceRecord) -> Fingerprint:
+    """The model whose entries a namespace has."""
+    from persist_cache.fingerprint import Fingerprint
+
+    try:
+        return Fingerprint.from_json(record.identity.encode())
+    except ValueError as error:
+        raise paths.damaged(f"the identity of a model is {error}") from None
 
 
 def known_blob(txn: Reader, number: int) -> BlobRecord:

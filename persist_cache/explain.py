@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from msgspec import Struct
 
 from persist_cache import paths
+from persist_cache.catalog import identity_of
 from persist_cache.entry import TOKEN_BYTES, Match, pack_tokens, unpack_tokens
 from persist_cache.fingerprint import FieldChange, Fingerprint
 from persist_cache.index import Reader
@@ -205,7 +206,7 @@ def _nearest_model(
         if key.startswith(fingerprint.digest):
             continue
         common = paths.walk(txn, namespace.root, packed).common
-        other = Fingerprint.from_json(namespace.identity.encode())
+        other = identity_of(namespace)
         rank = (common, -len(fingerprint.diff(other.fields)))
         if common and (best is None or rank > best):
             best, nearest = rank, other

@@ -33,6 +33,7 @@ from persist_cache.errors import (
     StoreReadOnlyError,
 )
 from persist_cache.records import (
+    COUNTER_BYTES,
     EXPIRY_KEY,
     NUMBER,
     RECENCY_KEY,
@@ -665,6 +666,8 @@ class Index:
             if self.read_only:
                 raise DamagedIndexError(f"{self.data_path} has no schema version.")
             self.update(_initialise)
+        elif len(found) != COUNTER_BYTES:
+            raise DamagedIndexError(f"{self.data_path} has no schema version.")
         elif unpack_counter(found) != SCHEMA_VERSION:
             raise StoreFormatError(
                 f"The store at {self.root} has schema version {unpack_counter(found)}; this "

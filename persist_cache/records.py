@@ -35,6 +35,7 @@ _TIERS = {int(tier): tier for tier in Tier}
 """Enums by number: calling one takes longer than unpacking a whole record."""
 _SIZED = struct.Struct("<BxxxxxxxQd")
 _COUNTER = struct.Struct("<q")
+COUNTER_BYTES = _COUNTER.size
 
 
 class BlobKind(enum.IntEnum):

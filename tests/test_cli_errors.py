@@ -11,9 +11,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from persist_cache import Store, paths
+from persist_cache.errors import StoreError
+from persist_cache.explain import explain
 from persist_cache.index import Writer
 from persist_cache.records import pack_counter
 from tests.bulk_store import conversations
@@ -256,6 +259,24 @@ def test_export_from_an_index_that_contradicts_itself(
     assert (done.status, done.out) == (1, "")
     assert says in done.sentence
     assert not (tmp_path / "bundle").exists()
+
+
+def test_a_model_whose_identity_cannot_be_read(
+    root: Path, ids: dict[str, str], run: Run, tmp_path: Path
+) -> None:
+    def confuse(txn: Writer) -> None:
+        for key, record in txn.namespaces():
+            txn.put_namespace(key, msgspec.structs.replace(record, identity="{"))
+
+    with Store.open(root) as store:
+        store._disk.index.update(confuse)
+
+        with pytest.raises(StoreError, match="the identity of a model"):
+            explain(store, fingerprint(weights="other"), [1, 2, 3])
+
+    done = run("export", ids["reply"], tmp_path / "bundle")
+    assert (done.status, done.out) == (1, "")
+    assert "the identity of a model is not a stored fingerprint" in done.sentence
 
 
 def test_stats_of_a_store_whose_counter_is_damaged(

@@ -50,6 +50,16 @@ def test_unknown_schema_version_is_refused(closed: Path) -> None:
     assert blob_files(closed), "nothing of it was touched"
 
 
+def test_schema_version_that_is_no_number_has_the_index_rebuilt(closed: Path) -> None:
+    with Store.open(closed, min_free_bytes=0) as store:
+        store._disk.index.update(lambda txn: txn.set_meta("schema", b"\1"))
+
+    with pytest.raises(StoreError, match="schema version"):
+        Store.open(closed, read_only=True)
+    with Store.open(closed, min_free_bytes=0) as store:
+        assert fetched(store, PROMPT) == 30
+
+
 def test_second_open_in_a_process_is_refused(closed: Path) -> None:
     with Store.open(closed, min_free_bytes=0) as store:
         with pytest.raises(StoreInUseError, match="open in this process already"):

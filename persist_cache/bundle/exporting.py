@@ -41,7 +41,7 @@ from persist_cache.bundle.container import (
     member_header,
     padding,
 )
-from persist_cache.catalog import known_blob
+from persist_cache.catalog import identity_of, known_blob
 from persist_cache.cutting import Cut, StoredTensor, cut_runs, whole
 from persist_cache.entry import TOKEN_BYTES, Tier
 from persist_cache.errors import CorruptBlobError, StoreAccessError, StoreError
@@ -268,7 +268,7 @@ class _Plan:
         )
 
     def identity(self, model: int) -> Fingerprint:
-        return portable(Fingerprint.from_json(self._namespace(model).identity.encode()))
+        return portable(identity_of(self._namespace(model)))
 
     def _namespace(self, model: int) -> NamespaceRecord:
         return self._namespaces[list(self._models)[model]]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from persist_cache import paths
 from persist_cache.bundle.reading import BundledEntry
+from persist_cache.catalog import identity_of
 from persist_cache.entry import Tier
 from persist_cache.environment import installed_version
 from persist_cache.errors import StoreError, StoreFullError
@@ -97,9 +98,9 @@ def usability(
 def _folder_of(store: Store, fingerprint: Fingerprint) -> str:
     """Where the model is that computed entries here; "" if none did, or it is gone."""
     with store._disk.index.read() as txn:
-        identities = [record.identity for _, record in txn.namespaces(fingerprint.digest)]
-    for identity in identities:
-        folder = Fingerprint.from_json(identity.encode()).info.get("path", "")
+        namespaces = [record for _, record in txn.namespaces(fingerprint.digest)]
+    for record in namespaces:
+        folder = identity_of(record).info.get("path", "")
         if folder and Path(folder).is_dir():
             return folder
     return ""
