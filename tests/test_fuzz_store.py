@@ -15,9 +15,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from persist_cache.blobs import ALIGNMENT, BlobReader, _seal
+from persist_cache.bundle import export
 from persist_cache.entry import TOKEN_BYTES
 from persist_cache.errors import CorruptBlobError, StoreError, StoreFormatError
 from persist_cache.store import Store
+from persist_cache.survey import Survey, details_of
 from tests.fakes import Clock, blob_files, fetched, fingerprint, put, restore
 from tests.memory import fast_folder
 
@@ -43,6 +45,7 @@ TABLES = (
     "departed",
 )
 PROMPT = list(range(20))
+U32 = st.integers(0, (1 << 32) - 1)
 NUMBERS = st.one_of(st.integers(-3, 300), st.sampled_from([2**31, 2**53, 2**60, 2**63, -(2**60)]))
 VALUES: st.SearchStrategy[Any] = st.recursive(
     st.one_of(st.none(), st.booleans(), NUMBERS, st.text(max_size=5), st.just("1" * 5000)),
@@ -204,6 +207,92 @@ def test_any_bytes_as_a_record(data: st.DataObject, table: str) -> None:
         assert fetched(store, PROMPT) in range(21)
         put(store, [5, 6, 7])
         assert fetched(store, [5, 6, 7]) == 3
+
+
+KINDS = ("delete", "flip", "clear", "swap", "move", "repeat", "cut")
+INJURIES = st.lists(
+    st.tuples(st.sampled_from(TABLES[1:10]), st.sampled_from(KINDS), U32, U32),
+    min_size=1,
+    max_size=4,
+)
+
+
+def injure(txn: Any, table: str, kind: str, which: int, bit: int) -> None:
+    """Do to a sound record what a bad disk, or a bug, may do to it."""
+    database = txn._db[table.encode()]
+    with txn._txn.cursor(db=database) as cursor:
+        records = [(bytes(key), bytes(value)) for key, value in cursor]
+    if not records:
+        return
+
+    def flipped(raw: bytes) -> bytes:
+        place = bit % (8 * len(raw) or 1)
+        return (int.from_bytes(raw, "little") ^ 1 << place).to_bytes(len(raw) + 1, "little")[:-1]
+
+    key, value = records[which % len(records)]
+    other, instead = records[bit % len(records)]
+    if kind in ("delete", "move"):
+        txn._txn.delete(key, db=database)
+    if kind in ("move", "repeat"):
+        txn._txn.put(flipped(key), value, db=database)
+    if kind == "swap":
+        txn._txn.put(other, value, db=database)
+        txn._txn.put(key, instead, db=database)
+    changed = {
+        "flip": flipped(value),
+        "clear": value[:1] + bytes(len(value))[1:],
+        "cut": value[:-1],
+    }
+    if kind in changed:
+        txn._txn.put(key, changed[kind], db=database)
+
+
+@given(injuries=INJURIES, order=st.permutations(range(9)))
+@BOUNDED
+def test_any_damage_to_sound_records(injuries: list[Any], order: list[int]) -> None:
+    """As above; besides, whoever refuses to read an index sees `check` complain of it, too."""
+    talk = [*PROMPT, 30, 31]
+    with (
+        fast_folder() as folder,
+        Store.open(folder / "s", min_free_bytes=0, run_tokens=8, clock=Clock()) as store,
+    ):
+        put(store, PROMPT, tier="system", expires=2e9)
+        put(store, talk)
+        put(store, [*PROMPT[:9], 50, 51], complete=False, label="a state")
+        put(store, PROMPT, model="w1", pinned=True)
+        ids = [entry.id for entry in store.entries()]
+
+        def change(txn: Any) -> None:
+            for injury in injuries:
+                injure(txn, *injury)
+
+        store._disk.index.update(change)
+        problems = store.check()
+        try:
+            survey = Survey(store)
+            survey.removal(survey.ids)
+            totals = survey.by_tier, survey.by_model, survey.entries
+            assert all(totals)
+        except StoreError:
+            assert problems
+
+        acts = (
+            lambda: fetched(store, [*talk, 99]),
+            lambda: fetched(store, PROMPT, model="w1"),
+            lambda: put(store, [*PROMPT[:5], 77]),
+            lambda: [details_of(store, one) for one in ids],
+            lambda: store.evict(ids[:2]),
+            lambda: store.pin(ids[2]),
+            lambda: export(store, ids[2:], folder / "bundle", force=True),
+            lambda: store.gc(),
+            lambda: store.merge_runs(),
+        )
+        for place in order:
+            with contextlib.suppress(StoreError, KeyError):
+                acts[place]()
+        store.check(read_data=True, repair=True)
+        assert store.check(read_data=True) == []
+        assert fetched(store, talk) in range(23)
 
 
 def test_index_that_confuses_prompts_serves_none_of_them(store: Store) -> None:
