@@ -11,6 +11,7 @@ from persist_cache_cli.output import (
     format_bytes,
     format_duration,
     format_time,
+    hanging,
     painter,
     printable,
     printable_lines,
@@ -182,3 +183,16 @@ def test_colours_are_for_terminals(
 
 def test_what_is_no_date_is_called_so() -> None:
     assert format_time(1.8e13) == format_time(float("nan")) == "no date"
+
+
+def test_long_text_goes_on_below_its_beginning() -> None:
+    text = " two spaces  within, and a-word with-hyphens"
+
+    assert hanging("  head  ", text, None) == "  head  " + text
+    assert hanging("  head  ", text, 80) == "  head  " + text
+    assert hanging("  head  ", text, 30).splitlines() == [
+        "  head   two spaces  within,",
+        "        and a-word",
+        "        with-hyphens",
+    ]
+    assert hanging("", "x" * 50, 40).splitlines() == ["x" * 40, "x" * 10]

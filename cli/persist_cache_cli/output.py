@@ -287,6 +287,27 @@ def pairs(items: Iterable[tuple[str, str]], *, paint: Painter = plain) -> list[s
     return [paint(name.ljust(widest), "heading") + _GAP + value for name, value in found]
 
 
+def hanging(head: str, text: str, width: int | None) -> str:
+    """`text` behind `head`; what does not fit into `width` goes on below, between words.
+
+    Args:
+        head: Such as the name of what is said.
+        text: One line.
+        width: Columns of the terminal; None for one long line.
+    """
+    if width is None or text_width(head + text) <= width:
+        return head + text
+    import textwrap
+
+    return textwrap.fill(
+        text,
+        width,
+        initial_indent=head,
+        subsequent_indent=" " * text_width(head),
+        break_on_hyphens=False,
+    )
+
+
 def print_json(value: Any) -> None:
     """Write `value` to standard output as JSON, readable, with dates and numbers as they are.
 

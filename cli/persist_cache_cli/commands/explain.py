@@ -13,7 +13,7 @@ from persist_cache.describe import divergence_texts, explanation_json
 from persist_cache.errors import ModelError
 from persist_cache.explain import Explanation, explain
 from persist_cache.warm import load_tokenizer, render
-from persist_cache_cli.output import format_duration, print_json
+from persist_cache_cli.output import format_duration, hanging, print_json, terminal_width
 from persist_cache_cli.prompts import (
     choose_model,
     model_options,
@@ -99,18 +99,21 @@ def command(
 
 
 def _show(found: Explanation, tokenizer: Any) -> None:
-    click.echo(found.message)
+    width = terminal_width()
+    click.echo(hanging("", found.message, width))
+    lines = []
     if found.entry is not None:
-        click.echo(f"  entry   {found.entry}")
+        lines.append(("  entry   ", found.entry))
     if found.saved_s:
-        click.echo(f"  saves   about {format_duration(found.saved_s)} of prefill")
+        lines.append(("  saves   ", f"about {format_duration(found.saved_s)} of prefill"))
     for change in found.changes:
-        click.echo(f"  {change.name}: stored {_value(change.old)}, now {_value(change.new)}")
+        values = f"stored {_value(change.old)}, now {_value(change.new)}"
+        lines.append((f"  {change.name}: ", values))
     if found.divergence is not None:
         before, stored, prompt = divergence_texts(found.divergence, _decoder(tokenizer))
-        click.echo(f"  after   …{before}")
-        click.echo(f"  stored  {stored}")
-        click.echo(f"  prompt  {prompt}")
+        lines += [("  after   ", f"…{before}"), ("  stored  ", stored), ("  prompt  ", prompt)]
+    for head, text in lines:
+        click.echo(hanging(head, text, width))
 
 
 def _value(value: str | None) -> str:
