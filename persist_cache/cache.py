@@ -20,9 +20,10 @@ from persist_cache.entry import TIER_LABELS, TOKEN_BYTES, Match, Tier, pack_toke
 from persist_cache.errors import StoreAccessError, StoreError, UnsupportedCacheError
 from persist_cache.fingerprint import Fingerprint, Identifier
 from persist_cache.insert import Source
+from persist_cache.reasons import UNREADABLE, kind_of_reason, why_no_more
 from persist_cache.resident import Candidate, Held, LiveCaches, Resident
 from persist_cache.store import Store
-from persist_cache.tally import Fetch, PromptCacheStats, Tally, kind_of_miss
+from persist_cache.tally import Fetch, PromptCacheStats, Tally
 from persist_cache.writer import WriteBehind
 
 log = logging.getLogger(__name__)
@@ -196,10 +197,26 @@ class PromptCache:
         Returns:
             A cache that the caller owns, or None; and the tokens that are left to compute.
         """
+        cache, rest, _ = self.look_up(model, tokens)
+        return cache, rest
+
+    def look_up(
+        self, model: Hashable, tokens: Sequence[int], *, counted: bool = True
+    ) -> tuple[Any | None, Sequence[int], Fetch]:
+        """As `fetch_nearest_cache`, with its outcome.
+
+        Args:
+            model: mlx-lm's model key.
+            tokens: The prompt.
+            counted: Whether it is a client's request. Others are in no statistics.
+
+        Returns:
+            Cache and rest, and how the request was answered.
+        """
         started = time.monotonic()
         try:
             packed = pack_tokens(tokens)
-            cache, fetch = self._fetch(model, packed)
+            cache, fetch = self._fetch(model, packed, counted)
             self._tally.begun(model, packed, fetch.num_tokens)
         except Exception as error:
             log.exception("a look-up failed; the prompt is computed anew")
@@ -208,9 +225,10 @@ class PromptCache:
         fetch = Fetch(
             fetch.source, fetch.num_tokens, fetch.reason, time.monotonic() - started, fetch.nbytes
         )
-        self._account(tokens, fetch)
+        if counted:
+            self._account(tokens, fetch)
         rest = tokens[fetch.num_tokens :] if fetch.num_tokens else tokens
-        return cache, rest
+        return cache, rest, fetch
 
     def insert_cache(
         self,
@@ -366,7 +384,9 @@ class PromptCache:
 
     # ---- look up -----------------------------------------------------------------------------
 
-    def _fetch(self, model: Hashable, packed: bytes) -> tuple[Any | None, Fetch]:
+    def _fetch(
+        self, model: Hashable, packed: bytes, counted: bool
+    ) -> tuple[Any | None, Fetch]:
         limit = max(0, len(packed) // TOKEN_BYTES - self._leave_tokens)
         if self._writer is not None:
             self._writer.poke()
@@ -375,8 +395,14 @@ class PromptCache:
         match = self._match(fingerprint, packed, limit)
         with self._lock:
             candidate = self._candidate(model, packed, limit)
+            parting = self._resident.parting(model, packed)
         in_memory = -1 if candidate is None else candidate.num_tokens
         gain = match.num_tokens - max(0, in_memory)
+
+        def why(used: int, found: Match) -> str:
+            asked = fingerprint is not None and self._store is not None
+            return why_no_more(used, limit, found, parting, asked_disk=asked)
+
         if (
             fingerprint is not None
             and self._store is not None
@@ -388,17 +414,20 @@ class PromptCache:
             )
             if found is not None:
                 cache, match = found
-                self._store.touch(match)
-                return cache, Fetch("disk", match.num_tokens, match.reason, 0.0, match.nbytes)
-            match = Match(0, reason="what was stored could not be read")
+                if counted:
+                    self._store.touch(match)
+                used, nbytes = match.num_tokens, match.nbytes
+                return cache, Fetch("disk", used, why(used, match), 0.0, nbytes)
+            match = Match(0, reason=UNREADABLE)
         if candidate is None:
-            return None, Fetch("miss", 0, match.reason)
+            return None, Fetch("miss", 0, why(0, match))
         cache = self._hand_over(model, packed, limit)
         if cache is None:
             return None, Fetch("miss", 0, "the cache in memory was changed by its former owner")
-        if self._store is not None and match.num_tokens:
+        if counted and self._store is not None and match.num_tokens:
             self._store.touch(match)
-        return cache, Fetch("memory", candidate.num_tokens, match.reason)
+        used = candidate.num_tokens
+        return cache, Fetch("memory", used, why(used, match))
 
     def _match(self, fingerprint: Fingerprint | None, packed: bytes, limit: int) -> Match:
         """What the disk has of a prompt; nothing, with the reason, when it cannot be asked."""
@@ -449,9 +478,14 @@ class PromptCache:
         self._tally.fetched(tokens, fetch)
         if self._store is not None and not self._closed:
             if fetch.source == "miss":
-                self._store.count(f"misses:{kind_of_miss(fetch.reason)}")
+                self._store.count(f"misses:{kind_of_reason(fetch.reason)}")
+            elif fetch.reason:
+                self._store.count(f"partial:{kind_of_reason(fetch.reason)}")
             self._store.count("misses" if fetch.source == "miss" else f"hits_{fetch.source}")
             self._store.count("tokens_saved", fetch.num_tokens)
+            # Counted since later than that one, and together: of these there is a ratio.
+            self._store.count("tokens_reused", fetch.num_tokens)
+            self._store.count("tokens_asked", len(tokens))
 
     def _fingerprint(self, model: Hashable) -> Fingerprint | None:
         if self._store is None or self._closed:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from msgspec import Struct
 
-from persist_cache import catalog, fs, health, opening, paths
+from persist_cache import catalog, fs, health, opening, paths, reasons
 from persist_cache.blobs import BlobFolder, BlobReader
 from persist_cache.budget import Limits
 from persist_cache.catalog import Catalog, StoreStats
@@ -227,7 +227,7 @@ class Store:
         packed = _packed(tokens)
         length = len(packed) // TOKEN_BYTES
         limit = length if limit is None else max(0, min(limit, length))
-        best = Match(0, reason="nothing is stored for this model")
+        best = Match(0, reason=reasons.NOTHING_STORED)
         with self._disk.index.read() as txn:
             for _, namespace in txn.namespaces(fingerprint.digest):
                 found = _match_in(txn, namespace, packed, limit)
@@ -621,11 +621,12 @@ def _match_in(txn: Reader, namespace: NamespaceRecord, packed: bytes, limit: int
     position, checkpoint = paths.resumable(txn, path, limit)
     reason = ""
     if path.common == 0:
-        reason = "no stored prompt begins with the first token"
+        reason = reasons.OTHER_PROMPT
     elif position < min(path.common, limit):
-        reason = "no checkpoint there: this model's cache cannot be trimmed"
+        reason = reasons.NO_CHECKPOINT
     elif position == path.common < len(packed) // TOKEN_BYTES:
-        reason = "what is stored ends here or goes on differently"
+        goes_on = path.node is None or txn.children(path.node, limit=1)
+        reason = reasons.DIVERGES if goes_on else reasons.ENDS
     if position == 0:
         return Match(0, common_tokens=path.common, reason=reason)
     runs: list[Run] = []
