@@ -22,7 +22,7 @@ from persist_cache.fingerprint import Fingerprint, Identifier
 from persist_cache.insert import Source
 from persist_cache.resident import Candidate, Held, LiveCaches, Resident
 from persist_cache.store import Store
-from persist_cache.tally import Fetch, PromptCacheStats, Tally, kind_of_miss
+from persist_cache.tally import Fetch, PromptCacheStats, RecentFetch, Tally, kind_of_miss
 from persist_cache.writer import WriteBehind
 
 log = logging.getLogger(__name__)
@@ -167,12 +167,14 @@ class PromptCache:
 
     @property
     def last_fetch(self) -> Fetch:
-        """How the most recent request was answered."""
-        recent = self._tally.recent()
-        return recent[-1][1] if recent else Fetch("miss", 0)
+        """How the calling thread's most recent `fetch_nearest_cache` was answered.
 
-    def recent_fetches(self) -> list[tuple[Sequence[int], Fetch]]:
-        """The latest prompts and how they were answered, oldest first; for response headers."""
+        A thread that never called it sees the most recent of all threads.
+        """
+        return self._tally.last_fetch() or Fetch("miss", 0)
+
+    def recent_fetches(self) -> list[RecentFetch]:
+        """The latest prompts, by length and digest, and how they were answered, oldest first."""
         return self._tally.recent()
 
     def stats_by_type(self) -> dict[str, dict[str, int]]:
@@ -197,6 +199,7 @@ class PromptCache:
             A cache that the caller owns, or None; and the tokens that are left to compute.
         """
         started = time.monotonic()
+        packed: bytes | None = None
         try:
             packed = pack_tokens(tokens)
             cache, fetch = self._fetch(model, packed)
@@ -208,7 +211,7 @@ class PromptCache:
         fetch = Fetch(
             fetch.source, fetch.num_tokens, fetch.reason, time.monotonic() - started, fetch.nbytes
         )
-        self._account(tokens, fetch)
+        self._account(len(tokens), packed, fetch)
         rest = tokens[fetch.num_tokens :] if fetch.num_tokens else tokens
         return cache, rest
 
@@ -445,8 +448,8 @@ class PromptCache:
             return None
         return cache
 
-    def _account(self, tokens: Sequence[int], fetch: Fetch) -> None:
-        self._tally.fetched(tokens, fetch)
+    def _account(self, num_tokens: int, packed: bytes | None, fetch: Fetch) -> None:
+        self._tally.fetched(num_tokens, packed, fetch)
         if self._store is not None and not self._closed:
             if fetch.source == "miss":
                 self._store.count(f"misses:{kind_of_miss(fetch.reason)}")
