@@ -23,7 +23,7 @@ from persist_cache.insert import Source
 from persist_cache.reasons import UNREADABLE, kind_of_reason, why_no_more
 from persist_cache.resident import Candidate, Held, LiveCaches, Resident
 from persist_cache.store import Store
-from persist_cache.tally import Fetch, PromptCacheStats, Tally
+from persist_cache.tally import Fetch, PromptCacheStats, RecentFetch, Tally
 from persist_cache.writer import WriteBehind
 
 log = logging.getLogger(__name__)
@@ -168,12 +168,14 @@ class PromptCache:
 
     @property
     def last_fetch(self) -> Fetch:
-        """How the most recent request was answered."""
-        recent = self._tally.recent()
-        return recent[-1][1] if recent else Fetch("miss", 0)
+        """How the calling thread's most recent `fetch_nearest_cache` was answered.
 
-    def recent_fetches(self) -> list[tuple[Sequence[int], Fetch]]:
-        """The latest prompts and how they were answered, oldest first; for response headers."""
+        A thread that never called it sees the most recent of all threads.
+        """
+        return self._tally.last_fetch() or Fetch("miss", 0)
+
+    def recent_fetches(self) -> list[RecentFetch]:
+        """The latest prompts, by length and digest, and how they were answered, oldest first."""
         return self._tally.recent()
 
     def stats_by_type(self) -> dict[str, dict[str, int]]:
@@ -214,6 +216,7 @@ class PromptCache:
             Cache and rest, and how the request was answered.
         """
         started = time.monotonic()
+        packed: bytes | None = None
         try:
             packed = pack_tokens(tokens)
             cache, fetch = self._fetch(model, packed, counted)
@@ -226,7 +229,7 @@ class PromptCache:
             fetch.source, fetch.num_tokens, fetch.reason, time.monotonic() - started, fetch.nbytes
         )
         if counted:
-            self._account(tokens, fetch)
+            self._account(len(tokens), packed, fetch)
         rest = tokens[fetch.num_tokens :] if fetch.num_tokens else tokens
         return cache, rest, fetch
 
@@ -384,9 +387,7 @@ class PromptCache:
 
     # ---- look up -----------------------------------------------------------------------------
 
-    def _fetch(
-        self, model: Hashable, packed: bytes, counted: bool
-    ) -> tuple[Any | None, Fetch]:
+    def _fetch(self, model: Hashable, packed: bytes, counted: bool) -> tuple[Any | None, Fetch]:
         limit = max(0, len(packed) // TOKEN_BYTES - self._leave_tokens)
         if self._writer is not None:
             self._writer.poke()
@@ -474,8 +475,8 @@ class PromptCache:
             return None
         return cache
 
-    def _account(self, tokens: Sequence[int], fetch: Fetch) -> None:
-        self._tally.fetched(tokens, fetch)
+    def _account(self, num_tokens: int, packed: bytes | None, fetch: Fetch) -> None:
+        self._tally.fetched(num_tokens, packed, fetch)
         if self._store is not None and not self._closed:
             if fetch.source == "miss":
                 self._store.count(f"misses:{kind_of_reason(fetch.reason)}")
@@ -485,7 +486,7 @@ class PromptCache:
             self._store.count("tokens_saved", fetch.num_tokens)
             # Counted since later than that one, and together: of these there is a ratio.
             self._store.count("tokens_reused", fetch.num_tokens)
-            self._store.count("tokens_asked", len(tokens))
+            self._store.count("tokens_asked", num_tokens)
 
     def _fingerprint(self, model: Hashable) -> Fingerprint | None:
         if self._store is None or self._closed:

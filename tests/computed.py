@@ -1,10 +1,12 @@
-"""Tokens that a model computes, noted at its call: what all that is said of a cache is held against.
+"""What a model computes, noted at its call: all that is said of a cache is held against that.
 
 `python -m tests.computed JOB.json` is a server as of `tests.server_process` whose models note their
-calls in JOB.calls, one line each. A call either prefills or, within one of mlx-lm's `_step`
-functions, samples. Prefilling leaves the last token of a prompt to the first sampling call, so for
-a request whose first `n` tokens were cached it has to be exactly `prompt[n:-1]`: no token less,
-else something was made up, and none more, else something was computed that was said to be there.
+calls in JOB.calls, one a line. A call either samples, within one of mlx-lm's `_step` functions, or
+it prefills. Prefilling leaves the last token of a prompt to the first call that samples. So for a
+request of which `n` tokens were cached it has to be exactly `prompt[n:-1]`: were it less, something
+else had been made use of; were it more, something had been computed that was said to be there.
+Drafted tokens that the model refuses are in calls that sample. What the draft model itself computes
+is noted under its own name.
 """
 
 from __future__ import annotations

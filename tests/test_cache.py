@@ -6,7 +6,9 @@ import os
 import shutil
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ import pytest
 
 from persist_cache import PromptCache, Store, UnsupportedCacheError, fs
 from persist_cache.blobs import BlobReader
+from persist_cache.digests import prompt_digest
+from persist_cache.entry import pack_tokens
 from persist_cache.fingerprint import Fingerprint
 from persist_cache.insert import Source
 from tests.fakes import FakeSource, fingerprint, restore
@@ -600,6 +604,54 @@ def test_threads_may_share_a_cache(make: Callable[..., PromptCache]) -> None:
 
     assert errors == []
     assert cache.stats().problems == {}
+
+
+def test_prompts_that_were_answered_are_remembered_without_their_tokens(
+    make: Callable[..., PromptCache],
+) -> None:
+    """64 prompts of 30,000 tokens took 93 MB, for the sake of a header."""
+    cache = make(store=None)
+    tracemalloc.start()
+    before, _ = tracemalloc.get_traced_memory()
+
+    for base in range(64):
+        cache.fetch_nearest_cache(MODEL, [base << 32, *range(5_000)])
+    after, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert len(cache.recent_fetches()) == 64
+    assert after - before < 64 * 5_000  # a byte per token
+
+
+def test_list_that_its_owner_extends_is_remembered_as_it_was_asked_for(
+    make: Callable[..., PromptCache],
+) -> None:
+    """mlx_lm.server appends what it generates to the very list that it asked for."""
+    cache = make(store=None)
+    asked = [1, 2, 3]
+
+    cache.fetch_nearest_cache(MODEL, asked)
+    asked.append(4)
+
+    (recent,) = cache.recent_fetches()
+    assert (recent.num_tokens, recent.digest) == (3, prompt_digest(pack_tokens([1, 2, 3])))
+
+
+def test_last_fetch_is_that_of_the_thread_that_asks(make: Callable[..., PromptCache]) -> None:
+    cache = make(store=None)
+    insert(cache, range(10), "assistant")
+    fetch(cache, range(12))
+
+    def miss() -> str:
+        fetch(cache, [77])
+        return cache.last_fetch.source
+
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(miss).result() == "miss"
+        assert other.submit(lambda: cache.last_fetch.source).result() == "miss"
+    assert cache.last_fetch.source == "memory"
+    with ThreadPoolExecutor(1) as newcomer:
+        assert newcomer.submit(lambda: cache.last_fetch.source).result() == "miss"
 
 
 @pytest.mark.parametrize(

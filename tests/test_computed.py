@@ -101,9 +101,7 @@ class Auditor:
             assert (one.source == "miss") == (one.num_tokens == 0)
             assert bool(one.reason) == (one.num_tokens < len(prompt) - 1)
         computed = self.server.prefilled()
-        wanted = [
-            prompt[one.num_tokens : -1] for one, prompt in zip(said, prompts, strict=True)
-        ]
+        wanted = [prompt[one.num_tokens : -1] for one, prompt in zip(said, prompts, strict=True)]
         assert sum(map(len, computed)) == sum(map(len, wanted)), said
         assert accounts_for(computed, wanted), "other tokens were computed than those not cached"
         self._check_counters(said)
@@ -229,9 +227,7 @@ class Clients:
         if what == "new" or not self._chats:
             body: dict[str, Any] = {"messages": []}
             if self._rng.random() < 0.8:
-                body["messages"].append(
-                    {"role": "system", "content": self._rng.choice(SYSTEMS)}
-                )
+                body["messages"].append({"role": "system", "content": self._rng.choice(SYSTEMS)})
             if self._rng.random() < 0.4:
                 body["tools"] = TOOLS
             body["messages"].append(self._question())
@@ -254,7 +250,7 @@ class Clients:
                 "function": {"name": "clock", "arguments": json.dumps({"city": city})},
             }
             messages.append({"role": "assistant", "content": None, "tool_calls": [call]})
-            messages.append({"role": "tool", "tool_call_id": "1", "content": "It is half past one."})
+            messages.append({"role": "tool", "tool_call_id": "1", "content": "It is half past."})
         return copy.deepcopy(body)
 
     def _question(self) -> dict[str, Any]:
