@@ -1,4 +1,4 @@
-"""Each answer tells what was there when its request left the queue, and each request counts once."""
+"""Each answer tells what was there when its request left the queue; each request counts once."""
 
 from __future__ import annotations
 
