@@ -124,7 +124,7 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
         part = getattr(request, "wanted_part", "")
         if part:
             end = len(prompt) - 1 if part == "prompt" else system_tokens(segments, types)
-            self.cache.cut_answer(prompt, end)
+            self.cache.cut_answer(prompt, end, model=self.model_provider.model_key)
         return prompt, segments, types, initial_state, vision
 
     def _cut_tool_turn(
