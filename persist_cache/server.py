@@ -125,7 +125,8 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
             ticket.system_tokens = system_tokens(segments, types)
             if ticket.part:
                 whole = ticket.part == "prompt"
-                self.cache.cut_answer(prompt, len(prompt) - 1 if whole else ticket.system_tokens)
+                end = len(prompt) - 1 if whole else ticket.system_tokens
+                self.cache.cut_answer(prompt, end, model=self.model_provider.model_key)
         return prompt, segments, types, initial_state, vision
 
     def _cut_tool_turn(

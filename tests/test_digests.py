@@ -46,7 +46,7 @@ def test_prefix_that_differs_in_its_first_half_is_told_apart(length: int) -> Non
 def test_digests_of_a_long_prompt_are_small() -> None:
     digests = PrefixDigests.of(pack_tokens(range(30_000)))
 
-    assert len(digests.digests) == len(digests.num_tokens) < 150
+    assert len(digests.digests) * digests.digests.itemsize < 1200
 
 
 def test_prompts_have_the_same_digest_exactly_when_they_are_the_same() -> None:
