@@ -1,4 +1,4 @@
-"""Why the reuse of a prompt ends, as header, counters and `stats` tell it; and what it was worth."""
+"""Why the reuse of a prompt ends, as header, counters and `stats` say; and what it was worth."""
 
 from __future__ import annotations
 
