@@ -459,7 +459,8 @@ class PromptCache:
         try:
             return self._store.match(owner.fingerprint, packed, limit=limit)
         except StoreError as error:
-            self._disk_failed(error)
+            if not self._closed:  # else it was closed by us while it was asked
+                self._disk_failed(error)
             return Match(0, reason=str(error))
 
     def _load(
