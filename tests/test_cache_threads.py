@@ -119,7 +119,8 @@ def test_offset_and_rest_make_up_the_prompt_whatever_happens_at_once(
     with Store.open(path, min_free_bytes=0) as disk:
         if kept_in == "own store":
             disk.close()  # the cache opens it, and closes it while others go on
-        machine = Machine({"store": disk, "own store": path, "memory": None}[kept_in])
+        stores: dict[str, Store | Path | None] = {"store": disk, "own store": path, "memory": None}
+        machine = Machine(stores[kept_in])
         threads = [
             threading.Thread(target=machine.run, args=(seed * 100 + number,))
             for number in range(THREADS)
