@@ -29,6 +29,7 @@ import re
 import stat
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -200,6 +201,7 @@ class Identifier:
         self._memo_path = memo_path
         self._lock = threading.Lock()
         self._results: dict[_Parts, Fingerprint | Unidentified] = {}
+        self._loads: Counter[_Parts | None] = Counter()
 
     def __call__(self, model_key: ModelKey | None) -> Fingerprint | None:
         """Return the model's fingerprint, or None when it cannot be identified.
@@ -225,10 +227,36 @@ class Identifier:
                 self._results[parts] = self._identify(*parts)
             return self._results[parts]
 
-    def forget(self) -> None:
-        """Look at the files again when a model is asked for next."""
+    def settled(self, model_key: ModelKey | None) -> Fingerprint | Unidentified | None:
+        """Return the answer that stands for a model; None when there is none. Reads no file."""
+        try:
+            return self._results.get(_split_model_key(model_key))
+        except _CannotIdentify as error:
+            return Unidentified(str(error))
+
+    def load_number(self, model_key: ModelKey | None) -> int:
+        """Return a number that grows whenever the answer for a model was forgotten."""
+        try:
+            return self._loads[None] + self._loads[_split_model_key(model_key)]
+        except _CannotIdentify:
+            return self._loads[None]
+
+    def forget(self, model_key: ModelKey | None = None) -> None:
+        """Look at the files again when a model is asked for next.
+
+        Args:
+            model_key: The only one to be forgotten; all are when it is None.
+        """
+        try:
+            parts = None if model_key is None else _split_model_key(model_key)
+        except _CannotIdentify:
+            return  # it never had an answer
         with self._lock:
-            self._results.clear()
+            self._loads[parts] += 1
+            if parts is None:
+                self._results.clear()
+            else:
+                self._results.pop(parts, None)
 
     def _identify(
         self, model: str, adapter: str | None, draft: str | None

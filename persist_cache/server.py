@@ -19,7 +19,6 @@ import signal
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,6 +29,8 @@ from mlx_lm import server as upstream
 
 from persist_cache.admin import Admin
 from persist_cache.cache import PromptCache
+from persist_cache.digests import prompt_digest
+from persist_cache.entry import pack_tokens
 from persist_cache.errors import (
     MissingDependencyError,
     ModelError,
@@ -104,7 +105,6 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
 
     def __init__(self, model_provider: Any, prompt_cache: PromptCache) -> None:
         self.cache = prompt_cache  # upstream deletes its own reference at the end
-        self._fetches: deque[tuple[Sequence[int], Fetch]] = deque(maxlen=256)
         self._answering = threading.local()
         self._in_flight = 0
         self._reader = ThreadPoolExecutor(1, "persist-cache-read-ahead")
@@ -124,7 +124,7 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
         part = getattr(request, "wanted_part", "")
         if part:
             end = len(prompt) - 1 if part == "prompt" else system_tokens(segments, types)
-            self.cache.cut_answer(prompt, end)
+            self.cache.cut_answer(prompt, end, model=self.model_provider.model_key)
         return prompt, segments, types, initial_state, vision
 
     def _cut_tool_turn(
@@ -303,9 +303,11 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
             if time.monotonic() > deadline:
                 return None
             time.sleep(0.002)
-        for tokens, fetch in reversed(self.cache.recent_fetches()):
-            if tokens is ctx.prompt or list(tokens) == ctx.prompt:
-                return fetch
+        packed = pack_tokens(ctx.prompt)
+        wanted = len(ctx.prompt), prompt_digest(packed)
+        for recent in reversed(self.cache.recent_fetches()):
+            if (recent.num_tokens, recent.digest) == wanted:
+                return recent.fetch
         return None
 
     def take_fetch(self) -> Fetch | None:
