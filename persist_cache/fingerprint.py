@@ -216,7 +216,7 @@ class Identifier:
         self._numbers: dict[Parts, int] = {}
         self._forgotten = 0
         self._loading: dict[Parts, int] = {}
-        self._combined: dict[tuple[int, ...], int] = {}
+        self._shared: dict[Parts, tuple[tuple[int, ...], int]] = {}
 
     def __call__(self, model_key: ModelKey | None) -> Fingerprint | None:
         """Return the model's fingerprint, or None when it cannot be identified.
@@ -260,7 +260,7 @@ class Identifier:
     def load_number(self, model_key: ModelKey | None) -> int:
         """Return a number that changes whenever the model may have become another one.
 
-        It does at `forget`, when a load begins, and when a load is settled. No number is used
+        It grows at `forget`, when a load begins, and when a load is settled. No number is used
         twice.
         """
         try:
@@ -270,12 +270,24 @@ class Identifier:
         with self._state:
             return self._number(parts)
 
-    def forget(self) -> None:
-        """Look at the files again when a model is asked for next."""
+    def forget(self, model_key: ModelKey | None = None) -> None:
+        """Look at the files again when a model is asked for next.
+
+        Args:
+            model_key: The only one to be forgotten; all are when it is None.
+        """
+        try:
+            parts = None if model_key is None else split_model_key(model_key)
+        except CannotIdentify:
+            return  # it never had an answer
         with self._state:
-            self._answers.clear()
-            self._numbers.clear()
-            self._forgotten = next(LOAD_NUMBERS)
+            if parts is None:
+                self._answers.clear()
+                self._numbers.clear()
+                self._forgotten = next(LOAD_NUMBERS)
+            else:
+                self._answers.pop(parts, None)
+                self._numbers[parts] = next(LOAD_NUMBERS)
 
     def around_load(self, model_key: ModelKey | None, load: Callable[[], T]) -> T:
         """Load a model, and settle its identity as that of the files it was loaded from.
@@ -338,11 +350,15 @@ class Identifier:
     def _number(self, parts: Parts) -> int:
         own = self._numbers.get(parts, self._forgotten)
         numbers = tuple(load.number if load else 0 for load in self._loaded_parts(parts))
-        if not any(numbers):
-            return own
-        if len(numbers) == 1:
-            return numbers[0]
-        return self._combined.setdefault((own, *numbers), next(LOAD_NUMBERS))
+        if any(numbers):
+            kept = self._shared.get(parts)
+            if kept is None or kept[0] != (own, *numbers):
+                kept = self._shared[parts] = ((own, *numbers), next(LOAD_NUMBERS))
+            return kept[1]
+        if self._shared.pop(parts, None) is not None:
+            # The loaded model has died. What takes its place is none of the earlier ones.
+            own = self._numbers[parts] = next(LOAD_NUMBERS)
+        return own
 
     def _loaded_parts(self, parts: Parts) -> list[Load | None]:
         """Loads by `persist_cache.load` of the model and the draft model, if they decide."""
