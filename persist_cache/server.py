@@ -27,6 +27,7 @@ from typing import Any, Literal
 import mlx.core as mx
 from mlx_lm import server as upstream
 
+from persist_cache import loading
 from persist_cache.admin import Admin
 from persist_cache.cache import PromptCache
 from persist_cache.digests import prompt_digest
@@ -325,7 +326,7 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
 
 
 class Provider(upstream.ModelProvider):  # type: ignore[misc]
-    """Upstream's model provider; identifies a model right when its files were read."""
+    """Upstream's model provider; a model's identity is that of the files it was loaded from."""
 
     identifier: Identifier | None = None
     spare_tokenizer: Any = None
@@ -345,16 +346,27 @@ class Provider(upstream.ModelProvider):  # type: ignore[misc]
     def _load(
         self, model_path: str, adapter_path: str | None = None, draft_model_path: str | None = None
     ) -> None:
-        # Files may be rewritten while the process lives, but not the weights in memory: the
-        # identity is that of the files at the time of loading.
-        if self.identifier is not None:
-            self.identifier.forget()
-        self.spare_tokenizer = None
+        # The key is formed as upstream forms it when the model is loaded.
+        model_key = (model_path, adapter_path, draft_model_path)
+
+        def read() -> None:
+            super(Provider, self)._load(*model_key)
+            loading.evaluate(self.model, self.draft_model)
+
         with model_errors(model_path) if model_path else contextlib.nullcontext():
-            super()._load(model_path, adapter_path, draft_model_path)
+            if self.identifier is None or self.is_distributed:
+                # A rank loads a shard, which has no identity.
+                self.spare_tokenizer = None
+                super()._load(*model_key)
+            else:
+                for name in filter(None, (model_path, draft_model_path)):
+                    # What cannot be had costs the model in memory neither its place nor its name.
+                    loading.fetch(name)
+                self.spare_tokenizer = None
+                # The weights in memory go, and with them what is known of their files.
+                self.identifier.forget()
+                self.identifier.around_load(model_key, read)
         self.spare_tokenizer = copy.deepcopy(self.tokenizer)
-        if self.identifier is not None:
-            self.identifier(self.model_key)
 
 
 class Handler(Front, upstream.APIHandler):  # type: ignore[misc]
