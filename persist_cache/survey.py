@@ -139,8 +139,8 @@ class Amount(Struct, frozen=True):
     Attributes:
         entries: Number of entries.
         nbytes: Bytes of the files behind them; none is counted twice.
-        hits: Times they were restored.
-        saved_s: Seconds of prefill that saved.
+        hits: Requests that they served, from disk or out of memory.
+        saved_s: Seconds of prefill that saved, less what reading took.
     """
 
     entries: int = 0
