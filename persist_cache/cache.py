@@ -21,6 +21,7 @@ from persist_cache.entry import TIER_LABELS, TOKEN_BYTES, Match, Tier, pack_toke
 from persist_cache.errors import StoreAccessError, StoreError, UnsupportedCacheError
 from persist_cache.fingerprint import Fingerprint, Identifier, Unidentified
 from persist_cache.insert import Source
+from persist_cache.kin import STORED_OTHERWISE
 from persist_cache.owners import Owner, Owners
 from persist_cache.prefills import Prefills
 from persist_cache.resident import Candidate, Held, LiveCaches, Resident
@@ -152,6 +153,7 @@ class PromptCache:
         """Asked before files are merged: whether an answer is being computed. A server knows;
         else it is so from a look-up to the insert of the reply, for ten minutes at most."""
         self._closed = False
+        self._told: set[str] = set()
         self._cuts: deque[tuple[Owner | None, bytes, int]] = deque(maxlen=16)
         self._writer: WriteBehind | None = None
         if self._store is not None and not self._store.read_only:
@@ -557,9 +559,16 @@ class PromptCache:
         self._tally.fetched(num_tokens, packed, fetch)
         if self._store is not None and not self._closed:
             if fetch.source == "miss":
+                self._tell_of_kin(fetch.reason)
                 self._store.count(f"misses:{kind_of_miss(fetch.reason)}")
             self._store.count("misses" if fetch.source == "miss" else f"hits_{fetch.source}")
             self._store.count("tokens_saved", fetch.num_tokens)
+
+    def _tell_of_kin(self, reason: str) -> None:
+        """Say once in the log that what is stored for a model cannot be used as it is now."""
+        if reason.startswith(STORED_OTHERWISE) and reason not in self._told:
+            self._told.add(reason)
+            log.warning("prompts of this model are on disk, but %s", reason)
 
     @property
     def _uses_disk(self) -> bool:

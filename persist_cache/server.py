@@ -429,7 +429,9 @@ def cache_header(fetch: Fetch) -> str:
     """The value of `x-persist-cache`: `disk|memory|miss; tokens=N`, and why it is a miss."""
     value = f"{fetch.source}; tokens={fetch.num_tokens}"
     if fetch.source == "miss" and fetch.reason:
-        reason = fetch.reason.encode("ascii", "replace").decode().replace('"', "'")
+        reason = (
+            fetch.reason.replace("→", "->").encode("ascii", "replace").decode().replace('"', "'")
+        )
         value += f'; reason="{" ".join(reason.split())[:200]}"'
     return value
 

@@ -39,6 +39,7 @@ from persist_cache.evict import Evictor
 from persist_cache.health import Problem
 from persist_cache.index import DamagedIndexError, Reader, Writer
 from persist_cache.insert import Insertion, PutResult, Source
+from persist_cache.kin import NOTHING_STORED, Kin
 from persist_cache.records import (
     END_OF_TIME_S,
     NO_BLOB,
@@ -100,6 +101,7 @@ class Store:
         self._run_tokens = run_tokens
         self._grown: dict[int, None] = {}
         """Entries stored since runs were merged last, in their order."""
+        self._kin = Kin()
         self._closed = False
 
     @classmethod
@@ -227,12 +229,18 @@ class Store:
         packed = _packed(tokens)
         length = len(packed) // TOKEN_BYTES
         limit = length if limit is None else max(0, min(limit, length))
-        best = Match(0, reason="nothing is stored for this model")
+        best: Match | None = None
         with self._disk.index.read() as txn:
             for _, namespace in txn.namespaces(fingerprint.digest):
                 found = _match_in(txn, namespace, packed, limit)
-                if (found.num_tokens, found.common_tokens) >= (best.num_tokens, best.common_tokens):
+                if found.reason != NOTHING_STORED and (
+                    best is None
+                    or (found.num_tokens, found.common_tokens)
+                    >= (best.num_tokens, best.common_tokens)
+                ):
                     best = found
+            if best is None:
+                return Match(0, reason=self._kin.why_nothing(txn, fingerprint))
         return best
 
     def fetch(
@@ -662,7 +670,8 @@ def _match_in(txn: Reader, namespace: NamespaceRecord, packed: bytes, limit: int
     position, checkpoint = paths.resumable(txn, path, limit)
     reason = ""
     if path.common == 0:
-        reason = "no stored prompt begins with the first token"
+        stored = txn.children(namespace.root, limit=1)
+        reason = "no stored prompt begins with the first token" if stored else NOTHING_STORED
     elif position < min(path.common, limit):
         reason = "no checkpoint there: this model's cache cannot be trimmed"
     elif position == path.common < len(packed) // TOKEN_BYTES:
