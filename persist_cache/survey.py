@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Hashable, Mapping, Sequence
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import compress, count, islice
 from operator import eq
 from pathlib import Path
@@ -571,13 +571,10 @@ def outdated_reason(model: Model) -> str:
         return f"computed by mlx-lm {wrote}, and {installed} is installed"
     layout = model.fields.get("layout", "")
     if layout and layout != str(LAYOUT_VERSION):
-        return (
-            f"written with layout {layout}, and this version of persist-cache has {LAYOUT_VERSION}"
-        )
+        return f"written with layout {layout}, and persist-cache has {LAYOUT_VERSION} now"
     return ""
 
 
-@cache
 def _installed_mlx_lm() -> str:
     import importlib.metadata
 

@@ -331,8 +331,9 @@ def upgraded(root: Path) -> dict[str, int]:
     layouts = {"old": ("0.30.0", 1), "older": ("0.30.0", 1), "newer": (here, 99), "now": (here, 1)}
     with Store.open(root, min_free_bytes=0) as store:
         for number, (name, (mlx_lm, layout)) in enumerate(layouts.items()):
-            fields = {"weights": name, "mlx_lm": mlx_lm, "layout": layout}
-            model = Fingerprint.from_fields(fields, {"name": name})
+            model = Fingerprint.from_fields(
+                {"weights": name, "mlx_lm": mlx_lm, "layout": layout}, {"name": name}
+            )
             tokens = [*SYSTEM, *range(number * 10)]
             store.put(model, tokens, FakeSource(tokens), pinned=name == "older")
         models = {one.fingerprint: one.name for one in Survey(store).models.values()}
