@@ -13,7 +13,7 @@ from persist_cache.fingerprint import Fingerprint, Identifier
 from persist_cache.metrics import reason_label
 from persist_cache.tally import kind_of_miss
 from tests.fakes import Clock, FakeSource
-from tests.test_cache import MODEL, FakeCodec
+from tests.live_fakes import MODEL, FakeCodec
 
 PROMPT = [1, 2, 3]
 FIELDS: dict[str, Any] = {

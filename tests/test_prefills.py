@@ -15,7 +15,8 @@ from persist_cache.environment import DiskSpeed, break_even
 from persist_cache.prefills import PrefillClock, Prefills, Rate
 from persist_cache.survey import Survey
 from tests.fakes import Clock, fingerprint, put
-from tests.test_cache import MODEL, FakeCodec, fetch, insert
+from tests.live_fakes import MODEL, FakeCodec
+from tests.test_cache import fetch, insert
 from tests.tiny_caches import model as tiny_model
 
 FAST_DISK = DiskSpeed(1, 1e12, 1e12, 0.0)
@@ -132,7 +133,8 @@ def test_short_tail_does_not_value_a_beginning_that_nobody_timed(
     make: Callable[..., PromptCache], disk: Store, clock: Clock
 ) -> None:
     prompt = list(range(1100))
-    put(disk, prompt[:1000], model="w0", tier="system")
+    with make() as cache:
+        answer(cache, clock, prompt, (1000, 0.0, "system"))
     with make() as cache:
         answer(cache, clock, prompt, (1014, 14.0, "user"))
 
@@ -143,7 +145,8 @@ def test_beginning_that_nobody_timed_is_valued_by_enough_that_was(
     make: Callable[..., PromptCache], disk: Store, clock: Clock
 ) -> None:
     prompt = list(range(1100))
-    put(disk, prompt[:1000], model="w0", tier="system")
+    with make() as cache:
+        answer(cache, clock, prompt, (1000, 0.0, "system"))
     with make() as cache:
         answer(cache, clock, [7] * 600, (500, 10.0, "user"))
         answer(cache, clock, prompt, (1014, 0.5, "user"))
