@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 from persist_cache.blobs import BlobReader
@@ -20,7 +21,9 @@ from persist_cache.entry import TIER_LABELS, TOKEN_BYTES, Match, Tier, pack_toke
 from persist_cache.errors import StoreAccessError, StoreError, UnsupportedCacheError
 from persist_cache.fingerprint import Fingerprint, Identifier, Unidentified
 from persist_cache.insert import Source
+from persist_cache.kin import STORED_OTHERWISE
 from persist_cache.owners import Owner, Owners
+from persist_cache.prefills import Prefills
 from persist_cache.resident import Candidate, Held, LiveCaches, Resident
 from persist_cache.store import Store
 from persist_cache.tally import Fetch, PromptCacheStats, RecentFetch, Tally, kind_of_miss
@@ -56,10 +59,11 @@ class Codec(LiveCaches, Protocol):
 
 
 class _Taken(NamedTuple):
-    """What memory gave for a prompt: a cache, if it is to be used, and the length it has."""
+    """What memory gave for a prompt: a cache, if it is to be used, its length and its cost."""
 
     cache: Any | None
     num_tokens: int
+    prefill_s: float = 0.0
 
 
 class PromptCache:
@@ -92,6 +96,7 @@ class PromptCache:
         queue_bytes: int = 4 << 30,
         codec: Codec | None = None,
         disk_off: str = "no store was given",
+        prefill_clock: Callable[[], float] | None = None,
     ) -> None:
         """Make an empty memory over `store`.
 
@@ -112,6 +117,8 @@ class PromptCache:
             queue_bytes: Cache memory that waiting saves may keep alive.
             codec: How caches become bytes; mlx-lm's by default.
             disk_off: Why there is no `store`, for whoever asks; unused when there is one.
+            prefill_clock: Seconds by which prefill is timed, `time.monotonic` by default. A server
+                has one that stands still while it does other things, such as decoding for others.
 
         Raises:
             ValueError: An unknown tier, or a negative number.
@@ -130,6 +137,7 @@ class PromptCache:
         self._lock = threading.RLock()
         self._resident = Resident(codec, max_size, max_bytes)
         self._tally = Tally()
+        self._prefills = Prefills(prefill_clock)
         self._memory_only = "" if store is not None else disk_off
         self._disk_error: StoreError | None = None
         if store is not None and codec.group_size() > 1:
@@ -145,6 +153,7 @@ class PromptCache:
         """Asked before files are merged: whether an answer is being computed. A server knows;
         else it is so from a look-up to the insert of the reply, for ten minutes at most."""
         self._closed = False
+        self._told: set[str] = set()
         self._cuts: deque[tuple[Owner | None, bytes, int]] = deque(maxlen=16)
         self._writer: WriteBehind | None = None
         if self._store is not None and not self._store.read_only:
@@ -223,14 +232,12 @@ class PromptCache:
         try:
             packed = pack_tokens(tokens)
             cache, fetch = self._fetch(model, packed)
-            self._tally.begun(model, packed, fetch.num_tokens)
+            self._prefills.begun(model, packed, fetch.num_tokens, fetch.prefill_s)
         except Exception as error:
             log.exception("a look-up failed; the prompt is computed anew")
             self._tally.problem(f"fetch_failed:{type(error).__name__}")
             cache, fetch = None, Fetch("miss", 0, "the look-up failed")
-        fetch = Fetch(
-            fetch.source, fetch.num_tokens, fetch.reason, time.monotonic() - started, fetch.nbytes
-        )
+        fetch = replace(fetch, seconds=time.monotonic() - started)
         self._account(len(tokens), packed, fetch)
         rest = tokens[fetch.num_tokens :] if fetch.num_tokens else tokens
         return cache, rest
@@ -254,7 +261,9 @@ class PromptCache:
             prompt_cache: The cache, which belongs to this object from now on. A `KVCache` has
                 arrays of shape `(B, n_kv_heads, T, head_dim)`.
             cache_type: Tier: `system`, `user` or `assistant`.
-            prefill_s: Seconds that computing it took, if known: `stats` tells what a hit saves.
+            prefill_s: Seconds that computing all of `tokens` takes, if known, from which `stats`
+                tells what a hit saves. Else it is added up: what was fetched cost when that was
+                computed, and the time since the fetch.
         """
         try:
             self._insert(model, tokens, prompt_cache, cache_type, prefill_s)
@@ -436,19 +445,21 @@ class PromptCache:
         """The longer of memory and disk, and what it is."""
         match = self._match(owner, packed, limit)
         reason = match.reason
-        cache, in_memory = self._take(owner, packed, limit, on_disk=match.num_tokens)
+        cache, in_memory, cost = self._take(owner, packed, limit, on_disk=match)
         if cache is None and match.num_tokens:
             found = self._load(owner, packed, match, limit, in_memory + 1)
             if found is not None:
                 cache, match = found
-                return cache, Fetch("disk", match.num_tokens, match.reason, 0.0, match.nbytes)
+                return cache, Fetch(
+                    "disk", match.num_tokens, match.reason, 0.0, match.nbytes, match.saved_s
+                )
             match, reason = Match(0), "what was stored could not be read"
-            cache, in_memory = self._take(owner, packed, limit, on_disk=0)
+            cache, in_memory, cost = self._take(owner, packed, limit, on_disk=match)
         if cache is None:
             return None, Fetch("miss", 0, reason)
         if self._store is not None and match.num_tokens:
-            self._store.touch(match)
-        return cache, Fetch("memory", in_memory, reason)
+            self._store.touch(match, num_tokens=in_memory)
+        return cache, Fetch("memory", in_memory, reason, prefill_s=cost)
 
     def _match(self, owner: Owner, packed: bytes, limit: int) -> Match:
         """What the disk has of a prompt; nothing, with the reason, when it cannot be asked."""
@@ -469,6 +480,7 @@ class PromptCache:
         """Read what was found on the disk, or what is there by now; None if that is too little."""
         if self._store is None or owner.fingerprint is None:
             return None
+        started = time.monotonic()
         found = self._store.load(
             owner.fingerprint,
             packed,
@@ -478,10 +490,10 @@ class PromptCache:
             min_tokens=min_tokens,
         )
         if found is not None:
-            self._store.touch(found[1])
+            self._store.touch(found[1], spent_s=time.monotonic() - started)
         return found
 
-    def _take(self, owner: Owner, packed: bytes, limit: int, *, on_disk: int) -> _Taken:
+    def _take(self, owner: Owner, packed: bytes, limit: int, *, on_disk: Match) -> _Taken:
         """Give away the best cache in memory, unless the disk's is worth reading instead.
 
         Returns:
@@ -490,11 +502,12 @@ class PromptCache:
         with self._lock:
             while (candidate := self._candidate(owner, packed, limit)) is not None:
                 used = candidate.num_tokens
-                if on_disk and (used <= 0 or on_disk - used >= _ENOUGH_GAIN_TOKENS):
+                gain = on_disk.num_tokens - used
+                if on_disk.num_tokens and (used <= 0 or gain >= _ENOUGH_GAIN_TOKENS):
                     return _Taken(None, used)
                 cache = self._give(candidate)
                 if cache is not None:
-                    return _Taken(cache, used)
+                    return _Taken(cache, used, _cost(candidate, on_disk))
                 self._tally.problem("trim_failed")
                 self._resident.remove(candidate.held)
                 self._spill([candidate.held])
@@ -546,9 +559,16 @@ class PromptCache:
         self._tally.fetched(num_tokens, packed, fetch)
         if self._store is not None and not self._closed:
             if fetch.source == "miss":
+                self._tell_of_kin(fetch.reason)
                 self._store.count(f"misses:{kind_of_miss(fetch.reason)}")
             self._store.count("misses" if fetch.source == "miss" else f"hits_{fetch.source}")
             self._store.count("tokens_saved", fetch.num_tokens)
+
+    def _tell_of_kin(self, reason: str) -> None:
+        """Say once in the log that what is stored for a model cannot be used as it is now."""
+        if reason.startswith(STORED_OTHERWISE) and reason not in self._told:
+            self._told.add(reason)
+            log.warning("prompts of this model are on disk, but %s", reason)
 
     @property
     def _uses_disk(self) -> bool:
@@ -605,13 +625,15 @@ class PromptCache:
             log.warning("a prompt is not kept: its model was loaded again while it was computed")
             return
         surplus = num_tokens - self._kept_tokens(owner, packed, num_tokens)
+        seen = packed[: num_tokens * TOKEN_BYTES]
+        prefill_s = prefill_s or self._prefills.ended(model, seen, tier)
         if surplus:
             if not self._codec.can_trim(cache) or self._codec.trim(cache, surplus) != surplus:
                 return
+            prefill_s *= 1 - surplus / num_tokens
             num_tokens -= surplus
         packed = packed[: num_tokens * TOKEN_BYTES]
         nbytes = self._codec.nbytes(cache)
-        prefill_s = prefill_s or self._tally.prefill_s(model, packed, tier)
         held = Held(owner, packed, cache, nbytes, tier.label, prefill_s)
         witness = getattr(self._codec, "witness", None)
         held.witness = None if witness is None else witness(cache)
@@ -770,6 +792,14 @@ class PromptCache:
 
 def _only_in_memory(owner: Owner) -> str:
     return f"this model is kept in memory only: {owner.reason}"
+
+
+def _cost(candidate: Candidate, match: Match) -> float:
+    """Seconds that computing what memory serves took; 0 when nobody measured."""
+    used, held = candidate.num_tokens, candidate.held
+    if match.num_tokens == used and match.saved_s:
+        return match.saved_s  # the disk knows each entry on the way
+    return held.prefill_s * used / held.num_tokens if used else 0.0
 
 
 def _removed(store: Store) -> StoreAccessError:

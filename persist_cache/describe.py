@@ -403,6 +403,15 @@ def store_json(
         },
         "tokens_saved": stats.counters.get("tokens_saved", 0),
         "saved_s": survey.saved_s if survey else 0.0,
+        "left_behind": [
+            {
+                "reason": one.reason,
+                "entries": one.entries,
+                "bytes": one.nbytes,
+                "pinned": one.pinned,
+            }
+            for one in (survey.left_behind if survey else [])
+        ],
         "quarantine": quarantine_json(damaged),
         "disk_off": disk_off,
         "counters": dict(stats.counters),

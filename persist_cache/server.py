@@ -12,6 +12,7 @@ import _thread
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -41,6 +42,7 @@ from persist_cache.errors import (
 from persist_cache.fingerprint import Identifier
 from persist_cache.front import Front
 from persist_cache.loaded import system_tokens
+from persist_cache.prefills import PrefillClock
 from persist_cache.store import Store
 from persist_cache.tally import Fetch
 from persist_cache.warm import model_errors
@@ -59,6 +61,7 @@ SEAM = {
         "progress_callback",
     ),
     "ResponseGenerator.stop_and_join": ("self",),
+    "BatchGenerator.next": ("self",),
     "ModelProvider.load_default": ("self",),
     "ModelProvider._load": ("self", "model_path", "adapter_path", "draft_model_path"),
     "APIHandler.handle_completion": ("self", "request", "stop_words"),
@@ -110,6 +113,7 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
         self._in_flight = 0
         self._reader = ThreadPoolExecutor(1, "persist-cache-read-ahead")
         self.admin: Admin | None = None
+        self.prefill_clock = PrefillClock()
         self._changed = threading.Condition()
         prompt_cache.is_busy = lambda: self._in_flight > 0
         super().__init__(model_provider, prompt_cache)
@@ -225,7 +229,7 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
                 options.kv_bits, options.kv_group_size, options.quantized_kv_start
             )
         cache = new_cache(self.model_provider.model) if cache is None else cache
-        with mx.stream(stream):
+        with mx.stream(stream), self.prefill_clock.running():
             prefill(
                 self.model_provider.model,
                 cache,
@@ -325,6 +329,22 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
             return self._changed.wait_for(lambda: self._in_flight <= 0, grace_s)
 
 
+class Batch(upstream.BatchGenerator):  # type: ignore[misc]
+    """Upstream's batch, timing prefill alone: not the queue, nor decoding for others."""
+
+    def __init__(self, prefill_clock: PrefillClock, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._prefill_clock = prefill_clock
+
+    def next(self) -> Any:
+        with self.stats() as spent:
+            prompts, tokens = super().next()
+        computed = sum(not one.end_of_prompt for one in prompts)
+        if computed:
+            self._prefill_clock.add(spent.prompt_time, computed)
+        return prompts, tokens
+
+
 class Provider(upstream.ModelProvider):  # type: ignore[misc]
     """Upstream's model provider; a model's identity is that of the files it was loaded from."""
 
@@ -409,7 +429,9 @@ def cache_header(fetch: Fetch) -> str:
     """The value of `x-persist-cache`: `disk|memory|miss; tokens=N`, and why it is a miss."""
     value = f"{fetch.source}; tokens={fetch.num_tokens}"
     if fetch.source == "miss" and fetch.reason:
-        reason = fetch.reason.encode("ascii", "replace").decode().replace('"', "'")
+        reason = (
+            fetch.reason.replace("→", "->").encode("ascii", "replace").decode().replace('"', "'")
+        )
         value += f'; reason="{" ".join(reason.split())[:200]}"'
     return value
 
@@ -425,19 +447,24 @@ def serve(upstream_args: Sequence[str], options: ServeOptions) -> None:
         PersistCacheError: The port is taken, or the model cannot be loaded.
     """
 
+    clock = PrefillClock()
+
     def run(host: str, port: int, provider: Any, *_: Any) -> None:
-        _run(host, port, provider, options)
+        _run(host, port, provider, options, clock)
 
     # Upstream parses, sets up logging, and calls `run` by its global name.
     with (
         _replaced(upstream, "run", run),
         _replaced(upstream, "ModelProvider", Provider),
+        _replaced(upstream, "BatchGenerator", functools.partial(Batch, clock)),
         _replaced(sys, "argv", ["persist-cache serve", *upstream_args]),
     ):
         upstream.main()
 
 
-def _run(host: str, port: int, provider: Any, options: ServeOptions) -> None:
+def _run(
+    host: str, port: int, provider: Any, options: ServeOptions, prefill_clock: PrefillClock
+) -> None:
     args = provider.cli_args
     identifier = Identifier(
         kv_bits=args.kv_bits,
@@ -457,10 +484,12 @@ def _run(host: str, port: int, provider: Any, options: ServeOptions) -> None:
         leave_tokens=1,
         persist=options.persist,
         disk_off=why_off,
+        prefill_clock=prefill_clock,
     )
     log.info("%s", _start_line(store, why_off, args.prompt_cache_size, memory_bytes, options))
     try:
         generator = Generator(provider, cache)
+        generator.prefill_clock = prefill_clock
         generator.admin = Admin(cache, token=options.admin_token, host=host, generator=generator)
         signal.signal(signal.SIGTERM, _interrupt)
         if mx.distributed.init().rank() == 0:

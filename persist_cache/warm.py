@@ -18,6 +18,7 @@ from persist_cache import loading
 from persist_cache.entry import Tier
 from persist_cache.errors import MissingDependencyError, ModelError
 from persist_cache.fingerprint import Fingerprint, Identifier
+from persist_cache.prefills import PrefillClock, Rate, whole_s
 from persist_cache.store import Store
 
 DEFAULT_STEP_TOKENS = 2048
@@ -229,7 +230,7 @@ class Warmed:
         num_tokens: Tokens that requests will find.
         found_tokens: Of these, stored before.
         nbytes: Bytes written.
-        seconds: Time the prefill took.
+        seconds: Time the prefill of the others took.
     """
 
     entry: str | None
@@ -252,6 +253,7 @@ def warm(
     step_tokens: int = WARM_STEP_TOKENS,
     quantize: KVQuantization | None = None,
     progress: Callable[[int], None] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Warmed:
     """Prefill `tokens` and store them, chunk by chunk, so that an interruption loses one chunk.
 
@@ -264,6 +266,7 @@ def warm(
         step_tokens: Tokens per model call and per commit.
         quantize: How the server that will use it quantizes its KV, or None.
         progress: Called with the tokens done so far, those found on disk included.
+        clock: Seconds by which prefill is timed.
 
     Raises:
         StoreError: The disk is full or failed; what was stored before stays.
@@ -273,16 +276,18 @@ def warm(
 
     found = store.fetch(fingerprint, tokens, tensors.restore)
     cache, done = (new_cache(model), 0) if found is None else (found[0], found[1].num_tokens)
-    started = time.monotonic()
+    found_s = 0.0 if found is None else found[1].saved_s
+    timer, rate = PrefillClock(clock), Rate()
     found_tokens, nbytes = done, 0
     if progress is not None:
         progress(done)
-    # The prefill of what was found is not known here; the rate of the rest stands for it.
     while True:
         end = min(done + step_tokens, len(tokens))
-        prefill(model, cache, tokens[done:end], step_tokens=step_tokens, quantize=quantize)
+        before = timer()
+        with timer.running():
+            prefill(model, cache, tokens[done:end], step_tokens=step_tokens, quantize=quantize)
+        rate.add(end - done, timer() - before)
         last = end == len(tokens)
-        spent = time.monotonic() - started
         tensors.prepare(cache, end)
         computed = end - found_tokens
         result = store.put(
@@ -290,7 +295,7 @@ def warm(
             tokens[:end],
             tensors.source(cache, end),
             tier=tier,
-            prefill_s=spent * end / computed if computed else 0.0,
+            prefill_s=whole_s(found_tokens, found_s, computed, timer(), rate) if computed else 0.0,
             label=label if last else PARTIAL_LABEL,
             pinned=pinned and last,
             expires=expires if last else None,
@@ -301,7 +306,7 @@ def warm(
         if progress is not None:
             progress(done)
         if last:
-            return Warmed(result.entry, len(tokens), found_tokens, nbytes, spent)
+            return Warmed(result.entry, len(tokens), found_tokens, nbytes, timer())
 
 
 def _drop_partial(
