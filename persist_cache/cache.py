@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 from persist_cache.blobs import BlobReader
@@ -20,7 +21,9 @@ from persist_cache.entry import TIER_LABELS, TOKEN_BYTES, Match, Tier, pack_toke
 from persist_cache.errors import StoreAccessError, StoreError, UnsupportedCacheError
 from persist_cache.fingerprint import Fingerprint, Identifier, Unidentified
 from persist_cache.insert import Source
+from persist_cache.kin import STORED_OTHERWISE
 from persist_cache.owners import Owner, Owners
+from persist_cache.prefills import Prefills
 from persist_cache.reasons import UNREADABLE, kind_of_reason, why_no_more
 from persist_cache.resident import Candidate, Held, LiveCaches, Resident
 from persist_cache.store import Store
@@ -57,7 +60,7 @@ class Codec(LiveCaches, Protocol):
 
 
 class _Taken(NamedTuple):
-    """What memory gave for a prompt: a cache, if it is to be used, and the length it has.
+    """What memory gave for a prompt: a cache, if it is to be used, its length and its cost.
 
     `parting` is what `Resident.parting` said before it was given away.
     """
@@ -65,6 +68,7 @@ class _Taken(NamedTuple):
     cache: Any | None
     num_tokens: int
     parting: tuple[int, bool]
+    prefill_s: float = 0.0
 
 
 class PromptCache:
@@ -97,6 +101,7 @@ class PromptCache:
         queue_bytes: int = 4 << 30,
         codec: Codec | None = None,
         disk_off: str = "no store was given",
+        prefill_clock: Callable[[], float] | None = None,
     ) -> None:
         """Make an empty memory over `store`.
 
@@ -117,6 +122,8 @@ class PromptCache:
             queue_bytes: Cache memory that waiting saves may keep alive.
             codec: How caches become bytes; mlx-lm's by default.
             disk_off: Why there is no `store`, for whoever asks; unused when there is one.
+            prefill_clock: Seconds by which prefill is timed, `time.monotonic` by default. A server
+                has one that stands still while it does other things, such as decoding for others.
 
         Raises:
             ValueError: An unknown tier, or a negative number.
@@ -135,6 +142,7 @@ class PromptCache:
         self._lock = threading.RLock()
         self._resident = Resident(codec, max_size, max_bytes)
         self._tally = Tally()
+        self._prefills = Prefills(prefill_clock)
         self._memory_only = "" if store is not None else disk_off
         self._disk_error: StoreError | None = None
         if store is not None and codec.group_size() > 1:
@@ -150,6 +158,7 @@ class PromptCache:
         """Asked before files are merged: whether an answer is being computed. A server knows;
         else it is so from a look-up to the insert of the reply, for ten minutes at most."""
         self._closed = False
+        self._told: set[str] = set()
         self._cuts: deque[tuple[Owner | None, bytes, int]] = deque(maxlen=16)
         self._writer: WriteBehind | None = None
         if self._store is not None and not self._store.read_only:
@@ -244,14 +253,12 @@ class PromptCache:
         try:
             packed = pack_tokens(tokens)
             cache, fetch = self._fetch(model, packed, counted)
-            self._tally.begun(model, packed, fetch.num_tokens)
+            self._prefills.begun(model, packed, fetch.num_tokens, fetch.prefill_s)
         except Exception as error:
             log.exception("a look-up failed; the prompt is computed anew")
             self._tally.problem(f"fetch_failed:{type(error).__name__}")
             cache, fetch = None, Fetch("miss", 0, "the look-up failed")
-        fetch = Fetch(
-            fetch.source, fetch.num_tokens, fetch.reason, time.monotonic() - started, fetch.nbytes
-        )
+        fetch = replace(fetch, seconds=time.monotonic() - started)
         if counted:
             self._account(len(tokens), packed, fetch)
         rest = tokens[fetch.num_tokens :] if fetch.num_tokens else tokens
@@ -276,7 +283,9 @@ class PromptCache:
             prompt_cache: The cache, which belongs to this object from now on. A `KVCache` has
                 arrays of shape `(B, n_kv_heads, T, head_dim)`.
             cache_type: Tier: `system`, `user` or `assistant`.
-            prefill_s: Seconds that computing it took, if known: `stats` tells what a hit saves.
+            prefill_s: Seconds that computing all of `tokens` takes, if known, from which `stats`
+                tells what a hit saves. Else it is added up: what was fetched cost when that was
+                computed, and the time since the fetch.
         """
         try:
             self._insert(model, tokens, prompt_cache, cache_type, prefill_s)
@@ -460,26 +469,24 @@ class PromptCache:
         """The longer of memory and disk, what it is, and why it is no more."""
         match = self._match(owner, packed, limit)
         asks_disk = self._uses_disk and owner.fingerprint is not None
-        taken = self._take(owner, packed, limit, on_disk=match.num_tokens)
+        taken = self._take(owner, packed, limit, on_disk=match)
         parting = taken.parting
         if taken.cache is None and match.num_tokens:
-            found = self._load(owner, packed, match, limit, taken.num_tokens + 1)
+            found = self._load(owner, packed, match, limit, taken.num_tokens + 1, counted)
             if found is not None:
                 cache, match = found
-                if counted and self._store is not None:
-                    self._store.touch(match)
                 used = match.num_tokens
                 why = why_no_more(used, limit, match, parting, asked_disk=asks_disk)
-                return cache, Fetch("disk", used, why, 0.0, match.nbytes)
+                return cache, Fetch("disk", used, why, 0.0, match.nbytes, match.saved_s)
             match = Match(0, reason=UNREADABLE)
-            taken = self._take(owner, packed, limit, on_disk=0)
+            taken = self._take(owner, packed, limit, on_disk=match)
         used = 0 if taken.cache is None else taken.num_tokens
         why = why_no_more(used, limit, match, parting, asked_disk=asks_disk)
         if taken.cache is None:
             return None, Fetch("miss", 0, why)
         if counted and self._store is not None and match.num_tokens:
-            self._store.touch(match)
-        return taken.cache, Fetch("memory", used, why)
+            self._store.touch(match, num_tokens=used)
+        return taken.cache, Fetch("memory", used, why, prefill_s=taken.prefill_s)
 
     def _match(self, owner: Owner, packed: bytes, limit: int) -> Match:
         """What the disk has of a prompt; nothing, with the reason, when it cannot be asked."""
@@ -490,16 +497,24 @@ class PromptCache:
         try:
             return self._store.match(owner.fingerprint, packed, limit=limit)
         except StoreError as error:
-            self._disk_failed(error)
+            if not self._closed:  # else it was closed by us while it was asked
+                self._disk_failed(error)
             return Match(0, reason=str(error))
 
     def _load(
-        self, owner: Owner, packed: bytes, match: Match, limit: int, min_tokens: int
+        self,
+        owner: Owner,
+        packed: bytes,
+        match: Match,
+        limit: int,
+        min_tokens: int,
+        counted: bool,
     ) -> tuple[Any, Match] | None:
         """Read what was found on the disk, or what is there by now; None if that is too little."""
         if self._store is None or owner.fingerprint is None:
             return None
-        return self._store.load(
+        started = time.monotonic()
+        found = self._store.load(
             owner.fingerprint,
             packed,
             match,
@@ -507,8 +522,11 @@ class PromptCache:
             limit=limit,
             min_tokens=min_tokens,
         )
+        if found is not None and counted:
+            self._store.touch(found[1], spent_s=time.monotonic() - started)
+        return found
 
-    def _take(self, owner: Owner, packed: bytes, limit: int, *, on_disk: int) -> _Taken:
+    def _take(self, owner: Owner, packed: bytes, limit: int, *, on_disk: Match) -> _Taken:
         """Give away the best cache in memory, unless the disk's is worth reading instead.
 
         Returns:
@@ -517,11 +535,12 @@ class PromptCache:
         with self._lock:
             while (candidate := self._candidate(owner, packed, limit)) is not None:
                 used, parting = candidate.num_tokens, self._resident.parting(owner, packed)
-                if on_disk and (used <= 0 or on_disk - used >= _ENOUGH_GAIN_TOKENS):
+                gain = on_disk.num_tokens - used
+                if on_disk.num_tokens and (used <= 0 or gain >= _ENOUGH_GAIN_TOKENS):
                     return _Taken(None, used, parting)
                 cache = self._give(candidate)
                 if cache is not None:
-                    return _Taken(cache, used, parting)
+                    return _Taken(cache, used, parting, _cost(candidate, on_disk))
                 self._tally.problem("trim_failed")
                 self._resident.remove(candidate.held)
                 self._spill([candidate.held])
@@ -573,6 +592,7 @@ class PromptCache:
         self._tally.fetched(num_tokens, packed, fetch)
         if self._store is not None and not self._closed:
             if fetch.source == "miss":
+                self._tell_of_kin(fetch.reason)
                 self._store.count(f"misses:{kind_of_reason(fetch.reason)}")
             elif fetch.reason:
                 self._store.count(f"partial:{kind_of_reason(fetch.reason)}")
@@ -581,6 +601,12 @@ class PromptCache:
             # Counted since later than that one, and together: of these there is a ratio.
             self._store.count("tokens_reused", fetch.num_tokens)
             self._store.count("tokens_asked", num_tokens)
+
+    def _tell_of_kin(self, reason: str) -> None:
+        """Say once in the log that what is stored for a model cannot be used as it is now."""
+        if reason.startswith(STORED_OTHERWISE) and reason not in self._told:
+            self._told.add(reason)
+            log.warning("prompts of this model are on disk, but %s", reason)
 
     @property
     def _uses_disk(self) -> bool:
@@ -637,13 +663,15 @@ class PromptCache:
             log.warning("a prompt is not kept: its model was loaded again while it was computed")
             return
         surplus = num_tokens - self._kept_tokens(owner, packed, num_tokens)
+        seen = packed[: num_tokens * TOKEN_BYTES]
+        prefill_s = prefill_s or self._prefills.ended(model, seen, tier)
         if surplus:
             if not self._codec.can_trim(cache) or self._codec.trim(cache, surplus) != surplus:
                 return
+            prefill_s *= 1 - surplus / num_tokens
             num_tokens -= surplus
         packed = packed[: num_tokens * TOKEN_BYTES]
         nbytes = self._codec.nbytes(cache)
-        prefill_s = prefill_s or self._tally.prefill_s(model, packed, tier)
         held = Held(owner, packed, cache, nbytes, tier.label, prefill_s)
         witness = getattr(self._codec, "witness", None)
         held.witness = None if witness is None else witness(cache)
@@ -802,6 +830,14 @@ class PromptCache:
 
 def _only_in_memory(owner: Owner) -> str:
     return f"this model is kept in memory only: {owner.reason}"
+
+
+def _cost(candidate: Candidate, match: Match) -> float:
+    """Seconds that computing what memory serves took; 0 when nobody measured."""
+    used, held = candidate.num_tokens, candidate.held
+    if match.num_tokens == used and match.saved_s:
+        return match.saved_s  # the disk knows each entry on the way
+    return held.prefill_s * used / held.num_tokens if used else 0.0
 
 
 def _removed(store: Store) -> StoreAccessError:

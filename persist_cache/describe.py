@@ -410,6 +410,15 @@ def store_json(
         "tokens_reused": stats.counters.get("tokens_reused", 0),
         "tokens_asked": stats.counters.get("tokens_asked", 0),
         "saved_s": survey.saved_s if survey else 0.0,
+        "left_behind": [
+            {
+                "reason": one.reason,
+                "entries": one.entries,
+                "bytes": one.nbytes,
+                "pinned": one.pinned,
+            }
+            for one in (survey.left_behind if survey else [])
+        ],
         "quarantine": quarantine_json(damaged),
         "disk_off": disk_off,
         "counters": dict(stats.counters),

@@ -18,7 +18,7 @@ from persist_cache.digests import PrefixDigests
 from persist_cache.fingerprint import Fingerprint, Identifier, Unidentified
 
 _ATTEMPTS = 8
-_REMEMBERED = 64
+_REMEMBERED = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,6 @@ class Owner:
 class _Asked:
     """A look-up whose prompt is being computed, as far as is known."""
 
-    thread: int
     owner: Owner
     prompt: PrefixDigests
 
@@ -76,7 +75,8 @@ class Owners:
         """
         self._identify = identify
         self._lock = threading.Lock()
-        self._asked: deque[_Asked] = deque(maxlen=_REMEMBERED)
+        self._asked_by_any: deque[_Asked] = deque(maxlen=_REMEMBERED)
+        self._of_thread = threading.local()
         self._given: weakref.WeakKeyDictionary[Any, Owner] = weakref.WeakKeyDictionary()
 
     def of(self, model: Hashable, *, may_read: bool) -> Owner:
@@ -107,9 +107,10 @@ class Owners:
     def asked(self, owner: Owner, packed: bytes) -> None:
         """Note that the calling thread looked a prompt up, to compute the rest of it."""
         if packed:
-            asked = _Asked(threading.get_ident(), owner, PrefixDigests.of(packed))
+            asked = _Asked(owner, PrefixDigests.of(packed))
+            self._asked_here().append(asked)
             with self._lock:
-                self._asked.append(asked)
+                self._asked_by_any.append(asked)
 
     def gave(self, owner: Owner, cache: Any) -> None:
         """Note whose KV a cache is that is given away."""
@@ -145,20 +146,27 @@ class Owners:
             if origin is not None
         )
 
+    def _asked_here(self) -> deque[_Asked]:
+        """Look-ups of the calling thread; what others do meanwhile pushes none of them out."""
+        here: deque[_Asked] | None = getattr(self._of_thread, "asked", None)
+        if here is None:
+            here = self._of_thread.asked = deque(maxlen=_REMEMBERED)
+        return here
+
     def _asked_for(self, model: Hashable, packed: bytes, *, forget: bool) -> _Asked | None:
-        me = threading.get_ident()
+        """The latest look-up that the tokens can come from, the calling thread's first."""
+        here = self._asked_here()
         with self._lock:
-            asked = [one for one in self._asked if one.owner.model == model]
-        asked.sort(key=lambda one: one.thread == me)  # stable: the latest of a kind stays last
-        for one in reversed(asked):
-            if one.prompt.begin_with(packed) or one.prompt.is_begun_by(packed):
+            anywhere = list(self._asked_by_any)
+        for asked in (*reversed(here), *reversed(anywhere)):
+            if asked.owner.model != model:
+                continue
+            if asked.prompt.begin_with(packed) or asked.prompt.is_begun_by(packed):
                 if forget:
                     with self._lock:
-                        # By identity: another thread may have taken it away.
-                        self._asked = deque(
-                            (other for other in self._asked if other is not one), _REMEMBERED
-                        )
-                return one
+                        _drop(self._asked_by_any, asked)
+                    _drop(here, asked)
+                return asked
         return None
 
     def _ask(self, model: Hashable, may_read: bool) -> tuple[Fingerprint | None, str]:
@@ -177,3 +185,11 @@ class Owners:
     def _load_number(self, model: Hashable) -> int | None:
         load_number = getattr(self._identify, "load_number", None)
         return int(load_number(model)) if callable(load_number) else None
+
+
+def _drop(notes: deque[_Asked], note: _Asked) -> None:
+    """Remove a note if it is there; it is recognised itself, for others may look like it."""
+    for place, other in enumerate(notes):
+        if other is note:
+            del notes[place]
+            return

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from persist_cache.entry import Match
+from persist_cache.kin import NOTHING_STORED, STORED_OTHERWISE
 
-NOTHING_STORED = "nothing is stored for this model"
 OTHER_PROMPT = "no stored prompt begins with the first token"
 NO_CHECKPOINT = "no checkpoint there: this model's cache cannot be trimmed"
 ENDS = "what is stored ends here"
@@ -38,7 +38,8 @@ def why_no_more(
     """
     if found >= limit:
         return ""
-    if asked_disk and on_disk.reason not in _OF_THE_DISK:
+    has_answer = on_disk.reason in _OF_THE_DISK or on_disk.reason.startswith(STORED_OTHERWISE)
+    if asked_disk and not has_answer:
         return on_disk.reason
     if on_disk.num_tokens > found:
         return FEW_MORE

@@ -51,7 +51,7 @@ class Held:
         cache: mlx-lm's list of layers.
         nbytes: Memory it takes.
         tier: Label of its tier.
-        prefill_s: Seconds that computing it took, if known.
+        prefill_s: Seconds that computing all of it took, if known.
         saved: It is on disk, so that losing it costs a load and nothing else.
         wanted: It is to be on disk, and no job for that waits or has failed for good.
         witness: Tells whether its former owner changed it; None if the codec has no such thing.

@@ -12,6 +12,7 @@ import _thread
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -26,6 +27,7 @@ from typing import Any, Literal
 import mlx.core as mx
 from mlx_lm import server as upstream
 
+from persist_cache import loading
 from persist_cache.admin import Admin
 from persist_cache.cache import PromptCache
 from persist_cache.errors import (
@@ -37,6 +39,7 @@ from persist_cache.errors import (
 from persist_cache.fingerprint import Identifier
 from persist_cache.front import Front
 from persist_cache.loaded import system_tokens
+from persist_cache.prefills import PrefillClock
 from persist_cache.store import Store
 from persist_cache.tally import Fetch
 from persist_cache.ticket import Ticket, TicketedCache
@@ -56,6 +59,7 @@ SEAM = {
         "progress_callback",
     ),
     "ResponseGenerator.stop_and_join": ("self",),
+    "BatchGenerator.next": ("self",),
     "ModelProvider.load_default": ("self",),
     "ModelProvider._load": ("self", "model_path", "adapter_path", "draft_model_path"),
     "APIHandler.handle_completion": ("self", "request", "stop_words"),
@@ -107,6 +111,7 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
         self._in_flight = 0
         self._reader = ThreadPoolExecutor(1, "persist-cache-read-ahead")
         self.admin: Admin | None = None
+        self.prefill_clock = PrefillClock()
         self._changed = threading.Condition()
         prompt_cache.is_busy = lambda: self._in_flight > 0
         super().__init__(model_provider, TicketedCache(prompt_cache, self))
@@ -234,7 +239,7 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
                 options.kv_bits, options.kv_group_size, options.quantized_kv_start
             )
         cache = new_cache(self.model_provider.model) if cache is None else cache
-        with mx.stream(self._stream):
+        with mx.stream(self._stream), self.prefill_clock.running():
             prefill(
                 self.model_provider.model,
                 cache,
@@ -324,8 +329,24 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
             return self._changed.wait_for(lambda: self._in_flight <= 0, grace_s)
 
 
+class Batch(upstream.BatchGenerator):  # type: ignore[misc]
+    """Upstream's batch, timing prefill alone: not the queue, nor decoding for others."""
+
+    def __init__(self, prefill_clock: PrefillClock, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._prefill_clock = prefill_clock
+
+    def next(self) -> Any:
+        with self.stats() as spent:
+            prompts, tokens = super().next()
+        computed = sum(not one.end_of_prompt for one in prompts)
+        if computed:
+            self._prefill_clock.add(spent.prompt_time, computed)
+        return prompts, tokens
+
+
 class Provider(upstream.ModelProvider):  # type: ignore[misc]
-    """Upstream's model provider; identifies a model right when its files were read."""
+    """Upstream's model provider; a model's identity is that of the files it was loaded from."""
 
     identifier: Identifier | None = None
     spare_tokenizer: Any = None
@@ -345,16 +366,27 @@ class Provider(upstream.ModelProvider):  # type: ignore[misc]
     def _load(
         self, model_path: str, adapter_path: str | None = None, draft_model_path: str | None = None
     ) -> None:
-        # Files may be rewritten while the process lives, but not the weights in memory: the
-        # identity is that of the files at the time of loading.
-        if self.identifier is not None:
-            self.identifier.forget()
-        self.spare_tokenizer = None
+        # The key is formed as upstream forms it when the model is loaded.
+        model_key = (model_path, adapter_path, draft_model_path)
+
+        def read() -> None:
+            super(Provider, self)._load(*model_key)
+            loading.evaluate(self.model, self.draft_model)
+
         with model_errors(model_path) if model_path else contextlib.nullcontext():
-            super()._load(model_path, adapter_path, draft_model_path)
+            if self.identifier is None or self.is_distributed:
+                # A rank loads a shard, which has no identity.
+                self.spare_tokenizer = None
+                super()._load(*model_key)
+            else:
+                for name in filter(None, (model_path, draft_model_path)):
+                    # What cannot be had costs the model in memory neither its place nor its name.
+                    loading.fetch(name)
+                self.spare_tokenizer = None
+                # The weights in memory go, and with them what is known of their files.
+                self.identifier.forget()
+                self.identifier.around_load(model_key, read)
         self.spare_tokenizer = copy.deepcopy(self.tokenizer)
-        if self.identifier is not None:
-            self.identifier(self.model_key)
 
 
 class Handler(Front, upstream.APIHandler):  # type: ignore[misc]
@@ -412,7 +444,9 @@ def cache_header(fetch: Fetch) -> str:
     """The value of `x-persist-cache`: `disk|memory|miss; tokens=N`, and why it is no more."""
     value = f"{fetch.source}; tokens={fetch.num_tokens}"
     if fetch.reason:
-        reason = fetch.reason.encode("ascii", "replace").decode().replace('"', "'")
+        reason = (
+            fetch.reason.replace("→", "->").encode("ascii", "replace").decode().replace('"', "'")
+        )
         value += f'; reason="{" ".join(reason.split())[:200]}"'
     return value
 
@@ -428,19 +462,24 @@ def serve(upstream_args: Sequence[str], options: ServeOptions) -> None:
         PersistCacheError: The port is taken, or the model cannot be loaded.
     """
 
+    clock = PrefillClock()
+
     def run(host: str, port: int, provider: Any, *_: Any) -> None:
-        _run(host, port, provider, options)
+        _run(host, port, provider, options, clock)
 
     # Upstream parses, sets up logging, and calls `run` by its global name.
     with (
         _replaced(upstream, "run", run),
         _replaced(upstream, "ModelProvider", Provider),
+        _replaced(upstream, "BatchGenerator", functools.partial(Batch, clock)),
         _replaced(sys, "argv", ["persist-cache serve", *upstream_args]),
     ):
         upstream.main()
 
 
-def _run(host: str, port: int, provider: Any, options: ServeOptions) -> None:
+def _run(
+    host: str, port: int, provider: Any, options: ServeOptions, prefill_clock: PrefillClock
+) -> None:
     args = provider.cli_args
     identifier = Identifier(
         kv_bits=args.kv_bits,
@@ -460,10 +499,12 @@ def _run(host: str, port: int, provider: Any, options: ServeOptions) -> None:
         leave_tokens=1,
         persist=options.persist,
         disk_off=why_off,
+        prefill_clock=prefill_clock,
     )
     log.info("%s", _start_line(store, why_off, args.prompt_cache_size, memory_bytes, options))
     try:
         generator = Generator(provider, cache)
+        generator.prefill_clock = prefill_clock
         generator.admin = Admin(cache, token=options.admin_token, host=host, generator=generator)
         signal.signal(signal.SIGTERM, _interrupt)
         if mx.distributed.init().rank() == 0:

@@ -39,6 +39,7 @@ from persist_cache.evict import Evictor
 from persist_cache.health import Problem
 from persist_cache.index import DamagedIndexError, Reader, Writer
 from persist_cache.insert import Insertion, PutResult, Source
+from persist_cache.kin import NOTHING_STORED, Kin
 from persist_cache.records import (
     END_OF_TIME_S,
     NO_BLOB,
@@ -100,6 +101,7 @@ class Store:
         self._run_tokens = run_tokens
         self._grown: dict[int, None] = {}
         """Entries stored since runs were merged last, in their order."""
+        self._kin = Kin()
         self._closed = False
 
     @classmethod
@@ -227,12 +229,18 @@ class Store:
         packed = _packed(tokens)
         length = len(packed) // TOKEN_BYTES
         limit = length if limit is None else max(0, min(limit, length))
-        best = Match(0, reason=reasons.NOTHING_STORED)
+        best: Match | None = None
         with self._disk.index.read() as txn:
             for _, namespace in txn.namespaces(fingerprint.digest):
                 found = _match_in(txn, namespace, packed, limit)
-                if (found.num_tokens, found.common_tokens) >= (best.num_tokens, best.common_tokens):
+                if found.reason != NOTHING_STORED and (
+                    best is None
+                    or (found.num_tokens, found.common_tokens)
+                    >= (best.num_tokens, best.common_tokens)
+                ):
                     best = found
+            if best is None:
+                return Match(0, reason=self._kin.why_nothing(txn, fingerprint))
         return best
 
     def fetch(
@@ -399,7 +407,7 @@ class Store:
             tokens: The prefix, or packed; `source` has the KV of exactly these.
             source: Rows and state; not used after the call.
             tier: Role class.
-            prefill_s: Seconds that computing the prefix took, if known.
+            prefill_s: Seconds that computing the whole prefix took, if known.
             label: The user's name for it.
             pinned: Exempt from eviction.
             expires: UTC seconds after which it goes first.
@@ -427,9 +435,20 @@ class Store:
             self._grown[int(done.entry, 16)] = None
         return done
 
-    def touch(self, match: Match) -> None:
-        """Note that `match` was served. Buffered: `flush` or the next put writes it."""
-        self._disk.touch([int(entry, 16) for entry in match.entries], match.saved_s)
+    def touch(self, match: Match, *, num_tokens: int | None = None, spent_s: float = 0.0) -> None:
+        """Note that `match` was served. Buffered: `flush` or the next put writes it.
+
+        Its last entry is credited with the hit, and with what that saved: the prefill of the
+        tokens that were used and are on disk, less the time that serving them took.
+
+        Args:
+            match: What `match` or `fetch` gave.
+            num_tokens: Tokens that were used, if it was memory that served them.
+            spent_s: Seconds that serving them took.
+        """
+        used = match.num_tokens if num_tokens is None else min(num_tokens, match.num_tokens)
+        saved_s = match.saved_s * used / match.num_tokens if match.num_tokens else 0.0
+        self._disk.touch([int(one, 16) for one in match.entries], max(0.0, saved_s - spent_s))
 
     def count(self, name: str, amount: int = 1) -> None:
         """Add to a counter that `stats` shows. Buffered like `touch`."""
@@ -651,7 +670,8 @@ def _match_in(txn: Reader, namespace: NamespaceRecord, packed: bytes, limit: int
     position, checkpoint = paths.resumable(txn, path, limit)
     reason = ""
     if path.common == 0:
-        reason = reasons.OTHER_PROMPT
+        stored = txn.children(namespace.root, limit=1)
+        reason = reasons.OTHER_PROMPT if stored else NOTHING_STORED
     elif position < min(path.common, limit):
         reason = reasons.NO_CHECKPOINT
     elif position == path.common < len(packed) // TOKEN_BYTES:
@@ -687,11 +707,24 @@ def _match_in(txn: Reader, namespace: NamespaceRecord, packed: bytes, limit: int
 
 
 def _saved_s(txn: Reader, entries: Sequence[int], position: int) -> float:
-    """Seconds that computing `position` tokens takes, by what was measured for the last entry."""
-    record = txn.entry(entries[-1]) if entries else None
-    if record is None or record.num_tokens == 0:
-        return 0.0
-    return record.prefill_s * position / record.num_tokens
+    """Seconds that computing `position` tokens takes, by what was measured for `entries`.
+
+    That is the cost of the last one measured there or above. The tokens behind it have their
+    part of what the entry below, whose rows they are, costs beyond it. A dear tail says nothing
+    of the prompt before it.
+    """
+    start, end, cost, cost_below = 0, 0, 0.0, 0.0
+    for number in reversed(entries):
+        record = txn.entry(number)
+        if record is None or record.prefill_s <= 0:
+            continue
+        if record.num_tokens <= position:
+            start, cost = record.num_tokens, record.prefill_s
+            break
+        end, cost_below = record.num_tokens, record.prefill_s
+    if start == position or end == 0:
+        return cost
+    return cost + max(0.0, cost_below - cost) * (position - start) / (end - start)
 
 
 def _known(txn: Reader, blob: int) -> BlobRecord:

@@ -1,16 +1,14 @@
-"""What a `PromptCache` did: outcomes of requests, counters, and the speed of prefill."""
+"""What a `PromptCache` did: outcomes of requests, and counters."""
 
 from __future__ import annotations
 
 import threading
-import time
 from collections import Counter, deque
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from persist_cache.catalog import StoreStats
-from persist_cache.digests import PrefixDigests, prompt_digest
-from persist_cache.entry import TOKEN_BYTES, Tier
+from persist_cache.digests import prompt_digest
 from persist_cache.reasons import kind_of_reason
 
 _REMEMBERED = 64
@@ -26,6 +24,7 @@ class Fetch:
         reason: On a miss or a short hit, why it is no more.
         seconds: Time the look-up took, reading included.
         nbytes: Bytes read from disk.
+        prefill_s: Seconds that computing those tokens took, 0 when nobody measured.
     """
 
     source: str
@@ -33,6 +32,7 @@ class Fetch:
     reason: str = ""
     seconds: float = 0.0
     nbytes: int = 0
+    prefill_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,16 +92,6 @@ class PromptCacheStats:
     asked: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class _Begun:
-    """A request whose prefill began when its look-up ended."""
-
-    model: Hashable
-    prompt: PrefixDigests
-    cached_tokens: int
-    at: float
-
-
 class Tally:
     """Counters of one cache.
 
@@ -112,8 +102,6 @@ class Tally:
         self._lock = threading.Lock()
         self._recent: deque[RecentFetch] = deque(maxlen=_REMEMBERED)
         self._of_thread = threading.local()
-        self._begun: deque[_Begun] = deque(maxlen=_REMEMBERED)
-        self._token_s: dict[Hashable, float] = {}
         self._hits: Counter[str] = Counter()
         self._misses: Counter[str] = Counter()
         self._partial: Counter[str] = Counter()
@@ -138,12 +126,6 @@ class Tally:
             return mine
         with self._lock:
             return self._recent[-1].fetch if self._recent else None
-
-    def begun(self, model: Hashable, packed: bytes, cached_tokens: int) -> None:
-        """Note that the prefill of what is not cached begins now."""
-        begun = _Begun(model, PrefixDigests.of(packed), cached_tokens, time.monotonic())
-        with self._lock:
-            self._begun.append(begun)
 
     def fetched(self, num_tokens: int, packed: bytes | None, fetch: Fetch) -> None:
         """Count the outcome of a request of the calling thread.
@@ -184,26 +166,6 @@ class Tally:
         """Count something that went wrong or was refused."""
         with self._lock:
             self._problems[name] += 1
-
-    def prefill_s(self, model: Hashable, packed: bytes, tier: Tier) -> float:
-        """Estimate what computing a prompt takes, from the requests that were seen.
-
-        Between the look-up of a request and the insert of its prompt lies its prefill. A reply's
-        insert comes after decoding, so it is valued by the speed of earlier prefills.
-        """
-        num_tokens = len(packed) // TOKEN_BYTES
-        now = time.monotonic()
-        with self._lock:
-            for begun in reversed(self._begun):
-                if tier == Tier.ASSISTANT:
-                    break
-                computed = num_tokens - begun.cached_tokens
-                if begun.model == model and computed > 0 and begun.prompt.begin_with(packed):
-                    token_s = (now - begun.at) / computed
-                    before = self._token_s.get(model, token_s)
-                    self._token_s[model] = before + (token_s - before) / 4
-                    break
-            return self._token_s.get(model, 0.0) * num_tokens
 
     def stats(
         self,

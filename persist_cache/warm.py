@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from persist_cache import loading
 from persist_cache.entry import Tier
 from persist_cache.errors import MissingDependencyError, ModelError
-from persist_cache.fingerprint import Fingerprint
+from persist_cache.fingerprint import Fingerprint, Identifier
+from persist_cache.prefills import PrefillClock, Rate, whole_s
 from persist_cache.store import Store
 
 DEFAULT_STEP_TOKENS = 2048
@@ -43,18 +45,34 @@ class Prompt:
     system_tokens: int
 
 
-def load_model(model: str, adapter_path: str | None = None) -> tuple[Any, Any]:
-    """Load a model and its tokenizer from a folder or a hub id.
+def load_model(
+    model: str, adapter_path: str | None = None, *, identifier: Identifier | None = None
+) -> tuple[Any, Any]:
+    """Load a model and its tokenizer from a folder or a hub id, and settle its identity.
+
+    Args:
+        model: Folder or hub id.
+        adapter_path: Folder of an adapter, or None.
+        identifier: Where the identity of `(model, adapter_path, None)` is settled; without one,
+            for the whole process, as `persist_cache.load` does.
 
     Raises:
         ModelError: It cannot be found or loaded.
         MissingDependencyError: mlx-lm is not installed.
     """
     with model_errors(model):
+        if identifier is None:
+            return loading.load(model, adapter_path=adapter_path)
         import mlx_lm
 
-        loaded = mlx_lm.load(model, adapter_path=adapter_path)
-        return loaded[0], loaded[1]
+        def read() -> tuple[Any, Any]:
+            loaded = mlx_lm.load(model, adapter_path=adapter_path)
+            loading.evaluate(loaded[0])
+            return loaded[0], loaded[1]
+
+        # First, or a hub id that is not here yet would be loaded twice.
+        loading.fetch(model)
+        return identifier.around_load((model, adapter_path, None), read)
 
 
 def load_tokenizer(model: str) -> Any:
@@ -75,6 +93,8 @@ def model_errors(model: str) -> Iterator[None]:
     """mlx-lm, transformers and the hub raise whatever they like; the user gets one sentence."""
     try:
         yield
+    except MissingDependencyError:
+        raise
     except ImportError as error:
         raise MissingDependencyError(
             "Running a model needs MLX and mlx-lm: pip install mlx mlx-lm."
@@ -210,7 +230,7 @@ class Warmed:
         num_tokens: Tokens that requests will find.
         found_tokens: Of these, stored before.
         nbytes: Bytes written.
-        seconds: Time the prefill took.
+        seconds: Time the prefill of the others took.
     """
 
     entry: str | None
@@ -233,18 +253,20 @@ def warm(
     step_tokens: int = WARM_STEP_TOKENS,
     quantize: KVQuantization | None = None,
     progress: Callable[[int], None] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Warmed:
     """Prefill `tokens` and store them, chunk by chunk, so that an interruption loses one chunk.
 
     Args:
         store: An open store.
-        fingerprint: Identity of the model, its KV options included.
+        fingerprint: Identity that `model` was loaded with, its KV options included.
         model: The model.
         tokens: The prefix to store.
         tier, label, pinned, expires: As in `Store.put`.
         step_tokens: Tokens per model call and per commit.
         quantize: How the server that will use it quantizes its KV, or None.
         progress: Called with the tokens done so far, those found on disk included.
+        clock: Seconds by which prefill is timed.
 
     Raises:
         StoreError: The disk is full or failed; what was stored before stays.
@@ -254,16 +276,18 @@ def warm(
 
     found = store.fetch(fingerprint, tokens, tensors.restore)
     cache, done = (new_cache(model), 0) if found is None else (found[0], found[1].num_tokens)
-    started = time.monotonic()
+    found_s = 0.0 if found is None else found[1].saved_s
+    timer, rate = PrefillClock(clock), Rate()
     found_tokens, nbytes = done, 0
     if progress is not None:
         progress(done)
-    # The prefill of what was found is not known here; the rate of the rest stands for it.
     while True:
         end = min(done + step_tokens, len(tokens))
-        prefill(model, cache, tokens[done:end], step_tokens=step_tokens, quantize=quantize)
+        before = timer()
+        with timer.running():
+            prefill(model, cache, tokens[done:end], step_tokens=step_tokens, quantize=quantize)
+        rate.add(end - done, timer() - before)
         last = end == len(tokens)
-        spent = time.monotonic() - started
         tensors.prepare(cache, end)
         computed = end - found_tokens
         result = store.put(
@@ -271,7 +295,7 @@ def warm(
             tokens[:end],
             tensors.source(cache, end),
             tier=tier,
-            prefill_s=spent * end / computed if computed else 0.0,
+            prefill_s=whole_s(found_tokens, found_s, computed, timer(), rate) if computed else 0.0,
             label=label if last else PARTIAL_LABEL,
             pinned=pinned and last,
             expires=expires if last else None,
@@ -282,7 +306,7 @@ def warm(
         if progress is not None:
             progress(done)
         if last:
-            return Warmed(result.entry, len(tokens), found_tokens, nbytes, spent)
+            return Warmed(result.entry, len(tokens), found_tokens, nbytes, timer())
 
 
 def _drop_partial(

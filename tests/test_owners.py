@@ -209,6 +209,25 @@ def test_what_other_threads_computed_before_a_reload_is_refused_there(
     assert fetch(cache, range(50)) == "w1"
 
 
+def test_look_ups_of_other_threads_push_none_of_ours_out(
+    cache: PromptCache, weights: Weights
+) -> None:
+    """A thread may be held up for as long as others take for hundreds of requests."""
+    fetch(cache, range(40))
+
+    def others() -> None:
+        for base in range(500):
+            fetch(cache, [base, *range(10)])
+
+    thread = threading.Thread(target=others)
+    thread.start()
+    thread.join()
+    weights.name = "w1"
+    insert(cache, range(45), "w0")
+
+    assert fetch(cache, range(50)) is None
+
+
 def test_answer_that_ended_does_not_stand_in_the_way_of_the_next_load(
     cache: PromptCache, weights: Weights
 ) -> None:

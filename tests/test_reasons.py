@@ -11,6 +11,7 @@ import pytest
 
 from persist_cache import PromptCache, Store, reasons
 from persist_cache.entry import Match
+from persist_cache.kin import NOTHING_STORED
 from persist_cache.metrics import OTHER_REASON, CacheCollector, exposition, reason_label
 from persist_cache.reasons import why_no_more
 from persist_cache.server import cache_header
@@ -156,8 +157,8 @@ def test_look_up_that_is_not_counted_is_no_use_of_an_entry(make: Make, disk: Sto
 @pytest.mark.parametrize(
     ("found", "on_disk", "in_memory", "asked_disk", "why"),
     [
-        (9, Match(0, reason=reasons.NOTHING_STORED), (9, False), True, ""),
-        (5, Match(0, reason=reasons.NOTHING_STORED), (5, False), True, reasons.ENDS),
+        (9, Match(0, reason=NOTHING_STORED), (9, False), True, ""),
+        (5, Match(0, reason=NOTHING_STORED), (5, False), True, reasons.ENDS),
         (5, Match(0, reason=reasons.OTHER_PROMPT), (5, True), True, reasons.DIVERGES),
         (5, Match(0, reason="the disk is on fire"), (5, True), True, "the disk is on fire"),
         (5, Match(0, reason="no store was given"), (5, True), False, reasons.DIVERGES),
