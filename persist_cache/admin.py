@@ -422,14 +422,14 @@ class Admin:
             ),
             "recent": [
                 {
-                    "source": fetch.source,
-                    "num_tokens": fetch.num_tokens,
-                    "prompt_tokens": len(tokens),
-                    "reason": fetch.reason,
-                    "seconds": fetch.seconds,
-                    "nbytes": fetch.nbytes,
+                    "source": recent.fetch.source,
+                    "num_tokens": recent.fetch.num_tokens,
+                    "prompt_tokens": recent.num_tokens,
+                    "reason": recent.fetch.reason,
+                    "seconds": recent.fetch.seconds,
+                    "nbytes": recent.fetch.nbytes,
                 }
-                for tokens, fetch in reversed(self._cache.recent_fetches()[-_RECENT:])
+                for recent in reversed(self._cache.recent_fetches()[-_RECENT:])
             ],
             "store": None,
         }

@@ -19,7 +19,6 @@ import signal
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,8 +27,11 @@ from typing import Any, Literal
 import mlx.core as mx
 from mlx_lm import server as upstream
 
+from persist_cache import loading
 from persist_cache.admin import Admin
 from persist_cache.cache import PromptCache
+from persist_cache.digests import prompt_digest
+from persist_cache.entry import pack_tokens
 from persist_cache.errors import (
     MissingDependencyError,
     ModelError,
@@ -104,7 +106,6 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
 
     def __init__(self, model_provider: Any, prompt_cache: PromptCache) -> None:
         self.cache = prompt_cache  # upstream deletes its own reference at the end
-        self._fetches: deque[tuple[Sequence[int], Fetch]] = deque(maxlen=256)
         self._answering = threading.local()
         self._in_flight = 0
         self._reader = ThreadPoolExecutor(1, "persist-cache-read-ahead")
@@ -124,7 +125,7 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
         part = getattr(request, "wanted_part", "")
         if part:
             end = len(prompt) - 1 if part == "prompt" else system_tokens(segments, types)
-            self.cache.cut_answer(prompt, end)
+            self.cache.cut_answer(prompt, end, model=self.model_provider.model_key)
         return prompt, segments, types, initial_state, vision
 
     def _cut_tool_turn(
@@ -281,9 +282,11 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
             if time.monotonic() > deadline:
                 return None
             time.sleep(0.002)
-        for tokens, fetch in reversed(self.cache.recent_fetches()):
-            if tokens is ctx.prompt or list(tokens) == ctx.prompt:
-                return fetch
+        packed = pack_tokens(ctx.prompt)
+        wanted = len(ctx.prompt), prompt_digest(packed)
+        for recent in reversed(self.cache.recent_fetches()):
+            if (recent.num_tokens, recent.digest) == wanted:
+                return recent.fetch
         return None
 
     def take_fetch(self) -> Fetch | None:
@@ -301,7 +304,7 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
 
 
 class Provider(upstream.ModelProvider):  # type: ignore[misc]
-    """Upstream's model provider; identifies a model right when its files were read."""
+    """Upstream's model provider; a model's identity is that of the files it was loaded from."""
 
     identifier: Identifier | None = None
     spare_tokenizer: Any = None
@@ -321,16 +324,27 @@ class Provider(upstream.ModelProvider):  # type: ignore[misc]
     def _load(
         self, model_path: str, adapter_path: str | None = None, draft_model_path: str | None = None
     ) -> None:
-        # Files may be rewritten while the process lives, but not the weights in memory: the
-        # identity is that of the files at the time of loading.
-        if self.identifier is not None:
-            self.identifier.forget()
-        self.spare_tokenizer = None
+        # The key is formed as upstream forms it when the model is loaded.
+        model_key = (model_path, adapter_path, draft_model_path)
+
+        def read() -> None:
+            super(Provider, self)._load(*model_key)
+            loading.evaluate(self.model, self.draft_model)
+
         with model_errors(model_path) if model_path else contextlib.nullcontext():
-            super()._load(model_path, adapter_path, draft_model_path)
+            if self.identifier is None or self.is_distributed:
+                # A rank loads a shard, which has no identity.
+                self.spare_tokenizer = None
+                super()._load(*model_key)
+            else:
+                for name in filter(None, (model_path, draft_model_path)):
+                    # What cannot be had costs the model in memory neither its place nor its name.
+                    loading.fetch(name)
+                self.spare_tokenizer = None
+                # The weights in memory go, and with them what is known of their files.
+                self.identifier.forget()
+                self.identifier.around_load(model_key, read)
         self.spare_tokenizer = copy.deepcopy(self.tokenizer)
-        if self.identifier is not None:
-            self.identifier(self.model_key)
 
 
 class Handler(Front, upstream.APIHandler):  # type: ignore[misc]

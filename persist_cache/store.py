@@ -262,12 +262,42 @@ class Store:
             The value and its match, or None on a miss.
         """
         packed = _packed(tokens)
-        for _ in range(_MAX_ATTEMPTS):
-            match = self.match(fingerprint, packed, limit=limit)
-            if match.num_tokens < max(1, min_tokens):
-                return None
-            numbers = [int(entry, 16) for entry in match.entries]
+        match = self.match(fingerprint, packed, limit=limit)
+        return self.load(fingerprint, packed, match, restore, limit=limit, min_tokens=min_tokens)
+
+    def load(
+        self,
+        fingerprint: Fingerprint,
+        tokens: Sequence[int] | bytes,
+        match: Match,
+        restore: Callable[[Sequence[tuple[BlobReader, int]], BlobReader | None, int], T],
+        *,
+        limit: int | None = None,
+        min_tokens: int = 1,
+    ) -> tuple[T, Match] | None:
+        """Read and verify what `match` found; the second half of `fetch`.
+
+        The index is asked again only when a blob of the match is gone or bad.
+
+        Args:
+            fingerprint: What `match` was asked for, as are `tokens` and `limit`.
+            tokens: The prompt.
+            match: What `match` found of it.
+            restore: As for `fetch`.
+            limit: Use at most this many tokens.
+            min_tokens: A shorter prefix counts as a miss.
+
+        Returns:
+            The value and the match that it was read by, or None on a miss.
+        """
+        packed = _packed(tokens)
+        for attempt in range(_MAX_ATTEMPTS):
             try:
+                if attempt:
+                    match = self.match(fingerprint, packed, limit=limit)
+                if match.num_tokens < max(1, min_tokens):
+                    return None
+                numbers = [int(entry, 16) for entry in match.entries]
                 with self._disk.serving(numbers), self._readers(match) as (runs, checkpoint):
                     # Checksums prove that a file is whole, not that it is the right one.
                     for run, (reader, used) in zip(match.runs, runs, strict=True):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 from persist_cache.catalog import StoreStats
+from persist_cache.digests import PrefixDigests, prompt_digest
 from persist_cache.entry import TOKEN_BYTES, Tier
 
 _REMEMBERED = 64
@@ -31,6 +32,21 @@ class Fetch:
     reason: str = ""
     seconds: float = 0.0
     nbytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RecentFetch:
+    """A prompt that was asked for, without its tokens, and how it was answered.
+
+    Attributes:
+        num_tokens: Length of the prompt when it was asked for.
+        digest: Its `prompt_digest` then, or b"" when it was no list of token ids.
+        fetch: The answer.
+    """
+
+    num_tokens: int
+    digest: bytes
+    fetch: Fetch
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +92,7 @@ class _Begun:
     """A request whose prefill began when its look-up ended."""
 
     model: Hashable
-    packed: bytes
+    prompt: PrefixDigests
     cached_tokens: int
     at: float
 
@@ -89,7 +105,8 @@ class Tally:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._recent: deque[tuple[Sequence[int], Fetch]] = deque(maxlen=_REMEMBERED)
+        self._recent: deque[RecentFetch] = deque(maxlen=_REMEMBERED)
+        self._of_thread = threading.local()
         self._begun: deque[_Begun] = deque(maxlen=_REMEMBERED)
         self._token_s: dict[Hashable, float] = {}
         self._hits: Counter[str] = Counter()
@@ -102,20 +119,37 @@ class Tally:
         self._saves = 0
         self._written_bytes = 0
 
-    def recent(self) -> list[tuple[Sequence[int], Fetch]]:
+    def recent(self) -> list[RecentFetch]:
         """The latest prompts and how they were answered, oldest first."""
         with self._lock:
             return list(self._recent)
 
+    def last_fetch(self) -> Fetch | None:
+        """The outcome of the calling thread's latest request; of any thread's, if it made none."""
+        mine: Fetch | None = getattr(self._of_thread, "fetch", None)
+        if mine is not None:
+            return mine
+        with self._lock:
+            return self._recent[-1].fetch if self._recent else None
+
     def begun(self, model: Hashable, packed: bytes, cached_tokens: int) -> None:
         """Note that the prefill of what is not cached begins now."""
+        begun = _Begun(model, PrefixDigests.of(packed), cached_tokens, time.monotonic())
         with self._lock:
-            self._begun.append(_Begun(model, packed, cached_tokens, time.monotonic()))
+            self._begun.append(begun)
 
-    def fetched(self, tokens: Sequence[int], fetch: Fetch) -> None:
-        """Count the outcome of a request."""
+    def fetched(self, num_tokens: int, packed: bytes | None, fetch: Fetch) -> None:
+        """Count the outcome of a request of the calling thread.
+
+        Args:
+            num_tokens: Length of the prompt.
+            packed: The prompt, which is not kept; None when it could not be packed.
+            fetch: The outcome.
+        """
+        self._of_thread.fetch = fetch
+        digest = b"" if packed is None else prompt_digest(packed)
         with self._lock:
-            self._recent.append((tokens, fetch))
+            self._recent.append(RecentFetch(num_tokens, digest, fetch))
             if fetch.source == "miss":
                 self._misses[kind_of_miss(fetch.reason)] += 1
             else:
@@ -154,7 +188,7 @@ class Tally:
                 if tier == Tier.ASSISTANT:
                     break
                 computed = num_tokens - begun.cached_tokens
-                if begun.model == model and computed > 0 and begun.packed.startswith(packed):
+                if begun.model == model and computed > 0 and begun.prompt.begin_with(packed):
                     token_s = (now - begun.at) / computed
                     before = self._token_s.get(model, token_s)
                     self._token_s[model] = before + (token_s - before) / 4

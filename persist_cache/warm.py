@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from persist_cache import rendering
+from persist_cache import loading, rendering
 from persist_cache.entry import Tier
 from persist_cache.errors import MissingDependencyError, ModelError
 from persist_cache.evict import REPLACED
-from persist_cache.fingerprint import Fingerprint
+from persist_cache.fingerprint import Fingerprint, Identifier
 from persist_cache.incoming import RefusedError
 from persist_cache.rendering import Prompt, PromptRequest
 from persist_cache.store import Store
@@ -33,18 +33,34 @@ PARTIAL_LABEL = "(partial)"
 Message = Mapping[str, Any]
 
 
-def load_model(model: str, adapter_path: str | None = None) -> tuple[Any, Any]:
-    """Load a model and its tokenizer from a folder or a hub id.
+def load_model(
+    model: str, adapter_path: str | None = None, *, identifier: Identifier | None = None
+) -> tuple[Any, Any]:
+    """Load a model and its tokenizer from a folder or a hub id, and settle its identity.
+
+    Args:
+        model: Folder or hub id.
+        adapter_path: Folder of an adapter, or None.
+        identifier: Where the identity of `(model, adapter_path, None)` is settled; without one,
+            for the whole process, as `persist_cache.load` does.
 
     Raises:
         ModelError: It cannot be found or loaded.
         MissingDependencyError: mlx-lm is not installed.
     """
     with model_errors(model):
+        if identifier is None:
+            return loading.load(model, adapter_path=adapter_path)
         import mlx_lm
 
-        loaded = mlx_lm.load(model, adapter_path=adapter_path)
-        return loaded[0], loaded[1]
+        def read() -> tuple[Any, Any]:
+            loaded = mlx_lm.load(model, adapter_path=adapter_path)
+            loading.evaluate(loaded[0])
+            return loaded[0], loaded[1]
+
+        # First, or a hub id that is not here yet would be loaded twice.
+        loading.fetch(model)
+        return identifier.around_load((model, adapter_path, None), read)
 
 
 def load_tokenizer(model: str, *, chat_template: str | None = None) -> Any:
@@ -69,6 +85,8 @@ def model_errors(model: str) -> Iterator[None]:
     """mlx-lm, transformers and the hub raise whatever they like; the user gets one sentence."""
     try:
         yield
+    except MissingDependencyError:
+        raise
     except ImportError as error:
         raise MissingDependencyError(
             "Running a model needs MLX and mlx-lm: pip install mlx mlx-lm."
@@ -214,7 +232,7 @@ def warm(
 
     Args:
         store: An open store.
-        fingerprint: Identity of the model, its KV options included.
+        fingerprint: Identity that `model` was loaded with, its KV options included.
         model: The model.
         tokens: The prefix to store.
         tier, label, pinned, expires: As in `Store.put`.

@@ -14,7 +14,7 @@ from persist_cache import Store, Tier
 from persist_cache.describe import warm_json
 from persist_cache.entry import Match
 from persist_cache.errors import ModelError, PersistCacheError
-from persist_cache.fingerprint import Fingerprint
+from persist_cache.fingerprint import Fingerprint, Identifier, Unidentified
 from persist_cache.rendering import PromptRequest, system_only
 from persist_cache.warm import WARM_STEP_TOKENS, Warmed, load_model, warm
 from persist_cache_cli.output import format_bytes, print_json
@@ -219,11 +219,11 @@ class _Run:
         self._step_tokens = step_tokens
         self._quiet = quiet
         self._tokenizers: dict[tuple[str, str | None, bool], Any] = {}
-        self._model: tuple[ModelChoice, Any] | None = None
+        self._model: tuple[ModelChoice, Any, Identifier] | None = None
 
     def check(self, job: Job) -> dict[str, Any]:
         """Report what is there, changing nothing."""
-        tokens, _, _, match = self._find(job, may_load=False)
+        tokens, match = self._find(job)
         missing = len(tokens) - match.num_tokens
         if missing:
             self._say(f"{_name(job)}: {match.num_tokens:,} of {len(tokens):,} tokens are stored.")
@@ -233,14 +233,24 @@ class _Run:
 
     def warm(self, job: Job) -> dict[str, Any]:
         """Store what is missing."""
-        tokens, system_tokens, fingerprint, match = self._find(job, may_load=True)
         expires = None if job.ttl_s is None else time.time() + job.ttl_s
-        entry = self._stored_entry(match, len(tokens))
+        tokens, system_tokens = self._tokens(job)
+        model: Any = None
+        fingerprint = self._identify(job.choice)
+        if isinstance(fingerprint, Unidentified):
+            # A hub id that is not on this machine yet is fetched by loading it.
+            model, fingerprint = self._load(job.choice)
+        entry = self._stored_entry(fingerprint, tokens)
+        if entry is None and model is None:
+            # The files may have been replaced since: what is computed belongs to what was loaded.
+            model, loaded = self._load(job.choice)
+            if loaded != fingerprint:
+                fingerprint = loaded
+                entry = self._stored_entry(fingerprint, tokens)
         if entry is not None:
             self._mark(entry, job, expires)
             self._say(f"{_name(job)}: all {len(tokens):,} tokens were stored already.")
             return _report(job, (entry,), len(tokens), len(tokens), 0)
-        model = self._load(job.choice)
         with self._progress(job, len(tokens)) as progress:
             done = warm(
                 self._store,
@@ -260,25 +270,25 @@ class _Run:
         entries = () if done.entry is None else (done.entry,)
         return _report(job, entries, done.num_tokens, done.found_tokens, 0, done)
 
-    def _find(self, job: Job, *, may_load: bool) -> tuple[list[int], int, Fingerprint, Match]:
-        tokens, system_tokens = self._tokens(job)
-        identifier = job.choice.identifier()
-        fingerprint = identifier(job.choice.key)
-        if fingerprint is None and may_load:
-            # A hub id that is not on this machine yet is fetched by loading it.
-            self._load(job.choice)
-            identifier.forget()
-            fingerprint = identifier(job.choice.key)
-        if fingerprint is None:
-            reason = identifier.reason(job.choice.key)
-            raise ModelError(f"The model {job.choice.model!r} cannot be identified: {reason}")
-        return tokens, system_tokens, fingerprint, self._store.match(fingerprint, tokens)
+    def _find(self, job: Job) -> tuple[list[int], Match]:
+        tokens, _ = self._tokens(job)
+        fingerprint = self._identify(job.choice)
+        if isinstance(fingerprint, Unidentified):
+            raise _unidentified(job.choice, fingerprint.reason)
+        return tokens, self._store.match(fingerprint, tokens)
 
-    def _stored_entry(self, match: Match, num_tokens: int) -> str | None:
+    def _identify(self, choice: ModelChoice) -> Fingerprint | Unidentified:
+        """Identify the model that is loaded, or else its files as they are now."""
+        if self._model is not None and self._model[0] == choice:
+            return self._model[2].look_up(choice.key)
+        return choice.identifier().look_up(choice.key)
+
+    def _stored_entry(self, fingerprint: Fingerprint, tokens: list[int]) -> str | None:
         """The entry that ends exactly here, if there is one."""
-        if match.num_tokens == num_tokens and match.entries:
+        match = self._store.match(fingerprint, tokens)
+        if match.num_tokens == len(tokens) and match.entries:
             entry = self._store.get(match.entries[-1])
-            if entry.num_tokens == num_tokens:
+            if entry.num_tokens == len(tokens):
                 return entry.id
         return None
 
@@ -308,12 +318,18 @@ class _Run:
             )
         return prompt.tokens[: prompt.system_tokens], prompt.system_tokens
 
-    def _load(self, choice: ModelChoice) -> Any:
+    def _load(self, choice: ModelChoice) -> tuple[Any, Fingerprint]:
+        """Load a model; returns it with the identity of what was loaded."""
         if self._model is None or self._model[0] != choice:
             self._model = None  # free the old one before the new one is loaded
             self._say(f"Loading {choice.model} …")
-            self._model = (choice, load_model(choice.model, choice.adapter_path)[0])
-        return self._model[1]
+            identifier = choice.identifier()
+            model, _ = load_model(choice.model, choice.adapter_path, identifier=identifier)
+            self._model = (choice, model, identifier)
+        fingerprint = self._model[2].look_up(choice.key)
+        if isinstance(fingerprint, Unidentified):
+            raise _unidentified(choice, fingerprint.reason)
+        return self._model[1], fingerprint
 
     def _progress(self, job: Job, total: int) -> Any:
         from persist_cache_cli.progress import token_bar
@@ -323,6 +339,10 @@ class _Run:
     def _say(self, text: str) -> None:
         if not self._quiet:
             click.echo(text)
+
+
+def _unidentified(choice: ModelChoice, reason: str) -> ModelError:
+    return ModelError(f"The model {choice.model!r} cannot be identified: {reason}")
 
 
 def _name(job: Job) -> str:
