@@ -367,6 +367,22 @@ class PromptCache:
         """Length of the longest prefix that a fetch would serve; looks only, counts nothing."""
         return self._known(model, tokens)[0]
 
+    def outlook(self, model: Hashable, tokens: Sequence[int]) -> tuple[int, int]:
+        """What a request with this prompt would get now; looks only, counts nothing.
+
+        Returns:
+            Tokens that would not be computed, and how many memory alone would serve.
+        """
+        packed = pack_tokens(tokens)
+        limit = max(0, len(tokens) - self._leave_tokens)
+        owner = self._owners.of(model, may_read=self._uses_disk)
+        with self._lock:
+            candidate = self._candidate(owner, packed, limit)
+        in_memory = 0 if candidate is None else candidate.num_tokens
+        on_disk = self._match(owner, packed, limit).num_tokens
+        reads_disk = in_memory == 0 or on_disk - in_memory >= _ENOUGH_GAIN_TOKENS
+        return (max(on_disk, in_memory) if reads_disk else in_memory), in_memory
+
     def branch_point(
         self, model: Hashable, tokens: Sequence[int], *, min_gain_tokens: int = 1
     ) -> int:

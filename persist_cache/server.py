@@ -2,8 +2,8 @@
 
 Upstream's model provider, generation loop and HTTP handler do the work. What is added here: where
 prompts are cut (tool turns, checkpoints at branches), what an answer says about the cache, and an
-orderly end. This is the only importer of `mlx_lm.server`, whose private seam is listed in
-`SEAM` and checked by a test.
+orderly end. This is the only importer of `mlx_lm.server` besides `rendering`; what is used of its
+private seam is listed in `SEAM` and checked by a test.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from persist_cache.errors import (
 )
 from persist_cache.fingerprint import Identifier
 from persist_cache.front import Front
-from persist_cache.loaded import system_tokens
 from persist_cache.prefills import PrefillClock
+from persist_cache.rendering import system_end, system_tokens
 from persist_cache.store import Store
 from persist_cache.tally import Fetch
 from persist_cache.ticket import Ticket, TicketedCache
@@ -148,30 +148,8 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
 
     def _system_end(self, tokenizer: Any, request: Any, args: Any, prompt: Sequence[int]) -> int:
         """Tokens of `prompt` that any conversation with the same system messages shares."""
-        head = []
-        for message in request.messages:
-            if message.get("role") != "system":
-                break
-            head.append(message)
-        if not head or not tokenizer.has_chat_template:
-            return 0
-        options = dict(self.cli_args.chat_template_args)
-        options.update(args.chat_template_kwargs or {})
-        try:
-            probe = tokenizer.apply_chat_template(
-                [*head, {"role": "user", "content": ""}],
-                tools=request.tools,
-                add_generation_prompt=False,
-                tokenize=True,
-                **options,
-            )
-        except Exception as error:  # a template is a program of its own
-            log.debug("no system part could be rendered: %s", error)
-            return 0
-        for index, (a, b) in enumerate(zip(probe, prompt, strict=False)):
-            if a != b:
-                return index
-        return 0
+        options = {**self.cli_args.chat_template_args, **(args.chat_template_kwargs or {})}
+        return system_end(tokenizer, request.messages, request.tools, options, prompt)
 
     def _cut_at_branch(
         self, prompt: Sequence[int], segments: list[list[int]], types: list[str]

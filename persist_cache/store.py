@@ -35,7 +35,7 @@ from persist_cache.errors import (
     StoreFullError,
     StoreReadOnlyError,
 )
-from persist_cache.evict import Evictor
+from persist_cache.evict import REQUESTED, Evictor
 from persist_cache.health import Problem
 from persist_cache.index import DamagedIndexError, Reader, Writer
 from persist_cache.insert import Insertion, PutResult, Source
@@ -507,16 +507,20 @@ class Store:
         """
         self._change(prefix, lambda record: record._replace(label=label))
 
-    def evict(self, prefixes: Sequence[str]) -> int:
+    def evict(self, prefixes: Sequence[str], *, reason: str = REQUESTED) -> int:
         """Remove entries, and every byte that nothing else needs; returns the bytes freed.
 
         Rows shared with other entries stay for those.
+
+        Args:
+            prefixes: Ids, or beginnings of ids that are unique.
+            reason: What `explain` is to say of them.
 
         Raises:
             KeyError: An id is unknown or ambiguous; nothing was removed.
         """
         numbers = list(dict.fromkeys(self._number(prefix) for prefix in prefixes))
-        return self._evictor.evict(numbers, "evicted by request")
+        return self._evictor.evict(numbers, reason)
 
     def evict_to(self, max_bytes: int) -> int:
         """Evict in order until the store takes at most `max_bytes`, or the rest is pinned.

@@ -14,11 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from persist_cache import loading
+from persist_cache import loading, rendering
 from persist_cache.entry import Tier
 from persist_cache.errors import MissingDependencyError, ModelError
+from persist_cache.evict import REPLACED
 from persist_cache.fingerprint import Fingerprint, Identifier
+from persist_cache.incoming import RefusedError
 from persist_cache.prefills import PrefillClock, Rate, whole_s
+from persist_cache.rendering import Prompt, PromptRequest
 from persist_cache.store import Store
 
 DEFAULT_STEP_TOKENS = 2048
@@ -29,20 +32,6 @@ PARTIAL_LABEL = "(partial)"
 """Label of an entry whose prefill was interrupted; the next `warm` goes on there."""
 
 Message = Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """A rendered prompt.
-
-    Attributes:
-        tokens: Token ids.
-        system_tokens: Leading tokens that every conversation with the same system messages and
-            tools shares; 0 when there is no system part.
-    """
-
-    tokens: list[int]
-    system_tokens: int
 
 
 def load_model(
@@ -75,8 +64,12 @@ def load_model(
         return identifier.around_load((model, adapter_path, None), read)
 
 
-def load_tokenizer(model: str) -> Any:
+def load_tokenizer(model: str, *, chat_template: str | None = None) -> Any:
     """Load a model's tokenizer without its weights.
+
+    Args:
+        model: Folder or hub id.
+        chat_template: What to use instead of the model's own, or None.
 
     Raises:
         ModelError: It cannot be found or loaded.
@@ -85,7 +78,7 @@ def load_tokenizer(model: str) -> Any:
     with model_errors(model):
         from mlx_lm.utils import load_tokenizer
 
-        return load_tokenizer(model)
+        return load_tokenizer(model, {"chat_template": chat_template} if chat_template else None)
 
 
 @contextlib.contextmanager
@@ -119,36 +112,17 @@ def render(
 ) -> Prompt:
     """Render a chat request as `mlx_lm.server` does, and find its system part.
 
-    The system part is measured, not parsed: two user messages that differ are rendered in place
-    of what follows, and the tokens that both have in common are the part that can be shared.
-
     Raises:
         ModelError: The model has no chat template, or the template refuses the messages.
     """
-    head = []
-    for message in messages:
-        if message.get("role") != "system":
-            break
-        head.append(dict(message))
+    asked = PromptRequest(
+        [dict(message) for message in messages],
+        tools=[dict(tool) for tool in tools] if tools else None,
+    )
     try:
-
-        def rendered(chat: Sequence[Message], generate: bool) -> list[int]:
-            return list(
-                tokenizer.apply_chat_template(
-                    [dict(one) for one in chat],
-                    tools=list(tools) if tools else None,
-                    add_generation_prompt=generate,
-                    **(template_args or {}),
-                )
-            )
-
-        tokens = rendered(messages, True)
-        if not head:
-            return Prompt(tokens, 0)
-        probes = [rendered([*head, {"role": "user", "content": text}], True) for text in "AB"]
-    except Exception as error:  # templates are programs of their own
-        raise ModelError(f"The chat template refuses these messages: {error}") from error
-    return Prompt(tokens, common_prefix(tokens, *probes))
+        return rendering.render(tokenizer, asked, template_args=template_args)
+    except RefusedError as refusal:
+        raise ModelError(str(refusal)) from refusal
 
 
 def common_prefix(*sequences: Sequence[int]) -> int:
@@ -250,6 +224,7 @@ def warm(
     label: str = "",
     pinned: bool = False,
     expires: float | None = None,
+    system_tokens: int = 0,
     step_tokens: int = WARM_STEP_TOKENS,
     quantize: KVQuantization | None = None,
     progress: Callable[[int], None] | None = None,
@@ -263,6 +238,8 @@ def warm(
         model: The model.
         tokens: The prefix to store.
         tier, label, pinned, expires: As in `Store.put`.
+        system_tokens: Length of the system part of `tokens`. Where they go on behind it, an entry
+            of its own is left there, as a server does: not every cache can be cut there later.
         step_tokens: Tokens per model call and per commit.
         quantize: How the server that will use it quantizes its KV, or None.
         progress: Called with the tokens done so far, those found on disk included.
@@ -283,20 +260,23 @@ def warm(
         progress(done)
     while True:
         end = min(done + step_tokens, len(tokens))
+        if done < system_tokens:
+            end = min(end, system_tokens)
         before = timer()
         with timer.running():
             prefill(model, cache, tokens[done:end], step_tokens=step_tokens, quantize=quantize)
         rate.add(end - done, timer() - before)
         last = end == len(tokens)
         tensors.prepare(cache, end)
+        lasts = last or end == system_tokens
         computed = end - found_tokens
         result = store.put(
             fingerprint,
             tokens[:end],
             tensors.source(cache, end),
-            tier=tier,
+            tier=Tier.SYSTEM if lasts and not last else tier,
             prefill_s=whole_s(found_tokens, found_s, computed, timer(), rate) if computed else 0.0,
-            label=label if last else PARTIAL_LABEL,
+            label=label if last else "" if lasts else PARTIAL_LABEL,
             pinned=pinned and last,
             expires=expires if last else None,
         )
@@ -317,4 +297,4 @@ def _drop_partial(
         if entry != keep:
             with contextlib.suppress(KeyError):
                 if store.get(entry).label == PARTIAL_LABEL:
-                    store.evict([entry])
+                    store.evict([entry], reason=REPLACED)

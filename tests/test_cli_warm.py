@@ -232,6 +232,10 @@ BAD: dict[str, tuple[list[object], str]] = {
         ["warm", "--model", "MODEL", "--system", "x", "--chat-template-args", "{"],
         "JSON",
     ),
+    "template arguments that are not the template's": (
+        ["warm", "--model", "MODEL", "--system", "x", "--chat-template-args", '{"tokenize": 0}'],
+        "must not set tokenize",
+    ),
 }
 
 
