@@ -67,6 +67,9 @@ def _budget_afterwards() -> None:
     Insertion.run = run_then_evict  # type: ignore[method-assign]
 
 
+FOUND_BY = {"checksum": "kills", "order": "kills", "budget": "kills"}
+"""The storm that has to find each."""
+
 BREAKS: dict[str, Callable[[], None]] = {
     "checksum": _no_checksum,
     "order": _commit_first,
