@@ -20,8 +20,7 @@ from pathlib import Path
 from torture import broken, replaced, scenes, steps, threads
 from torture.storm import Report, Storm, in_child
 
-STORMS = ("threads", "replaced", "kills")
-"""In the order in which they are run: the last one goes on until it is late."""
+STORMS = ("kills", "threads", "replaced")
 
 
 def main(arguments: list[str] | None = None) -> int:

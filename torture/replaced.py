@@ -157,7 +157,7 @@ class Life:
                 other = self._dice.choice(RELOADS)
                 name = str(self._folder / ("another" if other == RELOADS[0] else "no such model"))
                 session.ask(Ask([{"role": "user", "content": "w1"}], model=name, max_tokens=1))
-                self._last += f", then {other}"
+                self._last = f"{self._last.partition(', then')[0]}, then {other}"
         for answer in session.ask_all(
             [Ask(self._chat(), max_tokens=3) for _ in range(self._dice.choice((1, 1, 2)))]
         ):
@@ -230,7 +230,7 @@ def _world(home: Path, name: str, dice: random.Random, end: float, seen: Seen, b
     forked(partial(write_stock, home, world), _HUNG_S)
     (home / "journals").mkdir()
     life = 0
-    while time.monotonic() < end:
+    while time.monotonic() < end and not (breaks and seen.findings):
         life += 1
         journal = home / "journals" / f"{life:03}.jsonl"
         kill = dice.random() < 0.4
@@ -246,8 +246,13 @@ def _world(home: Path, name: str, dice: random.Random, end: float, seen: Seen, b
             seen.kills += 1
         elif code != 0:
             seen.findings.append(f"{where}: it ended with {code}")
-    for note in read(home / "journals"):
-        where = f"model replaced ({name}), server {int(note['file'][:3])}"
+        _add_up(journal, where, seen)
+
+
+def _add_up(journal: Path, where: str, seen: Seen) -> None:
+    """Take over what one server's clients noted; of many wrong answers the first ones are told."""
+    wrong = []
+    for note in read(journal):
         if note["what"] == "replaced":
             seen.replaced.update([note["part"], note["way"], note["moment"]])
         elif note["what"] == "answer":
@@ -256,7 +261,8 @@ def _world(home: Path, name: str, dice: random.Random, end: float, seen: Seen, b
             seen.ties += note["ties"]
             seen.reused[note["source"]] += note["reused"]
             if note["wrong"]:
-                seen.findings.append(f"{where}: {note['wrong']}")
+                wrong.append(f"{where}: {note['wrong']}")
+    seen.findings += wrong[:3]
 
 
 def _live(home: Path, world: World, seed: int, journal: Path, seconds: float, breaks: str) -> None:

@@ -32,6 +32,7 @@ MODEL = ("model", None, None)
 _SWITCH_S = 1e-5
 _EPISODE_S = 0.6
 _WORKERS = 4
+_MODELS = 3
 
 
 def rows_of(tokens: Sequence[int], model: int) -> np.ndarray:
@@ -113,6 +114,19 @@ class Codec:
     def num_tokens(self, cache: Sequence[Layer]) -> int | None:
         return len(cache[0].rows)
 
+    def witness(self, cache: Sequence[Layer]) -> _Witness:
+        return _Witness(cache[0].rows)
+
+
+@dataclass(frozen=True)
+class _Witness:
+    """Tells whether a cache still has the array that it was handed over with."""
+
+    rows: np.ndarray
+
+    def fits(self, cache: Sequence[Layer]) -> bool:
+        return cache[0].rows is self.rows
+
 
 def _read(reader: BlobReader, name: str) -> np.ndarray:
     data = np.empty(reader.header.tensors[name].shape, dtype=np.int64)
@@ -131,38 +145,66 @@ class Checked:
     findings: list[str] = field(default_factory=list)
 
 
-class _Loaded:
-    """The model in memory: shared by those who compute, changed by one when nobody does."""
+class Loaded:
+    """The model in memory, and what an `Identifier` would say of it.
 
-    def __init__(self) -> None:
+    Thread safety: may be shared; `_turn` guards it.
+    """
+
+    def __init__(self, *, identified: bool) -> None:
         self.number = 0
+        self._identified = identified
+        self.loads = 0
         self._turn = threading.Condition()
         self._computing = 0
         self._wanted = False
 
-    def identify(self, model: Any) -> Fingerprint:
-        return fingerprint(weights=f"w{self.number}")
+    def __call__(self, model: Any) -> Fingerprint | None:
+        return fingerprint(weights=f"w{self.number}") if self._identified else None
+
+    def reason(self, model: Any) -> str:
+        return "" if self._identified else "nobody knows it"
+
+    def settled(self, model: Any) -> Fingerprint | None:
+        return self(model)
+
+    def load_number(self, model: Any) -> int:
+        return self.loads
 
     @contextlib.contextmanager
-    def computing(self) -> Iterator[int]:
+    def computing(self) -> Iterator[tuple[int, int]]:
+        """Hold the model for a request; gives its number, and that of its load."""
         with self._turn:
             self._turn.wait_for(lambda: not self._wanted)
             self._computing += 1
+            held = self.number, self.loads
         try:
-            yield self.number
+            yield held
         finally:
             with self._turn:
                 self._computing -= 1
                 self._turn.notify_all()
 
-    def replace(self, number: int) -> None:
-        """Replace the model as soon as nobody computes; new requests wait for that."""
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Wait until nobody computes; new requests wait until this ends."""
         with self._turn:
+            self._turn.wait_for(lambda: not self._wanted)
             self._wanted = True
             self._turn.wait_for(lambda: self._computing == 0)
+        try:
+            yield
+        finally:
+            with self._turn:
+                self._wanted = False
+                self._turn.notify_all()
+
+    def replace(self, number: int) -> None:
+        """Load another model under the same name."""
+        with self._turn:
+            self.loads += 1
             self.number = number
-            self._wanted = False
-            self._turn.notify_all()
+            self.loads += 1
 
 
 class Episode:
@@ -174,12 +216,13 @@ class Episode:
         self._dice = random.Random(seed)
         self._checked = checked
         self._lock = threading.Lock()
-        self._loaded = _Loaded()
+        self._loaded = Loaded(identified=self._dice.random() < 0.8)
         self._end = 0.0
         self._max_size = self._dice.choice((2, 5, 20))
         self._complete = self._dice.choice((1.0, 1.0, 0.5, 0.0))
         self._on_disk = self._dice.random() < 0.5
         self._store: Store | None = None
+        self._inserted: Layer | None = None
         self._cache: PromptCache
 
     def run(self, seconds: float) -> None:
@@ -192,8 +235,7 @@ class Episode:
                 )
             self._cache = self._made()
             self._end = time.monotonic() + seconds
-            # Without a disk nobody asks which model it is; then it stays the same.
-            steps = [*[self._serve] * _WORKERS, self._tidy, *[self._change] * self._on_disk]
+            steps = [*[self._serve] * _WORKERS, self._tidy, self._change, self._meddle]
             threads = [
                 threading.Thread(target=self._guarded, args=(step, self._seed * 100 + number))
                 for number, step in enumerate(steps)
@@ -207,13 +249,14 @@ class Episode:
             finally:
                 sys.setswitchinterval(before)
             self._cache.close()
+            self._read_back()
         self._checked.episodes += 1
 
     def _made(self) -> PromptCache:
         return PromptCache(
             self._max_size,
             store=self._store,
-            identify=self._loaded.identify,
+            identify=self._loaded,
             codec=Codec(),
             leave_tokens=self._dice.choice((0, 1)),
             idle_s=self._dice.choice((0.01, 60.0)),
@@ -236,6 +279,21 @@ class Episode:
         with self._lock:
             self._checked.calls[what] += 1
 
+    def _read_back(self) -> None:
+        """What is on the disk now is served to the next process."""
+        dice = random.Random(self._seed)
+        self._cache = self._made()
+        for number in range(_MODELS):
+            self._loaded.replace(number)
+            for _ in range(20):
+                prompt = self._prompt(dice)
+                kv, rest = self._cache.fetch_nearest_cache(MODEL, prompt)
+                self._verified(kv, list(rest), prompt, number)
+        self._cache.close()
+        if self._store is not None:
+            for problem in self._store.check(read_data=True):
+                self._find(f"check: {problem}")
+
     # ---- threads -----------------------------------------------------------------------------
 
     def _prompt(self, dice: random.Random) -> list[int]:
@@ -249,8 +307,10 @@ class Episode:
     def _serve(self, dice: random.Random) -> None:
         """A request: look up, compute the rest, hand over; sometimes it is aborted."""
         prompt = self._prompt(dice)
-        with self._loaded.computing() as model:
+        with self._loaded.computing() as (model, loads):
             kv, rest = self._cache.fetch_nearest_cache(MODEL, prompt)
+            if self._loaded.loads != loads:
+                return  # loaded in between: who knows which model was asked for
             layer = self._verified(kv, list(rest), prompt, model)
             if dice.random() < 0.1:
                 return
@@ -263,6 +323,8 @@ class Episode:
             layer.append(rest[first:], model)
             tier = dice.choice(("system", "user", *["assistant"] * 6))
             self._cache.insert_cache(MODEL, prompt, [layer], cache_type=tier)
+            if dice.random() < 0.1:
+                self._inserted = layer
 
     def _verified(
         self, kv: list[Layer] | None, rest: list[int], prompt: list[int], model: int
@@ -314,8 +376,23 @@ class Episode:
     def _change(self, dice: random.Random) -> None:
         """Another model under the same name, and soon the first one again."""
         threading.Event().wait(dice.choice((0.001, 0.01, 0.03)))
-        self._loaded.replace(dice.randrange(3))
+        with self._loaded.alone() if dice.random() < 0.7 else contextlib.nullcontext():
+            self._loaded.replace(dice.randrange(_MODELS))
         self._count("model replaced")
+
+    def _meddle(self, dice: random.Random) -> None:
+        """A caller cuts a cache that is no longer his, and computes other tokens to its length."""
+        threading.Event().wait(dice.choice((0.001, 0.01)))
+        layer, self._inserted = self._inserted, None
+        if layer is None or len(layer.rows) < 2:
+            return
+        with self._loaded.alone():
+            kept = dice.randrange(len(layer.rows))
+            others = [dice.randrange(1000, 2000) for _ in range(len(layer.rows) - kept)]
+            changed = Layer(layer.rows[:kept], complete=layer.complete)
+            changed.append(others, self._loaded.number)
+            layer.rows = changed.rows
+        self._count("cache refilled by its former owner")
 
 
 def run(folder: Path, seed: int, seconds: float, breaks: str = "") -> Checked:
