@@ -94,13 +94,16 @@ def _identified_late() -> None:
 def _two_looks() -> None:
     """A fetch tells the length of one cache, and gives away what a second look finds."""
     from persist_cache.cache import PromptCache, _Taken
+    from persist_cache.owners import Owner
 
     take = PromptCache._take
 
-    def look_and_take(self: PromptCache, *prompt: Any, on_disk: int) -> _Taken:
+    def look_and_take(
+        self: PromptCache, owner: Owner, packed: bytes, limit: int, *, on_disk: int
+    ) -> _Taken:
         with self._lock:
-            first = self._candidate(*prompt)
-        given = take(self, *prompt, on_disk=on_disk)
+            first = self._candidate(owner, packed, limit)
+        given = take(self, owner, packed, limit, on_disk=on_disk)
         return given if first is None else given._replace(num_tokens=first.num_tokens)
 
     PromptCache._take = look_and_take  # type: ignore[method-assign]
