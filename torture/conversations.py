@@ -8,6 +8,7 @@ answers is held against the model that gave it, run without any cache.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -25,6 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tests.fakes import eager_gc
 from torture.journal import Journal, read
 from torture.replaced import VERSIONS, World, forked, replace, write_stock
 
@@ -76,7 +78,8 @@ class Life:
                 from dataclasses import replace as changed
 
                 asks = [(number, changed(ask, seed=7)) for number, ask in asks]
-            answers = session.ask_all([ask for _, ask in asks])
+            beside = partial(self._tidy, session, dice.random(), dice.getrandbits(32))
+            answers = session.ask_all([ask for _, ask in asks], beside)
             for (number, _), answer in zip(asks, answers, strict=True):
                 self._judge(number, answer)
         problems = session.generator.cache.stats().problems
@@ -91,6 +94,21 @@ class Life:
             main = str(self.home / "model")
             named += [{"model": main, "adapter": str(self.home / "adapter")}, {"model": main}]
         return named
+
+    def _tidy(self, session: Any, which: float, seed: int) -> None:
+        """What may be done to memory and disk while requests are answered, sometimes."""
+        dice = random.Random(seed)
+        cache, store = session.generator.cache, session.store
+        if which < 0.03:
+            cache.trim_to(n_sequences=dice.randrange(3))
+        elif which < 0.06:
+            cache.flush(5.0)
+        elif which < 0.09 and store is not None:
+            ids = [entry.id for entry in store.entries()]
+            with contextlib.suppress(KeyError):  # it has gone by itself
+                store.evict(dice.sample(ids, min(2, len(ids))))
+        elif which < 0.1 and store is not None:
+            store.gc()
 
     def _swap(self, session: Any, dice: random.Random) -> None:
         from torture.serving import Ask
@@ -136,16 +154,18 @@ class Life:
 def run(
     folder: Path, seed: int, seconds: float, kinds: Sequence[str], *, swaps: bool = True
 ) -> dict[str, Sums]:
-    """One world after the other, of every kind in turn, for so long; sums by kind."""
+    """One world after the other, of every kind in turn, for so long; sums by kind.
+
+    A short run may take longer: it visits every kind once.
+    """
     from torture import serving
 
     dice = random.Random(seed)
     end = time.monotonic() + seconds
     sums: dict[str, Sums] = {}
-    # A short run visits every kind as well.
     each = min(_WORLD_S, seconds / len(kinds))
     number = 0
-    while time.monotonic() < end:
+    while number < len(kinds) or time.monotonic() < end:
         if number % len(kinds) == 0:
             order = dice.sample(kinds, len(kinds))
         name = order[number % len(kinds)]
@@ -154,7 +174,7 @@ def run(
         home.mkdir(parents=True)
         serving.prepare_process(home / "home")
         where = f"world {number} ({name})"
-        stop = min(end, time.monotonic() + each)
+        stop = time.monotonic() + each
         sums.setdefault(name, Sums()).add(
             _world(home, name, dice.getrandbits(48), stop, where, swaps)
         )
@@ -240,13 +260,24 @@ def _live(
     from persist_cache.server import ServeOptions
     from torture import serving, tiny
 
+    dice = random.Random(seed)
     life = Life(home, world, seed, Journal(journal), seconds, talks, alone, 0.08 * swaps)
     own = [flag.format(draft=str(home / "draft")) for flag in world.flags]
-    serving.serve(
-        ["--model", str(home / "model"), *tiny.KINDS[world.kind].flags, *own, *flags],
-        ServeOptions(store=str(home / "store"), min_free_bytes=0),
-        life.drive,
+    roomy, tight = 1 << 30, 1_500_000
+    options = ServeOptions(
+        store=str(home / "store"),
+        min_free_bytes=0,
+        disk_bytes=dice.choice((roomy, roomy, roomy, tight)),
+        memory_bytes=dice.choice((None, None, None, 0)),
     )
+    # A server that is soon idle saves and merges often; it merges whatever it may.
+    with eager_gc() if dice.random() < 0.5 else contextlib.nullcontext():
+        serving.serve(
+            ["--model", str(home / "model"), *tiny.KINDS[world.kind].flags, *own, *flags],
+            options,
+            life.drive,
+            idle_s=dice.choice((0.02, 2.0)),
+        )
 
 
 def _collect(journal: Path, talks: Any, sums: Sums, where: str) -> None:

@@ -14,7 +14,7 @@ import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any
 from torture import broken
 from torture.journal import Journal, read
 
-VERSIONS = (1, 2, 3)
+VERSIONS = (1, 2)
 _LIFE_S = 2.5
 _HUNG_S = 60.0
 _ALWAYS_AGAIN = 5
@@ -126,6 +126,7 @@ class Life:
         self._seconds = seconds
         self._moment = ""
         self._again = 0
+        self._versions = dict.fromkeys(world.parts, 1)
         self._last = "nothing was replaced"
 
     def drive(self, session: Any) -> None:
@@ -146,21 +147,38 @@ class Life:
             self._step(session)
 
     def _step(self, session: Any) -> None:
+        """Ask before and after a change, and once more when all has been loaded again."""
+        chats = [self._chat() for _ in range(self._dice.choice((1, 1, 2)))]
+        if self._dice.random() < 0.2:
+            self._ask(session, chats)
+        self._moment = self._dice.choice(MOMENTS)
+        self._again = self._dice.choice((1, 1, 1, 2, _ALWAYS_AGAIN))
+        self._reached("between requests")
+        if self._moment != "between requests" or self._dice.random() < 0.85:
+            self._reload(session)
+        self._ask(session, chats)
+        if self._moment != "between requests":
+            self._reload(session)
+            self._ask(session, chats)
+
+    def _reload(self, session: Any) -> None:
+        """Make the next request load the model again."""
+        from torture.serving import Ask
+
+        other = self._dice.choice(RELOADS)
+        name = str(self._folder / ("another" if other == "another model" else "no such model"))
+        # Only the load of the model that is asked for next is disturbed.
+        moment, self._moment = self._moment, ""
+        session.ask(Ask([{"role": "user", "content": "w1"}], model=name, max_tokens=1))
+        self._moment = moment
+        self._last = f"{self._last.partition(', then')[0]}, then {other}"
+
+    def _ask(self, session: Any, chats: Sequence[Sequence[dict[str, str]]]) -> None:
+        """Send requests at once, and judge the answers."""
         from torture.serving import Ask, judge
         from torture.tiny import KINDS
 
-        if self._dice.random() < 0.8:
-            self._moment = self._dice.choice(MOMENTS)
-            self._again = self._dice.choice((1, 1, 1, 2, _ALWAYS_AGAIN))
-            self._reached("between requests")
-            if self._dice.random() < 0.85:
-                other = self._dice.choice(RELOADS)
-                name = str(self._folder / ("another" if other == RELOADS[0] else "no such model"))
-                session.ask(Ask([{"role": "user", "content": "w1"}], model=name, max_tokens=1))
-                self._last = f"{self._last.partition(', then')[0]}, then {other}"
-        for answer in session.ask_all(
-            [Ask(self._chat(), max_tokens=3) for _ in range(self._dice.choice((1, 1, 2)))]
-        ):
+        for answer in session.ask_all([Ask(chat, max_tokens=3) for chat in chats]):
             if answer.error:
                 # Files that do not belong together, as of a model that is being copied.
                 self._journal.note("refused", error=answer.error)
@@ -180,9 +198,9 @@ class Life:
         if moment != self._moment or self._again == 0:
             return
         self._again = 0 if moment == MOMENTS[0] else self._again - 1
-        part = self._dice.choice(self._world.parts)
-        version, way = self._dice.choice(VERSIONS), self._dice.choice(WAYS)
-        pattern = self._dice.choice(("*", "*.safetensors", "*config.json"))
+        part, way = self._dice.choice(self._world.parts), self._dice.choice(WAYS)
+        version = self._versions[part] = VERSIONS[self._versions[part] % len(VERSIONS)]
+        pattern = self._dice.choice(("*", "*", "*.safetensors", "*config.json"))
         replace(self._folder, part, version, way, pattern)
         self._last = f"{pattern} of {part} {version}, by {way} {moment}"
         self._journal.note("replaced", part=part, way=way, moment=moment)
@@ -212,6 +230,7 @@ def run(folder: Path, seed: int, seconds: float, breaks: str = "") -> Seen:
     seen = Seen()
     end = time.monotonic() + seconds
     names = list(WORLDS)
+    each = min(4 * _LIFE_S, seconds / len(WORLDS))
     number = 0
     while time.monotonic() < end and not (breaks and seen.findings) and len(seen.findings) < 20:
         name = names[number % len(names)]
@@ -219,7 +238,7 @@ def run(folder: Path, seed: int, seconds: float, breaks: str = "") -> Seen:
         home = folder / f"world-{number}"
         home.mkdir()
         serving.prepare_process(home / "home")
-        _world(home, name, dice, min(end, time.monotonic() + 4 * _LIFE_S), seen, breaks)
+        _world(home, name, dice, min(end, time.monotonic() + each), seen, breaks)
         shutil.rmtree(home)
     return seen
 

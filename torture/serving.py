@@ -22,6 +22,8 @@ import numpy as np
 from mlx_lm import server as upstream
 
 from persist_cache import server
+from persist_cache.cache import PromptCache
+from persist_cache.store import Store
 from torture.tiny import VOCABULARY
 
 DEFAULT = "default_model"
@@ -96,9 +98,10 @@ class Session:
     Thread safety: `ask` may be called by any thread; the rest by the one that made it.
     """
 
-    def __init__(self, generator: Any) -> None:
+    def __init__(self, generator: Any, store: Store | None) -> None:
         self.generator = generator
-        self._pool = ThreadPoolExecutor(4, "client")
+        self.store = store
+        self._pool = ThreadPoolExecutor(5, "client")
 
     def ask(self, ask: Ask) -> Answer:
         """Send a request and read its answer, or leave in the middle of it."""
@@ -130,9 +133,14 @@ class Session:
         answer.model = getattr(request, "answered_by", None)
         return answer
 
-    def ask_all(self, asks: Sequence[Ask]) -> list[Answer]:
-        """Send requests at once and wait for all answers."""
-        return list(self._pool.map(self.ask, asks))
+    def ask_all(
+        self, asks: Sequence[Ask], beside: Callable[[], object] = lambda: None
+    ) -> list[Answer]:
+        """Send requests at once, do something beside them, and wait for all of it."""
+        other = self._pool.submit(beside)
+        answers = list(self._pool.map(self.ask, asks))
+        other.result()
+        return answers
 
     def close(self) -> None:
         self._pool.shutdown()
@@ -154,17 +162,22 @@ def _arguments(ask: Ask) -> Any:
 
 
 def serve(
-    flags: Sequence[str], options: server.ServeOptions, drive: Callable[[Session], None]
+    flags: Sequence[str],
+    options: server.ServeOptions,
+    drive: Callable[[Session], None],
+    *,
+    idle_s: float = 2.0,
 ) -> None:
     """Run a server in this process while `drive` sends it requests; then the process ends.
 
-    To be called in a forked child that has not run MLX before.
+    To be called in a forked child that has not run MLX before. `idle_s` is the `PromptCache`'s.
     """
+    stores: list[Store | None] = []
     mx.disable_compile()  # for the CPU it starts a C++ compiler for every function
     logging.disable(logging.CRITICAL)
 
     def listen(host: str, port: int, generator: Any, *_: Any) -> None:
-        session = Session(generator)
+        session = Session(generator, stores[0])
         try:
             drive(session)
         except BaseException:
@@ -173,7 +186,15 @@ def serve(
         session.close()
         generator.stop_and_join()
 
-    with _replaced("_listen", listen), _replaced("Generator", _Recording):
+    def prompt_cache(*sizes: int, store: Store | None, **more: Any) -> PromptCache:
+        stores.append(store)
+        return PromptCache(*sizes, store=store, idle_s=idle_s, **more)
+
+    with (
+        _replaced("_listen", listen),
+        _replaced("Generator", _Recording),
+        _replaced("PromptCache", prompt_cache),
+    ):
         server.serve(["--log-level", "CRITICAL", *flags], options)
 
 
