@@ -74,7 +74,7 @@ def test_replaced_model_is_not_answered_for_by_the_cache_of_another() -> None:
     ],
 )
 def test_broken_store_is_found_out(name: str, found: tuple[str, ...]) -> None:
-    code, report = torture("--break", name, "--minutes", "2")
+    code, report = torture("--break", name, "--minutes", "4")
 
     assert code == 1
     findings = report["findings"]

@@ -30,8 +30,8 @@ from tests.fakes import eager_gc
 from torture.journal import Journal, read
 from torture.replaced import VERSIONS, World, forked, replace, write_stock
 
-_WORLD_S = 12.0
-_LIFE_S = (0.5, 5.0)
+_WORLD_S = 25.0
+_LIFE_S = (1.0, 10.0)
 _HUNG_S = 120.0
 _WITH_ADAPTERS = ("plain", "thinking", "quantized")
 

@@ -308,7 +308,8 @@ class Episode:
         """A request: look up, compute the rest, hand over; sometimes it is aborted."""
         prompt = self._prompt(dice)
         with self._loaded.computing() as (model, loads):
-            kv, rest = self._cache.fetch_nearest_cache(MODEL, prompt)
+            cache = self._cache  # another one would not know what was asked of this one
+            kv, rest = cache.fetch_nearest_cache(MODEL, prompt)
             if self._loaded.loads != loads:
                 return  # loaded in between: who knows which model was asked for
             layer = self._verified(kv, list(rest), prompt, model)
@@ -319,10 +320,10 @@ class Episode:
                 layer.append(rest[:first], model)
                 begun = prompt[: len(prompt) - len(rest) + first]
                 copied = Layer(layer.rows.copy(), complete=layer.complete)
-                self._cache.insert_cache(MODEL, begun, [copied], cache_type="system")
+                cache.insert_cache(MODEL, begun, [copied], cache_type="system")
             layer.append(rest[first:], model)
             tier = dice.choice(("system", "user", *["assistant"] * 6))
-            self._cache.insert_cache(MODEL, prompt, [layer], cache_type=tier)
+            cache.insert_cache(MODEL, prompt, [layer], cache_type=tier)
             if dice.random() < 0.1:
                 self._inserted = layer
 
