@@ -9,6 +9,7 @@ from typing import Any
 from persist_cache import fs
 from persist_cache.blobs import BlobReader, BlobWriter
 from persist_cache.disk import Disk
+from persist_cache.entry import Match
 from persist_cache.evict import Evictor
 from persist_cache.insert import Insertion, PutResult
 from persist_cache.records import SizedRecord
@@ -99,7 +100,7 @@ def _two_looks() -> None:
     take = PromptCache._take
 
     def look_and_take(
-        self: PromptCache, owner: Owner, packed: bytes, limit: int, *, on_disk: int
+        self: PromptCache, owner: Owner, packed: bytes, limit: int, *, on_disk: Match
     ) -> _Taken:
         with self._lock:
             first = self._candidate(owner, packed, limit)

@@ -7,15 +7,14 @@ incomparable.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import mlx.core as mx
 import numpy as np
@@ -190,22 +189,10 @@ def serve(
         stores.append(store)
         return PromptCache(*sizes, store=store, idle_s=idle_s, **more)
 
-    with (
-        _replaced("_listen", listen),
-        _replaced("Generator", _Recording),
-        _replaced("PromptCache", prompt_cache),
+    with mock.patch.multiple(
+        server, _listen=listen, Generator=_Recording, PromptCache=prompt_cache
     ):
         server.serve(["--log-level", "CRITICAL", *flags], options)
-
-
-@contextlib.contextmanager
-def _replaced(name: str, value: Any) -> Iterator[None]:
-    before = getattr(server, name)
-    setattr(server, name, value)
-    try:
-        yield
-    finally:
-        setattr(server, name, before)
 
 
 # ---- the judge -----------------------------------------------------------------------------------
@@ -266,13 +253,3 @@ def prepare_process(home: Path) -> None:
     """Set what has to be set before MLX and tokenizers are used; `home` is for memos."""
     os.environ["PERSIST_CACHE_HOME"] = str(home)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-
-def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
-    """Look every few milliseconds until `condition` holds; returns whether it did in time."""
-    pause = threading.Event()
-    for _ in range(int(seconds / 0.005)):
-        if condition():
-            return True
-        pause.wait(0.005)
-    return condition()
