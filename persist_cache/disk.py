@@ -7,6 +7,7 @@ the set of entries that are being read.
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +19,8 @@ from persist_cache.blobs import BlobFolder
 from persist_cache.budget import Budget, Limits
 from persist_cache.errors import StoreError
 from persist_cache.index import Index, Reader, Writer
+
+log = logging.getLogger(__name__)
 
 
 class _Use(Struct):
@@ -42,6 +45,7 @@ class Disk:
         self.folder = folder
         self.limits = limits
         self.budget = Budget(limits, index, folder, clock)
+        self.ballast = self.budget.ballast
         self.clock = clock
         self._lock = threading.Lock()
         self._uses: dict[int, _Use] = {}
@@ -92,8 +96,36 @@ class Disk:
         with self._lock:
             return Counter(self._counts)
 
-    def flush(self) -> bool:
+    def regain_ballast(self, max_bytes: int | None = None) -> None:
+        """Make the ballast anew where it was given up, if there is room; never fails.
+
+        Args:
+            max_bytes: What the store may take with it; the budget when None.
+        """
+        limit = self.limits.max_bytes if max_bytes is None else max_bytes
+        missing = self.ballast.missing_bytes()
+        if self.index.read_only or missing == 0:
+            return
+
+        def regain() -> None:
+            with self.index.read() as txn:
+                may = self.budget.may_regain(txn, limit)
+            if may:
+                self.ballast.regain()
+
+        try:
+            with self.index.read() as txn:
+                may = self.budget.may_regain(txn, limit)
+            if may:
+                self.index.alone(regain)
+        except (OSError, StoreError) as error:
+            log.debug("the ballast stays as it is: %s", error)
+
+    def flush(self, patience_s: float | None = None) -> bool:
         """Commit buffered uses and counts together; they stay buffered if that fails.
+
+        Args:
+            patience_s: How long to wait for other processes; as every change when None.
 
         Returns:
             Whether there was anything to commit.
@@ -123,7 +155,8 @@ class Disk:
                 txn.count(name, amount)
 
         try:
-            self.index.update(apply)
+            with self.index.terms(patience_s=patience_s):
+                self.index.update(apply)
         except StoreError:
             with self._lock:
                 for number, use in uses.items():

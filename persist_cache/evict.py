@@ -11,6 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from typing import TypeVar
 
 from persist_cache import paths
 from persist_cache.blobs import try_remove_orphan
@@ -20,6 +21,7 @@ from persist_cache.index import Writer
 from persist_cache.records import SizedRecord, entry_id
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _COMMIT_BYTES = 64 * 1024
 """What the commit of an eviction may add to the index, however little is evicted …"""
@@ -91,6 +93,40 @@ class Evictor:
                     "folder; look at its permissions."
                 )
 
+    def free_files(self, wanted: int, protected: frozenset[int]) -> None:
+        """Evict until the file system has room for `wanted` files, whatever their bytes.
+
+        Raises:
+            StoreFullError: There is not enough that may go; nothing was evicted.
+        """
+        self.release_abandoned()
+        self.empty_trash()
+        while True:
+            free = self._disk.budget.free_files()
+            if free is None or free >= wanted:
+                return
+            missing = wanted - free
+
+            def drop(txn: Writer, missing: int = missing) -> None:
+                start = len(txn.sized(b"trash"))
+                left = self._drop_until(
+                    txn, lambda freed, dropped: len(txn.sized(b"trash")) - start - missing, protected
+                )
+                if left < 0:
+                    raise StoreFullError(
+                        "The disk has no room for another file (its number of files is limited, "
+                        "df -i), and what may go is too little. Unpin or evict something, or "
+                        "remove files there; nothing was changed."
+                    )
+
+            self._update(drop)
+            if not self.empty_trash():
+                raise StoreFullError(
+                    "The disk has no room for another file, and evicted files cannot be removed "
+                    "from the store's folder; look at its permissions."
+                )
+            self._disk.folder.remove_empty()
+
     def release(self, names: Sequence[bytes]) -> None:
         """Give a reservation back."""
 
@@ -119,8 +155,11 @@ class Evictor:
             if path.exists()
         )
 
-    def evict(self, numbers: Sequence[int], reason: str) -> int:
+    def evict(self, numbers: Sequence[int], reason: str, to_bytes: int | None = None) -> int:
         """Remove entries, and every byte that nothing else needs; returns the bytes freed.
+
+        The ballast is made anew afterwards if it was given up, as far as the budget, or
+        `to_bytes`, has room for it.
 
         Raises:
             KeyError: One of them is not stored; nothing was removed.
@@ -134,8 +173,11 @@ class Evictor:
             self._drop(txn, numbers, "evicted", reason)
             return before - txn.counter(paths.BLOB_BYTES)
 
-        freed = self._disk.index.update(drop)
+        freed = self._update(drop)
         self.empty_trash()
+        if to_bytes is not None:
+            self.shed_ballast(to_bytes)
+        self._disk.regain_ballast(to_bytes)
         return freed
 
     def evict_to(self, max_bytes: int) -> int:
@@ -147,24 +189,41 @@ class Evictor:
         with contextlib.suppress(StoreFullError):  # that is what this is to mend
             self._disk.flush()
         self.empty_trash()
+        self.shed_ballast(max_bytes)
         budget = self._disk.budget
+        ballast = self._disk.ballast.disk_bytes()
 
         def shrink(txn: Writer) -> int:
-            excess = budget.usage(txn).total - max_bytes
+            usage = budget.usage(txn)
+            # If it was given up so that this can be committed, it is to come back.
+            excess = usage.total - usage.ballast + ballast - max_bytes
             return self._free(txn, excess, frozenset()) if excess > 0 else 0
 
         # The index may grow a little while it notes what went, so look again.
-        while self._disk.index.update(shrink) and self.empty_trash():
+        while self._update(shrink) and self.empty_trash():
             pass
+        self._disk.regain_ballast(min(max_bytes, self._disk.limits.max_bytes))
         with self._disk.index.read() as txn:
             return budget.usage(txn).total
+
+    def shed_ballast(self, max_bytes: int) -> None:
+        """Give the ballast up if, with it, no eviction could bring the store to `max_bytes`."""
+        with self._disk.index.read() as txn:
+            usage = self._disk.budget.usage(txn)
+        if usage.ballast and usage.without_entries > max_bytes:
+            self._disk.index.alone(self._disk.ballast.release)
+
+    def _update(self, change: Callable[[Writer], T]) -> T:
+        """Commit what is to free some of the disk, also when the disk is full."""
+        with self._disk.index.terms(relieve=self._disk.ballast.release):
+            return self._disk.index.update(change)
 
     def expire(self) -> int:
         """Remove entries past their expiry; returns how many."""
         with self._disk.index.read() as txn:
             if not txn.expired(self._disk.clock()):
                 return 0
-        dropped = self._disk.index.update(lambda txn: self._drop_expired(txn, set()))
+        dropped = self._update(lambda txn: self._drop_expired(txn, set()))
         self.empty_trash()
         return dropped
 
@@ -173,8 +232,9 @@ class Evictor:
 
         They hold prompts: whoever evicts everything wants them gone as well.
         """
-        freed = self._disk.index.update(self._drop_quarantine)
+        freed = self._update(self._drop_quarantine)
         self.empty_trash()
+        self._disk.regain_ballast()
         return freed
 
     def empty_trash(self) -> bool:
@@ -203,7 +263,7 @@ class Evictor:
                 for name in gone:
                     txn.delete_sized(b"trash", name)
 
-            self._disk.index.update(strike)
+            self._update(strike)
         return bool(gone) or not doomed
 
     def _make_room(self, txn: Writer, excess: int, protected: frozenset[int]) -> int:

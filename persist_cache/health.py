@@ -56,6 +56,7 @@ def sweep(disk: Disk, evictor: Evictor) -> None:
     temporary and damaged files, never at all blobs.
     """
     evictor.release_abandoned()
+    disk.folder.remove_strays()
     with disk.index.read() as txn:
         quarantined = txn.sized(b"quarantine")
     for name_hex, path in list(disk.folder.temporaries()):

@@ -12,11 +12,17 @@ import os
 import time
 from pathlib import Path
 
-from persist_cache import fs, rebuild
+from persist_cache import fs, holders, lock_table, rebuild
 from persist_cache.blobs import PRESENCE_FILE, SUSPECT_FILE, TAG_FILE, BlobFolder
 from persist_cache.budget import DEFAULT_MAX_BYTES, DEFAULT_MIN_FREE_BYTES, Limits
-from persist_cache.errors import StoreAccessError, StoreError, StoreFullError, StoreInUseError
-from persist_cache.index import DamagedIndexError, Index, Writer
+from persist_cache.errors import (
+    StoreAccessError,
+    StoreBusyError,
+    StoreError,
+    StoreFullError,
+    StoreInUseError,
+)
+from persist_cache.index import PATIENCE_S, DamagedIndexError, Index, Writer
 from persist_cache.records import pack_counter, unpack_counter
 
 log = logging.getLogger(__name__)
@@ -105,8 +111,10 @@ def _open_to_read(root: Path) -> Index:
 
 def _open_present(root: Path, folder: BlobFolder, presence: int) -> Index:
     give_up = time.monotonic() + _PATIENCE_S
+    if lock_table.is_copied_on_write(root) and fs.try_lock(presence):
+        lock_table.make_anew(root)
     while True:
-        fs.lock_shared(presence)
+        _share(root, presence)
         damage: StoreError | None = None
         try:
             if (root / SUSPECT_FILE).exists():
@@ -144,7 +152,7 @@ def _make_anew(root: Path, folder: BlobFolder, presence: int, damage: StoreError
         placed = rebuild.rebuild(index, folder)
         with contextlib.suppress(FileNotFoundError):
             fs.unlink(root / SUSPECT_FILE)
-        fs.lock_shared(presence)
+        _share(root, presence)
     except BaseException:
         index.detach_presence()
         index.close()
@@ -152,6 +160,13 @@ def _make_anew(root: Path, folder: BlobFolder, presence: int, damage: StoreError
     if placed:
         log.warning("the index of %s was rebuilt from %d blobs", root, placed)
     return index
+
+
+def _share(root: Path, presence: int) -> None:
+    """Say that the store is in use; others may be making its index anew."""
+    if not fs.lock_shared(presence, PATIENCE_S):
+        path = root / PRESENCE_FILE
+        raise StoreBusyError(holders.sentence(path, holders.holders(path), PATIENCE_S))
 
 
 def settle_limits(

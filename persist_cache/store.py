@@ -150,6 +150,7 @@ class Store:
                     # A full disk must not keep anybody from reading, or from evicting.
                     with contextlib.suppress(StoreFullError):
                         health.sweep(store._disk, store._evictor)
+                    store._disk.regain_ballast()
                 return store
             except DamagedIndexError:
                 index.close()
@@ -162,16 +163,34 @@ class Store:
                 index.close()
                 raise
 
-    def close(self) -> None:
-        """Write buffered uses and close the index. Further calls do nothing."""
+    def close(self, timeout_s: float | None = None) -> bool:
+        """Write buffered uses and close the index. Further calls do nothing.
+
+        Args:
+            timeout_s: How long that may take. None: as long as others may use the index, and
+                no longer than any change waits for other processes.
+
+        Returns:
+            Whether it is closed; if not, another thread of this process is still at work.
+        """
         if self._closed:
-            return
+            return True
         self._closed = True
-        try:
-            self.flush()
-        except StoreError as error:
-            log.warning("recent uses could not be saved: %s", error)
-        self._disk.index.close()
+        if not self._disk.index.is_ours:
+            return True  # a forked child: all of it is its parent's
+        started = time.monotonic()
+        if not self.read_only:
+            try:
+                self._disk.flush(timeout_s)
+            except StoreError as error:
+                log.warning("recent uses could not be saved: %s", error)
+        left = None if timeout_s is None else timeout_s - (time.monotonic() - started)
+        return self._disk.index.close(left)
+
+    @property
+    def waits_for(self) -> str:
+        """What keeps a change waiting at this moment, in a sentence; "" if nothing does."""
+        return "" if self._closed else self._disk.index.waits_for()
 
     @property
     def is_lost(self) -> bool:
@@ -411,7 +430,11 @@ class Store:
         Raises:
             StoreError: The index cannot be written; they stay buffered.
         """
-        return not self.read_only and self._disk.flush()
+        if self.read_only:
+            return False
+        done = self._disk.flush()
+        self._disk.regain_ballast()
+        return done
 
     # ---- look after --------------------------------------------------------------------------
 
@@ -458,16 +481,21 @@ class Store:
         """
         self._change(prefix, lambda record: record._replace(label=label))
 
-    def evict(self, prefixes: Sequence[str]) -> int:
+    def evict(self, prefixes: Sequence[str], *, to_bytes: int | None = None) -> int:
         """Remove entries, and every byte that nothing else needs; returns the bytes freed.
 
         Rows shared with other entries stay for those.
+
+        Args:
+            prefixes: What the ids begin with.
+            to_bytes: What the store is to take afterwards, if that is what it is for: where only
+                the room that is kept back for a full disk is in the way, that goes as well.
 
         Raises:
             KeyError: An id is unknown or ambiguous; nothing was removed.
         """
         numbers = list(dict.fromkeys(self._number(prefix) for prefix in prefixes))
-        return self._evictor.evict(numbers, "evicted by request")
+        return self._evictor.evict(numbers, "evicted by request", to_bytes)
 
     def evict_to(self, max_bytes: int) -> int:
         """Evict in order until the store takes at most `max_bytes`, or the rest is pinned.

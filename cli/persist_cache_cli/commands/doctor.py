@@ -244,20 +244,21 @@ def _examine(store: str | None, choice: ModelChoice | None) -> _Report:
     report = _Report(environment.look_at_folder(root))
     failures: list[str] = []
     if report.folder.exists and report.folder.is_ours:
-        if report.folder.writable:
-            try:
-                report.speed = environment.measure_disk(root)
-            except OSError as error:
-                failures.append(
-                    f"A file of {format_bytes(environment.PROBE_BYTES)} cannot be written to "
-                    f"{root} ({error.strerror}); free some space, or use --store PATH."
-                )
         try:
             with reading(store) as opened:
                 if opened is not None:
                     _look_into(opened, report)
         except StoreError as error:
             failures.append(str(error))
+        try:
+            _measure(store, root, report)
+        except StoreError as error:
+            failures.append(str(error))
+        except OSError as error:
+            failures.append(
+                f"A file of {format_bytes(environment.PROBE_BYTES)} cannot be written to "
+                f"{root} ({error.strerror}); free some space, or use --store PATH."
+            )
     max_bytes, min_free_bytes = report.limits
     report.findings += [Finding("problem", one) for one in failures]
     report.findings += environment.judge(
@@ -274,6 +275,35 @@ def _examine(store: str | None, choice: ModelChoice | None) -> _Report:
     return report
 
 
+def _measure(store: str | None, root: Path, report: _Report) -> None:
+    """Measure the disk, if it may be written and the limits have room for that.
+
+    Raises:
+        OSError: It cannot be written.
+        StoreError: The store cannot be read any more.
+    """
+    stats = report.stats
+    if not report.folder.writable:
+        return
+    if stats is not None and (
+        stats.usage.total + environment.PROBE_BYTES > stats.max_bytes
+        or stats.free_bytes - environment.PROBE_BYTES < stats.min_free_bytes
+    ):
+        report.findings.append(
+            Finding(
+                "note",
+                "The speed of the disk was not measured: the store has no room for "
+                f"{format_bytes(environment.PROBE_BYTES)} within its limits.",
+            )
+        )
+        return
+    report.speed = environment.measure_disk(root)
+    if stats is not None:
+        with reading(store) as opened:
+            if opened is not None:
+                report.break_even = environment.break_even(opened, Survey(opened), report.speed)
+
+
 def _look_into(store: Store, report: _Report) -> None:
     report.stats = store.stats()
     aside = quarantined(store)
@@ -285,8 +315,6 @@ def _look_into(store: Store, report: _Report) -> None:
                 "why, and eviction removes them first.",
             )
         )
-    if report.speed is not None:
-        report.break_even = environment.break_even(store, Survey(store), report.speed)
 
 
 def _look_at_model(choice: ModelChoice) -> ModelCache:
