@@ -146,7 +146,6 @@ class Budget:
         except OSError as error:
             raise fs.translated(error, "while its free space was asked for") from error
 
-
     def free_files(self) -> int | None:
         """Files that the store's file system may still get; None where there is no limit.
 

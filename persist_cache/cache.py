@@ -17,7 +17,12 @@ from typing import Any, Protocol
 
 from persist_cache.blobs import BlobReader
 from persist_cache.entry import TIER_LABELS, TOKEN_BYTES, Match, Tier, pack_tokens
-from persist_cache.errors import StoreAccessError, StoreError, UnsupportedCacheError
+from persist_cache.errors import (
+    StoreAccessError,
+    StoreBusyError,
+    StoreError,
+    UnsupportedCacheError,
+)
 from persist_cache.fingerprint import Fingerprint, Identifier
 from persist_cache.insert import Source
 from persist_cache.resident import Candidate, Held, LiveCaches, Resident
@@ -125,6 +130,7 @@ class PromptCache:
         """Asked before files are merged: whether an answer is being computed. A server knows;
         else it is so from a look-up to the insert of the reply, for ten minutes at most."""
         self._closed = False
+        self._pid = os.getpid()
         self._cuts: deque[tuple[bytes, int]] = deque(maxlen=16)
         self._writer: WriteBehind | None = None
         if self._store is not None and not self._store.read_only:
@@ -198,6 +204,8 @@ class PromptCache:
         """
         started = time.monotonic()
         try:
+            if not hasattr(tokens, "__getitem__"):
+                tokens = list(tokens)  # what can be read only once
             packed = pack_tokens(tokens)
             cache, fetch = self._fetch(model, packed)
             self._tally.begun(model, packed, fetch.num_tokens)
@@ -208,7 +216,10 @@ class PromptCache:
         fetch = Fetch(
             fetch.source, fetch.num_tokens, fetch.reason, time.monotonic() - started, fetch.nbytes
         )
-        self._account(tokens, fetch)
+        try:
+            self._account(tokens, fetch)
+        except Exception:
+            log.exception("a look-up could not be counted")
         rest = tokens[fetch.num_tokens :] if fetch.num_tokens else tokens
         return cache, rest
 
@@ -234,6 +245,8 @@ class PromptCache:
             prefill_s: Seconds that computing it took, if known: `stats` tells what a hit saves.
         """
         try:
+            if not hasattr(tokens, "__getitem__"):
+                tokens = list(tokens)  # what can be read only once
             self._insert(model, tokens, prompt_cache, cache_type, prefill_s)
         except Exception as error:
             log.exception("a prompt could not be kept")
@@ -326,25 +339,40 @@ class PromptCache:
             return True
         if self._writer.on_thread():
             raise RuntimeError("flush() must not be called from a save")
-        done = self._writer.drain(timeout_s)
+        if os.getpid() != self._pid:
+            return False  # the thread that saves is the parent's
+        left = _Deadline(timeout_s)
+        done = self._writer.drain(left())
         # The queue is bounded, so what waits in memory goes in portions.
         while done and (waiting := self._waiting()):
             for held in waiting:
                 self._save_later(held)
-            done = self._writer.drain(timeout_s) and not all(held.wanted for held in waiting)
-        self._flush_uses()
+            done = self._writer.drain(left()) and not all(held.wanted for held in waiting)
+        with self._store.patient(left()):
+            self._flush_uses()
         return done
 
     def close(self, timeout_s: float | None = None) -> None:
-        """Save what is not on disk yet, and end the writer thread. Further calls do nothing."""
+        """Save what is not on disk yet, and end the writer thread. Further calls do nothing.
+
+        In a forked child all of that is the parent's, and nothing is saved.
+
+        Args:
+            timeout_s: After so long, what is not saved yet is given up. None: no longer than the
+                disk takes, and than a change waits for other processes.
+        """
         if self._closed:
             return
+        if os.getpid() != self._pid:
+            self._closed = True
+            return
+        left = _Deadline(timeout_s)
         if self._writer is not None:
-            self.flush(timeout_s)
-            self._writer.close(timeout_s)
+            self.flush(left())
+            self._writer.close(left())
         self._closed = True
         if self._owns_store and self._store is not None:
-            self._store.close()
+            self._store.close(left())
 
     def stats(self) -> PromptCacheStats:
         """What this cache did since it was made, and the totals of its store."""
@@ -603,10 +631,13 @@ class PromptCache:
         if held.fingerprint is None or self._store is None:
             return
         self._recover_store()
+        # Whoever kept the one before waiting keeps them all waiting.
+        patience_s = 1.0 if isinstance(self._disk_error, StoreBusyError) else None
         try:
-            result = self._store.put(
-                held.fingerprint, held.packed, source, tier=held.tier, prefill_s=held.prefill_s
-            )
+            with self._store.patient(patience_s):
+                result = self._store.put(
+                    held.fingerprint, held.packed, source, tier=held.tier, prefill_s=held.prefill_s
+                )
         except StoreError as error:
             self._disk_failed(error)
             with self._lock:
@@ -627,7 +658,19 @@ class PromptCache:
         """What keeps the disk from being used, as of the last attempt."""
         if self._store is not None and self._store.is_lost:
             return _removed(self._store)
+        if self._store is not None and (why := self._store.waits_for):
+            return StoreBusyError(why)
         return self._disk_error
+
+
+class _Deadline:
+    """Seconds that are left of a time limit, whenever it is asked; None for no limit."""
+
+    def __init__(self, timeout_s: float | None) -> None:
+        self._end = None if timeout_s is None else time.monotonic() + timeout_s
+
+    def __call__(self) -> float | None:
+        return None if self._end is None else max(0.0, self._end - time.monotonic())
 
 
 def _removed(store: Store) -> StoreAccessError:

@@ -18,7 +18,8 @@ from msgspec import Struct
 from persist_cache.blobs import BlobFolder
 from persist_cache.budget import Budget, Limits
 from persist_cache.errors import StoreError
-from persist_cache.index import Index, Reader, Writer
+from persist_cache.index import UNREADABLE, Index, Reader, Writer, counter_name
+from persist_cache.records import LAST_DATE_S, MAX_HITS
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +28,16 @@ class _Use(Struct):
     last_use: float
     hits: int = 0
     saved_s: float = 0.0
+
+
+def _sane(clock: Callable[[], float]) -> Callable[[], float]:
+    """The same clock, as long as it shows dates that can be recorded: 1970 to `LAST_DATE_S`."""
+
+    def now() -> float:
+        shown = clock()
+        return min(max(0.0, shown), LAST_DATE_S) if shown == shown else 0.0
+
+    return now
 
 
 class Disk:
@@ -44,9 +55,9 @@ class Disk:
         self.index = index
         self.folder = folder
         self.limits = limits
-        self.budget = Budget(limits, index, folder, clock)
+        self.clock = _sane(clock)
+        self.budget = Budget(limits, index, folder, self.clock)
         self.ballast = self.budget.ballast
-        self.clock = clock
         self._lock = threading.Lock()
         self._uses: dict[int, _Use] = {}
         self._counts: Counter[str] = Counter()
@@ -89,7 +100,7 @@ class Disk:
     def count(self, name: str, amount: int = 1) -> None:
         """Add to a counter of the store. Writes nothing yet."""
         with self._lock:
-            self._counts[name] += amount
+            self._counts[counter_name(name)] += amount
 
     def counts(self) -> Counter[str]:
         """Counts that are not written yet."""
@@ -141,13 +152,20 @@ class Disk:
 
         def apply(txn: Writer) -> None:
             for number, use in uses.items():
-                record = txn.entry(number)
+                try:
+                    record = txn.entry(number)
+                except (StoreError, *UNREADABLE):
+                    continue  # it is damaged, which `check` finds; the others are not
                 if record is not None:
+                    # A date that lies ahead is of a clock that was wrong.
+                    last_us = int(use.last_use * 1e6)
+                    if record.last_use_us <= self.clock() * 1e6:
+                        last_us = max(record.last_use_us, last_us)
                     txn.put_entry(
                         number,
                         record._replace(
-                            last_use_us=max(record.last_use_us, int(use.last_use * 1e6)),
-                            hits=record.hits + use.hits,
+                            last_use_us=last_us,
+                            hits=min(record.hits + use.hits, MAX_HITS),
                             saved_s=record.saved_s + use.saved_s,
                         ),
                     )

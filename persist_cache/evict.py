@@ -16,15 +16,18 @@ from typing import TypeVar
 from persist_cache import paths
 from persist_cache.blobs import try_remove_orphan
 from persist_cache.disk import Disk
+from persist_cache.entry import Tier
 from persist_cache.errors import StoreFullError
-from persist_cache.index import Writer
-from persist_cache.records import SizedRecord, entry_id
+from persist_cache.index import Reader, Writer
+from persist_cache.records import SizedRecord, entry_id, recency_key, unpack_number
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _COMMIT_BYTES = 64 * 1024
 """What the commit of an eviction may add to the index, however little is evicted …"""
+_AHEAD_US = 60 * 1_000_000
+"""Clocks are set back by a little now and then."""
 _ENTRY_BYTES = 512
 """… and for each entry that goes: it is remembered for a while, and pages are copied."""
 
@@ -110,7 +113,9 @@ class Evictor:
             def drop(txn: Writer, missing: int = missing) -> None:
                 start = len(txn.sized(b"trash"))
                 left = self._drop_until(
-                    txn, lambda freed, dropped: len(txn.sized(b"trash")) - start - missing, protected
+                    txn,
+                    lambda freed, dropped: len(txn.sized(b"trash")) - start - missing,
+                    protected,
                 )
                 if left < 0:
                     raise StoreFullError(
@@ -296,6 +301,7 @@ class Evictor:
             protected: Nodes whose entries stay.
         """
         start = txn.counter(paths.BLOB_BYTES)
+        self._redate(txn)
         waste = self._drop_quarantine(txn)
         shielded = protected | self._disk.nodes_served(txn)
         dropped = self._drop_expired(txn, shielded)
@@ -313,6 +319,35 @@ class Evictor:
 
         self._drop(txn, victims(), "evicted", "evicted to make room")
         return left()
+
+    def redate(self) -> None:
+        """Have what was used in the future, by a clock that was wrong, be used now.
+
+        It would outlive everything else.
+        """
+        with self._disk.index.read() as txn:
+            any_ahead = bool(self._ahead(txn))
+        if any_ahead:
+            self._disk.index.update(self._redate)
+
+    def _ahead(self, txn: Reader) -> list[int]:
+        """Entries whose last use lies ahead of the clock."""
+        limit = int(self._disk.clock() * 1e6) + _AHEAD_US
+        found = []
+        for tier in Tier:
+            for key in txn.recency_keys(recency_key(tier, limit, 0)):
+                if key[0] != tier:
+                    break
+                found.append(unpack_number(key[9:]))
+        return found
+
+    def _redate(self, txn: Writer) -> None:
+        now_us = int(self._disk.clock() * 1e6)
+        for number in self._ahead(txn):
+            record = txn.entry(number)
+            if record is not None:
+                created_us = min(record.created_us, now_us)
+                txn.put_entry(number, record._replace(last_use_us=now_us, created_us=created_us))
 
     def _drop_expired(self, txn: Writer, shielded: set[int] | frozenset[int]) -> int:
         past = []

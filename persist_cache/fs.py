@@ -51,6 +51,25 @@ def create(path: Path) -> int:
     return fd
 
 
+def create_nameless(folder: Path) -> int:
+    """Create a file in `folder` that goes with its descriptor unless `give_name` gives it a name.
+
+    Raises:
+        OSError: The system has no such files, or not there.
+    """
+    if sys.platform != "linux":
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+    fd = os.open(folder, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, FILE_MODE)
+    os.fchmod(fd, FILE_MODE)
+    return fd
+
+
+def give_name(fd: int, path: Path) -> None:
+    """Give a file of `create_nameless` the name `path`, which must not exist."""
+    # With a folder to begin at, though the path is absolute: without, Python follows no link.
+    os.link(f"/proc/self/fd/{fd}", path, src_dir_fd=fd, follow_symlinks=True)
+
+
 def open_shared(path: Path) -> int:
     """Open `path`, which several processes lock, creating it for its owner alone."""
     try:

@@ -57,6 +57,7 @@ def sweep(disk: Disk, evictor: Evictor) -> None:
     """
     evictor.release_abandoned()
     disk.folder.remove_strays()
+    evictor.redate()
     with disk.index.read() as txn:
         quarantined = txn.sized(b"quarantine")
     for name_hex, path in list(disk.folder.temporaries()):

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import lmdb
 import msgspec
+import xxhash
 
 from persist_cache import forked, fs, holders, lock_table
 from persist_cache.columns import BlobColumns, EdgeColumns, EntryColumns, Packed, Raw
@@ -36,6 +37,7 @@ from persist_cache.errors import (
 from persist_cache.records import (
     COUNTER_BYTES,
     EXPIRY_KEY,
+    MAX_COUNTER,
     NUMBER,
     RECENCY_KEY,
     BlobRecord,
@@ -85,6 +87,7 @@ _TREE = (
 """What a rebuild makes anew from the blobs."""
 _COUNTED = b"count:"
 """Prefix of the counters that people see; all others are the store's own."""
+_MAX_NAME_BYTES = 400
 _DAMAGE = (
     lmdb.BadTxnError,
     lmdb.CorruptedError,
@@ -108,6 +111,15 @@ T = TypeVar("T")
 
 class DamagedIndexError(StoreError):
     """`data.mdb` cannot be what LMDB wrote; the store rebuilds it from the blobs."""
+
+
+def counter_name(name: str) -> str:
+    """A counter's name as a key can hold it: LMDB's have 511 bytes; the rest becomes a digest."""
+    raw = name.encode("utf-8", "replace")
+    if len(raw) <= _MAX_NAME_BYTES:
+        return raw.decode()
+    head = raw[: _MAX_NAME_BYTES - 33].decode("utf-8", "ignore")
+    return f"{head}~{xxhash.xxh3_128_hexdigest(raw)}"
 
 
 class Reader:
@@ -326,13 +338,13 @@ class Writer(Reader):
 
     def add(self, name: str, amount: int) -> int:
         """Add to a counter and return its new value."""
-        value = self.counter(name) + amount
+        value = max(-MAX_COUNTER, min(self.counter(name) + amount, MAX_COUNTER))
         self._txn.put(name.encode(), pack_counter(value), db=self._db[b"meta"])
         return value
 
     def count(self, name: str, amount: int = 1) -> None:
         """Add to a counter that people see."""
-        self.add(_COUNTED.decode() + name, amount)
+        self.add(_COUNTED.decode() + counter_name(name), amount)
 
     def clear_tree(self) -> None:
         """Forget all prompts and blobs; what is in the trash or counted stays."""
@@ -525,7 +537,8 @@ class Index:
             patience_s: How long to wait for other processes; `PATIENCE_S` when None.
         """
         before = self._terms.__dict__.copy()
-        self._terms.relieve, self._terms.patience_s = relieve, patience_s
+        said = {"relieve": relieve, "patience_s": patience_s}
+        self._terms.__dict__.update((key, one) for key, one in said.items() if one is not None)
         try:
             yield
         finally:

@@ -7,8 +7,10 @@ may put a damaged index aside and make a new one: nobody else has it mapped then
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
+import stat
 import time
 from pathlib import Path
 
@@ -30,6 +32,9 @@ _PATIENCE_S = 5.0
 """How long to wait for processes that open the store at the same time."""
 _READER_PATIENCE_S = 0.5
 _UNLIMITED = (1 << 63) - 1
+_IMPOSSIBLE = frozenset(
+    (errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
+)
 _CACHEDIR_TAG = (
     b"Signature: 8a477f597d28d172789f06886806bc55\n"
     b"# This folder is a cache of persist-cache; backups may leave it out.\n"
@@ -43,7 +48,7 @@ def prepare_folder(root: Path, folder: BlobFolder, read_only: bool) -> None:
     """
     try:
         if not read_only:
-            root.parent.mkdir(parents=True, exist_ok=True)
+            _make_folders(root.parent)
             fs.make_folder(root)
         status = root.stat()
         if status.st_uid != os.geteuid():
@@ -62,12 +67,44 @@ def prepare_folder(root: Path, folder: BlobFolder, read_only: bool) -> None:
                 fs.write_all(fd, [memoryview(_CACHEDIR_TAG)])
             finally:
                 os.close(fd)
-    except FileNotFoundError:
-        raise StoreAccessError(f"There is no store at {root}.") from None
-    except NotADirectoryError:
-        raise StoreAccessError(f"{root} is not a folder.") from None
+    except FileNotFoundError as error:
+        if read_only:
+            raise StoreAccessError(f"There is no store at {root}.") from error
+        place = error.filename or root
+        raise StoreAccessError(
+            f"{root} cannot be made: its file system takes no new folder {place}."
+        ) from error
+    except (NotADirectoryError, FileExistsError) as error:
+        raise StoreAccessError(f"{_no_folder(root)} is not a folder.") from error
     except OSError as error:
         raise StoreAccessError(f"{root} cannot be used ({error.strerror}).") from error
+
+
+def is_impossible(error: StoreAccessError) -> bool:
+    """Whether what `prepare_folder` raised is about the path itself, whatever the disk may do."""
+    cause = error.__cause__
+    return isinstance(cause, OSError) and cause.errno in _IMPOSSIBLE
+
+
+def _make_folders(path: Path) -> None:
+    """Make `path` and what is missing above it, however deep; `Path.mkdir` recurses."""
+    missing = []
+    while not path.is_dir():
+        missing.append(path)
+        if path == path.parent:
+            break
+        path = path.parent
+    for one in reversed(missing):
+        one.mkdir(exist_ok=True)
+
+
+def _no_folder(path: Path) -> Path:
+    """The first part of a path that is there and is no folder; else the path."""
+    for one in (*reversed(path.parents), path):
+        with contextlib.suppress(OSError):
+            if not stat.S_ISDIR(one.stat().st_mode):
+                return one
+    return path
 
 
 def open_index(root: Path, folder: BlobFolder, read_only: bool) -> Index:

@@ -408,7 +408,9 @@ class Store:
             return PutResult(None, 0, 0)
         wanted = EntryRecord.fresh(
             Tier.parse(tier), len(packed) // TOKEN_BYTES, self._disk.clock()
-        )._replace(prefill_s=prefill_s, label=label, pinned=pinned, expires=_checked_date(expires))
+        )._replace(
+            prefill_s=prefill_s, label=_text(label), pinned=pinned, expires=_checked_date(expires)
+        )
         done = Insertion(
             self._disk, self._evictor, fingerprint, packed, source, wanted, self._run_tokens
         ).run()
@@ -423,6 +425,13 @@ class Store:
     def count(self, name: str, amount: int = 1) -> None:
         """Add to a counter that `stats` shows. Buffered like `touch`."""
         self._disk.count(name, amount)
+
+    def patient(self, patience_s: float | None) -> contextlib.AbstractContextManager[None]:
+        """Let changes of this thread in the block wait no longer for other processes; None: 10 s.
+
+        Then they raise `StoreBusyError`.
+        """
+        return self._disk.index.terms(patience_s=patience_s)
 
     def flush(self) -> bool:
         """Commit buffered uses and counts; returns whether there were any.
@@ -479,7 +488,7 @@ class Store:
         Raises:
             KeyError: No entry, or more than one, has such an id.
         """
-        self._change(prefix, lambda record: record._replace(label=label))
+        self._change(prefix, lambda record: record._replace(label=_text(label)))
 
     def evict(self, prefixes: Sequence[str], *, to_bytes: int | None = None) -> int:
         """Remove entries, and every byte that nothing else needs; returns the bytes freed.
@@ -633,6 +642,11 @@ def _packed(tokens: Sequence[int] | bytes) -> bytes:
     if len(tokens) % TOKEN_BYTES:
         raise ValueError(f"packed tokens have {TOKEN_BYTES} bytes each, got {len(tokens)} bytes")
     return tokens
+
+
+def _text(label: str) -> str:
+    """A label as it can be recorded: halves of characters, as in odd file names, become `?`."""
+    return label.encode("utf-8", "replace").decode()
 
 
 def _checked_date(expires: float | None) -> float:

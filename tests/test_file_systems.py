@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
+import signal
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from persist_cache import fs, lock_table
+from persist_cache import environment, fs, lock_table
 from persist_cache.ballast import wanted_bytes
-from persist_cache.errors import StoreFullError
+from persist_cache.bundle import export
+from persist_cache.errors import StoreAccessError, StoreFullError
 from persist_cache.index import Index
 from persist_cache.store import Store
 from tests import disks
 from tests.disks import MIB
 from tests.fakes import Clock, disk_usage, fetched, put
 from tests.memory import fast_folder
-from torture.storm import in_child
+from torture.storm import ChildDied, in_child
 
 BUDGET = 64 * MIB
 PROMPTS = [[number, *range(40)] for number in range(100, 130)]
@@ -49,10 +53,8 @@ def disk_of(kind: str, nbytes: int, folder: Path, files: int | None = None) -> I
         yield place
 
 
-def opened(place: Path, max_bytes: int = BUDGET, **options: object) -> Store:
-    return Store.open(
-        place / "store", max_bytes=max_bytes, min_free_bytes=0, run_tokens=8, **options
-    )  # type: ignore[arg-type]
+def opened(place: Path, max_bytes: int = BUDGET) -> Store:
+    return Store.open(place / "store", max_bytes=max_bytes, min_free_bytes=0, run_tokens=8)
 
 
 def look_up_by_many(store: Store) -> bool:
@@ -271,6 +273,116 @@ def test_eviction_to_less_than_the_ballast_gives_it_up(tmp_path: Path) -> None:
 
         assert left == store.stats().usage.total == disk_usage(store.root) <= 1_000_000
         assert store.entries(), "what had room stayed"
+
+
+# ---- files of killed commands --------------------------------------------------------------------
+
+
+def test_probes_of_a_killed_doctor_are_counted_and_swept(tmp_path: Path) -> None:
+    with opened(tmp_path) as store:
+        put(store, PROMPTS[0])
+    left = [store.root / "doctor.0123456789abcdef", store.root / f".weights.json.{'5' * 16}.tmp"]
+    for path in left:
+        path.write_bytes(b"x" * 100_000)
+        os.utime(path, (1e9, 1e9))
+    with Store.open(store.root, read_only=True) as reader:
+        assert reader.stats().usage.total == disk_usage(store.root)
+
+    with opened(tmp_path) as store:
+        assert not any(path.exists() for path in left)
+        assert store.stats().usage.total == disk_usage(store.root)
+
+
+def test_doctor_that_is_killed_leaves_no_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(tmp_path) as store:
+        root = store.root
+    before = disk_usage(root)
+
+    def die(fd: int) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(fs, "sync", die)
+    with pytest.raises(ChildDied):
+        in_child(lambda: environment.measure_disk(root))
+
+    assert disk_usage(root) == before
+
+
+def test_export_that_is_killed_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(tmp_path) as store:
+        put(store, PROMPTS[0])
+    place = tmp_path / "bundles"
+    place.mkdir()
+
+    def act() -> None:
+        with opened(tmp_path) as again:
+            ids = [entry.id for entry in again.entries()]
+            written = fs.write_all
+
+            def die(fd: int, buffers: list[memoryview]) -> int:
+                if len(list(place.iterdir())) or os.fstat(fd).st_size > 2000:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return written(fd, buffers)
+
+            monkeypatch.setattr(fs, "write_all", die)
+            export(again, ids, place / "entries.pcb")
+
+    with pytest.raises(ChildDied):
+        in_child(act)
+
+    if sys.platform == "linux":
+        assert list(place.iterdir()) == []
+    export_all(tmp_path, place / "entries.pcb")
+    assert [path.name for path in place.iterdir()] == ["entries.pcb"]
+
+
+def test_export_removes_what_killed_ones_left_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(tmp_path) as store:
+        put(store, PROMPTS[0])
+    place = tmp_path / "bundles"
+    place.mkdir()
+    export_all(tmp_path, place / "whole.pcb")
+    content = (place / "whole.pcb").read_bytes()
+    dead, living, foreign = (place / f".x.pcb.{one * 16}.part" for one in "012")
+    for path, said in ((dead, content[:3000]), (living, content[:3000]), (foreign, b"mine")):
+        path.write_bytes(said)
+        os.utime(path, (1e9, 1e9))
+
+    with living.open() as held:
+        assert fs.try_lock(held.fileno())
+        export_all(tmp_path, place / "more.pcb")
+
+    assert {path.name for path in place.iterdir()} == {
+        "whole.pcb", "more.pcb", living.name, foreign.name
+    }  # fmt: skip
+
+    def no_such_files(folder: Path) -> int:
+        raise OSError(errno.EOPNOTSUPP, "as on macOS")
+
+    monkeypatch.setattr(fs, "create_nameless", no_such_files)
+    export_all(tmp_path, place / "third.pcb")
+    assert (place / "third.pcb").stat().st_size == len(content)
+    assert not dead.exists()
+    assert not living.exists()
+
+
+def test_export_into_the_store_is_refused(tmp_path: Path) -> None:
+    with opened(tmp_path) as store:
+        entry = put(store, PROMPTS[0])
+
+        with pytest.raises(StoreAccessError, match="elsewhere"):
+            export(store, [entry], store.root / "blobs" / "entries.pcb")
+
+
+def export_all(place: Path, file: Path) -> None:
+    with opened(place) as store:
+        export(store, [entry.id for entry in store.entries()], file)
 
 
 # ---- the budget ----------------------------------------------------------------------------------

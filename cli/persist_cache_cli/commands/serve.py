@@ -5,12 +5,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
 from typing import NoReturn
 
 import click
 
+from persist_cache.blobs import BlobFolder
 from persist_cache.entry import TIER_LABELS
+from persist_cache.errors import StoreAccessError
+from persist_cache.opening import is_impossible, prepare_folder
 from persist_cache.server import DEFAULT_GRACE_S, ServeOptions, serve
 from persist_cache_cli.parse import SIZE
 
@@ -77,6 +82,7 @@ def command(
         return
     if own_store == "":
         raise click.UsageError("--store needs a folder, not an empty name.")
+    _check_port(ctx.args)
     tiers = () if persist == "none" else tuple(part.strip() for part in persist.split(","))
     unknown = [tier for tier in tiers if tier not in TIER_LABELS]
     if unknown:
@@ -94,11 +100,34 @@ def command(
         admin_token=admin_token,
         salt=salt,
     )
+    if options.store is not None and tiers:
+        _check_place(Path(options.store))
     for handler in list(logging.getLogger().handlers):
         # Upstream sets up logging as its --log-level says, but only where nobody has done so yet.
         logging.getLogger().removeHandler(handler)
     with _errors_in_one_sentence():
         serve(ctx.args, options)
+
+
+def _check_port(upstream: Sequence[str]) -> None:
+    """Refuse a port that there is not; the system would take its last 16 bits."""
+    for flag, value in pairwise((*upstream, "")):
+        name, _, attached = flag.partition("=")
+        text = attached or value
+        if name == "--port" and text.isdigit() and int(text) > 65_535:
+            raise click.UsageError(f"--port goes from 0 to 65535, not {text}.")
+
+
+def _check_place(root: Path) -> None:
+    """Refuse a path that can be no store, now or later.
+
+    A disk that is full or read-only is another matter: the server does without until it is not.
+    """
+    try:
+        prepare_folder(root, BlobFolder(root), read_only=False)
+    except StoreAccessError as error:
+        if is_impossible(error):
+            raise click.UsageError(f"--store: {error}") from error
 
 
 @contextlib.contextmanager
