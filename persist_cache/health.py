@@ -243,7 +243,7 @@ def repair(disk: Disk, evictor: Evictor, problems: list[Problem]) -> None:
             rebuild.rebuild(disk.index, disk.folder)
         except DamagedIndexError as error:
             distrust(disk.root)
-            raise StoreError(
+            raise DamagedIndexError(
                 "The index is damaged beyond its records; it is made anew when the store is opened "
                 "next and no other process uses it."
             ) from error

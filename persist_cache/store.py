@@ -545,6 +545,11 @@ class Store:
         problems = health.check(self._disk, read_data=read_data, progress=progress)
         if repair and problems:
             health.repair(self._disk, self._evictor, problems)
+            if any(problem.kind == "index" for problem in problems):
+                # With a sound index there is more to be seen.
+                more = health.check(self._disk, read_data=read_data, progress=progress)
+                if more:
+                    health.repair(self._disk, self._evictor, more)
         return problems
 
     def merge_runs(self, keep_on: Callable[[], bool] = lambda: True) -> int:

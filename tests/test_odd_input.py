@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,9 +23,13 @@ DEEP = sys.getrecursionlimit() + 100
 def test_store_in_a_folder_1500_levels_deep(tmp_path: Path) -> None:
     root = tmp_path.joinpath(*["d"] * 1500, "store")
 
-    with Store.open(root, min_free_bytes=0) as store:
-        put(store, [1, 2, 3])
-        assert fetched(store, [1, 2, 3]) == 3
+    try:
+        with Store.open(root, min_free_bytes=0) as store:
+            put(store, [1, 2, 3])
+            assert fetched(store, [1, 2, 3]) == 3
+    finally:
+        # Python's own way to remove a tree recurses, too.
+        subprocess.run(["rm", "-r", str(tmp_path / "d")], check=True)
 
 
 @pytest.mark.parametrize(
