@@ -44,8 +44,8 @@ class Ballast:
 
     def release(self) -> int:
         """Give it up; returns the bytes that are free now."""
-        nbytes = self.disk_bytes()
         try:
+            nbytes = self.disk_bytes()
             fs.unlink(self.path)
         except OSError:
             return 0

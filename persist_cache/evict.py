@@ -194,9 +194,8 @@ class Evictor:
         with contextlib.suppress(StoreFullError):  # that is what this is to mend
             self._disk.flush()
         self.empty_trash()
-        self.shed_ballast(max_bytes)
+        ballast = self.shed_ballast(max_bytes)
         budget = self._disk.budget
-        ballast = self._disk.ballast.disk_bytes()
 
         def shrink(txn: Writer) -> int:
             usage = budget.usage(txn)
@@ -211,12 +210,18 @@ class Evictor:
         with self._disk.index.read() as txn:
             return budget.usage(txn).total
 
-    def shed_ballast(self, max_bytes: int) -> None:
-        """Give the ballast up if, with it, no eviction could bring the store to `max_bytes`."""
+    def shed_ballast(self, max_bytes: int) -> int:
+        """Give the ballast up if, with it, no eviction could bring the store to `max_bytes`.
+
+        Returns:
+            Its bytes that are left.
+        """
         with self._disk.index.read() as txn:
             usage = self._disk.budget.usage(txn)
-        if usage.ballast and usage.without_entries > max_bytes:
-            self._disk.index.alone(self._disk.ballast.release)
+        if not usage.ballast or usage.without_entries <= max_bytes:
+            return usage.ballast
+        self._disk.index.alone(self._disk.ballast.release)
+        return 0
 
     def _update(self, change: Callable[[Writer], T]) -> T:
         """Commit what is to free some of the disk, also when the disk is full."""

@@ -10,6 +10,7 @@ serialised between threads by `_write_lock` and between processes by the `flock`
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import os
 import struct
@@ -99,6 +100,8 @@ UNREADABLE = (struct.error, UnicodeDecodeError, msgspec.MsgspecError)
 """What unpacking a damaged record raises."""
 _GIB = 1 << 30
 _LEAST_MAP_BYTES = 64 << 20
+_FULL = "The disk is full; nothing was changed in the index."
+_NO_ROOM_BYTES = 1 << 20
 PATIENCE_S = 10.0
 """How long a change waits for other processes; a commit takes milliseconds."""
 _SOON_S = 2.0
@@ -581,8 +584,11 @@ class Index:
         """
         if self.read_only:
             raise StoreReadOnlyError("The store is open read-only; nothing was changed.")
-        with self._alone():
-            return act()
+        try:
+            with self._alone():
+                return act()
+        except OSError as error:
+            raise fs.translated(error, "while the store was changed") from error
 
     def _committed(self, change: Callable[[Writer], T]) -> T:
         """Commit `change`, mending what stands in the way."""
@@ -603,7 +609,7 @@ class Index:
                 self._renew()
                 renewed = True
             except lmdb.Error as error:
-                if not _is_full(error):
+                if not self._found_full(error):
                     raise
                 if freed:
                     raise StoreFullError(
@@ -613,7 +619,20 @@ class Index:
                     ) from error
                 freed = relieve() if relieve is not None else 0
                 if not freed:
-                    raise
+                    raise StoreFullError(_FULL) from error
+
+    def _found_full(self, error: lmdb.Error) -> bool:
+        """Whether a commit failed because there was no room.
+
+        LMDB says the same of a disk that takes a part of what is written as of one that is broken.
+        """
+        if _is_full(error):
+            return True
+        if os.strerror(errno.EIO) not in str(error):
+            return False
+        with contextlib.suppress(OSError):
+            return fs.free_bytes(self.root) < _NO_ROOM_BYTES
+        return False
 
     def waits_for(self) -> str:
         """What keeps changes waiting at this moment, in a sentence; "" if nothing does."""
@@ -942,7 +961,7 @@ def _contradictory(error: Exception) -> StoreError:
 def _translated(error: lmdb.Error) -> StoreError:
     text = str(error)
     if isinstance(error, lmdb.MapFullError) or _is_full(error):
-        return StoreFullError("The disk is full; nothing was changed in the index.")
+        return StoreFullError(_FULL)
     if any(os.strerror(one) in text for one in fs.FORBIDDEN):
         return StoreAccessError(f"The index may not be used: {text}.")
     if isinstance(error, _DAMAGE):

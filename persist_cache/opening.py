@@ -51,6 +51,8 @@ def prepare_folder(root: Path, folder: BlobFolder, read_only: bool) -> None:
             _make_folders(root.parent)
             fs.make_folder(root)
         status = root.stat()
+        if not stat.S_ISDIR(status.st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(root))
         if status.st_uid != os.geteuid():
             raise StoreAccessError(
                 f"{root} belongs to another user; use a folder of your own (--store PATH)."
