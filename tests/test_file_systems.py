@@ -452,9 +452,16 @@ def test_running_out_of_files_evicts(kind: str, folder: Path) -> None:
 @pytest.mark.parametrize("kind", ["ext4", "tmpfs"])
 def test_running_out_of_files_with_nothing_to_evict_says_so(kind: str, folder: Path) -> None:
     with disk_of(kind, 32 * MIB, folder, files=160) as place, opened(place) as store:
-        with pytest.raises(StoreFullError, match="another file"):
-            for number in range(200):
+        number = 0
+
+        def go_on() -> None:
+            nonlocal number
+            while number < 200:
+                number += 1
                 put(store, [number, *range(20)], pinned=True)
+
+        with pytest.raises(StoreFullError, match="another file"):
+            go_on()
 
         assert store.entries()
         assert store.check() == []

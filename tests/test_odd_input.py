@@ -1,4 +1,4 @@
-"""Paths, prompts and names that nobody meant: a sentence or a right answer, and nothing poisoned."""
+"""Paths, prompts and names that nobody meant: a sentence or a right answer, nothing poisoned."""
 
 from __future__ import annotations
 

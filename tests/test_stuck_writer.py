@@ -1,4 +1,4 @@
-"""A process that is stopped, or was forked, and holds a lock: waits end, and say whose fault it is."""
+"""A process that is stopped, or was forked, and holds a lock: waits end, and name it."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_process_that_works_on_is_told_from_one_that_is_stopped(
 ) -> None:
     with (
         held(store.root / "writer.lock", stopped=False) as holder,
-        pytest.raises(StoreBusyError, match="has held .* wait for it, or end it") as caught,
+        pytest.raises(StoreBusyError, match=r"has held .* wait for it, or end it") as caught,
     ):
         put(store, [4, 5, 6])
 

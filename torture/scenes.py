@@ -1,4 +1,4 @@
-"""Situations that need a stage of their own: disks that turn read-only or fill, a soak at 200 MB."""
+"""What needs a stage of its own: disks that turn read-only or fill, a soak at 200 MB."""
 
 from __future__ import annotations
 
@@ -79,6 +79,7 @@ def unknown_schema(folder: Path, report: Report) -> None:
     report.scenarios["unknown schema"] += 1
     if not in_child(act):
         report.findings.append("an index of an unknown version was not refused")
+
 
 def full_disks(folder: Path, report: Report) -> None:
     """On each file system, filled by another program: look-ups go on, and eviction makes room."""
