@@ -31,6 +31,7 @@ _FS_IOC_GETFLAGS, _FS_IOC_SETFLAGS = (
     (2 << 30 | struct.calcsize("l") << 16 | ord("f") << 8 | 1),
     (1 << 30 | struct.calcsize("l") << 16 | ord("f") << 8 | 2),
 )  # Linux, <linux/fs.h>; Python does not name them
+_AT_FDCWD, _AT_SYMLINK_FOLLOW = -100, 0x400  # Linux, <fcntl.h>
 _FS_NOCOW_FL = 0x00800000
 _LONGEST_NAP_S = 0.02
 _F_RDADVISE = 44  # macOS, <sys/fcntl.h>; Python does not name it
@@ -66,8 +67,14 @@ def create_nameless(folder: Path) -> int:
 
 def give_name(fd: int, path: Path) -> None:
     """Give a file of `create_nameless` the name `path`, which must not exist."""
-    # With a folder to begin at, though the path is absolute: without, Python follows no link.
-    os.link(f"/proc/self/fd/{fd}", path, src_dir_fd=fd, follow_symlinks=True)
+    import ctypes
+
+    # Not os.link, which does not follow the link to the file without a name.
+    call = ctypes.CDLL(None, use_errno=True).linkat
+    source = os.fsencode(f"/proc/self/fd/{fd}")
+    if call(_AT_FDCWD, source, _AT_FDCWD, os.fsencode(path), _AT_SYMLINK_FOLLOW):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), str(path))
 
 
 def open_shared(path: Path) -> int:

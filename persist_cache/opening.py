@@ -82,7 +82,7 @@ def prepare_folder(root: Path, folder: BlobFolder, read_only: bool) -> None:
         raise StoreAccessError(f"{root} cannot be used ({error.strerror}).") from error
 
 
-def is_impossible(error: StoreAccessError) -> bool:
+def is_impossible(error: StoreError) -> bool:
     """Whether what `prepare_folder` raised is about the path itself, whatever the disk may do."""
     cause = error.__cause__
     return isinstance(cause, OSError) and cause.errno in _IMPOSSIBLE

@@ -40,7 +40,8 @@ from persist_cache.errors import (
 from persist_cache.fingerprint import Identifier
 from persist_cache.front import Front
 from persist_cache.loaded import system_tokens
-from persist_cache.store import Store
+from persist_cache.opening import is_impossible
+from persist_cache.store import Store, default_store_path
 from persist_cache.tally import Fetch
 from persist_cache.warm import model_errors
 
@@ -553,7 +554,11 @@ def _cannot_listen(host: str, port: int, error: Exception) -> PersistCacheError:
 
 
 def _open_store(options: ServeOptions, *, distributed: bool) -> tuple[Store | None, str]:
-    """The store, or why there is none: a server without its disk still answers."""
+    """The store, or why there is none: a server without its disk still answers.
+
+    Raises:
+        StoreError: Its path can be none, now or later.
+    """
     if not options.persist:
         return None, "no store was given (--persist none)"
     if distributed:
@@ -569,6 +574,10 @@ def _open_store(options: ServeOptions, *, distributed: bool) -> tuple[Store | No
             "",
         )
     except StoreError as error:
+        place = default_store_path() if options.store is None else options.store
+        if is_impossible(error) and not os.path.lexists(place):
+            # No disk that comes back later will make a store of such a path.
+            raise
         return None, str(error)
 
 

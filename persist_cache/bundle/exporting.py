@@ -109,7 +109,9 @@ def export(
     if file.is_dir():
         raise StoreAccessError(f"{file} is a folder; name the file that is to be written.")
     if file.resolve().is_relative_to(store.root.resolve()):
-        raise StoreAccessError(f"{file} is in the folder of the store; name a file elsewhere.")
+        raise StoreAccessError(
+            f"{file} cannot be written into the folder of the store; name a file elsewhere."
+        )
     if not force and os.path.lexists(file):
         raise FileExistsError(file)
     for attempts_left in (2, 1, 0):

@@ -7,15 +7,11 @@ import contextlib
 import logging
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import NoReturn
 
 import click
 
-from persist_cache.blobs import BlobFolder
 from persist_cache.entry import TIER_LABELS
-from persist_cache.errors import StoreAccessError
-from persist_cache.opening import is_impossible, prepare_folder
 from persist_cache.server import DEFAULT_GRACE_S, ServeOptions, serve
 from persist_cache_cli.parse import SIZE
 
@@ -100,8 +96,6 @@ def command(
         admin_token=admin_token,
         salt=salt,
     )
-    if options.store is not None and tiers:
-        _check_place(Path(options.store))
     for handler in list(logging.getLogger().handlers):
         # Upstream sets up logging as its --log-level says, but only where nobody has done so yet.
         logging.getLogger().removeHandler(handler)
@@ -116,18 +110,6 @@ def _check_port(upstream: Sequence[str]) -> None:
         text = attached or value
         if name == "--port" and text.isdigit() and int(text) > 65_535:
             raise click.UsageError(f"--port goes from 0 to 65535, not {text}.")
-
-
-def _check_place(root: Path) -> None:
-    """Refuse a path that can be no store, now or later.
-
-    A disk that is full or read-only is another matter: the server does without until it is not.
-    """
-    try:
-        prepare_folder(root, BlobFolder(root), read_only=False)
-    except StoreAccessError as error:
-        if is_impossible(error):
-            raise click.UsageError(f"--store: {error}") from error
 
 
 @contextlib.contextmanager
