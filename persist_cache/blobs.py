@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import stat
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -22,7 +23,7 @@ import msgspec
 import xxhash
 from msgspec import Struct
 
-from persist_cache import fs
+from persist_cache import forked, fs
 from persist_cache.entry import TOKEN_BYTES
 from persist_cache.errors import CorruptBlobError, StoreFormatError
 
@@ -41,6 +42,12 @@ PRESENCE_FILE = "store.lock"
 """Locked shared by every process that has the store open."""
 SUSPECT_FILE = "index.suspect"
 """There while the index is known to be damaged: whoever opens the store alone makes a new one."""
+_MEMO_FILE = "weights.json"
+_STRAY_PROBE = re.compile(r"doctor\.[0-9a-f]{16}")
+"""What `doctor` of earlier versions wrote to measure the disk, and left when it was killed."""
+_STRAY_MEMO = re.compile(r"\." + re.escape(_MEMO_FILE) + r"\.[0-9a-f]{16}\.tmp")
+_MEMO_MADE_S = 60.0
+"""A memo is written in much less."""
 _MAX_HEADER_BYTES = 32 << 20
 DTYPE_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
@@ -261,6 +268,8 @@ class BlobWriter:
     def __init__(self, folder: BlobFolder) -> None:
         self._folder = folder
         self._done = False
+        self._fd = -1
+        forked.register(self)
         while True:
             self.name = _new_name()
             self.path = folder.temporary_path(self.name)
@@ -273,7 +282,17 @@ class BlobWriter:
             except BaseException:
                 self.__exit__()
                 raise
-            os.close(self._fd)
+            self._close()
+
+    def let_go(self) -> None:
+        """In a forked child: the file, and its lock, are the parent's."""
+        self._done = True
+        self._close()
+
+    def _close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
 
     @property
     def is_gone(self) -> bool:
@@ -287,7 +306,7 @@ class BlobWriter:
         try:
             self.discard()
         finally:
-            os.close(self._fd)
+            self._close()
 
     def discard(self) -> None:
         """Remove the file, unless `keep` was called."""
@@ -305,6 +324,7 @@ class BlobWriter:
         pieces = [memoryview(head)]
         for tensor in tensors:
             pieces.extend(tensor.pieces)
+        fs.allocate(self._fd, sum(piece.nbytes for piece in pieces))
         nbytes = fs.write_all(self._fd, pieces)
         fs.sync(self._fd)
         digest = xxhash.xxh3_128_digest(head)
@@ -636,11 +656,26 @@ class BlobFolder:
         """What the folders themselves take on disk, and the small files of the store."""
         places = (self.root, self.blobs, self.temporary, self.quarantined)
         total = sum(fs.disk_bytes(place) for place in places)
-        total += sum(fs.disk_bytes(self.root / name) for name in (TAG_FILE, PRESENCE_FILE))
+        with os.scandir(self.root) as found:
+            names = [one.name for one in found]
+        own = {TAG_FILE, PRESENCE_FILE, SUSPECT_FILE, _MEMO_FILE}
+        total += sum(
+            fs.disk_bytes(self.root / name) for name in names if name in own or _is_stray(name)
+        )
         with os.scandir(self.blobs) as fans:
             # One that is empty may be removed at this moment by another process.
             total += sum(fs.disk_bytes(Path(fan.path)) for fan in fans)
         return total
+
+    def remove_strays(self) -> None:
+        """Remove files beside the blobs whose writers were killed."""
+        with os.scandir(self.root) as found:
+            strays = [Path(one.path) for one in found if _is_stray(one.name)]
+        for path in strays:
+            with contextlib.suppress(OSError):
+                age_s = time.time() - path.lstat().st_mtime
+                if _STRAY_PROBE.fullmatch(path.name) or not 0 <= age_s < _MEMO_MADE_S:
+                    fs.unlink(path)
 
     def remove(self, name: str) -> None:
         """Unlink a blob, published or in quarantine; one that is gone already is fine.
@@ -664,6 +699,10 @@ class BlobFolder:
 def is_blob_file(name: str) -> bool:
     """Whether `name` is 32 lower-case hex digits and the suffix: no other file is ever touched."""
     return _BLOB_FILE.fullmatch(name) is not None
+
+
+def _is_stray(name: str) -> bool:
+    return bool(_STRAY_PROBE.fullmatch(name) or _STRAY_MEMO.fullmatch(name))
 
 
 def _new_name() -> str:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from msgspec import Struct
 
 from persist_cache import fs
+from persist_cache.ballast import Ballast
 from persist_cache.blobs import ALIGNMENT, BlobFolder
 from persist_cache.errors import StoreFullError
 from persist_cache.index import Index, Reader
@@ -23,6 +24,10 @@ _INDEX_SLACK = 128 * 1024
 """Pages a commit may add to the index besides the tokens themselves."""
 _FILE_SLACK = 8 * 1024
 """A new blob may need a new folder, and its last block is filled up."""
+_METADATA_SLACK = 256 * 1024
+"""What a file system may need for its own records of a new file, which `du` does not count …"""
+_METADATA_SHARE = 256
+"""… and of its content: btrfs keeps checksums, and copies what it changes."""
 
 
 class Limits(Struct, frozen=True):
@@ -54,10 +59,17 @@ class Usage(Struct, frozen=True):
     trash: int
     quarantine: int
     folders: int
+    ballast: int = 0
 
     @property
     def total(self) -> int:
-        return self.blobs + self.index + self.pending + self.trash + self.quarantine + self.folders
+        waste = self.pending + self.trash + self.quarantine
+        return self.blobs + self.index + waste + self.folders + self.ballast
+
+    @property
+    def without_entries(self) -> int:
+        """What would be left if everything went that may."""
+        return self.index + self.folders + self.ballast
 
 
 class Budget:
@@ -67,6 +79,7 @@ class Budget:
         self, limits: Limits, index: Index, folder: BlobFolder, clock: Callable[[], float]
     ) -> None:
         self.limits = limits
+        self.ballast = Ballast(index.root, limits.max_bytes)
         self._clock = clock
         self._index = index
         self._folder = folder
@@ -79,6 +92,7 @@ class Budget:
             trash=sum(record.nbytes for record in txn.sized(b"trash").values()),
             quarantine=sum(record.nbytes for record in txn.sized(b"quarantine").values()),
             folders=self._folder.overhead_bytes(),
+            ballast=self.ballast.disk_bytes(),
         )
 
     def refuse_impossible(self, txn: Reader, nbytes: int, num_tokens: int) -> None:
@@ -88,6 +102,7 @@ class Budget:
             StoreFullError: Larger than the budget, or today's write budget is spent.
         """
         fixed = self._index.file_bytes() + self._folder.overhead_bytes()
+        fixed += self.ballast.disk_bytes()
         if nbytes + index_growth(num_tokens) + fixed > self.limits.max_bytes:
             raise StoreFullError(
                 f"An entry of {nbytes} bytes is larger than the budget of "
@@ -105,8 +120,20 @@ class Budget:
         over = self.usage(txn).total + growth - self.limits.max_bytes
         if self.limits.min_free_bytes == 0:
             return over
+        growth += growth // _METADATA_SHARE + _METADATA_SLACK
         missing = self.limits.min_free_bytes + growth - self.free_bytes()
         return max(over, missing)
+
+    def may_regain(self, txn: Reader, max_bytes: int) -> bool:
+        """Whether the ballast may be made as large as it should be, within `max_bytes`.
+
+        A disk that is nearly full is left alone: others need the rest of it more.
+        """
+        missing = self.ballast.missing_bytes()
+        if missing <= 0:
+            return missing < 0
+        room = self.free_bytes() - self.limits.min_free_bytes
+        return room >= 2 * missing and self.usage(txn).total + missing <= max_bytes
 
     def free_bytes(self) -> int:
         """Bytes free on the store's file system.
@@ -116,6 +143,17 @@ class Budget:
         """
         try:
             return fs.free_bytes(self._index.root)
+        except OSError as error:
+            raise fs.translated(error, "while its free space was asked for") from error
+
+    def free_files(self) -> int | None:
+        """Files that the store's file system may still get; None where there is no limit.
+
+        Raises:
+            StoreError: The file system does not say.
+        """
+        try:
+            return fs.free_files(self._index.root)
         except OSError as error:
             raise fs.translated(error, "while its free space was asked for") from error
 

@@ -18,7 +18,12 @@ from typing import Any, NamedTuple, Protocol
 
 from persist_cache.blobs import BlobReader
 from persist_cache.entry import TIER_LABELS, TOKEN_BYTES, Match, Tier, pack_tokens
-from persist_cache.errors import StoreAccessError, StoreError, UnsupportedCacheError
+from persist_cache.errors import (
+    StoreAccessError,
+    StoreBusyError,
+    StoreError,
+    UnsupportedCacheError,
+)
 from persist_cache.fingerprint import Fingerprint, Identifier, Unidentified
 from persist_cache.insert import Source
 from persist_cache.kin import STORED_OTHERWISE
@@ -159,6 +164,7 @@ class PromptCache:
         else it is so from a look-up to the insert of the reply, for ten minutes at most."""
         self._closed = False
         self._told: set[str] = set()
+        self._pid = os.getpid()
         self._cuts: deque[tuple[Owner | None, bytes, int]] = deque(maxlen=16)
         self._writer: WriteBehind | None = None
         if self._store is not None and not self._store.read_only:
@@ -251,6 +257,8 @@ class PromptCache:
         started = time.monotonic()
         packed: bytes | None = None
         try:
+            if not hasattr(tokens, "__getitem__"):
+                tokens = list(tokens)  # what can be read only once
             packed = pack_tokens(tokens)
             cache, fetch = self._fetch(model, packed, counted)
             self._prefills.begun(model, packed, fetch.num_tokens, fetch.prefill_s)
@@ -260,7 +268,10 @@ class PromptCache:
             cache, fetch = None, Fetch("miss", 0, "the look-up failed")
         fetch = replace(fetch, seconds=time.monotonic() - started)
         if counted:
-            self._account(len(tokens), packed, fetch)
+            try:
+                self._account(len(tokens), packed, fetch)
+            except Exception:
+                log.exception("a look-up could not be counted")
         rest = tokens[fetch.num_tokens :] if fetch.num_tokens else tokens
         return cache, rest, fetch
 
@@ -288,6 +299,8 @@ class PromptCache:
                 computed, and the time since the fetch.
         """
         try:
+            if not hasattr(tokens, "__getitem__"):
+                tokens = list(tokens)  # what can be read only once
             self._insert(model, tokens, prompt_cache, cache_type, prefill_s)
         except Exception as error:
             log.exception("a prompt could not be kept")
@@ -426,26 +439,41 @@ class PromptCache:
             return True
         if self._writer.on_thread():
             raise RuntimeError("flush() must not be called from a save")
-        done = self._writer.drain(timeout_s)
+        if os.getpid() != self._pid:
+            return False  # the thread that saves is the parent's
+        left = _Deadline(timeout_s)
+        done = self._writer.drain(left())
         # The queue is bounded, so what waits in memory goes in portions.
         while done and (waiting := self._waiting()):
             for held in waiting:
                 self._save_later(held)
-            done = self._writer.drain(timeout_s) and not all(held.wanted for held in waiting)
+            done = self._writer.drain(left()) and not all(held.wanted for held in waiting)
         self._let_go_of_former()
-        self._flush_uses()
+        with self._store.patient(left()):
+            self._flush_uses()
         return done
 
     def close(self, timeout_s: float | None = None) -> None:
-        """Save what is not on disk yet, and end the writer thread. Further calls do nothing."""
+        """Save what is not on disk yet, and end the writer thread. Further calls do nothing.
+
+        In a forked child all of that is the parent's, and nothing is saved.
+
+        Args:
+            timeout_s: After so long, what is not saved yet is given up. None: no longer than the
+                disk takes, and than a change waits for other processes.
+        """
         if self._closed:
             return
+        if os.getpid() != self._pid:
+            self._closed = True
+            return
+        left = _Deadline(timeout_s)
         if self._writer is not None:
-            self.flush(timeout_s)
-            self._writer.close(timeout_s)
+            self.flush(left())
+            self._writer.close(left())
         self._closed = True
         if self._owns_store and self._store is not None:
-            self._store.close()
+            self._store.close(left())
 
     def stats(self) -> PromptCacheStats:
         """What this cache did since it was made, and the totals of its store."""
@@ -813,14 +841,17 @@ class PromptCache:
         if fingerprint is None or self._store is None:
             return
         self._recover_store()
+        # Whoever kept the one before waiting keeps them all waiting.
+        patience_s = 1.0 if isinstance(self._disk_error, StoreBusyError) else None
         try:
-            result = self._store.put(
-                fingerprint,
-                held.packed,
-                sources.pop(),
-                tier=held.tier,
-                prefill_s=held.prefill_s,
-            )
+            with self._store.patient(patience_s):
+                result = self._store.put(
+                    fingerprint,
+                    held.packed,
+                    sources.pop(),
+                    tier=held.tier,
+                    prefill_s=held.prefill_s,
+                )
         except StoreError as error:
             self._disk_failed(error)
             with self._lock:
@@ -841,6 +872,8 @@ class PromptCache:
         """What keeps the disk from being used, as of the last attempt."""
         if self._store is not None and self._store.is_lost:
             return _removed(self._store)
+        if self._store is not None and (why := self._store.waits_for):
+            return StoreBusyError(why)
         return self._disk_error
 
 
@@ -854,6 +887,16 @@ def _cost(candidate: Candidate, match: Match) -> float:
     if match.num_tokens == used and match.saved_s:
         return match.saved_s  # the disk knows each entry on the way
     return held.prefill_s * used / held.num_tokens if used else 0.0
+
+
+class _Deadline:
+    """Seconds that are left of a time limit, whenever it is asked; None for no limit."""
+
+    def __init__(self, timeout_s: float | None) -> None:
+        self._end = None if timeout_s is None else time.monotonic() + timeout_s
+
+    def __call__(self) -> float | None:
+        return None if self._end is None else max(0.0, self._end - time.monotonic())
 
 
 def _removed(store: Store) -> StoreAccessError:

@@ -421,6 +421,7 @@ def store_json(
             "trash": usage.trash,
             "quarantine": usage.quarantine,
             "folders": usage.folders,
+            "ballast": usage.ballast,
             "total": usage.total,
         },
         "max_bytes": stats.max_bytes,

@@ -7,6 +7,7 @@ the set of entries that are being read.
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -17,13 +18,26 @@ from msgspec import Struct
 from persist_cache.blobs import BlobFolder
 from persist_cache.budget import Budget, Limits
 from persist_cache.errors import StoreError
-from persist_cache.index import Index, Reader, Writer
+from persist_cache.index import UNREADABLE, Index, Reader, Writer, counter_name
+from persist_cache.records import LAST_DATE_S, MAX_HITS
+
+log = logging.getLogger(__name__)
 
 
 class _Use(Struct):
     last_use: float
     hits: int = 0
     saved_s: float = 0.0
+
+
+def _sane(clock: Callable[[], float]) -> Callable[[], float]:
+    """The same clock, as long as it shows dates that can be recorded: 1970 to `LAST_DATE_S`."""
+
+    def now() -> float:
+        shown = clock()
+        return min(max(0.0, shown), LAST_DATE_S) if shown == shown else 0.0
+
+    return now
 
 
 class Disk:
@@ -41,8 +55,9 @@ class Disk:
         self.index = index
         self.folder = folder
         self.limits = limits
-        self.budget = Budget(limits, index, folder, clock)
-        self.clock = clock
+        self.clock = _sane(clock)
+        self.budget = Budget(limits, index, folder, self.clock)
+        self.ballast = self.budget.ballast
         self._lock = threading.Lock()
         self._uses: dict[int, _Use] = {}
         self._counts: Counter[str] = Counter()
@@ -85,15 +100,43 @@ class Disk:
     def count(self, name: str, amount: int = 1) -> None:
         """Add to a counter of the store. Writes nothing yet."""
         with self._lock:
-            self._counts[name] += amount
+            self._counts[counter_name(name)] += amount
 
     def counts(self) -> Counter[str]:
         """Counts that are not written yet."""
         with self._lock:
             return Counter(self._counts)
 
-    def flush(self) -> bool:
+    def regain_ballast(self, max_bytes: int | None = None) -> None:
+        """Make the ballast anew where it was given up, if there is room; never fails.
+
+        Args:
+            max_bytes: What the store may take with it; the budget when None.
+        """
+        limit = self.limits.max_bytes if max_bytes is None else max_bytes
+        missing = self.ballast.missing_bytes()
+        if self.index.read_only or missing == 0:
+            return
+
+        def regain() -> None:
+            with self.index.read() as txn:
+                may = self.budget.may_regain(txn, limit)
+            if may:
+                self.ballast.regain()
+
+        try:
+            with self.index.read() as txn:
+                may = self.budget.may_regain(txn, limit)
+            if may:
+                self.index.alone(regain)
+        except (OSError, StoreError) as error:
+            log.debug("the ballast stays as it is: %s", error)
+
+    def flush(self, patience_s: float | None = None) -> bool:
         """Commit buffered uses and counts together; they stay buffered if that fails.
+
+        Args:
+            patience_s: How long to wait for other processes; as every change when None.
 
         Returns:
             Whether there was anything to commit.
@@ -109,13 +152,20 @@ class Disk:
 
         def apply(txn: Writer) -> None:
             for number, use in uses.items():
-                record = txn.entry(number)
+                try:
+                    record = txn.entry(number)
+                except (StoreError, *UNREADABLE):
+                    continue  # it is damaged, which `check` finds; the others are not
                 if record is not None:
+                    # A date that lies ahead is of a clock that was wrong.
+                    last_us = int(use.last_use * 1e6)
+                    if record.last_use_us <= self.clock() * 1e6:
+                        last_us = max(record.last_use_us, last_us)
                     txn.put_entry(
                         number,
                         record._replace(
-                            last_use_us=max(record.last_use_us, int(use.last_use * 1e6)),
-                            hits=record.hits + use.hits,
+                            last_use_us=last_us,
+                            hits=min(record.hits + use.hits, MAX_HITS),
                             saved_s=record.saved_s + use.saved_s,
                         ),
                     )
@@ -123,7 +173,8 @@ class Disk:
                 txn.count(name, amount)
 
         try:
-            self.index.update(apply)
+            with self.index.terms(patience_s=patience_s):
+                self.index.update(apply)
         except StoreError:
             with self._lock:
                 for number, use in uses.items():

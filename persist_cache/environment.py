@@ -1,7 +1,7 @@
 """What a store has to live with: versions, disk, limits, the model's cache classes.
 
 Everything is looked at or measured, never assumed. Nothing here imports MLX unless it is asked
-about a model. The only thing written is a small file in the store's folder, removed at once.
+about a model. The only thing written is a small file without a name in the store's folder.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ def look_at_folder(path: Path) -> Folder:
         is_ours=status.st_uid == os.geteuid(),
         mode=stat.S_IMODE(status.st_mode) if exists else None,
         writable=may_write and not space.f_flag & os.ST_RDONLY,
-        file_system=_file_system(place),
+        file_system=file_system(place),
         free_bytes=space.f_bavail * space.f_frsize,
         total_bytes=space.f_blocks * space.f_frsize,
     )
@@ -233,7 +233,7 @@ def _user(number: int) -> str:
         return str(number)
 
 
-def _file_system(place: Path) -> str:
+def file_system(place: Path) -> str:
     """Type of the file system that holds `place`; "" where it cannot be told."""
     try:
         if sys.platform == "linux":
@@ -280,9 +280,10 @@ def _is_below(place: Path, point: str) -> bool:
 
 
 def measure_disk(root: Path, nbytes: int = PROBE_BYTES) -> DiskSpeed:
-    """Write, sync and read a file in the store's folder, and remove it.
+    """Write, sync and read a file in the folder `root`.
 
-    Its name is none that a store looks at.
+    It has no name while there is anything in it, so it goes with this process in any case; a
+    store removes the empty one that is left if the process dies in between.
 
     Raises:
         OSError: The folder cannot be written, or the disk is full.
@@ -291,6 +292,8 @@ def measure_disk(root: Path, nbytes: int = PROBE_BYTES) -> DiskSpeed:
     content = memoryview(os.urandom(1 << 20) * (nbytes >> 20))  # random: some disks compress
     fd = fs.create(path)
     try:
+        fs.unlink(path)
+        fs.allocate(fd, len(content))
         started = time.perf_counter()
         fs.write_all(fd, [content])
         fs.sync(fd)
@@ -303,7 +306,6 @@ def measure_disk(root: Path, nbytes: int = PROBE_BYTES) -> DiskSpeed:
         syncs = sorted(_time_sync(fd) for _ in range(_SYNCS))
     finally:
         os.close(fd)
-        fs.unlink(path)
     return DiskSpeed(len(content), len(content) / written, len(content) / read, syncs[_SYNCS // 2])
 
 

@@ -3,6 +3,7 @@
 PersistCacheError
 ├─ StoreError                  the store on disk
 │  ├─ StoreInUseError          opened twice in this process, or used after a fork
+│  │  └─ StoreBusyError        another process holds a lock and does not let go of it
 │  ├─ StoreFullError           budget, free-space floor, map or disk full; nothing changed
 │  ├─ StoreFormatError         written by an unknown layout or schema version
 │  ├─ StoreReadOnlyError       a change was asked of a store opened read-only
@@ -30,6 +31,10 @@ class StoreError(PersistCacheError):
 
 class StoreInUseError(StoreError):
     """The store is open in this process already, or was opened before a fork."""
+
+
+class StoreBusyError(StoreInUseError):
+    """Another process, which may be stopped, holds a lock of the store; nothing was changed."""
 
 
 class StoreFullError(StoreError):

@@ -11,15 +11,18 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from typing import TypeVar
 
 from persist_cache import paths
 from persist_cache.blobs import try_remove_orphan
 from persist_cache.disk import Disk
+from persist_cache.entry import Tier
 from persist_cache.errors import StoreFullError
-from persist_cache.index import Writer
-from persist_cache.records import SizedRecord, entry_id
+from persist_cache.index import Reader, Writer
+from persist_cache.records import SizedRecord, entry_id, recency_key, unpack_number
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 REQUESTED = "evicted by request"
 """Why an entry went, as `explain` and `show` say it."""
@@ -28,6 +31,8 @@ UNDONE = "removed again because its import failed"
 
 _COMMIT_BYTES = 64 * 1024
 """What the commit of an eviction may add to the index, however little is evicted …"""
+_AHEAD_US = 60 * 1_000_000
+"""Clocks are set back by a little now and then."""
 _ENTRY_BYTES = 512
 """… and for each entry that goes: it is remembered for a while, and pages are copied."""
 
@@ -96,6 +101,42 @@ class Evictor:
                     "folder; look at its permissions."
                 )
 
+    def free_files(self, wanted: int, protected: frozenset[int]) -> None:
+        """Evict until the file system has room for `wanted` files, whatever their bytes.
+
+        Raises:
+            StoreFullError: There is not enough that may go; nothing was evicted.
+        """
+        self.release_abandoned()
+        self.empty_trash()
+        while True:
+            free = self._disk.budget.free_files()
+            if free is None or free >= wanted:
+                return
+            missing = wanted - free
+
+            def drop(txn: Writer, missing: int = missing) -> None:
+                start = len(txn.sized(b"trash"))
+                left = self._drop_until(
+                    txn,
+                    lambda freed, dropped: len(txn.sized(b"trash")) - start - missing,
+                    protected,
+                )
+                if left < 0:
+                    raise StoreFullError(
+                        "The disk has no room for another file (its number of files is limited, "
+                        "df -i), and what may go is too little. Unpin or evict something, or "
+                        "remove files there; nothing was changed."
+                    )
+
+            self._update(drop)
+            if not self.empty_trash():
+                raise StoreFullError(
+                    "The disk has no room for another file, and evicted files cannot be removed "
+                    "from the store's folder; look at its permissions."
+                )
+            self._disk.folder.remove_empty()
+
     def release(self, names: Sequence[bytes]) -> None:
         """Give a reservation back."""
 
@@ -124,8 +165,11 @@ class Evictor:
             if path.exists()
         )
 
-    def evict(self, numbers: Sequence[int], reason: str) -> int:
+    def evict(self, numbers: Sequence[int], reason: str, to_bytes: int | None = None) -> int:
         """Remove entries, and every byte that nothing else needs; returns the bytes freed.
+
+        The ballast is made anew afterwards if it was given up, as far as the budget, or
+        `to_bytes`, has room for it.
 
         Raises:
             KeyError: One of them is not stored; nothing was removed.
@@ -139,8 +183,11 @@ class Evictor:
             self._drop(txn, numbers, "evicted", reason)
             return before - txn.counter(paths.BLOB_BYTES)
 
-        freed = self._disk.index.update(drop)
+        freed = self._update(drop)
         self.empty_trash()
+        if to_bytes is not None:
+            self.shed_ballast(to_bytes)
+        self._disk.regain_ballast(to_bytes)
         return freed
 
     def evict_to(self, max_bytes: int) -> int:
@@ -152,24 +199,46 @@ class Evictor:
         with contextlib.suppress(StoreFullError):  # that is what this is to mend
             self._disk.flush()
         self.empty_trash()
+        ballast = self.shed_ballast(max_bytes)
         budget = self._disk.budget
 
         def shrink(txn: Writer) -> int:
-            excess = budget.usage(txn).total - max_bytes
+            usage = budget.usage(txn)
+            # If it was given up so that this can be committed, it is to come back.
+            excess = usage.total - usage.ballast + ballast - max_bytes
             return self._free(txn, excess, frozenset()) if excess > 0 else 0
 
         # The index may grow a little while it notes what went, so look again.
-        while self._disk.index.update(shrink) and self.empty_trash():
+        while self._update(shrink) and self.empty_trash():
             pass
+        self._disk.regain_ballast(min(max_bytes, self._disk.limits.max_bytes))
         with self._disk.index.read() as txn:
             return budget.usage(txn).total
+
+    def shed_ballast(self, max_bytes: int) -> int:
+        """Give the ballast up if, with it, no eviction could bring the store to `max_bytes`.
+
+        Returns:
+            Its bytes that are left.
+        """
+        with self._disk.index.read() as txn:
+            usage = self._disk.budget.usage(txn)
+        if not usage.ballast or usage.without_entries <= max_bytes:
+            return usage.ballast
+        self._disk.index.alone(self._disk.ballast.release)
+        return 0
+
+    def _update(self, change: Callable[[Writer], T]) -> T:
+        """Commit what is to free some of the disk, also when the disk is full."""
+        with self._disk.index.terms(relieve=self._disk.ballast.release):
+            return self._disk.index.update(change)
 
     def expire(self) -> int:
         """Remove entries past their expiry; returns how many."""
         with self._disk.index.read() as txn:
             if not txn.expired(self._disk.clock()):
                 return 0
-        dropped = self._disk.index.update(lambda txn: self._drop_expired(txn, set()))
+        dropped = self._update(lambda txn: self._drop_expired(txn, set()))
         self.empty_trash()
         return dropped
 
@@ -178,8 +247,9 @@ class Evictor:
 
         They hold prompts: whoever evicts everything wants them gone as well.
         """
-        freed = self._disk.index.update(self._drop_quarantine)
+        freed = self._update(self._drop_quarantine)
         self.empty_trash()
+        self._disk.regain_ballast()
         return freed
 
     def empty_trash(self) -> bool:
@@ -208,7 +278,7 @@ class Evictor:
                 for name in gone:
                     txn.delete_sized(b"trash", name)
 
-            self._disk.index.update(strike)
+            self._update(strike)
         return bool(gone) or not doomed
 
     def _make_room(self, txn: Writer, excess: int, protected: frozenset[int]) -> int:
@@ -241,6 +311,7 @@ class Evictor:
             protected: Nodes whose entries stay.
         """
         start = txn.counter(paths.BLOB_BYTES)
+        self._redate(txn)
         waste = self._drop_quarantine(txn)
         shielded = protected | self._disk.nodes_served(txn)
         dropped = self._drop_expired(txn, shielded)
@@ -258,6 +329,35 @@ class Evictor:
 
         self._drop(txn, victims(), "evicted", "evicted to make room")
         return left()
+
+    def redate(self) -> None:
+        """Have what was used in the future, by a clock that was wrong, be used now.
+
+        It would outlive everything else.
+        """
+        with self._disk.index.read() as txn:
+            any_ahead = bool(self._ahead(txn))
+        if any_ahead:
+            self._disk.index.update(self._redate)
+
+    def _ahead(self, txn: Reader) -> list[int]:
+        """Entries whose last use lies ahead of the clock."""
+        limit = int(self._disk.clock() * 1e6) + _AHEAD_US
+        found = []
+        for tier in Tier:
+            for key in txn.recency_keys(recency_key(tier, limit, 0)):
+                if key[0] != tier:
+                    break
+                found.append(unpack_number(key[9:]))
+        return found
+
+    def _redate(self, txn: Writer) -> None:
+        now_us = int(self._disk.clock() * 1e6)
+        for number in self._ahead(txn):
+            record = txn.entry(number)
+            if record is not None:
+                created_us = min(record.created_us, now_us)
+                txn.put_entry(number, record._replace(last_use_us=now_us, created_us=created_us))
 
     def _drop_expired(self, txn: Writer, shielded: set[int] | frozenset[int]) -> int:
         past = []

@@ -16,6 +16,7 @@ import fcntl
 import os
 import struct
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -26,11 +27,20 @@ FOLDER_MODE = 0o700
 _MAX_BUFFERS = 1000  # IOV_MAX is 1024 on Linux and macOS
 _MAX_BYTES = 1 << 30
 _ADVISED_BYTES = 128 << 10  # Linux reads no more for one piece of advice, on some devices
+_FS_IOC_GETFLAGS, _FS_IOC_SETFLAGS = (
+    (2 << 30 | struct.calcsize("l") << 16 | ord("f") << 8 | 1),
+    (1 << 30 | struct.calcsize("l") << 16 | ord("f") << 8 | 2),
+)  # Linux, <linux/fs.h>; Python does not name them
+_AT_FDCWD, _AT_SYMLINK_FOLLOW = -100, 0x400  # Linux, <fcntl.h>
+_FS_NOCOW_FL = 0x00800000
+_LONGEST_NAP_S = 0.02
 _F_RDADVISE = 44  # macOS, <sys/fcntl.h>; Python does not name it
 _OF_THE_FILE = frozenset(
     (errno.EIO, errno.ENOENT, errno.ELOOP, errno.EISDIR, errno.EACCES, errno.EPERM)
 )
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What a file system says that has no room, or none for us."""
 FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 """What a file system says that is read-only, or not ours."""
 
@@ -40,6 +50,31 @@ def create(path: Path) -> int:
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
     os.fchmod(fd, FILE_MODE)  # the umask may have taken the owner's rights as well
     return fd
+
+
+def create_nameless(folder: Path) -> int:
+    """Create a file in `folder` that goes with its descriptor unless `give_name` gives it a name.
+
+    Raises:
+        OSError: The system has no such files, or not there.
+    """
+    if sys.platform != "linux":
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+    fd = os.open(folder, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, FILE_MODE)
+    os.fchmod(fd, FILE_MODE)
+    return fd
+
+
+def give_name(fd: int, path: Path) -> None:
+    """Give a file of `create_nameless` the name `path`, which must not exist."""
+    import ctypes
+
+    # Not os.link, which does not follow the link to the file without a name.
+    call = ctypes.CDLL(None, use_errno=True).linkat
+    source = os.fsencode(f"/proc/self/fd/{fd}")
+    if call(_AT_FDCWD, source, _AT_FDCWD, os.fsencode(path), _AT_SYMLINK_FOLLOW):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), str(path))
 
 
 def open_shared(path: Path) -> int:
@@ -53,6 +88,63 @@ def open_shared(path: Path) -> int:
 def open_read(path: Path) -> int:
     """Open `path` for reading, refusing a symbolic link in its last part."""
     return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+def allocate(fd: int, nbytes: int) -> None:
+    """Make the file exactly `nbytes` long, or longer if it is, with room for all of them.
+
+    Room that is taken piece by piece comes in larger pieces on some file systems (XFS), which
+    `du` counts. Where room cannot be taken in advance, the file only gets its length.
+    """
+    if nbytes <= 0:
+        return
+    if sys.platform == "linux":
+        code = _fallocate(fd, nbytes)
+        if code == 0:
+            return
+        if code not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            raise OSError(code, os.strerror(code))
+    if os.fstat(fd).st_size < nbytes:
+        os.ftruncate(fd, nbytes)
+
+
+def _fallocate(fd: int, nbytes: int) -> int:
+    """Linux's call of that name; returns its error, or 0.
+
+    `os.posix_fallocate` writes to every block where the file system knows no such call.
+    """
+    import ctypes
+
+    call = ctypes.CDLL(None, use_errno=True).fallocate
+    call.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    while call(fd, 0, 0, nbytes):
+        code = ctypes.get_errno()
+        if code != errno.EINTR:
+            return code
+    return 0
+
+
+def write_in_place(fd: int) -> None:
+    """Have an empty file written in place where the file system would copy (btrfs).
+
+    Where it knows no such thing, nothing happens.
+    """
+    if sys.platform == "linux":
+        flags = bytearray(struct.calcsize("l"))
+        with contextlib.suppress(OSError):
+            fcntl.ioctl(fd, _FS_IOC_GETFLAGS, flags)
+            wanted = struct.unpack("l", flags)[0] | _FS_NOCOW_FL
+            fcntl.ioctl(fd, _FS_IOC_SETFLAGS, struct.pack("l", wanted))
+
+
+def is_written_in_place(fd: int) -> bool:
+    """Whether `write_in_place` had its effect on the file."""
+    if sys.platform != "linux":
+        return False
+    flags = bytearray(struct.calcsize("l"))
+    with contextlib.suppress(OSError):
+        fcntl.ioctl(fd, _FS_IOC_GETFLAGS, flags)
+    return bool(struct.unpack("l", flags)[0] & _FS_NOCOW_FL)
 
 
 def write_all(fd: int, buffers: Sequence[memoryview]) -> int:
@@ -134,14 +226,31 @@ def try_lock(fd: int) -> bool:
     return True
 
 
-def lock(fd: int) -> None:
-    """Wait for the exclusive `flock` of `fd`."""
-    fcntl.flock(fd, fcntl.LOCK_EX)
+def lock(fd: int, patience_s: float) -> bool:
+    """Wait up to `patience_s` for the exclusive `flock` of `fd`; returns whether it is ours.
+
+    The system has no such call with a limit, and the holder may be a process that was stopped.
+    """
+    return _wait_for_lock(fd, fcntl.LOCK_EX, patience_s)
 
 
-def lock_shared(fd: int) -> None:
-    """Wait for a shared `flock` of `fd`, giving up an exclusive one."""
-    fcntl.flock(fd, fcntl.LOCK_SH)
+def lock_shared(fd: int, patience_s: float) -> bool:
+    """Wait likewise for a shared `flock` of `fd`, giving up an exclusive one at once."""
+    return _wait_for_lock(fd, fcntl.LOCK_SH, patience_s)
+
+
+def _wait_for_lock(fd: int, kind: int, patience_s: float) -> bool:
+    give_up = time.monotonic() + patience_s
+    nap_s = 0.0005
+    while True:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(fd, kind | fcntl.LOCK_NB)
+            return True
+        left_s = give_up - time.monotonic()
+        if left_s <= 0:
+            return False
+        time.sleep(min(nap_s, left_s))
+        nap_s = min(1.5 * nap_s, _LONGEST_NAP_S)
 
 
 def unlock(fd: int) -> None:
@@ -174,6 +283,12 @@ def free_bytes(path: Path) -> int:
     return status.f_bavail * status.f_frsize
 
 
+def free_files(path: Path) -> int | None:
+    """Files that may still be made on the file system of `path`; None where there is no limit."""
+    status = os.statvfs(path)
+    return status.f_favail if status.f_files else None
+
+
 def disk_bytes(path: Path) -> int:
     """Bytes the file `path` occupies, as `du` counts them; 0 when it does not exist."""
     try:
@@ -189,7 +304,7 @@ def is_passing(error: OSError) -> bool:
 
 def translated(error: OSError, doing: str) -> StoreError:
     """What the user is told about `error`, which came up while `doing` something."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in FULL:
         return StoreFullError(f"The disk is full ({doing}); nothing was changed.")
     reason = os.strerror(error.errno) if error.errno else str(error)
     if error.errno in FORBIDDEN:

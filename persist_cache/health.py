@@ -56,6 +56,8 @@ def sweep(disk: Disk, evictor: Evictor) -> None:
     temporary and damaged files, never at all blobs.
     """
     evictor.release_abandoned()
+    disk.folder.remove_strays()
+    evictor.redate()
     with disk.index.read() as txn:
         quarantined = txn.sized(b"quarantine")
     for name_hex, path in list(disk.folder.temporaries()):
@@ -241,7 +243,7 @@ def repair(disk: Disk, evictor: Evictor, problems: list[Problem]) -> None:
             rebuild.rebuild(disk.index, disk.folder)
         except DamagedIndexError as error:
             distrust(disk.root)
-            raise StoreError(
+            raise DamagedIndexError(
                 "The index is damaged beyond its records; it is made anew when the store is opened "
                 "next and no other process uses it."
             ) from error

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
 import struct
 import threading
@@ -21,11 +22,13 @@ from typing import Any, TypeVar
 
 import lmdb
 import msgspec
+import xxhash
 
-from persist_cache import fs
+from persist_cache import forked, fs, holders, lock_table
 from persist_cache.columns import BlobColumns, EdgeColumns, EntryColumns, Packed, Raw
 from persist_cache.errors import (
     StoreAccessError,
+    StoreBusyError,
     StoreError,
     StoreFormatError,
     StoreFullError,
@@ -35,6 +38,7 @@ from persist_cache.errors import (
 from persist_cache.records import (
     COUNTER_BYTES,
     EXPIRY_KEY,
+    MAX_COUNTER,
     NUMBER,
     RECENCY_KEY,
     BlobRecord,
@@ -84,6 +88,7 @@ _TREE = (
 """What a rebuild makes anew from the blobs."""
 _COUNTED = b"count:"
 """Prefix of the counters that people see; all others are the store's own."""
+_MAX_NAME_BYTES = 400
 _DAMAGE = (
     lmdb.BadTxnError,
     lmdb.CorruptedError,
@@ -94,11 +99,30 @@ _DAMAGE = (
 UNREADABLE = (struct.error, UnicodeDecodeError, msgspec.MsgspecError)
 """What unpacking a damaged record raises."""
 _GIB = 1 << 30
+_LEAST_MAP_BYTES = 64 << 20
+_FULL = "The disk is full; nothing was changed in the index."
+_NO_ROOM_BYTES = 1 << 20
+PATIENCE_S = 10.0
+"""How long a change waits for other processes; a commit takes milliseconds."""
+_SOON_S = 2.0
+"""After so long it is said that something waits."""
+_MARKS = struct.Struct("<B7xQ")
+"""The head of `writer.lock`: whether somebody is inside, and the process that was last."""
+LOCK_FILE = "writer.lock"
 T = TypeVar("T")
 
 
 class DamagedIndexError(StoreError):
     """`data.mdb` cannot be what LMDB wrote; the store rebuilds it from the blobs."""
+
+
+def counter_name(name: str) -> str:
+    """A counter's name as a key can hold it: LMDB's have 511 bytes; the rest becomes a digest."""
+    raw = name.encode("utf-8", "replace")
+    if len(raw) <= _MAX_NAME_BYTES:
+        return raw.decode()
+    head = raw[: _MAX_NAME_BYTES - 33].decode("utf-8", "ignore")
+    return f"{head}~{xxhash.xxh3_128_hexdigest(raw)}"
 
 
 class Reader:
@@ -322,13 +346,13 @@ class Writer(Reader):
 
     def add(self, name: str, amount: int) -> int:
         """Add to a counter and return its new value."""
-        value = self.counter(name) + amount
+        value = max(-MAX_COUNTER, min(self.counter(name) + amount, MAX_COUNTER))
         self._txn.put(name.encode(), pack_counter(value), db=self._db[b"meta"])
         return value
 
     def count(self, name: str, amount: int = 1) -> None:
         """Add to a counter that people see."""
-        self.add(_COUNTED.decode() + name, amount)
+        self.add(_COUNTED.decode() + counter_name(name), amount)
 
     def clear_tree(self) -> None:
         """Forget all prompts and blobs; what is in the trash or counted stays."""
@@ -422,16 +446,20 @@ class Index:
         self._growing = False
         self._closed = False
         self._lock_fd = -1
+        self._waits: dict[int, float] = {}
+        self._terms = threading.local()
+        self._map_bytes = map_bytes
         self._check_length()
-        self._env = _open_environment(root, read_only, map_bytes)
+        self._env = self._open_environment()
+        forked.register(self)
         try:
             self._check_last_page()
             self._file = _identity(self.data_path)
             if not read_only:
-                self._lock_fd = fs.open_shared(root / "writer.lock")
+                self._lock_fd = fs.open_shared(root / LOCK_FILE)
                 # LMDB creates its files under the umask, which may be any.
                 os.chmod(root / "data.mdb", fs.FILE_MODE)
-                os.chmod(root / "lock.mdb", fs.FILE_MODE)
+                os.chmod(root / lock_table.FILE, fs.FILE_MODE)
                 self._env.reader_check()
             self._db = self._open_databases()
             self._check_schema()
@@ -444,19 +472,44 @@ class Index:
         """Leave the descriptor of `presence` to the caller, also when the index is closed."""
         self._presence = -1
 
-    def close(self) -> None:
-        """Wait for transactions of other threads, then close; further calls do nothing."""
+    def close(self, timeout_s: float | None = None) -> bool:
+        """Wait for transactions of other threads, then close; further calls do nothing.
+
+        Returns:
+            Whether it is closed: not if those took longer than `timeout_s`. Then nothing new is
+            begun, and the files stay open as long as the process.
+        """
         if self._closed or os.getpid() != self._pid:
-            return  # a forked child must not touch its parent's environment
-        with self._write_lock, self._gate:
-            self._closed = True
-            while self._inside:
-                self._gate.wait()
-            self._env.close()
-            for fd in (self._lock_fd, self._presence):
-                if fd >= 0:
-                    os.close(fd)
-            self._lock_fd = self._presence = -1
+            return True  # a forked child must not touch its parent's environment
+        give_up = None if timeout_s is None else time.monotonic() + max(timeout_s, 0.0)
+        if not self._write_lock.acquire(timeout=-1 if give_up is None else _left(give_up)):
+            return False
+        try:
+            with self._gate:
+                self._closed = True
+                left = None if give_up is None else _left(give_up)
+                if not self._gate.wait_for(lambda: not self._inside, left):
+                    return False
+                self._close_environment()
+                for fd in (self._lock_fd, self._presence):
+                    if fd >= 0:
+                        os.close(fd)
+                self._lock_fd = self._presence = -1
+        finally:
+            self._write_lock.release()
+        return True
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this process opened it, rather than the one it was forked from."""
+        return os.getpid() == self._pid
+
+    def let_go(self) -> None:
+        """In a forked child: drop the locks that are the parent's; the child may not use it."""
+        for fd in (self._lock_fd, self._presence):
+            if fd >= 0:
+                os.close(fd)
+        self._lock_fd = self._presence = -1
 
     @contextlib.contextmanager
     def read(self, *, copies: bool = False) -> Iterator[Reader]:
@@ -480,6 +533,26 @@ class Index:
         finally:
             self._leave()
 
+    @contextlib.contextmanager
+    def terms(
+        self, *, relieve: Callable[[], int] | None = None, patience_s: float | None = None
+    ) -> Iterator[None]:
+        """Say for the changes of this thread in the block what is special about them.
+
+        Args:
+            relieve: Frees some of the disk if the commit finds it full, and returns how many
+                bytes; called at most once a change, while no other process can write.
+            patience_s: How long to wait for other processes; `PATIENCE_S` when None.
+        """
+        before = self._terms.__dict__.copy()
+        said = {"relieve": relieve, "patience_s": patience_s}
+        self._terms.__dict__.update((key, one) for key, one in said.items() if one is not None)
+        try:
+            yield
+        finally:
+            self._terms.__dict__.clear()
+            self._terms.__dict__.update(before)
+
     def update(self, change: Callable[[Writer], T]) -> T:
         """Run `change` in a write transaction and commit it durably.
 
@@ -489,29 +562,97 @@ class Index:
         Raises:
             StoreFullError: The disk or the map is full; nothing was changed.
             StoreReadOnlyError: The store is open read-only.
+            StoreBusyError: Another process does not end its transaction.
         """
         if self.read_only:
             raise StoreReadOnlyError("The store is open read-only; nothing was changed.")
         self._check_usable()
         try:
-            with self._write_lock, self._process_lock():
+            with self._alone():
                 # A reader that was killed keeps every page freed since from being used again, and
                 # the file would grow past any budget.
-                self._env.reader_check()
-                while True:
-                    try:
-                        return self._commit(change)
-                    except lmdb.MapFullError:
-                        size = 2 * self._env.info()["map_size"]
-                    except lmdb.MapResizedError:
-                        size = 0  # whatever another process made of it
-                    self._resize(size)
+                self._reader_check()
+                return self._committed(change)
         except lmdb.Error as error:
             raise _translated(error) from error
         except UNREADABLE as error:
             raise _contradictory(error) from error
         except OSError as error:
             raise fs.translated(error, "while the index was changed") from error
+
+    def alone(self, act: Callable[[], T]) -> T:
+        """Do something while no other thread or process changes the index; `act` may read it.
+
+        Raises:
+            StoreReadOnlyError: The store is open read-only.
+            StoreBusyError: Another process does not end its transaction.
+        """
+        if self.read_only:
+            raise StoreReadOnlyError("The store is open read-only; nothing was changed.")
+        try:
+            with self._alone():
+                return act()
+        except OSError as error:
+            raise fs.translated(error, "while the store was changed") from error
+
+    def _committed(self, change: Callable[[Writer], T]) -> T:
+        """Commit `change`, mending what stands in the way."""
+        relieve: Callable[[], int] | None = getattr(self._terms, "relieve", None)
+        freed = 0
+        renewed = False
+        while True:
+            try:
+                return self._commit(change)
+            except lmdb.MapFullError:
+                self._resize(self._larger_map(self._env.info()["map_size"]))
+            except lmdb.MapResizedError:
+                self._resize(self._larger_map(self.data_path.stat().st_size))
+            except lmdb.PanicError:
+                # A commit before this one failed while it wrote its last page.
+                if renewed:
+                    raise
+                self._renew()
+                renewed = True
+            except lmdb.Error as error:
+                if not self._found_full(error):
+                    raise
+                if freed:
+                    raise StoreFullError(
+                        f"The disk is full: the {freed} bytes that were kept back for this were "
+                        "given up, and something else took them at once. Nothing was changed; "
+                        "free some space on it and try again."
+                    ) from error
+                freed = relieve() if relieve is not None else 0
+                if not freed:
+                    raise StoreFullError(_FULL) from error
+
+    def _found_full(self, error: lmdb.Error) -> bool:
+        """Whether a commit failed because there was no room.
+
+        LMDB says the same of a disk that takes a part of what is written as of one that is broken.
+        """
+        if _is_full(error):
+            return True
+        if os.strerror(errno.EIO) not in str(error):
+            return False
+        with contextlib.suppress(OSError):
+            return fs.free_bytes(self.root) < _NO_ROOM_BYTES
+        return False
+
+    def waits_for(self) -> str:
+        """What keeps changes waiting at this moment, in a sentence; "" if nothing does."""
+        with self._gate:
+            since = min(self._waits.values(), default=None)
+        if since is None or time.monotonic() - since < _SOON_S:
+            return ""
+        return self._busy(time.monotonic() - since)
+
+    def _busy(self, waited_s: float) -> str:
+        path = self.root / LOCK_FILE
+        last = 0
+        with contextlib.suppress(OSError, struct.error):
+            last = _MARKS.unpack(os.pread(self._lock_fd, _MARKS.size, 0))[1]
+        return holders.sentence(path, holders.holders(path, last), waited_s)
 
     def _commit(self, change: Callable[[Writer], T]) -> T:
         self._enter()
@@ -537,7 +678,7 @@ class Index:
 
     def file_bytes(self) -> int:
         """Bytes the index takes on disk, as `du` counts."""
-        names = ("data.mdb", "lock.mdb", "writer.lock")
+        names = ("data.mdb", lock_table.FILE, LOCK_FILE)
         return sum(fs.disk_bytes(self.root / name) for name in names)
 
     def is_lost(self) -> bool:
@@ -583,46 +724,112 @@ class Index:
             except lmdb.ReadersFullError:
                 if self._env.reader_check() == 0:
                     raise
-            except lmdb.MapResizedError:
+            except (lmdb.MapResizedError, lmdb.PanicError) as error:
                 # Uncounted meanwhile: two threads that get here together would each wait for
                 # the other to leave.
                 self._leave()
                 try:
-                    self._resize(0)
+                    if isinstance(error, lmdb.PanicError):
+                        self._renew()
+                    else:
+                        self._resize(self._larger_map(self.data_path.stat().st_size))
                 finally:
                     self._enter()
 
     def _resize(self, size: int) -> None:
         """Resize the map, which LMDB allows only while this process holds no transaction."""
+        with self._nobody_inside():
+            if not self._closed and size > self._env.info()["map_size"]:
+                self._env.set_mapsize(size)
+
+    def _renew(self) -> None:
+        """Open the environment again; LMDB wants that after it failed to write a meta page."""
+        with self._nobody_inside():
+            if self._closed:
+                return
+            self._close_environment()
+            try:
+                self._env = self._open_environment()
+                self._db = self._open_databases()
+            except BaseException:
+                self._closed = True
+                raise
+
+    @contextlib.contextmanager
+    def _nobody_inside(self) -> Iterator[None]:
+        """Hold while no thread of this process is in a transaction."""
         with self._gate:
             self._growing = True
             try:
                 while self._inside:
                     self._gate.wait()
-                if not self._closed:
-                    self._env.set_mapsize(size)
+                yield
             finally:
                 self._growing = False
                 self._gate.notify_all()
 
-    @contextlib.contextmanager
-    def _process_lock(self) -> Iterator[None]:
-        """Hold `writer.lock`; its first byte is 1 while somebody is inside a transaction."""
-        self._check_usable()
-        fs.lock(self._lock_fd)
-        try:
-            if os.pread(self._lock_fd, 1, 0) == b"\x01":
-                self._repair_semaphore()
-            self._mark(b"\x01")
-            yield
-        finally:
-            self._mark(b"\x00")
-            fs.unlock(self._lock_fd)
+    def _larger_map(self, nbytes: int) -> int:
+        """A size for a map that is to be larger than `nbytes`, as far as the process may have it.
 
-    def _mark(self, byte: bytes) -> None:
+        To be found out before: LMDB gives the old map up first, and cannot do without one.
+        """
+        for share in (1.0, 0.5, 0.125):
+            size = int(nbytes * (1 + share)) // mmap.PAGESIZE * mmap.PAGESIZE + (1 << 20)
+            try:
+                mmap.mmap(-1, size, mmap.MAP_PRIVATE, mmap.PROT_READ).close()
+            except (OSError, ValueError, OverflowError):
+                continue
+            return size
+        raise StoreFullError(
+            f"The index is full: its {nbytes} bytes cannot grow, because this process may not have "
+            "more address space; raise that limit (ulimit -v). Nothing was changed."
+        )
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold `_write_lock` and `writer.lock`; byte 0 of that is 1 meanwhile."""
+        said: float | None = getattr(self._terms, "patience_s", None)
+        patience_s = PATIENCE_S if said is None else max(0.0, said)
+        me = threading.get_ident()
+        started = time.monotonic()
+        give_up = started + patience_s
+        with self._gate:
+            self._waits[me] = started
+        try:
+            if not self._write_lock.acquire(timeout=patience_s):
+                self._check_usable()
+                raise StoreBusyError(self._busy(patience_s))
+        except BaseException:
+            with self._gate:
+                self._waits.pop(me, None)
+            raise
+        try:
+            try:
+                self._check_usable()
+                if not fs.lock(self._lock_fd, _left(give_up)):
+                    raise StoreBusyError(self._busy(patience_s))
+            finally:
+                with self._gate:
+                    self._waits.pop(me, None)
+            try:
+                if os.pread(self._lock_fd, 1, 0) == b"\x01":
+                    self._repair_semaphore()
+                self._mark(_MARKS.pack(1, self._pid))
+                yield
+            finally:
+                self._mark(b"\x00")
+                fs.unlock(self._lock_fd)
+        finally:
+            self._write_lock.release()
+
+    def _mark(self, marks: bytes) -> None:
         # On a full disk the file's first byte may be refused; evicting has to work even then.
         with contextlib.suppress(OSError):
-            os.pwrite(self._lock_fd, byte, 0)
+            os.pwrite(self._lock_fd, marks, 0)
+
+    def _reader_check(self) -> None:
+        with contextlib.suppress(lmdb.PanicError):  # the transaction is told so, too
+            self._env.reader_check()
 
     def _repair_semaphore(self) -> None:
         """A writer died inside its transaction. Robust mutexes (Linux) recover by themselves."""
@@ -631,7 +838,29 @@ class Index:
         if sys.platform == "darwin":
             from persist_cache import semaphores
 
-            semaphores.release_abandoned(self.root / "lock.mdb")
+            semaphores.release_abandoned(self.root / lock_table.FILE)
+
+    def _open_environment(self) -> lmdb.Environment:
+        """Open it with as much address space as there is, up to what was asked for."""
+        size = self._map_bytes
+        with lock_table.opening(self.root, self.read_only):
+            while True:
+                try:
+                    environment = _opened(self.root, self.read_only, size)
+                    break
+                except lmdb.MemoryError as error:
+                    size //= 4
+                    if size < _LEAST_MAP_BYTES:
+                        raise StoreError(
+                            f"The index at {self.root} cannot be mapped: this process may not have "
+                            "enough address space; raise that limit (ulimit -v)."
+                        ) from error
+        self._table = lock_table.key(self.root)
+        return environment
+
+    def _close_environment(self) -> None:
+        self._env.close()
+        lock_table.closed(self._table)
 
     def _check_length(self) -> None:
         """A file shorter than its two meta pages kills the process that maps it (SIGBUS)."""
@@ -693,18 +922,22 @@ def _initialise(txn: Writer) -> None:
         txn.add("created", int(time.time()))
 
 
-def _open_environment(root: Path, read_only: bool, map_bytes: int) -> lmdb.Environment:
+def _left(give_up: float) -> float:
+    return max(0.0, give_up - time.monotonic())
+
+
+def _opened(root: Path, read_only: bool, map_bytes: int) -> lmdb.Environment:
     # lib_version=0 fixes the engine: others read and write other file formats. metasync=False
     # saves half of the commit and loses at most the last one, never consistency.
     # A reader on a read-only file system cannot register itself in the lock file.
-    lockable = not read_only or os.access(root / "lock.mdb", os.W_OK)
+    lockable = not read_only or os.access(root / lock_table.FILE, os.W_OK)
     try:
         return lmdb.open(
             os.fsencode(root),
             lib_version=0,
             map_size=map_bytes,
             max_dbs=16,
-            max_readers=512,
+            max_readers=lock_table.MAX_READERS,
             max_spare_txns=1,
             metasync=False,
             mode=fs.FILE_MODE,
@@ -712,6 +945,8 @@ def _open_environment(root: Path, read_only: bool, map_bytes: int) -> lmdb.Envir
             create=not read_only,
             lock=lockable,
         )
+    except lmdb.MemoryError:
+        raise
     except lmdb.InvalidError as error:
         raise DamagedIndexError(f"{root / 'data.mdb'} is not an LMDB file.") from error
     except lmdb.Error as error:
@@ -730,10 +965,15 @@ def _contradictory(error: Exception) -> StoreError:
 
 def _translated(error: lmdb.Error) -> StoreError:
     text = str(error)
-    if isinstance(error, lmdb.MapFullError) or os.strerror(errno.ENOSPC) in text:
-        return StoreFullError("The disk is full; nothing was changed in the index.")
+    if isinstance(error, lmdb.MapFullError) or _is_full(error):
+        return StoreFullError(_FULL)
     if any(os.strerror(one) in text for one in fs.FORBIDDEN):
         return StoreAccessError(f"The index may not be used: {text}.")
     if isinstance(error, _DAMAGE):
         return DamagedIndexError(f"The index is damaged ({text}); run `persist-cache check`.")
     return StoreError(f"The index failed: {text}.")
+
+
+def _is_full(error: lmdb.Error) -> bool:
+    """Whether the file system said that it has no room, or none for us."""
+    return any(os.strerror(one) in str(error) for one in fs.FULL)

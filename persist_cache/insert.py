@@ -26,7 +26,7 @@ from persist_cache.blobs import (
 from persist_cache.budget import blob_estimate, written_today
 from persist_cache.disk import Disk
 from persist_cache.entry import TOKEN_BYTES
-from persist_cache.errors import StoreError
+from persist_cache.errors import StoreError, StoreFullError
 from persist_cache.evict import Evictor
 from persist_cache.index import Reader, Writer
 from persist_cache.records import (
@@ -142,9 +142,18 @@ class Insertion:
             StoreFullError: No room within the budget or on the disk; nothing was changed.
             StoreError: The disk failed, or others kept changing the same path.
         """
+        has_room = False
         for _ in range(_MAX_ATTEMPTS):
-            with contextlib.suppress(_MovedError):
+            try:
                 return self._attempt()
+            except _MovedError:
+                continue
+            except StoreFullError:
+                # A disk may also have no room for another file, however few bytes it has.
+                if has_room or not self._lacks_files():
+                    raise
+            self._make_room_for_files()
+            has_room = True
         raise StoreError("The store changed too often while an entry was written; try again.")
 
     def _attempt(self) -> PutResult:
@@ -168,6 +177,26 @@ class Insertion:
                 writer.keep()
         new_tokens = self._length - plan.stored
         return PutResult(entry_id(number), new_tokens, sum(one.nbytes for one in written))
+
+    def _lacks_files(self) -> bool:
+        free = self._disk.budget.free_files()
+        return free is not None and free < self._wanted_files()
+
+    def _wanted_files(self) -> int:
+        """Most files that one attempt makes, each perhaps with a folder, and one for the index."""
+        with self._disk.index.read() as txn:
+            found = txn.namespaces(self._key)
+            path = paths.walk(txn, found[0][1].root if found else paths.NO_ROOT, self._packed)
+            plan = self._plan(txn, path)
+        runs = -(-(self._length - plan.stored) // self._run_tokens)
+        return 2 * (min(runs, _MAX_RUNS) + plan.needs_checkpoint) + 1
+
+    def _make_room_for_files(self) -> None:
+        with self._disk.index.read() as txn:
+            found = txn.namespaces(self._key)
+            path = paths.walk(txn, found[0][1].root if found else paths.NO_ROOT, self._packed)
+            protected = _nodes_extended(txn, path)
+        self._evictor.free_files(self._wanted_files(), protected)
 
     def _plan(self, txn: Reader, path: paths.Walk) -> _Plan:
         parent = ""

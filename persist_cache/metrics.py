@@ -160,7 +160,7 @@ def _disk_off(stats: PromptCacheStats) -> GaugeMetricFamily:
 def _store(store: StoreStats) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
     yield _gauge("disk_entries", "Entries on disk.", store.entries)
     usage = store.usage
-    kinds = ("blobs", "index", "pending", "trash", "quarantine", "folders")
+    kinds = ("blobs", "index", "pending", "trash", "quarantine", "folders", "ballast")
     yield _gauge_by(
         "disk_bytes",
         "Bytes on disk, by what they are for.",

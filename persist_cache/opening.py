@@ -7,16 +7,24 @@ may put a damaged index aside and make a new one: nobody else has it mapped then
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
+import stat
 import time
 from pathlib import Path
 
-from persist_cache import fs, rebuild
+from persist_cache import fs, holders, lock_table, rebuild
 from persist_cache.blobs import PRESENCE_FILE, SUSPECT_FILE, TAG_FILE, BlobFolder
 from persist_cache.budget import DEFAULT_MAX_BYTES, DEFAULT_MIN_FREE_BYTES, Limits
-from persist_cache.errors import StoreAccessError, StoreError, StoreFullError, StoreInUseError
-from persist_cache.index import DamagedIndexError, Index, Writer
+from persist_cache.errors import (
+    StoreAccessError,
+    StoreBusyError,
+    StoreError,
+    StoreFullError,
+    StoreInUseError,
+)
+from persist_cache.index import PATIENCE_S, DamagedIndexError, Index, Writer
 from persist_cache.records import pack_counter, unpack_counter
 
 log = logging.getLogger(__name__)
@@ -24,6 +32,9 @@ _PATIENCE_S = 5.0
 """How long to wait for processes that open the store at the same time."""
 _READER_PATIENCE_S = 0.5
 _UNLIMITED = (1 << 63) - 1
+_IMPOSSIBLE = frozenset(
+    (errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
+)
 _CACHEDIR_TAG = (
     b"Signature: 8a477f597d28d172789f06886806bc55\n"
     b"# This folder is a cache of persist-cache; backups may leave it out.\n"
@@ -37,9 +48,11 @@ def prepare_folder(root: Path, folder: BlobFolder, read_only: bool) -> None:
     """
     try:
         if not read_only:
-            root.parent.mkdir(parents=True, exist_ok=True)
+            _make_folders(root.parent)
             fs.make_folder(root)
         status = root.stat()
+        if not stat.S_ISDIR(status.st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(root))
         if status.st_uid != os.geteuid():
             raise StoreAccessError(
                 f"{root} belongs to another user; use a folder of your own (--store PATH)."
@@ -56,12 +69,44 @@ def prepare_folder(root: Path, folder: BlobFolder, read_only: bool) -> None:
                 fs.write_all(fd, [memoryview(_CACHEDIR_TAG)])
             finally:
                 os.close(fd)
-    except FileNotFoundError:
-        raise StoreAccessError(f"There is no store at {root}.") from None
-    except NotADirectoryError:
-        raise StoreAccessError(f"{root} is not a folder.") from None
+    except FileNotFoundError as error:
+        if read_only:
+            raise StoreAccessError(f"There is no store at {root}.") from error
+        place = error.filename or root
+        raise StoreAccessError(
+            f"{root} cannot be made: its file system takes no new folder {place}."
+        ) from error
+    except (NotADirectoryError, FileExistsError) as error:
+        raise StoreAccessError(f"{_no_folder(root)} is not a folder.") from error
     except OSError as error:
         raise StoreAccessError(f"{root} cannot be used ({error.strerror}).") from error
+
+
+def is_impossible(error: StoreError) -> bool:
+    """Whether what `prepare_folder` raised is about the path itself, whatever the disk may do."""
+    cause = error.__cause__
+    return isinstance(cause, OSError) and cause.errno in _IMPOSSIBLE
+
+
+def _make_folders(path: Path) -> None:
+    """Make `path` and what is missing above it, however deep; `Path.mkdir` recurses."""
+    missing = []
+    while not path.is_dir():
+        missing.append(path)
+        if path == path.parent:
+            break
+        path = path.parent
+    for one in reversed(missing):
+        one.mkdir(exist_ok=True)
+
+
+def _no_folder(path: Path) -> Path:
+    """The first part of a path that is there and is no folder; else the path."""
+    for one in (*reversed(path.parents), path):
+        with contextlib.suppress(OSError):
+            if not stat.S_ISDIR(one.stat().st_mode):
+                return one
+    return path
 
 
 def open_index(root: Path, folder: BlobFolder, read_only: bool) -> Index:
@@ -105,8 +150,10 @@ def _open_to_read(root: Path) -> Index:
 
 def _open_present(root: Path, folder: BlobFolder, presence: int) -> Index:
     give_up = time.monotonic() + _PATIENCE_S
+    if lock_table.is_copied_on_write(root) and fs.try_lock(presence):
+        lock_table.make_anew(root)
     while True:
-        fs.lock_shared(presence)
+        _share(root, presence)
         damage: StoreError | None = None
         try:
             if (root / SUSPECT_FILE).exists():
@@ -144,7 +191,7 @@ def _make_anew(root: Path, folder: BlobFolder, presence: int, damage: StoreError
         placed = rebuild.rebuild(index, folder)
         with contextlib.suppress(FileNotFoundError):
             fs.unlink(root / SUSPECT_FILE)
-        fs.lock_shared(presence)
+        _share(root, presence)
     except BaseException:
         index.detach_presence()
         index.close()
@@ -152,6 +199,13 @@ def _make_anew(root: Path, folder: BlobFolder, presence: int, damage: StoreError
     if placed:
         log.warning("the index of %s was rebuilt from %d blobs", root, placed)
     return index
+
+
+def _share(root: Path, presence: int) -> None:
+    """Say that the store is in use; others may be making its index anew."""
+    if not fs.lock_shared(presence, PATIENCE_S):
+        path = root / PRESENCE_FILE
+        raise StoreBusyError(holders.sentence(path, holders.holders(path), PATIENCE_S))
 
 
 def settle_limits(

@@ -21,6 +21,10 @@ RECORD_VERSION = 1
 NO_ENTRY = 0
 NO_BLOB = 0
 MAX_BLOB = (1 << 32) - 1
+MAX_HITS = (1 << 32) - 1
+MAX_COUNTER = (1 << 63) - 1
+LAST_DATE_S = 253_402_300_799.0
+"""The last second of the year 9999, as far as a calendar goes."""
 END_OF_TIME_S = 1e12
 """No date is as late, in UTC seconds: microseconds up to it fit into 64 bits."""
 

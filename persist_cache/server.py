@@ -17,8 +17,10 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -38,9 +40,10 @@ from persist_cache.errors import (
 )
 from persist_cache.fingerprint import Identifier
 from persist_cache.front import Front
+from persist_cache.opening import is_impossible
 from persist_cache.prefills import PrefillClock
 from persist_cache.rendering import system_end, system_tokens
-from persist_cache.store import Store
+from persist_cache.store import Store, default_store_path
 from persist_cache.tally import Fetch
 from persist_cache.ticket import Ticket, TicketedCache
 from persist_cache.warm import model_errors
@@ -69,6 +72,11 @@ SEAM = {
 """What of mlx_lm.server is replaced or called, with its parameters."""
 
 DEFAULT_GRACE_S = 20.0
+_LEAST_SAVE_S = 3.0
+"""What saving gets when the requests took all of the grace."""
+_CLOSE_S = 1.0
+_stopped = 0.0
+"""When the first signal to end came, by the monotonic clock; 0 before."""
 _MIN_BRANCH_TOKENS = 64
 """A shared prefix beyond the last checkpoint is worth one of its own from this length on."""
 
@@ -459,6 +467,10 @@ def _run(
     host: str, port: int, provider: Any, options: ServeOptions, prefill_clock: PrefillClock
 ) -> None:
     args = provider.cli_args
+    alone = mx.distributed.init().size() == 1
+    if alone or mx.distributed.init().rank() == 0:
+        # Before anything is loaded: threads of MLX that are cut short abort the process.
+        _try_to_bind(host, port)
     identifier = Identifier(
         kv_bits=args.kv_bits,
         kv_group_size=args.kv_group_size,
@@ -466,7 +478,7 @@ def _run(
         salt=options.salt,
     )
     provider.identifier = identifier
-    store, why_off = _open_store(options, distributed=mx.distributed.init().size() > 1)
+    store, why_off = _open_store(options, distributed=not alone)
     limits = (options.memory_bytes, args.prompt_cache_bytes, 1 << 63)
     memory_bytes = next(limit for limit in limits if limit is not None)  # 0 keeps nothing
     cache = PromptCache(
@@ -485,6 +497,8 @@ def _run(
         generator.prefill_clock = prefill_clock
         generator.admin = Admin(cache, token=options.admin_token, host=host, generator=generator)
         signal.signal(signal.SIGTERM, _interrupt)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+            signal.signal(signal.SIGHUP, _interrupt)
         if mx.distributed.init().rank() == 0:
             _listen(host, port, generator, options.grace_s)
         else:
@@ -493,17 +507,39 @@ def _run(
         if provider.failed is None:
             raise
     finally:
-        cache.close()
-        if store is not None:
-            store.close()
+        _close(cache, store, _stopped or time.monotonic(), options.grace_s)
     if provider.failed is not None:
         raise provider.failed
     # Threads that answer or were cut may still be about. The interpreter's end would have them run
     # into what is gone already, MLX and standard error, which aborts the process.
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # the terminal may be gone
+            stream.flush()
     os._exit(0)
+
+
+def _close(cache: PromptCache, store: Store | None, stopped: float, grace_s: float) -> None:
+    """Save what waits, for as long as that makes progress; never hang on a store that is stuck.
+
+    Args:
+        cache: The cache.
+        store: Its store.
+        stopped: When the end began, by the monotonic clock.
+        grace_s: What the end may take, as far as it is in our hands.
+    """
+    now = time.monotonic()
+    give_up = max(stopped + grace_s - 2 * _CLOSE_S, now + min(grace_s, _LEAST_SAVE_S))
+    saves = cache.stats().saves
+    while not cache.flush(max(0.0, give_up - time.monotonic())):
+        done = cache.stats().saves
+        if cache.disk_off or done == saves:
+            log.warning("not everything was saved: %s", cache.disk_off or "it took too long")
+            break
+        saves, give_up = done, time.monotonic() + grace_s
+    cache.close(_CLOSE_S)
+    if store is not None:
+        store.close(_CLOSE_S)
 
 
 def _listen(host: str, port: int, generator: Generator, grace_s: float) -> None:
@@ -525,13 +561,41 @@ def _listen(host: str, port: int, generator: Generator, grace_s: float) -> None:
         stop()
     except OSError as error:
         stop()
-        raise PersistCacheError(
-            f"Cannot listen on {host}:{port} ({error.strerror}); choose another --port."
-        ) from error
+        raise _cannot_listen(host, port, error) from error
+
+
+def _try_to_bind(host: str, port: int) -> None:
+    """See whether the server will be able to listen.
+
+    Raises:
+        PersistCacheError: It will not.
+    """
+    if not 0 <= port <= 65_535:
+        raise PersistCacheError(f"There is no port {port}; --port goes from 0 to 65535.")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            probe.listen()
+    except (OSError, UnicodeError) as error:
+        raise _cannot_listen(host, port, error) from error
+
+
+def _cannot_listen(host: str, port: int, error: Exception) -> PersistCacheError:
+    why = getattr(error, "strerror", None) or str(error)
+    what = "--host" if isinstance(error, (socket.gaierror, UnicodeError)) else "--port"
+    return PersistCacheError(f"Cannot listen on {host}:{port} ({why}); choose another {what}.")
 
 
 def _open_store(options: ServeOptions, *, distributed: bool) -> tuple[Store | None, str]:
-    """The store, or why there is none: a server without its disk still answers."""
+    """The store, or why there is none: a server without its disk still answers.
+
+    Raises:
+        StoreError: Its path can be none, now or later.
+    """
     if not options.persist:
         return None, "no store was given (--persist none)"
     if distributed:
@@ -547,6 +611,10 @@ def _open_store(options: ServeOptions, *, distributed: bool) -> tuple[Store | No
             "",
         )
     except StoreError as error:
+        place = default_store_path() if options.store is None else options.store
+        if is_impossible(error) and not os.path.lexists(place):
+            # No disk that comes back later will make a store of such a path.
+            raise
         return None, str(error)
 
 
@@ -570,8 +638,12 @@ def _gib(nbytes: int) -> str:
 
 
 def _interrupt(signum: int, frame: Any) -> None:
-    """SIGTERM ends the server as Ctrl-C does; a second one ends it at once."""
+    """SIGTERM and SIGHUP end the server as Ctrl-C does; a second SIGTERM ends it at once."""
+    global _stopped
+    _stopped = time.monotonic()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # A terminal that is closed may say so more than once.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 

@@ -152,6 +152,7 @@ class Store:
                     # A full disk must not keep anybody from reading, or from evicting.
                     with contextlib.suppress(StoreFullError):
                         health.sweep(store._disk, store._evictor)
+                    store._disk.regain_ballast()
                 return store
             except DamagedIndexError:
                 index.close()
@@ -164,16 +165,34 @@ class Store:
                 index.close()
                 raise
 
-    def close(self) -> None:
-        """Write buffered uses and close the index. Further calls do nothing."""
+    def close(self, timeout_s: float | None = None) -> bool:
+        """Write buffered uses and close the index. Further calls do nothing.
+
+        Args:
+            timeout_s: How long that may take. None: as long as others may use the index, and
+                no longer than any change waits for other processes.
+
+        Returns:
+            Whether it is closed; if not, another thread of this process is still at work.
+        """
         if self._closed:
-            return
+            return True
         self._closed = True
-        try:
-            self.flush()
-        except StoreError as error:
-            log.warning("recent uses could not be saved: %s", error)
-        self._disk.index.close()
+        if not self._disk.index.is_ours:
+            return True  # a forked child: all of it is its parent's
+        started = time.monotonic()
+        if not self.read_only:
+            try:
+                self._disk.flush(timeout_s)
+            except StoreError as error:
+                log.warning("recent uses could not be saved: %s", error)
+        left = None if timeout_s is None else timeout_s - (time.monotonic() - started)
+        return self._disk.index.close(left)
+
+    @property
+    def waits_for(self) -> str:
+        """What keeps a change waiting at this moment, in a sentence; "" if nothing does."""
+        return "" if self._closed else self._disk.index.waits_for()
 
     @property
     def is_lost(self) -> bool:
@@ -427,7 +446,9 @@ class Store:
             return PutResult(None, 0, 0)
         wanted = EntryRecord.fresh(
             Tier.parse(tier), len(packed) // TOKEN_BYTES, self._disk.clock()
-        )._replace(prefill_s=prefill_s, label=label, pinned=pinned, expires=_checked_date(expires))
+        )._replace(
+            prefill_s=prefill_s, label=_text(label), pinned=pinned, expires=_checked_date(expires)
+        )
         done = Insertion(
             self._disk, self._evictor, fingerprint, packed, source, wanted, self._run_tokens
         ).run()
@@ -454,13 +475,24 @@ class Store:
         """Add to a counter that `stats` shows. Buffered like `touch`."""
         self._disk.count(name, amount)
 
+    def patient(self, patience_s: float | None) -> contextlib.AbstractContextManager[None]:
+        """Let changes of this thread in the block wait no longer for other processes; None: 10 s.
+
+        Then they raise `StoreBusyError`.
+        """
+        return self._disk.index.terms(patience_s=patience_s)
+
     def flush(self) -> bool:
         """Commit buffered uses and counts; returns whether there were any.
 
         Raises:
             StoreError: The index cannot be written; they stay buffered.
         """
-        return not self.read_only and self._disk.flush()
+        if self.read_only:
+            return False
+        done = self._disk.flush()
+        self._disk.regain_ballast()
+        return done
 
     # ---- look after --------------------------------------------------------------------------
 
@@ -505,9 +537,15 @@ class Store:
         Raises:
             KeyError: No entry, or more than one, has such an id.
         """
-        self._change(prefix, lambda record: record._replace(label=label))
+        self._change(prefix, lambda record: record._replace(label=_text(label)))
 
-    def evict(self, prefixes: Sequence[str], *, reason: str = REQUESTED) -> int:
+    def evict(
+        self,
+        prefixes: Sequence[str],
+        *,
+        reason: str = REQUESTED,
+        to_bytes: int | None = None,
+    ) -> int:
         """Remove entries, and every byte that nothing else needs; returns the bytes freed.
 
         Rows shared with other entries stay for those.
@@ -515,12 +553,14 @@ class Store:
         Args:
             prefixes: Ids, or beginnings of ids that are unique.
             reason: What `explain` is to say of them.
+            to_bytes: What the store is to take afterwards, if that is what it is for: where only
+                the room that is kept back for a full disk is in the way, that goes as well.
 
         Raises:
             KeyError: An id is unknown or ambiguous; nothing was removed.
         """
         numbers = list(dict.fromkeys(self._number(prefix) for prefix in prefixes))
-        return self._evictor.evict(numbers, reason)
+        return self._evictor.evict(numbers, reason, to_bytes)
 
     def evict_to(self, max_bytes: int) -> int:
         """Evict in order until the store takes at most `max_bytes`, or the rest is pinned.
@@ -561,6 +601,11 @@ class Store:
         problems = health.check(self._disk, read_data=read_data, progress=progress)
         if repair and problems:
             health.repair(self._disk, self._evictor, problems)
+            if any(problem.kind == "index" for problem in problems):
+                # With a sound index there is more to be seen.
+                more = health.check(self._disk, read_data=read_data, progress=progress)
+                if more:
+                    health.repair(self._disk, self._evictor, more)
         return problems
 
     def merge_runs(self, keep_on: Callable[[], bool] = lambda: True) -> int:
@@ -658,6 +703,11 @@ def _packed(tokens: Sequence[int] | bytes) -> bytes:
     if len(tokens) % TOKEN_BYTES:
         raise ValueError(f"packed tokens have {TOKEN_BYTES} bytes each, got {len(tokens)} bytes")
     return tokens
+
+
+def _text(label: str) -> str:
+    """A label as it can be recorded: halves of characters, as in odd file names, become `?`."""
+    return label.encode("utf-8", "replace").decode()
 
 
 def _checked_date(expires: float | None) -> float:

@@ -510,7 +510,10 @@ def victims_until(store: Store, max_bytes: int, candidates: Collection[str]) -> 
         chosen.clear()
         protected = {record.node for number, record in txn.entries() if number not in numbers}
         start = txn.counter(paths.BLOB_BYTES)
-        excess = disk.budget.usage(txn).total - max_bytes
+        usage = disk.budget.usage(txn)
+        excess = usage.total - max_bytes
+        if usage.without_entries > max_bytes:
+            excess -= usage.ballast  # it goes as well
         if excess > 0:
             for number in paths.victims(txn, protected):
                 paths.drop_entry(txn, number, "", disk.clock())

@@ -1,7 +1,7 @@
 """Folders in memory: a test spends most of its time in fsync, and need not wait for a disk.
 
 `use_for_temporary_folders` makes memory the place of all temporary folders of a test run, also of
-the processes that it starts. A test that needs a real disk carries the marker `on_disk`.
+the processes that it starts. Tests that need a file system of some kind mount an image of it.
 """
 
 from __future__ import annotations

@@ -109,8 +109,9 @@ class Run:
         _say(f"{options.faults} faults, one step at a time")
         fail = partial(steps.run, _made(folder, "steps"), options.seed, options.faults)
         _add(report, self.tried, in_child(fail))
-        _say("a read-only disk, an unknown version, a soak at 200 MB")
+        _say("a read-only disk, full ones of each kind, an unknown version, a soak at 200 MB")
         scenes.read_only_disk(folder, report)
+        scenes.full_disks(_made(folder, "disks"), report)
         scenes.unknown_schema(folder, report)
         scenes.soak(folder, report, 3.0 if options.quick else 30.0)
 

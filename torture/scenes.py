@@ -1,10 +1,11 @@
-"""Situations that need a stage of their own: a disk that turns read-only, a soak at 200 MB."""
+"""What needs a stage of its own: disks that turn read-only or fill, a soak at 200 MB."""
 
 from __future__ import annotations
 
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,10 +18,11 @@ from persist_cache.blobs import Payload, Tensor
 from persist_cache.errors import StoreError, StoreFormatError, StoreFullError
 from persist_cache.records import pack_counter
 from persist_cache.store import Store
+from tests import disks
 from tests.fakes import fetched, fingerprint, put
 from torture import broken
 from torture.judge import bytes_below
-from torture.storm import Report, in_child, mount
+from torture.storm import ChildDied, Report, in_child, mount
 
 SOAK_BYTES = 200_000_000
 
@@ -77,6 +79,58 @@ def unknown_schema(folder: Path, report: Report) -> None:
     report.scenarios["unknown schema"] += 1
     if not in_child(act):
         report.findings.append("an index of an unknown version was not refused")
+
+
+def full_disks(folder: Path, report: Report) -> None:
+    """On each file system, filled by another program: look-ups go on, and eviction makes room."""
+    for kind in disks.KINDS:
+        place = folder / f"full-{kind}"
+        place.mkdir()
+        try:
+            with disks.mounted(kind, 32 << 20, place) as disk:
+                said = in_child(partial(_use_full_disk, disk))
+        except disks.NoDisk as error:
+            report.skipped.add(f"full disk, {kind}: {error}")
+            continue
+        except ChildDied as error:
+            said = str(error)
+        report.scenarios[f"full disk, {kind}"] += 1
+        if said:
+            report.findings.append(f"full disk, {kind}: {said}")
+
+
+def _use_full_disk(disk: Path) -> str:
+    """What went wrong on a disk that fills, or ""."""
+    budget = 16 << 20
+    prompts = [[number, *range(60)] for number in range(200, 240)]
+    with Store.open(disk / "store", max_bytes=budget, min_free_bytes=0, run_tokens=16) as store:
+        for prompt in prompts:
+            put(store, prompt)
+        before = bytes_below(store.root)
+        disks.fill(disk)
+        readers = [threading.Thread(target=_look, args=(store, prompts)) for _ in range(80)]
+        for reader in readers:
+            reader.start()
+        for reader in readers:
+            reader.join()
+        if any(fetched(store, prompt) != len(prompt) for prompt in prompts):
+            return "a stored prompt was not served"
+        store.evict_to(before - 500_000)
+        after = bytes_below(store.root)
+        if after > before - 500_000 or after != store.stats().usage.total:
+            return f"{after} of {before} bytes are left, usage says {store.stats().usage}"
+        disks.unfill(disk)
+        for prompt in prompts:
+            put(store, prompt)
+        problems = store.check(read_data=True)
+        if problems or bytes_below(store.root) > budget:
+            return f"{problems}, {bytes_below(store.root)} bytes"
+    return ""
+
+
+def _look(store: Store, prompts: Sequence[list[int]]) -> None:
+    for prompt in prompts[::8]:
+        fetched(store, prompt)
 
 
 @dataclass

@@ -21,6 +21,7 @@ CALLS = (
     "create",
     "open_shared",
     "open_read",
+    "allocate",
     "write_all",
     "read_into",
     "sync",

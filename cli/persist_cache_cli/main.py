@@ -2,7 +2,8 @@
 
 Commands live in `commands` and are imported only when they are asked for.
 
-Exit status: 0 done, 1 failed, 2 wrongly called, 3 nothing matched, 130 interrupted.
+Exit status: 0 done, 1 failed, 2 wrongly called, 3 nothing matched, 130 interrupted, 143 ended by
+SIGTERM, 129 by SIGHUP.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import contextlib
 import gc
 import logging
 import os
+import signal
 import sys
 import threading
 from collections.abc import Sequence
 from importlib import import_module
+from types import FrameType
 from typing import NamedTuple, NoReturn
 
 import click
@@ -101,10 +104,28 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         arguments: What follows the command's name; taken from the process when None.
     """
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    if arguments is None:
+        for one in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(one) == signal.SIG_DFL:
+                signal.signal(one, _terminate)
     status = _run(arguments)
-    if arguments is None and _is_alone():
+    if arguments is None and (_is_alone() or "persist_cache.server" in sys.modules):
+        # Threads of a server that could not start would abort the process.
         _leave(status)
     sys.exit(status)
+
+
+class _Terminated(BaseException):
+    """The process was asked to end; what is temporary is removed on the way out."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
+def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
+    signal.signal(signum, signal.SIG_DFL)  # a second one does not wait
+    raise _Terminated(signum)
 
 
 def _is_alone() -> bool:
@@ -137,6 +158,8 @@ def _run(arguments: Sequence[str] | None) -> int:
     except (click.Abort, KeyboardInterrupt):
         click.echo("Interrupted.", err=True)
         return 130
+    except _Terminated as ended:
+        return 128 + ended.signum
     except PersistCacheError as error:
         return _fail(str(error), 1)
     except BrokenPipeError:

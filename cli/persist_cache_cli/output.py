@@ -308,6 +308,34 @@ def hanging(head: str, text: str, width: int | None) -> str:
     )
 
 
+def _deep_json(value: Any) -> Iterator[str]:
+    """The pieces of `value` as JSON, indented by two, however deep it is nested."""
+    import json
+
+    # What is still to be written, the next last: text as it is, or a value at its depth.
+    pending: list[str | tuple[Any, int]] = [(value, 0)]
+    while pending:
+        one = pending.pop()
+        if isinstance(one, str):
+            yield one
+            continue
+        this, depth = one
+        if not isinstance(this, (dict, list)) or not this:
+            yield json.dumps(this, allow_nan=False)
+            continue
+        is_object = isinstance(this, dict)
+        members = list(this.items()) if isinstance(this, dict) else [("", one) for one in this]
+        inside = "\n" + "  " * (depth + 1)
+        rest: list[str | tuple[Any, int]] = ["{" if is_object else "["]
+        for place, (name, member) in enumerate(members):
+            rest.append("," * (place > 0) + inside)
+            if is_object:
+                rest.append(json.dumps(name) + ": ")
+            rest.append((member, depth + 1))
+        rest.append("\n" + "  " * depth + ("}" if is_object else "]"))
+        pending += reversed(rest)
+
+
 def print_json(value: Any) -> None:
     """Write `value` to standard output as JSON, readable, with dates and numbers as they are.
 
@@ -316,6 +344,8 @@ def print_json(value: Any) -> None:
     try:
         # A tenth of the time that `json` takes to indent.
         text = msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
+    except RecursionError:  # the tree of a long conversation
+        text = "".join(_deep_json(value))
     except (OverflowError, UnicodeEncodeError) as error:  # integers of more than 64 bits; names
         import json
 

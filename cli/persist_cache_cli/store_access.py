@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -45,6 +46,11 @@ def store_path(given: str | None) -> Path:
     return Path(given) if given is not None else default_store_path()
 
 
+def command_line(given: str | None, command: str) -> str:
+    """How to call `command` for this store, to be printed and copied."""
+    return f"persist-cache --store {shlex.quote(str(store_path(given)))} {command}"
+
+
 @contextlib.contextmanager
 def reading(given: str | None) -> Iterator[Store | None]:
     """Open the store read-only; None when there is none.
@@ -60,7 +66,7 @@ def reading(given: str | None) -> Iterator[Store | None]:
     if state == "unindexed":
         raise StoreAccessError(
             f"The store at {root} has lost its index; "
-            "`persist-cache check --rebuild-index` makes it anew from the blobs."
+            f"`{command_line(given, 'check --rebuild-index')}` makes it anew from the blobs."
         )
     with _no_collection(), Store.open(root, read_only=True) as store:
         yield store

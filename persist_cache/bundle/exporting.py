@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
@@ -53,6 +55,8 @@ from persist_cache.store import Store
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in total."""
 
+_PART = re.compile(r"\..+\.[0-9a-f]{16}\.part")
+_PAUSE_S = 60.0
 _PATH_FIELDS = frozenset({"path", "draft.path"})
 
 
@@ -104,6 +108,10 @@ def export(
     """
     if file.is_dir():
         raise StoreAccessError(f"{file} is a folder; name the file that is to be written.")
+    if file.resolve().is_relative_to(store.root.resolve()):
+        raise StoreAccessError(
+            f"{file} cannot be written into the folder of the store; name a file elsewhere."
+        )
     if not force and os.path.lexists(file):
         raise FileExistsError(file)
     for attempts_left in (2, 1, 0):
@@ -381,24 +389,78 @@ def _tensors(reader: BlobReader, cut: _Cut, count: _Counter) -> list[Tensor]:
 
 
 def _write_file(file: Path, force: bool, manifest: bytes, blobs: Sequence[_Blob]) -> int:
-    temporary = file.with_name(f".{file.name}.{secrets.token_hex(8)}.part")
+    remove_parts(file.parent)
+    with _write_errors(file):
+        fd, part = _begin(file)
     try:
         with _write_errors(file):
-            fd = fs.create(temporary)
-        try:
-            with _write_errors(file):
-                nbytes = sum(_write_one(fd, *member) for member in _members(manifest, blobs))
-                nbytes += fs.write_all(fd, [memoryview(END)])
-                fs.sync(fd)
-        finally:
-            os.close(fd)
+            nbytes = sum(_write_one(fd, *member) for member in _members(manifest, blobs))
+            nbytes += fs.write_all(fd, [memoryview(END)])
+            fs.sync(fd)
         with _write_errors(file):
-            _move(temporary, file, force)
+            if part is None and not force:
+                fs.give_name(fd, file)
+            else:
+                if part is None:
+                    part = _part_of(file)
+                    fs.give_name(fd, part)
+                _move(part, file, force)
             fs.sync_folder(file.parent)
     finally:
-        with contextlib.suppress(OSError):
-            fs.unlink(temporary)
+        # First: the name of a part without a lock is removed by whoever comes by.
+        if part is not None:
+            with contextlib.suppress(OSError):
+                fs.unlink(part)
+        os.close(fd)
     return nbytes
+
+
+def _begin(file: Path) -> tuple[int, Path | None]:
+    """A file beside `file`, and its name: None where files need none until they are whole.
+
+    KV reveals its prompt, so what a killed export wrote must not stay. A part that needs a name is
+    locked while its writer lives, and removed by the next export into the same folder.
+    """
+    with contextlib.suppress(OSError):
+        fd = fs.create_nameless(file.parent)
+        if os.path.exists(f"/proc/self/fd/{fd}"):
+            return fd, None
+        os.close(fd)
+    part = _part_of(file)
+    fd = fs.create(part)
+    fs.try_lock(fd)
+    return fd, part
+
+
+def _part_of(file: Path) -> Path:
+    return file.with_name(f".{file.name}.{secrets.token_hex(8)}.part")
+
+
+def remove_parts(folder: Path) -> int:
+    """Remove what exports that were killed left in `folder`; returns how many files."""
+    removed = 0
+    with contextlib.suppress(OSError), os.scandir(folder) as found:
+        for one in list(found):
+            if _PART.fullmatch(one.name) and one.is_file(follow_symlinks=False):
+                with contextlib.suppress(OSError):
+                    removed += _remove_part(Path(one.path))
+    return removed
+
+
+def _remove_part(path: Path) -> bool:
+    fd = fs.open_read(path)
+    try:
+        status = os.fstat(fd)
+        head = os.pread(fd, len(MANIFEST), 0)
+        # Earlier versions take no lock, but never pause while they write.
+        is_old = not 0 <= time.time() - status.st_mtime < _PAUSE_S
+        is_ours = status.st_uid == os.geteuid() and MANIFEST.encode().startswith(head)
+        if not (is_ours and is_old and fs.try_lock(fd)):
+            return False
+        fs.unlink(path)
+        return True
+    finally:
+        os.close(fd)
 
 
 def _members(

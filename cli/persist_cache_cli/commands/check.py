@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import click
 
 from persist_cache import Problem, Store
+from persist_cache.health import distrust
+from persist_cache.index import DamagedIndexError
 from persist_cache.rebuild import rebuild
 from persist_cache.survey import Quarantined, quarantined
 from persist_cache_cli.output import (
@@ -19,7 +25,14 @@ from persist_cache_cli.output import (
     print_json,
     printable,
 )
-from persist_cache_cli.store_access import changing, common_options, no_store, reading
+from persist_cache_cli.store_access import (
+    changing,
+    command_line,
+    common_options,
+    no_store,
+    reading,
+    store_path,
+)
 
 
 @click.command("check")
@@ -46,33 +59,102 @@ def command(
     \b
     Examples:
       persist-cache check --read-data
-      persist-cache check --repair
+      persist-cache check --read-data --repair
     """
-    result: dict[str, Any] = {"rebuilt_blobs": None, "repaired": False}
+    silent = quiet or as_json
+    try:
+        _survive(store)
+        found = _examine(store, read_data, repair, rebuild_index, silent)
+    except DamagedIndexError as error:
+        if not (repair or rebuild_index):
+            how = " --read-data" * read_data
+            command = command_line(store, f"check{how} --repair")
+            raise click.ClickException(f"{error} `{command}` makes a new one.") from error
+        # Whoever opens the store next, and alone, makes a new index.
+        distrust(store_path(store))
+        found = _examine(store, read_data, repair, rebuild_index, silent)
+        found.problems.insert(0, Problem("index", str(error)))
+    if not found.exists and not silent:
+        click.echo(no_store(store), err=True)
+    if as_json:
+        print_json(found.as_json(read_data))
+    elif not quiet and found.exists:
+        _print(found, read_data, store, repair)
+    if found.left:
+        sys.exit(1)
+
+
+@dataclass
+class _Found:
+    """What was seen: problems, those that are left, files in quarantine, number of blobs."""
+
+    problems: list[Problem] = field(default_factory=list)
+    left: list[Problem] = field(default_factory=list)
+    aside: list[Quarantined] = field(default_factory=list)
+    blobs: int = 0
+    rebuilt: int | None = None
+    exists: bool = True
+
+    @property
+    def repaired(self) -> bool:
+        return bool(self.problems) and not self.left
+
+    def as_json(self, read_data: bool) -> dict[str, Any]:
+        from persist_cache.describe import quarantine_json
+
+        return {
+            "blobs": self.blobs,
+            "read_data": read_data,
+            "problems": [
+                {"kind": one.kind, "message": one.message, "blob": one.blob}
+                for one in self.problems
+            ],
+            "rebuilt_blobs": self.rebuilt,
+            "repaired": self.repaired,
+            "quarantine": quarantine_json(self.aside),
+        }
+
+
+def _examine(
+    store: str | None, read_data: bool, repair: bool, rebuild_index: bool, silent: bool
+) -> _Found:
+    found = _Found()
     access = changing if repair or rebuild_index else reading
     with access(store) as opened:
         if opened is None:
-            if not (as_json or quiet):
-                click.echo(no_store(store), err=True)
-            problems: list[Problem] = []
-            aside: list[Quarantined] = []
-            blobs = 0
-        else:
-            if rebuild_index:
-                with _bar("Reading blobs", quiet or as_json) as progress:
-                    disk = opened._disk
-                    result["rebuilt_blobs"] = rebuild(disk.index, disk.folder, progress)
-            problems, left = _check(opened, read_data, repair, quiet or as_json)
-            result["repaired"] = bool(problems) and not left
-            aside = quarantined(opened)
-            blobs = _count_blobs(opened)
-    bad = bool(problems) and not result["repaired"]
-    if as_json:
-        print_json(_as_json(result, problems, aside, blobs, read_data))
-    elif not quiet and opened is not None:
-        _print(result, problems, aside, blobs, read_data)
-    if bad:
-        sys.exit(1)
+            found.exists = False
+            return found
+        if rebuild_index:
+            with _bar("Reading blobs", silent) as progress:
+                disk = opened._disk
+                found.rebuilt = rebuild(disk.index, disk.folder, progress)
+        found.problems, found.left = _check(opened, read_data, repair, silent)
+        found.aside = quarantined(opened)
+        found.blobs = _count_blobs(opened)
+    return found
+
+
+def _survive(store: str | None) -> None:
+    """Have a child of this process read the index first: a damaged page may end who comes to it.
+
+    Raises:
+        DamagedIndexError: It ended.
+    """
+    if threading.active_count() > 1:
+        return  # a forked child might wait for a lock that no thread of its own gives back
+    child = os.fork()
+    if child == 0:
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            with reading(store) as opened:
+                if opened is not None:
+                    opened.check()
+        finally:
+            os._exit(0)  # what is wrong is said by the parent
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code < 0:
+        name = signal.Signals(-code).name
+        raise DamagedIndexError(f"Its index is damaged: who reads it is ended by {name}.")
 
 
 def _check(
@@ -82,7 +164,8 @@ def _check(
     with _bar("Verifying", silent or not read_data, in_bytes=True) as progress:
         problems = store.check(read_data=read_data, repair=repair, progress=progress)
     if not problems or not repair:
-        return problems, problems
+        return problems, list(problems)
+    # Of data that was read, what was bad is in quarantine now.
     return problems, store.check()
 
 
@@ -91,52 +174,28 @@ def _count_blobs(store: Store) -> int:
         return txn.size_of(b"blobs")
 
 
-def _as_json(
-    result: dict[str, Any],
-    problems: list[Problem],
-    aside: list[Quarantined],
-    blobs: int,
-    read_data: bool,
-) -> dict[str, Any]:
-    from persist_cache.describe import quarantine_json
-
-    return {
-        "blobs": blobs,
-        "read_data": read_data,
-        "problems": [
-            {"kind": one.kind, "message": one.message, "blob": one.blob} for one in problems
-        ],
-        **result,
-        "quarantine": quarantine_json(aside),
-    }
-
-
-def _print(
-    result: dict[str, Any],
-    problems: list[Problem],
-    aside: list[Quarantined],
-    blobs: int,
-    read_data: bool,
-) -> None:
+def _print(found: _Found, read_data: bool, store: str | None, repaired: bool) -> None:
     paint = painter()
-    if result["rebuilt_blobs"] is not None:
-        click.echo(f"The index was made anew from {plural(result['rebuilt_blobs'], 'blob')}.")
-    for one in problems:
+    if found.rebuilt is not None:
+        click.echo(f"The index was made anew from {plural(found.rebuilt, 'blob')}.")
+    for one in found.problems:
         where = f" {one.blob}" if one.blob else ""
         click.echo(paint(one.kind, "bad") + f"{where}: {printable(one.message)}")
-    for old in aside:
+    for old in found.aside:
         size = format_bytes(old.nbytes)
         click.echo(paint("quarantine", "faint") + f" {old.blob}: {printable(old.reason)} ({size})")
-    checked = f"{plural(blobs, 'blob')} checked{', every byte' if read_data else ''}"
-    if not problems:
+    checked = f"{plural(found.blobs, 'blob')} checked{', every byte' if read_data else ''}"
+    count = plural(len(found.problems), "problem")
+    if not found.problems:
         click.echo(f"{checked}: {paint('no problems', 'good')}.")
-        return
-    found = plural(len(problems), "problem")
-    if result["repaired"]:
-        click.echo(f"{checked}: {found}, {paint('mended', 'good')}.")
-        return
-    how = "--rebuild-index" if any(one.kind == "index" for one in problems) else "--repair"
-    click.echo(f"{checked}: {paint(found, 'bad')}; `persist-cache check {how}` mends them.")
+    elif found.repaired:
+        click.echo(f"{checked}: {count}, {paint('mended', 'good')}.")
+    elif repaired:
+        click.echo(f"{checked}: {paint(count, 'bad')}, not all of which could be mended.")
+    else:
+        # What only reading every byte finds is found by no other repair.
+        command = command_line(store, f"check{' --read-data' * read_data} --repair")
+        click.echo(f"{checked}: {paint(count, 'bad')}; `{command}` mends them.")
 
 
 @contextmanager

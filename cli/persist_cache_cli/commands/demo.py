@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +141,7 @@ def _work(console: Console, title: str, job: dict[str, Any], env: dict[str, str]
             text=True,
             env=env,
         ) as worker,
+        _not_outliving(worker),
     ):
         assert worker.stdin is not None, "a pipe was asked for"
         assert worker.stdout is not None, "a pipe was asked for"
@@ -165,6 +168,16 @@ def _work(console: Console, title: str, job: dict[str, Any], env: dict[str, str]
     for answer in answers[:1]:
         console.print(f"  {_last_question(job)}  [dim]→[/]  {answer['text'].strip()}")
     return answers
+
+
+@contextlib.contextmanager
+def _not_outliving(worker: subprocess.Popen[str]) -> Iterator[None]:
+    """End the worker when this process has to end: its store is about to be removed."""
+    try:
+        yield
+    except BaseException:
+        worker.kill()
+        raise
 
 
 def _last_question(job: dict[str, Any]) -> str:

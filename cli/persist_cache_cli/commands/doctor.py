@@ -245,20 +245,21 @@ def _examine(store: str | None, choice: ModelChoice | None) -> _Report:
     report = _Report(environment.look_at_folder(root))
     failures: list[str] = []
     if report.folder.exists and report.folder.is_ours:
-        if report.folder.writable:
-            try:
-                report.speed = environment.measure_disk(root)
-            except OSError as error:
-                failures.append(
-                    f"A file of {format_bytes(environment.PROBE_BYTES)} cannot be written to "
-                    f"{root} ({error.strerror}); free some space, or use --store PATH."
-                )
         try:
             with reading(store) as opened:
                 if opened is not None:
                     _look_into(opened, report, store)
         except StoreError as error:
             failures.append(str(error))
+        try:
+            _measure(store, root, report)
+        except StoreError as error:
+            failures.append(str(error))
+        except OSError as error:
+            failures.append(
+                f"A file of {format_bytes(environment.PROBE_BYTES)} cannot be written to "
+                f"{root} ({error.strerror}); free some space, or use --store PATH."
+            )
     max_bytes, min_free_bytes = report.limits
     report.findings += [Finding("problem", one) for one in failures]
     report.findings += environment.judge(
@@ -275,6 +276,35 @@ def _examine(store: str | None, choice: ModelChoice | None) -> _Report:
     return report
 
 
+def _measure(store: str | None, root: Path, report: _Report) -> None:
+    """Measure the disk, if it may be written and the limits have room for that.
+
+    Raises:
+        OSError: It cannot be written.
+        StoreError: The store cannot be read any more.
+    """
+    stats = report.stats
+    if not report.folder.writable:
+        return
+    if stats is not None and (
+        stats.usage.total + environment.PROBE_BYTES > stats.max_bytes
+        or stats.free_bytes - environment.PROBE_BYTES < stats.min_free_bytes
+    ):
+        report.findings.append(
+            Finding(
+                "note",
+                "The speed of the disk was not measured: the store has no room for "
+                f"{format_bytes(environment.PROBE_BYTES)} within its limits.",
+            )
+        )
+        return
+    report.speed = environment.measure_disk(root)
+    if stats is not None:
+        with reading(store) as opened:
+            if opened is not None:
+                report.break_even = environment.break_even(opened, Survey(opened), report.speed)
+
+
 def _look_into(store: Store, report: _Report, given: str | None) -> None:
     report.stats = store.stats()
     aside = quarantined(store)
@@ -286,12 +316,9 @@ def _look_into(store: Store, report: _Report, given: str | None) -> None:
                 "why, and eviction removes them first.",
             )
         )
-    survey = Survey(store)
     report.findings += [
-        Finding("note", sentence) for sentence in left_behind.sentences(survey, given)
+        Finding("note", sentence) for sentence in left_behind.sentences(Survey(store), given)
     ]
-    if report.speed is not None:
-        report.break_even = environment.break_even(store, survey, report.speed)
 
 
 def _look_at_model(choice: ModelChoice) -> ModelCache:

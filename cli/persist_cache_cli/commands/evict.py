@@ -126,7 +126,7 @@ def command(
         if not dry_run:
             if plan.rows and not yes:
                 _ask(plan)
-            plan.freed_bytes = _evict(opened, plan, everything)
+            plan.freed_bytes = _evict(opened, plan, everything, to_bytes)
     if as_json:
         print_json(plan.as_json(dry_run))
     elif not quiet:
@@ -341,16 +341,16 @@ def _ask(plan: _Plan) -> None:
     click.confirm(f"Evict {count}, {format_bytes(plan.freed_bytes)}?", abort=True, err=True)
 
 
-def _evict(store: Store, plan: _Plan, everything: bool) -> int:
+def _evict(store: Store, plan: _Plan, everything: bool, to_bytes: int | None) -> int:
     """Evict what was planned; what others evicted meanwhile is fine."""
     freed = 0
     if plan.rows:
         try:
-            freed = store.evict(plan.ids)
+            freed = store.evict(plan.ids, to_bytes=to_bytes)
         except KeyError:
             for one in plan.ids:
                 try:
-                    freed += store.evict([one])
+                    freed += store.evict([one], to_bytes=to_bytes)
                 except KeyError:
                     continue
     if everything:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NoReturn
 
 import click
@@ -77,6 +78,7 @@ def command(
         return
     if own_store == "":
         raise click.UsageError("--store needs a folder, not an empty name.")
+    _check_port(ctx.args)
     tiers = () if persist == "none" else tuple(part.strip() for part in persist.split(","))
     unknown = [tier for tier in tiers if tier not in TIER_LABELS]
     if unknown:
@@ -99,6 +101,15 @@ def command(
         logging.getLogger().removeHandler(handler)
     with _errors_in_one_sentence():
         serve(ctx.args, options)
+
+
+def _check_port(upstream: Sequence[str]) -> None:
+    """Refuse a port that there is not; the system would take its last 16 bits."""
+    for flag, value in pairwise((*upstream, "")):
+        name, _, attached = flag.partition("=")
+        text = attached or value
+        if name == "--port" and text.isdigit() and int(text) > 65_535:
+            raise click.UsageError(f"--port goes from 0 to 65535, not {text}.")
 
 
 @contextlib.contextmanager

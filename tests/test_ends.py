@@ -1,0 +1,144 @@
+"""How commands and servers end: with a sentence, in time, and without anything left behind."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from persist_cache import Store
+from tests.cli import SCRIPT, script
+from tests.fakes import put
+from tests.tiny_models import build_model_dir
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_model_dir(tmp_path_factory.mktemp("models") / "llama")
+
+
+def test_busy_port_is_one_sentence_and_status_1(model: Path, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = script(tmp_path / "store", "serve", "--model", model, "--port", port, timeout=120)
+
+    assert done.status == 1, done.err
+    assert [line for line in done.err.splitlines() if line.startswith("Error: ")] == [
+        f"Error: Cannot listen on 127.0.0.1:{port} (Address already in use); choose another --port."
+    ]
+    assert "terminate called" not in done.err
+
+
+@pytest.mark.parametrize("port", ["80921", "65536", "99999999999"])
+@pytest.mark.parametrize("form", ["--port {}", "--port={}"])
+def test_port_that_there_is_not_is_refused(tmp_path: Path, port: str, form: str) -> None:
+    done = script(tmp_path / "store", "serve", *form.format(port).split(), timeout=120)
+
+    assert done.status == 2
+    assert "from 0 to 65535" in done.sentence
+    assert not (tmp_path / "store").exists()
+
+
+def test_host_that_there_is_not_is_refused(model: Path, tmp_path: Path) -> None:
+    words = ("--model", model, "--host", "no such host", "--port", 0)
+    done = script(tmp_path / "store", "serve", *words, timeout=120)
+
+    assert done.status == 1, done.err
+    assert "choose another --host" in done.err
+
+
+@pytest.mark.parametrize("place", ["file/store", "x" * 300, "/proc/no/store"])
+def test_server_refuses_a_path_that_can_be_no_store(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "file").chmod(0o644)
+
+    done = script(tmp_path / place, "serve", "--port", "0", timeout=120)
+
+    assert done.status == 1
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o644, "a file of others"
+    assert "There is no store" not in done.err
+    assert "Error: " in done.err
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGHUP])
+def test_demo_that_is_told_to_end_leaves_no_store(
+    model: Path, tmp_path: Path, ending: signal.Signals
+) -> None:
+    running = subprocess.Popen(
+        [str(SCRIPT), "demo", "--model", str(model)],
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("persist-cache-demo-*/store/data.mdb")):
+        assert time.monotonic() < deadline, "it did not begin"
+        assert running.poll() is None, running.communicate()
+        time.sleep(0.01)
+
+    running.send_signal(ending)
+
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == 128 + ending
+    assert b"Traceback" not in errors
+    assert list(tmp_path.glob("persist-cache-demo-*")) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="NOT TESTED HERE: no limit of address space")
+def test_little_address_space_is_enough_or_told(tmp_path: Path) -> None:
+    root = tmp_path / "store"
+    with Store.open(root, min_free_bytes=0) as store:
+        put(store, [1, 2, 3])
+
+    def limited(nbytes: int) -> object:
+        return lambda: resource.setrlimit(resource.RLIMIT_AS, (nbytes, nbytes))
+
+    for gib in (4, 1):
+        done = script(root, "list", preexec_fn=limited(gib << 30))
+        assert (done.status, done.err) == (0, "")
+        assert script(root, "gc", preexec_fn=limited(gib << 30)).status == 0
+    little = script(root, "list", preexec_fn=limited(100 << 20))
+    assert little.status == 0 or "ulimit -v" in little.err or "MemoryError" in little.err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="NOT TESTED HERE: no limit of address space")
+def test_index_that_cannot_grow_refuses_and_works_on(tmp_path: Path) -> None:
+    code = """
+import resource, sys
+from pathlib import Path
+from persist_cache.errors import StoreFullError
+from persist_cache.index import Index
+index = Index(Path(sys.argv[1]), read_only=False, map_bytes=2 << 20)
+used = int(open("/proc/self/statm").read().split()[0]) * 4096
+resource.setrlimit(resource.RLIMIT_AS, (used + (3 << 20), used + (3 << 20)))
+refused = ""
+for number in range(400):
+    try:
+        index.update(lambda txn: txn.set_meta(f"n{number}", b"x" * 20_000))
+    except StoreFullError as error:
+        refused = str(error)
+        break
+assert "ulimit -v" in refused, refused
+with index.read() as txn:
+    assert txn.meta("n0") == b"x" * 20_000
+index.update(lambda txn: txn.set_meta("n0", b"y"))
+index.close()
+"""
+    (tmp_path / "store").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "store")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
+    )
+    assert done.returncode == 0, done.stderr
