@@ -449,8 +449,7 @@ class PromptCache:
                 self._save_later(held)
             done = self._writer.drain(left()) and not all(held.wanted for held in waiting)
         self._let_go_of_former()
-        with self._store.patient(left()):
-            self._flush_uses()
+        self._flush_uses(left())
         return done
 
     def close(self, timeout_s: float | None = None) -> None:
@@ -784,13 +783,16 @@ class PromptCache:
                 if held.saved:
                     held.saved, held.wanted = False, True
 
-    def _flush_uses(self) -> None:
+    def _flush_uses(self, patience_s: float | None = None) -> None:
         if self._store is None:
             return
         try:
-            if self._store.flush():
-                self._disk_error = None
+            with self._store.patient(patience_s):
+                if self._store.flush():
+                    self._disk_error = None
         except StoreError as error:
+            if patience_s is not None and isinstance(error, StoreBusyError):
+                return  # the caller's time is over, which says nothing of the disk
             self._disk_failed(error)
 
     def _merge_runs(self) -> None:
