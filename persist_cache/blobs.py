@@ -22,7 +22,7 @@ import msgspec
 import xxhash
 from msgspec import Struct
 
-from persist_cache import fs
+from persist_cache import admin_token, fs
 from persist_cache.entry import TOKEN_BYTES
 from persist_cache.errors import CorruptBlobError, StoreFormatError
 
@@ -637,6 +637,7 @@ class BlobFolder:
         places = (self.root, self.blobs, self.temporary, self.quarantined)
         total = sum(fs.disk_bytes(place) for place in places)
         total += sum(fs.disk_bytes(self.root / name) for name in (TAG_FILE, PRESENCE_FILE))
+        total += sum(map(fs.disk_bytes, admin_token.files_in(self.root)))
         with os.scandir(self.blobs) as fans:
             # One that is empty may be removed at this moment by another process.
             total += sum(fs.disk_bytes(Path(fan.path)) for fan in fans)

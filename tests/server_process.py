@@ -20,6 +20,8 @@ from typing import Any, Self
 
 import requests
 
+from persist_cache.admin_token import TOKEN_FILE
+
 ROOT = Path(__file__).parent.parent
 START_S = 60.0
 STOP_S = 30.0
@@ -56,6 +58,8 @@ class ServerProcess:
         """
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
+        self._token_file = store / TOKEN_FILE
+        self._given_token: str | None = options.get("admin_token")
         folder.mkdir(parents=True, exist_ok=True)
         number = len(list(folder.glob("server-*.log")))
         self.log = folder / f"server-{number}.log"
@@ -127,12 +131,35 @@ class ServerProcess:
         self.process.kill()
         self.process.wait()
 
+    @property
+    def token(self) -> str:
+        """The secret of its admin API."""
+        if self._given_token is not None:
+            return self._given_token
+        return self._token_file.read_text().strip()
+
     def request(
-        self, method: str, path: str, *, headers: Mapping[str, str] | None = None, **more: Any
+        self,
+        method: str,
+        path: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        with_token: bool = True,
+        **more: Any,
     ) -> requests.Response:
-        """Send a request; `more` goes to `requests`."""
+        """Send a request; `more` goes to `requests`.
+
+        Args:
+            method: Such as `GET`.
+            path: And query.
+            headers: Of the request.
+            with_token: Send the admin token where it is asked for.
+        """
         more.setdefault("timeout", 60)
-        return requests.request(method, self.url + path, headers=dict(headers or {}), **more)
+        said = dict(headers or {})
+        if with_token and path.startswith("/v1/cache"):
+            said = {"Authorization": f"Bearer {self.token}", **said}
+        return requests.request(method, self.url + path, headers=said, **more)
 
     def get(self, path: str, **more: Any) -> Any:
         """The decoded answer to a GET that must succeed."""
