@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -20,8 +21,6 @@ from typing import Any, Self
 
 import requests
 
-from persist_cache.admin_token import TOKEN_FILE
-
 ROOT = Path(__file__).parent.parent
 START_S = 60.0
 STOP_S = 30.0
@@ -32,6 +31,7 @@ class ServerProcess:
 
     Attributes:
         url: Where it answers.
+        store: Folder of its store.
         log: File with all that it printed.
         process: The process, once started.
     """
@@ -58,8 +58,8 @@ class ServerProcess:
         """
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self._token_file = store / TOKEN_FILE
-        self._given_token: str | None = options.get("admin_token")
+        self.store = store
+        self._token: str | None = options.get("admin_token")
         folder.mkdir(parents=True, exist_ok=True)
         number = len(list(folder.glob("server-*.log")))
         self.log = folder / f"server-{number}.log"
@@ -134,9 +134,11 @@ class ServerProcess:
     @property
     def token(self) -> str:
         """The secret of its admin API."""
-        if self._given_token is not None:
-            return self._given_token
-        return self._token_file.read_text().strip()
+        if self._token is None:
+            # Not from the store's folder, which tests remove.
+            printed = re.findall(r"^Page: \S+#token=(\S+)$", self.log.read_text(), re.MULTILINE)
+            self._token = str(printed[-1])
+        return self._token
 
     def request(
         self,

@@ -343,7 +343,7 @@ def test_page_metrics_and_health_need_no_token_and_hold_none(server: ServerProce
 def test_page_command_prints_the_link_of_the_running_server(
     server: ServerProcess, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    run = runner(server._token_file.parent, capfd)
+    run = runner(server.store, capfd)
     link = "#token=".join(printed_link(server))
 
     assert run("page").out == f"{link}\n"

@@ -380,7 +380,8 @@ def test_parent_named_by_a_blob_is_only_looked_up(tmp_path: Path) -> None:
 @BOUNDED
 def test_any_layout_from_a_file_names_no_class_but_ours(text: str) -> None:
     """Classes are an allow-list: nothing is looked up in a module by a name from a file."""
-    from persist_cache.tensors.layers import decode_layout, kind_named, layout_leaves
+    from persist_cache.layout import layout_leaves
+    from persist_cache.tensors.layers import decode_layout, kind_named
 
     try:
         layouts = decode_layout(text)
