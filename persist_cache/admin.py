@@ -51,6 +51,7 @@ from persist_cache.survey import (
     details_of,
     find_departed,
     find_ids,
+    left_in_trash,
     quarantined,
     short_id,
     tokens_of,
@@ -386,17 +387,24 @@ class Admin:
             skipped = [one for one in chosen if one.pinned and one.id != entry.id]
             chosen = [one for one in chosen if not one.pinned or one.id == entry.id]
         removal = view.survey.removal([one.id for one in chosen])
-        freed = removal.freed_bytes
+        freed, stuck = removal.freed_bytes, 0
         if not dry_run:
             try:
                 freed = self._store().evict([one.id for one in chosen])
+                stuck = left_in_trash(self._store(), removal.freed_bytes - freed)
             except KeyError:
                 raise RefusedError(
                     409, "Some of these entries went meanwhile; look again."
                 ) from None
         return json_response(
             removal_json(
-                view.survey, chosen, removal, dry_run=dry_run, freed_bytes=freed, skipped=skipped
+                view.survey,
+                chosen,
+                removal,
+                dry_run=dry_run,
+                freed_bytes=freed,
+                unremoved_bytes=stuck,
+                skipped=skipped,
             )
         )
 

@@ -120,23 +120,37 @@ class Evictor:
         )
 
     def evict(self, numbers: Sequence[int], reason: str) -> int:
-        """Remove entries, and every byte that nothing else needs; returns the bytes freed.
+        """Remove entries, and every file that nothing else needs.
+
+        Returns:
+            Bytes of the files that are gone; one that cannot be unlinked stays in the trash.
 
         Raises:
             KeyError: One of them is not stored; nothing was removed.
         """
 
-        def drop(txn: Writer) -> int:
-            before = txn.counter(paths.BLOB_BYTES)
+        def drop(txn: Writer) -> None:
             for number in numbers:
                 if txn.entry(number) is None:
                     raise KeyError(entry_id(number))
             self._drop(txn, numbers, "evicted", reason)
-            return before - txn.counter(paths.BLOB_BYTES)
 
-        freed = self._disk.index.update(drop)
+        return self._freed_by(drop)
+
+    def _freed_by(self, change: Callable[[Writer], object]) -> int:
+        """Bytes of the files that are gone after a commit that moves some into the trash."""
+
+        def commit(txn: Writer) -> dict[bytes, SizedRecord]:
+            before = txn.keys(b"trash")
+            change(txn)
+            trash = txn.sized(b"trash")
+            return {name: trash[name] for name in trash.keys() - before}
+
+        doomed = self._disk.index.update(commit)
         self.empty_trash()
-        return freed
+        with self._disk.index.read() as txn:
+            left = txn.keys(b"trash")
+        return sum(record.nbytes for name, record in doomed.items() if name not in left)
 
     def evict_to(self, max_bytes: int) -> int:
         """Evict in order until the store takes at most `max_bytes`, or the rest is pinned.
@@ -173,9 +187,7 @@ class Evictor:
 
         They hold prompts: whoever evicts everything wants them gone as well.
         """
-        freed = self._disk.index.update(self._drop_quarantine)
-        self.empty_trash()
-        return freed
+        return self._freed_by(self._drop_quarantine)
 
     def empty_trash(self) -> bool:
         """Unlink what the trash lists and strike it off.

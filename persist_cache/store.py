@@ -459,9 +459,10 @@ class Store:
         self._change(prefix, lambda record: record._replace(label=label))
 
     def evict(self, prefixes: Sequence[str]) -> int:
-        """Remove entries, and every byte that nothing else needs; returns the bytes freed.
+        """Remove entries, and every file that nothing else needs; returns the bytes freed.
 
-        Rows shared with other entries stay for those.
+        Rows shared with other entries stay for those, and rows that nothing needs stay as long as
+        their file does. A file that cannot be unlinked is tried again later, and not counted.
 
         Raises:
             KeyError: An id is unknown or ambiguous; nothing was removed.
