@@ -9,6 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import KVCache, RotatingKVCache
+from msgspec.structs import replace
 
 from persist_cache import tensors
 from persist_cache.audit import was_given
@@ -115,11 +116,7 @@ def too_complete(txn: Writer) -> None:
 
 def wrong_layout(txn: Writer) -> None:
     for key, record in txn.namespaces():
-        txn.put_namespace(key, type(record)(**{**_fields(record), "layout": '{"fake":2}'}))
-
-
-def _fields(record: object) -> dict[str, object]:
-    return {name: getattr(record, name) for name in record.__struct_fields__}  # type: ignore[attr-defined]
+        txn.put_namespace(key, replace(record, layout='{"fake":2}'))
 
 
 def small_generator(name: str) -> Damage:
@@ -137,16 +134,6 @@ def wrong_number(txn: Writer) -> None:
             txn.delete_entry(edge.entry)
             txn.put_entry(edge.entry ^ 0x10, record)
             txn.put_edge(key, edge._replace(entry=edge.entry ^ 0x10))
-
-
-def wrong_prompt(txn: Writer) -> None:
-    """Two runs of one length change places."""
-    pairs = [
-        (key, edge, txn.blob(edge.blob)) for key, edge in txn.edges() if edge.rows == len(STATE) - 8
-    ]
-    (key, edge, _), (other_key, other, _) = pairs[:2]
-    txn.put_edge(key, other._replace(node=edge.node, entry=edge.entry))
-    txn.put_edge(other_key, edge._replace(node=other.node, entry=other.entry))
 
 
 @pytest.fixture

@@ -48,6 +48,7 @@ from persist_cache.entry import TOKEN_BYTES, Tier
 from persist_cache.errors import CorruptBlobError, StoreAccessError, StoreFormatError
 from persist_cache.fingerprint import LAYOUT_VERSION, Fingerprint
 from persist_cache.layout import Shapes
+from persist_cache.rebuild import check_claims
 from persist_cache.records import entry_id, entry_number, namespace_key
 
 Progress = Callable[[int, int], None]
@@ -364,6 +365,7 @@ class _Reading:
         else:
             raise CorruptBlobError(member.path, f"is of unknown kind {header.kind!r}")
         try:
+            check_claims(header)
             self._shapes[_key(header)].check(header)
         except ValueError as error:
             raise CorruptBlobError(member.path, str(error)) from None
