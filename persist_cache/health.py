@@ -17,7 +17,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from persist_cache import fs, paths, rebuild, witness
+from persist_cache import fs, paths, rebuild, testimony
 from persist_cache.audit import broken_invariants
 from persist_cache.blobs import (
     SUFFIX,
@@ -117,7 +117,7 @@ def quarantine(disk: Disk, name_hex: str, reason: str, *, is_unreadable: bool = 
     Returns:
         Whether it went; False when somebody else was first, or the index was at fault.
     """
-    if not is_unreadable and witness.set_right(disk, name_hex):
+    if not is_unreadable and testimony.set_right(disk, name_hex):
         return False  # the index was at fault
     name = bytes.fromhex(name_hex)
     nbytes: int | None = None
@@ -204,7 +204,7 @@ def check(
     names = list(map(bytes.hex, blobs.names))
     files = list(map(add, names, repeat(SUFFIX)))
     total, done = sum(blobs.nbytes), 0
-    said: dict[str, witness.Testimony] = {}
+    said: dict[str, testimony.Testimony] = {}
     suspects: Iterable[int] = range(len(names))
     if not read_data:
         suspects = compress(count(), map(ne, map(lengths.get, files), blobs.nbytes))
@@ -249,7 +249,7 @@ def _look_at_files(disk: Disk) -> tuple[dict[str, int], list[tuple[str, str]]]:
 def repair(disk: Disk, evictor: Evictor, problems: list[Problem]) -> None:
     """Mend what `check` found; a contradictory index is made anew from the blobs."""
     doubtful = [problem.blob for problem in problems if problem.kind == "index"]
-    if doubtful and not witness.mend(disk, filter(None, doubtful)):
+    if doubtful and not testimony.mend(disk, filter(None, doubtful)):
         try:
             rebuild.rebuild(disk.index, disk.folder)
         except DamagedIndexError as error:
@@ -271,11 +271,11 @@ def distrust(root: Path) -> None:
         os.close(fs.create(root / SUSPECT_FILE))
 
 
-def _contradictions(disk: Disk, said: dict[str, witness.Testimony]) -> list[Problem]:
+def _contradictions(disk: Disk, said: dict[str, testimony.Testimony]) -> list[Problem]:
     if not said:
         return []
     with disk.index.read(copies=True) as txn:
-        found = dict.fromkeys(witness.contradictions(txn, said))
+        found = dict.fromkeys(testimony.contradictions(txn, said))
     return [Problem("index", message, name) for message, name in found]
 
 
@@ -284,7 +284,7 @@ def _check_blob(
     name: str,
     nbytes: int,
     digest: bytes | None,
-    said: dict[str, witness.Testimony],
+    said: dict[str, testimony.Testimony],
 ) -> Problem | None:
     """What is wrong with a blob: with its length, or when its `digest` is given, any byte.
 
@@ -299,11 +299,11 @@ def _check_blob(
             return None
         with BlobReader(path, nbytes=nbytes, digest=digest) as reader:
             reader.verify()
-            said[name] = witness.Testimony.of(reader)
+            said[name] = testimony.Testimony.of(reader)
     except FileNotFoundError:
         return Problem("missing", "its file is missing", name)
     except CorruptBlobError as error:
-        if not error.is_unreadable and witness.is_whole(disk, name):
+        if not error.is_unreadable and testimony.is_whole(disk, name):
             return Problem("index", "the index has other bytes of this blob than it has", name)
         return Problem("damaged", error.reason, name)
     except ValueError as error:

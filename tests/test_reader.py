@@ -21,7 +21,7 @@ from persist_cache.errors import StoreError
 from persist_cache.fingerprint import Fingerprint
 from persist_cache.layout import Shapes
 from persist_cache.store import Store
-from tests import test_witness
+from tests import test_testimony
 from tests.bundles import Parts
 from tests.fakes import fingerprint, put
 from tests.reader import (
@@ -228,24 +228,24 @@ def test_thousands_of_sets_of_blobs_are_rebuilt_alike(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "found"),
     [
-        (test_witness.wrong_middle_token, {"tokens", "number"}),
-        (test_witness.wrong_first_token, {"tokens", "number"}),
-        (test_witness.wrong_digest, {"digest"}),
-        (test_witness.wrong_complete, {"complete"}),
-        (test_witness.too_complete, {"complete"}),
-        (test_witness.wrong_layout, {"layout"}),
-        (test_witness.wrong_number, {"number"}),
-        (test_witness.small_generator("next_node"), {"next_node"}),
-        (test_witness.small_generator("next_blob"), {"next_blob"}),
-        (test_witness.small_generator("next_namespace"), {"next_namespace"}),
+        (test_testimony.wrong_middle_token, {"tokens", "number"}),
+        (test_testimony.wrong_first_token, {"tokens", "number"}),
+        (test_testimony.wrong_digest, {"digest"}),
+        (test_testimony.wrong_complete, {"complete"}),
+        (test_testimony.too_complete, {"complete"}),
+        (test_testimony.wrong_layout, {"layout"}),
+        (test_testimony.wrong_number, {"number"}),
+        (test_testimony.small_generator("next_node"), {"next_node"}),
+        (test_testimony.small_generator("next_blob"), {"next_blob"}),
+        (test_testimony.small_generator("next_namespace"), {"next_namespace"}),
     ],
 )
 def test_both_see_what_an_index_has_wrong(tmp_path: Path, damage: Any, found: set[str]) -> None:
     root = tmp_path / "store"
     with Store.open(root, min_free_bytes=0, run_tokens=8) as store:
-        put(store, test_witness.FIRST[:11])
-        put(store, test_witness.FIRST)
-        put(store, test_witness.STATE, complete=False)
+        put(store, test_testimony.FIRST[:11])
+        put(store, test_testimony.FIRST)
+        put(store, test_testimony.STATE, complete=False)
     assert problems(root) == set()
 
     with Store.open(root, min_free_bytes=0) as store:

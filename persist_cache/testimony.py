@@ -254,6 +254,9 @@ def _mend_numbers(txn: Writer, said: Mapping[str, Testimony]) -> None:
             txn.delete_entry(number)
             txn.put_entry(right, record)
             paths.set_entry(txn, record.node, right)
+    for database in (b"trash", b"pending", b"quarantine", b"departed"):
+        txn.sized(database)  # a record that cannot be read is something, too
+    txn.counts()
     if broken_invariants(txn, txn.blob_columns()) or any(contradictions(txn, said)):
         raise _UndoError
 
