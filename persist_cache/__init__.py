@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from persist_cache.fingerprint import Fingerprint, Identifier, Unidentified, identify
     from persist_cache.health import Problem
     from persist_cache.insert import PutResult, Source
+    from persist_cache.loading import load
     from persist_cache.store import Store, default_store_path
     from persist_cache.tally import Fetch, PromptCacheStats
 
@@ -60,6 +61,7 @@ _HOME_OF = {
     "Problem": "health",
     "PutResult": "insert",
     "Source": "insert",
+    "load": "loading",
     "Store": "store",
     "default_store_path": "store",
 }
@@ -93,6 +95,7 @@ __all__ = [
     "UnsupportedCacheError",
     "default_store_path",
     "identify",
+    "load",
 ]
 
 

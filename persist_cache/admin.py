@@ -42,9 +42,10 @@ from persist_cache.describe import (
 )
 from persist_cache.entry import TIER_LABELS, Entry
 from persist_cache.errors import PersistCacheError, StoreError
-from persist_cache.explain import explain
-from persist_cache.incoming import RefusedError, check_chat, decode_object
+from persist_cache.explain import explain, with_memory
+from persist_cache.incoming import RefusedError, check_names, check_prompt, decode_object
 from persist_cache.loaded import LoadedModel
+from persist_cache.rendering import read_request, system_only
 from persist_cache.store import Store
 from persist_cache.survey import (
     Survey,
@@ -66,6 +67,17 @@ _ID = re.compile("[0-9a-f]{1,16}")
 _FLUSH_S = 60.0
 _SETTLE_S = 30.0
 _RECENT = 20
+_SHAPING = (
+    "model",
+    "draft_model",
+    "adapters",
+    "messages",
+    "prompt",
+    "tools",
+    "role_mapping",
+    "chat_template_kwargs",
+)
+"""What of a body chooses the model and shapes the prompt."""
 _LOADING_RARELY = 20
 """Statistics may be as old as this many times what loading the index took."""
 
@@ -423,14 +435,14 @@ class Admin:
             ),
             "recent": [
                 {
-                    "source": fetch.source,
-                    "num_tokens": fetch.num_tokens,
-                    "prompt_tokens": len(tokens),
-                    "reason": fetch.reason,
-                    "seconds": fetch.seconds,
-                    "nbytes": fetch.nbytes,
+                    "source": recent.fetch.source,
+                    "num_tokens": recent.fetch.num_tokens,
+                    "prompt_tokens": recent.num_tokens,
+                    "reason": recent.fetch.reason,
+                    "seconds": recent.fetch.seconds,
+                    "nbytes": recent.fetch.nbytes,
                 }
-                for tokens, fetch in reversed(self._cache.recent_fetches()[-_RECENT:])
+                for recent in reversed(self._cache.recent_fetches()[-_RECENT:])
             ],
             "store": None,
         }
@@ -468,8 +480,8 @@ class Admin:
         tokenizer = getattr(provider, "tokenizer", None)
         if provider is None or key is None or tokenizer is None:
             raise RefusedError(409, "No model is loaded yet; send a chat request first.")
-        wanted = body.get("model", "default_model")
-        if wanted == "default_model":
+        wanted = body.get("model")
+        if wanted is None or wanted == "default_model":
             wanted = provider.cli_args.model or key[0]
         if wanted != key[0]:
             raise RefusedError(409, f"Another model is loaded: {key[0]}.")
@@ -483,14 +495,16 @@ class Admin:
 
     def _explain(self, request: Request) -> Response:
         body = decode_object(request.body)
-        check_chat(body)
+        check_prompt(body)
         store = self._store()
         model = self._model(body)
         if model.fingerprint is None:
             raise RefusedError(409, f"The model cannot be identified: {model.why}")
-        tokens, end = model.tokenize(body)
-        found = explain(store, model.fingerprint, tokens, system_tokens=end)
-        known = self._cache.known_tokens(model.key, tokens[:-1])
+        prompt = model.render(body)
+        found = explain(store, model.fingerprint, prompt.tokens, system_tokens=prompt.system_tokens)
+        now, in_memory = self._cache.outlook(model.key, prompt.tokens)
+        found = with_memory(found, now_tokens=now, memory_tokens=in_memory)
+        known = self._cache.known_tokens(model.key, prompt.tokens[:-1])
         return json_response(
             {
                 **explanation_json(found, model.decode, show_stored=True),
@@ -502,10 +516,12 @@ class Admin:
     def _warm(self, request: Request, ask: Ask | None) -> Response:
         body = decode_object(request.body)
         marks = _Marks.of(body.pop("cache", None))
-        check_chat(body)
+        whole = not system_only(read_request(body))
+        check_names(body)
         if ask is None:
             raise RefusedError(409, "This server cannot run a model.")
-        whole = body["messages"][-1]["role"] != "system"
+        # How an answer would be sampled, and how long it would be, does not matter here.
+        body = {name: body[name] for name in _SHAPING if body.get(name) is not None}
         if not whole:
             # Only what precedes the user message is wanted; nobody else says the same.
             message = {"role": "user", "content": secrets.token_hex(8)}
@@ -520,9 +536,9 @@ class Admin:
         usage = answer.get("usage", {})
         cached = usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)
         model = self._model(body)
-        tokens, end = model.tokenize(body)
+        prompt = model.render(body)
         # A request computes its last token itself.
-        wanted = tokens[:-1] if whole else tokens[:end]
+        wanted = prompt.tokens[:-1] if whole else prompt.tokens[: prompt.system_tokens]
         if not wanted:
             raise RefusedError(
                 409,

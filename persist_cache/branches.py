@@ -22,8 +22,8 @@ class Totals:
     Attributes:
         entries: Number of them.
         nbytes: Bytes of files that nothing else needs.
-        hits: Times one of them was restored.
-        saved_s: Seconds of prefill that saved.
+        hits: Requests that one of them served, from disk or out of memory.
+        saved_s: Seconds of prefill that saved, less what reading took.
         last_use: Latest use, UTC seconds.
         pinned: How many are pinned.
     """

@@ -13,16 +13,20 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Sequence
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
 
 from persist_cache.blobs import BlobReader
 from persist_cache.entry import TIER_LABELS, TOKEN_BYTES, Match, Tier, pack_tokens
 from persist_cache.errors import StoreAccessError, StoreError, UnsupportedCacheError
-from persist_cache.fingerprint import Fingerprint, Identifier
+from persist_cache.fingerprint import Fingerprint, Identifier, Unidentified
 from persist_cache.insert import Source
+from persist_cache.kin import STORED_OTHERWISE
+from persist_cache.owners import Owner, Owners
+from persist_cache.prefills import Prefills
 from persist_cache.resident import Candidate, Held, LiveCaches, Resident
 from persist_cache.store import Store
-from persist_cache.tally import Fetch, PromptCacheStats, Tally, kind_of_miss
+from persist_cache.tally import Fetch, PromptCacheStats, RecentFetch, Tally, kind_of_miss
 from persist_cache.writer import WriteBehind
 
 log = logging.getLogger(__name__)
@@ -33,7 +37,11 @@ _ENOUGH_GAIN_TOKENS = 32
 
 
 class Codec(LiveCaches, Protocol):
-    """Between mlx-lm caches and bytes; `persist_cache.tensors` is the one for mlx-lm."""
+    """Between mlx-lm caches and bytes; `persist_cache.tensors` is the one for mlx-lm.
+
+    It may also have `witness(cache)`, which gives a `resident.Witness`: then a cache is let go
+    that its former owner changed without changing its length.
+    """
 
     def group_size(self) -> int: ...
 
@@ -50,17 +58,29 @@ class Codec(LiveCaches, Protocol):
     ) -> Any: ...
 
 
+class _Taken(NamedTuple):
+    """What memory gave for a prompt: a cache, if it is to be used, its length and its cost."""
+
+    cache: Any | None
+    num_tokens: int
+    prefill_s: float = 0.0
+
+
 class PromptCache:
     """A prompt cache that survives the process; drop-in for `mlx_lm.models.cache.LRUPromptCache`.
 
     With `store=None` it keeps caches in memory only.
 
     `fetch_nearest_cache` hands a cache over: the caller owns it and may decode on it.
-    `insert_cache` takes a cache over: the caller must not use it any more.
+    `insert_cache` takes a cache over: do not use it after that.
+
+    What is kept is found only for the weights that computed it. A program that loads a model again
+    under the same key says so with `identify_now`.
 
     Thread safety: all methods may be called from any thread, except that a cache must be inserted
     on the thread that computed it (MLX streams are thread-local). `_lock` guards the bookkeeping;
-    it is not held while a disk is read or written.
+    it is not held while a disk is read or written. A cache is chosen and given away within one
+    hold of it, so what is reported of a cache is true of that cache.
     """
 
     def __init__(
@@ -76,6 +96,7 @@ class PromptCache:
         queue_bytes: int = 4 << 30,
         codec: Codec | None = None,
         disk_off: str = "no store was given",
+        prefill_clock: Callable[[], float] | None = None,
     ) -> None:
         """Make an empty memory over `store`.
 
@@ -85,8 +106,10 @@ class PromptCache:
             store: An open store, which stays its opener's to close; or a folder, which is opened
                 here and closed by `close`.
             identify: Gives the fingerprint of a `model` as `fetch_nearest_cache` gets it, or None
-                when it cannot be identified: such models stay in memory. The default knows
-                mlx-lm's model keys.
+                when it cannot be identified: such models stay in memory. The default is an
+                `Identifier`, which knows mlx-lm's model keys. Anything without its methods
+                `settled` and `load_number` is called at every look-up and insert, so it must be
+                fast; when its answer changes, what was kept for the former one is found no more.
             leave_tokens: Tokens of a prompt that are always left to compute. A server needs 1:
                 with 0, the resend of a known prompt leaves nothing to start from.
             persist: Labels of the tiers that go to disk.
@@ -94,6 +117,8 @@ class PromptCache:
             queue_bytes: Cache memory that waiting saves may keep alive.
             codec: How caches become bytes; mlx-lm's by default.
             disk_off: Why there is no `store`, for whoever asks; unused when there is one.
+            prefill_clock: Seconds by which prefill is timed, `time.monotonic` by default. A server
+                has one that stands still while it does other things, such as decoding for others.
 
         Raises:
             ValueError: An unknown tier, or a negative number.
@@ -112,6 +137,7 @@ class PromptCache:
         self._lock = threading.RLock()
         self._resident = Resident(codec, max_size, max_bytes)
         self._tally = Tally()
+        self._prefills = Prefills(prefill_clock)
         self._memory_only = "" if store is not None else disk_off
         self._disk_error: StoreError | None = None
         if store is not None and codec.group_size() > 1:
@@ -119,13 +145,16 @@ class PromptCache:
             store, self._memory_only = None, "several ranks share one model; shards are not stored"
         self._owns_store = store is not None and not isinstance(store, Store)
         self._store = store if isinstance(store, Store) or store is None else Store.open(store)
-        self._identify: Callable[[Any], Fingerprint | None] = identify or Identifier()
+        self._owners = Owners(identify or Identifier())
+        self._current: dict[Hashable, Owner] = {}
+        """Per model key, whose KV is kept in memory."""
         self._computing_until = 0.0
         self.is_busy: Callable[[], bool] = lambda: time.monotonic() < self._computing_until
         """Asked before files are merged: whether an answer is being computed. A server knows;
         else it is so from a look-up to the insert of the reply, for ten minutes at most."""
         self._closed = False
-        self._cuts: deque[tuple[bytes, int]] = deque(maxlen=16)
+        self._told: set[str] = set()
+        self._cuts: deque[tuple[Owner | None, bytes, int]] = deque(maxlen=16)
         self._writer: WriteBehind | None = None
         if self._store is not None and not self._store.read_only:
             self._writer = WriteBehind(
@@ -167,12 +196,14 @@ class PromptCache:
 
     @property
     def last_fetch(self) -> Fetch:
-        """How the most recent request was answered."""
-        recent = self._tally.recent()
-        return recent[-1][1] if recent else Fetch("miss", 0)
+        """How the calling thread's most recent `fetch_nearest_cache` was answered.
 
-    def recent_fetches(self) -> list[tuple[Sequence[int], Fetch]]:
-        """The latest prompts and how they were answered, oldest first; for response headers."""
+        A thread that never called it sees the most recent of all threads.
+        """
+        return self._tally.last_fetch() or Fetch("miss", 0)
+
+    def recent_fetches(self) -> list[RecentFetch]:
+        """The latest prompts, by length and digest, and how they were answered, oldest first."""
         return self._tally.recent()
 
     def stats_by_type(self) -> dict[str, dict[str, int]]:
@@ -197,18 +228,17 @@ class PromptCache:
             A cache that the caller owns, or None; and the tokens that are left to compute.
         """
         started = time.monotonic()
+        packed: bytes | None = None
         try:
             packed = pack_tokens(tokens)
             cache, fetch = self._fetch(model, packed)
-            self._tally.begun(model, packed, fetch.num_tokens)
+            self._prefills.begun(model, packed, fetch.num_tokens, fetch.prefill_s)
         except Exception as error:
             log.exception("a look-up failed; the prompt is computed anew")
             self._tally.problem(f"fetch_failed:{type(error).__name__}")
             cache, fetch = None, Fetch("miss", 0, "the look-up failed")
-        fetch = Fetch(
-            fetch.source, fetch.num_tokens, fetch.reason, time.monotonic() - started, fetch.nbytes
-        )
-        self._account(tokens, fetch)
+        fetch = replace(fetch, seconds=time.monotonic() - started)
+        self._account(len(tokens), packed, fetch)
         rest = tokens[fetch.num_tokens :] if fetch.num_tokens else tokens
         return cache, rest
 
@@ -231,7 +261,9 @@ class PromptCache:
             prompt_cache: The cache, which belongs to this object from now on. A `KVCache` has
                 arrays of shape `(B, n_kv_heads, T, head_dim)`.
             cache_type: Tier: `system`, `user` or `assistant`.
-            prefill_s: Seconds that computing it took, if known: `stats` tells what a hit saves.
+            prefill_s: Seconds that computing all of `tokens` takes, if known, from which `stats`
+                tells what a hit saves. Else it is added up: what was fetched cost when that was
+                computed, and the time since the fetch.
         """
         try:
             self._insert(model, tokens, prompt_cache, cache_type, prefill_s)
@@ -251,38 +283,83 @@ class PromptCache:
 
     # ---- beyond LRUPromptCache ---------------------------------------------------------------
 
+    def identify_now(self, model: Hashable) -> Fingerprint | Unidentified:
+        """Identify a model that was just loaded, instead of at the next look-up.
+
+        The identity is that of the model's files at the time of the call, so call it right after
+        loading, and after every later load of the same model key. What is in memory for that key
+        is found afterwards only if it was computed by the same weights. Else it goes: to the disk
+        if it was to be there, under the identity it was computed with.
+
+        Args:
+            model: mlx-lm's model key.
+
+        Returns:
+            The fingerprint, or why there is none: then what is computed now stays in memory only.
+        """
+        found = self._owners.identify_now(model)
+        self._owner(model)
+        return found
+
     def read_ahead(self, model: Hashable, tokens: Sequence[int]) -> int:
         """Have the system read what a fetch of this prompt would, for a request that waits.
 
-        Runs no MLX operation, so any thread may call it, and counts nothing.
+        Runs no MLX operation and identifies no model, so any thread may call it, and counts
+        nothing.
 
         Returns:
-            Bytes of the files; 0 when memory serves the prompt.
+            Bytes of the files; 0 when memory serves the prompt, or nothing was asked of the model
+            yet.
         """
-        fingerprint = self._fingerprint(model)
-        if fingerprint is None or self._store is None:
+        if self._store is None:
             return 0
+        owner = self._owners.of(model, may_read=False)
         packed = pack_tokens(tokens)
-        match = self._match(fingerprint, packed, len(tokens))
+        match = self._match(owner, packed, len(tokens))
         with self._lock:
-            in_memory = self._resident.common_tokens(model, packed)
+            in_memory = self._resident.common_tokens(owner, packed)
         if match.num_tokens - in_memory < _ENOUGH_GAIN_TOKENS:
             return 0
         nbytes = self._store.read_ahead(match)
         self._tally.read_ahead(nbytes)
         return nbytes
 
-    def cut_answer(self, tokens: Sequence[int], num_tokens: int) -> None:
+    def cut_answer(
+        self, tokens: Sequence[int], num_tokens: int, *, model: Hashable | None = None
+    ) -> None:
         """Of the next answer to a prompt, keep the cache of its first `num_tokens` and no more.
 
         For a prompt that is run to have its beginning computed. What cannot be cut there is not
         kept.
+
+        Args:
+            tokens: The prompt.
+            num_tokens: How much of it to keep.
+            model: mlx-lm's model key; answers of other weights are not cut. Any answer when None.
         """
-        self._cuts.append((pack_tokens(tokens), num_tokens))
+        owner = None if model is None else self._owners.of(model, may_read=False)
+        with self._lock:
+            self._cuts.append((owner, pack_tokens(tokens), num_tokens))
 
     def known_tokens(self, model: Hashable, tokens: Sequence[int]) -> int:
         """Length of the longest prefix that a fetch would serve; looks only, counts nothing."""
         return self._known(model, tokens)[0]
+
+    def outlook(self, model: Hashable, tokens: Sequence[int]) -> tuple[int, int]:
+        """What a request with this prompt would get now; looks only, counts nothing.
+
+        Returns:
+            Tokens that would not be computed, and how many memory alone would serve.
+        """
+        packed = pack_tokens(tokens)
+        limit = max(0, len(tokens) - self._leave_tokens)
+        owner = self._owners.of(model, may_read=self._uses_disk)
+        with self._lock:
+            candidate = self._candidate(owner, packed, limit)
+        in_memory = 0 if candidate is None else candidate.num_tokens
+        on_disk = self._match(owner, packed, limit).num_tokens
+        reads_disk = in_memory == 0 or on_disk - in_memory >= _ENOUGH_GAIN_TOKENS
+        return (max(on_disk, in_memory) if reads_disk else in_memory), in_memory
 
     def branch_point(
         self, model: Hashable, tokens: Sequence[int], *, min_gain_tokens: int = 1
@@ -305,11 +382,12 @@ class PromptCache:
         """Tokens that can be served, and tokens shared with anything that is known."""
         try:
             packed = pack_tokens(tokens)
+            owner = self._owners.of(model, may_read=self._uses_disk)
             with self._lock:
-                candidate = self._candidate(model, packed, len(tokens))
-                common = self._resident.common_tokens(model, packed)
+                candidate = self._candidate(owner, packed, len(tokens))
+                common = self._resident.common_tokens(owner, packed)
             known = 0 if candidate is None else candidate.num_tokens
-            match = self._match(self._fingerprint(model), packed, len(tokens))
+            match = self._match(owner, packed, len(tokens))
             return max(known, match.num_tokens), max(common, match.common_tokens)
         except Exception:
             log.exception("a look-up failed")
@@ -332,6 +410,7 @@ class PromptCache:
             for held in waiting:
                 self._save_later(held)
             done = self._writer.drain(timeout_s) and not all(held.wanted for held in waiting)
+        self._let_go_of_former()
         self._flush_uses()
         return done
 
@@ -371,99 +450,171 @@ class PromptCache:
         if self._writer is not None:
             self._writer.poke()
         self._computing_until = time.monotonic() + _LONGEST_ANSWER_S
-        fingerprint = self._fingerprint(model)
-        match = self._match(fingerprint, packed, limit)
-        with self._lock:
-            candidate = self._candidate(model, packed, limit)
-        in_memory = -1 if candidate is None else candidate.num_tokens
-        gain = match.num_tokens - max(0, in_memory)
-        if (
-            fingerprint is not None
-            and self._store is not None
-            and match.num_tokens
-            and (in_memory <= 0 or gain >= _ENOUGH_GAIN_TOKENS)
-        ):
-            found = self._store.fetch(
-                fingerprint, packed, self._codec.restore, limit=limit, min_tokens=in_memory + 1
-            )
+        owner = self._owner(model)
+        self._owners.asked(owner, packed)
+        cache, fetch = self._answer(owner, packed, limit)
+        if cache is not None:
+            self._owners.gave(owner, cache)
+        return cache, fetch
+
+    def _answer(self, owner: Owner, packed: bytes, limit: int) -> tuple[Any | None, Fetch]:
+        """The longer of memory and disk, and what it is."""
+        match = self._match(owner, packed, limit)
+        reason = match.reason
+        cache, in_memory, cost = self._take(owner, packed, limit, on_disk=match)
+        if cache is None and match.num_tokens:
+            found = self._load(owner, packed, match, limit, in_memory + 1)
             if found is not None:
                 cache, match = found
-                self._store.touch(match)
-                return cache, Fetch("disk", match.num_tokens, match.reason, 0.0, match.nbytes)
-            match = Match(0, reason="what was stored could not be read")
-        if candidate is None:
-            return None, Fetch("miss", 0, match.reason)
-        cache = self._hand_over(model, packed, limit)
+                return cache, Fetch(
+                    "disk", match.num_tokens, match.reason, 0.0, match.nbytes, match.saved_s
+                )
+            match, reason = Match(0), "what was stored could not be read"
+            cache, in_memory, cost = self._take(owner, packed, limit, on_disk=match)
         if cache is None:
-            return None, Fetch("miss", 0, "the cache in memory was changed by its former owner")
+            return None, Fetch("miss", 0, reason)
         if self._store is not None and match.num_tokens:
-            self._store.touch(match)
-        return cache, Fetch("memory", candidate.num_tokens, match.reason)
+            self._store.touch(match, num_tokens=in_memory)
+        return cache, Fetch("memory", in_memory, reason, prefill_s=cost)
 
-    def _match(self, fingerprint: Fingerprint | None, packed: bytes, limit: int) -> Match:
+    def _match(self, owner: Owner, packed: bytes, limit: int) -> Match:
         """What the disk has of a prompt; nothing, with the reason, when it cannot be asked."""
-        if fingerprint is None or self._store is None:
+        if self._store is None or self._closed:
             return Match(0, reason=self.disk_off)
+        if owner.fingerprint is None:
+            return Match(0, reason=_only_in_memory(owner))
         try:
-            return self._store.match(fingerprint, packed, limit=limit)
+            return self._store.match(owner.fingerprint, packed, limit=limit)
         except StoreError as error:
-            self._disk_failed(error)
+            if not self._closed:  # else it was closed by us while it was asked
+                self._disk_failed(error)
             return Match(0, reason=str(error))
 
-    def _candidate(self, model: Hashable, packed: bytes, limit: int) -> Candidate | None:
-        """The best cache in memory whose owner left it as it was inserted."""
-        while True:
-            candidate = self._resident.search(model, packed, limit)
-            if candidate is None:
-                return None
-            counted = self._codec.num_tokens(candidate.held.cache)
-            if counted is None or counted == candidate.held.num_tokens:
-                return candidate
-            # Somebody went on decoding on a cache that he had handed over.
-            self._resident.remove(candidate.held)
-            self._tally.problem("changed_after_insert")
+    def _load(
+        self, owner: Owner, packed: bytes, match: Match, limit: int, min_tokens: int
+    ) -> tuple[Any, Match] | None:
+        """Read what was found on the disk, or what is there by now; None if that is too little."""
+        if self._store is None or owner.fingerprint is None:
+            return None
+        started = time.monotonic()
+        found = self._store.load(
+            owner.fingerprint,
+            packed,
+            match,
+            self._codec.restore,
+            limit=limit,
+            min_tokens=min_tokens,
+        )
+        if found is not None:
+            self._store.touch(found[1], spent_s=time.monotonic() - started)
+        return found
 
-    def _hand_over(self, model: Hashable, packed: bytes, limit: int) -> Any | None:
-        """Give a cache away, or a copy of it.
+    def _take(self, owner: Owner, packed: bytes, limit: int, *, on_disk: Match) -> _Taken:
+        """Give away the best cache in memory, unless the disk's is worth reading instead.
+
+        Returns:
+            The cache and its length; without a cache, the length of the one that stays behind.
+        """
+        with self._lock:
+            while (candidate := self._candidate(owner, packed, limit)) is not None:
+                used = candidate.num_tokens
+                gain = on_disk.num_tokens - used
+                if on_disk.num_tokens and (used <= 0 or gain >= _ENOUGH_GAIN_TOKENS):
+                    return _Taken(None, used)
+                cache = self._give(candidate)
+                if cache is not None:
+                    return _Taken(cache, used, _cost(candidate, on_disk))
+                self._tally.problem("trim_failed")
+                self._resident.remove(candidate.held)
+                self._spill([candidate.held])
+        return _Taken(None, 0)
+
+    def _candidate(self, owner: Owner, packed: bytes, limit: int) -> Candidate | None:
+        """The best cache in memory that is as it was inserted; the caller holds the lock."""
+        while True:
+            candidate = self._resident.search(owner, packed, limit)
+            if candidate is None or self._is_unchanged(candidate.held):
+                return candidate
+
+    def _is_unchanged(self, held: Held) -> bool:
+        """Whether a cache is as it was inserted; lets go of one that is not.
+
+        Its caller may have decoded on, or trimmed it and computed other tokens.
+        """
+        counted = self._codec.num_tokens(held.cache)
+        has_length = counted is None or counted == held.num_tokens
+        if has_length and (held.witness is None or held.witness.fits(held.cache)):
+            return True
+        held.wanted = False
+        self._resident.remove(held)
+        self._tally.problem("changed_after_insert")
+        return False
+
+    def _give(self, candidate: Candidate) -> Any | None:
+        """Give a cache away, or a copy of it; the caller holds the lock.
 
         A cache that is on disk is lent: decoding on a copy would copy all of it at the first
         token. Prompts that many conversations share stay, and are copied.
+
+        Returns:
+            The cache, cut to the candidate's length; None if that cannot be done.
         """
-        with self._lock:
-            candidate = self._candidate(model, packed, limit)
-            if candidate is None:
-                return None
-            held, used = candidate.held, candidate.num_tokens
-            if held.saved and used == held.num_tokens and held.tier != Tier.SYSTEM.label:
-                self._resident.remove(held)
-                return held.cache
-            self._resident.touch(held)
-            cache = self._codec.copy_cache(held.cache)
+        held, used = candidate.held, candidate.num_tokens
+        if held.saved and used == held.num_tokens and held.tier != Tier.SYSTEM.label:
+            self._resident.remove(held)
+            held.witness = None  # with its references, the next token would copy all of it
+            return held.cache
+        self._resident.touch(held)
+        cache = self._codec.copy_cache(held.cache)
         surplus = held.num_tokens - used
         if surplus and self._codec.trim(cache, surplus) != surplus:
-            self._tally.problem("trim_failed")
             return None
         return cache
 
-    def _account(self, tokens: Sequence[int], fetch: Fetch) -> None:
-        self._tally.fetched(tokens, fetch)
+    def _account(self, num_tokens: int, packed: bytes | None, fetch: Fetch) -> None:
+        self._tally.fetched(num_tokens, packed, fetch)
         if self._store is not None and not self._closed:
             if fetch.source == "miss":
+                self._tell_of_kin(fetch.reason)
                 self._store.count(f"misses:{kind_of_miss(fetch.reason)}")
             self._store.count("misses" if fetch.source == "miss" else f"hits_{fetch.source}")
             self._store.count("tokens_saved", fetch.num_tokens)
 
-    def _fingerprint(self, model: Hashable) -> Fingerprint | None:
-        if self._store is None or self._closed:
-            return None
-        fingerprint = self._identify(model)
-        if fingerprint is None:
-            reason = getattr(self._identify, "reason", None)
-            said = reason(model) if callable(reason) else "its identity is unknown"
-            self._memory_only = f"this model is kept in memory only: {said}"
-        else:
-            self._memory_only = ""
-        return fingerprint
+    def _tell_of_kin(self, reason: str) -> None:
+        """Say once in the log that what is stored for a model cannot be used as it is now."""
+        if reason.startswith(STORED_OTHERWISE) and reason not in self._told:
+            self._told.add(reason)
+            log.warning("prompts of this model are on disk, but %s", reason)
+
+    @property
+    def _uses_disk(self) -> bool:
+        return self._store is not None and not self._closed
+
+    def _owner(self, model: Hashable) -> Owner:
+        """Whose KV a model computes now; what others left under its key goes."""
+        owner = self._owners.of(model, may_read=self._uses_disk)
+        if self._uses_disk:
+            self._memory_only = "" if owner.fingerprint is not None else _only_in_memory(owner)
+        with self._lock:
+            former = self._current.get(model, owner)
+            if former != owner and owner.is_older(former):
+                return owner  # this thread was overtaken by a load
+            self._current[model] = owner
+            if former != owner:
+                self._let_go_of_former()
+        return owner
+
+    def _let_go_of_former(self) -> None:
+        """Let go of what other weights computed under a model key that is used now.
+
+        What is to be on disk goes there, under the identity it was computed with; while the queue
+        of saves is full it stays, found by nobody.
+        """
+        with self._lock:
+            for held in self._resident.held():
+                current = self._current.get(held.owner.model, held.owner)
+                if held.owner != current and (not held.wanted or self._save_later(held)):
+                    self._resident.remove(held)
 
     # ---- keep and save -----------------------------------------------------------------------
 
@@ -482,20 +633,33 @@ class PromptCache:
             log.warning("a prompt is not kept: %s", error)
             return
         packed = pack_tokens(tokens)
-        surplus = num_tokens - self._kept_tokens(packed, num_tokens)
+        owner = self._owner(model)
+        ends = tier == Tier.ASSISTANT
+        if self._owners.is_of_another(owner, packed, cache, ends=ends):
+            # Begun before the model was loaded again, it is neither's.
+            self._tally.problem("computed_before_reload")
+            log.warning("a prompt is not kept: its model was loaded again while it was computed")
+            return
+        surplus = num_tokens - self._kept_tokens(owner, packed, num_tokens)
+        seen = packed[: num_tokens * TOKEN_BYTES]
+        prefill_s = prefill_s or self._prefills.ended(model, seen, tier)
         if surplus:
             if not self._codec.can_trim(cache) or self._codec.trim(cache, surplus) != surplus:
                 return
+            prefill_s *= 1 - surplus / num_tokens
             num_tokens -= surplus
         packed = packed[: num_tokens * TOKEN_BYTES]
         nbytes = self._codec.nbytes(cache)
-        prefill_s = prefill_s or self._tally.prefill_s(model, packed, tier)
-        held = Held(model, packed, cache, nbytes, tier.label, prefill_s)
+        held = Held(owner, packed, cache, nbytes, tier.label, prefill_s)
+        witness = getattr(self._codec, "witness", None)
+        held.witness = None if witness is None else witness(cache)
         if self._writer is not None and tier.label in self._persist and num_tokens > 0:
-            # Now: by the time it is saved, the files may be those of another model.
-            held.fingerprint = self._fingerprint(model)
-            held.wanted = held.fingerprint is not None
+            held.wanted = owner.fingerprint is not None and self._uses_disk
         with self._lock:
+            if self._current.get(model, owner) != owner:
+                # Another thread has seen a later load meanwhile.
+                self._spill([held])
+                return
             at_once = held.wanted and tier != Tier.ASSISTANT
             if at_once:
                 self._save_later(held)
@@ -506,15 +670,18 @@ class PromptCache:
                 return
             self._spill(self._resident.add(held))
 
-    def _kept_tokens(self, packed: bytes, num_tokens: int) -> int:
+    def _kept_tokens(self, owner: Owner, packed: bytes, num_tokens: int) -> int:
         """How much of a cache is to be kept: all of it, or as `cut_answer` said."""
-        for cut in list(self._cuts):
-            prompt, kept = cut
-            if packed.startswith(prompt) or prompt.startswith(packed):
-                if len(packed) > len(prompt):
-                    # With the reply the answer has ended.
-                    self._cuts.remove(cut)
-                return min(kept, num_tokens)
+        with self._lock:
+            for cut in self._cuts:
+                wanted, prompt, kept = cut
+                if wanted is not None and not wanted.is_same_load(owner):
+                    continue
+                if packed.startswith(prompt) or prompt.startswith(packed):
+                    if len(packed) > len(prompt):
+                        # With the reply the answer has ended.
+                        self._cuts.remove(cut)
+                    return min(kept, num_tokens)
         return num_tokens
 
     def _waiting(self) -> list[Held]:
@@ -527,6 +694,7 @@ class PromptCache:
         waiting = self._waiting()
         for held in waiting:
             self._save_later(held)
+        self._let_go_of_former()
         if self._store is not None and self._disk_error is not None and not waiting:
             # With nothing to save, only a commit of its own can tell whether the disk is back.
             self._store.count("disk_retries")
@@ -581,31 +749,39 @@ class PromptCache:
         if self._writer is None:
             return False
         with self._lock:
-            if not held.wanted:
+            if not held.wanted or not self._is_unchanged(held):
                 return True
             try:
-                source = self._codec.source(held.cache, held.num_tokens)
+                # Only the job holds it: a cache that is lent after it must have no other reader.
+                sources = [self._codec.source(held.cache, held.num_tokens)]
             except UnsupportedCacheError as error:
                 held.wanted = False
                 self._tally.problem(f"unsupported:{error.class_name}")
                 log.warning("a prompt stays in memory: %s", error)
                 return True
+            if not self._is_unchanged(held):
+                return True  # changed while its bytes were taken
             rank = Tier.parse(held.tier)
             accepted = self._writer.submit(
-                lambda: self._save(held, source), rank=rank, nbytes=held.nbytes
+                lambda: self._save(held, sources), rank=rank, nbytes=held.nbytes
             )
             if accepted:
                 held.wanted = False
             return accepted
 
-    def _save(self, held: Held, source: Source) -> None:
+    def _save(self, held: Held, sources: list[Source]) -> None:
         """Write one cache; runs on the writer thread, and touches bytes only."""
-        if held.fingerprint is None or self._store is None:
+        fingerprint = held.owner.fingerprint
+        if fingerprint is None or self._store is None:
             return
         self._recover_store()
         try:
             result = self._store.put(
-                held.fingerprint, held.packed, source, tier=held.tier, prefill_s=held.prefill_s
+                fingerprint,
+                held.packed,
+                sources.pop(),
+                tier=held.tier,
+                prefill_s=held.prefill_s,
             )
         except StoreError as error:
             self._disk_failed(error)
@@ -628,6 +804,18 @@ class PromptCache:
         if self._store is not None and self._store.is_lost:
             return _removed(self._store)
         return self._disk_error
+
+
+def _only_in_memory(owner: Owner) -> str:
+    return f"this model is kept in memory only: {owner.reason}"
+
+
+def _cost(candidate: Candidate, match: Match) -> float:
+    """Seconds that computing what memory serves took; 0 when nobody measured."""
+    used, held = candidate.num_tokens, candidate.held
+    if match.num_tokens == used and match.saved_s:
+        return match.saved_s  # the disk knows each entry on the way
+    return held.prefill_s * used / held.num_tokens if used else 0.0
 
 
 def _removed(store: Store) -> StoreAccessError:

@@ -14,6 +14,7 @@ from msgspec import Struct
 
 from persist_cache.catalog import StoreStats
 from persist_cache.entry import Entry, Tier
+from persist_cache.lookalike import common_text, difference, escaped, shown_apart
 from persist_cache.survey import (
     Amount,
     Details,
@@ -271,52 +272,98 @@ def explanation_json(
         decode: Tokens as text.
         show_stored: Tell what the stored prompt says where it differs.
     """
+    texts = None if found.divergence is None else divergence_texts(found.divergence, decode)
     return {
         "outcome": found.outcome,
-        "message": found.message,
+        "message": explanation_message(found, texts),
         "num_tokens": found.num_tokens,
         "cached_tokens": found.cached_tokens,
         "common_tokens": found.common_tokens,
         "id": found.entry,
         "saved_s": found.saved_s,
         "divergence": None
-        if found.divergence is None
-        else _divergence_json(found.divergence, decode, show_stored),
+        if found.divergence is None or texts is None
+        else _divergence_json(found.divergence, texts, show_stored),
         "changes": [
             {"field": change.name, "stored": change.old, "now": change.new}
             for change in found.changes
         ],
+        "now_tokens": found.now_tokens,
+        "memory_tokens": found.memory_tokens,
     }
 
 
 def _divergence_json(
-    divergence: Divergence, decode: Callable[[list[int]], str], show_stored: bool
+    divergence: Divergence, texts: DivergenceTexts, show_stored: bool
 ) -> dict[str, Any]:
-    before, stored, prompt = divergence_texts(divergence, decode)
     return {
         "position": divergence.position,
-        "before_text": before,
-        "stored_text": stored if show_stored else None,
-        "prompt_text": prompt,
+        "before_text": texts.before,
+        "stored_text": texts.stored if show_stored else None,
+        "prompt_text": texts.prompt,
         "stored_tokens": divergence.stored if show_stored else None,
         "prompt_tokens": divergence.prompt,
+        "difference": texts.difference,
     }
 
 
-def divergence_texts(
-    divergence: Divergence, decode: Callable[[list[int]], str]
-) -> tuple[str, str, str]:
-    """The text right before the parting, and on both sides of it, on one line each."""
+class DivergenceTexts(Struct, frozen=True):
+    """Where a prompt parts from what is stored, as text, a line each.
 
-    def text(tokens: list[int]) -> str:
-        decoded = decode(tokens) if tokens else ""
-        return repr(decoded)[1:-1] if decoded else "(nothing: it ends here)"
+    Attributes:
+        before: Right before the parting, the same on both sides.
+        stored: What is stored goes on so.
+        prompt: The prompt goes on so.
+        difference: What the two differ in where it cannot be seen: `normalization`,
+            `white_space`, `invisible`, `look_alike` (several with `+` between them), or `tokens`,
+            where the text is the same; else None.
+        sentence: That in words, or "".
+    """
 
-    return (
-        text(divergence.before) if divergence.before else "",
-        text(divergence.stored),
-        text(divergence.prompt),
+    before: str
+    stored: str
+    prompt: str
+    difference: str | None = None
+    sentence: str = ""
+
+
+def explanation_message(found: Explanation, texts: DivergenceTexts | None) -> str:
+    """The answer in one line, with what cannot be seen in the texts."""
+    return " ".join(filter(None, (found.message, "" if texts is None else texts.sentence)))
+
+
+def divergence_texts(divergence: Divergence, decode: Callable[[list[int]], str]) -> DivergenceTexts:
+    """Decode a parting of ways.
+
+    Tokens may end within a character, so both sides are decoded together with what precedes them.
+    """
+    before = decode(divergence.before) if divergence.before else ""
+    whole_stored, whole_prompt = (
+        decode([*divergence.before, *tokens]) if tokens else before
+        for tokens in (divergence.stored, divergence.prompt)
     )
+    same = common_text(whole_stored, whole_prompt)
+    stored, prompt = whole_stored[same:], whole_prompt[same:]
+    left, right = shown_apart(stored, prompt)
+    named = difference(stored, prompt) or difference(_uncut(stored), _uncut(prompt))
+    code, sentence = None, ""
+    if named is not None:
+        code, sentence = named[0], f"The texts shown differ only in {named[1]}."
+    elif before not in (whole_stored, whole_prompt) and not (stored and prompt):
+        code, sentence = "tokens", "The text shown is the same, but its tokens are not."
+        left, right = _first_tokens(divergence.stored), _first_tokens(divergence.prompt)
+    ends = "(nothing: it ends here)"
+    before = escaped(whole_prompt[:same].lstrip("\ufffd"))
+    return DivergenceTexts(before, left or ends, right or ends, code, sentence)
+
+
+def _uncut(text: str) -> str:
+    """`text` without its last character, which may lack its marks or some of its bytes."""
+    return text.rstrip("\ufffd")[:-1]
+
+
+def _first_tokens(tokens: list[int]) -> str:
+    return f"(tokens {', '.join(map(str, tokens[:4]))} …)"
 
 
 def warm_json(
@@ -407,6 +454,15 @@ def store_json(
         },
         "tokens_saved": stats.counters.get("tokens_saved", 0),
         "saved_s": survey.saved_s if survey else 0.0,
+        "left_behind": [
+            {
+                "reason": one.reason,
+                "entries": one.entries,
+                "bytes": one.nbytes,
+                "pinned": one.pinned,
+            }
+            for one in (survey.left_behind if survey else [])
+        ],
         "quarantine": quarantine_json(damaged),
         "disk_off": disk_off,
         "counters": dict(stats.counters),

@@ -108,9 +108,9 @@ class Entry(Struct, frozen=True):
         shared_bytes: Bytes of files that it shares with other entries.
         created: UTC seconds.
         last_use: UTC seconds; survives restarts.
-        hits: Times it was restored.
-        saved_s: Seconds of prefill those hits saved, estimated.
-        prefill_s: Seconds that computing it took; 0 when nobody measured.
+        hits: Requests that it served, from disk or out of memory.
+        saved_s: Seconds of prefill that those hits saved, less what reading took; estimated.
+        prefill_s: Seconds that computing all of it took; 0 when nobody measured.
         pinned: Exempt from eviction.
         expires: UTC seconds after which it is evicted first, or None.
         label: Name given by the user, or "".
@@ -158,7 +158,7 @@ class Match(Struct, frozen=True):
         common_tokens: Tokens shared with any stored path, resumable or not.
         entries: Entries on the path, shallowest first, that this match uses.
         nbytes: Bytes that reading it takes.
-        saved_s: Seconds of prefill that using it saves, 0 when nobody measured.
+        saved_s: Seconds that computing its tokens takes, 0 when nobody measured.
         reason: Why it is no longer, in words for `explain` and `stats`.
     """
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from persist_cache import __version__, fs
+from persist_cache.prefills import Rate
 
 if TYPE_CHECKING:
     from persist_cache.store import Store
@@ -137,7 +138,7 @@ class BreakEven:
     Attributes:
         fingerprint: Of the model.
         model: Its name.
-        prefill_tokens_per_s: Measured when its entries were computed.
+        prefill_tokens_per_s: Measured when its entries were computed; long pieces count for more.
         bytes_per_token: Of its KV on disk.
         tokens: The length; None when computing is always faster.
     """
@@ -326,21 +327,14 @@ def _time_sync(fd: int) -> float:
 def break_even(store: Store, survey: Survey, disk: DiskSpeed) -> list[BreakEven]:
     """Estimate, per model, from how many tokens on the disk beats prefill.
 
-    Prefill rates come from entries whose computation was timed; models without any are left out.
-    Reading costs a fixed time (a look-up and opening the first blob, measured) and then goes at
-    the speed of the disk.
+    Prefill rates come from entries whose computation was timed, each by what it cost beyond the
+    one it continues; models without any are left out. Reading costs a fixed time (a look-up and
+    opening the first blob, measured) and then goes at the speed of the disk.
     """
-    from statistics import median
-
     from persist_cache.survey import details_of
 
     found = []
-    timed: dict[str, list[tuple[int, float]]] = {}
-    for entry in survey.entries:
-        if entry.prefill_s > 0 and entry.num_tokens:
-            timed.setdefault(entry.fingerprint, []).append((entry.num_tokens, entry.prefill_s))
-    for fingerprint, times in timed.items():
-        rate = median(tokens / seconds for tokens, seconds in times)
+    for fingerprint, rate in _rates(survey).items():
         example = max(
             (one for one in survey.entries if one.fingerprint == fingerprint),
             key=lambda one: one.num_tokens,
@@ -352,12 +346,27 @@ def break_even(store: Store, survey: Survey, disk: DiskSpeed) -> list[BreakEven]
         if details.checkpoint is not None:
             nbytes += details.checkpoint.nbytes
         per_token = nbytes / example.num_tokens
-        gained = 1 / rate - per_token / disk.read_bytes_per_s
+        gained = rate.token_s - per_token / disk.read_bytes_per_s
         fixed = _time_open(store, Path(details.runs[0].path))
         tokens = max(1, round(fixed / gained)) if gained > 0 else None
         name = details.model.name
-        found.append(BreakEven(fingerprint, name, rate, per_token, tokens))
+        found.append(BreakEven(fingerprint, name, 1 / rate.token_s, per_token, tokens))
     return sorted(found, key=lambda one: one.model)
+
+
+def _rates(survey: Survey) -> dict[str, Rate]:
+    """Per fingerprint the speed of prefill, where any was timed."""
+    entries = {entry.id: entry for entry in survey.entries}
+    rates: dict[str, Rate] = {}
+    for entry in entries.values():
+        if entry.prefill_s > 0:
+            above = entries.get(entry.parent or "")
+            while above is not None and above.prefill_s <= 0:
+                above = entries.get(above.parent or "")
+            start, cost = (0, 0.0) if above is None else (above.num_tokens, above.prefill_s)
+            rate = rates.setdefault(entry.fingerprint, Rate())
+            rate.add(entry.num_tokens - start, entry.prefill_s - cost)
+    return {fingerprint: rate for fingerprint, rate in rates.items() if rate.num_tokens}
 
 
 def _time_open(store: Store, blob: Path) -> float:

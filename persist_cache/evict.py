@@ -21,6 +21,11 @@ from persist_cache.records import SizedRecord, entry_id
 
 log = logging.getLogger(__name__)
 
+REQUESTED = "evicted by request"
+"""Why an entry went, as `explain` and `show` say it."""
+REPLACED = "replaced by a longer one"
+UNDONE = "removed again because its import failed"
+
 _COMMIT_BYTES = 64 * 1024
 """What the commit of an eviction may add to the index, however little is evicted …"""
 _ENTRY_BYTES = 512

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
 from msgspec import Struct
 
 from persist_cache import paths
 from persist_cache.catalog import identity_of
 from persist_cache.entry import TOKEN_BYTES, Match, pack_tokens, unpack_tokens
+from persist_cache.evict import REPLACED
 from persist_cache.fingerprint import FieldChange, Fingerprint
 from persist_cache.index import Reader
 from persist_cache.records import NO_ENTRY, entry_number
@@ -50,6 +52,9 @@ class Explanation(Struct, frozen=True):
         saved_s: Seconds of prefill that would be saved, 0 when unknown.
         divergence: Where the prompt leaves what is stored, when it does.
         changes: Fields of the model's identity that differ from those of what is stored.
+        now_tokens: Tokens that a running server would not compute, its memory included; None
+            where no server was asked.
+        memory_tokens: Tokens that the server's memory alone would serve; None as before.
     """
 
     num_tokens: int
@@ -61,6 +66,8 @@ class Explanation(Struct, frozen=True):
     saved_s: float = 0.0
     divergence: Divergence | None = None
     changes: list[FieldChange] = []
+    now_tokens: int | None = None
+    memory_tokens: int | None = None
 
 
 def explain(
@@ -90,6 +97,26 @@ def explain(
     return _explain_match(match, tokens, limit, system_tokens, divergence)
 
 
+def with_memory(found: Explanation, *, now_tokens: int, memory_tokens: int) -> Explanation:
+    """Add what a running server has in memory to what was found on disk.
+
+    Args:
+        found: What `explain` said of the disk.
+        now_tokens: Tokens that a request would not have computed now.
+        memory_tokens: Tokens that memory alone would serve.
+    """
+    disk, total = found.cached_tokens, found.num_tokens
+    message = found.message
+    if memory_tokens != disk:
+        message = (
+            f"A request would get {now_tokens:,} of {total:,} tokens now, and {disk:,} after a "
+            f"restart: memory has {memory_tokens:,}, the disk {disk:,}. {message}"
+        )
+    return msgspec.structs.replace(
+        found, message=message, now_tokens=now_tokens, memory_tokens=memory_tokens
+    )
+
+
 def _explain_match(
     match: Match,
     tokens: Sequence[int],
@@ -110,7 +137,7 @@ def _explain_match(
         outcome, why = "diverges", f" Token {divergence.position:,} differs from what is stored."
     else:
         outcome, why = "ends", " What is stored ends there."
-    head = f"{found:,} of {total:,} tokens are cached"
+    head = f"{found:,} of {total:,} tokens are cached on disk"
     if system_tokens and found >= system_tokens:
         head += f", all {system_tokens:,} system tokens among them"
     elif system_tokens:
@@ -215,11 +242,14 @@ def _nearest_model(
 
 def _departed(txn: Reader, fingerprint: Fingerprint, packed: bytes, lengths: set[int]) -> str:
     """Why an entry with one of the likely lengths is no longer here; "" if there was none."""
+    replaced = ""
     for key, _ in txn.namespaces(fingerprint.digest):
         for length in sorted(lengths, reverse=True):
             if length > 0:
                 number = entry_number(key, packed[: length * TOKEN_BYTES])
                 record = txn.departed(number) if number != NO_ENTRY else None
-                if record is not None:
+                if record is not None and record.note != REPLACED:
                     return record.note
-    return ""
+                if record is not None:
+                    replaced = f"{REPLACED}, which is gone, too"
+    return replaced

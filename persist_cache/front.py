@@ -174,9 +174,10 @@ class Front(BaseHTTPRequestHandler):
         return found
 
     def _ask(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        """Answer a chat request of our own as if it had come from outside."""
+        """Answer a request of our own as if it had come from outside."""
         outside = self.path, self.wfile, self.headers
-        self.path, self.headers = "/v1/chat/completions", Message()
+        kind = "chat/completions" if "messages" in body else "completions"
+        self.path, self.headers = f"/v1/{kind}", Message()
         answer = io.BytesIO()
         self.wfile = answer
         try:

@@ -116,6 +116,18 @@ def decode_object(raw: bytes) -> dict[str, Any]:
     Raises:
         RefusedError: It is something else, or holds what no prompt can hold.
     """
+    found = decode_json(raw)
+    if not isinstance(found, dict):
+        raise RefusedError(400, "The body must be a JSON object.")
+    return found
+
+
+def decode_json(raw: bytes) -> Any:
+    """Decode JSON of any kind.
+
+    Raises:
+        RefusedError: It is none, or holds what no prompt can hold.
+    """
     try:
         text = raw.decode()
         found = json.loads(
@@ -131,8 +143,6 @@ def decode_object(raw: bytes) -> dict[str, Any]:
     except ValueError as error:
         where = f" at character {error.pos}" if isinstance(error, json.JSONDecodeError) else ""
         raise RefusedError(400, f"The body is not valid JSON{where}.") from None
-    if not isinstance(found, dict):
-        raise RefusedError(400, "The body must be a JSON object.")
     return found
 
 
@@ -161,6 +171,45 @@ def check_chat(body: dict[str, Any], *, vocabulary: int | None = None) -> None:
     Raises:
         RefusedError: It would be misunderstood, or would end the generation thread.
     """
+    _check_messages(body)
+    _check_options(body, vocabulary)
+
+
+def check_completion(body: dict[str, Any], *, vocabulary: int | None = None) -> None:
+    """Check a text completion request; as `check_chat`."""
+    _check_text(body)
+    _check_options(body, vocabulary)
+
+
+def check_prompt(body: Mapping[str, Any]) -> None:
+    """Check what shapes the prompt of a chat or of a text completion request, and no more.
+
+    Raises:
+        RefusedError: It would be misunderstood.
+    """
+    if body.get("messages") is None and body.get("prompt") is not None:
+        _check_text(body)
+    else:
+        _check_messages(body)
+
+
+def check_names(body: Mapping[str, Any]) -> None:
+    """Check what names the model of a request.
+
+    Raises:
+        RefusedError: No model can have such a name.
+    """
+    for name in ("model", "draft_model", "adapters"):
+        _check_path(body.get(name), name)
+
+
+def _check_text(body: Mapping[str, Any]) -> None:
+    prompt = body.get("prompt")
+    if not isinstance(prompt, str) or not prompt:
+        raise RefusedError(400, "prompt must be a text that is not empty.")
+
+
+def _check_messages(body: Mapping[str, Any]) -> None:
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise RefusedError(400, "messages must be a list of at least one message.")
@@ -172,15 +221,7 @@ def check_chat(body: dict[str, Any], *, vocabulary: int | None = None) -> None:
         isinstance(mapping, dict) and all(isinstance(one, str) for one in mapping.values())
     ):
         raise RefusedError(400, "role_mapping must be an object of texts.")
-    _check_options(body, vocabulary)
-
-
-def check_completion(body: dict[str, Any], *, vocabulary: int | None = None) -> None:
-    """Check a text completion request; as `check_chat`."""
-    prompt = body.get("prompt")
-    if not isinstance(prompt, str) or not prompt:
-        raise RefusedError(400, "prompt must be a text that is not empty.")
-    _check_options(body, vocabulary)
+    _check_template_args(body)
 
 
 def _check_message(message: Any, name: str) -> None:
@@ -195,7 +236,23 @@ def _check_message(message: Any, name: str) -> None:
                 raise RefusedError(400, f"{name}.content has a text part without a text.")
     elif content is not None and not isinstance(content, str):
         raise RefusedError(400, f"{name}.content must be a text or a list of parts.")
-    _check_objects(message.get("tool_calls"), f"{name}.tool_calls")
+    calls = message.get("tool_calls")
+    _check_objects(calls, f"{name}.tool_calls")
+    for place, call in enumerate(calls or []):
+        _check_function(call.get("function"), f"{name}.tool_calls[{place}].function")
+
+
+def _check_function(function: Any, name: str) -> None:
+    if not function:
+        return
+    if not isinstance(function, dict):
+        raise RefusedError(400, f"{name} must be an object.")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str) and arguments:
+        try:
+            json.loads(arguments)
+        except (ValueError, RecursionError):
+            raise RefusedError(400, f"{name}.arguments must be valid JSON.") from None
 
 
 def _check_objects(value: Any, name: str) -> None:
@@ -218,8 +275,7 @@ def _check_options(body: dict[str, Any], vocabulary: int | None) -> None:
     threshold = body.get("xtc_threshold")
     if isinstance(threshold, (int, float)) and not 0 <= threshold <= 0.5:
         raise RefusedError(400, "xtc_threshold must be between 0 and 0.5.")
-    for name in ("model", "draft_model", "adapters"):
-        _check_path(body.get(name), name)
+    check_names(body)
     _check_stop(body.get("stop"))
     _check_bias(body.get("logit_bias"), vocabulary)
     options = body.get("stream_options")
@@ -229,13 +285,26 @@ def _check_options(body: dict[str, Any], vocabulary: int | None) -> None:
         raise RefusedError(
             400, "stream_options must be an object whose include_usage is true or false."
         )
+    _check_template_args(body)
+
+
+def _check_template_args(body: Mapping[str, Any]) -> None:
     arguments = body.get("chat_template_kwargs")
     if arguments is not None:
-        if not isinstance(arguments, dict):
-            raise RefusedError(400, "chat_template_kwargs must be an object.")
-        reserved = sorted(_RESERVED_TEMPLATE_ARGS & arguments.keys())
-        if reserved:
-            raise RefusedError(400, f"chat_template_kwargs must not set {reserved[0]}.")
+        check_template_args(arguments, "chat_template_kwargs")
+
+
+def check_template_args(arguments: Any, name: str) -> None:
+    """Check arguments of a chat template that were given as `name`.
+
+    Raises:
+        RefusedError: They would change what rendering returns.
+    """
+    if not isinstance(arguments, dict):
+        raise RefusedError(400, f"{name} must be an object.")
+    reserved = sorted(_RESERVED_TEMPLATE_ARGS & arguments.keys())
+    if reserved:
+        raise RefusedError(400, f"{name} must not set {reserved[0]}.")
 
 
 def _check_integer(body: dict[str, Any], name: str, low: int, high: int) -> None:

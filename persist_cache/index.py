@@ -108,6 +108,11 @@ class Reader:
         self._txn = txn
         self._db = databases
 
+    @property
+    def commit_id(self) -> int:
+        """Number of the commit that is seen; a higher one may have changed anything."""
+        return int(self._txn.id())
+
     def counter(self, name: str) -> int:
         raw = self._txn.get(name.encode(), db=self._db[b"meta"])
         return 0 if raw is None else unpack_counter(raw)

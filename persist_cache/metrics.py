@@ -21,6 +21,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _REASONS = (
     ("nothing is stored for this model", "nothing_stored"),
+    ("stored under another", "other_identity"),
     ("no stored prompt begins with", "other_prompt"),
     ("nothing is known of this prompt", "unknown_prompt"),
     ("no checkpoint there", "no_checkpoint"),

@@ -155,11 +155,11 @@ class EntryRecord(NamedTuple):
         num_tokens: Length of the prefix: the depth of its node.
         checkpoint: Blob with the state at its end, or `NO_BLOB` when rows suffice.
         namespace: Number of its namespace.
-        hits: Times it was restored.
+        hits: Requests that it served, from disk or out of memory.
         node: Its node.
         created_us, last_use_us: UTC microseconds.
-        prefill_s: Seconds its prefill took, 0 when nobody measured.
-        saved_s: Seconds of prefill its hits saved.
+        prefill_s: Seconds that computing the whole prefix took, 0 when nobody measured.
+        saved_s: Seconds of prefill its hits saved, less what reading took.
         expires: UTC seconds, 0 for never.
         label: The user's name for it.
     """

@@ -8,13 +8,13 @@ Thread safety: none of its own; `PromptCache` holds its lock around every call.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from persist_cache.entry import TOKEN_BYTES
-from persist_cache.fingerprint import Fingerprint
 from persist_cache.lru import TieredLRU
+from persist_cache.owners import Owner
 from persist_cache.trie import PromptTrie
 
 
@@ -32,23 +32,32 @@ class LiveCaches(Protocol):
     def num_tokens(self, cache: Sequence[Any], /) -> int | None: ...
 
 
+class Witness(Protocol):
+    """What a codec's `witness(cache)` gives, if it has one: tells whether a cache was changed.
+
+    It may make the next write to the cache expensive, so it is dropped before a cache is lent.
+    """
+
+    def fits(self, cache: Sequence[Any], /) -> bool: ...
+
+
 @dataclass(eq=False, slots=True)
 class Held:
     """One live cache and what is known of it.
 
     Attributes:
-        model: The model it belongs to.
+        owner: Whose KV it is.
         packed: Its tokens.
         cache: mlx-lm's list of layers.
         nbytes: Memory it takes.
         tier: Label of its tier.
-        prefill_s: Seconds that computing it took, if known.
+        prefill_s: Seconds that computing all of it took, if known.
         saved: It is on disk, so that losing it costs a load and nothing else.
         wanted: It is to be on disk, and no job for that waits or has failed for good.
-        fingerprint: Identity of the model when the cache was computed, None if unknown.
+        witness: Tells whether its former owner changed it; None if the codec has no such thing.
     """
 
-    model: Hashable
+    owner: Owner
     packed: bytes
     cache: Any
     nbytes: int
@@ -56,7 +65,7 @@ class Held:
     prefill_s: float = 0.0
     saved: bool = False
     wanted: bool = False
-    fingerprint: Fingerprint | None = None
+    witness: Witness | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -95,10 +104,10 @@ class Resident:
     def held(self) -> list[Held]:
         return [held for _, _, held in self._trie]
 
-    def search(self, model: Hashable, packed: bytes, limit: int) -> Candidate | None:
+    def search(self, owner: Owner, packed: bytes, limit: int) -> Candidate | None:
         """Find the cache that serves the longest prefix of `packed`, at most `limit` tokens."""
         length = len(packed) // TOKEN_BYTES
-        match = self._trie.search(model, packed)
+        match = self._trie.search(owner, packed)
         best: Candidate | None = None
 
         def consider(held: Held, usable: int) -> None:
@@ -120,14 +129,14 @@ class Resident:
                 consider(match.longer.value, usable)
         if best is None and match.shorter is not None:
             # What matches cannot be trimmed to the limit: fall back to a shorter checkpoint.
-            for num_tokens, held in reversed(self._trie.prefixes(model, packed)):
+            for num_tokens, held in reversed(self._trie.prefixes(owner, packed)):
                 if 0 < num_tokens <= limit:
                     return Candidate(held, num_tokens)
         return best
 
-    def common_tokens(self, model: Hashable, packed: bytes) -> int:
+    def common_tokens(self, owner: Owner, packed: bytes) -> int:
         """Leading tokens shared with any cache, whether it can be resumed there or not."""
-        return self._trie.search(model, packed).common_prefix
+        return self._trie.search(owner, packed).common_prefix
 
     def touch(self, held: Held) -> None:
         self._lru.touch(held)
@@ -141,13 +150,13 @@ class Resident:
         Returns:
             What was let go to keep within the limits, in that order; replaced ones are not in it.
         """
-        previous = self._trie.add(held.model, held.packed, held)
+        previous = self._trie.add(held.owner, held.packed, held)
         if previous is not None:
             held.tier = max(previous.tier, held.tier, key=self._lru.tiers.index)
             self._lru.remove(previous)
         self._lru.push(held, held.tier, held.nbytes)
         if self._codec.can_trim(held.cache):
-            for _, prefix in self._trie.prefixes(held.model, held.packed):
+            for _, prefix in self._trie.prefixes(held.owner, held.packed):
                 if not prefix.wanted or prefix.tier == self._lru.tiers[0]:
                     self.remove(prefix)
         return self.trim_to(self.max_size, self.max_bytes)
@@ -156,13 +165,13 @@ class Resident:
         """Let go of `held`, if it is still here."""
         if held in self._lru:
             self._lru.remove(held)
-            self._trie.pop(held.model, held.packed)
+            self._trie.pop(held.owner, held.packed)
 
     def trim_to(self, n_sequences: int, n_bytes: int) -> list[Held]:
         """Let go of caches until both limits hold; returns them, first gone first."""
         gone = []
         while len(self._lru) > n_sequences or self._lru.nbytes > n_bytes:
             held = self._lru.pop()
-            self._trie.pop(held.model, held.packed)
+            self._trie.pop(held.owner, held.packed)
             gone.append(held)
         return gone

@@ -2,8 +2,8 @@
 
 Upstream's model provider, generation loop and HTTP handler do the work. What is added here: where
 prompts are cut (tool turns, checkpoints at branches), what an answer says about the cache, and an
-orderly end. This is the only importer of `mlx_lm.server`, whose private seam is listed in
-`SEAM` and checked by a test.
+orderly end. This is the only importer of `mlx_lm.server` besides `rendering`; what is used of its
+private seam is listed in `SEAM` and checked by a test.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import _thread
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -19,7 +20,6 @@ import signal
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,6 +30,7 @@ from typing import Any, Literal
 import mlx.core as mx
 from mlx_lm import server as upstream
 
+from persist_cache import loading
 from persist_cache.access import (
     LOOPBACK_ORIGINS,
     OUTCOME_HEADER,
@@ -40,6 +41,8 @@ from persist_cache.access import (
 from persist_cache.admin import Admin
 from persist_cache.admin_token import AdminToken, Serving, announced
 from persist_cache.cache import PromptCache
+from persist_cache.digests import prompt_digest
+from persist_cache.entry import pack_tokens
 from persist_cache.errors import (
     MissingDependencyError,
     ModelError,
@@ -48,7 +51,8 @@ from persist_cache.errors import (
 )
 from persist_cache.fingerprint import Identifier
 from persist_cache.front import Front
-from persist_cache.loaded import system_tokens
+from persist_cache.prefills import PrefillClock
+from persist_cache.rendering import system_end, system_tokens
 from persist_cache.store import Store, default_store_path
 from persist_cache.tally import Fetch
 from persist_cache.warm import model_errors
@@ -67,6 +71,7 @@ SEAM = {
         "progress_callback",
     ),
     "ResponseGenerator.stop_and_join": ("self",),
+    "BatchGenerator.next": ("self",),
     "ModelProvider.load_default": ("self",),
     "ModelProvider._load": ("self", "model_path", "adapter_path", "draft_model_path"),
     "APIHandler.handle_completion": ("self", "request", "stop_words"),
@@ -116,12 +121,12 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
 
     def __init__(self, model_provider: Any, prompt_cache: PromptCache) -> None:
         self.cache = prompt_cache  # upstream deletes its own reference at the end
-        self._fetches: deque[tuple[Sequence[int], Fetch]] = deque(maxlen=256)
         self._answering = threading.local()
         self._in_flight = 0
         self._reader = ThreadPoolExecutor(1, "persist-cache-read-ahead")
         self.admin: Admin | None = None
         self.guard: ModelGuard | None = None
+        self.prefill_clock = PrefillClock()
         self._changed = threading.Condition()
         prompt_cache.is_busy = lambda: self._in_flight > 0
         super().__init__(model_provider, prompt_cache)
@@ -137,7 +142,7 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
         part = getattr(request, "wanted_part", "")
         if part:
             end = len(prompt) - 1 if part == "prompt" else system_tokens(segments, types)
-            self.cache.cut_answer(prompt, end)
+            self.cache.cut_answer(prompt, end, model=self.model_provider.model_key)
         return prompt, segments, types, initial_state, vision
 
     def _cut_tool_turn(
@@ -154,30 +159,8 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
 
     def _system_end(self, tokenizer: Any, request: Any, args: Any, prompt: Sequence[int]) -> int:
         """Tokens of `prompt` that any conversation with the same system messages shares."""
-        head = []
-        for message in request.messages:
-            if message.get("role") != "system":
-                break
-            head.append(message)
-        if not head or not tokenizer.has_chat_template:
-            return 0
-        options = dict(self.cli_args.chat_template_args)
-        options.update(args.chat_template_kwargs or {})
-        try:
-            probe = tokenizer.apply_chat_template(
-                [*head, {"role": "user", "content": ""}],
-                tools=request.tools,
-                add_generation_prompt=False,
-                tokenize=True,
-                **options,
-            )
-        except Exception as error:  # a template is a program of its own
-            log.debug("no system part could be rendered: %s", error)
-            return 0
-        for index, (a, b) in enumerate(zip(probe, prompt, strict=False)):
-            if a != b:
-                return index
-        return 0
+        options = {**self.cli_args.chat_template_args, **(args.chat_template_kwargs or {})}
+        return system_end(tokenizer, request.messages, request.tools, options, prompt)
 
     def _cut_at_branch(
         self, prompt: Sequence[int], segments: list[list[int]], types: list[str]
@@ -237,7 +220,7 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
                 options.kv_bits, options.kv_group_size, options.quantized_kv_start
             )
         cache = new_cache(self.model_provider.model) if cache is None else cache
-        with mx.stream(stream):
+        with mx.stream(stream), self.prefill_clock.running():
             prefill(
                 self.model_provider.model,
                 cache,
@@ -316,9 +299,11 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
             if time.monotonic() > deadline:
                 return None
             time.sleep(0.002)
-        for tokens, fetch in reversed(self.cache.recent_fetches()):
-            if tokens is ctx.prompt or list(tokens) == ctx.prompt:
-                return fetch
+        packed = pack_tokens(ctx.prompt)
+        wanted = len(ctx.prompt), prompt_digest(packed)
+        for recent in reversed(self.cache.recent_fetches()):
+            if (recent.num_tokens, recent.digest) == wanted:
+                return recent.fetch
         return None
 
     def take_fetch(self) -> Fetch | None:
@@ -335,8 +320,24 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
             return self._changed.wait_for(lambda: self._in_flight <= 0, grace_s)
 
 
+class Batch(upstream.BatchGenerator):  # type: ignore[misc]
+    """Upstream's batch, timing prefill alone: not the queue, nor decoding for others."""
+
+    def __init__(self, prefill_clock: PrefillClock, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._prefill_clock = prefill_clock
+
+    def next(self) -> Any:
+        with self.stats() as spent:
+            prompts, tokens = super().next()
+        computed = sum(not one.end_of_prompt for one in prompts)
+        if computed:
+            self._prefill_clock.add(spent.prompt_time, computed)
+        return prompts, tokens
+
+
 class Provider(upstream.ModelProvider):  # type: ignore[misc]
-    """Upstream's model provider; identifies a model right when its files were read."""
+    """Upstream's model provider; a model's identity is that of the files it was loaded from."""
 
     identifier: Identifier | None = None
     spare_tokenizer: Any = None
@@ -356,16 +357,27 @@ class Provider(upstream.ModelProvider):  # type: ignore[misc]
     def _load(
         self, model_path: str, adapter_path: str | None = None, draft_model_path: str | None = None
     ) -> None:
-        # Files may be rewritten while the process lives, but not the weights in memory: the
-        # identity is that of the files at the time of loading.
-        if self.identifier is not None:
-            self.identifier.forget()
-        self.spare_tokenizer = None
+        # The key is formed as upstream forms it when the model is loaded.
+        model_key = (model_path, adapter_path, draft_model_path)
+
+        def read() -> None:
+            super(Provider, self)._load(*model_key)
+            loading.evaluate(self.model, self.draft_model)
+
         with model_errors(model_path) if model_path else contextlib.nullcontext():
-            super()._load(model_path, adapter_path, draft_model_path)
+            if self.identifier is None or self.is_distributed:
+                # A rank loads a shard, which has no identity.
+                self.spare_tokenizer = None
+                super()._load(*model_key)
+            else:
+                for name in filter(None, (model_path, draft_model_path)):
+                    # What cannot be had costs the model in memory neither its place nor its name.
+                    loading.fetch(name)
+                self.spare_tokenizer = None
+                # The weights in memory go, and with them what is known of their files.
+                self.identifier.forget()
+                self.identifier.around_load(model_key, read)
         self.spare_tokenizer = copy.deepcopy(self.tokenizer)
-        if self.identifier is not None:
-            self.identifier(self.model_key)
 
 
 class Handler(Front, upstream.APIHandler):  # type: ignore[misc]
@@ -408,7 +420,9 @@ def cache_header(fetch: Fetch) -> str:
     """The value of `x-persist-cache`: `disk|memory|miss; tokens=N`, and why it is a miss."""
     value = f"{fetch.source}; tokens={fetch.num_tokens}"
     if fetch.source == "miss" and fetch.reason:
-        reason = fetch.reason.encode("ascii", "replace").decode().replace('"', "'")
+        reason = (
+            fetch.reason.replace("→", "->").encode("ascii", "replace").decode().replace('"', "'")
+        )
         value += f'; reason="{" ".join(reason.split())[:200]}"'
     return value
 
@@ -424,13 +438,16 @@ def serve(upstream_args: Sequence[str], options: ServeOptions) -> None:
         PersistCacheError: The port is taken, or the model cannot be loaded.
     """
 
+    clock = PrefillClock()
+
     def run(host: str, port: int, provider: Any, *_: Any) -> None:
-        _run(host, port, provider, options)
+        _run(host, port, provider, options, clock)
 
     # Upstream parses, sets up logging, and calls `run` by its global name.
     with (
         _replaced(upstream, "run", run),
         _replaced(upstream, "ModelProvider", Provider),
+        _replaced(upstream, "BatchGenerator", functools.partial(Batch, clock)),
         # Upstream's default lets every page in. What is given after it wins.
         _replaced(
             sys,
@@ -441,7 +458,9 @@ def serve(upstream_args: Sequence[str], options: ServeOptions) -> None:
         upstream.main()
 
 
-def _run(host: str, port: int, provider: Any, options: ServeOptions) -> None:
+def _run(
+    host: str, port: int, provider: Any, options: ServeOptions, prefill_clock: PrefillClock
+) -> None:
     args = provider.cli_args
     identifier = Identifier(
         kv_bits=args.kv_bits,
@@ -461,6 +480,7 @@ def _run(host: str, port: int, provider: Any, options: ServeOptions) -> None:
         leave_tokens=1,
         persist=options.persist,
         disk_off=why_off,
+        prefill_clock=prefill_clock,
     )
     log.info("%s", _start_line(store, why_off, args.prompt_cache_size, memory_bytes, options))
     folder = store.root if store is not None else Path(options.store or default_store_path())
@@ -475,6 +495,7 @@ def _run(host: str, port: int, provider: Any, options: ServeOptions) -> None:
         )
     try:
         generator = Generator(provider, cache)
+        generator.prefill_clock = prefill_clock
         generator.admin = Admin(cache, token=token, host=host, generator=generator)
         generator.guard = ModelGuard(args.allowed_origins, options.api_key)
         signal.signal(signal.SIGTERM, _interrupt)

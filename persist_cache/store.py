@@ -35,10 +35,11 @@ from persist_cache.errors import (
     StoreFullError,
     StoreReadOnlyError,
 )
-from persist_cache.evict import Evictor
+from persist_cache.evict import REQUESTED, Evictor
 from persist_cache.health import Problem
 from persist_cache.index import DamagedIndexError, Reader, Writer
 from persist_cache.insert import Insertion, PutResult, Source
+from persist_cache.kin import NOTHING_STORED, Kin
 from persist_cache.records import (
     END_OF_TIME_S,
     NO_BLOB,
@@ -100,6 +101,7 @@ class Store:
         self._run_tokens = run_tokens
         self._grown: dict[int, None] = {}
         """Entries stored since runs were merged last, in their order."""
+        self._kin = Kin()
         self._closed = False
 
     @classmethod
@@ -227,12 +229,18 @@ class Store:
         packed = _packed(tokens)
         length = len(packed) // TOKEN_BYTES
         limit = length if limit is None else max(0, min(limit, length))
-        best = Match(0, reason="nothing is stored for this model")
+        best: Match | None = None
         with self._disk.index.read() as txn:
             for _, namespace in txn.namespaces(fingerprint.digest):
                 found = _match_in(txn, namespace, packed, limit)
-                if (found.num_tokens, found.common_tokens) >= (best.num_tokens, best.common_tokens):
+                if found.reason != NOTHING_STORED and (
+                    best is None
+                    or (found.num_tokens, found.common_tokens)
+                    >= (best.num_tokens, best.common_tokens)
+                ):
                     best = found
+            if best is None:
+                return Match(0, reason=self._kin.why_nothing(txn, fingerprint))
         return best
 
     def fetch(
@@ -262,12 +270,42 @@ class Store:
             The value and its match, or None on a miss.
         """
         packed = _packed(tokens)
-        for _ in range(_MAX_ATTEMPTS):
-            match = self.match(fingerprint, packed, limit=limit)
-            if match.num_tokens < max(1, min_tokens):
-                return None
-            numbers = [int(entry, 16) for entry in match.entries]
+        match = self.match(fingerprint, packed, limit=limit)
+        return self.load(fingerprint, packed, match, restore, limit=limit, min_tokens=min_tokens)
+
+    def load(
+        self,
+        fingerprint: Fingerprint,
+        tokens: Sequence[int] | bytes,
+        match: Match,
+        restore: Callable[[Sequence[tuple[BlobReader, int]], BlobReader | None, int], T],
+        *,
+        limit: int | None = None,
+        min_tokens: int = 1,
+    ) -> tuple[T, Match] | None:
+        """Read and verify what `match` found; the second half of `fetch`.
+
+        The index is asked again only when a blob of the match is gone or bad.
+
+        Args:
+            fingerprint: What `match` was asked for, as are `tokens` and `limit`.
+            tokens: The prompt.
+            match: What `match` found of it.
+            restore: As for `fetch`.
+            limit: Use at most this many tokens.
+            min_tokens: A shorter prefix counts as a miss.
+
+        Returns:
+            The value and the match that it was read by, or None on a miss.
+        """
+        packed = _packed(tokens)
+        for attempt in range(_MAX_ATTEMPTS):
             try:
+                if attempt:
+                    match = self.match(fingerprint, packed, limit=limit)
+                if match.num_tokens < max(1, min_tokens):
+                    return None
+                numbers = [int(entry, 16) for entry in match.entries]
                 with self._disk.serving(numbers), self._readers(match) as (runs, checkpoint):
                     # Checksums prove that a file is whole, not that it is the right one.
                     for run, (reader, used) in zip(match.runs, runs, strict=True):
@@ -369,7 +407,7 @@ class Store:
             tokens: The prefix, or packed; `source` has the KV of exactly these.
             source: Rows and state; not used after the call.
             tier: Role class.
-            prefill_s: Seconds that computing the prefix took, if known.
+            prefill_s: Seconds that computing the whole prefix took, if known.
             label: The user's name for it.
             pinned: Exempt from eviction.
             expires: UTC seconds after which it goes first.
@@ -397,9 +435,20 @@ class Store:
             self._grown[int(done.entry, 16)] = None
         return done
 
-    def touch(self, match: Match) -> None:
-        """Note that `match` was served. Buffered: `flush` or the next put writes it."""
-        self._disk.touch([int(entry, 16) for entry in match.entries], match.saved_s)
+    def touch(self, match: Match, *, num_tokens: int | None = None, spent_s: float = 0.0) -> None:
+        """Note that `match` was served. Buffered: `flush` or the next put writes it.
+
+        Its last entry is credited with the hit, and with what that saved: the prefill of the
+        tokens that were used and are on disk, less the time that serving them took.
+
+        Args:
+            match: What `match` or `fetch` gave.
+            num_tokens: Tokens that were used, if it was memory that served them.
+            spent_s: Seconds that serving them took.
+        """
+        used = match.num_tokens if num_tokens is None else min(num_tokens, match.num_tokens)
+        saved_s = match.saved_s * used / match.num_tokens if match.num_tokens else 0.0
+        self._disk.touch([int(one, 16) for one in match.entries], max(0.0, saved_s - spent_s))
 
     def count(self, name: str, amount: int = 1) -> None:
         """Add to a counter that `stats` shows. Buffered like `touch`."""
@@ -458,17 +507,21 @@ class Store:
         """
         self._change(prefix, lambda record: record._replace(label=label))
 
-    def evict(self, prefixes: Sequence[str]) -> int:
+    def evict(self, prefixes: Sequence[str], *, reason: str = REQUESTED) -> int:
         """Remove entries, and every file that nothing else needs; returns the bytes freed.
 
         Rows shared with other entries stay for those, and rows that nothing needs stay as long as
         their file does. A file that cannot be unlinked is tried again later, and not counted.
 
+        Args:
+            prefixes: Ids, or beginnings of ids that are unique.
+            reason: What `explain` is to say of them.
+
         Raises:
             KeyError: An id is unknown or ambiguous; nothing was removed.
         """
         numbers = list(dict.fromkeys(self._number(prefix) for prefix in prefixes))
-        return self._evictor.evict(numbers, "evicted by request")
+        return self._evictor.evict(numbers, reason)
 
     def evict_to(self, max_bytes: int) -> int:
         """Evict in order until the store takes at most `max_bytes`, or the rest is pinned.
@@ -622,7 +675,8 @@ def _match_in(txn: Reader, namespace: NamespaceRecord, packed: bytes, limit: int
     position, checkpoint = paths.resumable(txn, path, limit)
     reason = ""
     if path.common == 0:
-        reason = "no stored prompt begins with the first token"
+        stored = txn.children(namespace.root, limit=1)
+        reason = "no stored prompt begins with the first token" if stored else NOTHING_STORED
     elif position < min(path.common, limit):
         reason = "no checkpoint there: this model's cache cannot be trimmed"
     elif position == path.common < len(packed) // TOKEN_BYTES:
@@ -657,11 +711,24 @@ def _match_in(txn: Reader, namespace: NamespaceRecord, packed: bytes, limit: int
 
 
 def _saved_s(txn: Reader, entries: Sequence[int], position: int) -> float:
-    """Seconds that computing `position` tokens takes, by what was measured for the last entry."""
-    record = txn.entry(entries[-1]) if entries else None
-    if record is None or record.num_tokens == 0:
-        return 0.0
-    return record.prefill_s * position / record.num_tokens
+    """Seconds that computing `position` tokens takes, by what was measured for `entries`.
+
+    That is the cost of the last one measured there or above. The tokens behind it have their
+    part of what the entry below, whose rows they are, costs beyond it. A dear tail says nothing
+    of the prompt before it.
+    """
+    start, end, cost, cost_below = 0, 0, 0.0, 0.0
+    for number in reversed(entries):
+        record = txn.entry(number)
+        if record is None or record.prefill_s <= 0:
+            continue
+        if record.num_tokens <= position:
+            start, cost = record.num_tokens, record.prefill_s
+            break
+        end, cost_below = record.num_tokens, record.prefill_s
+    if start == position or end == 0:
+        return cost
+    return cost + max(0.0, cost_below - cost) * (position - start) / (end - start)
 
 
 def _known(txn: Reader, blob: int) -> BlobRecord:

@@ -153,8 +153,8 @@ class Amount(Struct, frozen=True):
     Attributes:
         entries: Number of entries.
         nbytes: Bytes of the files behind them; none is counted twice.
-        hits: Times they were restored.
-        saved_s: Seconds of prefill that saved.
+        hits: Requests that they served, from disk or out of memory.
+        saved_s: Seconds of prefill that saved, less what reading took.
     """
 
     entries: int = 0
@@ -178,6 +178,22 @@ class Departed(Struct, frozen=True):
     id: str
     since: float
     reason: str
+
+
+class LeftBehind(Struct, frozen=True):
+    """Entries that no model can find any more, because of the versions installed here.
+
+    Attributes:
+        reason: Why.
+        entries: Number of entries.
+        nbytes: Bytes of the files behind them.
+        pinned: Of the entries, those that only go when they are named.
+    """
+
+    reason: str
+    entries: int
+    nbytes: int
+    pinned: int
 
 
 class Survey:
@@ -298,6 +314,27 @@ class Survey:
             models.append(model)
             nbytes[model] += catalog.shares[place]
         return self._amounts(nbytes, [key_of[one] for one in catalog.table.namespaces])
+
+    @cached_property
+    def left_behind(self) -> list[LeftBehind]:
+        """What an upgrade left behind, by reason, the most bytes first; no model is looked at."""
+        reasons = {key: outdated_reason(self.models[key]) for key in self.by_model}
+        table = self._catalog.table
+        pinned = Counter(
+            self.fingerprints[namespace] for namespace in compress(table.namespaces, table.pinned)
+        )
+        found: dict[str, LeftBehind] = {}
+        for key, reason in reasons.items():
+            if reason:
+                before = found.get(reason, LeftBehind(reason, 0, 0, 0))
+                amount = self.by_model[key]
+                found[reason] = LeftBehind(
+                    reason,
+                    before.entries + amount.entries,
+                    before.nbytes + amount.nbytes,
+                    before.pinned + pinned[key],
+                )
+        return sorted(found.values(), key=lambda one: -one.nbytes)
 
     @cached_property
     def saved_s(self) -> float:
@@ -516,9 +553,8 @@ def stale_reason(model: Model, identifier: Identifier) -> str:
     """
     from persist_cache.fingerprint import Unidentified
 
-    wrote, installed = model.fields.get("mlx_lm", ""), _installed_mlx_lm()
-    if wrote and installed and wrote != installed:
-        return f"mlx-lm {wrote} computed it, {installed} is installed"
+    if outdated := outdated_reason(model):
+        return outdated
     name, adapter = model.info.get("name", ""), model.info.get("adapter")
     draft = model.info.get("draft.path") or model.info.get("draft.name")
     changed = ""
@@ -541,6 +577,20 @@ def stale_reason(model: Model, identifier: Identifier) -> str:
         if path and Path(path).is_absolute() and not Path(path).exists()
     ]
     return f"{gone[0]} is gone" if gone else ""
+
+
+def outdated_reason(model: Model) -> str:
+    """Why the versions installed here rule out this model's entries; "" if they do not."""
+    from persist_cache.fingerprint import LAYOUT_VERSION
+
+    wrote = model.fields.get("mlx_lm", "")
+    installed = _installed_mlx_lm() if wrote else ""
+    if installed and wrote != installed:
+        return f"computed by mlx-lm {wrote}, and {installed} is installed"
+    layout = model.fields.get("layout", "")
+    if layout and layout != str(LAYOUT_VERSION):
+        return f"written with layout {layout}, and persist-cache has {LAYOUT_VERSION} now"
+    return ""
 
 
 def _installed_mlx_lm() -> str:

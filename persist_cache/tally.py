@@ -1,15 +1,14 @@
-"""What a `PromptCache` did: outcomes of requests, counters, and the speed of prefill."""
+"""What a `PromptCache` did: outcomes of requests, and counters."""
 
 from __future__ import annotations
 
 import threading
-import time
 from collections import Counter, deque
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from persist_cache.catalog import StoreStats
-from persist_cache.entry import TOKEN_BYTES, Tier
+from persist_cache.digests import prompt_digest
 
 _REMEMBERED = 64
 
@@ -24,6 +23,7 @@ class Fetch:
         reason: On a miss or a short hit, why it is no more.
         seconds: Time the look-up took, reading included.
         nbytes: Bytes read from disk.
+        prefill_s: Seconds that computing those tokens took, 0 when nobody measured.
     """
 
     source: str
@@ -31,6 +31,22 @@ class Fetch:
     reason: str = ""
     seconds: float = 0.0
     nbytes: int = 0
+    prefill_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class RecentFetch:
+    """A prompt that was asked for, without its tokens, and how it was answered.
+
+    Attributes:
+        num_tokens: Length of the prompt when it was asked for.
+        digest: Its `prompt_digest` then, or b"" when it was no list of token ids.
+        fetch: The answer.
+    """
+
+    num_tokens: int
+    digest: bytes
+    fetch: Fetch
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,16 +87,6 @@ class PromptCacheStats:
     store: StoreStats | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Begun:
-    """A request whose prefill began when its look-up ended."""
-
-    model: Hashable
-    packed: bytes
-    cached_tokens: int
-    at: float
-
-
 class Tally:
     """Counters of one cache.
 
@@ -89,9 +95,8 @@ class Tally:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._recent: deque[tuple[Sequence[int], Fetch]] = deque(maxlen=_REMEMBERED)
-        self._begun: deque[_Begun] = deque(maxlen=_REMEMBERED)
-        self._token_s: dict[Hashable, float] = {}
+        self._recent: deque[RecentFetch] = deque(maxlen=_REMEMBERED)
+        self._of_thread = threading.local()
         self._hits: Counter[str] = Counter()
         self._misses: Counter[str] = Counter()
         self._tokens: Counter[str] = Counter()
@@ -102,20 +107,31 @@ class Tally:
         self._saves = 0
         self._written_bytes = 0
 
-    def recent(self) -> list[tuple[Sequence[int], Fetch]]:
+    def recent(self) -> list[RecentFetch]:
         """The latest prompts and how they were answered, oldest first."""
         with self._lock:
             return list(self._recent)
 
-    def begun(self, model: Hashable, packed: bytes, cached_tokens: int) -> None:
-        """Note that the prefill of what is not cached begins now."""
+    def last_fetch(self) -> Fetch | None:
+        """The outcome of the calling thread's latest request; of any thread's, if it made none."""
+        mine: Fetch | None = getattr(self._of_thread, "fetch", None)
+        if mine is not None:
+            return mine
         with self._lock:
-            self._begun.append(_Begun(model, packed, cached_tokens, time.monotonic()))
+            return self._recent[-1].fetch if self._recent else None
 
-    def fetched(self, tokens: Sequence[int], fetch: Fetch) -> None:
-        """Count the outcome of a request."""
+    def fetched(self, num_tokens: int, packed: bytes | None, fetch: Fetch) -> None:
+        """Count the outcome of a request of the calling thread.
+
+        Args:
+            num_tokens: Length of the prompt.
+            packed: The prompt, which is not kept; None when it could not be packed.
+            fetch: The outcome.
+        """
+        self._of_thread.fetch = fetch
+        digest = b"" if packed is None else prompt_digest(packed)
         with self._lock:
-            self._recent.append((tokens, fetch))
+            self._recent.append(RecentFetch(num_tokens, digest, fetch))
             if fetch.source == "miss":
                 self._misses[kind_of_miss(fetch.reason)] += 1
             else:
@@ -140,26 +156,6 @@ class Tally:
         """Count something that went wrong or was refused."""
         with self._lock:
             self._problems[name] += 1
-
-    def prefill_s(self, model: Hashable, packed: bytes, tier: Tier) -> float:
-        """Estimate what computing a prompt takes, from the requests that were seen.
-
-        Between the look-up of a request and the insert of its prompt lies its prefill. A reply's
-        insert comes after decoding, so it is valued by the speed of earlier prefills.
-        """
-        num_tokens = len(packed) // TOKEN_BYTES
-        now = time.monotonic()
-        with self._lock:
-            for begun in reversed(self._begun):
-                if tier == Tier.ASSISTANT:
-                    break
-                computed = num_tokens - begun.cached_tokens
-                if begun.model == model and computed > 0 and begun.packed.startswith(packed):
-                    token_s = (now - begun.at) / computed
-                    before = self._token_s.get(model, token_s)
-                    self._token_s[model] = before + (token_s - before) / 4
-                    break
-            return self._token_s.get(model, 0.0) * num_tokens
 
     def stats(
         self,

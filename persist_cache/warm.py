@@ -14,9 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from persist_cache import loading, rendering
 from persist_cache.entry import Tier
 from persist_cache.errors import MissingDependencyError, ModelError
-from persist_cache.fingerprint import Fingerprint
+from persist_cache.evict import REPLACED
+from persist_cache.fingerprint import Fingerprint, Identifier
+from persist_cache.incoming import RefusedError
+from persist_cache.prefills import PrefillClock, Rate, whole_s
+from persist_cache.rendering import Prompt, PromptRequest
 from persist_cache.store import Store
 
 DEFAULT_STEP_TOKENS = 2048
@@ -29,36 +34,42 @@ PARTIAL_LABEL = "(partial)"
 Message = Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """A rendered prompt.
+def load_model(
+    model: str, adapter_path: str | None = None, *, identifier: Identifier | None = None
+) -> tuple[Any, Any]:
+    """Load a model and its tokenizer from a folder or a hub id, and settle its identity.
 
-    Attributes:
-        tokens: Token ids.
-        system_tokens: Leading tokens that every conversation with the same system messages and
-            tools shares; 0 when there is no system part.
-    """
-
-    tokens: list[int]
-    system_tokens: int
-
-
-def load_model(model: str, adapter_path: str | None = None) -> tuple[Any, Any]:
-    """Load a model and its tokenizer from a folder or a hub id.
+    Args:
+        model: Folder or hub id.
+        adapter_path: Folder of an adapter, or None.
+        identifier: Where the identity of `(model, adapter_path, None)` is settled; without one,
+            for the whole process, as `persist_cache.load` does.
 
     Raises:
         ModelError: It cannot be found or loaded.
         MissingDependencyError: mlx-lm is not installed.
     """
     with model_errors(model):
+        if identifier is None:
+            return loading.load(model, adapter_path=adapter_path)
         import mlx_lm
 
-        loaded = mlx_lm.load(model, adapter_path=adapter_path)
-        return loaded[0], loaded[1]
+        def read() -> tuple[Any, Any]:
+            loaded = mlx_lm.load(model, adapter_path=adapter_path)
+            loading.evaluate(loaded[0])
+            return loaded[0], loaded[1]
+
+        # First, or a hub id that is not here yet would be loaded twice.
+        loading.fetch(model)
+        return identifier.around_load((model, adapter_path, None), read)
 
 
-def load_tokenizer(model: str) -> Any:
+def load_tokenizer(model: str, *, chat_template: str | None = None) -> Any:
     """Load a model's tokenizer without its weights.
+
+    Args:
+        model: Folder or hub id.
+        chat_template: What to use instead of the model's own, or None.
 
     Raises:
         ModelError: It cannot be found or loaded.
@@ -67,7 +78,7 @@ def load_tokenizer(model: str) -> Any:
     with model_errors(model):
         from mlx_lm.utils import load_tokenizer
 
-        return load_tokenizer(model)
+        return load_tokenizer(model, {"chat_template": chat_template} if chat_template else None)
 
 
 @contextlib.contextmanager
@@ -75,6 +86,8 @@ def model_errors(model: str) -> Iterator[None]:
     """mlx-lm, transformers and the hub raise whatever they like; the user gets one sentence."""
     try:
         yield
+    except MissingDependencyError:
+        raise
     except ImportError as error:
         raise MissingDependencyError(
             "Running a model needs MLX and mlx-lm: pip install mlx mlx-lm."
@@ -99,36 +112,17 @@ def render(
 ) -> Prompt:
     """Render a chat request as `mlx_lm.server` does, and find its system part.
 
-    The system part is measured, not parsed: two user messages that differ are rendered in place
-    of what follows, and the tokens that both have in common are the part that can be shared.
-
     Raises:
         ModelError: The model has no chat template, or the template refuses the messages.
     """
-    head = []
-    for message in messages:
-        if message.get("role") != "system":
-            break
-        head.append(dict(message))
+    asked = PromptRequest(
+        [dict(message) for message in messages],
+        tools=[dict(tool) for tool in tools] if tools else None,
+    )
     try:
-
-        def rendered(chat: Sequence[Message], generate: bool) -> list[int]:
-            return list(
-                tokenizer.apply_chat_template(
-                    [dict(one) for one in chat],
-                    tools=list(tools) if tools else None,
-                    add_generation_prompt=generate,
-                    **(template_args or {}),
-                )
-            )
-
-        tokens = rendered(messages, True)
-        if not head:
-            return Prompt(tokens, 0)
-        probes = [rendered([*head, {"role": "user", "content": text}], True) for text in "AB"]
-    except Exception as error:  # templates are programs of their own
-        raise ModelError(f"The chat template refuses these messages: {error}") from error
-    return Prompt(tokens, common_prefix(tokens, *probes))
+        return rendering.render(tokenizer, asked, template_args=template_args)
+    except RefusedError as refusal:
+        raise ModelError(str(refusal)) from refusal
 
 
 def common_prefix(*sequences: Sequence[int]) -> int:
@@ -210,7 +204,7 @@ class Warmed:
         num_tokens: Tokens that requests will find.
         found_tokens: Of these, stored before.
         nbytes: Bytes written.
-        seconds: Time the prefill took.
+        seconds: Time the prefill of the others took.
     """
 
     entry: str | None
@@ -230,21 +224,26 @@ def warm(
     label: str = "",
     pinned: bool = False,
     expires: float | None = None,
+    system_tokens: int = 0,
     step_tokens: int = WARM_STEP_TOKENS,
     quantize: KVQuantization | None = None,
     progress: Callable[[int], None] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Warmed:
     """Prefill `tokens` and store them, chunk by chunk, so that an interruption loses one chunk.
 
     Args:
         store: An open store.
-        fingerprint: Identity of the model, its KV options included.
+        fingerprint: Identity that `model` was loaded with, its KV options included.
         model: The model.
         tokens: The prefix to store.
         tier, label, pinned, expires: As in `Store.put`.
+        system_tokens: Length of the system part of `tokens`. Where they go on behind it, an entry
+            of its own is left there, as a server does: not every cache can be cut there later.
         step_tokens: Tokens per model call and per commit.
         quantize: How the server that will use it quantizes its KV, or None.
         progress: Called with the tokens done so far, those found on disk included.
+        clock: Seconds by which prefill is timed.
 
     Raises:
         StoreError: The disk is full or failed; what was stored before stays.
@@ -254,25 +253,30 @@ def warm(
 
     found = store.fetch(fingerprint, tokens, tensors.restore)
     cache, done = (new_cache(model), 0) if found is None else (found[0], found[1].num_tokens)
-    started = time.monotonic()
+    found_s = 0.0 if found is None else found[1].saved_s
+    timer, rate = PrefillClock(clock), Rate()
     found_tokens, nbytes = done, 0
     if progress is not None:
         progress(done)
-    # The prefill of what was found is not known here; the rate of the rest stands for it.
     while True:
         end = min(done + step_tokens, len(tokens))
-        prefill(model, cache, tokens[done:end], step_tokens=step_tokens, quantize=quantize)
+        if done < system_tokens:
+            end = min(end, system_tokens)
+        before = timer()
+        with timer.running():
+            prefill(model, cache, tokens[done:end], step_tokens=step_tokens, quantize=quantize)
+        rate.add(end - done, timer() - before)
         last = end == len(tokens)
-        spent = time.monotonic() - started
         tensors.prepare(cache, end)
+        lasts = last or end == system_tokens
         computed = end - found_tokens
         result = store.put(
             fingerprint,
             tokens[:end],
             tensors.source(cache, end),
-            tier=tier,
-            prefill_s=spent * end / computed if computed else 0.0,
-            label=label if last else PARTIAL_LABEL,
+            tier=Tier.SYSTEM if lasts and not last else tier,
+            prefill_s=whole_s(found_tokens, found_s, computed, timer(), rate) if computed else 0.0,
+            label=label if last else "" if lasts else PARTIAL_LABEL,
             pinned=pinned and last,
             expires=expires if last else None,
         )
@@ -282,7 +286,7 @@ def warm(
         if progress is not None:
             progress(done)
         if last:
-            return Warmed(result.entry, len(tokens), found_tokens, nbytes, spent)
+            return Warmed(result.entry, len(tokens), found_tokens, nbytes, timer())
 
 
 def _drop_partial(
@@ -293,4 +297,4 @@ def _drop_partial(
         if entry != keep:
             with contextlib.suppress(KeyError):
                 if store.get(entry).label == PARTIAL_LABEL:
-                    store.evict([entry])
+                    store.evict([entry], reason=REPLACED)

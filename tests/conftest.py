@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import hypothesis
 import pytest
 
 from persist_cache.store import Store
+from tests import memory
 from tests.fakes import Clock
 
 pytest_plugins = ["tests.real_model"]
@@ -20,6 +22,14 @@ hypothesis.settings.register_profile("ci", derandomize=True, print_blob=True)
 
 # A shell makes what it runs in the background ignore it, and the commands under test inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure() -> None:
+    memory.use_for_temporary_folders()
+
+
+def pytest_report_header() -> str:
+    return f"temporary folders: {tempfile.gettempdir()}"
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,8 @@
-"""A folder in memory: a test of processes that die, or disks that fail, need not wait for one."""
+"""Folders in memory: a test spends most of its time in fsync, and need not wait for a disk.
+
+`use_for_temporary_folders` makes memory the place of all temporary folders of a test run, also of
+the processes that it starts. A test that needs a real disk carries the marker `on_disk`.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _MEMORY = "/dev/shm"
+_ENOUGH_BYTES = 4 << 30
+"""Free bytes without which the tests stay on the disk: containers often have 64 MiB."""
 
 
 @contextmanager
@@ -20,3 +26,22 @@ def fast_folder() -> Iterator[Path]:
         yield Path(folder)
     finally:
         shutil.rmtree(folder)
+
+
+def use_for_temporary_folders() -> str:
+    """Put temporary folders into memory, unless TMPDIR names a place or memory is small.
+
+    Returns:
+        The folder in which temporary folders are made.
+    """
+    if "TMPDIR" not in os.environ and _has_room():
+        os.environ["TMPDIR"] = _MEMORY
+        tempfile.tempdir = None  # asked again
+    return tempfile.gettempdir()
+
+
+def _has_room() -> bool:
+    if not os.access(_MEMORY, os.W_OK) or not os.path.ismount(_MEMORY):
+        return False
+    found = os.statvfs(_MEMORY)
+    return found.f_bavail * found.f_frsize >= _ENOUGH_BYTES

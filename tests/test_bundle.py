@@ -46,6 +46,7 @@ from persist_cache.errors import (
 )
 from persist_cache.fingerprint import Fingerprint
 from persist_cache.store import Store
+from persist_cache.survey import find_departed
 from tests.bundles import Parts, pack
 from tests.fakes import (
     Clock,
@@ -1017,6 +1018,11 @@ def test_a_failure_takes_back_what_was_added(
 
     with Bundle(good) as bundle, pytest.raises(StoreError, match="disk failed"):
         load(other, bundle.entries)
+    with Bundle(good) as bundle:
+        gone = [find_departed(other, entry.id) for entry in bundle.entries]
+    assert {one.reason for one in gone if one is not None} == {
+        "removed again because its import failed"
+    }
     assert other.entries() == []
     assert blob_files(other.root) == []
     assert other.check(read_data=True) == []

@@ -6,77 +6,20 @@ import os
 import shutil
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from persist_cache import PromptCache, Store, UnsupportedCacheError, fs
-from persist_cache.blobs import BlobReader
+from persist_cache import PromptCache, Store, fs
+from persist_cache.digests import prompt_digest
+from persist_cache.entry import pack_tokens
 from persist_cache.fingerprint import Fingerprint
-from persist_cache.insert import Source
-from tests.fakes import FakeSource, fingerprint, restore
-
-MODEL = ("model", None, None)
-
-
-class FakeLayer:
-    """Stands for a KV cache that has seen `tokens`."""
-
-    def __init__(self, tokens: Sequence[int], trimmable: bool = True) -> None:
-        self.tokens = list(tokens)
-        self.trimmable = trimmable
-
-
-class FakeCodec:
-    """The contract of `persist_cache.tensors`, for `FakeLayer`."""
-
-    def __init__(self) -> None:
-        self.copies = 0
-        self.unsupported = False
-        self.ranks = 1
-
-    def group_size(self) -> int:
-        return self.ranks
-
-    def prepare(self, cache: Sequence[Any], num_tokens: int) -> int:
-        if self.unsupported:
-            raise UnsupportedCacheError("LayerCache")
-        return min(num_tokens, len(cache[0].tokens))
-
-    def source(self, cache: Sequence[Any], num_tokens: int) -> Source:
-        layer = cache[0]
-        return FakeSource(layer.tokens[:num_tokens], complete=layer.trimmable)
-
-    def restore(
-        self,
-        runs: Sequence[tuple[BlobReader, int]],
-        checkpoint: BlobReader | None,
-        num_tokens: int,
-    ) -> list[FakeLayer]:
-        restored = restore(runs, checkpoint, num_tokens)
-        # Row i is the sum of the tokens up to i, so the tokens can be had back from the rows.
-        sums = [int(row) for row in restored.rows[0, 0, :, 0]]
-        tokens = [b - a for a, b in zip([0, *sums], sums, strict=False)]
-        return [FakeLayer(tokens, trimmable=checkpoint is None)]
-
-    def can_trim(self, cache: Sequence[Any]) -> bool:
-        return bool(cache[0].trimmable)
-
-    def trim(self, cache: Sequence[Any], num_tokens: int) -> int:
-        cache[0].tokens = cache[0].tokens[: len(cache[0].tokens) - num_tokens]
-        return num_tokens
-
-    def nbytes(self, cache: Sequence[Any]) -> int:
-        return 64 * len(cache[0].tokens)
-
-    def copy_cache(self, cache: Any) -> Any:
-        self.copies += 1
-        return [FakeLayer(cache[0].tokens, cache[0].trimmable)]
-
-    def num_tokens(self, cache: Sequence[Any]) -> int | None:
-        return len(cache[0].tokens)
+from tests.fakes import fingerprint
+from tests.live_fakes import MODEL, FakeCodec, FakeLayer
 
 
 @pytest.fixture
@@ -600,6 +543,54 @@ def test_threads_may_share_a_cache(make: Callable[..., PromptCache]) -> None:
 
     assert errors == []
     assert cache.stats().problems == {}
+
+
+def test_prompts_that_were_answered_are_remembered_without_their_tokens(
+    make: Callable[..., PromptCache],
+) -> None:
+    """64 prompts of 30,000 tokens took 93 MB, for the sake of a header."""
+    cache = make(store=None)
+    tracemalloc.start()
+    before, _ = tracemalloc.get_traced_memory()
+
+    for base in range(64):
+        cache.fetch_nearest_cache(MODEL, [base << 32, *range(5_000)])
+    after, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert len(cache.recent_fetches()) == 64
+    assert after - before < 64 * 5_000  # a byte per token
+
+
+def test_list_that_its_owner_extends_is_remembered_as_it_was_asked_for(
+    make: Callable[..., PromptCache],
+) -> None:
+    """mlx_lm.server appends what it generates to the very list that it asked for."""
+    cache = make(store=None)
+    asked = [1, 2, 3]
+
+    cache.fetch_nearest_cache(MODEL, asked)
+    asked.append(4)
+
+    (recent,) = cache.recent_fetches()
+    assert (recent.num_tokens, recent.digest) == (3, prompt_digest(pack_tokens([1, 2, 3])))
+
+
+def test_last_fetch_is_that_of_the_thread_that_asks(make: Callable[..., PromptCache]) -> None:
+    cache = make(store=None)
+    insert(cache, range(10), "assistant")
+    fetch(cache, range(12))
+
+    def miss() -> str:
+        fetch(cache, [77])
+        return cache.last_fetch.source
+
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(miss).result() == "miss"
+        assert other.submit(lambda: cache.last_fetch.source).result() == "miss"
+    assert cache.last_fetch.source == "memory"
+    with ThreadPoolExecutor(1) as newcomer:
+        assert newcomer.submit(lambda: cache.last_fetch.source).result() == "miss"
 
 
 @pytest.mark.parametrize(

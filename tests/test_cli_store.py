@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -14,6 +16,7 @@ import pytest
 
 from persist_cache import Store
 from persist_cache.fingerprint import Fingerprint, identify
+from persist_cache.survey import Survey
 from tests.bulk_store import conversations
 from tests.bulk_store import fill as fill_bulk
 from tests.cli import OTHER, QUESTION, REPLY, SYSTEM, Run, contents, fill, runner, script
@@ -319,6 +322,63 @@ def test_evict_stale_names_what_is_gone(tmp_path: Path, root: Path, run: Run) ->
     assert "is gone" in reasons[gone]
     assert "have changed (weights)" in reasons[trained]
     assert {unknown, quantized}.isdisjoint(reasons)
+
+
+@pytest.fixture
+def upgraded(root: Path) -> dict[str, int]:
+    """A store from before an upgrade of mlx-lm; bytes by entry, and what can still be used."""
+    here = importlib.metadata.version("mlx-lm")
+    layouts = {"old": ("0.30.0", 1), "older": ("0.30.0", 1), "newer": (here, 99), "now": (here, 1)}
+    with Store.open(root, min_free_bytes=0) as store:
+        for number, (name, (mlx_lm, layout)) in enumerate(layouts.items()):
+            model = Fingerprint.from_fields(
+                {"weights": name, "mlx_lm": mlx_lm, "layout": layout}, {"name": name}
+            )
+            tokens = [*SYSTEM, *range(number * 10)]
+            store.put(model, tokens, FakeSource(tokens), pinned=name == "older")
+        models = {one.fingerprint: one.name for one in Survey(store).models.values()}
+        return {models[one.fingerprint]: one.own_bytes for one in store.entries()}
+
+
+def test_stats_count_what_an_upgrade_left_behind(upgraded: dict[str, int], run: Run) -> None:
+    found = run("stats", "--json").json["left_behind"]
+    said = run("stats").out
+
+    assert [(one["entries"], one["pinned"]) for one in found] == [(2, 1), (1, 0)]
+    assert [one["bytes"] for one in found] == [
+        upgraded["old"] + upgraded["older"],
+        upgraded["newer"],
+    ]
+    assert "0.30.0" in found[0]["reason"]
+    assert "layout 99" in found[1]["reason"]
+    assert all(one["reason"] in " ".join(said.split()) for one in found)
+
+
+def test_doctor_counts_what_an_upgrade_left_behind(upgraded: dict[str, int], run: Run) -> None:
+    notes = [one["message"] for one in run("doctor", "--json").json["findings"]]
+
+    assert sum("2 entries" in one and "0.30.0" in one for one in notes) == 1
+    assert sum("1 entry" in one and "layout 99" in one for one in notes) == 1
+
+
+def test_command_that_is_named_removes_what_an_upgrade_left_behind(
+    upgraded: dict[str, int], root: Path, run: Run
+) -> None:
+    command = re.search(r"`(persist-cache [^`]* evict --stale)`", run("stats").out)
+    assert command is not None
+    arguments = shlex.split(command[1])[1:]
+    assert arguments[:2] == ["--store", str(root)]
+
+    run(*arguments[2:], "--yes")
+
+    left = run("stats", "--json").json["left_behind"]
+    assert [(one["entries"], one["pinned"]) for one in left] == [(1, 1)], "the pinned one stays"
+    assert run("stats", "--json").json["entries"] == 2
+
+
+def test_stats_of_a_store_without_an_upgrade_name_nothing(ids: dict[str, str], run: Run) -> None:
+    assert run("stats", "--json").json["left_behind"] == []
+    assert "left behind" not in run("stats").out
 
 
 def fake_model(folder: Path) -> Path:

@@ -232,6 +232,10 @@ BAD: dict[str, tuple[list[object], str]] = {
         ["warm", "--model", "MODEL", "--system", "x", "--chat-template-args", "{"],
         "JSON",
     ),
+    "template arguments that are not the template's": (
+        ["warm", "--model", "MODEL", "--system", "x", "--chat-template-args", '{"tokenize": 0}'],
+        "must not set tokenize",
+    ),
 }
 
 
@@ -280,3 +284,36 @@ def test_warm_beside_a_process_that_reads(model: Path, store: Path, tmp_path: Pa
 
     _, errors = reader.communicate(timeout=60)
     assert (done.returncode, reader.returncode, errors) == (0, 0, b"")
+
+
+def test_warm_stores_under_the_identity_of_what_it_loaded(
+    tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It looks first whether the prompt is stored; other weights may be there when it loads."""
+    import mlx_lm
+    from click.testing import CliRunner
+
+    from persist_cache.fingerprint import identify
+    from persist_cache_cli.main import cli
+
+    tiny = build_model_dir(tmp_path / "tiny", seed=1)
+    before = identify(str(tiny))
+    load = mlx_lm.load
+
+    def replacing(*args: object, **kwargs: object) -> object:
+        monkeypatch.setattr(mlx_lm, "load", load)
+        build_model_dir(tiny, seed=2)
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(mlx_lm, "load", replacing)
+    arguments = ["--store", str(store), "warm", "--model", str(tiny), "--system", SYSTEM, "--json"]
+
+    done = CliRunner().invoke(cli, arguments)
+
+    assert done.exit_code == 0, done.output
+    with Store.open(store, min_free_bytes=0) as opened:
+        (entry,) = opened.entries()
+    after = identify(str(tiny))
+    assert after is not None
+    assert after != before
+    assert entry.fingerprint == after.hex

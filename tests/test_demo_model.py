@@ -5,6 +5,7 @@ import http.server
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -345,6 +346,29 @@ def test_unusable_library_is_not_offered(tmp_path: Path, monkeypatch: pytest.Mon
     damaged = tmp_path / "libopenblas.so.0"
     damaged.write_bytes(b"\x7fELF")
     monkeypatch.setattr(openblas, "_candidates", lambda: [tmp_path / "absent", damaged])
+
+    assert openblas.preload_env() == {}
+
+
+@pytest.mark.usefixtures("fresh_openblas")
+@pytest.mark.skipif(sys.platform != "linux", reason="LD_PRELOAD is Linux's")
+@pytest.mark.parametrize(
+    "product", ["__builtin_trap();", ""], ids=["illegal instruction", "wrong product"]
+)
+def test_library_that_cannot_multiply_here_is_not_offered(
+    product: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler: a library for another processor cannot be made")
+    source = tmp_path / "blas.c"
+    source.write_text(
+        'char *openblas_get_config(void) { return ""; }\n'
+        f"void cblas_sgemm(void) {{ {product} }}\n"
+    )
+    library = tmp_path / "libopenblas.so.0"
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source], check=True)
+    monkeypatch.setattr(openblas, "_candidates", lambda: [library])
 
     assert openblas.preload_env() == {}
 

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
+from persist_cache import contents
 from persist_cache import fingerprint as module
 from persist_cache.fingerprint import (
     FieldChange,
@@ -42,7 +43,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def settled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let files be remembered as soon as they are written."""
-    monkeypatch.setattr(module, "_SETTLED_NS", -(10**12))
+    monkeypatch.setattr(contents, "SETTLED_NS", -(10**12))
 
 
 @pytest.fixture
@@ -59,9 +60,11 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def write_weights(path: Path, seed: int = 0, rows: int = 8) -> None:
+def write_weights(
+    path: Path, seed: int = 0, rows: int = 8, tensor: str = "model.embed_tokens.weight"
+) -> None:
     values = np.random.default_rng(seed).standard_normal((rows, 64), dtype=np.float32)
-    save_file({"model.embed_tokens.weight": values}, path)
+    save_file({tensor: values}, path)
 
 
 def write_model(folder: Path, seed: int = 0, **config: object) -> Path:
@@ -422,7 +425,9 @@ def test_every_shard_counts(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model")
     (model / "model.safetensors").unlink()
     for number in range(6):
-        write_weights(model / f"model-{number}-of-6.safetensors", seed=number)
+        write_weights(
+            model / f"model-{number}-of-6.safetensors", seed=number, tensor=f"layer.{number}"
+        )
     before = known(model)
 
     (model / "model-3-of-6.safetensors").rename(tmp_path / "aside")
@@ -435,7 +440,7 @@ def test_every_shard_counts(tmp_path: Path) -> None:
 
 def test_names_of_shards_do_not_matter(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model")
-    write_weights(model / "model-2.safetensors", seed=2)
+    write_weights(model / "model-2.safetensors", seed=2, tensor="lm_head.weight")
     before = known(model)
 
     (model / "model.safetensors").rename(model / "model-3.safetensors")
@@ -859,7 +864,7 @@ def test_a_memo_that_cannot_be_written_costs_time_only(tmp_path: Path, reads: li
 def test_memo_keeps_the_newest_records(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: list[str]
 ) -> None:
-    monkeypatch.setattr(module, "_MEMO_RECORDS", 2)
+    monkeypatch.setattr(contents, "MEMO_RECORDS", 2)
     models = [write_model(tmp_path / str(number), seed=number) for number in range(3)]
     for model in models:
         known(model)

@@ -23,7 +23,7 @@ from persist_cache.records import Edge
 from persist_cache.rewrite import LivingRun, rewrite
 from persist_cache.store import Store
 from tests.fakes import Clock, blob_files, disk_usage, fetched, fingerprint, meanwhile, put, restore
-from tests.test_cache import MODEL, FakeCodec, FakeLayer
+from tests.live_fakes import MODEL, FakeCodec, FakeLayer
 from tests.test_tensors import held
 from tests.tiny_caches import CACHES, feed, new_cache
 

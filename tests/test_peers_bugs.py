@@ -24,8 +24,8 @@ from persist_cache.blobs import BlobReader
 from persist_cache.errors import CorruptBlobError, StoreAccessError, StoreFullError
 from persist_cache.store import Store
 from tests.fakes import FakeSource, blob_files, disk_usage, fetched, fingerprint, put
+from tests.live_fakes import MODEL, FakeCodec, FakeLayer
 from tests.memory import fast_folder
-from tests.test_cache import MODEL, FakeCodec, FakeLayer
 
 TESTS = Path(__file__).parent
 ROWS = (

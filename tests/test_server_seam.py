@@ -53,6 +53,7 @@ def test_handler_methods_take_no_arguments(name: str) -> None:
     ("ours", "theirs"),
     [
         (server.Generator, upstream.ResponseGenerator),
+        (server.Batch, upstream.BatchGenerator),
         (server.Provider, upstream.ModelProvider),
         (server.Handler, upstream.APIHandler),
     ],
@@ -88,5 +89,6 @@ def test_contexts_and_requests_have_the_fields_that_we_read() -> None:
 
 
 def test_upstream_calls_what_serve_replaces_by_its_global_name() -> None:
-    # `serve` swaps these two names; a `main` that reached them otherwise would start without us.
+    # `serve` swaps these names; code that reached them otherwise would do without us.
     assert {"run", "ModelProvider"} <= set(upstream.main.__code__.co_names)
+    assert "BatchGenerator" in upstream.ResponseGenerator._generate.__code__.co_names

@@ -12,8 +12,11 @@ from typing import Any, TypeVar, cast
 import click
 import msgspec
 
+from persist_cache.errors import ModelError
 from persist_cache.fingerprint import Identifier
-from persist_cache.warm import KVQuantization
+from persist_cache.incoming import RefusedError, check_template_args, decode_json
+from persist_cache.rendering import Prompt, PromptRequest, read_request, render
+from persist_cache.warm import KVQuantization, load_tokenizer, model_errors
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
@@ -52,18 +55,42 @@ class ModelChoice:
 
 
 @dataclass(frozen=True, slots=True)
-class Chat:
-    """A chat request.
+class Template:
+    """The server's options that change how prompts are rendered.
 
     Attributes:
-        messages: As in the OpenAI API.
-        tools: Tool definitions, or None.
-        template_args: Further arguments of the chat template.
+        args: `--chat-template-args`; a request's own `chat_template_kwargs` win over them.
+        text: `--chat-template`, instead of the model's own, or None.
+        use_default: `--use-default-chat-template`.
     """
 
-    messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]] | None = None
-    template_args: dict[str, Any] = field(default_factory=dict)
+    args: dict[str, Any] = field(default_factory=dict)
+    text: str | None = None
+    use_default: bool = False
+
+    def tokenizer(self, model: str) -> Any:
+        """Load the tokenizer of a model as the server does.
+
+        Raises:
+            ModelError: It cannot be found or loaded.
+            MissingDependencyError: mlx-lm is not installed.
+        """
+        found = load_tokenizer(model, chat_template=self.text)
+        if self.use_default and found.chat_template is None:
+            with model_errors(model):
+                found.chat_template = found.default_chat_template
+        return found
+
+    def render(self, tokenizer: Any, request: PromptRequest) -> Prompt:
+        """Render a request as the server does.
+
+        Raises:
+            ModelError: The template refuses it.
+        """
+        try:
+            return render(tokenizer, request, template_args=self.args)
+        except RefusedError as refusal:
+            raise ModelError(str(refusal)) from refusal
 
 
 def model_options(command: F) -> F:
@@ -79,6 +106,43 @@ def model_options(command: F) -> F:
     for option in reversed(options):
         decorated = option(decorated)
     return cast(F, decorated)
+
+
+def template_options(command: F) -> F:
+    """Add the options that change how prompts are rendered, as `mlx_lm.server` spells them."""
+    options: list[Any] = [
+        click.option(
+            "--chat-template-args",
+            metavar="JSON",
+            help="Further arguments of the template; those in a request win.",
+        ),
+        click.option("--chat-template", metavar="TEXT", help="Template instead of the model's."),
+        click.option(
+            "--use-default-chat-template",
+            is_flag=True,
+            help="For a model without a template of its own.",
+        ),
+    ]
+    decorated: Any = command
+    for option in reversed(options):
+        decorated = option(decorated)
+    return cast(F, decorated)
+
+
+def choose_template(
+    chat_template_args: str | None, chat_template: str | None, use_default_chat_template: bool
+) -> Template:
+    """Put the values of `template_options` together.
+
+    Raises:
+        click.ClickException: The arguments are no JSON object, or not for a template.
+    """
+    args = parse_json(chat_template_args or "{}", "--chat-template-args", dict[str, Any])
+    try:
+        check_template_args(args, "--chat-template-args")
+    except RefusedError as refusal:
+        raise click.UsageError(str(refusal)) from None
+    return Template(args, chat_template, use_default_chat_template)
 
 
 def choose_model(
@@ -145,24 +209,57 @@ def _read_file(path: Path, option: str) -> str:
         raise click.UsageError(f"{option}: {path} is not UTF-8 text.") from None
 
 
-def read_messages(path: Path, option: str = "--messages") -> list[dict[str, Any]]:
-    """A list of chat messages, or a whole chat request with such a list.
+def read_request_file(
+    path: Path, option: str = "--messages", *, tools: Path | None = None
+) -> PromptRequest:
+    """A client's request: its body, a list of messages, or a recording with such a body.
+
+    Args:
+        path: A JSON file.
+        option: What it was given with.
+        tools: File with tool definitions that take the place of those in the body, or None.
 
     Raises:
-        click.ClickException: It is neither.
+        click.ClickException: It cannot be read, or the server would not understand it.
     """
-    found = read_json(path, option, dict[str, Any] | list[dict[str, Any]])  # type: ignore[arg-type]
-    messages = found.get("messages") if isinstance(found, dict) else found
+    found = _read_request_json(path, option)
+    if isinstance(found, list):
+        found = {"messages": found}
+    elif not {"messages", "prompt"} & found.keys() and isinstance(found.get("body"), dict):
+        found = found["body"]
+    if tools is not None:
+        definitions = _read_tools(tools)
+        if found.get("tools") and found["tools"] != definitions:
+            click.echo(f"Note: --tools takes the place of the tools in {path}.", err=True)
+        found = {**found, "tools": definitions}
     try:
-        checked = msgspec.convert(messages, list[dict[str, Any]])
-    except msgspec.ValidationError:
-        checked = []
-    if not checked or not all(isinstance(one.get("role"), str) for one in checked):
-        raise click.UsageError(
-            f"{option} {path} must be a list of messages with a role each, "
-            'such as [{"role": "user", "content": "Hello"}].'
-        )
-    return checked
+        return read_request(found)
+    except RefusedError as refusal:
+        raise click.UsageError(f"{option} {path} has the wrong shape: {refusal}") from None
+
+
+def with_tools(messages: list[dict[str, Any]], tools: Path | None) -> PromptRequest:
+    """A request with these messages, and the tools in a file."""
+    return PromptRequest(messages, tools=None if tools is None else _read_tools(tools) or None)
+
+
+def _read_tools(path: Path) -> list[dict[str, Any]]:
+    found = _read_request_json(path, "--tools")
+    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+        raise click.UsageError(f"--tools {path} has the wrong shape: no list of objects.")
+    return found
+
+
+def _read_request_json(path: Path, option: str) -> Any:
+    """JSON as the server decodes it: what another decoder makes of it may be another prompt."""
+    try:
+        found = decode_json(_read_file(path, option).encode())
+    except RefusedError as refusal:
+        said = str(refusal).replace("The body", f"{option} {path}", 1)
+        raise click.UsageError(said) from None
+    if not isinstance(found, (dict, list)):
+        raise click.UsageError(f"{option} {path} has the wrong shape: no object and no list.")
+    return found
 
 
 class ManifestPrompt(msgspec.Struct, forbid_unknown_fields=True):
@@ -177,6 +274,8 @@ class ManifestPrompt(msgspec.Struct, forbid_unknown_fields=True):
     kv_group_size: int = 64
     quantized_kv_start: int = 5000
     chat_template_args: dict[str, Any] = msgspec.field(default_factory=dict)
+    chat_template: str | None = None
+    use_default_chat_template: bool = False
     tier: str | None = None
     pin: bool = False
     ttl: str | None = None

@@ -17,6 +17,7 @@ from persist_cache.catalog import identity_of
 from persist_cache.entry import Tier
 from persist_cache.environment import installed_version
 from persist_cache.errors import StoreError, StoreFullError
+from persist_cache.evict import UNDONE
 from persist_cache.fingerprint import FieldChange, Fingerprint
 from persist_cache.index import Reader, Writer
 from persist_cache.records import NO_ENTRY
@@ -171,7 +172,7 @@ def load(
         except BaseException:
             for one_id in added:
                 with contextlib.suppress(StoreError, KeyError):
-                    store.evict([one_id])
+                    store.evict([one_id], reason=UNDONE)
             raise
     return found
 

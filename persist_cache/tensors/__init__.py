@@ -21,10 +21,12 @@ from persist_cache.tensors.live import (
 )
 from persist_cache.tensors.restore import restore
 from persist_cache.tensors.source import CacheSource, source
+from persist_cache.tensors.witness import Witness, witness
 
 __all__ = [
     "CacheSource",
     "LayerStatus",
+    "Witness",
     "can_trim",
     "copy_cache",
     "group_size",
@@ -35,4 +37,5 @@ __all__ = [
     "source",
     "supported",
     "trim",
+    "witness",
 ]

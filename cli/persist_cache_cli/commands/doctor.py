@@ -15,6 +15,7 @@ from persist_cache.budget import DEFAULT_MAX_BYTES, DEFAULT_MIN_FREE_BYTES
 from persist_cache.environment import BreakEven, DiskSpeed, Finding, Folder, ModelCache
 from persist_cache.errors import StoreError
 from persist_cache.survey import Survey, quarantined
+from persist_cache_cli import left_behind
 from persist_cache_cli.output import (
     Painter,
     format_bytes,
@@ -255,7 +256,7 @@ def _examine(store: str | None, choice: ModelChoice | None) -> _Report:
         try:
             with reading(store) as opened:
                 if opened is not None:
-                    _look_into(opened, report)
+                    _look_into(opened, report, store)
         except StoreError as error:
             failures.append(str(error))
     max_bytes, min_free_bytes = report.limits
@@ -274,7 +275,7 @@ def _examine(store: str | None, choice: ModelChoice | None) -> _Report:
     return report
 
 
-def _look_into(store: Store, report: _Report) -> None:
+def _look_into(store: Store, report: _Report, given: str | None) -> None:
     report.stats = store.stats()
     aside = quarantined(store)
     if aside:
@@ -285,8 +286,12 @@ def _look_into(store: Store, report: _Report) -> None:
                 "why, and eviction removes them first.",
             )
         )
+    survey = Survey(store)
+    report.findings += [
+        Finding("note", sentence) for sentence in left_behind.sentences(survey, given)
+    ]
     if report.speed is not None:
-        report.break_even = environment.break_even(store, Survey(store), report.speed)
+        report.break_even = environment.break_even(store, survey, report.speed)
 
 
 def _look_at_model(choice: ModelChoice) -> ModelCache:

@@ -2,40 +2,57 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from persist_cache.describe import divergence_texts, explanation_json
+from persist_cache.describe import divergence_texts, explanation_json, explanation_message
 from persist_cache.errors import ModelError
 from persist_cache.explain import Explanation, explain
-from persist_cache.warm import load_tokenizer, render
+from persist_cache.rendering import decode
 from persist_cache_cli.output import format_duration, hanging, print_json, terminal_width
 from persist_cache_cli.prompts import (
     choose_model,
+    choose_template,
     model_options,
-    parse_json,
     read_json,
-    read_messages,
+    read_request_file,
+    template_options,
 )
 from persist_cache_cli.store_access import common_options, no_store, reading
+
+_AT_LEAST = 90.0
 
 
 @click.command("explain")
 @click.option("--model", metavar="PATH_OR_HUB_ID", required=True, help="The model.")
 @click.option(
-    "--messages", type=click.Path(path_type=Path), help="JSON file with a chat request's messages."
+    "--messages",
+    type=click.Path(path_type=Path),
+    help="JSON file with a client's request: its body, or just the messages.",
 )
-@click.option("--tools", type=click.Path(path_type=Path), help="JSON file with tool definitions.")
+@click.option(
+    "--tools",
+    type=click.Path(path_type=Path),
+    help="JSON file with tool definitions, instead of those in the request.",
+)
 @click.option(
     "--tokens", type=click.Path(path_type=Path), help="JSON file with token ids, instead."
 )
 @model_options
-@click.option("--chat-template-args", metavar="JSON", help="Further arguments of the template.")
-@click.option("--check", is_flag=True, help="Exit 3 if nothing would be found.")
+@template_options
+@click.option("--check", is_flag=True, help="Exit 3 if too little of it would be found.")
+@click.option(
+    "--at-least",
+    metavar="PERCENT",
+    type=click.FloatRange(0, 100),
+    help="What is enough for --check, of the tokens that can be found.  [default: 90]",
+)
 @common_options(quiet="Print nothing; use with --check.")
 @click.pass_obj
 def command(
@@ -47,12 +64,15 @@ def command(
     tools: Path | None,
     tokens: Path | None,
     chat_template_args: str | None,
+    chat_template: str | None,
+    use_default_chat_template: bool,
     check: bool,
+    at_least: float | None,
     as_json: bool,
     quiet: bool,
     **model_choice: Any,
 ) -> None:
-    """Say how much of a request is cached, and why it is not more.
+    """Say how much of a request is cached on disk, and why it is not more.
 
     Names the first token that differs from what is stored, with the text on both sides; or what
     changed about the model; or that a checkpoint is missing, or was evicted.
@@ -64,43 +84,79 @@ def command(
     choice = choose_model(model, **model_choice)
     if (messages is None) == (tokens is None):
         raise click.UsageError("Give either --messages or --tokens.")
+    if at_least is not None and not check:
+        raise click.UsageError("--at-least says what is enough for --check; give both.")
+    template = choose_template(chat_template_args, chat_template, use_default_chat_template)
     identifier = choice.identifier()
     fingerprint = identifier(choice.key)
     if fingerprint is None:
         raise ModelError(
             f"The model {model!r} cannot be identified: {identifier.reason(choice.key)}"
         )
-    tokenizer = load_tokenizer(model)
+    # A request that cannot be understood is refused before anything is loaded for it.
+    request = None if messages is None else read_request_file(messages, tools=tools)
+    tokenizer = template.tokenizer(model)
     system_tokens = 0
-    if tokens is not None:
+    if request is None:
+        assert tokens is not None, "one of the two was given"
         ids = read_json(tokens, "--tokens", list[int])
     else:
-        assert messages is not None, "one of the two was given"
-        prompt = render(
-            tokenizer,
-            read_messages(messages),
-            tools=read_json(tools, "--tools", list[dict[str, Any]]) if tools else None,
-            template_args=parse_json(
-                chat_template_args or "{}", "--chat-template-args", dict[str, Any]
-            ),
-        )
+        prompt = template.render(tokenizer, request)
         ids, system_tokens = prompt.tokens, prompt.system_tokens
     with reading(store) as opened:
         if opened is None:
             found = Explanation(len(ids), 0, 0, "nothing", no_store(store))
         else:
             found = explain(opened, fingerprint, ids, system_tokens=system_tokens)
+    verdict = _Verdict.of(found, _AT_LEAST if at_least is None else at_least) if check else None
     if as_json:
-        print_json(explanation_json(found, _decoder(tokenizer)))
+        said = explanation_json(found, partial(decode, tokenizer))
+        print_json({**said, "check": None if verdict is None else asdict(verdict)})
     elif not quiet:
         _show(found, tokenizer)
-    if check and found.cached_tokens == 0:
+        if verdict is not None:
+            click.echo(verdict.sentence)
+    if verdict is not None and not verdict.passed:
         sys.exit(3)
+
+
+@dataclass(frozen=True, slots=True)
+class _Verdict:
+    """What `--check` found.
+
+    Attributes:
+        percent: Of the tokens that can be found, those that would be; the last one of a prompt is
+            always computed.
+        at_least: What was asked for.
+        passed: Whether that is enough.
+    """
+
+    percent: float
+    at_least: float
+    passed: bool
+
+    @classmethod
+    def of(cls, found: Explanation, at_least: float) -> _Verdict:
+        can = max(1, found.num_tokens - 1)
+        # Finding nothing never passes, whatever is asked for.
+        passed = found.cached_tokens > 0 and 100 * found.cached_tokens >= at_least * can
+        return cls(100 * found.cached_tokens / can, at_least, passed)
+
+    @property
+    def sentence(self) -> str:
+        # Cut, not rounded: 89.96 % must not look like enough.
+        percent = f"{math.floor(10 * self.percent) / 10:g} %"
+        if self.passed:
+            return f"Check passed: {percent} of what can be found, at least {self.at_least:g} %."
+        least = f"less than {self.at_least:g} %" if self.percent < self.at_least else "nothing"
+        return f"Check failed: {percent} of what can be found, {least}."
 
 
 def _show(found: Explanation, tokenizer: Any) -> None:
     width = terminal_width()
-    click.echo(hanging("", found.message, width))
+    parting = found.divergence
+    texts = None if parting is None else divergence_texts(parting, partial(decode, tokenizer))
+    click.echo(hanging("", explanation_message(found, texts), width))
     lines = []
     if found.entry is not None:
         lines.append(("  entry   ", found.entry))
@@ -109,21 +165,15 @@ def _show(found: Explanation, tokenizer: Any) -> None:
     for change in found.changes:
         values = f"stored {_value(change.old)}, now {_value(change.new)}"
         lines.append((f"  {change.name}: ", values))
-    if found.divergence is not None:
-        before, stored, prompt = divergence_texts(found.divergence, _decoder(tokenizer))
-        lines += [("  after   ", f"…{before}"), ("  stored  ", stored), ("  prompt  ", prompt)]
+    if texts is not None:
+        lines += [
+            ("  after   ", f"…{texts.before}"),
+            ("  stored  ", texts.stored),
+            ("  prompt  ", texts.prompt),
+        ]
     for head, text in lines:
         click.echo(hanging(head, text, width))
 
 
 def _value(value: str | None) -> str:
     return "nothing" if value in (None, "null") else str(value)
-
-
-def _decoder(tokenizer: Any) -> Callable[[list[int]], str]:
-    """Decodes tokens as text; ids that stand for no text are left out."""
-
-    def decode(tokens: list[int]) -> str:
-        return str(tokenizer.decode([one for one in tokens if 0 <= one < len(tokenizer)]))
-
-    return decode

@@ -16,6 +16,7 @@ from persist_cache.budget import DEFAULT_MAX_BYTES, DEFAULT_MIN_FREE_BYTES, Usag
 from persist_cache.describe import short_model_names, store_json
 from persist_cache.fs import free_bytes
 from persist_cache.survey import Quarantined, Survey, quarantined
+from persist_cache_cli import left_behind
 from persist_cache_cli.output import (
     Column,
     Painter,
@@ -92,6 +93,7 @@ class _Report:
     """All numbers, as of one moment; zeros when there is no store."""
 
     def __init__(self, given: str | None, store: Store | None) -> None:
+        self.given = given
         if store is None:
             self.exists = False
             self.survey: Survey | None = None
@@ -155,6 +157,9 @@ class _Report:
         )
         lines += self._miss_lines(said["miss_reasons"], width, paint)
         lines += self._tables(said, width, paint)
+        if self.survey is not None:
+            for sentence in left_behind.sentences(self.survey, self.given):
+                lines.append(paint("left behind", "heading") + f"  {printable(sentence)}")
         for one in self.quarantined:
             lines.append(paint("quarantine", "bad") + f"  {one.blob}: {printable(one.reason)}")
         return lines

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +14,23 @@ from persist_cache import Store, Tier
 from persist_cache.describe import warm_json
 from persist_cache.entry import Match
 from persist_cache.errors import ModelError, PersistCacheError
-from persist_cache.fingerprint import Fingerprint
-from persist_cache.warm import WARM_STEP_TOKENS, Warmed, load_model, load_tokenizer, render, warm
+from persist_cache.fingerprint import Fingerprint, Identifier, Unidentified
+from persist_cache.rendering import PromptRequest, system_only
+from persist_cache.warm import WARM_STEP_TOKENS, Warmed, load_model, warm
 from persist_cache_cli.output import format_bytes, print_json
 from persist_cache_cli.parse import DURATION, parse_duration
 from persist_cache_cli.prompts import (
-    Chat,
     ManifestPrompt,
     ModelChoice,
+    Template,
     choose_model,
+    choose_template,
     model_options,
-    parse_json,
-    read_json,
     read_manifest,
-    read_messages,
+    read_request_file,
     read_text,
+    template_options,
+    with_tools,
 )
 from persist_cache_cli.store_access import common_options, store_path
 
@@ -43,7 +45,8 @@ class Job:
     """
 
     choice: ModelChoice
-    chat: Chat
+    template: Template
+    request: PromptRequest
     whole: bool
     tier: Tier
     pin: bool
@@ -57,16 +60,20 @@ class Job:
 @click.option(
     "--messages",
     type=click.Path(path_type=Path),
-    help="JSON file with a conversation to store as a whole.",
+    help="JSON file with a client's request to store as a whole, or just its messages.",
 )
-@click.option("--tools", type=click.Path(path_type=Path), help="JSON file with tool definitions.")
+@click.option(
+    "--tools",
+    type=click.Path(path_type=Path),
+    help="JSON file with tool definitions, instead of those in the request.",
+)
 @click.option(
     "--manifest",
     type=click.Path(path_type=Path),
     help="TOML file with several prompts, one [[prompt]] each.",
 )
 @model_options
-@click.option("--chat-template-args", metavar="JSON", help="Further arguments of the template.")
+@template_options
 @click.option("--tier", metavar="TIER", help="system, user or assistant.  [default: by content]")
 @click.option("--pin", is_flag=True, help="Exempt it from eviction.")
 @click.option("--ttl", type=DURATION, help="Let it expire after this time, such as 7d.")
@@ -91,6 +98,8 @@ def command(
     tools: Path | None,
     manifest: Path | None,
     chat_template_args: str | None,
+    chat_template: str | None,
+    use_default_chat_template: bool,
     tier: str | None,
     pin: bool,
     ttl: float | None,
@@ -121,8 +130,8 @@ def command(
                 system=system,
                 messages=messages,
                 tools=tools,
-                template_args=parse_json(
-                    chat_template_args or "{}", "--chat-template-args", dict[str, Any]
+                template=choose_template(
+                    chat_template_args, chat_template, use_default_chat_template
                 ),
                 tier=tier,
                 pin=pin,
@@ -161,7 +170,9 @@ def _job_of(prompt: ManifestPrompt) -> Job:
         system=prompt.system,
         messages=Path(prompt.messages) if prompt.messages else None,
         tools=Path(prompt.tools) if prompt.tools else None,
-        template_args=prompt.chat_template_args,
+        template=Template(
+            prompt.chat_template_args, prompt.chat_template, prompt.use_default_chat_template
+        ),
         tier=prompt.tier,
         pin=prompt.pin,
         ttl_s=None if prompt.ttl is None else parse_duration(prompt.ttl),
@@ -175,7 +186,7 @@ def _make_job(
     system: str | None,
     messages: Path | None,
     tools: Path | None,
-    template_args: dict[str, Any],
+    template: Template,
     tier: str | None,
     pin: bool,
     ttl_s: float | None,
@@ -183,19 +194,21 @@ def _make_job(
 ) -> Job:
     if (system is None) == (messages is None):
         raise click.UsageError("Give either --system or --messages.")
-    whole = messages is not None
     if messages is not None:
-        chat = read_messages(messages)
+        request = read_request_file(messages, tools=tools)
     else:
-        # Only what precedes the user message is stored, so its text does not matter.
         text = read_text(system or "", "--system")
-        chat = [{"role": "system", "content": text}, {"role": "user", "content": "Hello"}]
+        request = with_tools([{"role": "system", "content": text}], tools)
+    whole = not system_only(request)
+    if not whole:
+        # Only what precedes the user message is stored, so its text does not matter.
+        user = {"role": "user", "content": "Hello"}
+        request = replace(request, messages=[*request.messages, user])
     try:
         parsed = Tier.parse(tier or ("user" if whole else "system"))
     except ValueError as error:
         raise click.UsageError(f"{error}.") from None
-    definitions = None if tools is None else read_json(tools, "--tools", list[dict[str, Any]])
-    return Job(choice, Chat(chat, definitions, template_args), whole, parsed, pin, ttl_s, label)
+    return Job(choice, template, request, whole, parsed, pin, ttl_s, label)
 
 
 class _Run:
@@ -205,12 +218,12 @@ class _Run:
         self._store = store
         self._step_tokens = step_tokens
         self._quiet = quiet
-        self._tokenizers: dict[str, Any] = {}
-        self._model: tuple[ModelChoice, Any] | None = None
+        self._tokenizers: dict[tuple[str, str | None, bool], Any] = {}
+        self._model: tuple[ModelChoice, Any, Identifier] | None = None
 
     def check(self, job: Job) -> dict[str, Any]:
         """Report what is there, changing nothing."""
-        tokens, _, match = self._find(job, may_load=False)
+        tokens, match = self._find(job)
         missing = len(tokens) - match.num_tokens
         if missing:
             self._say(f"{_name(job)}: {match.num_tokens:,} of {len(tokens):,} tokens are stored.")
@@ -220,14 +233,24 @@ class _Run:
 
     def warm(self, job: Job) -> dict[str, Any]:
         """Store what is missing."""
-        tokens, fingerprint, match = self._find(job, may_load=True)
         expires = None if job.ttl_s is None else time.time() + job.ttl_s
-        entry = self._stored_entry(match, len(tokens))
+        tokens, system_tokens = self._tokens(job)
+        model: Any = None
+        fingerprint = self._identify(job.choice)
+        if isinstance(fingerprint, Unidentified):
+            # A hub id that is not on this machine yet is fetched by loading it.
+            model, fingerprint = self._load(job.choice)
+        entry = self._stored_entry(fingerprint, tokens)
+        if entry is None and model is None:
+            # The files may have been replaced since: what is computed belongs to what was loaded.
+            model, loaded = self._load(job.choice)
+            if loaded != fingerprint:
+                fingerprint = loaded
+                entry = self._stored_entry(fingerprint, tokens)
         if entry is not None:
             self._mark(entry, job, expires)
             self._say(f"{_name(job)}: all {len(tokens):,} tokens were stored already.")
             return _report(job, (entry,), len(tokens), len(tokens), 0)
-        model = self._load(job.choice)
         with self._progress(job, len(tokens)) as progress:
             done = warm(
                 self._store,
@@ -238,6 +261,7 @@ class _Run:
                 label=job.label,
                 pinned=job.pin,
                 expires=expires,
+                system_tokens=system_tokens,
                 step_tokens=self._step_tokens,
                 quantize=job.choice.quantize,
                 progress=progress,
@@ -246,25 +270,25 @@ class _Run:
         entries = () if done.entry is None else (done.entry,)
         return _report(job, entries, done.num_tokens, done.found_tokens, 0, done)
 
-    def _find(self, job: Job, *, may_load: bool) -> tuple[list[int], Fingerprint, Match]:
-        tokens = self._tokens(job)
-        identifier = job.choice.identifier()
-        fingerprint = identifier(job.choice.key)
-        if fingerprint is None and may_load:
-            # A hub id that is not on this machine yet is fetched by loading it.
-            self._load(job.choice)
-            identifier.forget()
-            fingerprint = identifier(job.choice.key)
-        if fingerprint is None:
-            reason = identifier.reason(job.choice.key)
-            raise ModelError(f"The model {job.choice.model!r} cannot be identified: {reason}")
-        return tokens, fingerprint, self._store.match(fingerprint, tokens)
+    def _find(self, job: Job) -> tuple[list[int], Match]:
+        tokens, _ = self._tokens(job)
+        fingerprint = self._identify(job.choice)
+        if isinstance(fingerprint, Unidentified):
+            raise _unidentified(job.choice, fingerprint.reason)
+        return tokens, self._store.match(fingerprint, tokens)
 
-    def _stored_entry(self, match: Match, num_tokens: int) -> str | None:
+    def _identify(self, choice: ModelChoice) -> Fingerprint | Unidentified:
+        """Identify the model that is loaded, or else its files as they are now."""
+        if self._model is not None and self._model[0] == choice:
+            return self._model[2].look_up(choice.key)
+        return choice.identifier().look_up(choice.key)
+
+    def _stored_entry(self, fingerprint: Fingerprint, tokens: list[int]) -> str | None:
         """The entry that ends exactly here, if there is one."""
-        if match.num_tokens == num_tokens and match.entries:
+        match = self._store.match(fingerprint, tokens)
+        if match.num_tokens == len(tokens) and match.entries:
             entry = self._store.get(match.entries[-1])
-            if entry.num_tokens == num_tokens:
+            if entry.num_tokens == len(tokens):
                 return entry.id
         return None
 
@@ -277,33 +301,35 @@ class _Run:
         if expires is not None:
             self._store.expire_at(entry, expires)
 
-    def _tokens(self, job: Job) -> list[int]:
-        name = job.choice.model
+    def _tokens(self, job: Job) -> tuple[list[int], int]:
+        """What to store of a prompt, and the length of its system part."""
+        template = job.template
+        name = (job.choice.model, template.text, template.use_default)
         if name not in self._tokenizers:
-            self._tokenizers[name] = load_tokenizer(name)
-        chat = job.chat
-        prompt = render(
-            self._tokenizers[name],
-            chat.messages,
-            tools=chat.tools,
-            template_args=chat.template_args,
-        )
+            self._tokenizers[name] = template.tokenizer(job.choice.model)
+        prompt = template.render(self._tokenizers[name], job.request)
         if job.whole:
             # A request computes its last token itself.
-            return prompt.tokens[:-1]
+            return prompt.tokens[:-1], prompt.system_tokens
         if not prompt.system_tokens:
             raise PersistCacheError(
                 "This model's chat template puts nothing before the user message; "
                 "there is no system part to store."
             )
-        return prompt.tokens[: prompt.system_tokens]
+        return prompt.tokens[: prompt.system_tokens], prompt.system_tokens
 
-    def _load(self, choice: ModelChoice) -> Any:
+    def _load(self, choice: ModelChoice) -> tuple[Any, Fingerprint]:
+        """Load a model; returns it with the identity of what was loaded."""
         if self._model is None or self._model[0] != choice:
             self._model = None  # free the old one before the new one is loaded
             self._say(f"Loading {choice.model} …")
-            self._model = (choice, load_model(choice.model, choice.adapter_path)[0])
-        return self._model[1]
+            identifier = choice.identifier()
+            model, _ = load_model(choice.model, choice.adapter_path, identifier=identifier)
+            self._model = (choice, model, identifier)
+        fingerprint = self._model[2].look_up(choice.key)
+        if isinstance(fingerprint, Unidentified):
+            raise _unidentified(choice, fingerprint.reason)
+        return self._model[1], fingerprint
 
     def _progress(self, job: Job, total: int) -> Any:
         from persist_cache_cli.progress import token_bar
@@ -313,6 +339,10 @@ class _Run:
     def _say(self, text: str) -> None:
         if not self._quiet:
             click.echo(text)
+
+
+def _unidentified(choice: ModelChoice, reason: str) -> ModelError:
+    return ModelError(f"The model {choice.model!r} cannot be identified: {reason}")
 
 
 def _name(job: Job) -> str:

@@ -21,7 +21,27 @@ import platformdirs
 _WHEEL = Path("cmeel.prefix/lib/libopenblas.so.0")
 # Fedora's `p` is the threaded build of the same library, and its plain one is not threaded.
 _NAMES = ("libopenblasp.so.0", "libopenblas.so.0", "libopenblas.so")
-_PROBE = "import ctypes; lib = ctypes.CDLL(None); lib.openblas_get_config; lib.cblas_sgemm"
+_PROBE = """
+import ctypes, sys
+from array import array
+library = ctypes.CDLL(None)
+library.openblas_get_config
+rows, columns, depth = 65, 67, 130
+left = array("f", [row % 5 * (place % 3) for row in range(rows) for place in range(depth)])
+right = array("f", [column % 7 for column in range(columns) for _ in range(depth)])
+product = array("f", bytes(4 * rows * columns))
+integer, real = ctypes.c_int, ctypes.c_float
+address = lambda numbers: ctypes.c_void_p(numbers.buffer_info()[0])
+library.cblas_sgemm(
+    101, 111, 112, integer(rows), integer(columns), integer(depth), real(1),
+    address(left), integer(depth), address(right), integer(depth), real(0),
+    address(product), integer(columns),
+)
+weight = sum(place % 3 for place in range(depth))
+wanted = [row % 5 * (column % 7) * weight for row in range(rows) for column in range(columns)]
+sys.exit(list(product) != wanted)
+"""
+"""Multiplies two matrices of small whole numbers, whose product is exact."""
 
 
 def find_openblas() -> Path | None:
@@ -71,7 +91,11 @@ def _candidates() -> list[Path]:
 
 
 def _works(env: dict[str, str]) -> bool:
-    """Say whether a child with `env` starts and sees OpenBLAS's symbols under plain names."""
+    """Say whether a child with `env` starts and multiplies by OpenBLAS, under its plain names.
+
+    It has to multiply: a wheel that was built for another processor loads, and dies of an illegal
+    instruction at its first product.
+    """
     command = [sys.executable, "-I", "-S", "-c", _PROBE]
     probe = subprocess.run(command, env=os.environ | env, capture_output=True, check=False)
     return probe.returncode == 0 and b"cannot be preloaded" not in probe.stderr

@@ -1,0 +1,82 @@
+"""Prompts remembered by length and digest: enough to recognise one, without its tokens."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import xxhash
+
+from persist_cache.entry import TOKEN_BYTES
+
+_STRIDE_TOKENS = 256
+
+
+def prompt_digest(packed: bytes) -> bytes:
+    """The digest by which `PromptCache.recent_fetches` names a prompt.
+
+    Args:
+        packed: What `pack_tokens` made of its token ids.
+    """
+    return hashlib.blake2b(packed, digest_size=16).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixDigests:
+    """The digests of some prefixes of one prompt; 8 bytes for every 256 tokens.
+
+    They recognise a prefix of any length, but for its last tokens: fewer than half of it, and
+    fewer than 256. The prompt itself, and the prompt without its last token, are recognised
+    exactly.
+
+    Attributes:
+        num_tokens: Length of the prompt.
+        digests: One for each of the lengths that `_positions` gives, 64 bits each.
+    """
+
+    num_tokens: int
+    digests: array[int]
+
+    @classmethod
+    def of(cls, packed: bytes) -> PrefixDigests:
+        """Take the digests of a prompt, in one pass over it."""
+        length = len(packed) // TOKEN_BYTES
+        running, view, start = xxhash.xxh3_64(), memoryview(packed), 0
+        digests = array("Q")
+        for position in _positions(length):
+            end = position * TOKEN_BYTES
+            running.update(view[start:end])
+            digests.append(running.intdigest())
+            start = end
+        return cls(length, digests)
+
+    def begin_with(self, packed: bytes) -> bool:
+        """Whether the prompt begins with `packed`, as far as the digests can tell."""
+        length = len(packed) // TOKEN_BYTES
+        if length == 0 or length > self.num_tokens:
+            return length == 0
+        positions = list(_positions(self.num_tokens))
+        last = bisect_right(positions, length) - 1
+        return self._agrees(last, packed, positions[last])
+
+    def is_begun_by(self, packed: bytes) -> bool:
+        """Whether `packed` begins with the whole prompt, which must not be empty."""
+        if not self.digests or len(packed) < self.num_tokens * TOKEN_BYTES:
+            return False
+        return self._agrees(-1, packed, self.num_tokens)
+
+    def _agrees(self, place: int, packed: bytes, num_tokens: int) -> bool:
+        head = memoryview(packed)[: num_tokens * TOKEN_BYTES]
+        return xxhash.xxh3_64_intdigest(head) == self.digests[place]
+
+
+def _positions(length: int) -> Iterator[int]:
+    """Powers of two, then every `_STRIDE_TOKENS`, then the last two lengths; ascending."""
+    position = 1
+    while position < length - 1:
+        yield position
+        position = position * 2 if position < _STRIDE_TOKENS else position + _STRIDE_TOKENS
+    yield from range(max(1, length - 1), length + 1)
