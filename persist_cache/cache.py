@@ -24,9 +24,10 @@ from persist_cache.insert import Source
 from persist_cache.kin import STORED_OTHERWISE
 from persist_cache.owners import Owner, Owners
 from persist_cache.prefills import Prefills
+from persist_cache.reasons import UNREADABLE, kind_of_reason, why_no_more
 from persist_cache.resident import Candidate, Held, LiveCaches, Resident
 from persist_cache.store import Store
-from persist_cache.tally import Fetch, PromptCacheStats, RecentFetch, Tally, kind_of_miss
+from persist_cache.tally import Fetch, PromptCacheStats, RecentFetch, Tally
 from persist_cache.writer import WriteBehind
 
 log = logging.getLogger(__name__)
@@ -59,10 +60,14 @@ class Codec(LiveCaches, Protocol):
 
 
 class _Taken(NamedTuple):
-    """What memory gave for a prompt: a cache, if it is to be used, its length and its cost."""
+    """What memory gave for a prompt: a cache, if it is to be used, its length and its cost.
+
+    `parting` is what `Resident.parting` said before it was given away.
+    """
 
     cache: Any | None
     num_tokens: int
+    parting: tuple[int, bool]
     prefill_s: float = 0.0
 
 
@@ -227,20 +232,37 @@ class PromptCache:
         Returns:
             A cache that the caller owns, or None; and the tokens that are left to compute.
         """
+        cache, rest, _ = self.look_up(model, tokens)
+        return cache, rest
+
+    def look_up(
+        self, model: Hashable, tokens: Sequence[int], *, counted: bool = True
+    ) -> tuple[Any | None, Sequence[int], Fetch]:
+        """As `fetch_nearest_cache`, with its outcome.
+
+        Args:
+            model: mlx-lm's model key.
+            tokens: The prompt.
+            counted: Whether it is a client's request. Others are in no statistics.
+
+        Returns:
+            Cache and rest, and how the request was answered.
+        """
         started = time.monotonic()
         packed: bytes | None = None
         try:
             packed = pack_tokens(tokens)
-            cache, fetch = self._fetch(model, packed)
+            cache, fetch = self._fetch(model, packed, counted)
             self._prefills.begun(model, packed, fetch.num_tokens, fetch.prefill_s)
         except Exception as error:
             log.exception("a look-up failed; the prompt is computed anew")
             self._tally.problem(f"fetch_failed:{type(error).__name__}")
             cache, fetch = None, Fetch("miss", 0, "the look-up failed")
         fetch = replace(fetch, seconds=time.monotonic() - started)
-        self._account(len(tokens), packed, fetch)
+        if counted:
+            self._account(len(tokens), packed, fetch)
         rest = tokens[fetch.num_tokens :] if fetch.num_tokens else tokens
-        return cache, rest
+        return cache, rest, fetch
 
     def insert_cache(
         self,
@@ -445,37 +467,42 @@ class PromptCache:
 
     # ---- look up -----------------------------------------------------------------------------
 
-    def _fetch(self, model: Hashable, packed: bytes) -> tuple[Any | None, Fetch]:
+    def _fetch(self, model: Hashable, packed: bytes, counted: bool) -> tuple[Any | None, Fetch]:
         limit = max(0, len(packed) // TOKEN_BYTES - self._leave_tokens)
         if self._writer is not None:
             self._writer.poke()
         self._computing_until = time.monotonic() + _LONGEST_ANSWER_S
         owner = self._owner(model)
         self._owners.asked(owner, packed)
-        cache, fetch = self._answer(owner, packed, limit)
+        cache, fetch = self._answer(owner, packed, limit, counted)
         if cache is not None:
             self._owners.gave(owner, cache)
         return cache, fetch
 
-    def _answer(self, owner: Owner, packed: bytes, limit: int) -> tuple[Any | None, Fetch]:
-        """The longer of memory and disk, and what it is."""
+    def _answer(
+        self, owner: Owner, packed: bytes, limit: int, counted: bool
+    ) -> tuple[Any | None, Fetch]:
+        """The longer of memory and disk, what it is, and why it is no more."""
         match = self._match(owner, packed, limit)
-        reason = match.reason
-        cache, in_memory, cost = self._take(owner, packed, limit, on_disk=match)
-        if cache is None and match.num_tokens:
-            found = self._load(owner, packed, match, limit, in_memory + 1)
+        asks_disk = self._uses_disk and owner.fingerprint is not None
+        taken = self._take(owner, packed, limit, on_disk=match)
+        parting = taken.parting
+        if taken.cache is None and match.num_tokens:
+            found = self._load(owner, packed, match, limit, taken.num_tokens + 1, counted)
             if found is not None:
                 cache, match = found
-                return cache, Fetch(
-                    "disk", match.num_tokens, match.reason, 0.0, match.nbytes, match.saved_s
-                )
-            match, reason = Match(0), "what was stored could not be read"
-            cache, in_memory, cost = self._take(owner, packed, limit, on_disk=match)
-        if cache is None:
-            return None, Fetch("miss", 0, reason)
-        if self._store is not None and match.num_tokens:
-            self._store.touch(match, num_tokens=in_memory)
-        return cache, Fetch("memory", in_memory, reason, prefill_s=cost)
+                used = match.num_tokens
+                why = why_no_more(used, limit, match, parting, asked_disk=asks_disk)
+                return cache, Fetch("disk", used, why, 0.0, match.nbytes, match.saved_s)
+            match = Match(0, reason=UNREADABLE)
+            taken = self._take(owner, packed, limit, on_disk=match)
+        used = 0 if taken.cache is None else taken.num_tokens
+        why = why_no_more(used, limit, match, parting, asked_disk=asks_disk)
+        if taken.cache is None:
+            return None, Fetch("miss", 0, why)
+        if counted and self._store is not None and match.num_tokens:
+            self._store.touch(match, num_tokens=used)
+        return taken.cache, Fetch("memory", used, why, prefill_s=taken.prefill_s)
 
     def _match(self, owner: Owner, packed: bytes, limit: int) -> Match:
         """What the disk has of a prompt; nothing, with the reason, when it cannot be asked."""
@@ -491,7 +518,13 @@ class PromptCache:
             return Match(0, reason=str(error))
 
     def _load(
-        self, owner: Owner, packed: bytes, match: Match, limit: int, min_tokens: int
+        self,
+        owner: Owner,
+        packed: bytes,
+        match: Match,
+        limit: int,
+        min_tokens: int,
+        counted: bool,
     ) -> tuple[Any, Match] | None:
         """Read what was found on the disk, or what is there by now; None if that is too little."""
         if self._store is None or owner.fingerprint is None:
@@ -505,7 +538,7 @@ class PromptCache:
             limit=limit,
             min_tokens=min_tokens,
         )
-        if found is not None:
+        if found is not None and counted:
             self._store.touch(found[1], spent_s=time.monotonic() - started)
         return found
 
@@ -517,17 +550,17 @@ class PromptCache:
         """
         with self._lock:
             while (candidate := self._candidate(owner, packed, limit)) is not None:
-                used = candidate.num_tokens
+                used, parting = candidate.num_tokens, self._resident.parting(owner, packed)
                 gain = on_disk.num_tokens - used
                 if on_disk.num_tokens and (used <= 0 or gain >= _ENOUGH_GAIN_TOKENS):
-                    return _Taken(None, used)
+                    return _Taken(None, used, parting)
                 cache = self._give(candidate)
                 if cache is not None:
-                    return _Taken(cache, used, _cost(candidate, on_disk))
+                    return _Taken(cache, used, parting, _cost(candidate, on_disk))
                 self._tally.problem("trim_failed")
                 self._resident.remove(candidate.held)
                 self._spill([candidate.held])
-        return _Taken(None, 0)
+            return _Taken(None, 0, self._resident.parting(owner, packed))
 
     def _candidate(self, owner: Owner, packed: bytes, limit: int) -> Candidate | None:
         """The best cache in memory that is as it was inserted; the caller holds the lock."""
@@ -576,9 +609,14 @@ class PromptCache:
         if self._store is not None and not self._closed:
             if fetch.source == "miss":
                 self._tell_of_kin(fetch.reason)
-                self._store.count(f"misses:{kind_of_miss(fetch.reason)}")
+                self._store.count(f"misses:{kind_of_reason(fetch.reason)}")
+            elif fetch.reason:
+                self._store.count(f"partial:{kind_of_reason(fetch.reason)}")
             self._store.count("misses" if fetch.source == "miss" else f"hits_{fetch.source}")
             self._store.count("tokens_saved", fetch.num_tokens)
+            # Counted since later than that one, and together: of these there is a ratio.
+            self._store.count("tokens_reused", fetch.num_tokens)
+            self._store.count("tokens_asked", num_tokens)
 
     def _tell_of_kin(self, reason: str) -> None:
         """Say once in the log that what is stored for a model cannot be used as it is now."""

@@ -452,7 +452,14 @@ def store_json(
             for name, count in stats.counters.items()
             if name.startswith("misses:")
         },
+        "partial_reasons": {
+            name.removeprefix("partial:"): count
+            for name, count in stats.counters.items()
+            if name.startswith("partial:")
+        },
         "tokens_saved": stats.counters.get("tokens_saved", 0),
+        "tokens_reused": stats.counters.get("tokens_reused", 0),
+        "tokens_asked": stats.counters.get("tokens_asked", 0),
         "saved_s": survey.saved_s if survey else 0.0,
         "left_behind": [
             {
@@ -511,7 +518,9 @@ def server_json(stats: PromptCacheStats, *, max_size: int, max_bytes: int) -> di
         "hits": {source: stats.hits.get(source, 0) for source in ("memory", "disk")},
         "misses": sum(stats.misses.values()),
         "miss_reasons": dict(stats.misses),
+        "partial_reasons": dict(stats.partial),
         "tokens_saved": {source: stats.tokens.get(source, 0) for source in ("memory", "disk")},
+        "tokens_asked": stats.asked,
         "restore_s": stats.restore_s,
         "restored_bytes": stats.restored_bytes,
         "read_ahead_bytes": stats.read_ahead_bytes,

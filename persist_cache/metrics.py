@@ -25,7 +25,9 @@ _REASONS = (
     ("no stored prompt begins with", "other_prompt"),
     ("nothing is known of this prompt", "unknown_prompt"),
     ("no checkpoint there", "no_checkpoint"),
-    ("what is stored ends here", "diverges"),
+    ("what is stored ends here", "ends"),
+    ("what is stored goes on differently", "diverges"),
+    ("the disk has a few tokens more", "few_more"),
     ("this model is kept in memory only", "unidentified_model"),
     ("no store was given", "no_store"),
     ("the look-up failed", "look_up_failed"),
@@ -94,21 +96,32 @@ def _requests(stats: PromptCacheStats) -> Iterator[CounterMetricFamily]:
         "source",
         {source: stats.hits.get(source, 0) for source in SOURCES},
     )
-    misses: Counter[str] = Counter({label: 0 for _, label in _REASONS})
-    for reason, count in stats.misses.items():
-        misses[reason_label(reason)] += count
-    yield _by("misses", "Requests that found nothing.", "reason", misses)
+    yield _by("misses", "Requests that found nothing.", "reason", _by_label(stats.misses))
+    yield _by(
+        "partial_hits",
+        "Hits that left more than the last token to compute.",
+        "reason",
+        _by_label(stats.partial),
+    )
     yield _by(
         "tokens_saved",
         "Prompt tokens that were not computed.",
         "source",
         {source: stats.tokens.get(source, 0) for source in SOURCES},
     )
+    yield _counter("tokens_asked", "Tokens of all prompts.", stats.asked)
     yield _counter("restore_seconds", "Seconds spent in loading from disk.", stats.restore_s)
     yield _counter("restored_bytes", "Bytes loaded from disk.", stats.restored_bytes)
     yield _counter(
         "read_ahead_bytes", "Bytes read ahead for waiting requests.", stats.read_ahead_bytes
     )
+
+
+def _by_label(reasons: Mapping[str, int]) -> Counter[str]:
+    counts: Counter[str] = Counter({label: 0 for _, label in _REASONS})
+    for reason, count in reasons.items():
+        counts[reason_label(reason)] += count
+    return counts
 
 
 def _saving(stats: PromptCacheStats) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:

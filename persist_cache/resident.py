@@ -138,6 +138,11 @@ class Resident:
         """Leading tokens shared with any cache, whether it can be resumed there or not."""
         return self._trie.search(owner, packed).common_prefix
 
+    def parting(self, owner: Owner, packed: bytes) -> tuple[int, bool]:
+        """As `common_tokens`, and whether a cache goes on from there."""
+        match = self._trie.search(owner, packed)
+        return match.common_prefix, match.longer is not None
+
     def touch(self, held: Held) -> None:
         self._lru.touch(held)
 

@@ -19,8 +19,7 @@ import os
 import signal
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http.server import ThreadingHTTPServer
@@ -41,8 +40,6 @@ from persist_cache.access import (
 from persist_cache.admin import Admin
 from persist_cache.admin_token import AdminToken, Serving, announced
 from persist_cache.cache import PromptCache
-from persist_cache.digests import prompt_digest
-from persist_cache.entry import pack_tokens
 from persist_cache.errors import (
     MissingDependencyError,
     ModelError,
@@ -55,6 +52,7 @@ from persist_cache.prefills import PrefillClock
 from persist_cache.rendering import system_end, system_tokens
 from persist_cache.store import Store, default_store_path
 from persist_cache.tally import Fetch
+from persist_cache.ticket import Ticket, TicketedCache
 from persist_cache.warm import model_errors
 
 log = logging.getLogger(__name__)
@@ -117,11 +115,11 @@ class ServeOptions:
 class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
     """Upstream's generation loop, cutting prompts where a restart will want to resume them."""
 
-    prompt_cache: PromptCache
-
     def __init__(self, model_provider: Any, prompt_cache: PromptCache) -> None:
         self.cache = prompt_cache  # upstream deletes its own reference at the end
         self._answering = threading.local()
+        self._serving = Ticket()
+        self._stream: Any = None
         self._in_flight = 0
         self._reader = ThreadPoolExecutor(1, "persist-cache-read-ahead")
         self.admin: Admin | None = None
@@ -129,7 +127,7 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
         self.prefill_clock = PrefillClock()
         self._changed = threading.Condition()
         prompt_cache.is_busy = lambda: self._in_flight > 0
-        super().__init__(model_provider, prompt_cache)
+        super().__init__(model_provider, TicketedCache(prompt_cache, self))
 
     # ---- where prompts are cut ---------------------------------------------------------------
 
@@ -139,10 +137,14 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
             if len(segments) == 1 and types == ["assistant"] and request.request_type == "chat":
                 segments, types = self._cut_tool_turn(tokenizer, request, args, prompt)
             segments, types = self._cut_at_branch(prompt, segments, types)
-        part = getattr(request, "wanted_part", "")
-        if part:
-            end = len(prompt) - 1 if part == "prompt" else system_tokens(segments, types)
-            self.cache.cut_answer(prompt, end, model=self.model_provider.model_key)
+        ticket = getattr(request, "ticket", None)
+        if ticket is not None:
+            self._serving = ticket
+            ticket.system_tokens = system_tokens(segments, types)
+            if ticket.part:
+                whole = ticket.part == "prompt"
+                end = len(prompt) - 1 if whole else ticket.system_tokens
+                self.cache.cut_answer(prompt, end, model=self.model_provider.model_key)
         return prompt, segments, types, initial_state, vision
 
     def _cut_tool_turn(
@@ -188,31 +190,39 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
         return segments, types
 
     def _serve_single(self, request: Any, stream: Any) -> None:
-        """One request at a time: upstream knows no segments here, so the prefill is done before.
+        """One request at a time: upstream knows no segments here."""
+        self._stream = stream
+        try:
+            super()._serve_single(request, stream)
+        finally:
+            self._stream = None
+            request[1].ticket.settle()
+
+    def now_serving(self) -> Ticket:
+        """The ticket of the request that was tokenized last."""
+        return self._serving
+
+    def complete(
+        self,
+        ticket: Ticket,
+        model: Hashable,
+        tokens: Sequence[int],
+        cache: Any | None,
+        rest: Sequence[int],
+        /,
+    ) -> tuple[Any | None, Sequence[int]]:
+        """Compute and keep a prompt's system part, where upstream's loop does not.
 
         A draft model's cache lags behind, so with one the reply alone is kept.
+
+        Returns:
+            What is handed to upstream: the cache, and the tokens that it has not seen.
         """
-        _, wanted, args = request
-        if self.model_provider.draft_model is None:
-            try:
-                self._keep_system_part(wanted, args, stream)
-            except Exception as error:
-                # Whatever is wrong with the request, upstream says it better.
-                log.debug("no system part was kept: %s", error)
-        super()._serve_single(request, stream)
+        done, end = len(tokens) - len(rest), ticket.system_tokens
+        if self._stream is None or done >= end or self.model_provider.draft_model is not None:
+            return cache, rest
+        from persist_cache.warm import KVQuantization, new_cache, prefill, snapshot
 
-    def _keep_system_part(self, request: Any, args: Any, stream: Any) -> None:
-        from persist_cache.warm import KVQuantization, new_cache, prefill
-
-        tokenizer = self.model_provider.tokenizer
-        prompt, _, _, _, vision = super()._tokenize(tokenizer, request, args)
-        if vision is not None or request.request_type != "chat":
-            return
-        end = self._system_end(tokenizer, request, args, prompt)
-        key = self.model_provider.model_key
-        if end == 0 or self.cache.known_tokens(key, prompt[:end]) == end:
-            return
-        cache, rest = self.cache.fetch_nearest_cache(key, prompt[:end])
         options = self.cli_args
         quantize = None
         if options.kv_bits is not None:
@@ -220,15 +230,16 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
                 options.kv_bits, options.kv_group_size, options.quantized_kv_start
             )
         cache = new_cache(self.model_provider.model) if cache is None else cache
-        with mx.stream(stream), self.prefill_clock.running():
+        with mx.stream(self._stream), self.prefill_clock.running():
             prefill(
                 self.model_provider.model,
                 cache,
-                rest,
+                tokens[done:end],
                 step_tokens=options.prefill_step_size,
                 quantize=quantize,
             )
-        self.cache.insert_cache(key, prompt[:end], cache, cache_type="system")
+        self.cache.insert_cache(model, tokens[:end], snapshot(cache), cache_type="system")
+        return cache, tokens[end:]
 
     # ---- what an answer says -----------------------------------------------------------------
 
@@ -238,15 +249,24 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
         generation_args: Any,
         progress_callback: Callable[[int, int], None] | None = None,
     ) -> Any:
-        if part := getattr(self._answering, "wanted_part", ""):
-            request.wanted_part = part
+        ticket = vars(request).setdefault("ticket", self.new_ticket())
         if self._in_flight > 1:
             # Rendering a prompt changes its messages, so each thread has its own.
             mine = dataclasses.replace(request, messages=copy.deepcopy(request.messages))
             self._reader.submit(self._read_ahead, mine, generation_args)
         ctx, response = super().generate(request, generation_args, progress_callback)
-        self._answering.fetch = self._fetch_of(ctx)
-        return ctx, response
+        # When requests are served one at a time, the context is handed out before the look.
+        while not ticket.wait(1.0) and self.generation_available():
+            pass
+        if ticket.fetch is None:
+            # It failed before the look: asking for the answer raises why.
+            next(response, None)
+            raise RuntimeError("The request was answered without a look into the cache.")
+        return ctx, _told(ctx, response, ticket.fetch)
+
+    def new_ticket(self) -> Ticket:
+        """A ticket for the request that this thread is about to make."""
+        return Ticket(getattr(self._answering, "part", ""))
 
     def _read_ahead(self, request: Any, args: Any) -> None:
         """Have the disk read what a request needs while the loop still decodes for others.
@@ -270,12 +290,15 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
 
     @contextlib.contextmanager
     def keeping_only(self, part: Literal["prompt", "system"]) -> Iterator[None]:
-        """Have requests of this thread leave the cache of that part of theirs, and nothing else."""
-        self._answering.wanted_part = part
+        """Make requests of our own in this thread: they leave the cache of that part of theirs.
+
+        They are not counted among the clients' requests.
+        """
+        self._answering.part = part
         try:
             yield
         finally:
-            self._answering.wanted_part = ""
+            self._answering.part = ""
 
     @contextlib.contextmanager
     def in_flight(self) -> Iterator[None]:
@@ -288,29 +311,6 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
             with self._changed:
                 self._in_flight -= 1
                 self._changed.notify_all()
-
-    def _fetch_of(self, ctx: Any) -> Fetch | None:
-        """How the cache answered for this request.
-
-        When requests are served one at a time, upstream hands the context out before it looks.
-        """
-        deadline = time.monotonic() + 30
-        while ctx.prompt_cache_count < 0 and self.generation_available():
-            if time.monotonic() > deadline:
-                return None
-            time.sleep(0.002)
-        packed = pack_tokens(ctx.prompt)
-        wanted = len(ctx.prompt), prompt_digest(packed)
-        for recent in reversed(self.cache.recent_fetches()):
-            if (recent.num_tokens, recent.digest) == wanted:
-                return recent.fetch
-        return None
-
-    def take_fetch(self) -> Fetch | None:
-        """The outcome for the request that this thread is about to answer; once."""
-        fetch: Fetch | None = getattr(self._answering, "fetch", None)
-        self._answering.fetch = None
-        return fetch
 
     # ---- the end -----------------------------------------------------------------------------
 
@@ -383,9 +383,15 @@ class Provider(upstream.ModelProvider):  # type: ignore[misc]
 class Handler(Front, upstream.APIHandler):  # type: ignore[misc]
     """Upstream's HTTP handler behind our front, saying where the prompt's cache came from."""
 
+    _ticket: Ticket | None = None
+
     def handle_completion(self, request: Any, stop_words: list[str]) -> None:
-        with self.response_generator.in_flight():
-            super().handle_completion(request, stop_words)
+        self._ticket = request.ticket = self.response_generator.new_ticket()
+        try:
+            with self.response_generator.in_flight():
+                super().handle_completion(request, stop_words)
+        finally:
+            self._ticket = None
 
     def _set_completion_headers(self, status_code: int = 200) -> None:
         super()._set_completion_headers(status_code)
@@ -396,9 +402,8 @@ class Handler(Front, upstream.APIHandler):  # type: ignore[misc]
         self._say_cache(status_code)
 
     def _say_cache(self, status_code: int) -> None:
-        fetch = self.response_generator.take_fetch() if status_code == 200 else None
-        if fetch is not None:
-            self.send_header(OUTCOME_HEADER, cache_header(fetch))
+        if status_code == 200 and self._ticket is not None and self._ticket.fetch is not None:
+            self.send_header(OUTCOME_HEADER, cache_header(self._ticket.fetch))
 
     def handle_health_check(self) -> None:
         """Tell a sick disk from a sick model; only the latter makes the server unavailable."""
@@ -416,10 +421,20 @@ class Handler(Front, upstream.APIHandler):  # type: ignore[misc]
         self.wfile.write(body)
 
 
+def _told(ctx: Any, response: Iterator[Any], fetch: Fetch) -> Iterator[Any]:
+    """The answer, with the usage of `ctx` corrected before it is read.
+
+    Upstream takes what it is handed for what was cached; that may have been computed just now.
+    """
+    for one in response:
+        ctx.prompt_cache_count = fetch.num_tokens
+        yield one
+
+
 def cache_header(fetch: Fetch) -> str:
-    """The value of `x-persist-cache`: `disk|memory|miss; tokens=N`, and why it is a miss."""
+    """The value of `x-persist-cache`: `disk|memory|miss; tokens=N`, and why it is no more."""
     value = f"{fetch.source}; tokens={fetch.num_tokens}"
-    if fetch.source == "miss" and fetch.reason:
+    if fetch.reason:
         reason = (
             fetch.reason.replace("→", "->").encode("ascii", "replace").decode().replace('"', "'")
         )
@@ -503,7 +518,7 @@ def _run(
             with contextlib.ExitStack() as told:
 
                 def tell(bound_port: int) -> None:
-                    told.enter_context(_told(host, bound_port, folder, token))
+                    told.enter_context(_page_told(host, bound_port, folder, token))
 
                 _listen(host, port, generator, options.grace_s, tell)
         else:
@@ -560,7 +575,7 @@ def _listen(
 
 
 @contextlib.contextmanager
-def _told(host: str, port: int, folder: Path, token: AdminToken) -> Iterator[None]:
+def _page_told(host: str, port: int, folder: Path, token: AdminToken) -> Iterator[None]:
     """Tell people and commands where the page is; nothing of this goes to the log."""
     url = page_url(host, port)
     with contextlib.suppress(OSError):  # nobody reads it

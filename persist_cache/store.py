@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from msgspec import Struct
 
-from persist_cache import catalog, fs, health, opening, paths
+from persist_cache import catalog, fs, health, opening, paths, reasons
 from persist_cache.blobs import BlobFolder, BlobReader
 from persist_cache.budget import Limits
 from persist_cache.catalog import Catalog, StoreStats
@@ -676,11 +676,12 @@ def _match_in(txn: Reader, namespace: NamespaceRecord, packed: bytes, limit: int
     reason = ""
     if path.common == 0:
         stored = txn.children(namespace.root, limit=1)
-        reason = "no stored prompt begins with the first token" if stored else NOTHING_STORED
+        reason = reasons.OTHER_PROMPT if stored else NOTHING_STORED
     elif position < min(path.common, limit):
-        reason = "no checkpoint there: this model's cache cannot be trimmed"
+        reason = reasons.NO_CHECKPOINT
     elif position == path.common < len(packed) // TOKEN_BYTES:
-        reason = "what is stored ends here or goes on differently"
+        goes_on = path.node is None or txn.children(path.node, limit=1)
+        reason = reasons.DIVERGES if goes_on else reasons.ENDS
     if position == 0:
         return Match(0, common_tokens=path.common, reason=reason)
     runs: list[Run] = []

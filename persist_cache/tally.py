@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 from collections import Counter, deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from persist_cache.catalog import StoreStats
 from persist_cache.digests import prompt_digest
+from persist_cache.reasons import kind_of_reason
 
 _REMEMBERED = 64
 
@@ -68,6 +69,8 @@ class PromptCacheStats:
         disk_off: Why nothing is kept on disk, or "" when it is.
         disk_error: Class of the `StoreError` behind that, or "" if no error is.
         store: Totals of the store, or None without one.
+        partial: Hits that left more than the last token to compute, by reason.
+        asked: Tokens of all prompts that were asked for.
     """
 
     memory: Mapping[str, Mapping[str, int]]
@@ -85,6 +88,8 @@ class PromptCacheStats:
     disk_off: str
     disk_error: str
     store: StoreStats | None
+    partial: Mapping[str, int] = field(default_factory=dict)
+    asked: int = 0
 
 
 class Tally:
@@ -99,7 +104,9 @@ class Tally:
         self._of_thread = threading.local()
         self._hits: Counter[str] = Counter()
         self._misses: Counter[str] = Counter()
+        self._partial: Counter[str] = Counter()
         self._tokens: Counter[str] = Counter()
+        self._asked = 0
         self._problems: Counter[str] = Counter()
         self._restore_s = 0.0
         self._restored_bytes = 0
@@ -132,9 +139,12 @@ class Tally:
         digest = b"" if packed is None else prompt_digest(packed)
         with self._lock:
             self._recent.append(RecentFetch(num_tokens, digest, fetch))
+            self._asked += num_tokens
             if fetch.source == "miss":
-                self._misses[kind_of_miss(fetch.reason)] += 1
+                self._misses[kind_of_reason(fetch.reason)] += 1
             else:
+                if fetch.reason:
+                    self._partial[kind_of_reason(fetch.reason)] += 1
                 self._hits[fetch.source] += 1
                 self._tokens[fetch.source] += fetch.num_tokens
             if fetch.source == "disk":
@@ -192,9 +202,6 @@ class Tally:
                 disk_off=disk_off,
                 disk_error=disk_error,
                 store=store,
+                partial=dict(self._partial),
+                asked=self._asked,
             )
-
-
-def kind_of_miss(reason: str) -> str:
-    """The part of a reason that is the same for all misses of its kind, to count by."""
-    return reason.partition(":")[0] or "nothing is known of this prompt"

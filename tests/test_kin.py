@@ -11,7 +11,7 @@ import pytest
 from persist_cache import PromptCache, Store
 from persist_cache.fingerprint import Fingerprint, Identifier
 from persist_cache.metrics import reason_label
-from persist_cache.tally import kind_of_miss
+from persist_cache.reasons import kind_of_reason
 from tests.fakes import Clock, FakeSource
 from tests.live_fakes import MODEL, FakeCodec
 
@@ -170,7 +170,7 @@ def test_upgrade_is_counted_by_field_logged_once_and_told_in_the_header(
     assert header == 'miss; tokens=0; reason="stored under another mlx-lm: 0.32.1 -> 0.32.2"'
     assert sum("0.32.1 → 0.32.2" in one.getMessage() for one in caplog.records) == 1
     assert {reason_label(one) for one in stats.misses} == {"other_identity"}
-    assert kind_of_miss("stored under another salt") == "stored under another salt"
+    assert kind_of_reason("stored under another salt") == "stored under another salt"
 
 
 def test_real_identities_of_one_model_are_kin(tmp_path: Path, store: Store) -> None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from typing import Any
 
 import pytest
 from mlx_lm import server as upstream
 
 from persist_cache import server
+from persist_cache.ticket import TicketedCache
 
 CALLED_ON_HANDLER = ("do_GET", "do_POST", "do_OPTIONS", "_set_cors_headers", "handle_health_check")
 """Methods of upstream's handler that ours calls or replaces, all without arguments."""
@@ -86,6 +88,22 @@ def test_contexts_and_requests_have_the_fields_that_we_read() -> None:
     for kind, wanted in fields.items():
         known = {one.name for one in dataclasses.fields(kind)}
         assert wanted <= known, f"mlx_lm.server.{kind.__name__} lost {wanted - known}"
+
+
+def test_upstream_asks_nothing_of_its_cache_that_ours_does_not_answer() -> None:
+    source = inspect.getsource(upstream.ResponseGenerator)
+    asked = set(re.findall(r"self\.prompt_cache\.(\w+)", source))
+
+    assert "fetch_nearest_cache" in asked
+    assert asked <= {name for name in vars(TicketedCache) if not name.startswith("_")}
+
+
+def test_upstream_looks_once_for_each_prompt_right_after_it_is_tokenized() -> None:
+    """So the request that was tokenized last is the one that a look is for."""
+    loop = (upstream.ResponseGenerator._generate, upstream.ResponseGenerator._serve_single)
+    for method in loop:
+        calls = re.findall(r"\._tokenize\(|\.fetch_nearest_cache\(", inspect.getsource(method))
+        assert calls == ["._tokenize(", ".fetch_nearest_cache("]
 
 
 def test_upstream_calls_what_serve_replaces_by_its_global_name() -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from torture.replaced import MOMENTS
+
 REPOSITORY = Path(__file__).parent.parent
 
 
@@ -26,7 +28,9 @@ def torture(*arguments: str) -> tuple[int, dict[str, Any]]:
 
 
 def test_short_run_breaks_no_promise() -> None:
-    code, report = torture("--kills", "60", "--storms-only", "--minutes", "0.5", "--seed", "3")
+    code, report = torture(
+        *("--storm", "kills", "--kills", "60", "--minutes", "0.5", "--seed", "3"),
+    )
 
     assert report["findings"] == []
     assert code == 0
@@ -35,16 +39,42 @@ def test_short_run_breaks_no_promise() -> None:
     assert report["storms"]["demanded"] > 0
 
 
+def test_threads_on_one_prompt_cache_get_what_belongs_to_their_prompts() -> None:
+    code, report = torture("--storm", "threads", "--threads-s", "4", "--seed", "3")
+
+    assert report["findings"] == []
+    assert code == 0
+    assert report["threads"]["fetches"] > 100
+    assert report["threads"]["served"]["a cache"] > 50
+    assert report["threads"]["calls"]["model replaced"] > 0
+    assert report["threads"]["calls"]["cache refilled by its former owner"] > 0
+
+
+def test_replaced_model_is_not_answered_for_by_the_cache_of_another() -> None:
+    code, report = torture("--storm", "replaced", "--replaced-s", "12", "--seed", "3")
+
+    assert report["findings"] == []
+    assert code == 0
+    assert report["replaced"]["answers"] > 0
+    assert report["replaced"]["reused"]["memory"] > 0
+    for moment in MOMENTS:
+        assert report["replaced"]["replaced"][moment] > 0
+
+
 @pytest.mark.parametrize(
     ("name", "found"),
     [
         ("checksum", ("wrong bytes were served",)),
         ("order", ("its file is missing", "no record names this file", "usage says")),
         ("budget", ("bytes on disk, the budget is",)),
+        ("memory-by-name", ("without a cache",)),
+        ("identified-late", ("without a cache",)),
+        ("two-looks", ("are said to be in it",)),
+        ("only-lengths", ("rows of another prompt were handed out",)),
     ],
 )
 def test_broken_store_is_found_out(name: str, found: tuple[str, ...]) -> None:
-    code, report = torture("--break", name, "--minutes", "2")
+    code, report = torture("--break", name, "--minutes", "4")
 
     assert code == 1
     findings = report["findings"]

@@ -7,6 +7,7 @@ well: a chat template with roles and tools, a byte-level tokenizer, one KV cache
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,13 @@ CORPUS = [
 
 
 def build_model_dir(
-    path: Path, *, seed: int = 0, model_type: str = "llama", vocab_size: int = 512, **config: Any
+    path: Path,
+    *,
+    seed: int = 0,
+    model_type: str = "llama",
+    vocab_size: int = 512,
+    corpus: Sequence[str] = (),
+    **config: Any,
 ) -> Path:
     """Write a random model with tokenizer and chat template into the folder `path`.
 
@@ -75,6 +82,7 @@ def build_model_dir(
         seed: Chooses the weights.
         model_type: Module of `mlx_lm.models` to build.
         vocab_size: Size of the tokenizer to train, at least 259, and of the embedding.
+        corpus: Further texts to learn from, where prompts are long or the vocabulary is large.
         config: Fields of config.json to add or to replace, for instance
             `num_hidden_layers=4`, `sliding_window=64`.
 
@@ -82,7 +90,7 @@ def build_model_dir(
         `path`.
     """
     path.mkdir(parents=True, exist_ok=True)
-    tokenizer = _train_tokenizer(vocab_size)
+    tokenizer = _train_tokenizer(vocab_size, [*CORPUS, *corpus])
     tokenizer.save_pretrained(path)
     settings = {
         "model_type": model_type,
@@ -112,7 +120,7 @@ def build_model_dir(
     return path
 
 
-def _train_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+def _train_tokenizer(vocab_size: int, corpus: Sequence[str]) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -123,7 +131,7 @@ def _train_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.train_from_iterator(corpus, trainer)
     # A model must not answer with a token that its tokenizer cannot decode.
     if tokenizer.get_vocab_size() != vocab_size:
         raise ValueError(

@@ -17,8 +17,10 @@ from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
-from torture import broken, scenes, steps
+from torture import broken, replaced, scenes, steps, threads
 from torture.storm import Report, Storm, in_child
+
+STORMS = ("kills", "threads", "replaced")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,16 +31,17 @@ def main(arguments: list[str] | None = None) -> int:
     logging.disable(logging.CRITICAL)  # every repair is announced, thousands of times
     folder = Path(tempfile.mkdtemp(prefix="persist-cache-torture-", dir=options.folder))
     report = Report()
+    run = Run(options, folder, report)
     started = time.monotonic()
     try:
-        faults = _run(options, folder, report, started)
+        run.all_phases(started + 60 * options.minutes)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     seconds = time.monotonic() - started
     if options.json:
-        print(json.dumps(_as_json(options, report, faults, seconds), indent=2))
+        print(json.dumps(_as_json(run, seconds), indent=2))
     else:
-        _print(options, report, faults, seconds)
+        _print(run, seconds)
     return 1 if report.findings else 0
 
 
@@ -48,6 +51,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="end the rounds of kills after this long")
     parser.add_argument("--kills", type=int, help="processes to kill at random moments")
     parser.add_argument("--faults", type=int, help="faults to inject step by step")
+    parser.add_argument("--threads-s", type=float, help="seconds for threads on one PromptCache")
+    parser.add_argument("--replaced-s", type=float, help="seconds for replaced models")
     parser.add_argument("--seed", type=int, default=1, help="decides all but the scheduling")
     parser.add_argument("--folder", help="where stores are made; default: memory, if there is any")
     parser.add_argument(
@@ -58,51 +63,83 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         help="break the store on purpose; the torture has to notice",
     )
     parser.add_argument("--storms-only", action="store_true", help="skip the faults step by step")
+    parser.add_argument("--storm", choices=STORMS, help="this one only")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
     if options.folder is None and os.access("/dev/shm", os.W_OK):
         # A killed process loses nothing that the system has, so a slow disk would prove no more.
         options.folder = "/dev/shm"
-    quick = (1.5, 150, 500) if options.quick else (30.0, 1200, 10_000)
-    for name, value in zip(("minutes", "kills", "faults"), quick, strict=True):
+    names = ("minutes", "kills", "faults", "threads_s", "replaced_s")
+    quick = (1.5, 150, 500, 3.0, 8.0) if options.quick else (30.0, 1200, 10_000, 60.0, 150.0)
+    for name, value in zip(names, quick, strict=True):
         if getattr(options, name) is None:
             setattr(options, name, value)
     return options
 
 
-def _run(options: argparse.Namespace, folder: Path, report: Report, started: float) -> steps.Tried:
-    """All phases; a broken build only has to be caught, so its run ends with the first finding."""
-    tried = steps.Tried()
-    late = started + 60 * options.minutes
-    if options.storms_only:
-        _storm(options, folder, report, late)
-        return tried
-    if options.breaks:
-        Storm(folder, options.seed, report, options.breaks).run(
-            lambda: not report.findings and time.monotonic() < late
-        )
-        return tried
-    _say("death at every step of every operation")
-    stride = 7 if options.quick else 1
-    die = partial(steps.run_deaths, _made(folder, "deaths"), options.seed, stride)
-    _add(report, tried, in_child(die))
-    _say(f"{options.faults} faults, one step at a time")
-    fail = partial(steps.run, _made(folder, "steps"), options.seed, options.faults)
-    _add(report, tried, in_child(fail))
-    _say("a read-only disk, an unknown version, a soak at 200 MB")
-    scenes.read_only_disk(folder, report)
-    scenes.unknown_schema(folder, report)
-    scenes.soak(folder, report, 3.0 if options.quick else 30.0)
-    _say(f"processes killed at random, until {options.kills} are dead")
-    _storm(options, folder, report, late)
-    return tried
+class Run:
+    """One run: what was asked for, and what came of it."""
 
+    def __init__(self, options: argparse.Namespace, folder: Path, report: Report) -> None:
+        self.options = options
+        self.report = report
+        self.tried = steps.Tried()
+        self.threads = threads.Checked()
+        self.replaced = replaced.Seen()
+        self._folder = folder
 
-def _storm(options: argparse.Namespace, folder: Path, report: Report, late: float) -> None:
-    wanted = report.kills + options.kills
-    Storm(folder, options.seed, report).run(
-        lambda: report.kills < wanted and time.monotonic() < late
-    )
+    def all_phases(self, late: float) -> None:
+        """Everything; a broken build only has to be caught, so its run ends with a finding."""
+        options = self.options
+        if options.breaks:
+            self._storm(broken.FOUND_BY[options.breaks], late)
+            return
+        if not options.storms_only and not options.storm:
+            self._step_by_step()
+        for name in STORMS:
+            if options.storm in (None, name):
+                self._storm(name, late)
+
+    def _step_by_step(self) -> None:
+        options, report, folder = self.options, self.report, self._folder
+        _say("death at every step of every operation")
+        stride = 7 if options.quick else 1
+        die = partial(steps.run_deaths, _made(folder, "deaths"), options.seed, stride)
+        _add(report, self.tried, in_child(die))
+        _say(f"{options.faults} faults, one step at a time")
+        fail = partial(steps.run, _made(folder, "steps"), options.seed, options.faults)
+        _add(report, self.tried, in_child(fail))
+        _say("a read-only disk, an unknown version, a soak at 200 MB")
+        scenes.read_only_disk(folder, report)
+        scenes.unknown_schema(folder, report)
+        scenes.soak(folder, report, 3.0 if options.quick else 30.0)
+
+    def _storm(self, name: str, late: float) -> None:
+        options, seed, report = self.options, self.options.seed, self.report
+        # A broken build is given all the time there is.
+        left = late - time.monotonic() if options.breaks else None
+        folder = _made(self._folder, name)
+        if name == "threads":
+            _say("threads on one PromptCache")
+            storm = partial(threads.run, folder, seed, left or options.threads_s, options.breaks)
+            self.threads = in_child(storm)
+            report.findings += self.threads.findings
+        elif name == "replaced":
+            _say("models replaced under a running server")
+            seconds = left or options.replaced_s
+            self.replaced = in_child(partial(replaced.run, folder, seed, seconds, options.breaks))
+            report.findings += self.replaced.findings
+            report.kills += self.replaced.kills
+        elif options.breaks:
+            Storm(folder, seed, report, options.breaks).run(
+                lambda: not report.findings and time.monotonic() < late
+            )
+        else:
+            _say(f"processes killed at random, until {options.kills} are dead")
+            wanted = report.kills + options.kills
+            Storm(folder, seed, report).run(
+                lambda: report.kills < wanted and time.monotonic() < late
+            )
 
 
 def _made(folder: Path, name: str) -> Path:
@@ -123,9 +160,8 @@ def _add(report: Report, tried: steps.Tried, more: steps.Tried) -> None:
     report.findings += more.findings
 
 
-def _as_json(
-    options: argparse.Namespace, report: Report, tried: steps.Tried, seconds: float
-) -> dict[str, object]:
+def _as_json(run: Run, seconds: float) -> dict[str, object]:
+    options, report, tried = run.options, run.report, run.tried
     return {
         "machine": f"{os.cpu_count()}-core {platform.machine()}, {platform.system()}",
         "seed": options.seed,
@@ -140,11 +176,14 @@ def _as_json(
             "all": tried.all_steps,
             "kills": tried.kills,
         },
+        "threads": vars(run.threads),
+        "replaced": vars(run.replaced),
         "findings": report.findings,
     }
 
 
-def _print(options: argparse.Namespace, report: Report, tried: steps.Tried, seconds: float) -> None:
+def _print(run: Run, seconds: float) -> None:
+    options, report, tried = run.options, run.report, run.tried
     machine = f"{os.cpu_count()}-core {platform.machine()}, {platform.system()}"
     print(f"{machine}; {seconds:.0f} s; seed {options.seed}; Python {platform.python_version()}")
     if options.breaks:
@@ -170,6 +209,12 @@ def _print(options: argparse.Namespace, report: Report, tried: steps.Tried, seco
         ("  most bytes during the soak at 200 MB", report.soak_bytes),
         ("  bytes written during the soak", report.soak_written),
         ("processes that a damaged page of LMDB took down", report.index_deaths),
+        ("fetches by threads on one PromptCache, checked", run.threads.fetches),
+        ("  other calls beside them", run.threads.calls.total()),
+        ("files of a model replaced under a running server", run.replaced.replaced.total() // 3),
+        ("  answers compared with the model that gave them", run.replaced.answers),
+        ("  prompt tokens reused from memory", run.replaced.reused["memory"]),
+        ("  prompt tokens reused from disk", run.replaced.reused["disk"]),
     ]
     _table(rows)
     for title, counts in (
@@ -177,6 +222,8 @@ def _print(options: argparse.Namespace, report: Report, tried: steps.Tried, seco
         ("operation cut at every step", tried.operations),
         ("damage", report.damages),
         ("scenario", report.scenarios),
+        ("call beside the fetches of threads", run.threads.calls),
+        ("replaced in a model", run.replaced.replaced),
         ("entry gone for a reason", report.excused),
         ("problem that check named and repair mended", report.repaired),
     ):

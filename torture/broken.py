@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from persist_cache import fs
 from persist_cache.blobs import BlobReader, BlobWriter
 from persist_cache.disk import Disk
+from persist_cache.entry import Match
 from persist_cache.evict import Evictor
 from persist_cache.insert import Insertion, PutResult
 from persist_cache.records import SizedRecord
@@ -67,8 +69,78 @@ def _budget_afterwards() -> None:
     Insertion.run = run_then_evict  # type: ignore[method-assign]
 
 
+def _memory_by_name() -> None:
+    """Caches in memory are found by the model's name, whichever weights computed them."""
+    from persist_cache.owners import Owner, Owners
+
+    of = Owners.of
+
+    def by_name(self: Owners, model: Hashable, *, may_read: bool) -> Owner:
+        owner = of(self, model, may_read=may_read)
+        return dataclasses.replace(owner, identity="", load=None)
+
+    Owners.of = by_name  # type: ignore[method-assign]
+
+
+def _identified_late() -> None:
+    """A model is identified by its files as they are once it was loaded."""
+    from persist_cache import loads
+
+    def around_load(files: loads.Files, load: Callable[[], Any]) -> Any:
+        return load(), files.describe()
+
+    loads.around_load = around_load
+
+
+def _two_looks() -> None:
+    """A fetch tells the length of one cache, and gives away what a second look finds."""
+    from persist_cache.cache import PromptCache, _Taken
+    from persist_cache.owners import Owner
+
+    take = PromptCache._take
+
+    def look_and_take(
+        self: PromptCache, owner: Owner, packed: bytes, limit: int, *, on_disk: Match
+    ) -> _Taken:
+        with self._lock:
+            first = self._candidate(owner, packed, limit)
+        given = take(self, owner, packed, limit, on_disk=on_disk)
+        return given if first is None else given._replace(num_tokens=first.num_tokens)
+
+    PromptCache._take = look_and_take  # type: ignore[method-assign]
+
+
+def _only_lengths() -> None:
+    """Of a cache that its former owner changed, only the length is compared."""
+    from persist_cache.cache import PromptCache
+    from persist_cache.resident import Held
+
+    is_unchanged = PromptCache._is_unchanged
+
+    def has_its_length(self: PromptCache, held: Held) -> bool:
+        held.witness = None
+        return is_unchanged(self, held)
+
+    PromptCache._is_unchanged = has_its_length  # type: ignore[method-assign]
+
+
+FOUND_BY = {
+    "checksum": "kills",
+    "order": "kills",
+    "budget": "kills",
+    "memory-by-name": "replaced",
+    "identified-late": "replaced",
+    "two-looks": "threads",
+    "only-lengths": "threads",
+}
+"""The storm that has to find each."""
+
 BREAKS: dict[str, Callable[[], None]] = {
     "checksum": _no_checksum,
     "order": _commit_first,
     "budget": _budget_afterwards,
+    "memory-by-name": _memory_by_name,
+    "identified-late": _identified_late,
+    "two-looks": _two_looks,
+    "only-lengths": _only_lengths,
 }

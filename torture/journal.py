@@ -28,11 +28,11 @@ class Journal:
         os.write(self._fd, line.encode() + b"\n")
 
 
-def read(folder: Path) -> Iterator[dict[str, Any]]:
-    """All lines of all journals in `folder`, each with the `file` it is from."""
-    for path in sorted(folder.glob("*.jsonl")):
-        for line in path.read_bytes().splitlines():
-            yield {**json.loads(line), "file": path.name}
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """All lines of a journal, or of all journals in a folder, each with the `file` it is from."""
+    for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
+        for line in file.read_bytes().splitlines() if file.exists() else ():
+            yield {**json.loads(line), "file": file.name}
 
 
 class Tally:

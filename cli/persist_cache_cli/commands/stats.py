@@ -147,6 +147,7 @@ class _Report:
                     f" ({said['hits']['memory']:,} from memory,"
                     f" {said['hits']['disk']:,} from disk)",
                 ),
+                ("reused", _reused(said["tokens_reused"], said["tokens_asked"]) if asked else ""),
                 (
                     "saved",
                     f"{said['tokens_saved']:,} tokens"
@@ -155,7 +156,8 @@ class _Report:
             ],
             paint=paint,
         )
-        lines += self._miss_lines(said["miss_reasons"], width, paint)
+        lines += self._reason_lines("misses", said["miss_reasons"], width, paint)
+        lines += self._reason_lines("partial", said["partial_reasons"], width, paint)
         lines += self._tables(said, width, paint)
         if self.survey is not None:
             for sentence in left_behind.sentences(self.survey, self.given):
@@ -179,10 +181,12 @@ class _Report:
             lines += ["", *table(columns, models, width=width, paint=paint)]
         return lines
 
-    def _miss_lines(self, reasons: dict[str, int], width: int | None, paint: Painter) -> list[str]:
+    def _reason_lines(
+        self, title: str, reasons: dict[str, int], width: int | None, paint: Painter
+    ) -> list[str]:
         if not reasons:
             return []
-        columns = [Column("misses", right=True), Column("why", least=20, cut="end")]
+        columns = [Column(title, right=True), Column("why", least=20, cut="end")]
         rows = [
             (f"{count:,}", printable(reason))
             for reason, count in sorted(reasons.items(), key=lambda item: -item[1])
@@ -192,6 +196,13 @@ class _Report:
     def _daily(self) -> str:
         daily = self.stats.daily_write_bytes
         return "" if daily is None else f" of {format_bytes(daily)}"
+
+
+def _reused(reused: int, asked: int) -> str:
+    """What the hits are worth: a request that reuses three tokens is one, too."""
+    if not asked:
+        return "not counted yet; an older version served these requests"
+    return f"{reused:,} of {plural(asked, 'prompt token')} ({reused / asked:.1%})"
 
 
 def _bar(part: int, whole: int) -> str:
