@@ -52,6 +52,7 @@ from persist_cache.survey import (
     details_of,
     find_departed,
     find_ids,
+    left_in_trash,
     quarantined,
     short_id,
     tokens_of,
@@ -103,7 +104,15 @@ def json_response(
 
 
 def refusal_response(refusal: RefusedError) -> Response:
-    return json_response({"error": str(refusal)}, refusal.status, refusal.headers)
+    said: Any = str(refusal)
+    if refusal.code:
+        said = {
+            "message": said,
+            "type": "invalid_request_error",
+            "param": None,
+            "code": refusal.code,
+        }
+    return json_response({"error": said}, refusal.status, refusal.headers)
 
 
 class Admin:
@@ -117,7 +126,7 @@ class Admin:
         self,
         cache: PromptCache,
         *,
-        token: str | None = None,
+        token: str | Callable[[], str] | None = None,
         host: str = "127.0.0.1",
         generator: Any = None,
     ) -> None:
@@ -125,13 +134,13 @@ class Admin:
 
         Args:
             cache: What the server serves from.
-            token: Secret to ask for; None lets loopback in without one, and nobody else.
+            token: Secret to ask for, or what tells it; None lets nobody in.
             host: Name or address that the server was bound to.
             generator: The server's `ResponseGenerator`, for what needs its model.
         """
         self._cache = cache
-        self._token = token
-        self._guard = Guard(token, host)
+        secret = secrets.token_urlsafe(32) if token is None else token
+        self._guard = Guard(secret if callable(secret) else lambda: secret, host)
         self._generator = generator
         self._view: _View | None = None
         self._tokenizer: tuple[Any, Any] | None = None
@@ -362,9 +371,6 @@ class Admin:
         return json_response(said)
 
     def _text(self, entry: Entry) -> str:
-        if self._token is None:
-            # Other users of this machine reach loopback, but not the folder of the store.
-            raise RefusedError(403, "Texts of prompts are shown only with an --admin-token.")
         model = self._model({})
         if model.fingerprint is None or model.fingerprint.hex[:64] != entry.fingerprint:
             raise RefusedError(409, "The tokenizer of this entry's model is not loaded.")
@@ -393,17 +399,24 @@ class Admin:
             skipped = [one for one in chosen if one.pinned and one.id != entry.id]
             chosen = [one for one in chosen if not one.pinned or one.id == entry.id]
         removal = view.survey.removal([one.id for one in chosen])
-        freed = removal.freed_bytes
+        freed, stuck = removal.freed_bytes, 0
         if not dry_run:
             try:
                 freed = self._store().evict([one.id for one in chosen])
+                stuck = left_in_trash(self._store(), removal.freed_bytes - freed)
             except KeyError:
                 raise RefusedError(
                     409, "Some of these entries went meanwhile; look again."
                 ) from None
         return json_response(
             removal_json(
-                view.survey, chosen, removal, dry_run=dry_run, freed_bytes=freed, skipped=skipped
+                view.survey,
+                chosen,
+                removal,
+                dry_run=dry_run,
+                freed_bytes=freed,
+                unremoved_bytes=stuck,
+                skipped=skipped,
             )
         )
 
@@ -416,7 +429,7 @@ class Admin:
             "time": time.time(),
             "healthy": self._is_healthy(),
             "model": None,
-            "texts": self._token is not None,
+            "texts": True,  # there was a time without a token, and without texts then
             "server": server_json(
                 stats, max_size=self._cache.max_size, max_bytes=self._cache.max_bytes
             ),
@@ -494,7 +507,7 @@ class Admin:
         known = self._cache.known_tokens(model.key, prompt.tokens[:-1])
         return json_response(
             {
-                **explanation_json(found, model.decode, show_stored=self._token is not None),
+                **explanation_json(found, model.decode, show_stored=True),
                 # Memory included, which the command line cannot see.
                 "known_tokens": known,
             }

@@ -8,17 +8,30 @@ time of `persist-cache check`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import compress, count, repeat
 from operator import add, eq, gt, ne, or_
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import xxhash
 
 from persist_cache.columns import BlobColumns, EdgeColumns, EntryColumns
 from persist_cache.index import Reader
-from persist_cache.paths import BLOB_BYTES
-from persist_cache.records import END_OF_TIME_S, NO_BLOB, NO_ENTRY, BlobKind, entry_id
+from persist_cache.paths import BLOB_BYTES, NEXT_NODE
+from persist_cache.records import (
+    END_OF_TIME_S,
+    NO_BLOB,
+    NO_ENTRY,
+    BlobKind,
+    NamespaceRecord,
+    entry_id,
+    namespace_key,
+)
 
 V = TypeVar("V")
+FINGERPRINT_BYTES = 32
+END_OF_NUMBERS = (1 << 64) - 1
+Spaces = Sequence[tuple[bytes, NamespaceRecord]]
 
 
 def broken_invariants(txn: Reader, blobs: BlobColumns) -> list[str]:
@@ -33,7 +46,8 @@ def broken_invariants(txn: Reader, blobs: BlobColumns) -> list[str]:
     """
     edges = txn.edge_columns()
     entries = txn.entry_columns()
-    namespaces = {record.number: record.root for _, record in txn.namespaces()}
+    spaces = txn.namespaces()
+    namespaces = {record.number: record.root for _, record in spaces}
     roots = set(namespaces.values())
     starts = dict(zip(blobs.numbers, blobs.starts, strict=True))
     # An edge of an unknown blob is named as such; what else is said of it does not matter.
@@ -51,6 +65,15 @@ def broken_invariants(txn: Reader, blobs: BlobColumns) -> list[str]:
     problems += _models(edges, entries, namespaces)
     problems += _orders(txn, entries)
     problems += _blobs(txn, edges, entries, blobs)
+    problems += _spaces(spaces)
+    problems += [
+        f"{counter} is smaller than a number that was given"
+        for counter, _ in too_small(txn, edges, blobs, spaces)
+    ]
+    problems += [
+        f"entry {entry_id(number)} should have the number {entry_id(right)}"
+        for number, right in misnumbered(txn, edges, spaces)
+    ]
     return problems
 
 
@@ -184,6 +207,76 @@ def _models(edges: EdgeColumns, entries: EntryColumns, roots: Mapping[int, int])
         if roots.get(number) != found[node]:
             this = entry_id(entries.numbers[at])
             yield f"entry {this} names namespace {number}, below whose root it does not lie"
+
+
+def _spaces(spaces: Spaces) -> Iterator[str]:
+    """Whether each namespace is the one of its key."""
+    for key, record in spaces:
+        if namespace_key(key[:FINGERPRINT_BYTES], record.layout) != key:
+            yield f"namespace {record.number} has another layout than its key says"
+
+
+def too_small(
+    txn: Reader, edges: EdgeColumns, blobs: BlobColumns, spaces: Spaces
+) -> Iterator[tuple[str, int]]:
+    """The generators of numbers that would give one again, with the least that each may be."""
+    given = {
+        NEXT_NODE: [*edges.nodes, *(record.root for _, record in spaces)],
+        "next_blob": blobs.numbers,
+        "next_namespace": [record.number for _, record in spaces],
+    }
+    for counter, numbers in given.items():
+        least = max(numbers, default=0)
+        if txn.counter(counter) < least:
+            yield counter, least
+
+
+def stretches(
+    txn: Reader, edges: EdgeColumns, spaces: Spaces, begin: Callable[[bytes], Any]
+) -> Iterator[tuple[int, bytes, Any, Any]]:
+    """Go down all trees, and digest the tokens on the way.
+
+    Args:
+        txn: A view of the index.
+        edges: All its edges.
+        spaces: All its namespaces.
+        begin: Makes the digest of a namespace's root, given its key.
+
+    Yields:
+        Place of an edge in the columns, key of its namespace, digests above and below it.
+    """
+    below: dict[int, list[int]] = {}
+    for at, parent in enumerate(edges.parents):
+        below.setdefault(parent, []).append(at)
+    for key, record in spaces:
+        pending = [(record.root, begin(key))]
+        while pending:
+            node, above = pending.pop()
+            # Taken out, so that a circle in a damaged index ends.
+            for at in below.pop(node, ()):
+                mine = above.copy()
+                mine.update(txn.tokens(edges.blobs[at], edges.first_rows[at], edges.rows[at]))
+                yield at, key, above, mine
+                pending.append((edges.nodes[at], mine))
+
+
+def misnumbered(txn: Reader, edges: EdgeColumns, spaces: Spaces) -> Iterator[tuple[int, int]]:
+    """Entries whose number is not that of their tokens, and the number that is."""
+    known = set(edges.entries)
+    for at, _, _, digest in stretches(txn, edges, spaces, xxhash.xxh3_64):
+        number = edges.entries[at]
+        if number == NO_ENTRY:
+            continue
+        right = digest.intdigest() or 1
+        if not was_given(number, right, known):
+            yield number, right
+
+
+def was_given(number: int, right: int, known: Collection[int]) -> bool:
+    """Whether a prompt with the digest `right` has `number`: where it was taken, the next free."""
+    while right != number and right in known:
+        right = right + 1 & END_OF_NUMBERS or 1
+    return right == number
 
 
 def _orders(txn: Reader, entries: EntryColumns) -> Iterator[str]:

@@ -23,7 +23,7 @@ import msgspec
 import xxhash
 from msgspec import Struct
 
-from persist_cache import forked, fs
+from persist_cache import admin_token, forked, fs
 from persist_cache.entry import TOKEN_BYTES
 from persist_cache.errors import CorruptBlobError, StoreFormatError
 
@@ -662,6 +662,7 @@ class BlobFolder:
         total += sum(
             fs.disk_bytes(self.root / name) for name in names if name in own or _is_stray(name)
         )
+        total += sum(map(fs.disk_bytes, admin_token.files_in(self.root)))
         with os.scandir(self.blobs) as fans:
             # One that is empty may be removed at this moment by another process.
             total += sum(fs.disk_bytes(Path(fan.path)) for fan in fans)

@@ -119,6 +119,7 @@ class EdgeColumns(_Columns):
 
     parents: Sequence[int] = _key(0)
     tokens: Sequence[bytes] = _key(1)
+    flags: Sequence[int] = _value(1)
     blobs: Sequence[int] = _value(3)
     nodes: Sequence[int] = _value(4)
     entries: Sequence[int] = _value(5)

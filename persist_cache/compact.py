@@ -112,7 +112,7 @@ def _try_rewrite(disk: Disk, evictor: Evictor, runs: Sequence[LivingRun]) -> boo
     except StoreFormatError as error:
         log.warning("blob %s is left as it is: %s", runs[-1].record.name.hex(), error)
     except CorruptBlobError as error:
-        health.quarantine(disk, error.path.stem, error.reason)
+        health.quarantine(disk, error.path.stem, error.reason, is_unreadable=error.is_unreadable)
     finally:
         evictor.empty_trash()
     return False

@@ -227,6 +227,7 @@ def removal_json(
     *,
     dry_run: bool,
     freed_bytes: int,
+    unremoved_bytes: int = 0,
     skipped: Sequence[Entry] = (),
     reasons: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
@@ -238,6 +239,7 @@ def removal_json(
         removal: What that frees, and what stays for others.
         dry_run: Only planned.
         freed_bytes: Bytes that went, or would go.
+        unremoved_bytes: Bytes of files that should have gone and could not be unlinked.
         skipped: Entries that were chosen but are pinned.
         reasons: Per fingerprint why its entries go, "" by default.
     """
@@ -254,6 +256,8 @@ def removal_json(
         "freed_bytes": freed_bytes,
         "kept_bytes": removal.kept_bytes,
         "kept_for": removal.kept_for,
+        "dead_bytes": removal.dead_bytes,
+        "unremoved_bytes": 0 if dry_run else unremoved_bytes,
         "skipped_pinned": [entry.id for entry in skipped],
     }
 

@@ -61,6 +61,11 @@ class CorruptBlobError(StoreError):
         self.path = path
         self.reason = reason
 
+    @property
+    def is_unreadable(self) -> bool:
+        """Whether the disk gave an error, instead of other bytes."""
+        return isinstance(self.__cause__, OSError)
+
 
 class UnsupportedCacheError(PersistCacheError):
     """A KV cache of this class cannot be saved; it stays in memory."""

@@ -166,7 +166,13 @@ class Evictor:
         )
 
     def evict(self, numbers: Sequence[int], reason: str, to_bytes: int | None = None) -> int:
-        """Remove entries, and every byte that nothing else needs; returns the bytes freed.
+        """Remove entries, and every file that nothing else needs.
+
+        The ballast is made anew afterwards if it was given up, as far as the budget, or
+        `to_bytes`, has room for it.
+
+        Returns:
+            Bytes of the files that are gone; one that cannot be unlinked stays in the trash.
 
         The ballast is made anew afterwards if it was given up, as far as the budget, or
         `to_bytes`, has room for it.
@@ -175,20 +181,32 @@ class Evictor:
             KeyError: One of them is not stored; nothing was removed.
         """
 
-        def drop(txn: Writer) -> int:
-            before = txn.counter(paths.BLOB_BYTES)
+        def drop(txn: Writer) -> None:
             for number in numbers:
                 if txn.entry(number) is None:
                     raise KeyError(entry_id(number))
             self._drop(txn, numbers, "evicted", reason)
-            return before - txn.counter(paths.BLOB_BYTES)
 
-        freed = self._update(drop)
-        self.empty_trash()
+        freed = self._freed_by(drop)
         if to_bytes is not None:
             self.shed_ballast(to_bytes)
         self._disk.regain_ballast(to_bytes)
         return freed
+
+    def _freed_by(self, change: Callable[[Writer], object]) -> int:
+        """Bytes of the files that are gone after a commit that moves some into the trash."""
+
+        def commit(txn: Writer) -> dict[bytes, SizedRecord]:
+            before = txn.keys(b"trash")
+            change(txn)
+            trash = txn.sized(b"trash")
+            return {name: trash[name] for name in trash.keys() - before}
+
+        doomed = self._update(commit)
+        self.empty_trash()
+        with self._disk.index.read() as txn:
+            left = txn.keys(b"trash")
+        return sum(record.nbytes for name, record in doomed.items() if name not in left)
 
     def evict_to(self, max_bytes: int) -> int:
         """Evict in order until the store takes at most `max_bytes`, or the rest is pinned.
@@ -247,8 +265,7 @@ class Evictor:
 
         They hold prompts: whoever evicts everything wants them gone as well.
         """
-        freed = self._update(self._drop_quarantine)
-        self.empty_trash()
+        freed = self._freed_by(self._drop_quarantine)
         self._disk.regain_ballast()
         return freed
 

@@ -19,7 +19,7 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 from persist_cache import admin
-from persist_cache.access import Request, owns
+from persist_cache.access import ModelGuard, Request, owns
 from persist_cache.incoming import (
     MAX_BODY_BYTES,
     RefusedError,
@@ -37,6 +37,7 @@ _CHECKS: dict[str, Callable[..., None]] = {
     "/v1/chat/completions": check_chat,
     "/chat/completions": check_chat,
 }
+_DEFAULT_GUARD = ModelGuard()
 _MALFORMED = {
     414: "The request line is too long.",
     431: "The headers of the request are too long or too many.",
@@ -48,8 +49,8 @@ _MALFORMED = {
 class Front(BaseHTTPRequestHandler):
     """To be mixed in before upstream's handler, whose methods answer what is handed on.
 
-    The generator that upstream's handler holds may have an `admin`, the `Admin` to ask; one that
-    knows no token is made otherwise.
+    The generator that upstream's handler holds may have an `admin`, the `Admin` to ask, and a
+    `guard`, the `ModelGuard` of everything else. Without an `admin` nobody may ask that.
     """
 
     timeout = 60
@@ -81,10 +82,11 @@ class Front(BaseHTTPRequestHandler):
         try:
             if owns(self.path):
                 self._answer_admin()
-            elif otherwise is None:
+                return
+            self._guard().check(self._request())
+            if otherwise is None:
                 raise RefusedError(405, "This path knows no such method.", {"Allow": "GET, POST"})
-            else:
-                otherwise()
+            otherwise()
         except RefusedError as refusal:
             self._send(admin.refusal_response(refusal))
         except (ConnectionError, TimeoutError) as error:
@@ -138,18 +140,26 @@ class Front(BaseHTTPRequestHandler):
 
     def _answer_admin(self) -> None:
         """Answer for the admin API, whose answers must not be readable by other sites' pages."""
-        api = self._admin()
-        request = Request(
-            self.command,
-            self.path,
-            self.headers,
-            self.client_address[0],
-            self.connection.getsockname()[0],
-        )
+        api, request = self._admin(), self._request()
         api.check(request)
         if self.command == "POST" and self._body_left:
             request = replace(request, body=self._read_body())
         self._send(api.answer(request, self._ask))
+
+    def _request(self) -> Request:
+        here = self.connection.getsockname()[0]
+        return Request(self.command, self.path, self.headers, here)
+
+    def _guard(self) -> ModelGuard:
+        found: ModelGuard | None = vars(self.response_generator).get("guard")
+        return _DEFAULT_GUARD if found is None else found
+
+    def _set_cors_headers(self) -> None:
+        """Let pages read an answer, where they may ask; in place of upstream's."""
+        headers = getattr(self, "headers", None)
+        origin = None if headers is None else headers.get("Origin")
+        for name, value in self._guard().cors_headers(origin).items():
+            self.send_header(name, value)
 
     def _admin(self) -> admin.Admin:
         generator = self.response_generator
@@ -192,7 +202,7 @@ class Front(BaseHTTPRequestHandler):
                 self.send_header(name, value)
             if not owns(getattr(self, "path", "")) and hasattr(self, "headers"):
                 # Upstream's clients may be pages of other sites; they should see what is wrong.
-                self._set_cors_headers()  # type: ignore[attr-defined]
+                self._set_cors_headers()
             self.end_headers()
             self.wfile.write(response.body)
             self.wfile.flush()

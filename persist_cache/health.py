@@ -17,7 +17,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from persist_cache import fs, paths, rebuild
+from persist_cache import fs, paths, rebuild, testimony
 from persist_cache.audit import broken_invariants
 from persist_cache.blobs import (
     SUFFIX,
@@ -105,12 +105,22 @@ def remove_orphans(disk: Disk) -> int:
     return removed
 
 
-def quarantine(disk: Disk, name_hex: str, reason: str) -> bool:
+def quarantine(disk: Disk, name_hex: str, reason: str, *, is_unreadable: bool = False) -> bool:
     """Take a bad blob out of service: its records and all that hangs on them go, the file moves.
 
+    Unless it is sound and the index is wrong about it: then that is set right.
+
+    Args:
+        disk: The store.
+        name_hex: The blob.
+        reason: What is wrong, for people.
+        is_unreadable: The disk gave an error, so it is not to be read again.
+
     Returns:
-        Whether a record named it; False when somebody else was first.
+        Whether it went; False when somebody else was first, or the index was at fault.
     """
+    if not is_unreadable and testimony.set_right(disk, name_hex):
+        return False  # the index was at fault
     name = bytes.fromhex(name_hex)
     nbytes: int | None = None
     with contextlib.suppress(OSError):  # damage may have changed its size as well
@@ -196,18 +206,20 @@ def check(
     names = list(map(bytes.hex, blobs.names))
     files = list(map(add, names, repeat(SUFFIX)))
     total, done = sum(blobs.nbytes), 0
+    said: dict[str, testimony.Testimony] = {}
     suspects: Iterable[int] = range(len(names))
     if not read_data:
         suspects = compress(count(), map(ne, map(lengths.get, files), blobs.nbytes))
     for at in suspects:
         digest = blobs.digests[at] if read_data else None
-        problem = _check_blob(disk, names[at], blobs.nbytes[at], digest)
+        problem = _check_blob(disk, names[at], blobs.nbytes[at], digest, said)
         # A blob evicted while it was looked at is no problem.
         if problem is not None and disk.is_recorded(blobs.names[at]):
             problems.append(problem)
         done += blobs.nbytes[at]
         if progress is not None and read_data:
             progress(done, total)
+    problems += _contradictions(disk, said)
     awaited = {name.hex() + SUFFIX for name in pending | trash}
     unknown = lengths.keys() - files - awaited
     for fan, file in sorted([*misplaced, *((file[:2], file) for file in unknown)]):
@@ -238,7 +250,8 @@ def _look_at_files(disk: Disk) -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 def repair(disk: Disk, evictor: Evictor, problems: list[Problem]) -> None:
     """Mend what `check` found; a contradictory index is made anew from the blobs."""
-    if any(problem.kind == "index" for problem in problems):
+    doubtful = [problem.blob for problem in problems if problem.kind == "index"]
+    if doubtful and not testimony.mend(disk, filter(None, doubtful)):
         try:
             rebuild.rebuild(disk.index, disk.folder)
         except DamagedIndexError as error:
@@ -260,8 +273,25 @@ def distrust(root: Path) -> None:
         os.close(fs.create(root / SUSPECT_FILE))
 
 
-def _check_blob(disk: Disk, name: str, nbytes: int, digest: bytes | None) -> Problem | None:
-    """What is wrong with a blob: with its length, or when its `digest` is given, any byte."""
+def _contradictions(disk: Disk, said: dict[str, testimony.Testimony]) -> list[Problem]:
+    if not said:
+        return []
+    with disk.index.read(copies=True) as txn:
+        found = dict.fromkeys(testimony.contradictions(txn, said))
+    return [Problem("index", message, name) for message, name in found]
+
+
+def _check_blob(
+    disk: Disk,
+    name: str,
+    nbytes: int,
+    digest: bytes | None,
+    said: dict[str, testimony.Testimony],
+) -> Problem | None:
+    """What is wrong with a blob: with its length, or when its `digest` is given, any byte.
+
+    `said` gets what a sound one says of itself.
+    """
     path = disk.folder.path(name)
     try:
         if digest is None:
@@ -271,10 +301,15 @@ def _check_blob(disk: Disk, name: str, nbytes: int, digest: bytes | None) -> Pro
             return None
         with BlobReader(path, nbytes=nbytes, digest=digest) as reader:
             reader.verify()
+            said[name] = testimony.Testimony.of(reader)
     except FileNotFoundError:
         return Problem("missing", "its file is missing", name)
     except CorruptBlobError as error:
+        if not error.is_unreadable and testimony.is_whole(disk, name):
+            return Problem("index", "the index has other bytes of this blob than it has", name)
         return Problem("damaged", error.reason, name)
+    except ValueError as error:
+        return Problem("damaged", str(error), name)
     except StoreError as error:
         return Problem("damaged", str(error), name)
     except OSError as error:

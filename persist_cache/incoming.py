@@ -56,12 +56,26 @@ _RESERVED_TEMPLATE_ARGS = frozenset(
 
 
 class RefusedError(Exception):
-    """A request that is not answered as asked; `str()` is one sentence for the client."""
+    """A request that is not answered as asked; `str()` is one sentence for the client.
 
-    def __init__(self, status: int, sentence: str, headers: Mapping[str, str] | None = None):
+    Attributes:
+        status: Of the answer.
+        headers: To be sent with it.
+        code: What OpenAI's API calls it; then the answer has the shape of its errors.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        sentence: str,
+        headers: Mapping[str, str] | None = None,
+        *,
+        code: str = "",
+    ):
         super().__init__(sentence)
         self.status = status
         self.headers = dict(headers or {})
+        self.code = code
 
 
 def body_length(headers: Message, *, limit: int = MAX_BODY_BYTES) -> int:

@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 _PATIENCE_S = 5.0
 """How long to wait for processes that open the store at the same time."""
 _READER_PATIENCE_S = 0.5
+INDEX_FILES = ("data.mdb", "lock.mdb", "writer.lock", PRESENCE_FILE)
 _UNLIMITED = (1 << 63) - 1
 _IMPOSSIBLE = frozenset(
     (errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
@@ -53,10 +54,8 @@ def prepare_folder(root: Path, folder: BlobFolder, read_only: bool) -> None:
         status = root.stat()
         if not stat.S_ISDIR(status.st_mode):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(root))
-        if status.st_uid != os.geteuid():
-            raise StoreAccessError(
-                f"{root} belongs to another user; use a folder of your own (--store PATH)."
-            )
+        _refuse_owner(root, status)
+        _refuse_foreign(root)
         if read_only:
             return
         if status.st_mode & 0o077:
@@ -107,6 +106,41 @@ def _no_folder(path: Path) -> Path:
             if not stat.S_ISDIR(one.stat().st_mode):
                 return one
     return path
+
+
+def _refuse_foreign(root: Path) -> None:
+    """Refuse parts of a store that are not its owner's alone, or lead elsewhere.
+
+    Whoever may write to the folder for a moment could leave them there, and read what is written.
+
+    Raises:
+        StoreAccessError: There is such a part.
+    """
+    places = [(root / name, True) for name in ("blobs", "tmp", "quarantine")]
+    for place, must_be_folder in places:
+        try:
+            status = place.lstat()
+        except FileNotFoundError:
+            continue
+        _refuse_owner(place, status)
+        is_folder = stat.S_ISDIR(status.st_mode)
+        if stat.S_ISLNK(status.st_mode) or (must_be_folder and not is_folder):
+            raise StoreAccessError(
+                f"{place} is not a folder of its own, as the store needs it; move it away."
+            )
+        if place == places[0][0]:
+            places += [(Path(one.path), False) for one in os.scandir(place) if len(one.name) == 2]
+    for name in INDEX_FILES:
+        for follow in (False, True):
+            with contextlib.suppress(FileNotFoundError):
+                _refuse_owner(root / name, (root / name).stat(follow_symlinks=follow))
+
+
+def _refuse_owner(path: Path, status: os.stat_result) -> None:
+    if status.st_uid != os.geteuid():
+        raise StoreAccessError(
+            f"{path} belongs to another user; use a folder of your own (--store PATH)."
+        )
 
 
 def open_index(root: Path, folder: BlobFolder, read_only: bool) -> Index:

@@ -161,7 +161,7 @@ def _inspect(name: str, path: Path) -> _Found | None:
             packed = reader.read_bytes(TOKENS) if header.kind == "run" else b""
             if len(packed) != (header.end - header.start) * TOKEN_BYTES:
                 raise CorruptBlobError(path, "its tokens do not fill its span")
-            _check_claims(header)
+            check_claims(header)
             written = Written(name, reader.nbytes, fs.disk_bytes(path), reader.digest)
     except (StoreError, OSError, ValueError, KeyError) as error:
         if isinstance(error, OSError) and fs.is_passing(error):
@@ -171,7 +171,7 @@ def _inspect(name: str, path: Path) -> _Found | None:
     return _Found(name, header, written, packed)
 
 
-def _check_claims(header: BlobHeader) -> None:
+def check_claims(header: BlobHeader) -> None:
     """Refuse what no index can hold.
 
     A seal proves that a header is as it was written, not that a version wrote it that we know.

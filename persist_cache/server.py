@@ -24,13 +24,23 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from http.server import ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, Literal
 
 import mlx.core as mx
 from mlx_lm import server as upstream
 
 from persist_cache import loading
+from persist_cache.access import (
+    LOOPBACK_ORIGINS,
+    OUTCOME_HEADER,
+    PAGE_PATH,
+    ModelGuard,
+    is_loopback,
+)
 from persist_cache.admin import Admin
+from persist_cache.admin_token import AdminToken, Serving, announced
 from persist_cache.cache import PromptCache
 from persist_cache.errors import (
     MissingDependencyError,
@@ -93,7 +103,8 @@ class ServeOptions:
         memory_bytes: Bytes of live caches kept in memory, None for `--prompt-cache-bytes`.
         persist: Labels of the tiers that go to disk.
         grace_s: Seconds that running requests may take to end after SIGTERM.
-        admin_token: Secret that the admin API asks for, None for loopback without one.
+        admin_token: Secret that the admin API asks for, None for the store's own.
+        api_key: Secret that everything else asks for, None for none.
         salt: Keeps this server's entries apart from others'.
     """
 
@@ -105,6 +116,7 @@ class ServeOptions:
     persist: tuple[str, ...] = ("system", "user", "assistant")
     grace_s: float = DEFAULT_GRACE_S
     admin_token: str | None = None
+    api_key: str | None = None
     salt: str = ""
 
 
@@ -119,6 +131,7 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
         self._in_flight = 0
         self._reader = ThreadPoolExecutor(1, "persist-cache-read-ahead")
         self.admin: Admin | None = None
+        self.guard: ModelGuard | None = None
         self.prefill_clock = PrefillClock()
         self._changed = threading.Condition()
         prompt_cache.is_busy = lambda: self._in_flight > 0
@@ -398,7 +411,7 @@ class Handler(Front, upstream.APIHandler):  # type: ignore[misc]
 
     def _say_cache(self, status_code: int) -> None:
         if status_code == 200 and self._ticket is not None and self._ticket.fetch is not None:
-            self.send_header("x-persist-cache", cache_header(self._ticket.fetch))
+            self.send_header(OUTCOME_HEADER, cache_header(self._ticket.fetch))
 
     def handle_health_check(self) -> None:
         """Tell a sick disk from a sick model; only the latter makes the server unavailable."""
@@ -458,7 +471,12 @@ def serve(upstream_args: Sequence[str], options: ServeOptions) -> None:
         _replaced(upstream, "run", run),
         _replaced(upstream, "ModelProvider", Provider),
         _replaced(upstream, "BatchGenerator", functools.partial(Batch, clock)),
-        _replaced(sys, "argv", ["persist-cache serve", *upstream_args]),
+        # Upstream's default lets every page in. What is given after it wins.
+        _replaced(
+            sys,
+            "argv",
+            ["persist-cache serve", "--allowed-origins", LOOPBACK_ORIGINS, *upstream_args],
+        ),
     ):
         upstream.main()
 
@@ -492,15 +510,31 @@ def _run(
         prefill_clock=prefill_clock,
     )
     log.info("%s", _start_line(store, why_off, args.prompt_cache_size, memory_bytes, options))
+    folder = store.root if store is not None else Path(options.store or default_store_path())
+    token = AdminToken(folder, options.admin_token)
+    if token.trouble:
+        log.warning("commands cannot find the admin token: %s", token.trouble)
+    if options.api_key is None and not is_loopback(host):
+        log.warning(
+            "listening on %s without --api-key: whoever reaches this port can send prompts, and "
+            "learn from cached_tokens what others sent",
+            host or "all addresses",
+        )
     try:
         generator = Generator(provider, cache)
         generator.prefill_clock = prefill_clock
-        generator.admin = Admin(cache, token=options.admin_token, host=host, generator=generator)
+        generator.admin = Admin(cache, token=token, host=host, generator=generator)
+        generator.guard = ModelGuard(args.allowed_origins, options.api_key)
         signal.signal(signal.SIGTERM, _interrupt)
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
             signal.signal(signal.SIGHUP, _interrupt)
         if mx.distributed.init().rank() == 0:
-            _listen(host, port, generator, options.grace_s)
+            with contextlib.ExitStack() as told:
+
+                def tell(bound_port: int) -> None:
+                    told.enter_context(_page_told(host, bound_port, folder, token))
+
+                _listen(host, port, generator, options.grace_s, tell)
         else:
             generator.join()
     except KeyboardInterrupt:
@@ -542,8 +576,16 @@ def _close(cache: PromptCache, store: Store | None, stopped: float, grace_s: flo
         store.close(_CLOSE_S)
 
 
-def _listen(host: str, port: int, generator: Generator, grace_s: float) -> None:
+def _listen(
+    host: str, port: int, generator: Generator, grace_s: float, tell: Callable[[int], None]
+) -> None:
+    """Answer requests until the process is to end; `tell` is called once somebody can ask."""
     stop = generator.stop_and_join
+
+    class Listening(ThreadingHTTPServer):
+        def server_activate(self) -> None:
+            super().server_activate()
+            tell(self.server_address[1])
 
     def drain_then_stop() -> None:
         if generator.model_provider.failed is not None:
@@ -555,7 +597,9 @@ def _listen(host: str, port: int, generator: Generator, grace_s: float) -> None:
 
     generator.stop_and_join = drain_then_stop
     try:
-        upstream._run_http_server(host, port, generator, handler_class=Handler)
+        upstream._run_http_server(
+            host, port, generator, server_class=Listening, handler_class=Handler
+        )
     except KeyboardInterrupt:
         # Before it listened, or for the second time: whoever waits does so in vain.
         stop()
@@ -588,6 +632,30 @@ def _cannot_listen(host: str, port: int, error: Exception) -> PersistCacheError:
     why = getattr(error, "strerror", None) or str(error)
     what = "--host" if isinstance(error, (socket.gaierror, UnicodeError)) else "--port"
     return PersistCacheError(f"Cannot listen on {host}:{port} ({why}); choose another {what}.")
+
+
+@contextlib.contextmanager
+def _page_told(host: str, port: int, folder: Path, token: AdminToken) -> Iterator[None]:
+    """Tell people and commands where the page is; nothing of this goes to the log."""
+    url = page_url(host, port)
+    with contextlib.suppress(OSError):  # nobody reads it
+        if token.is_given:
+            print(f"Page: {url} (it asks for the secret of --admin-token)", flush=True)
+        else:
+            print(f"Page: {url}#token={token()}", flush=True)
+    if token.trouble:
+        yield
+        return
+    with announced(folder, Serving(url, token.is_given)):
+        yield
+
+
+def page_url(host: str, port: int) -> str:
+    """Where a browser on this machine finds the page of a server that is bound so."""
+    if host in ("", "0.0.0.0", "::"):
+        host = "127.0.0.1" if host != "::" else "::1"
+    host = host.strip("[]")
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}{PAGE_PATH}"
 
 
 def _open_store(options: ServeOptions, *, distributed: bool) -> tuple[Store | None, str]:

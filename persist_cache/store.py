@@ -336,7 +336,7 @@ class Store:
                 # Evicted meanwhile, unless its record is still there.
                 self._quarantine(Path(str(error.filename)).stem, "its file is missing")
             except CorruptBlobError as error:
-                self._quarantine(error.path.stem, error.reason)
+                self._quarantine(error.path.stem, error.reason, error.is_unreadable)
             except (OSError, StoreError) as error:
                 self.count("read_errors")
                 log.warning("a stored prompt could not be read: %s", error)
@@ -390,14 +390,14 @@ class Store:
             raise FileNotFoundError(errno.ENOENT, "the blob was evicted", str(path))
         return BlobReader(path, nbytes=record.nbytes, digest=record.digest)
 
-    def _quarantine(self, name: str, reason: str) -> None:
+    def _quarantine(self, name: str, reason: str, is_unreadable: bool = False) -> None:
         """Take a bad blob out of service, if the store may be changed; never fails."""
         if self.read_only:
             self.count("bad_reads")
             log.warning("blob %s is bad: %s", name, reason)
             return
         try:
-            if health.quarantine(self._disk, name, reason):
+            if health.quarantine(self._disk, name, reason, is_unreadable=is_unreadable):
                 self.count("bad_reads")
             self._evictor.empty_trash()
         except StoreError as error:
@@ -546,9 +546,10 @@ class Store:
         reason: str = REQUESTED,
         to_bytes: int | None = None,
     ) -> int:
-        """Remove entries, and every byte that nothing else needs; returns the bytes freed.
+        """Remove entries, and every file that nothing else needs; returns the bytes freed.
 
-        Rows shared with other entries stay for those.
+        Rows shared with other entries stay for those, and rows that nothing needs stay as long as
+        their file does. A file that cannot be unlinked is tried again later, and not counted.
 
         Args:
             prefixes: Ids, or beginnings of ids that are unique.

@@ -126,11 +126,25 @@ class Removal(Struct, frozen=True):
         freed_bytes: Bytes of files that would go.
         kept_bytes: Bytes of the evicted entries' rows that others need too.
         kept_for: Number of those others.
+        dead_bytes: Bytes of rows that nothing would need any more, in files that stay for others.
     """
 
     freed_bytes: int
     kept_bytes: int
     kept_for: int
+    dead_bytes: int
+
+
+def left_in_trash(store: Store, missing_bytes: int) -> int:
+    """How much of what an eviction did not free is still there, because unlinking it failed.
+
+    Args:
+        store: After the eviction.
+        missing_bytes: What was to be freed and was not; other processes may have freed it.
+    """
+    with store._disk.index.read() as txn:
+        trash = sum(record.nbytes for record in txn.sized(b"trash").values())
+    return max(0, min(missing_bytes, trash))
 
 
 class Amount(Struct, frozen=True):
@@ -253,9 +267,12 @@ class Survey:
         living: set[int] = set()
         dying = {catalog.table.checkpoints[catalog.rows[one]] for one in doomed}
         kept_bytes = kept_for = 0
+        dying_rows: list[tuple[int, int]] = []
         for place in range(catalog.first, len(left)):
             stay = left[place]
             (living if stay else dying).add(catalog.blobs[place])
+            if not stay:
+                dying_rows.append((catalog.blobs[place], catalog.shares[place]))
             if stay and stay < catalog.users[place]:
                 kept_bytes += catalog.shares[place]
                 if catalog.above[place] < catalog.first:
@@ -264,6 +281,7 @@ class Survey:
             freed_bytes=sum(catalog.disk_bytes[blob] for blob in dying - living - {NO_BLOB}),
             kept_bytes=kept_bytes,
             kept_for=kept_for,
+            dead_bytes=sum(nbytes for blob, nbytes in dying_rows if blob in living),
         )
 
     @cached_property

@@ -81,7 +81,7 @@ def fill(root: Path) -> dict[str, str]:
             identity = type(identity).from_fields(
                 dict(identity.fields), {"name": f"org/model-{model}", "path": f"/gone/{model}"}
             )
-            entry = store.put(identity, tokens, FakeSource(tokens), **options).entry
+            entry = store.put(identity, tokens, FakeSource(tokens, real=True), **options).entry
             assert entry is not None
             return entry
 

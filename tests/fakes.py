@@ -39,24 +39,66 @@ def kv_rows(tokens: Sequence[int], start: int, end: int) -> np.ndarray:
 
 @dataclass
 class FakeSource:
-    """A cache of one sliceable layer, and one that keeps only its state unless `complete`."""
+    """A cache of one sliceable layer, and one that keeps only its state unless `complete`.
+
+    Attributes:
+        tokens: What it stands for.
+        complete: Rows of all layers are there.
+        has_state: It has the second layer, also if it is complete.
+        layout: Of no class that there is, unless it is `real`.
+        real: As mlx-lm's classes have it, which is what an import asks for: values without width,
+            and a second layer of one head of one number.
+    """
 
     tokens: Sequence[int]
     complete: bool = True
     has_state: bool = False
     layout: str = '{"fake":1}'
+    real: bool = False
+
+    def __post_init__(self) -> None:
+        if self.real:
+            layers = [{"class": "KVCache", "rows": _geometry(HEADS, WIDTH)}]
+            if self.has_state or not self.complete:
+                scalars = {"keep": 0, "max_size": 1 << 20}
+                rows = _geometry(1, 1)
+                layers.append({"class": "RotatingKVCache", "rows": rows, "scalars": scalars})
+            self.layout = json.dumps(layers, separators=(",", ":"), sort_keys=True)
 
     def rows(self, start: int, end: int) -> Payload:
         rows = kv_rows(self.tokens, start, end)
-        tensors = [Tensor("layers.0.keys", "I64", rows.shape, [rows.data.cast("B")])]
+        if not self.real:
+            return Payload([_tensor("layers.0.keys", rows)])
+        tensors = [_tensor("layers.0.keys", rows), _tensor("layers.0.values", rows[..., :0])]
+        if self.complete and self.has_state:
+            tensors += _pair("layers.1", rows)
         return Payload(tensors)
 
     def checkpoint(self) -> Payload | None:
         if self.complete and not self.has_state:
             return None
-        state = kv_rows(self.tokens, len(self.tokens) - 1, len(self.tokens))
-        tensors = [Tensor("layers.1.state.0", "I64", state.shape, [state.data.cast("B")])]
-        return Payload(tensors, json.dumps({"at": len(self.tokens)}))
+        count = len(self.tokens)
+        state = kv_rows(self.tokens, count - 1, count)
+        if self.real:
+            states = {"1": {"offset": count, "index": 1}}
+            return Payload(_pair("layers.1.state", state), json.dumps({"states": states}))
+        return Payload([_tensor("layers.1.state.0", state)], json.dumps({"at": count}))
+
+
+def _geometry(heads: int, width: int) -> dict[str, dict[str, Any]]:
+    keys = {"batch": 1, "dim": width, "dtype": "I64", "heads": heads}
+    return {"keys": keys, "values": {**keys, "dim": 0}}
+
+
+def _tensor(name: str, rows: np.ndarray) -> Tensor:
+    pieces = [np.ascontiguousarray(rows).data.cast("B")] if rows.size else []
+    return Tensor(name, "I64", rows.shape, pieces)
+
+
+def _pair(name: str, rows: np.ndarray) -> list[Tensor]:
+    """Keys of one head of one number, and values without width."""
+    one = rows[:, :1, :, :1]
+    return [_tensor(f"{name}.keys", one), _tensor(f"{name}.values", one[..., :0])]
 
 
 @dataclass
@@ -71,7 +113,9 @@ class Restored:
         n = len(tokens)
         right = self.rows.shape[2] == n and np.array_equal(self.rows, kv_rows(tokens, 0, n))
         if self.state is not None:
-            right = right and np.array_equal(self.state, kv_rows(tokens, n - 1, n))
+            _, heads, _, width = self.state.shape
+            wanted = kv_rows(tokens, n - 1, n)[:, :heads, :, :width]
+            right = right and np.array_equal(self.state, wanted)
         return bool(right)
 
 
@@ -90,9 +134,9 @@ def restore(
         raise CorruptBlobError(runs[-1][0].path, "its rows do not cover the match")
     state = None
     if checkpoint is not None:
-        info = checkpoint.header.tensors["layers.1.state.0"]
-        state = np.empty(info.shape, dtype=np.int64)
-        checkpoint.read("layers.1.state.0", [state.data.cast("B")])
+        name = next(name for name in checkpoint.header.tensors if not name.endswith("values"))
+        state = np.empty(checkpoint.header.tensors[name].shape, dtype=np.int64)
+        checkpoint.read(name, [state.data.cast("B")])
     return Restored(rows, state)
 
 
@@ -115,10 +159,16 @@ class Clock:
 
 
 def put(
-    store: Store, tokens: Sequence[int], *, complete: bool = True, model: str = "w0", **options: Any
+    store: Store,
+    tokens: Sequence[int],
+    *,
+    complete: bool = True,
+    model: str = "w0",
+    real: bool = False,
+    **options: Any,
 ) -> str:
     """Store `tokens` and return the entry's id; the clock of the store does not move."""
-    source = FakeSource(tokens, complete=complete, has_state=True)
+    source = FakeSource(tokens, complete=complete, has_state=True, real=real)
     entry = store.put(fingerprint(weights=model), tokens, source, **options).entry
     assert entry is not None
     return entry

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -30,6 +31,7 @@ class ServerProcess:
 
     Attributes:
         url: Where it answers.
+        store: Folder of its store.
         log: File with all that it printed.
         process: The process, once started.
     """
@@ -56,6 +58,8 @@ class ServerProcess:
         """
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
+        self.store = store
+        self._token: str | None = options.get("admin_token")
         folder.mkdir(parents=True, exist_ok=True)
         number = len(list(folder.glob("server-*.log")))
         self.log = folder / f"server-{number}.log"
@@ -127,12 +131,37 @@ class ServerProcess:
         self.process.kill()
         self.process.wait()
 
+    @property
+    def token(self) -> str:
+        """The secret of its admin API."""
+        if self._token is None:
+            # Not from the store's folder, which tests remove.
+            printed = re.findall(r"^Page: \S+#token=(\S+)$", self.log.read_text(), re.MULTILINE)
+            self._token = str(printed[-1])
+        return self._token
+
     def request(
-        self, method: str, path: str, *, headers: Mapping[str, str] | None = None, **more: Any
+        self,
+        method: str,
+        path: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        with_token: bool = True,
+        **more: Any,
     ) -> requests.Response:
-        """Send a request; `more` goes to `requests`."""
+        """Send a request; `more` goes to `requests`.
+
+        Args:
+            method: Such as `GET`.
+            path: And query.
+            headers: Of the request.
+            with_token: Send the admin token where it is asked for.
+        """
         more.setdefault("timeout", 60)
-        return requests.request(method, self.url + path, headers=dict(headers or {}), **more)
+        said = dict(headers or {})
+        if with_token and path.startswith("/v1/cache"):
+            said = {"Authorization": f"Bearer {self.token}", **said}
+        return requests.request(method, self.url + path, headers=said, **more)
 
     def get(self, path: str, **more: Any) -> Any:
         """The decoded answer to a GET that must succeed."""

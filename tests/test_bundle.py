@@ -13,6 +13,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,10 @@ from tests.fakes import (
     files_in,
     fingerprint,
     kv_rows,
-    put,
 )
+from tests.fakes import put as put_any
+
+put = partial(put_any, real=True)
 
 BASE = list(range(100, 130))
 BRANCH = [*BASE[:14], *range(900, 909)]
@@ -297,8 +300,8 @@ def test_nothing_of_other_conversations_is_exported(
         {"name": "/home/ann/models/qwen", "path": "/home/ann/models/qwen", "commit": "c1"},
     )
     tokens = [*public, *secret]
-    store.put(identity, tokens, FakeSource(tokens), label="ann's secret")
-    entry = store.put(identity, public, FakeSource(public)).entry
+    store.put(identity, tokens, FakeSource(tokens, real=True), label="ann's secret")
+    entry = store.put(identity, public, FakeSource(public, real=True)).entry
     assert entry is not None
 
     done = export(store, [entry], file)
@@ -875,7 +878,7 @@ def test_an_unknown_version_is_named(good: Path) -> None:
 
 def test_an_unknown_layout_is_named(store: Store, file: Path) -> None:
     identity = Fingerprint({**fingerprint().fields, "layout": "7"})
-    entry = store.put(identity, BASE, FakeSource(BASE)).entry
+    entry = store.put(identity, BASE, FakeSource(BASE, real=True)).entry
     assert entry is not None
     export(store, [entry], file)
 
@@ -1028,7 +1031,7 @@ def test_a_failure_takes_back_what_was_added(
 def test_a_file_that_changes_while_it_is_imported(other: Store, good: Path) -> None:
     with Bundle(good) as bundle:
         raw = bytearray(good.read_bytes())
-        raw[-1500] ^= 1  # within the last member
+        raw[-1024 - 512] ^= 1  # in the data of the last member
         good.write_bytes(raw)
 
         with pytest.raises(CorruptBlobError):
@@ -1103,9 +1106,14 @@ class WideSource(FakeSource):
     def rows(self, start: int, end: int) -> Payload:
         shape = (1, 4, end - start, 256)
         pieces = [_ZEROS[: (end - start) * 2048]]
-        return Payload([Tensor("layers.0.keys", "F16", shape, pieces)])
+        empty = Tensor("layers.0.values", "F16", (*shape[:3], 0), [])
+        return Payload([Tensor("layers.0.keys", "F16", shape, pieces), empty])
 
 
+WIDE = (
+    '[{"class":"KVCache","rows":{"keys":{"batch":1,"dim":256,"dtype":"F16","heads":4},'
+    '"values":{"batch":1,"dim":0,"dtype":"F16","heads":4}}}]'
+)
 _ZEROS = memoryview(bytes(512 * 2048))
 
 
@@ -1117,7 +1125,7 @@ def test_memory_is_that_of_one_run(tmp_path: Path, clock: Clock) -> None:
         Store.open(tmp_path / "a", min_free_bytes=0, run_tokens=512, clock=clock) as store,
         Store.open(tmp_path / "b", min_free_bytes=0, run_tokens=400, clock=clock) as other,
     ):
-        entry = store.put(fingerprint(), tokens, WideSource(tokens)).entry
+        entry = store.put(fingerprint(), tokens, WideSource(tokens, layout=WIDE)).entry
         assert entry is not None
         tracemalloc.start()
         added = transfer(store, other, [entry], tmp_path / "big.tar")

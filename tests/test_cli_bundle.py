@@ -100,7 +100,7 @@ def test_the_model_given_decides(
     assert found is not None
     ids = fill(root)
     with Store.open(root) as store:
-        ours = store.put(found, SYSTEM, FakeSource(SYSTEM)).entry
+        ours = store.put(found, SYSTEM, FakeSource(SYSTEM, real=True)).entry
     run("export", ids["system"], ours, file)
 
     done = there("import", file, "--model", folder, "--json").json

@@ -1,7 +1,7 @@
 """The documents are true.
 
-`FormatReader` reads a store by docs/format.md alone: with struct, json, lmdb and xxhash, and none
-of the library's own code. What it finds is compared with what `Store` says.
+`tests.reader` reads a store by docs/format.md alone, with none of the library's own code. What it
+finds is compared with what `Store` says.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import lmdb
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -37,266 +36,22 @@ from mlx_lm.models.cache import (
 from persist_cache import Fingerprint, Store, tensors
 from persist_cache_cli.demo.openblas import preload_env
 from tests.fakes import any_dead_rows
+from tests.reader import (
+    TIERS,
+    Blob,
+    FormatReader,
+    canonical,
+    pack,
+    pack_texts,
+    unpack,
+    xxh3_128,
+)
 from tests.tiny_caches import Layer, Spec, feed, new_cache
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FORMAT = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
 DESIGN = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
-
-# ---- a reader made from docs/format.md -----------------------------------------------------------
-
-ELEMENT_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2}
-ELEMENT_BYTES |= {"U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8}
-TIERS = ("assistant", "user", "system")
-
-
-def canonical(value: Any) -> bytes:
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
-    return text.encode()
-
-
-def xxh3_128(data: bytes) -> str:
-    return str(xxhash.xxh3_128(data).hexdigest())
-
-
-def pack(tokens: Sequence[int]) -> bytes:
-    return struct.pack(f"<{len(tokens)}q", *tokens)
-
-
-def pack_texts(texts: Sequence[str]) -> bytes:
-    encoded = [text.encode() for text in texts]
-    return b"".join(struct.pack("<Q", len(text)) + text for text in encoded)
-
-
-def record_layouts() -> dict[str, tuple[struct.Struct, list[str], str | None]]:
-    """The table of records in section 6: a struct, its names, and the text behind it."""
-    block = re.search(r"```records\n(.*?)```", FORMAT, re.DOTALL)
-    assert block is not None
-    layouts = {}
-    for line in block.group(1).splitlines():
-        name, code, *fields = line.split()
-        text = None
-        if "+" in fields:
-            fields, text = fields[: fields.index("+")], fields[-1]
-        layouts[name] = struct.Struct(code), fields, text
-    return layouts
-
-
-RECORDS = record_layouts()
-
-
-def unpack(name: str, raw: bytes) -> dict[str, Any]:
-    """One record, by the table in the document."""
-    layout, fields, text = RECORDS[name]
-    values = layout.unpack_from(raw)
-    record = {field: value for field, value in zip(fields, values, strict=True) if field != "-"}
-    if text is not None:
-        record[text] = raw[layout.size :].decode()
-    else:
-        assert len(raw) == layout.size
-    assert record.pop("version") == 1
-    return record
-
-
-def unpack_message(raw: bytes) -> Any:
-    """As much of MessagePack as a namespace needs."""
-    value, rest = _message(raw)
-    assert rest == b""
-    return value
-
-
-def _message(raw: bytes) -> tuple[Any, bytes]:
-    kind, rest = raw[0], raw[1:]
-    if kind < 0x80:
-        return kind, rest
-    if 0x80 <= kind < 0x90:
-        found = {}
-        for _ in range(kind & 15):
-            key, rest = _message(rest)
-            found[key], rest = _message(rest)
-        return found, rest
-    if 0xA0 <= kind < 0xC0:
-        size = kind & 31
-        return rest[:size].decode(), rest[size:]
-    if kind in (0xD9, 0xDA, 0xDB):
-        width = {0xD9: 1, 0xDA: 2, 0xDB: 4}[kind]
-        size = int.from_bytes(rest[:width], "big")
-        return rest[width : width + size].decode(), rest[width + size :]
-    code = {0xCB: ">d", 0xCC: ">B", 0xCD: ">H", 0xCE: ">I", 0xCF: ">Q"}[kind]
-    size = struct.calcsize(code)
-    return struct.unpack(code, rest[:size])[0], rest[size:]
-
-
-@dataclass
-class Blob:
-    """A file that has proved itself."""
-
-    name: str
-    metadata: dict[str, str]
-    shapes: dict[str, tuple[str, list[int]]]
-    data: dict[str, bytes]
-    digest: bytes
-    nbytes: int
-
-    @property
-    def start(self) -> int:
-        return int(self.metadata["start"])
-
-    @property
-    def end(self) -> int:
-        return int(self.metadata["end"])
-
-    @classmethod
-    def read(cls, path: Path) -> Blob:
-        """Read a file as sections 2 and 3 say, and check all that they say of it."""
-        raw = path.read_bytes()
-        (length,) = struct.unpack_from("<Q", raw)
-        data_start = 8 + length
-        assert data_start % 16384 == 0
-        text = raw[8:data_start]
-        assert data_start - 16384 < 8 + len(text.rstrip(b" "))
-        table = json.loads(text)
-        metadata = table.pop("__metadata__")
-        assert all(isinstance(value, str) for value in metadata.values())
-        said = {key: value for key, value in metadata.items() if key != "seal"}
-        assert metadata["seal"] == xxh3_128(canonical([said, table]))
-        checksums = json.loads(metadata["checksums"])
-        shapes, data, expected = {}, {}, 0
-        for name, tensor in table.items():
-            begin, end = tensor["data_offsets"]
-            assert begin == expected
-            expected = end
-            data[name] = raw[data_start + begin : data_start + end]
-            shapes[name] = tensor["dtype"], tensor["shape"]
-            elements = int(np.prod(tensor["shape"], dtype=np.int64))
-            assert end - begin == elements * ELEMENT_BYTES[tensor["dtype"]]
-            assert checksums[name] == xxh3_128(data[name])
-        assert checksums.keys() == data.keys()
-        assert data_start + expected == len(raw)
-        blob_name = path.name.removesuffix(".safetensors")
-        digest = xxhash.xxh3_128(raw[:data_start]).digest()
-        return cls(blob_name, metadata, shapes, data, digest, len(raw))
-
-
-@dataclass(frozen=True)
-class Found:
-    """The longest usable prefix of a prompt, by section 7."""
-
-    num_tokens: int
-    common: int
-    runs: list[tuple[str, int]]
-    checkpoint: str | None
-
-
-class FormatReader:
-    """A second implementation of reading."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.tables: dict[str, dict[bytes, bytes]] = {}
-        with lmdb.open(
-            str(root), readonly=True, lock=False, max_dbs=32, lib_version=0, create=False
-        ) as environment:
-            with environment.begin() as txn:
-                names = [bytes(key) for key in txn.cursor().iternext(values=False)]
-            for name in names:
-                database = environment.open_db(name, create=False)
-                with environment.begin() as txn:
-                    self.tables[name.decode()] = {
-                        bytes(key): bytes(value) for key, value in txn.cursor(database)
-                    }
-
-    def counter(self, name: str) -> int:
-        raw = self.tables["meta"].get(name.encode())
-        return 0 if raw is None else int(struct.unpack("<q", raw)[0])
-
-    def namespaces(self) -> dict[bytes, dict[str, Any]]:
-        found = {}
-        for key, raw in self.tables["namespaces"].items():
-            assert raw[0] == 1
-            found[key] = unpack_message(raw[1:])
-        return found
-
-    def records(self, table: str, record: str) -> dict[int, dict[str, Any]]:
-        rows = self.tables[table].items()
-        return {struct.unpack(">Q", key)[0]: unpack(record, raw) for key, raw in rows}
-
-    def path_of(self, blob: int) -> Path:
-        record = unpack("blob", self.tables["blobs"][struct.pack(">Q", blob)])
-        name: str = record["name"].hex()
-        return self.root / "blobs" / name[:2] / f"{name}.safetensors"
-
-    def find(self, key: bytes, tokens: Sequence[int], limit: int) -> Found:
-        """Walk one namespace."""
-        packed = pack(tokens)
-        node, position = self.namespaces()[key]["root"], 0
-        usable, by_rows, all_complete = 0, 0, True
-        checkpoint = None
-        steps: list[tuple[int, int, int]] = []
-        while position < len(tokens):
-            here = packed[position * 8 :]
-            raw = self.tables["edges"].get(struct.pack(">Q", node) + here[:8])
-            if raw is None:
-                break
-            edge = unpack("edge", raw)
-            blob = self.tables["tokens"][struct.pack(">Q", edge["blob"])]
-            run = blob[edge["first_row"] * 8 : (edge["first_row"] + edge["rows"]) * 8]
-            used = 0
-            while used < edge["rows"] and run[used * 8 :][:8] == here[used * 8 :][:8]:
-                used += 1
-            steps.append((edge["blob"], position, used))
-            position += used
-            all_complete = all_complete and bool(edge["complete"])
-            if all_complete:
-                by_rows = position
-            if used < edge["rows"]:
-                break
-            node = edge["node"]
-            if edge["entry"] and by_rows < position <= limit:
-                entry = unpack("entry", self.tables["entries"][struct.pack(">Q", edge["entry"])])
-                if entry["checkpoint"]:
-                    usable, checkpoint = position, self.path_of(entry["checkpoint"]).stem
-        if not usable:
-            usable = min(by_rows, limit)
-        runs: list[tuple[str, int]] = []
-        for number, start, used in steps:
-            if start < usable:
-                name, used = self.path_of(number).stem, min(used, usable - start)
-                if runs and runs[-1][0] == name:
-                    used += runs.pop()[1]
-                runs.append((name, used))
-        return Found(usable, position, runs, checkpoint)
-
-    def tensor(self, found: Found, place: str, buffer: str) -> np.ndarray:
-        """One buffer of one layer for a match, as bytes `(B, H, rows, bytes of a row)`."""
-        state = f"layers.{place}.state.{buffer}"
-        if found.checkpoint is not None:
-            blob = self.blob(found.checkpoint)
-            if place in json.loads(blob.metadata["detail"])["states"]:
-                return as_rows(blob, state)
-        parts = []
-        for name, used in found.runs:
-            blob = self.blob(name)
-            lag = layout_at(json.loads(blob.metadata["layout"]), place).get("lag", 0)
-            first = max(blob.start - lag, 0)
-            wanted = max(blob.start + used - lag, 0) - first
-            parts.append(as_rows(blob, f"layers.{place}.{buffer}")[:, :, :wanted])
-        return np.concatenate(parts, axis=2)
-
-    def blob(self, name: str) -> Blob:
-        return Blob.read(self.root / "blobs" / name[:2] / f"{name}.safetensors")
-
-
-def layout_at(layout: list[dict[str, Any]], place: str) -> dict[str, Any]:
-    index, _, inner = place.partition(".")
-    found = layout[int(index)]
-    return layout_at(found["members"], inner) if inner else found
-
-
-def as_rows(blob: Blob, name: str) -> np.ndarray:
-    shape = blob.shapes[name][1]
-    return np.frombuffer(blob.data[name], np.uint8).reshape(*shape[:3], -1)
 
 
 def live_rows(array: Any, first: int, last: int) -> np.ndarray:

@@ -78,3 +78,58 @@ def test_backups_are_told_to_leave_it_out(tmp_path: Path) -> None:
 
     tag = (tmp_path / "store" / "CACHEDIR.TAG").read_bytes()
     assert tag.startswith(b"Signature: 8a477f597d28d172789f06886806bc55")
+
+
+NEEDS_ROOT = pytest.mark.skipif(
+    os.geteuid() != 0, reason="NOT ROOT: nothing can be given to another user"
+)
+PARTS = ["blobs", "tmp", "quarantine", "blobs/FAN"]
+FILES = ["data.mdb", "lock.mdb", "writer.lock", "store.lock"]
+
+
+def made(root: Path, part: str) -> Path:
+    """A part of a store with one entry; `FAN` is the folder that its blob is in."""
+    with Store.open(root, min_free_bytes=0) as store:
+        put(store, [1, 2, 3])
+    fan = next((root / "blobs").iterdir()).name
+    return root / part.replace("FAN", fan)
+
+
+@NEEDS_ROOT
+@pytest.mark.parametrize("read_only", [False, True])
+@pytest.mark.parametrize("part", [*PARTS, *FILES])
+def test_part_of_another_user_is_refused(tmp_path: Path, part: str, read_only: bool) -> None:
+    place = made(tmp_path / "store", part)
+    os.chown(place, 4711, -1)
+
+    with pytest.raises(StoreAccessError, match=f"{place} belongs to another user"):
+        Store.open(tmp_path / "store", read_only=read_only)
+
+    os.chown(place, 0, -1)
+    with Store.open(tmp_path / "store", min_free_bytes=0) as store:
+        assert fetched(store, [1, 2, 3]) == 3
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+@pytest.mark.parametrize("part", PARTS)
+def test_part_that_leads_elsewhere_is_refused(tmp_path: Path, part: str, read_only: bool) -> None:
+    place = made(tmp_path / "store", part)
+    elsewhere = tmp_path / "elsewhere"
+    place.rename(elsewhere)
+    place.symlink_to(elsewhere)
+    before = sorted(elsewhere.iterdir())
+
+    with pytest.raises(StoreAccessError, match="not a folder of its own"):
+        Store.open(tmp_path / "store", read_only=read_only)
+    assert sorted(elsewhere.iterdir()) == before
+
+
+@NEEDS_ROOT
+def test_index_that_leads_to_a_file_of_another_user_is_refused(tmp_path: Path) -> None:
+    place = made(tmp_path / "store", "data.mdb")
+    place.rename(tmp_path / "theirs")
+    os.chown(tmp_path / "theirs", 4711, -1)
+    place.symlink_to(tmp_path / "theirs")
+
+    with pytest.raises(StoreAccessError, match="another user"):
+        Store.open(tmp_path / "store")

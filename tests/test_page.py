@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 import threading
 import time
@@ -23,6 +24,8 @@ from persist_cache.front import Front
 from persist_cache.incoming import RefusedError
 from persist_cache.store import Store
 from tests.bulk_store import Prompt, conversations, fill
+from tests.server_process import ServerProcess, running
+from tests.tiny_models import build_model_dir
 
 selenium = pytest.importorskip("selenium", reason="the page's tests need selenium")
 
@@ -38,6 +41,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 HOSTILE = '<img src=x onerror="document.title=1"><b>&amp;'
+TOKEN = "t0ken-of_this-test"
 MODEL = Fingerprint.from_fields({"weights": "w0"}, {"name": "org/A-Model-4bit"})
 
 
@@ -75,9 +79,6 @@ class Nothing(BaseHTTPRequestHandler):
     def do_OPTIONS(self) -> None:
         raise RefusedError(404, "There is nothing here.")
 
-    def _set_cors_headers(self) -> None:
-        pass
-
 
 class Pages(Front, Nothing):
     """The front alone, without mlx_lm.server behind it, so that it starts at once."""
@@ -95,7 +96,7 @@ class PageServer:
         store: What it shows, if there is one.
     """
 
-    def __init__(self, store: Store | None, token: str | None = None) -> None:
+    def __init__(self, store: Store | None, token: str = TOKEN) -> None:
         self.store: Any = store
         cache = PromptCache(store=store)
         generator = SimpleNamespace(admin=Admin(cache, token=token))
@@ -109,7 +110,7 @@ class PageServer:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, prompts: list[Prompt], token: str | None = None) -> Iterator[PageServer]:
+def serving(folder: Path, prompts: list[Prompt], token: str = TOKEN) -> Iterator[PageServer]:
     """A page over a store with `prompts`."""
     with Store.open(folder / "store", max_bytes=1 << 30, min_free_bytes=0) as store:
         fill(store, iter(prompts))
@@ -141,7 +142,7 @@ def open_page(driver: Any, server: PageServer) -> None:
     # The page before may have lost its server, and said so.
     driver.get("about:blank")
     complaints(driver)
-    driver.get(f"{server.url}/cache")
+    driver.get(f"{server.url}/cache#token={TOKEN}")
     until(lambda: "updated" in driver.find_element(By.ID, "state").text)
 
 
@@ -240,7 +241,7 @@ def test_details_are_shown_and_closed_with_escape(browser: Any, small: PageServe
     until(dialog.is_displayed)
 
     assert "org/A-Model-4bit" in dialog.text
-    assert "Show text" not in dialog.text
+    assert "Show text" in dialog.text
     dialog.send_keys(Keys.ESCAPE)
     until(lambda: not dialog.is_displayed())
 
@@ -378,12 +379,14 @@ def test_polling_sees_changes_and_rests_when_paused_or_hidden(browser: Any, tmp_
 def test_token_is_asked_for_and_kept_for_the_tab(browser: Any, tmp_path: Path) -> None:
     with serving(tmp_path, list(conversations(MODEL, 1)), token="s3cret") as server:
         browser.get(f"{server.url}/cache")
-        for given, said in (("wrong", "started with"), ("s3cret", "not right")):
+        for given, said in (("wrong", "needs the server's"), ("s3cret", "not right")):
             until(partial(says, browser, said))
             browser.find_element(By.ID, "token").send_keys(given, Keys.ENTER)
         until(lambda: labelled(browser, "Pin"))
 
-        open_page(browser, server)
+        browser.get("about:blank")
+        browser.get(f"{server.url}/cache")
+        until(lambda: labelled(browser, "Pin"))
 
         assert rows(browser) == 1
         assert not browser.find_element(By.ID, "dialog").is_displayed()
@@ -398,3 +401,117 @@ def test_nothing_is_asked_of_another_host(browser: Any, small: PageServer) -> No
 
     assert asked
     assert all(one.startswith(small.url + "/") for one in asked)
+
+
+# ---- a real server -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    folder = tmp_path_factory.mktemp("real")
+    model = build_model_dir(folder / "model")
+    with running(model, folder / "store", folder, min_free_bytes=0) as started:
+        assert started.chat(("system", "You answer. " * 20), ("user", "Hi")).status_code == 200
+        assert started.request("POST", "/v1/cache/flush").status_code == 200
+        yield started
+
+
+def test_the_printed_link_is_all_it_takes(browser: Any, real: ServerProcess) -> None:
+    link = re.search(r"^Page: (\S+)$", real.log.read_text(), re.MULTILINE)
+    assert link is not None
+    browser.get("about:blank")
+    complaints(browser)
+
+    browser.get(link[1])
+    until(lambda: labelled(browser, "Pin"))
+    labelled(browser, "Pin").click()
+    until(lambda: labelled(browser, "Unpin"))
+
+    assert any(entry["pinned"] for entry in real.get("/v1/cache/entries")["entries"])
+    assert browser.current_url == f"{real.url}/cache"
+    assert real.token not in browser.page_source
+    assert browser.execute_script("return JSON.stringify(Object.entries(localStorage))") == "[]"
+    browser.refresh()
+    until(lambda: labelled(browser, "Unpin"))
+    assert complaints(browser) == []
+    # Another tab knows nothing of it.
+    browser.switch_to.new_window("tab")
+    browser.get(f"{real.url}/cache")
+    until(partial(says, browser, "needs the server's token"))
+    # … until the link is pasted there.
+    browser.get(link[1])
+    until(lambda: labelled(browser, "Unpin"))
+    assert browser.current_url == f"{real.url}/cache"
+    browser.close()
+    browser.switch_to.window(browser.window_handles[0])
+
+
+ATTACKS = """
+const [url, entry, done] = arguments;
+const chat = JSON.stringify({messages: [{role: "user", content: "Hi"}], max_tokens: 2});
+const asked = [];
+const ask = (path, options) => asked.push(fetch(url + path, options).then(
+  async answer => [path, answer.type, answer.status, await answer.text()],
+  error => [path, "failed", 0, ""]));
+for (const mode of ["cors", "no-cors"]) {
+  for (const type of ["application/json", "text/plain"])
+    for (const path of ["/v1/chat/completions", "/chat/completions", "/v1/cache/explain"])
+      ask(path, {method: "POST", mode, body: chat, headers: {"Content-Type": type}});
+  for (const path of ["/v1/models", "/health", "/metrics", "/cache", "/v1/cache/stats",
+                      "/v1/cache/entries", "/v1/cache/entries/" + entry])
+    ask(path, {mode});
+  ask("/v1/cache/flush", {method: "POST", mode});
+  ask("/v1/chat/completions", {method: "POST", mode, body: '{"model": "no/such",' + chat.slice(1)});
+}
+ask("/v1/cache/entries/" + entry, {method: "DELETE"});
+ask("/v1/cache/entries/" + entry + "/pin", {method: "PUT"});
+const frame = document.createElement("iframe");
+frame.name = "target";
+document.body.append(frame);
+const form = document.createElement("form");
+form.method = "post"; form.enctype = "text/plain"; form.target = "target";
+form.action = url + "/v1/chat/completions";
+const field = document.createElement("input");
+field.name = chat.slice(0, -1) + ',"x":"'; field.value = '"}';
+form.append(field); document.body.append(form);
+asked.push(new Promise(resolve => {
+  frame.addEventListener("load", () => resolve(["form", "opaque", 0, ""]));
+  form.submit();
+}));
+Promise.all(asked).then(done);
+"""
+
+
+def test_a_page_of_another_origin_can_neither_read_nor_change_nor_compute(
+    browser: Any, real: ServerProcess
+) -> None:
+    class Foreign(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(b"<!doctype html><title>elsewhere</title><body>")
+
+    def state() -> Any:
+        stats = real.get("/v1/cache/stats")
+        found = real.get("/v1/cache/entries")["entries"]
+        return stats["recent"], stats["model"], [(one["id"], one["pinned"]) for one in found]
+
+    before = state()
+    entry = before[2][0][0]
+    elsewhere = ThreadingHTTPServer(("127.0.0.1", 0), Foreign)
+    threading.Thread(target=elsewhere.serve_forever, daemon=True).start()
+    # Chromium takes every name below `localhost` for this machine, but for another site.
+    browser.get(f"http://evil.localhost:{elsewhere.server_port}/")
+    assert browser.title == "elsewhere"
+
+    answers = browser.execute_async_script(ATTACKS, real.url, entry)
+    elsewhere.shutdown()
+    elsewhere.server_close()
+
+    assert len(answers) == 2 * (6 + 7 + 2) + 3
+    for path, kind, status, text in answers:
+        assert kind in ("failed", "opaque"), (path, kind)
+        assert (status, text) == (0, ""), path
+    assert state() == before
+    complaints(browser)

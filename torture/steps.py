@@ -270,8 +270,8 @@ def _want_import(bed: Bed) -> None:
 
     if not bed.bundle.exists():
         with bed.opened(bed.folder / "other") as other:
-            put(other, FOREIGN, tier="system")
-            put(other, [*FOREIGN, 7], complete=False, model="w1")
+            put(other, FOREIGN, tier="system", real=True)
+            put(other, [*FOREIGN, 7], complete=False, model="w1", real=True)
             export(other, [entry.id for entry in other.entries()], bed.bundle)
         shutil.rmtree(bed.folder / "other")
 

@@ -22,7 +22,6 @@ from persist_cache.blobs import (
     BlobHeader,
     BlobReader,
     Payload,
-    TensorInfo,
     prefix_digest,
 )
 from persist_cache.bundle.container import (
@@ -44,10 +43,12 @@ from persist_cache.bundle.container import (
     padding,
     parse_manifest,
 )
-from persist_cache.cutting import ROW_AXIS, Span, join, rows_between, whole
+from persist_cache.cutting import Span, join, rows_between, whole
 from persist_cache.entry import TOKEN_BYTES, Tier
 from persist_cache.errors import CorruptBlobError, StoreAccessError, StoreFormatError
 from persist_cache.fingerprint import LAYOUT_VERSION, Fingerprint
+from persist_cache.layout import Shapes
+from persist_cache.rebuild import check_claims
 from persist_cache.records import entry_id, entry_number, namespace_key
 
 Progress = Callable[[int, int], None]
@@ -72,7 +73,8 @@ class _Member(BlobReader):
         return super()._exactly(self._offset + offset, size)
 
     def _parse(self, raw: bytes, data_start: int, *, sealed: bool) -> BlobHeader:
-        header = super()._parse(raw, data_start, sealed=sealed)
+        # The manifest vouches for these bytes, but not for whoever wrote both.
+        header = super()._parse(raw, data_start, sealed=False)
         tensors = {
             name: msgspec.structs.replace(info, offset=self._offset + info.offset)
             for name, info in header.tensors.items()
@@ -87,13 +89,11 @@ class _Run:
     Attributes:
         packed: Its own tokens.
         parent: The run before it, or None.
-        lags: Per tensor, tokens by which its rows are behind.
     """
 
     reader: _Member
     packed: bytes
     parent: _Run | None
-    lags: dict[str, int]
     used: bool = False
 
     @property
@@ -326,8 +326,10 @@ class _Reading:
         ]
         if len(set(self._keys)) != len(self._keys):
             raise MalformedError("its manifest names a model twice")
-        self._geometry: dict[tuple[str, str, str], tuple[str, tuple[int, ...]]] = {}
-        self._complete: dict[tuple[str, str], frozenset[str]] = {}
+        try:
+            self._shapes = {key: Shapes(key[1]) for key in self._keys}
+        except ValueError as error:
+            raise MalformedError(f"a model cannot be used: {error}") from None
         self._runs: dict[str, _Run] = {}
         for name, member in members.items():
             self._check_header(member)
@@ -362,6 +364,11 @@ class _Reading:
                 raise CorruptBlobError(member.path, "is not a checkpoint")
         else:
             raise CorruptBlobError(member.path, f"is of unknown kind {header.kind!r}")
+        try:
+            check_claims(header)
+            self._shapes[_key(header)].check(header)
+        except ValueError as error:
+            raise CorruptBlobError(member.path, str(error)) from None
 
     def _run(self, member: _Member) -> _Run:
         header = member.header
@@ -377,25 +384,7 @@ class _Reading:
         before = b"" if parent is None else parent.path(header.start)
         if prefix_digest(before) != header.prefix:
             raise CorruptBlobError(member.path, "follows other tokens than it says")
-        lags = {}
-        for name, info in header.tensors.items():
-            if name != TOKENS:
-                self._check_geometry(member, name, info)
-                lags[name] = _lag(member, info, parent.lags.get(name, 0) if parent else None)
-        if header.complete:
-            names = self._complete.setdefault(_key(header), frozenset(lags))
-            if names != frozenset(lags):
-                raise CorruptBlobError(member.path, "has other layers than the runs beside it")
-        return _Run(member, member.read_bytes(TOKENS), parent, lags)
-
-    def _check_geometry(self, member: _Member, name: str, info: TensorInfo) -> None:
-        """Rows of one layer can be joined only if they are alike."""
-        if len(info.shape) <= ROW_AXIS:
-            raise CorruptBlobError(member.path, f"tensor {name!r} is not made of rows")
-        shape = (*info.shape[:ROW_AXIS], *info.shape[ROW_AXIS + 1 :])
-        expected = self._geometry.setdefault((*_key(member.header), name), (info.dtype, shape))
-        if expected != (info.dtype, shape):
-            raise CorruptBlobError(member.path, f"tensor {name!r} is unlike that of other runs")
+        return _Run(member, member.read_bytes(TOKENS), parent)
 
     def _entry(self, section: EntrySection) -> BundledEntry:
         if section.model >= len(self._models):
@@ -431,6 +420,12 @@ class _Reading:
         )
         if entry.state is None and not entry.complete:
             raise MalformedError(f"entry {section.id} has neither all of its rows nor a state")
+        if entry.state is not None:
+            try:
+                headers = [run.header for run in runs]
+                self._shapes[self._keys[section.model]].check_entry(headers, entry.state.header)
+            except ValueError as error:
+                raise MalformedError(f"entry {section.id} cannot be used: {error}") from None
         return entry
 
     def _known_run(self, section: EntrySection, name: str) -> _Run:
@@ -488,23 +483,6 @@ def _fingerprint(identity: object) -> Fingerprint:
             f"knows version {LAYOUT_VERSION} only."
         )
     return fingerprint
-
-
-def _lag(member: _Member, info: TensorInfo, inherited: int | None) -> int:
-    """Tokens by which the rows of a tensor are behind.
-
-    Args:
-        member: The run.
-        info: The tensor.
-        inherited: What the runs above say; None for the first one.
-    """
-    start, end = member.header.start, member.header.end
-    num_rows = info.shape[ROW_AXIS]
-    # As long as there was no row at all, it was not known how far behind the layer is.
-    lag = end - num_rows if inherited is None or inherited >= start else inherited
-    if num_rows != max(end - lag, 0) - max(start - lag, 0):
-        raise CorruptBlobError(member.path, "its tensors do not have a row for each token")
-    return lag
 
 
 def _is_json_object(text: str) -> bool:

@@ -13,10 +13,8 @@ from typing import Any, ClassVar
 import msgspec
 
 from persist_cache.errors import UnsupportedCacheError
+from persist_cache.layout import MAX_LAG, Layout, RowGeometry, layout_leaves
 from persist_cache.tensors._mlx import mlx_cache, mx
-
-MAX_LAG = 16
-"""Tokens by which a layer may be behind its cache's key; a draft model's layers are 1 behind."""
 
 DTYPES = {
     mx.bool_: "BOOL",
@@ -35,38 +33,6 @@ DTYPES = {
     mx.complex64: "C64",
 }
 """safetensors name of each MLX type."""
-
-
-class RowGeometry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One buffer of a layer with rows, `(batch, heads, rows, dim)`, without its length."""
-
-    dtype: str
-    batch: int
-    heads: int
-    dim: int
-
-
-class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One layer as it stays for a whole conversation.
-
-    Attributes:
-        class_name: Of the mlx-lm class.
-        scalars: Its constructor's numbers.
-        rows: Geometry of its buffers by name; empty while the layer has no state.
-        lag: Tokens by which it is behind the cache's key.
-        members: The layers of a `CacheList`.
-    """
-
-    class_name: str = msgspec.field(name="class")
-    scalars: dict[str, int] = {}
-    rows: dict[str, RowGeometry] = {}
-    lag: int = 0
-    members: tuple[Layout, ...] = ()
-
-
-def encode_layout(layouts: Sequence[Layout]) -> str:
-    """Canonical JSON: equal for two caches exactly when they can share runs."""
-    return msgspec.json.encode(layouts, order="sorted").decode()
 
 
 def decode_layout(text: str) -> list[Layout]:
@@ -90,15 +56,6 @@ def decode_layout(text: str) -> list[Layout]:
         if scalars != layout.scalars or not dtypes <= set(DTYPES.values()):
             raise ValueError(f"not a layout of {layout.class_name}")
     return layouts
-
-
-def layout_leaves(layouts: Sequence[Layout], prefix: str = "") -> Iterator[tuple[str, Layout]]:
-    """Every layer that is not a `CacheList`, with its place, such as `3` or `3.1`."""
-    for index, layout in enumerate(layouts):
-        if layout.class_name == mlx_cache.CacheList.__name__:
-            yield from layout_leaves(layout.members, f"{prefix}{index}.")
-        else:
-            yield f"{prefix}{index}", layout
 
 
 def leaves(cache: Sequence[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

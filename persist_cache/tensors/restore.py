@@ -18,20 +18,17 @@ import msgspec
 
 from persist_cache.blobs import DTYPE_BYTES, BlobReader
 from persist_cache.errors import CorruptBlobError, UnsupportedCacheError
+from persist_cache.layout import Layout, RowGeometry, encode_layout, layout_leaves
 from persist_cache.tensors import pool
 from persist_cache.tensors._mlx import mlx_cache
 from persist_cache.tensors.empty import empty
 from persist_cache.tensors.layers import (
     DTYPES,
     ArraysKind,
-    Layout,
-    RowGeometry,
     RowKind,
     decode_layout,
     describe,
-    encode_layout,
     kind_named,
-    layout_leaves,
 )
 
 _TYPES = frozenset(DTYPES.values())
@@ -371,12 +368,19 @@ def _read(reader: BlobReader, group: Sequence[tuple[_Buffer, _Fill]]) -> None:
 
 def _check_built(cache: list[Any], plan: _Plan) -> None:
     """Compare what was built with what was saved: classes, layers, shapes, types, offsets."""
+    expected = [_at(plan.num_tokens, layout) for layout in plan.layouts]
     try:
-        same = encode_layout(describe(cache, plan.num_tokens)) == encode_layout(plan.layouts)
+        same = encode_layout(describe(cache, plan.num_tokens)) == encode_layout(expected)
     except UnsupportedCacheError as error:
         raise CorruptBlobError(plan.path, f"does not fit its layout ({error})") from None
     if not same:
         raise CorruptBlobError(plan.path, "does not fit its layout")
+
+
+def _at(num_tokens: int, layout: Layout) -> Layout:
+    """How a layer looks in a cache of `num_tokens`: it cannot be behind by more than there are."""
+    members = tuple(_at(num_tokens, member) for member in layout.members)
+    return msgspec.structs.replace(layout, lag=min(layout.lag, num_tokens), members=members)
 
 
 def _row_buffer(geometry: RowGeometry, capacity: int, fills: list[_Fill]) -> _Buffer:

@@ -11,11 +11,11 @@ import msgspec
 
 from persist_cache.blobs import Payload, Tensor
 from persist_cache.errors import UnsupportedCacheError
+from persist_cache.layout import encode_layout
 from persist_cache.tensors.layers import (
     DTYPES,
     RowKind,
     describe,
-    encode_layout,
     leaves,
     require_kind,
 )

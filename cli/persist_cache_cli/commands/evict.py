@@ -21,6 +21,7 @@ from persist_cache.describe import (
 from persist_cache.errors import PersistCacheError
 from persist_cache.survey import (
     Survey,
+    left_in_trash,
     quarantined,
     stale_reason,
     tokens_of,
@@ -126,7 +127,9 @@ def command(
         if not dry_run:
             if plan.rows and not yes:
                 _ask(plan)
+            planned = plan.freed_bytes
             plan.freed_bytes = _evict(opened, plan, everything, to_bytes)
+            plan.unremoved_bytes = left_in_trash(opened, planned - plan.freed_bytes)
     if as_json:
         print_json(plan.as_json(dry_run))
     elif not quiet:
@@ -151,6 +154,7 @@ class _Plan:
         self.reasons = {one: reason for one, reason in reasons.items() if one in going}
         self.damaged = 0
         self.freed_bytes = self.removal.freed_bytes
+        self.unremoved_bytes = 0
 
     @property
     def ids(self) -> list[str]:
@@ -163,6 +167,7 @@ class _Plan:
             self.removal,
             dry_run=dry_run,
             freed_bytes=self.freed_bytes,
+            unremoved_bytes=self.unremoved_bytes,
             skipped=self.survey.entries_at(self.skipped),
             reasons=self.reasons,
         )
@@ -183,6 +188,17 @@ class _Plan:
             verb = "goes" if self.damaged == 1 else "go"
             lines.append(f"{plural(self.damaged, 'damaged blob')} in quarantine {verb}, too.")
         kept = self.removal
+        if self.unremoved_bytes:
+            lines.append(
+                f"{format_bytes(self.unremoved_bytes)} could not be removed and are tried again "
+                "later; look at the permissions of the store's folders."
+            )
+        if kept.dead_bytes:
+            lines.append(
+                f"{format_bytes(kept.dead_bytes)} of their rows are in files that others need: "
+                "they take room until those go, or until `persist-cache gc` rewrites a file that "
+                "is mostly dead."
+            )
         if kept.kept_for:
             others = plural(kept.kept_for, "other entry", "other entries")
             verb = "needs" if kept.kept_for == 1 else "need"

@@ -44,7 +44,13 @@ from persist_cache_cli.parse import SIZE
     "--admin-token",
     envvar="PERSIST_CACHE_ADMIN_TOKEN",
     show_envvar=True,
-    help="Secret for the admin API; without one it is loopback only.",
+    help="Secret for the admin API, instead of the one kept in the store's folder.",
+)
+@click.option(
+    "--api-key",
+    envvar="PERSIST_CACHE_API_KEY",
+    show_envvar=True,
+    help="Secret that all other requests must send, as a Bearer token or x-api-key.",
 )
 @click.option("--salt", default="", help="Keep this server's entries apart from others'.")
 @click.option("-h", "--help", "show_help", is_flag=True, help="Show this, and upstream's flags.")
@@ -60,6 +66,7 @@ def command(
     persist: str,
     grace: float,
     admin_token: str | None,
+    api_key: str | None,
     salt: str,
     show_help: bool,
 ) -> None:
@@ -73,12 +80,23 @@ def command(
     """
     if show_help:
         click.echo(ctx.get_help())
+        click.echo(
+            "\n--allowed-origins is `loopback` by default: pages of this machine, on any port."
+        )
         click.echo("\nFlags of mlx_lm.server:\n")
         serve(["--help"], ServeOptions())
         return
     if own_store == "":
         raise click.UsageError("--store needs a folder, not an empty name.")
     _check_port(ctx.args)
+    for name, secret in (("--admin-token", admin_token), ("--api-key", api_key)):
+        # It has to fit into a header, and be the same when it arrives.
+        if secret is not None and not (
+            secret.isascii() and secret.isprintable() and secret.strip() == secret and secret
+        ):
+            raise click.UsageError(
+                f"{name} needs printable ASCII characters, without blanks around them."
+            )
     tiers = () if persist == "none" else tuple(part.strip() for part in persist.split(","))
     unknown = [tier for tier in tiers if tier not in TIER_LABELS]
     if unknown:
@@ -94,6 +112,7 @@ def command(
         persist=tiers,
         grace_s=grace,
         admin_token=admin_token,
+        api_key=api_key,
         salt=salt,
     )
     for handler in list(logging.getLogger().handlers):

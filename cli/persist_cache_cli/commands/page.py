@@ -1,0 +1,68 @@
+"""`persist-cache page`: a link to the page of a running server."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+from urllib.parse import quote
+
+import click
+
+from persist_cache.admin_token import Serving, running_servers, stored_token
+from persist_cache_cli.store_access import NothingFound, common_options, store_path
+
+
+@click.command("page")
+@click.option(
+    "--url",
+    metavar="URL",
+    help="Where the page is, as a browser finds it, if that is not where the server listens.",
+)
+@click.option(
+    "--admin-token",
+    envvar="PERSIST_CACHE_ADMIN_TOKEN",
+    show_envvar=True,
+    help="Secret that the server was started with.",
+)
+@common_options()
+@click.pass_obj
+def command(
+    store: str | None, *, url: str | None, admin_token: str | None, as_json: bool, quiet: bool
+) -> None:
+    """Print a link to the page of each server that runs on this store.
+
+    The link holds the admin token: whoever has it can read prompts, and delete them.
+
+    \b
+    Example:
+      persist-cache page
+    """
+    root = store_path(store)
+    servers = running_servers(root)
+    if url is not None:
+        if not url.startswith(("http://", "https://")) or "#" in url or "?" in url:
+            raise click.UsageError("--url needs an address such as http://localhost:8080/cache.")
+        servers = [Serving(url, servers[0].own_token if servers else False)]
+    if not servers:
+        raise NothingFound(f"No server runs on the store at {root}.")
+    token = stored_token(root)
+    links = [_link(server, token, admin_token) for server in servers]
+    if as_json:
+        click.echo(json.dumps(links, indent=2))
+    elif not quiet:
+        for one in links:
+            click.echo(one["link"])
+
+
+def _link(server: Serving, stored: str | None, given: str | None) -> dict[str, Any]:
+    token = stored if given is None else given
+    if server.own_token and given is None:
+        raise click.ClickException(
+            f"The server at {server.url} was started with --admin-token; give this command the "
+            "same one."
+        )
+    if token is None:
+        raise click.ClickException(
+            "The store has no admin token; `persist-cache serve` makes one when it starts."
+        )
+    return {"url": server.url, "link": f"{server.url}#token={quote(token, safe='')}"}
