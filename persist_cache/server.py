@@ -257,6 +257,8 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
         generation_args: Any,
         progress_callback: Callable[[int, int], None] | None = None,
     ) -> Any:
+        if not self.generation_available():
+            return super().generate(request, generation_args, progress_callback)  # which says so
         ticket = vars(request).setdefault("ticket", self.new_ticket())
         if self._in_flight > 1:
             # Rendering a prompt changes its messages, so each thread has its own.

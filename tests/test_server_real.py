@@ -50,5 +50,6 @@ def test_restart_after_sigkill_computes_the_question_only(
     assert cold["usage"]["prompt_tokens"] > 1500
     assert cached(cold) == 0
     assert cached(restarted) == cached(uninterrupted) > 1500
-    assert restarted["header"] == f"disk; tokens={cached(restarted)}"
+    why = "what is stored goes on differently"
+    assert restarted["header"] == f'disk; tokens={cached(restarted)}; reason="{why}"'
     assert restarted["choices"][0]["message"] == uninterrupted["choices"][0]["message"]
