@@ -485,6 +485,13 @@ class Admin:
             wanted = provider.cli_args.model or key[0]
         if wanted != key[0]:
             raise RefusedError(409, f"Another model is loaded: {key[0]}.")
+        named = body.get("model") or "default_model"
+        # By upstream's maps: the adapter of a request counts only if it names the model, too.
+        adapter = getattr(provider, "_adapter_map", {}).get(named, body.get("adapters"))
+        draft = body.get("draft_model") or "default_model"
+        draft = getattr(provider, "_draft_model_map", {}).get(draft, draft)
+        if (adapter, draft) != (key[1], key[2]):
+            raise RefusedError(409, "The model is loaded with another adapter or draft model.")
         if self._tokenizer is None or self._tokenizer[0] is not tokenizer:
             # The generation thread uses the other one; not all tokenizers bear company.
             self._tokenizer = (tokenizer, copy.deepcopy(tokenizer))

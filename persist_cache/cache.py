@@ -326,6 +326,10 @@ class PromptCache:
         is found afterwards only if it was computed by the same weights. Else it goes: to the disk
         if it was to be there, under the identity it was computed with.
 
+        It is not needed after `persist_cache.load`, which knows more than the files do: what was
+        loaded with a `model_config`, a `revision`, or an adapter that the key does not name has
+        no identity after this call.
+
         Args:
             model: mlx-lm's model key.
 

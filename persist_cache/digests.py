@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,6 +12,8 @@ import xxhash
 from persist_cache.entry import TOKEN_BYTES
 
 _STRIDE_TOKENS = 256
+_STRIDE_PLACE = _STRIDE_TOKENS.bit_length() - 1
+"""Which of the digests is that of the first `_STRIDE_TOKENS` tokens, if there are more."""
 
 
 def prompt_digest(packed: bytes) -> bytes:
@@ -58,17 +59,24 @@ class PrefixDigests:
         length = len(packed) // TOKEN_BYTES
         if length == 0 or length > self.num_tokens:
             return length == 0
-        positions = list(_positions(self.num_tokens))
-        last = bisect_right(positions, length) - 1
-        return self._agrees(last, packed, positions[last])
+        from_end = self.num_tokens - length
+        if from_end <= 1:
+            return self._agrees(len(self.digests) - 1 - from_end, packed, length)
+        if length < _STRIDE_TOKENS:
+            place = length.bit_length() - 1
+            return self._agrees(place, packed, 1 << place)
+        strides = length // _STRIDE_TOKENS
+        return self._agrees(_STRIDE_PLACE + strides - 1, packed, strides * _STRIDE_TOKENS)
 
     def is_begun_by(self, packed: bytes) -> bool:
         """Whether `packed` begins with the whole prompt, which must not be empty."""
         if not self.digests or len(packed) < self.num_tokens * TOKEN_BYTES:
             return False
-        return self._agrees(-1, packed, self.num_tokens)
+        return self._agrees(len(self.digests) - 1, packed, self.num_tokens)
 
     def _agrees(self, place: int, packed: bytes, num_tokens: int) -> bool:
+        if num_tokens > _STRIDE_TOKENS and not self._agrees(_STRIDE_PLACE, packed, _STRIDE_TOKENS):
+            return False  # most others differ early: no need to read on
         head = memoryview(packed)[: num_tokens * TOKEN_BYTES]
         return xxhash.xxh3_64_intdigest(head) == self.digests[place]
 

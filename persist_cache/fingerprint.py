@@ -289,6 +289,26 @@ class Identifier:
                 self._answers.pop(parts, None)
                 self._numbers[parts] = next(LOAD_NUMBERS)
 
+    def identify_again(self, model_key: ModelKey | None) -> Fingerprint | Unidentified:
+        """Look at the files of a model that has just been loaded, whatever was known of it.
+
+        While a model lives that `persist_cache.load` loaded by more than these files (with a
+        `model_config`, a `revision`, or an adapter that the key does not name), nobody can tell
+        which of them is meant, and there is no identity.
+        """
+        try:
+            model, adapter, draft = parts = split_model_key(model_key)
+        except CannotIdentify as error:
+            return Unidentified(str(error))
+        found = [loads.latest_load(model, adapter)]
+        found += [loads.latest_load(draft, None)] if draft else []
+        reasons = [load.beyond_files for load in found if load and load.beyond_files]
+        with self._state:
+            self.forget(model_key)
+            if reasons:
+                self._settle(parts, self._number(parts), Unidentified(reasons[0]))
+        return self.look_up(model_key)
+
     def around_load(self, model_key: ModelKey | None, load: Callable[[], T]) -> T:
         """Load a model, and settle its identity as that of the files it was loaded from.
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, overload
 
+from persist_cache.contents import printable
 from persist_cache.errors import MissingDependencyError
 from persist_cache.loads import Description, Files, Unidentified, around_load, remember
 from persist_cache.model_files import digest_json, is_folder
@@ -98,7 +99,12 @@ def load(
         return loaded
 
     loaded, described = around_load(Files((name, adapter, None), folder=folder), read)
-    remember(name, adapter, loaded[0], _with_model_config(described, model_config))
+    beyond_files = ""
+    if model_config or revision:
+        option = "model_config" if model_config else "revision"
+        beyond_files = f"{printable(name)}: it was loaded with a {option}, which no file tells"
+    described = _with_model_config(described, model_config)
+    remember(name, adapter, loaded[0], described, beyond_files)
     return loaded if return_config else loaded[:2]
 
 

@@ -179,11 +179,13 @@ class Load(NamedTuple):
         number: Of `LOAD_NUMBERS`.
         described: What was loaded.
         model: The model, while it lives.
+        beyond_files: Why the files of its model key do not tell what was loaded; "" if they do.
     """
 
     number: int
     described: Description | Unidentified
     model: weakref.ReferenceType[object]
+    beyond_files: str = ""
 
 
 _loads: dict[tuple[str, str | None], Load] = {}
@@ -191,12 +193,16 @@ _loads_lock = threading.Lock()
 
 
 def remember(
-    model: str, adapter: str | None, loaded: object, described: Description | Unidentified
+    model: str,
+    adapter: str | None,
+    loaded: object,
+    described: Description | Unidentified,
+    beyond_files: str = "",
 ) -> None:
     """Remember what `loaded` is made of, for all who ask, as long as it lives."""
     with _loads_lock:
         number = next(LOAD_NUMBERS)
-        _loads[model, adapter] = Load(number, described, weakref.ref(loaded))
+        _loads[model, adapter] = Load(number, described, weakref.ref(loaded), beyond_files)
 
 
 def latest_load(model: str, adapter: str | None) -> Load | None:
@@ -212,5 +218,5 @@ def latest_load(model: str, adapter: str | None) -> Load | None:
                         f"{printable(name)}: it was loaded with the adapter "
                         f"{printable(other or '')}, which the model key has to name"
                     )
-                    return load._replace(described=Unidentified(reason))
+                    return load._replace(described=Unidentified(reason), beyond_files=reason)
         return found

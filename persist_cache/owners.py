@@ -99,8 +99,7 @@ class Owners:
     def identify_now(self, model: Any) -> Fingerprint | Unidentified:
         """Identify a model that has just been loaded, whatever was known of it before."""
         if isinstance(self._identify, Identifier):
-            self._identify.forget(model)
-            return self._identify.look_up(model)
+            return self._identify.identify_again(model)
         fingerprint, reason = self._ask(model, may_read=True)
         return Unidentified(reason) if fingerprint is None else fingerprint
 
@@ -125,7 +124,8 @@ class Owners:
 
         A cache that was given away is recognised itself. One that was computed from the first
         token on belongs to the weights that were there when its prompt was looked up: by the
-        calling thread or, if that did not ask for it, by any.
+        calling thread or, if that did not ask for it, by any. Where several did, and not all of
+        the same weights, it may be another's.
 
         Args:
             owner: Whose it would be now.
@@ -139,12 +139,9 @@ class Owners:
                 given = self._given.get(cache[0])
         except (TypeError, LookupError):
             pass
-        asked = self._asked_for(owner.model, packed, forget=ends)
-        return any(
-            not origin.is_same_load(owner)
-            for origin in (given, None if asked is None else asked.owner)
-            if origin is not None
-        )
+        origins = [] if given is None else [given]
+        origins += [one.owner for one in self._asked_for(owner.model, packed, forget=ends)]
+        return any(not origin.is_same_load(owner) for origin in origins)
 
     def _asked_here(self) -> deque[_Asked]:
         """Look-ups of the calling thread; what others do meanwhile pushes none of them out."""
@@ -153,21 +150,30 @@ class Owners:
             here = self._of_thread.asked = deque(maxlen=_REMEMBERED)
         return here
 
-    def _asked_for(self, model: Hashable, packed: bytes, *, forget: bool) -> _Asked | None:
-        """The latest look-up that the tokens can come from, the calling thread's first."""
+    def _asked_for(self, model: Hashable, packed: bytes, *, forget: bool) -> list[_Asked]:
+        """The look-ups that the tokens can come from.
+
+        The calling thread's latest one, if it asked. Else nobody can tell which of all it is.
+        """
         here = self._asked_here()
-        with self._lock:
-            anywhere = list(self._asked_by_any)
-        for asked in (*reversed(here), *reversed(anywhere)):
-            if asked.owner.model != model:
-                continue
-            if asked.prompt.begin_with(packed) or asked.prompt.is_begun_by(packed):
-                if forget:
-                    with self._lock:
-                        _drop(self._asked_by_any, asked)
-                    _drop(here, asked)
-                return asked
-        return None
+
+        def fits(asked: _Asked) -> bool:
+            return asked.owner.model == model and (
+                asked.prompt.begin_with(packed) or asked.prompt.is_begun_by(packed)
+            )
+
+        mine = next(filter(fits, reversed(here)), None)
+        found = [] if mine is None else [mine]
+        if mine is None:
+            with self._lock:
+                anywhere = list(self._asked_by_any)
+            found = list(filter(fits, anywhere))
+        if forget and found:
+            # Of several the first has most likely ended.
+            with self._lock:
+                _drop(self._asked_by_any, found[0])
+            _drop(here, found[0])
+        return found
 
     def _ask(self, model: Hashable, may_read: bool) -> tuple[Fingerprint | None, str]:
         settled = getattr(self._identify, "settled", None)

@@ -604,6 +604,22 @@ def test_explain_of_a_model_that_is_not_loaded_is_a_conflict(server: ServerProce
     assert answer.status_code == 409
 
 
+@pytest.mark.parametrize("part", ["adapters", "draft_model"])
+def test_explain_of_another_adapter_or_draft_model_is_a_conflict(
+    server: ServerProcess, part: str
+) -> None:
+    server.request("POST", "/v1/chat/completions", json=chat_body(max_tokens=1))
+    other = server.request("POST", "/v1/cache/explain", json=chat_body(model="another/model"))
+    loaded = other.json()["error"].removeprefix("Another model is loaded: ").removesuffix(".")
+    same = server.request("POST", "/v1/cache/explain", json=chat_body(model=loaded))
+    answer = server.request(
+        "POST", "/v1/cache/explain", json=chat_body(model=loaded, **{part: "another"})
+    )
+
+    assert same.status_code == 200, same.text
+    assert answer.status_code == 409, answer.text
+
+
 BAD_OPTIONS: list[dict[str, Any]] = [
     {"max_tokens": 10**12},
     {"max_tokens": 0},

@@ -43,6 +43,18 @@ def test_prefix_that_differs_in_its_first_half_is_told_apart(length: int) -> Non
         assert not digests.begin_with(pack_tokens(other))
 
 
+@pytest.mark.parametrize("length", [*range(1, 12), *range(126, 132), *range(254, 260), 511, 5000])
+def test_prefix_of_any_length_is_recognised_by_its_digest(length: int) -> None:
+    prompt = list(range(length))
+    digests = PrefixDigests.of(pack_tokens(prompt))
+
+    assert all(
+        digests.begin_with(pack_tokens(prompt[:n])) for n in range(1, length + 1, 1 + length // 99)
+    )
+    assert digests.is_begun_by(pack_tokens([*prompt, 7]))
+    assert not digests.is_begun_by(pack_tokens([*prompt[:-1], -1]))
+
+
 def test_digests_of_a_long_prompt_are_small() -> None:
     digests = PrefixDigests.of(pack_tokens(range(30_000)))
 

@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten
 from safetensors.numpy import save_file
 
 import persist_cache
-from persist_cache import contents
+from persist_cache import PromptCache, contents
 from persist_cache.fingerprint import Fingerprint, Identifier, Unidentified, identify
 from persist_cache.warm import load_model
 from tests.tiny_models import build_model_dir
@@ -534,6 +534,28 @@ def test_model_config_is_part_of_the_identity(tiny: Path) -> None:
     assert config["rope_theta"] == 5.0
     assert isinstance(found, Fingerprint)
     assert [change.name for change in found.diff(plain.fields)] == ["model_config"]
+
+
+@pytest.mark.parametrize("option", ["model_config", "adapter_path"])
+def test_identify_now_takes_no_files_for_what_was_loaded_by_more_than_them(
+    tiny: Path, tmp_path: Path, option: str
+) -> None:
+    plain, _ = persist_cache.load(tiny)
+    value: Any = {"rope_theta": 5.0}
+    if option == "adapter_path":
+        value = write_adapter(tmp_path / "adapter", plain, 1.0)
+    del plain
+    gc.collect()
+
+    model, _ = persist_cache.load(tiny, **{option: value})
+    with PromptCache(identify=Identifier()) as cache:
+        found = cache.identify_now(str(tiny))
+        later = cache.identify_now(str(tiny))
+
+    assert model
+    assert isinstance(found, Unidentified)
+    assert "it was loaded with" in found.reason
+    assert later == found
 
 
 @pytest.mark.parametrize("identifier", [None, Identifier()], ids=["for all", "for one"])

@@ -209,6 +209,28 @@ def test_what_other_threads_computed_before_a_reload_is_refused_there(
     assert fetch(cache, range(50)) == "w1"
 
 
+def test_thread_that_asked_nothing_may_have_computed_for_any_look_up(
+    cache: PromptCache, weights: Weights
+) -> None:
+    """A pool computes what an event loop asked for, and a later prompt begins in the same way."""
+
+    def computed(by: str) -> None:
+        thread = threading.Thread(target=insert, args=(cache, range(30), by, "system"))
+        thread.start()
+        thread.join()
+
+    fetch(cache, range(40))
+    weights.name = "w1"
+    fetch(cache, [*range(30), 1000])
+
+    computed("w0")
+    assert fetch(cache, range(35)) is None
+    assert cache.stats().problems == {"computed_before_reload": 1}
+
+    insert(cache, range(45), "w1")  # this thread asked, under these weights
+    assert fetch(cache, range(50)) == "w1"
+
+
 def test_look_ups_of_other_threads_push_none_of_ours_out(
     cache: PromptCache, weights: Weights
 ) -> None:
