@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -435,7 +436,12 @@ def test_status_does_not_depend_on_a_closed_standard_error(root: Path, line: str
         ["sh", "-c", 'exec "$@" 2>&-', "sh", *command], stdout=subprocess.PIPE, text=True
     )
 
-    assert (closed.returncode, closed.stdout) == (plain.returncode, plain.stdout)
+    def settled(output: str) -> str:
+        """Without numbers: ages grow from one run to the next, and others use the disk, too."""
+        return re.sub(r"[\d.]+ *", "0 ", output)
+
+    assert closed.returncode == plain.returncode
+    assert settled(closed.stdout) == settled(plain.stdout)
 
 
 def test_profiler_can_write_what_it_found(root: Path, tmp_path: Path) -> None:

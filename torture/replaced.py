@@ -180,8 +180,7 @@ class Life:
 
         for answer in session.ask_all([Ask(chat, max_tokens=3) for chat in chats]):
             if answer.error:
-                # Files that do not belong together, as of a model that is being copied.
-                self._journal.note("refused", error=answer.error)
+                self._journal.note("refused", error=f"{self._last}: {answer.error}")
                 continue
             judged = judge(answer, KINDS[self._world.kind].tolerance)
             self._journal.note(
@@ -281,6 +280,8 @@ def _add_up(journal: Path, where: str, seen: Seen) -> None:
             seen.reused[note["source"]] += note["reused"]
             if note["wrong"]:
                 wrong.append(f"{where}: {note['wrong']}")
+        elif note["what"] == "refused":
+            wrong.append(f"{where}: {note['error']}")
     seen.findings += wrong[:3]
 
 

@@ -112,13 +112,12 @@ class Session:
             None,
             None,
         )
+        ticket = request.ticket = self.generator.new_ticket()
         try:
             with self.generator.in_flight():
                 ctx, responses = self.generator.generate(request, _arguments(ask))
                 answer.prompt = list(ctx.prompt)
-                fetch = self.generator.take_fetch()
-                if fetch is not None:
-                    answer.source, answer.reused = fetch.source, fetch.num_tokens
+                answer.source, answer.reused = ticket.fetch.source, ticket.fetch.num_tokens
                 if ask.leave_after != 0:
                     for response in responses:
                         answer.tokens.append(int(response.token))
