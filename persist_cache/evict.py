@@ -168,9 +168,6 @@ class Evictor:
     def evict(self, numbers: Sequence[int], reason: str, to_bytes: int | None = None) -> int:
         """Remove entries, and every file that nothing else needs.
 
-        The ballast is made anew afterwards if it was given up, as far as the budget, or
-        `to_bytes`, has room for it.
-
         Returns:
             Bytes of the files that are gone; one that cannot be unlinked stays in the trash.
 

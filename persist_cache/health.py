@@ -27,7 +27,7 @@ from persist_cache.blobs import (
     try_remove_orphan,
 )
 from persist_cache.disk import Disk
-from persist_cache.errors import CorruptBlobError, StoreError
+from persist_cache.errors import CorruptBlobError, StoreBusyError, StoreError
 from persist_cache.evict import Evictor
 from persist_cache.index import DamagedIndexError, Writer
 from persist_cache.records import BlobKind, SizedRecord
@@ -340,7 +340,11 @@ def _is_pending(disk: Disk, name: bytes) -> bool:
 
 
 def forget_empty_namespaces(disk: Disk, older_than_s: float) -> int:
-    """Drop models of which nothing is left; returns how many."""
+    """Drop models of which nothing is left; returns how many.
+
+    Raises:
+        StoreBusyError: Another process does not end its transaction; what follows waits as long.
+    """
     limit = disk.clock() - older_than_s
 
     def forget(txn: Writer) -> int:
@@ -353,6 +357,9 @@ def forget_empty_namespaces(disk: Disk, older_than_s: float) -> int:
             txn.delete_namespace(key)
         return len(gone)
 
-    with contextlib.suppress(StoreError):
+    try:
         return disk.index.update(forget)
-    return 0
+    except StoreBusyError:
+        raise
+    except StoreError:
+        return 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from itertools import takewhile
 from pathlib import Path
 
 from msgspec import Struct
@@ -18,7 +19,7 @@ class Holder(Struct, frozen=True):
 
     Attributes:
         pid: Its number.
-        command: Its command line, or "".
+        command: Its command line up to the first option, or "".
         is_stopped: It runs only after SIGCONT.
     """
 
@@ -100,8 +101,10 @@ def _described(pid: int) -> Holder:
     if sys.platform == "linux":
         with contextlib.suppress(OSError):
             words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+            # Options may be secrets, and this is told to whoever asks a server how it is.
+            bare = " ".join(takewhile(lambda word: not word.startswith("-"), words)).strip()
             # Everything that is printed goes to a terminal in the end.
-            command = "".join(c if c.isprintable() else "?" for c in " ".join(words).strip())[:80]
+            command = "".join(c if c.isprintable() else "?" for c in bare)[:80]
             state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
             stopped = state in "Tt"
     return Holder(pid, command, stopped)

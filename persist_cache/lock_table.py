@@ -24,7 +24,7 @@ from persist_cache.errors import StoreFullError, StoreInUseError
 FILE = "lock.mdb"
 MAX_READERS = 512
 _SLOT_BYTES = 64
-NBYTES = -(-MAX_READERS * _SLOT_BYTES // 4096 + 1) * 4096
+NBYTES = (-(-MAX_READERS * _SLOT_BYTES // 4096) + 1) * 4096
 """The readers, a cache line each, and the head of the table, whose length the platform decides."""
 
 _lock = threading.Lock()

@@ -12,6 +12,7 @@ import _thread
 import contextlib
 import copy
 import dataclasses
+import errno
 import functools
 import json
 import logging
@@ -632,7 +633,10 @@ def _try_to_bind(host: str, port: int) -> None:
 
 def _cannot_listen(host: str, port: int, error: Exception) -> PersistCacheError:
     why = getattr(error, "strerror", None) or str(error)
-    what = "--host" if isinstance(error, (socket.gaierror, UnicodeError)) else "--port"
+    is_host = isinstance(error, (socket.gaierror, UnicodeError)) or (
+        isinstance(error, OSError) and error.errno == errno.EADDRNOTAVAIL
+    )
+    what = "--host" if is_host else "--port"
     return PersistCacheError(f"Cannot listen on {host}:{port} ({why}); choose another {what}.")
 
 

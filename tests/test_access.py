@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import requests
 
-from persist_cache.access import ModelGuard, Request, is_loopback
+from persist_cache.access import Guard, ModelGuard, Request, is_loopback
 from persist_cache.admin_token import (
     TOKEN_FILE,
     AdminToken,
@@ -454,6 +454,39 @@ def test_secrets_that_no_header_can_carry_are_refused(
 
 
 # ---- behind a proxy ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("origin", "site", "status"),
+    [
+        ("https://box.example", "same-origin", 0),
+        ("http://127.0.0.1:8080", None, 0),
+        ("https://box.example", None, 403),
+        ("https://box.example", "same-site", 403),
+        ("https://evil.example", "cross-site", 403),
+        ("null", "same-origin", 403),
+    ],
+)
+def test_the_page_behind_a_proxy_may_change_what_is_stored(
+    origin: str, site: str | None, status: int
+) -> None:
+    """nginx rewrites Host, so that a browser's Origin is another; the browser says it is not."""
+    headers = Message()
+    headers["Host"] = "127.0.0.1:8080"
+    headers["Authorization"] = "Bearer t0ken"
+    headers["Origin"] = origin
+    if site is not None:
+        headers["Sec-Fetch-Site"] = site
+    guard = Guard(lambda: "t0ken", "127.0.0.1")
+
+    try:
+        guard.check(Request("DELETE", "/v1/cache/entries/3fa2b1", headers))
+        said = 0
+    except RefusedError as refused:
+        said = refused.status
+
+    assert said == status
+
 
 NGINX_CONF = """
 daemon off; pid {folder}/pid; error_log {folder}/error.log; worker_processes 1;

@@ -86,6 +86,12 @@ def test_global_options_are_documented() -> None:
         assert any(text in CLI_MD for text in parameter.opts)
 
 
+def test_readme_names_every_command() -> None:
+    table = re.findall(r"^\| (`persist-cache .*?) \|", (ROOT / "README.md").read_text(), re.M)
+
+    assert set(re.findall(r"`(?:persist-cache )?(\w+)`", "".join(table))) == set(COMMANDS)
+
+
 @pytest.mark.parametrize("document", ["README.md", "docs/cli.md"])
 def test_examples_are_accepted(document: str) -> None:
     """Every call of a command in a document parses: its command and options exist."""

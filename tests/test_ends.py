@@ -56,6 +56,27 @@ def test_host_that_there_is_not_is_refused(model: Path, tmp_path: Path) -> None:
     assert "choose another --host" in done.err
 
 
+def test_host_of_another_machine_is_refused(model: Path, tmp_path: Path) -> None:
+    words = ("--model", model, "--host", "192.0.2.1", "--port", 0)
+    done = script(tmp_path / "store", "serve", *words, timeout=120)
+
+    assert done.status == 1, done.err
+    assert "choose another --host" in done.err
+
+
+@pytest.mark.parametrize("name", ["PERSIST_CACHE_API_KEY", "PERSIST_CACHE_ADMIN_TOKEN"])
+def test_secret_of_the_environment_that_is_empty_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Such as of a file that was not there: a server without any would be open to all."""
+    monkeypatch.setenv(name, "")
+
+    done = script(tmp_path / "store", "serve", "--port", "80921", timeout=120)
+
+    assert done.status in (1, 2)
+    assert f"{name} is empty" in done.err
+
+
 @pytest.mark.parametrize("place", ["file/store", "x" * 300, "/proc/no/store"])
 def test_server_refuses_a_path_that_can_be_no_store(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_bytes(b"")

@@ -152,6 +152,17 @@ def test_table_of_readers_is_there_in_full(tmp_path: Path) -> None:
     assert status.st_blocks * 512 >= status.st_size >= 512 * 64
 
 
+def test_table_of_readers_made_anew_is_there_in_full(tmp_path: Path) -> None:
+    """LMDB lengthens one that is shorter than what it needs, without room for the rest."""
+    opened(tmp_path).close()
+    (tmp_path / "store" / lock_table.FILE).unlink()
+
+    with opened(tmp_path) as store:
+        status = (store.root / lock_table.FILE).stat()
+
+    assert status.st_blocks * 512 >= status.st_size >= 512 * 64
+
+
 @pytest.mark.parametrize("how", ["by size", "all", "one"])
 def test_full_disk_is_relieved_by_eviction(disk: Path, how: str) -> None:
     def act() -> tuple[int, int, int]:

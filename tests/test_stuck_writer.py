@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from persist_cache import PromptCache, Store, holders, index
+from persist_cache import PromptCache, Store, fs, holders, index
 from persist_cache.errors import StoreBusyError
 from tests.cli import runner
 from tests.fakes import Clock, fetched, fingerprint, put
@@ -58,6 +58,45 @@ def held(path: Path, *, stopped: bool = True) -> Iterator[subprocess.Popen[str]]
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index, "PATIENCE_S", 0.3)
+
+
+def test_options_of_the_process_are_not_told(tmp_path: Path) -> None:
+    """`/health` tells it to everybody, and one of them may be a secret."""
+    lock, program = tmp_path / "lock", tmp_path / "hold"
+    lock.touch()
+    program.write_text(_HOLD)
+    with subprocess.Popen(
+        ["python", "hold", "lock", "--admin-token", "s3cret"],
+        executable=sys.executable,
+        cwd=tmp_path,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        found = holders.holders(lock, holder.pid)
+        holder.communicate("")
+
+    assert [one.pid for one in found] == [holder.pid]
+    assert "s3cret" not in holders.sentence(lock, found, 1)
+
+
+def test_tidying_up_waits_once(
+    store: Store, impatient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    wait = fs.lock
+
+    def counted(fd: int, patience_s: float) -> bool:
+        waits.append(patience_s)
+        return wait(fd, patience_s)
+
+    monkeypatch.setattr(fs, "lock", counted)
+    with held(store.root / "writer.lock"), pytest.raises(StoreBusyError):
+        store.gc()
+
+    assert len(waits) == 1
 
 
 def test_change_that_waits_in_vain_names_the_process(store: Store, impatient: None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NoReturn
@@ -88,6 +89,10 @@ def command(
         return
     if own_store == "":
         raise click.UsageError("--store needs a folder, not an empty name.")
+    for name in ("PERSIST_CACHE_ADMIN_TOKEN", "PERSIST_CACHE_API_KEY"):
+        # To click it is as if it were not set, and nothing would be asked for.
+        if os.environ.get(name) == "":
+            raise click.UsageError(f"{name} is empty; give it a secret, or unset it.")
     _check_port(ctx.args)
     for name, secret in (("--admin-token", admin_token), ("--api-key", api_key)):
         # It has to fit into a header, and be the same when it arrives.
