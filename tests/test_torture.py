@@ -40,12 +40,13 @@ def test_short_run_breaks_no_promise() -> None:
 
 
 def test_threads_on_one_prompt_cache_get_what_belongs_to_their_prompts() -> None:
-    code, report = torture("--storm", "threads", "--threads-s", "4", "--seed", "3")
+    code, report = torture("--storm", "threads", "--threads-s", "8", "--seed", "3")
 
     assert report["findings"] == []
     assert code == 0
-    assert report["threads"]["fetches"] > 100
-    assert report["threads"]["served"]["a cache"] > 50
+    # How many depends on the machine; the point is that there were some of each.
+    assert report["threads"]["fetches"] > 20
+    assert report["threads"]["served"]["a cache"] > 5
     assert report["threads"]["calls"]["model replaced"] > 0
     assert report["threads"]["calls"]["cache refilled by its former owner"] > 0
 
