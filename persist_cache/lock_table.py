@@ -195,7 +195,8 @@ def _said_if_full(path: Path) -> Iterator[None]:
         if error.errno not in fs.FULL:
             raise
         raise StoreFullError(
-            f"The disk is full: the index needs {NBYTES} bytes for {path}; free some space."
+            f"The disk is full: the index needs {NBYTES} bytes for {path}; free some "
+            "space, or have `persist-cache evict` do so."
         ) from error
 
 
@@ -219,7 +220,7 @@ def is_copied_on_write(root: Path) -> bool:
     return False
 
 
-def make_anew(root: Path) -> bool:
+def make_anew(root: Path, read_only: bool) -> bool:
     """Begin the table anew, to be written in place; returns whether that was done.
 
     The caller holds `store.lock` exclusively, so that no writer is about to open it. Readers take
@@ -233,8 +234,7 @@ def make_anew(root: Path) -> bool:
     with _lock:
         if _key(root) in _open:
             return False
-        with _said_if_full(root / FILE):
-            _with_ballast(root, lambda: _find_room(root))
+        _require_room(root, read_only)
         fd = fs.open_shared(root / FILE)
         try:
             if not _is_alone(fd):
@@ -246,6 +246,25 @@ def make_anew(root: Path) -> bool:
             return True
         finally:
             os.close(fd)
+
+
+def require_room(root: Path, read_only: bool) -> None:
+    """See that a table that is copied when it is written to can be written to at present.
+
+    Raises:
+        StoreFullError: The disk has no room; nothing was changed but, unless `read_only`, the
+            ballast.
+    """
+    with _lock:
+        _require_room(root, read_only)
+
+
+def _require_room(root: Path, read_only: bool) -> None:
+    with _said_if_full(root / FILE):
+        if read_only:
+            _find_room(root)
+        else:
+            _with_ballast(root, lambda: _find_room(root))
 
 
 def _find_room(root: Path) -> None:

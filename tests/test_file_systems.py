@@ -237,6 +237,48 @@ def test_sparse_table_is_read_by_many_on_a_full_disk_without_a_ballast(disk: Pat
     assert in_child(go_on) == len(PROMPTS[0])
 
 
+def copied_table(place: Path) -> None:
+    """Leave a store whose table was restored by a program that knows nothing of btrfs."""
+    with opened(place) as store:
+        for prompt in PROMPTS:
+            put(store, prompt)
+    table = place / "store" / lock_table.FILE
+    content = table.read_bytes()
+    table.unlink()
+    table.write_bytes(content)
+    os.sync()
+
+
+def test_restored_table_is_refused_to_readers_on_a_full_disk_and_evict_mends_it(
+    folder: Path,
+) -> None:
+    with disk_of("btrfs", 32 * MIB, folder) as place:
+        in_child(lambda: copied_table(place))
+        disks.fill(place)
+
+        for command in (["list"], ["stats"], ["check"]):
+            done = script(place / "store", *command)
+            assert done.status == 1, (command, done.status, done.err)
+            assert "persist-cache evict" in done.sentence
+        done = script(place / "store", "evict", "--all", "--yes")
+
+        assert done.status == 0, done.err
+        assert script(place / "store", "list", "--json").json == []
+
+
+def test_reader_mends_a_restored_table_while_there_is_room(folder: Path) -> None:
+    with disk_of("btrfs", 32 * MIB, folder) as place:
+        in_child(lambda: copied_table(place))
+
+        def look() -> int:
+            with Store.open(place / "store", read_only=True) as store:
+                disks.fill(place)
+                return len(store.entries())
+
+        assert in_child(look) == len(PROMPTS)
+        assert script(place / "store", "list").status == 0
+
+
 @pytest.mark.parametrize("how", ["by size", "all", "one"])
 def test_full_disk_is_relieved_by_eviction(disk: Path, how: str) -> None:
     def act() -> tuple[int, int, int]:
