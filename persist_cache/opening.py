@@ -14,7 +14,7 @@ import stat
 import time
 from pathlib import Path
 
-from persist_cache import fs, holders, lock_table, rebuild
+from persist_cache import ballast, fs, holders, lock_table, rebuild
 from persist_cache.blobs import PRESENCE_FILE, SUSPECT_FILE, TAG_FILE, BlobFolder
 from persist_cache.budget import DEFAULT_MAX_BYTES, DEFAULT_MIN_FREE_BYTES, Limits
 from persist_cache.errors import (
@@ -130,7 +130,7 @@ def _refuse_foreign(root: Path) -> None:
             )
         if place == places[0][0]:
             places += [(Path(one.path), False) for one in os.scandir(place) if len(one.name) == 2]
-    for name in INDEX_FILES:
+    for name in (*INDEX_FILES, ballast.FILE):
         for follow in (False, True):
             with contextlib.suppress(FileNotFoundError):
                 _refuse_owner(root / name, (root / name).stat(follow_symlinks=follow))

@@ -414,6 +414,33 @@ def test_store_of_an_earlier_version_gains_its_ballast(tmp_path: Path) -> None:
         assert fetched(store, PROMPTS[0]) == len(PROMPTS[0])
 
 
+@pytest.mark.parametrize("kind", ["hard link", "symbolic link", "pipe"])
+@pytest.mark.parametrize("max_bytes", [BUDGET, 100_000])
+def test_ballast_that_is_no_file_of_its_own_is_made_anew_and_the_other_file_kept(
+    tmp_path: Path, kind: str, max_bytes: int
+) -> None:
+    opened(tmp_path).close()
+    other = tmp_path / "other"
+    content = b"mine" * 600_000
+    other.write_bytes(content)
+    place = tmp_path / "store" / "ballast"
+    place.unlink()
+    if kind == "hard link":
+        place.hardlink_to(other)
+    elif kind == "symbolic link":
+        place.symlink_to(other)
+    else:
+        os.mkfifo(place)
+
+    with opened(tmp_path, max_bytes) as store:
+        assert store.stats().usage.ballast == wanted_bytes(max_bytes)
+
+    assert other.read_bytes() == content
+    assert other.stat().st_nlink == 1
+    assert place.is_file() == (wanted_bytes(max_bytes) > 0)
+    assert not place.is_symlink()
+
+
 def test_ballast_never_exceeds_the_budget_or_the_floor(tmp_path: Path, clock: Clock) -> None:
     with opened(tmp_path, 64 * MIB) as store:
         put(store, PROMPTS[0])
