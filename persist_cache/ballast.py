@@ -8,7 +8,9 @@ removed under `writer.lock` by the eviction that needs it. It is made again when
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import stat
 from pathlib import Path
 
 from persist_cache import fs
@@ -37,6 +39,8 @@ class Ballast:
             status = os.lstat(self.path)
         except FileNotFoundError:
             return self.wanted_bytes
+        if not _is_own(status):
+            return self.wanted_bytes or -1
         # Of a file as long as it should be, the last block may be larger than what is in it.
         return max(0, self.wanted_bytes - status.st_blocks * 512) or min(
             0, self.wanted_bytes - status.st_size
@@ -45,7 +49,8 @@ class Ballast:
     def release(self) -> int:
         """Give it up; returns the bytes that are free now."""
         try:
-            nbytes = self.disk_bytes()
+            status = os.lstat(self.path)
+            nbytes = status.st_blocks * 512 if _is_own(status) else 0
             fs.unlink(self.path)
         except OSError:
             return 0
@@ -54,9 +59,14 @@ class Ballast:
     def regain(self) -> None:
         """Make it as large as it should be, or as it was.
 
+        What has its name and is no file of its own, such as a hard link to another, only loses it.
+
         Raises:
             OSError: There is no room for it.
         """
+        with contextlib.suppress(FileNotFoundError):
+            if not _is_own(os.lstat(self.path)):
+                fs.unlink(self.path)
         before = self.disk_bytes()
         if self.wanted_bytes == 0:
             with contextlib.suppress(FileNotFoundError):
@@ -64,6 +74,8 @@ class Ballast:
             return
         fd = fs.open_shared(self.path)
         try:
+            if not _is_own(os.fstat(fd)):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(self.path))
             try:
                 os.ftruncate(fd, self.wanted_bytes)
                 fs.allocate(fd, self.wanted_bytes)
@@ -77,6 +89,11 @@ class Ballast:
                 raise
         finally:
             os.close(fd)
+
+
+def _is_own(status: os.stat_result) -> bool:
+    """Whether it may be resized: a file of ours that has no other name."""
+    return stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and status.st_nlink == 1
 
 
 def wanted_bytes(max_bytes: int) -> int:

@@ -843,10 +843,10 @@ class Index:
     def _open_environment(self) -> lmdb.Environment:
         """Open it with as much address space as there is, up to what was asked for."""
         size = self._map_bytes
-        with lock_table.opening(self.root, self.read_only):
+        with lock_table.opening(self.root, self.read_only) as readers:
             while True:
                 try:
-                    environment = _opened(self.root, self.read_only, size)
+                    environment = _opened(self.root, self.read_only, size, readers)
                     break
                 except lmdb.MemoryError as error:
                     size //= 4
@@ -926,7 +926,7 @@ def _left(give_up: float) -> float:
     return max(0.0, give_up - time.monotonic())
 
 
-def _opened(root: Path, read_only: bool, map_bytes: int) -> lmdb.Environment:
+def _opened(root: Path, read_only: bool, map_bytes: int, readers: int) -> lmdb.Environment:
     # lib_version=0 fixes the engine: others read and write other file formats. metasync=False
     # saves half of the commit and loses at most the last one, never consistency.
     # A reader on a read-only file system cannot register itself in the lock file.
@@ -937,7 +937,7 @@ def _opened(root: Path, read_only: bool, map_bytes: int) -> lmdb.Environment:
             lib_version=0,
             map_size=map_bytes,
             max_dbs=16,
-            max_readers=lock_table.MAX_READERS,
+            max_readers=readers,
             max_spare_txns=1,
             metasync=False,
             mode=fs.FILE_MODE,

@@ -14,7 +14,7 @@ import stat
 import time
 from pathlib import Path
 
-from persist_cache import fs, holders, lock_table, rebuild
+from persist_cache import ballast, fs, holders, lock_table, rebuild
 from persist_cache.blobs import PRESENCE_FILE, SUSPECT_FILE, TAG_FILE, BlobFolder
 from persist_cache.budget import DEFAULT_MAX_BYTES, DEFAULT_MIN_FREE_BYTES, Limits
 from persist_cache.errors import (
@@ -130,7 +130,7 @@ def _refuse_foreign(root: Path) -> None:
             )
         if place == places[0][0]:
             places += [(Path(one.path), False) for one in os.scandir(place) if len(one.name) == 2]
-    for name in INDEX_FILES:
+    for name in (*INDEX_FILES, ballast.FILE):
         for follow in (False, True):
             with contextlib.suppress(FileNotFoundError):
                 _refuse_owner(root / name, (root / name).stat(follow_symlinks=follow))
@@ -173,6 +173,12 @@ def _open_index(root: Path, folder: BlobFolder, read_only: bool) -> Index:
 def _open_to_read(root: Path) -> Index:
     """Open an index that another process may be making at this moment."""
     give_up = time.monotonic() + _READER_PATIENCE_S
+    if lock_table.is_copied_on_write(root) and os.access(root / lock_table.FILE, os.W_OK):
+        presence = fs.open_shared(root / PRESENCE_FILE)
+        try:
+            _write_table_in_place(root, presence, read_only=True)
+        finally:
+            os.close(presence)
     while True:
         try:
             return Index(root, read_only=True)
@@ -184,8 +190,8 @@ def _open_to_read(root: Path) -> Index:
 
 def _open_present(root: Path, folder: BlobFolder, presence: int) -> Index:
     give_up = time.monotonic() + _PATIENCE_S
-    if lock_table.is_copied_on_write(root) and fs.try_lock(presence):
-        lock_table.make_anew(root)
+    if lock_table.is_copied_on_write(root):
+        _write_table_in_place(root, presence, read_only=False)
     while True:
         _share(root, presence)
         damage: StoreError | None = None
@@ -210,6 +216,18 @@ def _open_present(root: Path, folder: BlobFolder, presence: int) -> Index:
                 "end that process first."
             ) from damage
         time.sleep(0.02)
+
+
+def _write_table_in_place(root: Path, presence: int, read_only: bool) -> None:
+    """Make a table anew that is copied when it is written to, if nobody else has the store open.
+
+    Raises:
+        StoreFullError: There is no room for it, and so none to write to the one there is.
+    """
+    if fs.try_lock(presence):
+        lock_table.make_anew(root, read_only)
+    else:
+        lock_table.require_room(root, read_only)
 
 
 def _make_anew(root: Path, folder: BlobFolder, presence: int, damage: StoreError | None) -> Index:

@@ -18,7 +18,7 @@ import pytest
 from persist_cache import environment, fs, lock_table
 from persist_cache.ballast import wanted_bytes
 from persist_cache.bundle import export
-from persist_cache.errors import StoreAccessError, StoreFullError
+from persist_cache.errors import StoreAccessError, StoreError, StoreFullError
 from persist_cache.index import Index
 from persist_cache.store import Store
 from tests import disks
@@ -163,6 +163,122 @@ def test_table_of_readers_made_anew_is_there_in_full(tmp_path: Path) -> None:
     assert status.st_blocks * 512 >= status.st_size >= 512 * 64
 
 
+def sparse_table(disk: Path, made_by: str) -> None:
+    """Leave the table as an earlier version did (head written, rest sparse), or lose it."""
+    with opened(disk) as store:
+        for prompt in PROMPTS:
+            put(store, prompt)
+    table = disk / "store" / lock_table.FILE
+    table.unlink()
+    if made_by == "earlier version":
+        with table.open("wb") as file:
+            fs.write_in_place(file.fileno())
+            file.write(b"x" * 4096)
+            file.truncate(511 * 64 + 192)
+    os.sync()
+
+
+@pytest.mark.parametrize("made_by", ["earlier version", "nobody"])
+def test_full_disk_with_no_table_of_readers_is_relieved_by_eviction(
+    disk: Path, made_by: str
+) -> None:
+    in_child(lambda: sparse_table(disk, made_by))
+    disks.fill(disk)
+
+    for command in (["list"], ["stats"], ["check"]):
+        done = script(disk / "store", *command)
+        assert done.status == 0, (command, done.err)
+    done = script(disk / "store", "evict", "--all", "--yes")
+
+    assert done.status == 0, done.err
+    assert script(disk / "store", "list", "--json").json == []
+
+
+def test_sparse_table_is_read_by_many_on_a_full_disk_without_a_ballast(disk: Path) -> None:
+    """What there is of the table has slots for some readers; the others are told so."""
+    in_child(lambda: sparse_table(disk, "earlier version"))
+    (disk / "store" / "ballast").unlink()
+    disks.fill(disk)
+
+    def look() -> tuple[int, int]:
+        with Store.open(disk / "store", read_only=True) as store:
+            table = (store.root / lock_table.FILE).stat()
+            assert table.st_blocks * 512 >= table.st_size
+            inside = threading.Barrier(100)
+            ended: list[str] = []
+
+            def one() -> None:
+                try:
+                    with store._disk.index.read() as txn:
+                        txn.counts()
+                        inside.wait(5)
+                except threading.BrokenBarrierError:
+                    ended.append("read")
+                except StoreError:
+                    inside.abort()
+                    ended.append("refused")
+
+            threads = [threading.Thread(target=one) for _ in range(100)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            return len(ended), len(store.entries())
+
+    assert in_child(look) == (100, len(PROMPTS))
+
+    def go_on() -> int:
+        disks.unfill(disk)
+        with opened(disk) as store:
+            status = (store.root / lock_table.FILE).stat()
+            assert status.st_blocks * 512 >= status.st_size >= 512 * 64
+            return fetched(store, PROMPTS[0])
+
+    assert in_child(go_on) == len(PROMPTS[0])
+
+
+def copied_table(place: Path) -> None:
+    """Leave a store whose table was restored by a program that knows nothing of btrfs."""
+    with opened(place) as store:
+        for prompt in PROMPTS:
+            put(store, prompt)
+    table = place / "store" / lock_table.FILE
+    content = table.read_bytes()
+    table.unlink()
+    table.write_bytes(content)
+    os.sync()
+
+
+def test_restored_table_is_refused_to_readers_on_a_full_disk_and_evict_mends_it(
+    folder: Path,
+) -> None:
+    with disk_of("btrfs", 32 * MIB, folder) as place:
+        in_child(lambda: copied_table(place))
+        disks.fill(place)
+
+        for command in (["list"], ["stats"], ["check"]):
+            done = script(place / "store", *command)
+            assert done.status == 1, (command, done.status, done.err)
+            assert "persist-cache evict" in done.sentence
+        done = script(place / "store", "evict", "--all", "--yes")
+
+        assert done.status == 0, done.err
+        assert script(place / "store", "list", "--json").json == []
+
+
+def test_reader_mends_a_restored_table_while_there_is_room(folder: Path) -> None:
+    with disk_of("btrfs", 32 * MIB, folder) as place:
+        in_child(lambda: copied_table(place))
+
+        def look() -> int:
+            with Store.open(place / "store", read_only=True) as store:
+                disks.fill(place)
+                return len(store.entries())
+
+        assert in_child(look) == len(PROMPTS)
+        assert script(place / "store", "list").status == 0
+
+
 @pytest.mark.parametrize("how", ["by size", "all", "one"])
 def test_full_disk_is_relieved_by_eviction(disk: Path, how: str) -> None:
     def act() -> tuple[int, int, int]:
@@ -296,6 +412,33 @@ def test_store_of_an_earlier_version_gains_its_ballast(tmp_path: Path) -> None:
     with opened(tmp_path) as store:
         assert store.stats().usage.ballast == MIB
         assert fetched(store, PROMPTS[0]) == len(PROMPTS[0])
+
+
+@pytest.mark.parametrize("kind", ["hard link", "symbolic link", "pipe"])
+@pytest.mark.parametrize("max_bytes", [BUDGET, 100_000])
+def test_ballast_that_is_no_file_of_its_own_is_made_anew_and_the_other_file_kept(
+    tmp_path: Path, kind: str, max_bytes: int
+) -> None:
+    opened(tmp_path).close()
+    other = tmp_path / "other"
+    content = b"mine" * 600_000
+    other.write_bytes(content)
+    place = tmp_path / "store" / "ballast"
+    place.unlink()
+    if kind == "hard link":
+        place.hardlink_to(other)
+    elif kind == "symbolic link":
+        place.symlink_to(other)
+    else:
+        os.mkfifo(place)
+
+    with opened(tmp_path, max_bytes) as store:
+        assert store.stats().usage.ballast == wanted_bytes(max_bytes)
+
+    assert other.read_bytes() == content
+    assert other.stat().st_nlink == 1
+    assert place.is_file() == (wanted_bytes(max_bytes) > 0)
+    assert not place.is_symlink()
 
 
 def test_ballast_never_exceeds_the_budget_or_the_floor(tmp_path: Path, clock: Clock) -> None:

@@ -84,7 +84,7 @@ NEEDS_ROOT = pytest.mark.skipif(
     os.geteuid() != 0, reason="NOT ROOT: nothing can be given to another user"
 )
 PARTS = ["blobs", "tmp", "quarantine", "blobs/FAN"]
-FILES = ["data.mdb", "lock.mdb", "writer.lock", "store.lock"]
+FILES = ["data.mdb", "lock.mdb", "writer.lock", "store.lock", "ballast"]
 
 
 def made(root: Path, part: str) -> Path:
