@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bench.kv import FINGERPRINT, TOKENS_IN_VOCABULARY
-from persist_cache import Store, paths
-from persist_cache.blobs import Written
+from persist_cache import Store
+from persist_cache.blobs.reader import Written
 from persist_cache.entry import TOKEN_BYTES, Tier, pack_tokens
-from persist_cache.index import Writer
-from persist_cache.insert import add_blob, place_entry
-from persist_cache.records import (
+from persist_cache.index import tree
+from persist_cache.index.environment import Writer
+from persist_cache.index.records import (
     NO_ENTRY,
     BlobKind,
     Edge,
@@ -25,6 +25,7 @@ from persist_cache.records import (
     edge_key,
     namespace_key,
 )
+from persist_cache.store.put import add_blob, place_entry
 
 LAYOUT = "[]"
 SYSTEM_TOKENS = (800, 9_000, 28_000)
@@ -69,7 +70,7 @@ def _put_all(txn: Writer, num_entries: int) -> int:
     key = namespace_key(FINGERPRINT.digest, LAYOUT)
     namespace = NamespaceRecord(
         number=txn.add("next_namespace", 1),
-        root=paths.new_node(txn),
+        root=tree.new_node(txn),
         # As long as that of a real model.
         identity=FINGERPRINT.to_json().decode().ljust(2048),
         layout=LAYOUT,
@@ -87,7 +88,7 @@ def _put_all(txn: Writer, num_entries: int) -> int:
         record = txn.blob(blob)
         assert record is not None
         txn.put_blob(blob, record._replace(references=1))
-        below = paths.new_node(txn)
+        below = tree.new_node(txn)
         edge = Edge(True, blob, below, NO_ENTRY, 0, rows)
         txn.put_edge(edge_key(node, new[:TOKEN_BYTES]), edge)
         entry = EntryRecord.fresh(tier, start + rows, 0.0)._replace(

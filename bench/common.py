@@ -30,7 +30,12 @@ PAGE = REPOSITORY / "docs" / "performance.md"
 _PROCESSES: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
 if sys.platform == "linux":
     _PROCESSES.set_forkserver_preload(
-        ["mlx_lm.models.cache", "persist_cache.tensors", "persist_cache.cache", "bench.kv"]
+        [
+            "mlx_lm.models.cache",
+            "persist_cache.tensors",
+            "persist_cache.cache.prompt_cache",
+            "bench.kv",
+        ]
     )
 
 

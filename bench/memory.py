@@ -43,8 +43,8 @@ def run(context: Context) -> Report:
 
 
 def use_ours(num_entries: int, rounds: int) -> dict[str, Any]:
+    from persist_cache.cache.trie import PromptTrie
     from persist_cache.entry import TOKEN_BYTES, pack_tokens
-    from persist_cache.trie import PromptTrie
 
     trie: PromptTrie[object] = PromptTrie()
 

@@ -246,7 +246,7 @@ def main() -> None:
         sys.argv = ["mlx_lm.server", *job["flags"]]
         server.main()
         return
-    from persist_cache.cache import PromptCache
+    from persist_cache.cache.prompt_cache import PromptCache
     from tests import server_process
 
     PromptCache.read_ahead = lambda *_: 0  # type: ignore[method-assign]

@@ -9,8 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from persist_cache.cache import PromptCache
-    from persist_cache.catalog import StoreStats
+    from persist_cache.cache.prompt_cache import PromptCache
+    from persist_cache.cache.stats import Fetch, PromptCacheStats
     from persist_cache.entry import Entry, Match, Run, Tier
     from persist_cache.errors import (
         CorruptBlobError,
@@ -26,20 +26,20 @@ if TYPE_CHECKING:
         StoreReadOnlyError,
         UnsupportedCacheError,
     )
-    from persist_cache.fingerprint import Fingerprint, Identifier, Unidentified, identify
-    from persist_cache.health import Problem
-    from persist_cache.insert import PutResult, Source
-    from persist_cache.loading import load
-    from persist_cache.store import Store, default_store_path
-    from persist_cache.tally import Fetch, PromptCacheStats
+    from persist_cache.fingerprint.value import Fingerprint, Identifier, Unidentified, identify
+    from persist_cache.prefill.loading import load
+    from persist_cache.store.catalog import StoreStats
+    from persist_cache.store.check import Problem
+    from persist_cache.store.put import PutResult, Source
+    from persist_cache.store.store import Store, default_store_path
 
 __version__ = "0.1.0"
 
 _HOME_OF = {
-    "Fetch": "tally",
-    "PromptCache": "cache",
-    "PromptCacheStats": "tally",
-    "StoreStats": "catalog",
+    "Fetch": "cache.stats",
+    "PromptCache": "cache.prompt_cache",
+    "PromptCacheStats": "cache.stats",
+    "StoreStats": "store.catalog",
     "Entry": "entry",
     "Match": "entry",
     "Run": "entry",
@@ -56,16 +56,16 @@ _HOME_OF = {
     "StoreInUseError": "errors",
     "StoreReadOnlyError": "errors",
     "UnsupportedCacheError": "errors",
-    "Fingerprint": "fingerprint",
-    "Identifier": "fingerprint",
-    "Unidentified": "fingerprint",
-    "identify": "fingerprint",
-    "Problem": "health",
-    "PutResult": "insert",
-    "Source": "insert",
-    "load": "loading",
-    "Store": "store",
-    "default_store_path": "store",
+    "Fingerprint": "fingerprint.value",
+    "Identifier": "fingerprint.value",
+    "Unidentified": "fingerprint.value",
+    "identify": "fingerprint.value",
+    "Problem": "store.check",
+    "PutResult": "store.put",
+    "Source": "store.put",
+    "load": "prefill.loading",
+    "Store": "store.store",
+    "default_store_path": "store.store",
 }
 
 __all__ = [

@@ -14,15 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from persist_cache import loading, rendering
 from persist_cache.entry import Tier
 from persist_cache.errors import MissingDependencyError, ModelError
-from persist_cache.evict import REPLACED
-from persist_cache.fingerprint import Fingerprint, Identifier
-from persist_cache.incoming import RefusedError
-from persist_cache.prefills import PrefillClock, Rate, whole_s
-from persist_cache.rendering import Prompt, PromptRequest
-from persist_cache.store import Store
+from persist_cache.fingerprint.value import Fingerprint, Identifier
+from persist_cache.prefill import loading
+from persist_cache.prefill.clock import PrefillClock, Rate, whole_s
+from persist_cache.server import rendering
+from persist_cache.server.rendering import Prompt, PromptRequest
+from persist_cache.server.validation import RefusedError
+from persist_cache.store.evict import REPLACED
+from persist_cache.store.store import Store
 
 DEFAULT_STEP_TOKENS = 2048
 """Tokens per model call while prefilling: `mlx_lm.server`'s default."""

@@ -12,14 +12,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from persist_cache import paths
-from persist_cache.blobs import Written
+from persist_cache.blobs.reader import Written
 from persist_cache.entry import Tier, pack_tokens
-from persist_cache.fingerprint import Fingerprint
-from persist_cache.index import Writer
-from persist_cache.insert import add_blob, place_entry
-from persist_cache.records import BlobKind, EntryRecord, NamespaceRecord, namespace_key
-from persist_cache.store import Store
+from persist_cache.fingerprint.value import Fingerprint
+from persist_cache.index import tree
+from persist_cache.index.environment import Writer
+from persist_cache.index.records import BlobKind, EntryRecord, NamespaceRecord, namespace_key
+from persist_cache.store.put import add_blob, place_entry
+from persist_cache.store.store import Store
 
 LAYOUT = '{"fake":1}'
 
@@ -82,7 +82,7 @@ def _put(txn: Writer, root: Path, prompt: Prompt, now: float, bytes_per_token: i
     key = namespace_key(prompt.model.digest, LAYOUT)
     namespace = _namespace(txn, key, prompt.model, now)
     packed = pack_tokens(prompt.all_tokens())
-    path = paths.walk(txn, namespace.root, packed)
+    path = tree.walk(txn, namespace.root, packed)
     start = len(prompt.all_tokens()) - len(prompt.tokens)
     assert path.common == start, "tokens of different prompts must differ at once"
     nbytes = bytes_per_token * len(prompt.tokens)
@@ -99,7 +99,7 @@ def _put(txn: Writer, root: Path, prompt: Prompt, now: float, bytes_per_token: i
         start=start,
         packed=pack_tokens(prompt.tokens),
     )
-    node = paths.attach(txn, path, packed, [paths.Piece(blob, len(prompt.tokens), True)])
+    node = tree.attach(txn, path, packed, [tree.Piece(blob, len(prompt.tokens), True)])
     record = EntryRecord.fresh(prompt.tier, len(packed) // 8, now - prompt.age_s)._replace(
         namespace=namespace.number,
         node=node,
@@ -119,7 +119,7 @@ def _namespace(txn: Writer, key: bytes, model: Fingerprint, now: float) -> Names
         return found[0][1]
     record = NamespaceRecord(
         number=txn.add("next_namespace", 1),
-        root=paths.new_node(txn),
+        root=tree.new_node(txn),
         identity=model.to_json().decode(),
         layout=LAYOUT,
         created=now,

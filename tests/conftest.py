@@ -10,7 +10,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from persist_cache.store import Store
+from persist_cache.store.store import Store
 from tests import memory
 from tests.fakes import Clock
 

@@ -17,11 +17,11 @@ from unittest import mock
 import numpy as np
 
 from persist_cache import fs
-from persist_cache.blobs import BlobReader, Payload, Tensor
+from persist_cache.blobs.reader import BlobReader, Payload, Tensor
 from persist_cache.errors import CorruptBlobError
-from persist_cache.fingerprint import Fingerprint
-from persist_cache.records import BlobRecord
-from persist_cache.store import Store
+from persist_cache.fingerprint.value import Fingerprint
+from persist_cache.index.records import BlobRecord
+from persist_cache.store.store import Store
 
 if TYPE_CHECKING:
     import pytest
@@ -193,7 +193,7 @@ def any_dead_rows(record: BlobRecord, living: int) -> bool:
 def eager_gc() -> Iterator[None]:
     """Let `gc` write anew whatever it may, however little that is worth here."""
     with mock.patch.multiple(
-        "persist_cache.compact",
+        "persist_cache.store.compact",
         is_mostly_dead=any_dead_rows,
         LONG_CHAIN=2,
         FURTHER_RUNS=2,

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from persist_cache import UnsupportedCacheError
-from persist_cache.blobs import BlobReader
-from persist_cache.insert import Source
+from persist_cache.blobs.reader import BlobReader
+from persist_cache.store.put import Source
 from tests.fakes import FakeSource, restore
 
 MODEL = ("model", None, None)

@@ -27,7 +27,7 @@ STOP_S = 30.0
 
 
 class ServerProcess:
-    """`persist_cache.server.serve` on a free port; a context manager that stops it.
+    """`persist_cache.server.run.serve` on a free port; a context manager that stops it.
 
     Attributes:
         url: Where it answers.
@@ -194,7 +194,7 @@ def running(
 
 
 def main() -> None:
-    from persist_cache.server import ServeOptions, serve
+    from persist_cache.server.run import ServeOptions, serve
 
     job = json.loads(Path(sys.argv[1]).read_text())
     options = job["options"]

@@ -18,8 +18,7 @@ from typing import Any
 import pytest
 import requests
 
-from persist_cache.access import Guard, ModelGuard, Request, is_loopback
-from persist_cache.admin_token import (
+from persist_cache.server.admin_token import (
     TOKEN_FILE,
     AdminToken,
     Serving,
@@ -28,8 +27,9 @@ from persist_cache.admin_token import (
     running_servers,
     stored_token,
 )
-from persist_cache.incoming import RefusedError
-from persist_cache.store import Store
+from persist_cache.server.guard import Guard, ModelGuard, Request, is_loopback
+from persist_cache.server.validation import RefusedError
+from persist_cache.store.store import Store
 from tests.cli import runner, script
 from tests.server_process import ServerProcess, free_port, running
 from tests.tiny_models import build_model_dir
@@ -57,7 +57,8 @@ def test_token_is_made_once_for_its_owner_alone(tmp_path: Path) -> None:
 def test_servers_that_start_at_once_get_one_token(tmp_path: Path) -> None:
     folder = tmp_path / "store"
     program = (
-        "import sys; from pathlib import Path; from persist_cache.admin_token import AdminToken\n"
+        "import sys; from pathlib import Path\n"
+        "from persist_cache.server.admin_token import AdminToken\n"
         "sys.stdin.read(1); print(AdminToken(Path(sys.argv[1]))())"
     )
     started = [

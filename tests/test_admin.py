@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 
-from persist_cache.access import Request, owns
-from persist_cache.admin import Admin
-from persist_cache.admin_token import TOKEN_FILE
-from persist_cache.branches import MAX_CHAIN, Branches
-from persist_cache.cache import PromptCache
+from persist_cache.cache.prompt_cache import PromptCache
 from persist_cache.errors import StoreError
-from persist_cache.incoming import RefusedError
-from persist_cache.store import Store
-from persist_cache.survey import Survey
+from persist_cache.queries.conversations import MAX_CHAIN, Branches
+from persist_cache.queries.totals import Survey
+from persist_cache.server.admin import Admin
+from persist_cache.server.admin_token import TOKEN_FILE
+from persist_cache.server.guard import Request, owns
+from persist_cache.server.validation import RefusedError
+from persist_cache.store.store import Store
 from tests.bulk_store import conversations, fill
 from tests.fakes import fingerprint, put
 from tests.server_process import ServerProcess
@@ -332,7 +332,7 @@ def test_statistics_of_a_large_store_do_not_load_it_at_each_commit(
             time.sleep(0.5)
             super().__init__(store)
 
-    monkeypatch.setattr("persist_cache.admin.Survey", Large)
+    monkeypatch.setattr("persist_cache.server.admin.Survey", Large)
     admin = Admin(cache, token=TOKEN)
     for number in range(3):
         put(store, [number, 2, 3])

@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import pytest
 
-from persist_cache import paths
-from persist_cache.index import Writer
-from persist_cache.records import BlobKind, pack_number
-from persist_cache.store import Store
+from persist_cache.index import tree
+from persist_cache.index.environment import Writer
+from persist_cache.index.records import BlobKind, pack_number
+from persist_cache.store.store import Store
 from tests.fakes import fetched, put
 
 STEM = [1, 2, 3, 4]
@@ -84,7 +84,7 @@ def lost_name(txn: Writer) -> None:
 
 
 def wrong_total(txn: Writer) -> None:
-    txn.add(paths.BLOB_BYTES, 1)
+    txn.add(tree.BLOB_BYTES, 1)
 
 
 def no_rows(txn: Writer) -> None:
@@ -260,7 +260,7 @@ def test_unmerged_edges_are_seen(store: Store) -> None:
         record = txn.entry(int(long, 16))
         assert record is not None
         txn.delete_entry(int(long, 16))
-        paths.set_entry(txn, record.node, 0)
+        tree.set_entry(txn, record.node, 0)
 
     store._disk.index.update(forget)
 

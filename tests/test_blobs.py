@@ -10,7 +10,7 @@ import pytest
 import safetensors
 
 from persist_cache import fs
-from persist_cache.blobs import (
+from persist_cache.blobs.reader import (
     ALIGNMENT,
     SUFFIX,
     TOKENS,
@@ -26,7 +26,7 @@ from persist_cache.blobs import (
 )
 from persist_cache.entry import pack_tokens
 from persist_cache.errors import CorruptBlobError, StoreFormatError
-from persist_cache.store import Store
+from persist_cache.store.store import Store
 
 HEADER = BlobHeader(
     kind="run",

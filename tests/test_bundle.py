@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from persist_cache import fs
-from persist_cache.blobs import SUFFIX, BlobHeader, Payload, Tensor
+from persist_cache.blobs.reader import SUFFIX, BlobHeader, Payload, Tensor
 from persist_cache.bundle import Bundle, export, load, preview, usability
 from persist_cache.bundle.container import (
     MANIFEST,
@@ -44,9 +44,9 @@ from persist_cache.errors import (
     StoreFormatError,
     StoreFullError,
 )
-from persist_cache.fingerprint import Fingerprint
-from persist_cache.store import Store
-from persist_cache.survey import find_departed
+from persist_cache.fingerprint.value import Fingerprint
+from persist_cache.queries.totals import find_departed
+from persist_cache.store.store import Store
 from tests.bundles import Parts, pack
 from tests.fakes import (
     Clock,
@@ -889,7 +889,7 @@ def test_an_unknown_blob_format_is_named(
     good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parts = Parts.of(good)
-    monkeypatch.setattr("persist_cache.blobs.FORMAT_VERSION", "9")
+    monkeypatch.setattr("persist_cache.blobs.reader.FORMAT_VERSION", "9")
     for name in parts.blobs:
         content = parts.blobs[name].replace(b'"version":"1"', b'"version":"9"', 1)
         parts.blobs[name] = content
@@ -1079,7 +1079,7 @@ def test_who_can_use_it_by_what_was_computed_here(other: Store, good: Path, tmp_
 
 
 def test_local_names_replace_those_of_the_bundle(other: Store, good: Path) -> None:
-    from persist_cache.survey import Survey
+    from persist_cache.queries.totals import Survey
 
     here = Fingerprint(fingerprint().fields, {"name": "org/mine", "path": "/models/mine"})
     with Bundle(good) as bundle:

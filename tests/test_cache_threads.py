@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from persist_cache import PromptCache, Store, store
-from persist_cache.fingerprint import Fingerprint
+from persist_cache import PromptCache, Store
+from persist_cache.fingerprint.value import Fingerprint
+from persist_cache.store import store
 from tests.fakes import FakeSource, fingerprint, put
 from tests.live_fakes import MODEL, FakeCodec, FakeLayer
 

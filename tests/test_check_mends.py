@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from persist_cache.index import Writer
-from persist_cache.paths import BLOB_BYTES
-from persist_cache.records import EntryRecord, SizedRecord
-from persist_cache.store import Store
+from persist_cache.index.environment import Writer
+from persist_cache.index.records import EntryRecord, SizedRecord
+from persist_cache.index.tree import BLOB_BYTES
+from persist_cache.store.store import Store
 from tests.cli import Done, runner, script
 from tests.fakes import blob_files, fetched, put
 from torture import damage

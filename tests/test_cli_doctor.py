@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from persist_cache import Store, environment
-from persist_cache.environment import Finding, Folder, ModelCache
-from persist_cache.records import pack_counter
+from persist_cache import Store, doctor
+from persist_cache.doctor import Finding, Folder, ModelCache
+from persist_cache.index.records import pack_counter
 from persist_cache.tensors.live import LayerStatus
 from tests.cli import Run, contents, fill, runner, script
 from tests.test_cli_docs import fields, section
@@ -186,7 +186,7 @@ def test_a_disk_that_cannot_be_written(
     def refuse(*arguments: object) -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(environment, "measure_disk", refuse)
+    monkeypatch.setattr(doctor, "measure_disk", refuse)
 
     done = run("doctor", "-q")
 
@@ -219,7 +219,7 @@ def test_the_probe_is_removed_even_when_it_fails(
     monkeypatch.setattr("persist_cache.fs.sync", refuse)
 
     with pytest.raises(OSError, match="No space"):
-        environment.measure_disk(tmp_path)
+        doctor.measure_disk(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -240,7 +240,7 @@ def folder(**changes: Any) -> Folder:
 
 
 def judge(place: Folder, soft: int = 2048, packages: dict[str, str] = PACKAGES) -> list[Finding]:
-    return environment.judge(
+    return doctor.judge(
         place,
         limits=(soft, -1),
         packages=packages,
@@ -284,7 +284,7 @@ def test_a_cache_class_that_is_not_known_is_named() -> None:
     layers = (LayerStatus("KVCache", "rows"), LayerStatus("LayerCache", "unsupported"))
     found = ModelCache("m", "f" * 64, "", layers)
 
-    (finding,) = environment.judge_model(found)
+    (finding,) = doctor.judge_model(found)
 
     assert not found.storable
     assert "LayerCache cannot be saved" in finding.message
@@ -308,7 +308,7 @@ MOUNT = """\
     [("/home/a b/store", "nfs4"), ("/home/ab", "xfs"), ("/homes", "ext4"), ("/", "ext4")],
 )
 def test_file_systems_on_linux(place: str, expected: str) -> None:
-    assert environment._from_mountinfo(Path(place), MOUNTINFO) == expected
+    assert doctor._from_mountinfo(Path(place), MOUNTINFO) == expected
 
 
 @pytest.mark.parametrize(
@@ -316,5 +316,5 @@ def test_file_systems_on_linux(place: str, expected: str) -> None:
     [("/Volumes/My share/store", "smbfs"), ("/Volumes/My", "apfs"), ("/x", "apfs")],
 )
 def test_file_systems_on_macos(place: str, expected: str) -> None:
-    assert environment._from_mount(Path(place), MOUNT) == expected
-    assert environment._from_mount(Path(place), "") == ""
+    assert doctor._from_mount(Path(place), MOUNT) == expected
+    assert doctor._from_mount(Path(place), "") == ""

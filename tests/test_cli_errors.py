@@ -15,11 +15,12 @@ from typing import Any
 import msgspec
 import pytest
 
-from persist_cache import Store, paths
+from persist_cache import Store
 from persist_cache.errors import StoreError
-from persist_cache.explain import explain
-from persist_cache.index import Writer
-from persist_cache.records import pack_counter
+from persist_cache.index import tree
+from persist_cache.index.environment import Writer
+from persist_cache.index.records import pack_counter
+from persist_cache.queries.explain import explain
 from tests.bulk_store import conversations
 from tests.bulk_store import fill as fill_bulk
 from tests.cli import SCRIPT, Done, Run, contents, fill, runner, script
@@ -284,7 +285,7 @@ def test_stats_of_a_store_whose_counter_is_damaged(
     root: Path, ids: dict[str, str], run: Run
 ) -> None:
     with Store.open(root) as store:
-        store._disk.index.update(lambda txn: txn.add(paths.BLOB_BYTES, -(1 << 60)))
+        store._disk.index.update(lambda txn: txn.add(tree.BLOB_BYTES, -(1 << 60)))
 
     done = run("stats")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from persist_cache.store import Store
+from persist_cache.store.store import Store
 from tests.fakes import Clock, fetched, fingerprint, put
 
 WRONG = [-1e9, -0.5, 0.0, 4e9, 1e11, 1e15, 1e300, float("inf"), float("nan")]

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from persist_cache import fs
-from persist_cache.store import Store
+from persist_cache.store.store import Store
 from tests.fakes import blob_files, fetched, fingerprint, put, restore
 
 REPOSITORY = Path(__file__).parent.parent
@@ -46,8 +46,8 @@ def test_same_prompt_put_by_two_processes_at_once_is_stored_once(tmp_path: Path)
     """Both have written and published their files before either commits."""
     script = """
 import sys
-from persist_cache.insert import Insertion
-from persist_cache.store import Store
+from persist_cache.store.put import Insertion
+from persist_cache.store.store import Store
 from tests.fakes import put
 write = Insertion._write
 def wait(self, *arguments):
@@ -103,7 +103,7 @@ def test_what_another_process_evicts_while_it_is_read_is_read_to_its_end(tmp_pat
     """An open file outlives its name: a reader needs no lease."""
     script = """
 import sys
-from persist_cache.store import Store
+from persist_cache.store.store import Store
 with Store.open(sys.argv[1], min_free_bytes=0) as store:
     store.evict_to(0)
     print(len(store.entries()), flush=True)
@@ -129,8 +129,8 @@ with Store.open(sys.argv[1], min_free_bytes=0) as store:
 def test_writer_killed_in_its_transaction_has_changed_nothing(tmp_path: Path) -> None:
     script = """
 import sys
-from persist_cache.records import SizedRecord
-from persist_cache.store import Store
+from persist_cache.index.records import SizedRecord
+from persist_cache.store.store import Store
 with Store.open(sys.argv[1], min_free_bytes=0) as store:
     def half(txn):
         for number, record in list(txn.entries()):
@@ -160,7 +160,7 @@ def test_slot_of_a_dead_reader_does_not_keep_old_pages(tmp_path: Path) -> None:
     """A slot holds every page since its reader's day: left there, the index grows for ever."""
     script = """
 import sys
-from persist_cache.store import Store
+from persist_cache.store.store import Store
 store = Store.open(sys.argv[1], min_free_bytes=0)
 with store._disk.index.read() as txn:
     print(txn.size_of(b"entries"), flush=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from persist_cache.errors import StoreError, StoreFullError
-from persist_cache.store import Store
+from persist_cache.store.store import Store
 from tests import crash_worker
 from tests.crash_worker import NEW, OLD, OPERATIONS, RECURRENT, Seam
 from tests.fakes import fetched, files_in, put
@@ -101,7 +101,7 @@ def test_full_disk_still_lets_entries_be_evicted(tmp_path: Path) -> None:
 HAMMER = """
 import random, sys, time
 from persist_cache.errors import StoreFullError
-from persist_cache.store import Store
+from persist_cache.store.store import Store
 from tests.fakes import FakeSource, eager_gc, fetched, fingerprint, put
 
 eager = eager_gc()
@@ -174,8 +174,8 @@ def test_sweep_leaves_files_of_a_living_writer_alone(tmp_path: Path) -> None:
     slow = """
 import sys, time
 from persist_cache import fs
-from persist_cache.index import Index
-from persist_cache.store import Store
+from persist_cache.index.environment import Index
+from persist_cache.store.store import Store
 from tests.fakes import put
 
 rename = fs.rename
@@ -215,7 +215,7 @@ with Store.open(sys.argv[1], min_free_bytes=0) as store:
 def test_killed_writer_blocks_nobody(tmp_path: Path) -> None:
     stuck = """
 import sys, time
-from persist_cache.store import Store
+from persist_cache.store.store import Store
 with Store.open(sys.argv[1], min_free_bytes=0) as store:
     def forever(txn):
         print("inside", flush=True)

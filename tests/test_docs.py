@@ -34,7 +34,7 @@ from mlx_lm.models.cache import (
 )
 
 from persist_cache import Fingerprint, Store, tensors
-from persist_cache.admin_token import TOKEN_FILE
+from persist_cache.server.admin_token import TOKEN_FILE
 from persist_cache_cli.demo.openblas import preload_env
 from tests.fakes import any_dead_rows
 from tests.reader import (
@@ -139,7 +139,7 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
         store.set_label(system, "Grüße")
         store.expire_at(system, NOW + 60)
         store.evict([gone, longer])
-        with mock.patch("persist_cache.compact.is_mostly_dead", any_dead_rows):
+        with mock.patch("persist_cache.store.compact.is_mostly_dead", any_dead_rows):
             assert store.gc().compacted == 1
         store.touch(store.match(PLAIN_MODEL, [*FIRST, 1]))
         matches = [

@@ -137,7 +137,7 @@ def test_index_that_cannot_grow_refuses_and_works_on(tmp_path: Path) -> None:
 import resource, sys
 from pathlib import Path
 from persist_cache.errors import StoreFullError
-from persist_cache.index import Index
+from persist_cache.index.environment import Index
 index = Index(Path(sys.argv[1]), read_only=False, map_bytes=2 << 20)
 used = int(open("/proc/self/statm").read().split()[0]) * 4096
 resource.setrlimit(resource.RLIMIT_AS, (used + (3 << 20), used + (3 << 20)))

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from persist_cache import Store
-from persist_cache.describe import divergence_texts
-from persist_cache.explain import Divergence, explain, with_memory
+from persist_cache.queries.as_json import divergence_texts
+from persist_cache.queries.explain import Divergence, explain, with_memory
 from persist_cache.warm import PARTIAL_LABEL
 from tests import cli, tiny_models
 from tests.fakes import FakeSource, fingerprint
@@ -256,7 +256,7 @@ def test_partial_prefills_are_said_to_be_replaced(
 
 
 def tokens_of(root: Path, entry: str) -> list[int]:
-    from persist_cache.survey import tokens_of as read
+    from persist_cache.queries.totals import tokens_of as read
 
     with Store.open(root, min_free_bytes=0) as store:
         return read(store, entry)

@@ -16,7 +16,7 @@ import pytest
 
 from persist_cache import fs
 from persist_cache.errors import StoreError
-from persist_cache.store import Store
+from persist_cache.store.store import Store
 from tests.fakes import Clock, blob_files, disk_usage, fetched, put
 from tests.memory import fast_folder
 from torture import steps

@@ -15,12 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from persist_cache import environment, fs, lock_table
-from persist_cache.ballast import wanted_bytes
+from persist_cache import doctor, fs
 from persist_cache.bundle import export
 from persist_cache.errors import StoreAccessError, StoreError, StoreFullError
-from persist_cache.index import Index
-from persist_cache.store import Store
+from persist_cache.index import lock_table
+from persist_cache.index.ballast import wanted_bytes
+from persist_cache.index.environment import Index
+from persist_cache.store.store import Store
 from tests import disks
 from tests.cli import script
 from tests.disks import MIB
@@ -494,7 +495,7 @@ def test_doctor_that_is_killed_leaves_no_bytes(
 
     monkeypatch.setattr(fs, "sync", die)
     with pytest.raises(ChildDied):
-        in_child(lambda: environment.measure_disk(root))
+        in_child(lambda: doctor.measure_disk(root))
 
     assert disk_usage(root) == before
 

@@ -17,9 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from persist_cache import contents
-from persist_cache import fingerprint as module
-from persist_cache.fingerprint import (
+from persist_cache.fingerprint import contents
+from persist_cache.fingerprint import value as module
+from persist_cache.fingerprint.value import (
     FieldChange,
     Fingerprint,
     Identifier,
@@ -232,7 +232,7 @@ def test_digest_is_the_same_in_every_process(tmp_path: Path) -> None:
     """LMCache #2136: keys from Python's `hash()`."""
     model = write_model(tmp_path / "model")
     script = (
-        "import sys; from persist_cache.fingerprint import identify;"
+        "import sys; from persist_cache.fingerprint.value import identify;"
         "print(identify((sys.argv[1], None, None), kv_bits=8, salt='s').hex)"
     )
 
@@ -253,7 +253,7 @@ def test_digest_is_the_same_in_every_process(tmp_path: Path) -> None:
 
 def test_import_brings_no_model_library() -> None:
     script = (
-        "import sys, persist_cache.fingerprint;"
+        "import sys, persist_cache.fingerprint.value;"
         "print({'mlx', 'mlx_lm', 'transformers', 'huggingface_hub', 'numpy', 'msgspec'}"
         " & set(sys.modules))"
     )

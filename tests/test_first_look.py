@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from persist_cache import Store
-from persist_cache.server import Generator
-from persist_cache.tally import Fetch
-from persist_cache.ticket import Ticket
+from persist_cache.cache.stats import Fetch
+from persist_cache.server.run import Generator
+from persist_cache.server.ticket import Ticket
 from tests.computed import CountedServer, told
 from tests.tiny_models import build_model_dir
 

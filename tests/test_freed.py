@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from persist_cache import fs
-from persist_cache.store import Store
-from persist_cache.survey import Survey
+from persist_cache.queries.totals import Survey
+from persist_cache.store.store import Store
 from tests.cli import runner
 from tests.fakes import disk_usage, put
 

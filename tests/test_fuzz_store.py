@@ -14,12 +14,12 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from persist_cache.blobs import ALIGNMENT, BlobReader, _seal
+from persist_cache.blobs.reader import ALIGNMENT, BlobReader, _seal
 from persist_cache.bundle import export
 from persist_cache.entry import TOKEN_BYTES
 from persist_cache.errors import CorruptBlobError, StoreError, StoreFormatError
-from persist_cache.store import Store
-from persist_cache.survey import Survey, details_of
+from persist_cache.queries.totals import Survey, details_of
+from persist_cache.store.store import Store
 from tests.fakes import Clock, blob_files, fetched, fingerprint, put
 from tests.memory import fast_folder
 
@@ -344,7 +344,7 @@ def test_blob_of_another_model_is_not_served(store: Store) -> None:
 @BOUNDED
 def test_no_name_leads_out_of_the_store(name: str) -> None:
     """Names of files come from 16 bytes in hex, so no record can spell a path."""
-    from persist_cache.blobs import SUFFIX, BlobFolder, is_blob_file
+    from persist_cache.blobs.reader import SUFFIX, BlobFolder, is_blob_file
 
     root = Path("/store")
     if is_blob_file(name + SUFFIX):
@@ -386,7 +386,7 @@ def test_parent_named_by_a_blob_is_only_looked_up(tmp_path: Path) -> None:
 @BOUNDED
 def test_any_layout_from_a_file_names_no_class_but_ours(text: str) -> None:
     """Classes are an allow-list: nothing is looked up in a module by a name from a file."""
-    from persist_cache.layout import layout_leaves
+    from persist_cache.blobs.layout import layout_leaves
     from persist_cache.tensors.layers import decode_layout, kind_named
 
     try:

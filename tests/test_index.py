@@ -12,8 +12,7 @@ from typing import Any
 import lmdb
 import pytest
 
-from persist_cache import health
-from persist_cache.blobs import SUSPECT_FILE
+from persist_cache.blobs.reader import SUSPECT_FILE
 from persist_cache.errors import (
     StoreAccessError,
     StoreError,
@@ -22,9 +21,10 @@ from persist_cache.errors import (
     StoreInUseError,
     StoreReadOnlyError,
 )
-from persist_cache.index import DamagedIndexError, Index, Writer
-from persist_cache.records import pack_counter
-from persist_cache.store import Store
+from persist_cache.index.environment import DamagedIndexError, Index, Writer
+from persist_cache.index.records import pack_counter
+from persist_cache.store import check
+from persist_cache.store.store import Store
 from tests.fakes import blob_files, fetched, files_in, put
 
 REPOSITORY = Path(__file__).parent.parent
@@ -149,7 +149,7 @@ def test_threads_that_meet_a_grown_map_do_not_wait_for_each_other(tmp_path: Path
     """Another process made the map larger: every thread of this one notices at once."""
     index = Index(tmp_path, read_only=False, map_bytes=1 << 18)
     grow = (
-        "import sys; from pathlib import Path; from persist_cache.index import Index\n"
+        "import sys; from pathlib import Path; from persist_cache.index.environment import Index\n"
         "index = Index(Path(sys.argv[1]), read_only=False)\n"
         "index.update(lambda txn: txn.put_tokens(1, bytes(5_000_000)))\n"
     )
@@ -289,12 +289,12 @@ def test_index_whose_rebuild_was_cut_short_is_rebuilt(closed: Path) -> None:
 def test_damaged_index_that_another_process_uses_is_not_replaced(
     closed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("persist_cache.opening._PATIENCE_S", 0.2)
+    monkeypatch.setattr("persist_cache.store.opening._PATIENCE_S", 0.2)
     other = subprocess.Popen(
         [
             sys.executable,
             "-c",
-            "import sys; from persist_cache.store import Store\n"
+            "import sys; from persist_cache.store.store import Store\n"
             "with Store.open(sys.argv[1], min_free_bytes=0):\n"
             "    print('open', flush=True); sys.stdin.readline()\n",
             str(closed),
@@ -321,7 +321,7 @@ def test_damaged_index_that_another_process_uses_is_not_replaced(
 
 def test_many_processes_open_a_new_store_at_once(tmp_path: Path) -> None:
     program = (
-        "import sys; from persist_cache.store import Store; from tests.fakes import put\n"
+        "import sys; from persist_cache.store.store import Store; from tests.fakes import put\n"
         "with Store.open(sys.argv[1], min_free_bytes=0) as s: put(s, [1, 2, int(sys.argv[2])])"
     )
     workers = [
@@ -370,7 +370,7 @@ def test_close_waits_for_transactions_of_other_threads(tmp_path: Path) -> None:
 
 def test_index_that_is_suspect_is_made_anew(closed: Path) -> None:
     """A repair that LMDB itself refuses, its pages being damaged, leaves a mark."""
-    health.distrust(closed)
+    check.distrust(closed)
 
     with Store.open(closed, min_free_bytes=0) as store:
         assert fetched(store, PROMPT) == 30
@@ -380,13 +380,13 @@ def test_index_that_is_suspect_is_made_anew(closed: Path) -> None:
 def test_damage_that_comes_up_while_the_store_is_opened_is_mended(
     closed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sweep = health.sweep
+    sweep = check.sweep
 
     def damaged_once(*arguments: Any) -> None:
-        monkeypatch.setattr(health, "sweep", sweep)
+        monkeypatch.setattr(check, "sweep", sweep)
         raise DamagedIndexError("found by LMDB")
 
-    monkeypatch.setattr(health, "sweep", damaged_once)
+    monkeypatch.setattr(check, "sweep", damaged_once)
 
     with Store.open(closed, min_free_bytes=0) as store:
         assert fetched(store, PROMPT) == 30
@@ -400,7 +400,7 @@ def test_repair_that_lmdb_refuses_asks_for_a_new_index(
 
     with Store.open(closed, min_free_bytes=0) as store:
         store._disk.index.update(lambda txn: txn.add("blob_bytes", 1))
-        monkeypatch.setattr("persist_cache.rebuild.rebuild", refused)
+        monkeypatch.setattr("persist_cache.store.rebuild.rebuild", refused)
         with pytest.raises(StoreError, match="made anew"):
             store.check(repair=True)
     monkeypatch.undo()

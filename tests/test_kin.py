@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from persist_cache import PromptCache, Store
-from persist_cache.fingerprint import Fingerprint, Identifier
-from persist_cache.metrics import reason_label
-from persist_cache.reasons import kind_of_reason
+from persist_cache.fingerprint.value import Fingerprint, Identifier
+from persist_cache.server.metrics import reason_label
+from persist_cache.store.reasons import kind_of_reason
 from tests.fakes import Clock, FakeSource
 from tests.live_fakes import MODEL, FakeCodec
 
@@ -115,7 +115,7 @@ def test_model_with_entries_of_its_own_is_told_of_its_prompts(store: Store) -> N
 def test_answer_is_looked_up_once_for_each_state_of_the_index(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from persist_cache import kin
+    from persist_cache.store import kin
 
     asked: list[Fingerprint] = []
 
@@ -138,7 +138,7 @@ def test_answer_is_looked_up_once_for_each_state_of_the_index(
 def test_look_up_of_kin_reads_namespaces_and_no_prompts(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from persist_cache.index import Reader
+    from persist_cache.index.environment import Reader
 
     for number in range(20):
         put(store, identity(mlx_lm=f"0.31.{number}"), range(10 * number, 10 * number + 9))
@@ -153,7 +153,7 @@ def test_look_up_of_kin_reads_namespaces_and_no_prompts(
 def test_upgrade_is_counted_by_field_logged_once_and_told_in_the_header(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from persist_cache.server import cache_header
+    from persist_cache.server.run import cache_header
 
     with Store.open(tmp_path / "store", min_free_bytes=0) as store:
         put(store, identity())

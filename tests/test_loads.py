@@ -19,8 +19,9 @@ from mlx.utils import tree_flatten
 from safetensors.numpy import save_file
 
 import persist_cache
-from persist_cache import PromptCache, contents
-from persist_cache.fingerprint import Fingerprint, Identifier, Unidentified, identify
+from persist_cache import PromptCache
+from persist_cache.fingerprint import contents
+from persist_cache.fingerprint.value import Fingerprint, Identifier, Unidentified, identify
 from persist_cache.warm import load_model
 from tests.tiny_models import build_model_dir
 

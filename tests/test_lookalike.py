@@ -8,7 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persist_cache.lookalike import common_text, difference, escaped, is_invisible, shown_apart
+from persist_cache.queries.lookalike import (
+    common_text,
+    difference,
+    escaped,
+    is_invisible,
+    shown_apart,
+)
 
 PAIRS = [
     ("café au lait", "cafe\u0301 au lait", "normalization"),

@@ -8,8 +8,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from persist_cache.cache.lru import TieredLRU
 from persist_cache.entry import TIER_LABELS
-from persist_cache.lru import TieredLRU
 
 KEYS = st.integers(0, 12)
 TIERS = st.sampled_from(TIER_LABELS)

@@ -13,15 +13,17 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from persist_cache import PromptCache, compact, fs, paths, tensors
-from persist_cache.disk import Disk
+from persist_cache import PromptCache, fs, tensors
 from persist_cache.entry import Tier
-from persist_cache.evict import Evictor
-from persist_cache.index import Index, Reader
-from persist_cache.rebuild import rebuild
-from persist_cache.records import Edge
-from persist_cache.rewrite import LivingRun, rewrite
-from persist_cache.store import Store
+from persist_cache.index import tree
+from persist_cache.index.environment import Index, Reader
+from persist_cache.index.records import Edge
+from persist_cache.store import compact
+from persist_cache.store.evict import Evictor
+from persist_cache.store.rebuild import rebuild
+from persist_cache.store.rewrite import LivingRun, rewrite
+from persist_cache.store.session import Disk
+from persist_cache.store.store import Store
 from tests.fakes import Clock, blob_files, disk_usage, fetched, fingerprint, meanwhile, put, restore
 from tests.live_fakes import MODEL, FakeCodec, FakeLayer
 from tests.test_tensors import held
@@ -138,8 +140,12 @@ def test_merging_while_idle_needs_no_look_at_the_rest_of_the_store(
     talk(store)
     put(store, [5, 5, 5])
     scans: list[str] = []
-    monkeypatch.setattr("persist_cache.index.Reader.edges", lambda _: scans.append("edges"))
-    monkeypatch.setattr("persist_cache.index.Reader.entries", lambda _: scans.append("entries"))
+    monkeypatch.setattr(
+        "persist_cache.index.environment.Reader.edges", lambda _: scans.append("edges")
+    )
+    monkeypatch.setattr(
+        "persist_cache.index.environment.Reader.entries", lambda _: scans.append("entries")
+    )
 
     assert store.merge_runs() == TURNS - 1
     assert store.merge_runs() == 0, "it is told of each entry once"
@@ -407,14 +413,14 @@ def test_replies_beside_the_way_are_not_looked_at_each(
         put(store, [*conversation(number + 1), 3, 4])
     put(store, conversation(TURNS + 1), tier="user")
     looked: list[int] = []
-    path_of = paths.path_of
+    path_of = tree.path_of
 
     def counted(txn: Reader, node: int) -> list[tuple[bytes, Edge]]:
         found = path_of(txn, node)
         looked.append(len(found))
         return found
 
-    monkeypatch.setattr("persist_cache.paths.path_of", counted)
+    monkeypatch.setattr("persist_cache.index.tree.path_of", counted)
     assert store.merge_runs(keep_on=lambda: False) == 0
     assert looked == []
     assert store.merge_runs() == TURNS

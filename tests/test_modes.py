@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from persist_cache.errors import StoreAccessError
-from persist_cache.store import Store
+from persist_cache.store.store import Store
 from tests.fakes import fetched, put
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from persist_cache import PromptCache, fs
 from persist_cache.errors import StoreAccessError
-from persist_cache.store import Store
+from persist_cache.store.store import Store
 from tests.cli import runner
 from tests.fakes import fetched, fingerprint, put
 from tests.live_fakes import MODEL, FakeCodec, FakeLayer

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from persist_cache import PromptCache, Store
-from persist_cache.fingerprint import Fingerprint, Identifier, ModelKey, Unidentified
-from persist_cache.owners import Owner, Owners
+from persist_cache.cache.owners import Owner, Owners
+from persist_cache.fingerprint.value import Fingerprint, Identifier, ModelKey, Unidentified
 from tests.fakes import fingerprint
 from tests.live_fakes import MODEL, FakeCodec, FakeLayer
 

@@ -74,7 +74,7 @@ def test_wheel_says_that_both_packages_are_typed(wheel: Path) -> None:
 
     assert b"Typing :: Typed" in classifiers
     assert {"persist_cache/py.typed", "persist_cache_cli/py.typed"} <= names
-    assert "persist_cache/page.html" in names
+    assert "persist_cache/server/page.html" in names
 
 
 def test_strict_program_is_checked_against_the_installed_wheel(wheel: Path, tmp_path: Path) -> None:

@@ -17,12 +17,12 @@ from typing import Any
 
 import pytest
 
-from persist_cache.admin import Admin
-from persist_cache.cache import PromptCache
-from persist_cache.fingerprint import Fingerprint
-from persist_cache.front import Front
-from persist_cache.incoming import RefusedError
-from persist_cache.store import Store
+from persist_cache.cache.prompt_cache import PromptCache
+from persist_cache.fingerprint.value import Fingerprint
+from persist_cache.server.admin import Admin
+from persist_cache.server.http import Front
+from persist_cache.server.validation import RefusedError
+from persist_cache.store.store import Store
 from tests.bulk_store import Prompt, conversations, fill
 from tests.server_process import ServerProcess, running
 from tests.tiny_models import build_model_dir

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from persist_cache import paths
 from persist_cache.entry import pack_tokens
-from persist_cache.store import Store
+from persist_cache.index import tree
+from persist_cache.store.store import Store
 from tests.fakes import fetched, put
 
 STEM = [1, 2, 3, 4]
@@ -72,9 +72,9 @@ def test_walk_stops_at_the_first_other_token(store: Store) -> None:
     put(store, list(range(20)))
     with store._disk.index.read() as txn:
         (root,) = [record.root for _, record in txn.namespaces()]
-        whole = paths.walk(txn, root, pack_tokens(list(range(20))))
-        part = paths.walk(txn, root, pack_tokens([*range(11), 99, 12]))
-        none = paths.walk(txn, root, pack_tokens([99]))
+        whole = tree.walk(txn, root, pack_tokens(list(range(20))))
+        part = tree.walk(txn, root, pack_tokens([*range(11), 99, 12]))
+        none = tree.walk(txn, root, pack_tokens([99]))
 
     assert (whole.common, part.common, none.common) == (20, 11, 0)
     assert [step.used for step in part.steps] == [8, 3]
@@ -84,7 +84,7 @@ def test_walk_stops_at_the_first_other_token(store: Store) -> None:
 def test_notes_on_departed_entries_are_bounded(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(paths, "_MAX_DEPARTED", 8)
+    monkeypatch.setattr(tree, "_MAX_DEPARTED", 8)
     ids = [put(store, [n, n]) for n in range(20)]
     for entry in ids:
         store.evict([entry])

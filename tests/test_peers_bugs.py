@@ -20,9 +20,9 @@ from pathlib import Path
 import pytest
 
 from persist_cache import PromptCache, fs
-from persist_cache.blobs import BlobReader
+from persist_cache.blobs.reader import BlobReader
 from persist_cache.errors import CorruptBlobError, StoreAccessError, StoreFullError
-from persist_cache.store import Store
+from persist_cache.store.store import Store
 from tests.fakes import FakeSource, blob_files, disk_usage, fetched, fingerprint, put
 from tests.live_fakes import MODEL, FakeCodec, FakeLayer
 from tests.memory import fast_folder
@@ -130,7 +130,7 @@ def test_crashes_add_nothing_to_the_cap(tmp_path: Path) -> None:
     script = (
         "import os, sys\n"
         "from persist_cache import fs\n"
-        "from persist_cache.store import Store\n"
+        "from persist_cache.store.store import Store\n"
         "from tests.fakes import put\n"
         "sync = fs.sync\n"
         "def die(fd):\n"

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from persist_cache import PromptCache, Store
+from persist_cache.doctor import DiskSpeed, break_even
 from persist_cache.entry import Tier, pack_tokens
-from persist_cache.environment import DiskSpeed, break_even
-from persist_cache.prefills import PrefillClock, Prefills, Rate
-from persist_cache.survey import Survey
+from persist_cache.prefill.clock import PrefillClock, Prefills, Rate
+from persist_cache.queries.totals import Survey
 from tests.fakes import Clock, fingerprint, put
 from tests.live_fakes import MODEL, FakeCodec
 from tests.test_cache import fetch, insert
@@ -309,7 +309,7 @@ def test_warm_times_prefill_alone_and_adds_it_to_what_was_found(
 
 
 def test_clock_of_a_batch_stands_still_while_it_decodes() -> None:
-    from persist_cache.server import Batch
+    from persist_cache.server.run import Batch
 
     clock = PrefillClock()
     batch = Batch(clock, tiny_model("llama"), prefill_step_size=8, max_tokens=100)

@@ -15,12 +15,12 @@ import xxhash
 from msgspec.structs import replace
 
 from persist_cache import tensors
-from persist_cache.blobs import BlobHeader, Tensor
+from persist_cache.blobs.layout import Shapes
+from persist_cache.blobs.reader import BlobHeader, Tensor
 from persist_cache.bundle import Bundle, export
 from persist_cache.errors import StoreError
-from persist_cache.fingerprint import Fingerprint
-from persist_cache.layout import Shapes
-from persist_cache.store import Store
+from persist_cache.fingerprint.value import Fingerprint
+from persist_cache.store.store import Store
 from tests import test_testimony
 from tests.bundles import Parts
 from tests.fakes import fingerprint, put

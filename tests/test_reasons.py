@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
-from persist_cache import PromptCache, Store, reasons
+from persist_cache import PromptCache, Store
+from persist_cache.cache.stats import Fetch
 from persist_cache.entry import Match
-from persist_cache.kin import NOTHING_STORED
-from persist_cache.metrics import OTHER_REASON, CacheCollector, exposition, reason_label
-from persist_cache.reasons import why_no_more
-from persist_cache.server import cache_header
-from persist_cache.tally import Fetch
+from persist_cache.server.metrics import OTHER_REASON, CacheCollector, exposition, reason_label
+from persist_cache.server.run import cache_header
+from persist_cache.store import reasons
+from persist_cache.store.kin import NOTHING_STORED
+from persist_cache.store.reasons import why_no_more
 from tests.cli import runner
 from tests.fakes import blob_files, fingerprint
 from tests.live_fakes import MODEL, FakeCodec, FakeLayer

@@ -10,10 +10,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from persist_cache import rebuild
-from persist_cache.blobs import BlobReader, BlobWriter, EntryMark
-from persist_cache.cutting import whole
-from persist_cache.store import Store
+from persist_cache.blobs.reader import BlobReader, BlobWriter, EntryMark
+from persist_cache.blobs.rows import whole
+from persist_cache.store import rebuild
+from persist_cache.store.store import Store
 from tests.fakes import blob_files, fetched, fingerprint, put
 
 SYSTEM = list(range(1, 20))

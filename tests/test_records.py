@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persist_cache.columns import BlobColumns, EdgeColumns, EntryColumns, Packed
 from persist_cache.entry import Tier
 from persist_cache.errors import StoreFormatError
-from persist_cache.records import (
+from persist_cache.index.columns import BlobColumns, EdgeColumns, EntryColumns, Packed
+from persist_cache.index.records import (
     NUMBER,
     RECENCY_KEY,
     BlobKind,

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from persist_cache.incoming import RefusedError
-from persist_cache.rendering import read_request, render
+from persist_cache.server.rendering import read_request, render
+from persist_cache.server.validation import RefusedError
 from persist_cache.warm import load_tokenizer
 from tests import cli, tiny_models
 from tests.server_process import ServerProcess, running
@@ -220,9 +220,9 @@ def test_a_request_is_rendered_as_the_generation_loop_renders_it(case: str, mode
     """Token by token, the system part included; the lengths alone might agree by chance."""
     from types import SimpleNamespace
 
-    from persist_cache.loaded import LoadedModel
-    from persist_cache.rendering import system_tokens
-    from persist_cache.server import Generator
+    from persist_cache.server.model import LoadedModel
+    from persist_cache.server.rendering import system_tokens
+    from persist_cache.server.run import Generator
 
     tokenizer = load_tokenizer(str(model))
     options = SimpleNamespace(chat_template_args=json.loads(EFFORT))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from persist_cache import semaphores
+from persist_cache.index import semaphores
 
 NAME = b"/MDBwAb3_+z"
 

@@ -16,7 +16,8 @@ import openai
 import pytest
 import requests
 
-from persist_cache import Store, compact
+from persist_cache import Store
+from persist_cache.store import compact
 from tests.server_process import ServerProcess
 from tests.tiny_models import build_model_dir
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from mlx_lm import server as upstream
 
-from persist_cache import server
-from persist_cache.ticket import TicketedCache
+from persist_cache.server import run
+from persist_cache.server.ticket import TicketedCache
 
 CALLED_ON_HANDLER = ("do_GET", "do_POST", "do_OPTIONS", "_set_cors_headers", "handle_health_check")
 """Methods of upstream's handler that ours calls or replaces, all without arguments."""
@@ -28,7 +28,7 @@ def find(path: str) -> Any:
         found = inspect.getattr_static(found, part, None)
         if found is None:
             pytest.fail(
-                f"mlx_lm.server.{path} is gone: persist_cache/server.py builds on it; "
+                f"mlx_lm.server.{path} is gone: persist_cache/server/run.py builds on it; "
                 "see what took its place, then change SEAM."
             )
     return found
@@ -38,10 +38,10 @@ def parameters(path: str) -> tuple[str, ...]:
     return tuple(inspect.signature(find(path)).parameters)
 
 
-@pytest.mark.parametrize("path", server.SEAM)
+@pytest.mark.parametrize("path", run.SEAM)
 def test_seam_has_the_parameters_that_we_know(path: str) -> None:
-    assert parameters(path) == server.SEAM[path], (
-        f"mlx_lm.server.{path} has other parameters than persist_cache/server.py expects; "
+    assert parameters(path) == run.SEAM[path], (
+        f"mlx_lm.server.{path} has other parameters than persist_cache/server/run.py expects; "
         "adapt the override, then SEAM."
     )
 
@@ -54,10 +54,10 @@ def test_handler_methods_take_no_arguments(name: str) -> None:
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [
-        (server.Generator, upstream.ResponseGenerator),
-        (server.Batch, upstream.BatchGenerator),
-        (server.Provider, upstream.ModelProvider),
-        (server.Handler, upstream.APIHandler),
+        (run.Generator, upstream.ResponseGenerator),
+        (run.Batch, upstream.BatchGenerator),
+        (run.Provider, upstream.ModelProvider),
+        (run.Handler, upstream.APIHandler),
     ],
 )
 def test_our_overrides_take_what_theirs_take(ours: type, theirs: type) -> None:

@@ -13,8 +13,8 @@ import pytest
 
 from persist_cache.entry import Match, pack_tokens
 from persist_cache.errors import CorruptBlobError, StoreError, StoreReadOnlyError
-from persist_cache.index import Reader
-from persist_cache.store import Store, default_store_path
+from persist_cache.index.environment import Reader
+from persist_cache.store.store import Store, default_store_path
 from tests.fakes import Clock, FakeSource, blob_files, fetched, fingerprint, put, restore
 
 IMAGES = [-(1 << 59) - 3, -1, (1 << 60) - 1, -(1 << 63)]
@@ -41,7 +41,7 @@ def test_store_survives_its_process(tmp_path: Path) -> None:
     with Store.open(tmp_path / "store", min_free_bytes=0) as store:
         put(store, list(range(30)))
     program = (
-        "import sys; from persist_cache.store import Store; from tests.fakes import fetched\n"
+        "import sys; from persist_cache.store.store import Store; from tests.fakes import fetched\n"
         "with Store.open(sys.argv[1], min_free_bytes=0) as s: print(fetched(s, list(range(31))))"
     )
     done = subprocess.run(

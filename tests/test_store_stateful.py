@@ -23,11 +23,11 @@ from hypothesis.stateful import (
     rule,
 )
 
-from persist_cache import paths
 from persist_cache.entry import Tier, unpack_tokens
 from persist_cache.errors import StoreFullError
-from persist_cache.fingerprint import Fingerprint
-from persist_cache.store import Store
+from persist_cache.fingerprint.value import Fingerprint
+from persist_cache.index import tree
+from persist_cache.store.store import Store
 from tests.fakes import Clock, blob_files, disk_usage, eager_gc, fetched, fingerprint, put
 
 IMAGE = -(1 << 59) - 7
@@ -80,7 +80,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.steps = 0
         # Hypothesis replays a test, and must then meet the same names in the same order.
         names = (hashlib.md5(str(n).encode()).hexdigest() for n in itertools.count())
-        self.names = mock.patch("persist_cache.blobs._new_name", side_effect=names)
+        self.names = mock.patch("persist_cache.blobs.reader._new_name", side_effect=names)
         self.names.start()
         self.eager = contextlib.ExitStack()
         self.eager.enter_context(eager_gc())
@@ -340,7 +340,7 @@ class StoreMachine(RuleBasedStateMachine):
         with self.opened._disk.index.read() as txn:
             record = txn.entry(int(entry, 16))
             assert record is not None
-            tokens = unpack_tokens(paths.tokens_of(txn, record.node))
+            tokens = unpack_tokens(tree.tokens_of(txn, record.node))
             (namespace,) = (key for key, one in txn.namespaces() if one.number == record.namespace)
         (model,) = (m for m in ("w0", "w1") if fingerprint_of(m).digest == namespace[:32])
         return model, tuple(tokens)

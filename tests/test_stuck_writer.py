@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
-from persist_cache import PromptCache, Store, fs, holders, index
+from persist_cache import PromptCache, Store, fs
 from persist_cache.errors import StoreBusyError
+from persist_cache.index import environment, holders
 from tests.cli import runner
 from tests.fakes import Clock, fetched, fingerprint, put
 from tests.live_fakes import FakeCodec
@@ -57,7 +58,7 @@ def held(path: Path, *, stopped: bool = True) -> Iterator[subprocess.Popen[str]]
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(environment, "PATIENCE_S", 0.3)
 
 
 def test_options_of_the_process_are_not_told(tmp_path: Path) -> None:
@@ -143,7 +144,7 @@ def test_opening_waits_for_no_stopped_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Store.open(tmp_path / "store", min_free_bytes=0).close()
-    monkeypatch.setattr("persist_cache.opening.PATIENCE_S", 0.3)
+    monkeypatch.setattr("persist_cache.store.opening.PATIENCE_S", 0.3)
     with (
         held(tmp_path / "store" / "store.lock") as holder,
         pytest.raises(StoreBusyError, match=str(holder.pid)),
@@ -206,7 +207,7 @@ def test_close_and_flush_keep_their_time(tmp_path: Path) -> None:
             cache.close(0.5)
             took = time.monotonic() - started
 
-    assert took < index.PATIENCE_S / 2
+    assert took < environment.PATIENCE_S / 2
 
 
 def test_close_in_a_forked_child_returns(tmp_path: Path) -> None:

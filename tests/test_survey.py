@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from persist_cache import Store
-from persist_cache.describe import Filters
 from persist_cache.entry import Entry
 from persist_cache.errors import StoreError
-from persist_cache.fingerprint import Fingerprint
-from persist_cache.index import Reader, Writer
-from persist_cache.records import BlobRecord, EntryRecord, pack_number
-from persist_cache.survey import Survey, details_of, short_id, short_ids
+from persist_cache.fingerprint.value import Fingerprint
+from persist_cache.index.environment import Reader, Writer
+from persist_cache.index.records import BlobRecord, EntryRecord, pack_number
+from persist_cache.queries.as_json import Filters
+from persist_cache.queries.totals import Survey, details_of, short_id, short_ids
 from tests.bulk_store import conversations, fill
 from tests.fakes import FakeSource, fingerprint, put
 

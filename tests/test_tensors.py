@@ -31,7 +31,14 @@ from mlx_lm.models.cache import (
 )
 
 from persist_cache import fs, tensors
-from persist_cache.blobs import DTYPE_BYTES, BlobFolder, BlobHeader, BlobReader, BlobWriter, Payload
+from persist_cache.blobs.reader import (
+    DTYPE_BYTES,
+    BlobFolder,
+    BlobHeader,
+    BlobReader,
+    BlobWriter,
+    Payload,
+)
 from persist_cache.errors import CorruptBlobError, MissingDependencyError, UnsupportedCacheError
 from persist_cache.tensors import pool
 from persist_cache.tensors.empty import empty

@@ -12,11 +12,11 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache
 from msgspec.structs import replace
 
 from persist_cache import tensors
-from persist_cache.audit import was_given
-from persist_cache.fingerprint import Fingerprint
-from persist_cache.index import Writer
-from persist_cache.records import BlobKind
-from persist_cache.store import Store
+from persist_cache.fingerprint.value import Fingerprint
+from persist_cache.index.audit import was_given
+from persist_cache.index.environment import Writer
+from persist_cache.index.records import BlobKind
+from persist_cache.store.store import Store
 from persist_cache.tensors.layers import leaves
 from tests.fakes import blob_files, fetched, put
 from tests.tiny_caches import Layer, feed, new_cache

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import persist_cache.trie
+import persist_cache.cache.trie
+from persist_cache.cache.trie import PromptTrie, TrieMatch
 from persist_cache.entry import TOKEN_BYTES, common_prefix_tokens, pack_tokens
-from persist_cache.trie import PromptTrie, TrieMatch
 
 MODEL = ("model", None, None)
 
@@ -335,7 +335,7 @@ def measure(monkeypatch: pytest.MonkeyPatch) -> Callable[[PromptTrie[int], list[
         key = MeteredKey(pack_tokens(tokens))
         key.meter = meter
         with monkeypatch.context() as patch:
-            patch.setattr(persist_cache.trie, "common_prefix_tokens", counted)
+            patch.setattr(persist_cache.cache.trie, "common_prefix_tokens", counted)
             trie.search(MODEL, key)
         return meter
 

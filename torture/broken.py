@@ -7,12 +7,12 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from persist_cache import fs
-from persist_cache.blobs import BlobReader, BlobWriter
-from persist_cache.disk import Disk
+from persist_cache.blobs.reader import BlobReader, BlobWriter
 from persist_cache.entry import Match
-from persist_cache.evict import Evictor
-from persist_cache.insert import Insertion, PutResult
-from persist_cache.records import SizedRecord
+from persist_cache.index.records import SizedRecord
+from persist_cache.store.evict import Evictor
+from persist_cache.store.put import Insertion, PutResult
+from persist_cache.store.session import Disk
 
 
 def install(name: str) -> None:
@@ -71,7 +71,7 @@ def _budget_afterwards() -> None:
 
 def _memory_by_name() -> None:
     """Caches in memory are found by the model's name, whichever weights computed them."""
-    from persist_cache.owners import Owner, Owners
+    from persist_cache.cache.owners import Owner, Owners
 
     of = Owners.of
 
@@ -84,7 +84,7 @@ def _memory_by_name() -> None:
 
 def _identified_late() -> None:
     """A model is identified by its files as they are once it was loaded."""
-    from persist_cache import loads
+    from persist_cache.fingerprint import loads
 
     def around_load(files: loads.Files, load: Callable[[], Any]) -> Any:
         return load(), files.describe()
@@ -94,8 +94,8 @@ def _identified_late() -> None:
 
 def _two_looks() -> None:
     """A fetch tells the length of one cache, and gives away what a second look finds."""
-    from persist_cache.cache import PromptCache, _Taken
-    from persist_cache.owners import Owner
+    from persist_cache.cache.owners import Owner
+    from persist_cache.cache.prompt_cache import PromptCache, _Taken
 
     take = PromptCache._take
 
@@ -112,8 +112,8 @@ def _two_looks() -> None:
 
 def _only_lengths() -> None:
     """Of a cache that its former owner changed, only the length is compared."""
-    from persist_cache.cache import PromptCache
-    from persist_cache.resident import Held
+    from persist_cache.cache.live_caches import Held
+    from persist_cache.cache.prompt_cache import PromptCache
 
     is_unchanged = PromptCache._is_unchanged
 

@@ -258,7 +258,7 @@ def _live(
     swaps: bool,
     flags: list[str],
 ) -> None:
-    from persist_cache.server import ServeOptions
+    from persist_cache.server.run import ServeOptions
     from torture import serving, tiny
 
     dice = random.Random(seed)

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from persist_cache import paths
 from persist_cache.entry import unpack_tokens
 from persist_cache.errors import StoreError
-from persist_cache.store import Store
+from persist_cache.index import tree
+from persist_cache.store.store import Store
 from tests.fakes import fingerprint, restore
 from torture.journal import Journal, read
 from torture.prompts import CONVERSATIONS, TURNS, Prompt
@@ -300,7 +300,7 @@ def _stored(store: Store) -> list[tuple[str, list[int]]]:
     with store._disk.index.read() as txn:
         models = {record.number: digests.get(key[:32], "?") for key, record in txn.namespaces()}
         return [
-            (models[record.namespace], unpack_tokens(paths.tokens_of(txn, record.node)))
+            (models[record.namespace], unpack_tokens(tree.tokens_of(txn, record.node)))
             for _, record in txn.entries()
             if models.get(record.namespace, "?") != "?"
         ]
@@ -312,7 +312,7 @@ def users_of(store: Store, blob: str) -> set[str]:
     with store._disk.index.read() as txn:
         number = txn.blob_number(bytes.fromhex(blob))
         for entry, record in txn.entries():
-            on_path = {edge.blob for _, edge in paths.path_of(txn, record.node)}
+            on_path = {edge.blob for _, edge in tree.path_of(txn, record.node)}
             if number in on_path or record.checkpoint == number:
                 found.add(f"{entry:016x}")
     return found

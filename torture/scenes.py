@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from persist_cache.blobs import Payload, Tensor
+from persist_cache.blobs.reader import Payload, Tensor
 from persist_cache.errors import StoreError, StoreFormatError, StoreFullError
-from persist_cache.records import pack_counter
-from persist_cache.store import Store
+from persist_cache.index.records import pack_counter
+from persist_cache.store.store import Store
 from tests import disks
 from tests.fakes import fetched, fingerprint, put
 from torture import broken

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from persist_cache import fs
-from persist_cache.index import Index, Writer
+from persist_cache.index.environment import Index, Writer
 
 CALLS = (
     "create",

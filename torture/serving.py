@@ -20,9 +20,9 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm import server as upstream
 
-from persist_cache import server
-from persist_cache.cache import PromptCache
-from persist_cache.store import Store
+from persist_cache.cache.prompt_cache import PromptCache
+from persist_cache.server import run
+from persist_cache.store.store import Store
 from torture.tiny import VOCABULARY
 
 DEFAULT = "default_model"
@@ -83,7 +83,7 @@ class Answer:
         return " ".join(VOCABULARY[token] for token in self.tokens if token != end)
 
 
-class _Recording(server.Generator):
+class _Recording(run.Generator):
     """Notes which model a request is answered by: a name says little where files are replaced."""
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
@@ -161,7 +161,7 @@ def _arguments(ask: Ask) -> Any:
 
 def serve(
     flags: Sequence[str],
-    options: server.ServeOptions,
+    options: run.ServeOptions,
     drive: Callable[[Session], None],
     *,
     idle_s: float = 2.0,
@@ -188,10 +188,8 @@ def serve(
         stores.append(store)
         return PromptCache(*sizes, store=store, idle_s=idle_s, **more)
 
-    with mock.patch.multiple(
-        server, _listen=listen, Generator=_Recording, PromptCache=prompt_cache
-    ):
-        server.serve(["--log-level", "CRITICAL", *flags], options)
+    with mock.patch.multiple(run, _listen=listen, Generator=_Recording, PromptCache=prompt_cache):
+        run.serve(["--log-level", "CRITICAL", *flags], options)
 
 
 # ---- the judge -----------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from persist_cache.errors import StoreError
-from persist_cache.store import Store
+from persist_cache.store.store import Store
 from tests.fakes import Clock, blob_files, eager_gc, fetched, put
 from torture.judge import bytes_below, users_of
 from torture.seam import ERRORS, Seam, at_step

@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from persist_cache.blobs import BlobReader, Payload, Tensor
-from persist_cache.cache import PromptCache
+from persist_cache.blobs.reader import BlobReader, Payload, Tensor
+from persist_cache.cache.prompt_cache import PromptCache
 from persist_cache.errors import CorruptBlobError
-from persist_cache.fingerprint import Fingerprint
-from persist_cache.store import Store
+from persist_cache.fingerprint.value import Fingerprint
+from persist_cache.store.store import Store
 from tests.fakes import fingerprint
 from torture import broken
 

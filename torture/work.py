@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from persist_cache.errors import StoreError
-from persist_cache.store import Store
+from persist_cache.store.store import Store
 from tests.fakes import FakeSource, eager_gc, fingerprint, restore
 from torture import broken
 from torture.journal import Journal, Tally

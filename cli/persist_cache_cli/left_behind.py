@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shlex
 
-from persist_cache.store import default_store_path
-from persist_cache.survey import LeftBehind, Survey
+from persist_cache.queries.totals import LeftBehind, Survey
+from persist_cache.store.store import default_store_path
 from persist_cache_cli.output import format_bytes, plural
 from persist_cache_cli.store_access import store_path
 

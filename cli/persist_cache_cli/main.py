@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             if signal.getsignal(one) == signal.SIG_DFL:
                 signal.signal(one, _terminate)
     status = _run(arguments)
-    if arguments is None and (_is_alone() or "persist_cache.server" in sys.modules):
+    if arguments is None and (_is_alone() or "persist_cache.server.run" in sys.modules):
         # Threads of a server that could not start would abort the process.
         _leave(status)
     sys.exit(status)

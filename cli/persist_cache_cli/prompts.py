@@ -13,9 +13,9 @@ import click
 import msgspec
 
 from persist_cache.errors import ModelError
-from persist_cache.fingerprint import Identifier
-from persist_cache.incoming import RefusedError, check_template_args, decode_json
-from persist_cache.rendering import Prompt, PromptRequest, read_request, render
+from persist_cache.fingerprint.value import Identifier
+from persist_cache.server.rendering import Prompt, PromptRequest, read_request, render
+from persist_cache.server.validation import RefusedError, check_template_args, decode_json
 from persist_cache.warm import KVQuantization, load_tokenizer, model_errors
 
 F = TypeVar("F", bound=Callable[..., Any])

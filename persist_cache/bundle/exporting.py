@@ -18,8 +18,8 @@ from pathlib import Path, PurePath
 import msgspec
 import xxhash
 
-from persist_cache import __version__, fs, paths
-from persist_cache.blobs import (
+from persist_cache import __version__, fs
+from persist_cache.blobs.reader import (
     SUFFIX,
     TOKENS,
     BlobHeader,
@@ -28,6 +28,7 @@ from persist_cache.blobs import (
     header_bytes,
     prefix_digest,
 )
+from persist_cache.blobs.rows import Cut, StoredTensor, cut_runs, whole
 from persist_cache.bundle.container import (
     CHECKSUM,
     END,
@@ -43,14 +44,14 @@ from persist_cache.bundle.container import (
     member_header,
     padding,
 )
-from persist_cache.catalog import identity_of, known_blob
-from persist_cache.cutting import Cut, StoredTensor, cut_runs, whole
 from persist_cache.entry import TOKEN_BYTES, Tier
 from persist_cache.errors import CorruptBlobError, StoreAccessError, StoreError
-from persist_cache.fingerprint import Fingerprint
-from persist_cache.index import Reader
-from persist_cache.records import NO_BLOB, EntryRecord, NamespaceRecord, entry_id
-from persist_cache.store import Store
+from persist_cache.fingerprint.value import Fingerprint
+from persist_cache.index import tree
+from persist_cache.index.environment import Reader
+from persist_cache.index.records import NO_BLOB, EntryRecord, NamespaceRecord, entry_id
+from persist_cache.store.catalog import identity_of, known_blob
+from persist_cache.store.store import Store
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in total."""
@@ -228,16 +229,16 @@ class _Plan:
 
     def _add(self, txn: Reader, number: int, record: EntryRecord) -> None:
         if record.namespace not in self._namespaces:
-            raise paths.damaged("an entry names a namespace without record")
+            raise tree.damaged("an entry names a namespace without record")
         model = self._models.setdefault(record.namespace, len(self._models))
-        packed = paths.tokens_of(txn, record.node)
+        packed = tree.tokens_of(txn, record.node)
         runs: dict[int, _Cut] = {}
         above: _Cut | None = None
         position = 0
-        for _, edge in paths.path_of(txn, record.node):
+        for _, edge in tree.path_of(txn, record.node):
             blob = known_blob(txn, edge.blob)
             if blob.start + edge.first_row != position:
-                raise paths.damaged("an edge begins elsewhere than its rows")
+                raise tree.damaged("an edge begins elsewhere than its rows")
             position += edge.rows
             cut = self.cuts.get(edge.blob)
             if cut is None:
@@ -250,7 +251,7 @@ class _Plan:
             cut.tier = max(cut.tier, record.tier)
             runs[edge.blob] = above = cut
         if above is None or not position == len(packed) // TOKEN_BYTES == record.num_tokens:
-            raise paths.damaged("an entry has another length than its path")
+            raise tree.damaged("an entry has another length than its path")
         above.ends |= above.end == record.num_tokens
         checkpoint = None
         if record.checkpoint != NO_BLOB:

@@ -11,17 +11,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from persist_cache import paths
 from persist_cache.bundle.reading import BundledEntry
-from persist_cache.catalog import identity_of
+from persist_cache.doctor import installed_version
 from persist_cache.entry import Tier
-from persist_cache.environment import installed_version
 from persist_cache.errors import StoreError, StoreFullError
-from persist_cache.evict import UNDONE
-from persist_cache.fingerprint import FieldChange, Fingerprint
-from persist_cache.index import Reader, Writer
-from persist_cache.records import NO_ENTRY
-from persist_cache.store import Store
+from persist_cache.fingerprint.value import FieldChange, Fingerprint
+from persist_cache.index import tree
+from persist_cache.index.environment import Reader, Writer
+from persist_cache.index.records import NO_ENTRY
+from persist_cache.store.catalog import identity_of
+from persist_cache.store.evict import UNDONE
+from persist_cache.store.store import Store
 
 Progress = Callable[[int, int], None]
 """Called with tokens done and tokens in total."""
@@ -253,10 +253,10 @@ def _need(txn: Reader, entry: BundledEntry) -> _Need:
         StoreError: It cannot be resumed from what is stored, and brings no state of its own.
     """
     found = txn.namespaces(entry.namespace)
-    path = paths.walk(txn, found[0][1].root if found else paths.NO_ROOT, entry.packed)
+    path = tree.walk(txn, found[0][1].root if found else tree.NO_ROOT, entry.packed)
     nodes = {step.edge.node for step in path.steps}
     if path.steps:
-        below = txn.entry(paths.carrier(txn, path.steps[-1].edge))
+        below = txn.entry(tree.carrier(txn, path.steps[-1].edge))
         if below is not None:
             nodes.add(below.node)
     ends = path.common == entry.num_tokens and path.node is not None

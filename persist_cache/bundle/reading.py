@@ -16,7 +16,8 @@ from pathlib import Path
 import msgspec
 
 from persist_cache import fs
-from persist_cache.blobs import (
+from persist_cache.blobs.layout import Shapes
+from persist_cache.blobs.reader import (
     SUFFIX,
     TOKENS,
     BlobHeader,
@@ -24,6 +25,7 @@ from persist_cache.blobs import (
     Payload,
     prefix_digest,
 )
+from persist_cache.blobs.rows import Span, join, rows_between, whole
 from persist_cache.bundle.container import (
     BLOCK,
     CHECKSUM,
@@ -43,13 +45,11 @@ from persist_cache.bundle.container import (
     padding,
     parse_manifest,
 )
-from persist_cache.cutting import Span, join, rows_between, whole
 from persist_cache.entry import TOKEN_BYTES, Tier
 from persist_cache.errors import CorruptBlobError, StoreAccessError, StoreFormatError
-from persist_cache.fingerprint import LAYOUT_VERSION, Fingerprint
-from persist_cache.layout import Shapes
-from persist_cache.rebuild import check_claims
-from persist_cache.records import entry_id, entry_number, namespace_key
+from persist_cache.fingerprint.value import LAYOUT_VERSION, Fingerprint
+from persist_cache.index.records import entry_id, entry_number, namespace_key
+from persist_cache.store.rebuild import check_claims
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in total."""

@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 
 import msgspec
 
+from persist_cache.blobs.layout import MAX_LAG, Layout, RowGeometry, layout_leaves
 from persist_cache.errors import UnsupportedCacheError
-from persist_cache.layout import MAX_LAG, Layout, RowGeometry, layout_leaves
 from persist_cache.tensors._mlx import mlx_cache, mx
 
 DTYPES = {

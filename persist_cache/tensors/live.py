@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from persist_cache.blobs.layout import MAX_LAG
 from persist_cache.errors import UnsupportedCacheError
-from persist_cache.layout import MAX_LAG
 from persist_cache.tensors._mlx import mlx_cache, mx, tree_flatten
 from persist_cache.tensors.layers import kind_of, leaves
 

@@ -14,10 +14,10 @@ from typing import Any
 import click
 
 from persist_cache import Problem, Store
-from persist_cache.health import distrust
-from persist_cache.index import DamagedIndexError
-from persist_cache.rebuild import rebuild
-from persist_cache.survey import Quarantined, quarantined
+from persist_cache.index.environment import DamagedIndexError
+from persist_cache.queries.totals import Quarantined, quarantined
+from persist_cache.store.check import distrust
+from persist_cache.store.rebuild import rebuild
 from persist_cache_cli.output import (
     format_bytes,
     painter,
@@ -100,7 +100,7 @@ class _Found:
         return bool(self.problems) and not self.left
 
     def as_json(self, read_data: bool) -> dict[str, Any]:
-        from persist_cache.describe import quarantine_json
+        from persist_cache.queries.as_json import quarantine_json
 
         return {
             "blobs": self.blobs,

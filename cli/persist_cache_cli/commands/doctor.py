@@ -10,11 +10,11 @@ from typing import Any
 
 import click
 
-from persist_cache import Store, StoreStats, environment
-from persist_cache.budget import DEFAULT_MAX_BYTES, DEFAULT_MIN_FREE_BYTES
-from persist_cache.environment import BreakEven, DiskSpeed, Finding, Folder, ModelCache
+from persist_cache import Store, StoreStats, doctor
+from persist_cache.doctor import BreakEven, DiskSpeed, Finding, Folder, ModelCache
 from persist_cache.errors import StoreError
-from persist_cache.survey import Survey, quarantined
+from persist_cache.queries.totals import Survey, quarantined
+from persist_cache.store.budget import DEFAULT_MAX_BYTES, DEFAULT_MIN_FREE_BYTES
 from persist_cache_cli import left_behind
 from persist_cache_cli.output import (
     Painter,
@@ -73,9 +73,9 @@ class _Report:
     model: ModelCache | None = None
     break_even: list[BreakEven] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
-    versions: dict[str, str] = field(default_factory=environment.versions)
-    open_files: tuple[int, int] = field(default_factory=environment.open_files_limit)
-    machine: environment.Machine = field(default_factory=environment.machine)
+    versions: dict[str, str] = field(default_factory=doctor.versions)
+    open_files: tuple[int, int] = field(default_factory=doctor.open_files_limit)
+    machine: doctor.Machine = field(default_factory=doctor.machine)
 
     @property
     def problems(self) -> list[Finding]:
@@ -242,7 +242,7 @@ class _Report:
 def _examine(store: str | None, choice: ModelChoice | None) -> _Report:
     """Look at everything; what goes wrong becomes a finding."""
     root = store_path(store)
-    report = _Report(environment.look_at_folder(root))
+    report = _Report(doctor.look_at_folder(root))
     failures: list[str] = []
     if report.folder.exists and report.folder.is_ours:
         try:
@@ -257,12 +257,12 @@ def _examine(store: str | None, choice: ModelChoice | None) -> _Report:
             failures.append(str(error))
         except OSError as error:
             failures.append(
-                f"A file of {format_bytes(environment.PROBE_BYTES)} cannot be written to "
+                f"A file of {format_bytes(doctor.PROBE_BYTES)} cannot be written to "
                 f"{root} ({error.strerror}); free some space, or use --store PATH."
             )
     max_bytes, min_free_bytes = report.limits
     report.findings += [Finding("problem", one) for one in failures]
-    report.findings += environment.judge(
+    report.findings += doctor.judge(
         report.folder,
         limits=report.open_files,
         packages=report.versions,
@@ -272,7 +272,7 @@ def _examine(store: str | None, choice: ModelChoice | None) -> _Report:
     )
     if choice is not None:
         report.model = _look_at_model(choice)
-        report.findings += environment.judge_model(report.model)
+        report.findings += doctor.judge_model(report.model)
     return report
 
 
@@ -287,22 +287,22 @@ def _measure(store: str | None, root: Path, report: _Report) -> None:
     if not report.folder.writable:
         return
     if stats is not None and (
-        stats.usage.total + environment.PROBE_BYTES > stats.max_bytes
-        or stats.free_bytes - environment.PROBE_BYTES < stats.min_free_bytes
+        stats.usage.total + doctor.PROBE_BYTES > stats.max_bytes
+        or stats.free_bytes - doctor.PROBE_BYTES < stats.min_free_bytes
     ):
         report.findings.append(
             Finding(
                 "note",
                 "The speed of the disk was not measured: the store has no room for "
-                f"{format_bytes(environment.PROBE_BYTES)} within its limits.",
+                f"{format_bytes(doctor.PROBE_BYTES)} within its limits.",
             )
         )
         return
-    report.speed = environment.measure_disk(root)
+    report.speed = doctor.measure_disk(root)
     if stats is not None:
         with reading(store) as opened:
             if opened is not None:
-                report.break_even = environment.break_even(opened, Survey(opened), report.speed)
+                report.break_even = doctor.break_even(opened, Survey(opened), report.speed)
 
 
 def _look_into(store: Store, report: _Report, given: str | None) -> None:
@@ -326,4 +326,4 @@ def _look_at_model(choice: ModelChoice) -> ModelCache:
     found = identifier(choice.key)
     if found is None:
         return ModelCache(choice.model, "", identifier.reason(choice.key))
-    return environment.look_at_model(choice.model, Path(found.info["path"]), found.hex)
+    return doctor.look_at_model(choice.model, Path(found.info["path"]), found.hex)

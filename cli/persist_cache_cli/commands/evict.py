@@ -12,14 +12,14 @@ from typing import Any
 import click
 
 from persist_cache import Store
-from persist_cache.describe import (
+from persist_cache.errors import PersistCacheError
+from persist_cache.queries.as_json import (
     Filters,
     removal_json,
     short_entry_ids,
     short_model_names,
 )
-from persist_cache.errors import PersistCacheError
-from persist_cache.survey import (
+from persist_cache.queries.totals import (
     Survey,
     left_in_trash,
     quarantined,
@@ -286,7 +286,7 @@ def _plan(
 
 def _stale(survey: Survey, fingerprints: set[str]) -> dict[str, str]:
     """Per fingerprint why nothing can use it any more; those that something may are left out."""
-    from persist_cache.fingerprint import Identifier
+    from persist_cache.fingerprint.value import Identifier
 
     identifier = Identifier()
     reasons = {

@@ -11,10 +11,10 @@ from typing import Any
 
 import click
 
-from persist_cache.describe import divergence_texts, explanation_json, explanation_message
 from persist_cache.errors import ModelError
-from persist_cache.explain import Explanation, explain
-from persist_cache.rendering import decode
+from persist_cache.queries.as_json import divergence_texts, explanation_json, explanation_message
+from persist_cache.queries.explain import Explanation, explain
+from persist_cache.server.rendering import decode
 from persist_cache_cli.output import format_duration, hanging, print_json, terminal_width
 from persist_cache_cli.prompts import (
     choose_model,

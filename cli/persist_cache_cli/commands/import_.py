@@ -20,8 +20,8 @@ from persist_cache.bundle import (
     usability,
 )
 from persist_cache.errors import ModelError
-from persist_cache.fingerprint import Fingerprint
-from persist_cache.survey import Model
+from persist_cache.fingerprint.value import Fingerprint
+from persist_cache.queries.totals import Model
 from persist_cache_cli.bars import bar
 from persist_cache_cli.output import format_bytes, plural, print_json, printable
 from persist_cache_cli.prompts import choose_model, model_options

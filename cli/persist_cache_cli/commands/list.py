@@ -11,7 +11,8 @@ from typing import Any
 
 import click
 
-from persist_cache.describe import (
+from persist_cache.entry import Entry
+from persist_cache.queries.as_json import (
     SORT_KEYS,
     Filters,
     entry_json,
@@ -19,8 +20,7 @@ from persist_cache.describe import (
     short_entry_ids,
     short_model_names,
 )
-from persist_cache.entry import Entry
-from persist_cache.survey import Survey
+from persist_cache.queries.totals import Survey
 from persist_cache_cli.output import (
     Column,
     format_age,

@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 import click
 
-from persist_cache.admin_token import Serving, running_servers, stored_token
+from persist_cache.server.admin_token import Serving, running_servers, stored_token
 from persist_cache_cli.store_access import NothingFound, common_options, store_path
 
 

@@ -13,7 +13,7 @@ from typing import NoReturn
 import click
 
 from persist_cache.entry import TIER_LABELS
-from persist_cache.server import DEFAULT_GRACE_S, ServeOptions, serve
+from persist_cache.server.run import DEFAULT_GRACE_S, ServeOptions, serve
 from persist_cache_cli.parse import SIZE
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 import click
 
-from persist_cache.describe import details_json
-from persist_cache.survey import Details, details_of, short_id, tokens_of
+from persist_cache.queries.as_json import details_json
+from persist_cache.queries.totals import Details, details_of, short_id, tokens_of
 from persist_cache_cli.output import (
     Column,
     Painter,

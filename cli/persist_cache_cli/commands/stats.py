@@ -12,10 +12,10 @@ from typing import Any
 import click
 
 from persist_cache import Store, StoreStats
-from persist_cache.budget import DEFAULT_MAX_BYTES, DEFAULT_MIN_FREE_BYTES, Usage
-from persist_cache.describe import short_model_names, store_json
 from persist_cache.fs import free_bytes
-from persist_cache.survey import Quarantined, Survey, quarantined
+from persist_cache.queries.as_json import short_model_names, store_json
+from persist_cache.queries.totals import Quarantined, Survey, quarantined
+from persist_cache.store.budget import DEFAULT_MAX_BYTES, DEFAULT_MIN_FREE_BYTES, Usage
 from persist_cache_cli import left_behind
 from persist_cache_cli.output import (
     Column,

@@ -1,0 +1,182 @@
+"""The live caches in memory: which one serves a prompt, and which one goes first.
+
+A trie finds them and a tiered LRU orders them, to the contract of mlx-lm's `LRUPromptCache`.
+Caches are opaque here; a codec knows how to copy and trim them.
+
+Thread safety: none of its own; `PromptCache` holds its lock around every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from persist_cache.cache.lru import TieredLRU
+from persist_cache.cache.owners import Owner
+from persist_cache.cache.trie import PromptTrie
+from persist_cache.entry import TOKEN_BYTES
+
+
+class LiveCaches(Protocol):
+    """What must be known of a model's cache to keep it in memory; `tensors` provides it."""
+
+    def can_trim(self, cache: Sequence[Any], /) -> bool: ...
+
+    def trim(self, cache: Sequence[Any], num_tokens: int, /) -> int: ...
+
+    def nbytes(self, cache: Sequence[Any], /) -> int: ...
+
+    def copy_cache(self, cache: Any, /) -> Any: ...
+
+    def num_tokens(self, cache: Sequence[Any], /) -> int | None: ...
+
+
+class Witness(Protocol):
+    """What a codec's `witness(cache)` gives, if it has one: tells whether a cache was changed.
+
+    It may make the next write to the cache expensive, so it is dropped before a cache is lent.
+    """
+
+    def fits(self, cache: Sequence[Any], /) -> bool: ...
+
+
+@dataclass(eq=False, slots=True)
+class Held:
+    """One live cache and what is known of it.
+
+    Attributes:
+        owner: Whose KV it is.
+        packed: Its tokens.
+        cache: mlx-lm's list of layers.
+        nbytes: Memory it takes.
+        tier: Label of its tier.
+        prefill_s: Seconds that computing all of it took, if known.
+        saved: It is on disk, so that losing it costs a load and nothing else.
+        wanted: It is to be on disk, and no job for that waits or has failed for good.
+        witness: Tells whether its former owner changed it; None if the codec has no such thing.
+    """
+
+    owner: Owner
+    packed: bytes
+    cache: Any
+    nbytes: int
+    tier: str
+    prefill_s: float = 0.0
+    saved: bool = False
+    wanted: bool = False
+    witness: Witness | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.packed) // TOKEN_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A held cache, and the leading tokens of it that serve a prompt."""
+
+    held: Held
+    num_tokens: int
+
+
+class Resident:
+    """All live caches."""
+
+    def __init__(self, codec: LiveCaches, max_size: int, max_bytes: int) -> None:
+        self.max_size = max_size
+        self.max_bytes = max_bytes
+        self._codec = codec
+        self._trie: PromptTrie[Held] = PromptTrie()
+        self._lru: TieredLRU[Held] = TieredLRU()
+
+    def __len__(self) -> int:
+        return len(self._lru)
+
+    @property
+    def nbytes(self) -> int:
+        return self._lru.nbytes
+
+    def stats(self) -> dict[str, dict[str, int]]:
+        """Sequences and bytes per tier, in the shape of upstream's `stats_by_type`."""
+        return self._lru.stats()
+
+    def held(self) -> list[Held]:
+        return [held for _, _, held in self._trie]
+
+    def search(self, owner: Owner, packed: bytes, limit: int) -> Candidate | None:
+        """Find the cache that serves the longest prefix of `packed`, at most `limit` tokens."""
+        length = len(packed) // TOKEN_BYTES
+        match = self._trie.search(owner, packed)
+        best: Candidate | None = None
+
+        def consider(held: Held, usable: int) -> None:
+            nonlocal best
+            usable = min(usable, limit)
+            if usable < held.num_tokens and not self._codec.can_trim(held.cache):
+                return
+            if best is None or usable > best.num_tokens:
+                best = Candidate(held, usable)
+
+        if match.exact is not None:
+            consider(match.exact, length)
+        if match.shorter is not None and match.shorter.num_tokens:
+            consider(match.shorter.value, match.shorter.num_tokens)
+        if match.longer is not None:
+            # Cutting a longer cache always leaves a token to compute, as upstream does.
+            usable = min(match.common_prefix, length - 1)
+            if usable > 0 or length == 1:
+                consider(match.longer.value, usable)
+        if best is None and match.shorter is not None:
+            # What matches cannot be trimmed to the limit: fall back to a shorter checkpoint.
+            for num_tokens, held in reversed(self._trie.prefixes(owner, packed)):
+                if 0 < num_tokens <= limit:
+                    return Candidate(held, num_tokens)
+        return best
+
+    def common_tokens(self, owner: Owner, packed: bytes) -> int:
+        """Leading tokens shared with any cache, whether it can be resumed there or not."""
+        return self._trie.search(owner, packed).common_prefix
+
+    def parting(self, owner: Owner, packed: bytes) -> tuple[int, bool]:
+        """As `common_tokens`, and whether a cache goes on from there."""
+        match = self._trie.search(owner, packed)
+        return match.common_prefix, match.longer is not None
+
+    def touch(self, held: Held) -> None:
+        self._lru.touch(held)
+
+    def add(self, held: Held) -> list[Held]:
+        """Keep `held`, and let go of what it replaces or crowds out.
+
+        A cache that can be trimmed serves all of its prefixes, so those go, but for one that marks
+        more than a reply and waits for its save: the longer cache has its rows, not its tier.
+
+        Returns:
+            What was let go to keep within the limits, in that order; replaced ones are not in it.
+        """
+        previous = self._trie.add(held.owner, held.packed, held)
+        if previous is not None:
+            held.tier = max(previous.tier, held.tier, key=self._lru.tiers.index)
+            self._lru.remove(previous)
+        self._lru.push(held, held.tier, held.nbytes)
+        if self._codec.can_trim(held.cache):
+            for _, prefix in self._trie.prefixes(held.owner, held.packed):
+                if not prefix.wanted or prefix.tier == self._lru.tiers[0]:
+                    self.remove(prefix)
+        return self.trim_to(self.max_size, self.max_bytes)
+
+    def remove(self, held: Held) -> None:
+        """Let go of `held`, if it is still here."""
+        if held in self._lru:
+            self._lru.remove(held)
+            self._trie.pop(held.owner, held.packed)
+
+    def trim_to(self, n_sequences: int, n_bytes: int) -> list[Held]:
+        """Let go of caches until both limits hold; returns them, first gone first."""
+        gone = []
+        while len(self._lru) > n_sequences or self._lru.nbytes > n_bytes:
+            held = self._lru.pop()
+            self._trie.pop(held.owner, held.packed)
+            gone.append(held)
+        return gone

@@ -1,0 +1,514 @@
+"""What a store has to live with: versions, disk, limits, the model's cache classes.
+
+Everything is looked at or measured, never assumed. Nothing here imports MLX unless it is asked
+about a model. The only thing written is a small file without a name in the store's folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import secrets
+import stat
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from persist_cache import __version__, fs
+from persist_cache.prefill.clock import Rate
+
+if TYPE_CHECKING:
+    from persist_cache.queries.totals import Survey
+    from persist_cache.store.store import Store
+    from persist_cache.tensors import LayerStatus
+
+PACKAGES = ("mlx", "mlx-lm", "lmdb", "safetensors", "msgspec", "xxhash", "click")
+PROBE_BYTES = 8 << 20
+_ENOUGH_FILES = 512
+_SYNCS = 5
+_MAX_EXAMINED = 64
+_NETWORK = frozenset(
+    {"nfs", "nfs4", "cifs", "smb3", "smbfs", "afpfs", "webdav", "9p", "ceph", "glusterfs", "lustre"}
+)
+_VOLATILE = frozenset({"tmpfs", "ramfs"})
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something about the environment that the user should know.
+
+    Attributes:
+        level: `problem`: the store cannot do its work. `note`: it can, but not at its best.
+        message: What is so, and what to do.
+    """
+
+    level: Literal["problem", "note"]
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What the programs run on; `memory_bytes` is 0 where it cannot be told."""
+
+    system: str
+    machine: str
+    cpus: int
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """The folder of a store, or the place where it would be made.
+
+    Attributes:
+        path: The folder.
+        exists: It is there, and is a folder.
+        is_taken: Something that is no folder has its name.
+        owner: Name of its owner; of the nearest folder above while it does not exist.
+        is_ours: The owner is who asks.
+        mode: Permission bits, None while it does not exist.
+        writable: Files can be made in it, or it can be made.
+        file_system: Type, such as `apfs`; "" where it cannot be told.
+        free_bytes: That may be written to the file system.
+        total_bytes: Size of the file system.
+    """
+
+    path: str
+    exists: bool
+    is_taken: bool
+    owner: str
+    is_ours: bool
+    mode: int | None
+    writable: bool
+    file_system: str
+    free_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class DiskSpeed:
+    """Measured in the store's folder.
+
+    Attributes:
+        nbytes: Length of the file.
+        write_bytes_per_s: Written and made durable.
+        read_bytes_per_s: Read again, past the page cache where that can be asked for.
+        sync_s: Median time of making a small write durable.
+    """
+
+    nbytes: int
+    write_bytes_per_s: float
+    read_bytes_per_s: float
+    sync_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCache:
+    """How the KV cache of a model can be stored.
+
+    Attributes:
+        model: As it was named.
+        fingerprint: Hex digest of its identity, "" when it cannot be identified.
+        reason: Why it cannot be identified or loaded, or "".
+        layers: Per layer, in order; empty when it cannot be loaded.
+        device: Where MLX would run it, or "".
+    """
+
+    model: str
+    fingerprint: str
+    reason: str
+    layers: tuple[LayerStatus, ...] = ()
+    device: str = ""
+
+    @property
+    def storable(self) -> bool:
+        return bool(self.fingerprint and self.layers) and all(
+            layer.storage != "unsupported" for layer in self.layers
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class BreakEven:
+    """From which length on reading a prompt from disk is faster than computing it.
+
+    Attributes:
+        fingerprint: Of the model.
+        model: Its name.
+        prefill_tokens_per_s: Measured when its entries were computed; long pieces count for more.
+        bytes_per_token: Of its KV on disk.
+        tokens: The length; None when computing is always faster.
+    """
+
+    fingerprint: str
+    model: str
+    prefill_tokens_per_s: float
+    bytes_per_token: float
+    tokens: int | None
+
+
+def installed_version(distribution: str) -> str:
+    """Version of an installed package without importing it; "" if it is not there."""
+    import importlib.metadata
+
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def versions() -> dict[str, str]:
+    """Of Python, this package and what it builds on; "" for what is not installed."""
+    return {
+        "python": platform.python_version(),
+        "persist-cache": __version__,
+        **{name: installed_version(name) for name in PACKAGES},
+    }
+
+
+def machine() -> Machine:
+    """Look at the machine."""
+    memory = 0
+    with contextlib.suppress(ValueError, OSError):
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    system = os.uname()
+    return Machine(
+        f"{system.sysname} {system.release}", system.machine, os.cpu_count() or 1, memory
+    )
+
+
+def open_files_limit() -> tuple[int, int]:
+    """Soft and hard limit of open files; -1 for none."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return (
+        -1 if soft == resource.RLIM_INFINITY else soft,
+        -1 if hard == resource.RLIM_INFINITY else hard,
+    )
+
+
+def look_at_folder(path: Path) -> Folder:
+    """Look at a store's folder; changes nothing."""
+    place = path
+    while not _exists(place) and place != place.parent:
+        place = place.parent
+    status = place.stat()
+    exists = place == path and stat.S_ISDIR(status.st_mode)
+    space = os.statvfs(place)
+    may_write = os.access(place, os.W_OK | os.X_OK) and stat.S_ISDIR(status.st_mode)
+    return Folder(
+        path=str(path),
+        exists=exists,
+        is_taken=place == path and not exists,
+        owner=_user(status.st_uid),
+        is_ours=status.st_uid == os.geteuid(),
+        mode=stat.S_IMODE(status.st_mode) if exists else None,
+        writable=may_write and not space.f_flag & os.ST_RDONLY,
+        file_system=file_system(place),
+        free_bytes=space.f_bavail * space.f_frsize,
+        total_bytes=space.f_blocks * space.f_frsize,
+    )
+
+
+def _exists(path: Path) -> bool:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except PermissionError:
+        return False
+    return True
+
+
+def _user(number: int) -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return str(number)
+
+
+def file_system(place: Path) -> str:
+    """Type of the file system that holds `place`; "" where it cannot be told."""
+    try:
+        if sys.platform == "linux":
+            return _from_mountinfo(place, Path("/proc/self/mountinfo").read_text())
+        return _from_mount(place, _run_mount())
+    except (OSError, ValueError):
+        return ""
+
+
+def _from_mountinfo(place: Path, table: str) -> str:
+    """Find a place in Linux's table of mounts: `… root point options … - type source …`."""
+    best, found = "", ""
+    for line in table.splitlines():
+        left, _, right = line.partition(" - ")
+        point = left.split()[4].encode().decode("unicode_escape")
+        if _is_below(place, point) and len(point) >= len(best):
+            best, found = point, right.split()[0]
+    return found
+
+
+def _from_mount(place: Path, table: str) -> str:
+    """Find a place in what `mount` prints on macOS: `source on point (type, …)`."""
+    best, found = "", ""
+    for line in table.splitlines():
+        head, _, options = line.rpartition(" (")
+        point = head.partition(" on ")[2]
+        if point and _is_below(place, point) and len(point) >= len(best):
+            best, found = point, options.rstrip(")").split(",")[0]
+    return found
+
+
+def _run_mount() -> str:
+    import subprocess
+
+    try:
+        done = subprocess.run(["mount"], capture_output=True, text=True, timeout=5)
+    except subprocess.SubprocessError:
+        return ""
+    return done.stdout
+
+
+def _is_below(place: Path, point: str) -> bool:
+    return place.resolve().is_relative_to(point)
+
+
+def measure_disk(root: Path, nbytes: int = PROBE_BYTES) -> DiskSpeed:
+    """Write, sync and read a file in the folder `root`.
+
+    It has no name while there is anything in it, so it goes with this process in any case; a
+    store removes the empty one that is left if the process dies in between.
+
+    Raises:
+        OSError: The folder cannot be written, or the disk is full.
+    """
+    path = root / f"doctor.{secrets.token_hex(8)}"
+    content = memoryview(os.urandom(1 << 20) * (nbytes >> 20))  # random: some disks compress
+    fd = fs.create(path)
+    try:
+        fs.unlink(path)
+        fs.allocate(fd, len(content))
+        started = time.perf_counter()
+        fs.write_all(fd, [content])
+        fs.sync(fd)
+        written = time.perf_counter() - started
+        _forget_pages(fd)
+        buffer = memoryview(bytearray(len(content)))
+        started = time.perf_counter()
+        fs.read_into(fd, 0, [buffer])
+        read = time.perf_counter() - started
+        syncs = sorted(_time_sync(fd) for _ in range(_SYNCS))
+    finally:
+        os.close(fd)
+    return DiskSpeed(len(content), len(content) / written, len(content) / read, syncs[_SYNCS // 2])
+
+
+def _forget_pages(fd: int) -> None:
+    """Have the next read come from the disk."""
+    if sys.platform == "linux":
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    elif sys.platform == "darwin":
+        import fcntl
+
+        fcntl.fcntl(fd, fcntl.F_NOCACHE, 1)
+
+
+def _time_sync(fd: int) -> float:
+    started = time.perf_counter()
+    os.pwrite(fd, os.urandom(4096), 0)
+    fs.sync(fd)
+    return time.perf_counter() - started
+
+
+def break_even(store: Store, survey: Survey, disk: DiskSpeed) -> list[BreakEven]:
+    """Estimate, per model, from how many tokens on the disk beats prefill.
+
+    Prefill rates come from entries whose computation was timed, each by what it cost beyond the
+    one it continues; models without any are left out. Reading costs a fixed time (a look-up and
+    opening the first blob, measured) and then goes at the speed of the disk.
+    """
+    from persist_cache.queries.totals import details_of
+
+    found = []
+    for fingerprint, rate in _rates(survey).items():
+        example = max(
+            (one for one in survey.entries if one.fingerprint == fingerprint),
+            key=lambda one: one.num_tokens,
+        )
+        details = details_of(store, example.id)
+        if details is None:
+            continue  # evicted meanwhile
+        nbytes = sum(run.nbytes * run.num_tokens / run.blob_tokens for run in details.runs)
+        if details.checkpoint is not None:
+            nbytes += details.checkpoint.nbytes
+        per_token = nbytes / example.num_tokens
+        gained = rate.token_s - per_token / disk.read_bytes_per_s
+        fixed = _time_open(store, Path(details.runs[0].path))
+        tokens = max(1, round(fixed / gained)) if gained > 0 else None
+        name = details.model.name
+        found.append(BreakEven(fingerprint, name, 1 / rate.token_s, per_token, tokens))
+    return sorted(found, key=lambda one: one.model)
+
+
+def _rates(survey: Survey) -> dict[str, Rate]:
+    """Per fingerprint the speed of prefill, where any was timed."""
+    entries = {entry.id: entry for entry in survey.entries}
+    rates: dict[str, Rate] = {}
+    for entry in entries.values():
+        if entry.prefill_s > 0:
+            above = entries.get(entry.parent or "")
+            while above is not None and above.prefill_s <= 0:
+                above = entries.get(above.parent or "")
+            start, cost = (0, 0.0) if above is None else (above.num_tokens, above.prefill_s)
+            rate = rates.setdefault(entry.fingerprint, Rate())
+            rate.add(entry.num_tokens - start, entry.prefill_s - cost)
+    return {fingerprint: rate for fingerprint, rate in rates.items() if rate.num_tokens}
+
+
+def _time_open(store: Store, blob: Path) -> float:
+    """Seconds until the first byte of KV could be read."""
+    from persist_cache.blobs.reader import BlobReader
+    from persist_cache.errors import StoreError
+
+    started = time.perf_counter()
+    with store._disk.index.read() as txn:
+        txn.blob_number(bytes.fromhex(blob.stem))
+    with contextlib.suppress(OSError, StoreError), BlobReader(blob):
+        pass
+    return time.perf_counter() - started
+
+
+def look_at_model(model: str, folder: Path, fingerprint: str) -> ModelCache:
+    """Make a model's empty cache, without reading its weights, and see which layers can be saved.
+
+    Args:
+        model: As the user named it.
+        folder: Where its files are.
+        fingerprint: Hex digest of its identity.
+
+    Raises:
+        MissingDependencyError: MLX or mlx-lm is not installed.
+    """
+    from persist_cache import tensors
+
+    try:
+        import mlx.core as mx
+        from mlx_lm.models.cache import make_prompt_cache
+        from mlx_lm.utils import load_model
+
+        loaded, _ = load_model(folder, lazy=True)
+        layers = tuple(tensors.supported(list(make_prompt_cache(loaded))))
+        device = str(mx.default_device())
+    except Exception as error:  # mlx-lm raises whatever it likes
+        said = str(error).strip().splitlines()
+        return ModelCache(model, fingerprint, said[0] if said else type(error).__name__)
+    return ModelCache(model, fingerprint, "", layers, device)
+
+
+def judge(
+    folder: Folder,
+    *,
+    limits: tuple[int, int],
+    packages: dict[str, str],
+    max_bytes: int,
+    min_free_bytes: int,
+    used_bytes: int,
+) -> list[Finding]:
+    """Say what is wrong with the place, and what to do about it."""
+    return list(_judge(folder, limits, packages, max_bytes, min_free_bytes, used_bytes))
+
+
+def _judge(
+    folder: Folder,
+    limits: tuple[int, int],
+    packages: dict[str, str],
+    max_bytes: int,
+    min_free_bytes: int,
+    used_bytes: int,
+) -> Iterator[Finding]:
+    for name in ("mlx", "mlx-lm"):
+        if not packages[name]:
+            yield Finding(
+                "note", f"{name} is not installed: pip install {name} to compute or serve prompts."
+            )
+    where = f"{folder.path} " if folder.exists else f"The place for {folder.path} "
+    if folder.is_taken:
+        yield Finding(
+            "problem", f"{folder.path} is not a folder; use a folder of your own (--store PATH)."
+        )
+    elif folder.exists and not folder.is_ours:
+        yield Finding(
+            "problem",
+            f"{folder.path} belongs to {folder.owner}; use a folder of your own (--store PATH).",
+        )
+    elif not folder.writable:
+        yield Finding("problem", f"{where}cannot be written; mend its rights, or use --store PATH.")
+    if folder.exists and folder.mode is not None and folder.mode & 0o077:
+        yield Finding(
+            "note",
+            f"{folder.path} is open to other users ({folder.mode:o}), and KV reveals prompts: "
+            f"chmod 700 {folder.path}.",
+        )
+    if folder.file_system in _NETWORK or folder.file_system.startswith("fuse.sshfs"):
+        yield Finding(
+            "problem",
+            f"{where}is on {folder.file_system}, where the index's locks do not hold; "
+            "use a local folder (--store PATH).",
+        )
+    if folder.file_system in _VOLATILE:
+        yield Finding(
+            "note",
+            f"{where}is on {folder.file_system}, which a restart of the machine empties; "
+            "use --store PATH to keep what is stored.",
+        )
+    yield from _judge_space(folder, max_bytes, min_free_bytes, used_bytes)
+    soft, _ = limits
+    if 0 <= soft < _ENOUGH_FILES:
+        yield Finding(
+            "note",
+            f"Only {soft} files may be open at once; run `ulimit -n 2048` before the server, "
+            "because long prompts are read from many.",
+        )
+
+
+def _judge_space(
+    folder: Folder, max_bytes: int, min_free_bytes: int, used_bytes: int
+) -> Iterator[Finding]:
+    if folder.free_bytes < min_free_bytes:
+        yield Finding(
+            "problem",
+            f"The disk is off: {folder.free_bytes:,} bytes are free, {min_free_bytes:,} are to be "
+            "left alone; free some space, or lower the floor.",
+        )
+    elif folder.free_bytes - min_free_bytes < max_bytes - used_bytes:
+        yield Finding(
+            "note",
+            f"The budget of {max_bytes:,} bytes cannot be used in full: "
+            f"{folder.free_bytes - min_free_bytes:,} more bytes may be written to this disk.",
+        )
+
+
+def judge_model(found: ModelCache) -> list[Finding]:
+    """Say what is wrong with storing a model's caches."""
+    if found.reason:
+        return [Finding("problem", f"{found.model}: {found.reason.rstrip('.')}.")]
+    bad = sorted({one.class_name for one in found.layers if one.storage == "unsupported"})
+    if bad:
+        return [
+            Finding(
+                "problem",
+                f"Caches of {found.model} stay in memory, because {_join(bad)} cannot be saved; "
+                "use another model to have its prompts survive a restart.",
+            )
+        ]
+    return []
+
+
+def _join(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

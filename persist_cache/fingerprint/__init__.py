@@ -1,0 +1,1 @@
+"""What makes a KV cache reusable: the identity of a model, and of what was loaded."""

@@ -1,0 +1,980 @@
+"""The LMDB environment: opening, locking, growing, and typed access within one transaction.
+
+This is the only module that imports lmdb. What the records mean together, the trie, is the
+business of `paths`.
+
+Thread safety: an `Index` may be shared between threads. Reads run side by side; writes are
+serialised between threads by `_write_lock` and between processes by the `flock` of `writer.lock`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import lmdb
+import msgspec
+import xxhash
+
+from persist_cache import forked, fs
+from persist_cache.errors import (
+    StoreAccessError,
+    StoreBusyError,
+    StoreError,
+    StoreFormatError,
+    StoreFullError,
+    StoreInUseError,
+    StoreReadOnlyError,
+)
+from persist_cache.index import holders, lock_table
+from persist_cache.index.columns import BlobColumns, EdgeColumns, EntryColumns, Packed, Raw
+from persist_cache.index.records import (
+    COUNTER_BYTES,
+    EXPIRY_KEY,
+    MAX_COUNTER,
+    NUMBER,
+    RECENCY_KEY,
+    BlobRecord,
+    Edge,
+    EntryRecord,
+    NamespaceRecord,
+    SizedRecord,
+    expiry_key,
+    pack_counter,
+    pack_number,
+    recency_key,
+    unpack_counter,
+    unpack_number,
+)
+
+SCHEMA_VERSION = 1
+_DATABASES = (
+    b"meta",
+    b"namespaces",
+    b"edges",
+    b"parents",
+    b"tokens",
+    b"blobs",
+    b"names",
+    b"entries",
+    b"recency",
+    b"expiry",
+    b"trash",
+    b"pending",
+    b"quarantine",
+    b"departed",
+)
+_META_MAGIC = 0xBEEFC0DE
+_META = struct.Struct("<16xI20xI")
+"""The head of `data.mdb`: after the page header LMDB's magic number, later its page size."""
+_TREE = (
+    b"namespaces",
+    b"edges",
+    b"parents",
+    b"tokens",
+    b"blobs",
+    b"names",
+    b"entries",
+    b"recency",
+    b"expiry",
+)
+"""What a rebuild makes anew from the blobs."""
+_COUNTED = b"count:"
+"""Prefix of the counters that people see; all others are the store's own."""
+_MAX_NAME_BYTES = 400
+_DAMAGE = (
+    lmdb.BadTxnError,
+    lmdb.CorruptedError,
+    lmdb.InvalidError,
+    lmdb.PageNotFoundError,
+    lmdb.PanicError,
+)
+UNREADABLE = (struct.error, UnicodeDecodeError, msgspec.MsgspecError)
+"""What unpacking a damaged record raises."""
+_GIB = 1 << 30
+_LEAST_MAP_BYTES = 64 << 20
+_FULL = "The disk is full; nothing was changed in the index."
+_NO_ROOM_BYTES = 1 << 20
+PATIENCE_S = 10.0
+"""How long a change waits for other processes; a commit takes milliseconds."""
+_SOON_S = 2.0
+"""After so long it is said that something waits."""
+_MARKS = struct.Struct("<B7xQ")
+"""The head of `writer.lock`: whether somebody is inside, and the process that was last."""
+LOCK_FILE = "writer.lock"
+T = TypeVar("T")
+
+
+class DamagedIndexError(StoreError):
+    """`data.mdb` cannot be what LMDB wrote; the store rebuilds it from the blobs."""
+
+
+def counter_name(name: str) -> str:
+    """A counter's name as a key can hold it: LMDB's have 511 bytes; the rest becomes a digest."""
+    raw = name.encode("utf-8", "replace")
+    if len(raw) <= _MAX_NAME_BYTES:
+        return raw.decode()
+    head = raw[: _MAX_NAME_BYTES - 33].decode("utf-8", "ignore")
+    return f"{head}~{xxhash.xxh3_128_hexdigest(raw)}"
+
+
+class Reader:
+    """Typed look-ups in one read transaction; valid inside its `with` block only."""
+
+    def __init__(self, txn: lmdb.Transaction, databases: dict[bytes, Any]) -> None:
+        self._txn = txn
+        self._db = databases
+
+    @property
+    def commit_id(self) -> int:
+        """Number of the commit that is seen; a higher one may have changed anything."""
+        return int(self._txn.id())
+
+    def counter(self, name: str) -> int:
+        raw = self._txn.get(name.encode(), db=self._db[b"meta"])
+        return 0 if raw is None else unpack_counter(raw)
+
+    def counts(self) -> dict[str, int]:
+        """Everything that was ever counted with `Writer.count`."""
+        found: dict[str, int] = {}
+        with self._txn.cursor(db=self._db[b"meta"]) as cursor:
+            if cursor.set_range(_COUNTED):
+                for key, value in cursor:
+                    name = bytes(key)
+                    if not name.startswith(_COUNTED):
+                        break
+                    found[name.removeprefix(_COUNTED).decode()] = unpack_counter(value)
+        return found
+
+    def meta(self, name: str) -> bytes | None:
+        raw = self._txn.get(name.encode(), db=self._db[b"meta"])
+        return None if raw is None else bytes(raw)
+
+    def namespaces(self, prefix: bytes = b"") -> list[tuple[bytes, NamespaceRecord]]:
+        """All namespaces whose key begins with `prefix`: one per layout of a fingerprint."""
+        found = []
+        with self._txn.cursor(db=self._db[b"namespaces"]) as cursor:
+            if cursor.set_range(prefix):
+                for key, value in cursor:
+                    if not bytes(key).startswith(prefix):
+                        break
+                    found.append((bytes(key), NamespaceRecord.unpack(value)))
+        return found
+
+    def edge(self, key: bytes) -> Edge | None:
+        raw = self._txn.get(key, db=self._db[b"edges"])
+        return None if raw is None else Edge.unpack(raw)
+
+    def children(self, node: int, limit: int | None = None) -> list[tuple[bytes, Edge]]:
+        """Edges below `node` in the order of their first tokens' bytes."""
+        prefix = pack_number(node)
+        found: list[tuple[bytes, Edge]] = []
+        with self._txn.cursor(db=self._db[b"edges"]) as cursor:
+            if cursor.set_range(prefix):
+                for key, value in cursor:
+                    if bytes(key[:8]) != prefix or (limit is not None and len(found) >= limit):
+                        break
+                    found.append((bytes(key), Edge.unpack(value)))
+        return found
+
+    def edges(self) -> Iterator[tuple[bytes, Edge]]:
+        keys, values = self._table(b"edges")
+        return zip(map(bytes, keys), Edge.unpack_all(values), strict=True)
+
+    def edge_columns(self) -> EdgeColumns:
+        return EdgeColumns(*self._table(b"edges"))
+
+    def parent_key(self, node: int) -> bytes | None:
+        """Key of the edge that leads to `node`; None for a root."""
+        raw = self._txn.get(pack_number(node), db=self._db[b"parents"])
+        return None if raw is None else bytes(raw)
+
+    def parents(self) -> tuple[Sequence[int], Raw]:
+        """All nodes but the roots, and the key of the edge that leads to each."""
+        keys, values = self._table(b"parents")
+        return Packed(NUMBER, keys).field(0), values
+
+    def blob(self, number: int) -> BlobRecord | None:
+        raw = self._txn.get(pack_number(number), db=self._db[b"blobs"])
+        return None if raw is None else BlobRecord.unpack(raw)
+
+    def blobs(self) -> Iterator[tuple[int, BlobRecord]]:
+        keys, values = self._table(b"blobs")
+        return zip(Packed(NUMBER, keys).field(0), BlobRecord.unpack_all(values), strict=True)
+
+    def blob_columns(self) -> BlobColumns:
+        return BlobColumns(*self._table(b"blobs"))
+
+    def blob_number(self, name: bytes) -> int | None:
+        raw = self._txn.get(name, db=self._db[b"names"])
+        return None if raw is None else unpack_number(raw)
+
+    def names(self) -> tuple[Raw, Sequence[int]]:
+        """The names of all blobs, and their numbers."""
+        keys, values = self._table(b"names")
+        return keys, Packed(NUMBER, values).field(0)
+
+    def tokens(self, blob: int, first_row: int, rows: int) -> bytes:
+        """Packed tokens of rows `[first_row, first_row + rows)` of a blob."""
+        raw = self._txn.get(pack_number(blob), db=self._db[b"tokens"])
+        return b"" if raw is None else bytes(raw[first_row * 8 : (first_row + rows) * 8])
+
+    def first_tokens(self) -> dict[int, bytes]:
+        """The first packed token of every run, by the blob's number."""
+        keys: list[bytes] = []
+        tokens: list[bytes] = []
+        with self._txn.cursor(db=self._db[b"tokens"]) as cursor:
+            # Not as a table: that would be all tokens at once.
+            for key, value in cursor:
+                keys.append(bytes(key))
+                tokens.append(bytes(value[:8]))
+        return dict(zip(Packed(NUMBER, keys).field(0), tokens, strict=True))
+
+    def entry(self, number: int) -> EntryRecord | None:
+        raw = self._txn.get(pack_number(number), db=self._db[b"entries"])
+        return None if raw is None else EntryRecord.unpack(raw)
+
+    def entries(self) -> Iterator[tuple[int, EntryRecord]]:
+        keys, values = self._table(b"entries")
+        return zip(Packed(NUMBER, keys).field(0), EntryRecord.unpack_all(values), strict=True)
+
+    def entry_columns(self) -> EntryColumns:
+        return EntryColumns(*self._table(b"entries"))
+
+    def entries_from(self, low: int) -> Iterator[int]:
+        """Entry numbers from `low` upwards: how a short id is completed."""
+        with self._txn.cursor(db=self._db[b"entries"]) as cursor:
+            if cursor.set_range(pack_number(low)):
+                for key in cursor.iternext(values=False):
+                    yield unpack_number(key)
+
+    def recency_keys(self, after: bytes = b"") -> Iterator[bytes]:
+        """Keys of all entries behind the key `after`: by tier, then the least recently used."""
+        with self._txn.cursor(db=self._db[b"recency"]) as cursor:
+            if cursor.set_range(after):
+                for key in cursor.iternext(values=False):
+                    raw = bytes(key)
+                    if raw != after:
+                        yield raw
+
+    def recency_columns(self) -> list[Sequence[int]]:
+        """Tier, last use in microseconds and number of all entries that are evicted in turn."""
+        keys = Packed(RECENCY_KEY, self._keys(b"recency"))
+        return [keys.field(place) for place in range(3)]
+
+    def expiry_columns(self) -> list[Sequence[int]]:
+        """Expiry in microseconds and number of all entries that expire."""
+        keys = Packed(EXPIRY_KEY, self._keys(b"expiry"))
+        return [keys.field(place) for place in range(2)]
+
+    def expired(self, now: float) -> list[int]:
+        """Entries whose time has come, the longest expired first."""
+        found: list[int] = []
+        limit = expiry_key(now, (1 << 64) - 1)
+        with self._txn.cursor(db=self._db[b"expiry"]) as cursor:
+            for key in cursor.iternext(values=False):
+                raw = bytes(key)
+                if raw > limit:
+                    break
+                found.append(unpack_number(raw[8:]))
+        return found
+
+    def sized(self, database: bytes) -> dict[bytes, SizedRecord]:
+        """All records of `trash`, `pending`, `quarantine`: name (16 bytes) to record."""
+        with self._txn.cursor(db=self._db[database]) as cursor:
+            return {bytes(key): SizedRecord.unpack(value) for key, value in cursor}
+
+    def keys(self, database: bytes) -> set[bytes]:
+        """All keys of a sub-database, whatever their records say."""
+        return set(map(bytes, self._keys(database)))
+
+    def in_database(self, database: bytes, key: bytes) -> bool:
+        return self._txn.get(key, db=self._db[database]) is not None
+
+    def departed(self, entry: int) -> SizedRecord | None:
+        """Why an entry is no longer here, if that is remembered."""
+        raw = self._txn.get(pack_number(entry), db=self._db[b"departed"])
+        return None if raw is None else SizedRecord.unpack(raw)
+
+    def _keys(self, database: bytes) -> Raw:
+        """All keys of a sub-database; valid until something is written."""
+        with self._txn.cursor(db=self._db[database]) as cursor:
+            return list(cursor.iternext(values=False))
+
+    def _table(self, database: bytes) -> tuple[Raw, Raw]:
+        """All keys and all values of a sub-database; valid until something is written."""
+        with self._txn.cursor(db=self._db[database]) as cursor:
+            keys, values = tuple(zip(*cursor, strict=True)) or ((), ())
+        return keys, values
+
+    def size_of(self, database: bytes) -> int:
+        """Number of records in a sub-database."""
+        return int(self._txn.stat(self._db[database])["entries"])
+
+
+class Writer(Reader):
+    """Typed changes in one write transaction; they all happen at its commit or not at all."""
+
+    def discard_unreadable(self) -> None:
+        """Remove damaged records from what a rebuild does not make anew."""
+        for database in (b"trash", b"pending", b"quarantine", b"departed"):
+            with self._txn.cursor(db=self._db[database]) as cursor:
+                records = [(bytes(key), bytes(value)) for key, value in cursor]
+            for key, value in records:
+                try:
+                    SizedRecord.unpack(value)
+                    sound = len(key) == (8 if database == b"departed" else 16)
+                except (StoreFormatError, *UNREADABLE):
+                    sound = False
+                if not sound:
+                    self._txn.delete(key, db=self._db[database])
+        with self._txn.cursor(db=self._db[b"meta"]) as cursor:
+            sizes = [(bytes(key), len(value)) for key, value in cursor]
+        for key, size in sizes:
+            if size != (16 if key == b"store_id" else 8):
+                self._txn.delete(key, db=self._db[b"meta"])
+
+    def set_meta(self, name: str, value: bytes) -> None:
+        self._txn.put(name.encode(), value, db=self._db[b"meta"])
+
+    def add(self, name: str, amount: int) -> int:
+        """Add to a counter and return its new value."""
+        value = max(-MAX_COUNTER, min(self.counter(name) + amount, MAX_COUNTER))
+        self._txn.put(name.encode(), pack_counter(value), db=self._db[b"meta"])
+        return value
+
+    def count(self, name: str, amount: int = 1) -> None:
+        """Add to a counter that people see."""
+        self.add(_COUNTED.decode() + counter_name(name), amount)
+
+    def clear_tree(self) -> None:
+        """Forget all prompts and blobs; what is in the trash or counted stays."""
+        for database in _TREE:
+            self._txn.drop(self._db[database], delete=False)
+
+    def put_namespace(self, key: bytes, record: NamespaceRecord) -> None:
+        self._txn.put(key, record.pack(), db=self._db[b"namespaces"])
+
+    def delete_namespace(self, key: bytes) -> None:
+        self._txn.delete(key, db=self._db[b"namespaces"])
+
+    def put_edge(self, key: bytes, edge: Edge) -> None:
+        """Write an edge and the way back from its node."""
+        self._txn.put(key, edge.pack(), db=self._db[b"edges"])
+        self._txn.put(pack_number(edge.node), key, db=self._db[b"parents"])
+
+    def delete_edge(self, key: bytes, node: int | None) -> None:
+        """Remove an edge, and the way back unless `node` has moved to another edge."""
+        self._txn.delete(key, db=self._db[b"edges"])
+        if node is not None:
+            self._txn.delete(pack_number(node), db=self._db[b"parents"])
+
+    def put_blob(self, number: int, record: BlobRecord) -> None:
+        self._txn.put(pack_number(number), record.pack(), db=self._db[b"blobs"])
+        self._txn.put(record.name, pack_number(number), db=self._db[b"names"])
+
+    def put_tokens(self, blob: int, packed: bytes) -> None:
+        self._txn.put(pack_number(blob), packed, db=self._db[b"tokens"])
+
+    def delete_blob(self, number: int, name: bytes) -> None:
+        self._txn.delete(pack_number(number), db=self._db[b"blobs"])
+        self._txn.delete(pack_number(number), db=self._db[b"tokens"])
+        self._txn.delete(name, db=self._db[b"names"])
+
+    def put_entry(self, number: int, record: EntryRecord) -> None:
+        """Write an entry and move it to its place in the order of eviction."""
+        self._forget_order(number)
+        self._txn.put(pack_number(number), record.pack(), db=self._db[b"entries"])
+        key = recency_key(record.tier, record.last_use_us, number)
+        self._txn.put(key, b"", db=self._db[b"recency"])
+        if record.expires:
+            self._txn.put(expiry_key(record.expires, number), b"", db=self._db[b"expiry"])
+
+    def delete_entry(self, number: int) -> None:
+        self._forget_order(number)
+        self._txn.delete(pack_number(number), db=self._db[b"entries"])
+
+    def _forget_order(self, number: int) -> None:
+        old = self.entry(number)
+        if old is not None:
+            key = recency_key(old.tier, old.last_use_us, number)
+            self._txn.delete(key, db=self._db[b"recency"])
+            if old.expires:
+                self._txn.delete(expiry_key(old.expires, number), db=self._db[b"expiry"])
+
+    def put_sized(self, database: bytes, key: bytes, record: SizedRecord) -> None:
+        self._txn.put(key, record.pack(), db=self._db[database])
+
+    def delete_sized(self, database: bytes, key: bytes) -> bool:
+        return bool(self._txn.delete(key, db=self._db[database]))
+
+
+class Index:
+    """One open LMDB environment."""
+
+    def __init__(
+        self, root: Path, *, read_only: bool, map_bytes: int = 16 * _GIB, presence: int = -1
+    ) -> None:
+        """Open the index in the folder `root`, creating it unless `read_only`.
+
+        Args:
+            root: Folder of `data.mdb`.
+            read_only: Never write, and do not create it.
+            map_bytes: Address space to begin with; it grows when the index does.
+            presence: Descriptor whose lock says that the store is in use; closed with the index.
+
+        Raises:
+            DamagedIndexError: The file cannot be what LMDB wrote.
+            StoreFormatError: It has a schema of an unknown version.
+            StoreInUseError: This process has it open already.
+        """
+        self.root = root
+        self.data_path = root / "data.mdb"
+        self.read_only = read_only
+        self._pid = os.getpid()
+        self._presence = presence
+        self._write_lock = threading.Lock()
+        self._gate = threading.Condition()
+        self._inside = 0
+        self._growing = False
+        self._closed = False
+        self._lock_fd = -1
+        self._waits: dict[int, float] = {}
+        self._terms = threading.local()
+        self._map_bytes = map_bytes
+        self._check_length()
+        self._env = self._open_environment()
+        forked.register(self)
+        try:
+            self._check_last_page()
+            self._file = _identity(self.data_path)
+            if not read_only:
+                self._lock_fd = fs.open_shared(root / LOCK_FILE)
+                # LMDB creates its files under the umask, which may be any.
+                os.chmod(root / "data.mdb", fs.FILE_MODE)
+                os.chmod(root / lock_table.FILE, fs.FILE_MODE)
+                self._env.reader_check()
+            self._db = self._open_databases()
+            self._check_schema()
+        except BaseException:
+            self.detach_presence()
+            self.close()
+            raise
+
+    def detach_presence(self) -> None:
+        """Leave the descriptor of `presence` to the caller, also when the index is closed."""
+        self._presence = -1
+
+    def close(self, timeout_s: float | None = None) -> bool:
+        """Wait for transactions of other threads, then close; further calls do nothing.
+
+        Returns:
+            Whether it is closed: not if those took longer than `timeout_s`. Then nothing new is
+            begun, and the files stay open as long as the process.
+        """
+        if self._closed or os.getpid() != self._pid:
+            return True  # a forked child must not touch its parent's environment
+        give_up = None if timeout_s is None else time.monotonic() + max(timeout_s, 0.0)
+        if not self._write_lock.acquire(timeout=-1 if give_up is None else _left(give_up)):
+            return False
+        try:
+            with self._gate:
+                self._closed = True
+                left = None if give_up is None else _left(give_up)
+                if not self._gate.wait_for(lambda: not self._inside, left):
+                    return False
+                self._close_environment()
+                for fd in (self._lock_fd, self._presence):
+                    if fd >= 0:
+                        os.close(fd)
+                self._lock_fd = self._presence = -1
+        finally:
+            self._write_lock.release()
+        return True
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this process opened it, rather than the one it was forked from."""
+        return os.getpid() == self._pid
+
+    def let_go(self) -> None:
+        """In a forked child: drop the locks that are the parent's; the child may not use it."""
+        for fd in (self._lock_fd, self._presence):
+            if fd >= 0:
+                os.close(fd)
+        self._lock_fd = self._presence = -1
+
+    @contextlib.contextmanager
+    def read(self, *, copies: bool = False) -> Iterator[Reader]:
+        """A consistent view of the index; nothing taken from it may outlive the block undecoded.
+
+        Blocks must not be nested, nor contain an `update`: growing the map waits for them.
+
+        Args:
+            copies: Copy what is read, which is faster for whole tables of small records.
+        """
+        self._enter()
+        try:
+            with self._begin_read(copies) as txn:
+                yield Reader(txn, self._db)
+        except lmdb.Error as error:
+            raise _translated(error) from error
+        except UNREADABLE as error:
+            raise _contradictory(error) from error
+        except OSError as error:
+            raise fs.translated(error, "while the index was read") from error
+        finally:
+            self._leave()
+
+    @contextlib.contextmanager
+    def terms(
+        self, *, relieve: Callable[[], int] | None = None, patience_s: float | None = None
+    ) -> Iterator[None]:
+        """Say for the changes of this thread in the block what is special about them.
+
+        Args:
+            relieve: Frees some of the disk if the commit finds it full, and returns how many
+                bytes; called at most once a change, while no other process can write.
+            patience_s: How long to wait for other processes; `PATIENCE_S` when None.
+        """
+        before = self._terms.__dict__.copy()
+        said = {"relieve": relieve, "patience_s": patience_s}
+        self._terms.__dict__.update((key, one) for key, one in said.items() if one is not None)
+        try:
+            yield
+        finally:
+            self._terms.__dict__.clear()
+            self._terms.__dict__.update(before)
+
+    def update(self, change: Callable[[Writer], T]) -> T:
+        """Run `change` in a write transaction and commit it durably.
+
+        `change` may run more than once (the map may have to grow first), so it must have no
+        effect besides the transaction. If it raises, nothing is changed.
+
+        Raises:
+            StoreFullError: The disk or the map is full; nothing was changed.
+            StoreReadOnlyError: The store is open read-only.
+            StoreBusyError: Another process does not end its transaction.
+        """
+        if self.read_only:
+            raise StoreReadOnlyError("The store is open read-only; nothing was changed.")
+        self._check_usable()
+        try:
+            with self._alone():
+                # A reader that was killed keeps every page freed since from being used again, and
+                # the file would grow past any budget.
+                self._reader_check()
+                return self._committed(change)
+        except lmdb.Error as error:
+            raise _translated(error) from error
+        except UNREADABLE as error:
+            raise _contradictory(error) from error
+        except OSError as error:
+            raise fs.translated(error, "while the index was changed") from error
+
+    def alone(self, act: Callable[[], T]) -> T:
+        """Do something while no other thread or process changes the index; `act` may read it.
+
+        Raises:
+            StoreReadOnlyError: The store is open read-only.
+            StoreBusyError: Another process does not end its transaction.
+        """
+        if self.read_only:
+            raise StoreReadOnlyError("The store is open read-only; nothing was changed.")
+        try:
+            with self._alone():
+                return act()
+        except OSError as error:
+            raise fs.translated(error, "while the store was changed") from error
+
+    def _committed(self, change: Callable[[Writer], T]) -> T:
+        """Commit `change`, mending what stands in the way."""
+        relieve: Callable[[], int] | None = getattr(self._terms, "relieve", None)
+        freed = 0
+        renewed = False
+        while True:
+            try:
+                return self._commit(change)
+            except lmdb.MapFullError:
+                self._resize(self._larger_map(self._env.info()["map_size"]))
+            except lmdb.MapResizedError:
+                self._resize(self._larger_map(self.data_path.stat().st_size))
+            except lmdb.PanicError:
+                # A commit before this one failed while it wrote its last page.
+                if renewed:
+                    raise
+                self._renew()
+                renewed = True
+            except lmdb.Error as error:
+                if not self._found_full(error):
+                    raise
+                if freed:
+                    raise StoreFullError(
+                        f"The disk is full: the {freed} bytes that were kept back for this were "
+                        "given up, and something else took them at once. Nothing was changed; "
+                        "free some space on it and try again."
+                    ) from error
+                freed = relieve() if relieve is not None else 0
+                if not freed:
+                    raise StoreFullError(_FULL) from error
+
+    def _found_full(self, error: lmdb.Error) -> bool:
+        """Whether a commit failed because there was no room.
+
+        LMDB says the same of a disk that takes a part of what is written as of one that is broken.
+        """
+        if _is_full(error):
+            return True
+        if os.strerror(errno.EIO) not in str(error):
+            return False
+        with contextlib.suppress(OSError):
+            return fs.free_bytes(self.root) < _NO_ROOM_BYTES
+        return False
+
+    def waits_for(self) -> str:
+        """What keeps changes waiting at this moment, in a sentence; "" if nothing does."""
+        with self._gate:
+            since = min(self._waits.values(), default=None)
+        if since is None or time.monotonic() - since < _SOON_S:
+            return ""
+        return self._busy(time.monotonic() - since)
+
+    def _busy(self, waited_s: float) -> str:
+        path = self.root / LOCK_FILE
+        last = 0
+        with contextlib.suppress(OSError, struct.error):
+            last = _MARKS.unpack(os.pread(self._lock_fd, _MARKS.size, 0))[1]
+        return holders.sentence(path, holders.holders(path, last), waited_s)
+
+    def _commit(self, change: Callable[[Writer], T]) -> T:
+        self._enter()
+        try:
+            with self._env.begin(write=True, buffers=True) as txn:
+                return change(Writer(txn, self._db))
+        finally:
+            self._leave()
+
+    def sync(self) -> None:
+        """Make commits durable now; a power cut may otherwise take the last one back."""
+        self._enter()
+        try:
+            self._env.sync(True)
+        except lmdb.Error as error:
+            raise _translated(error) from error
+        finally:
+            self._leave()
+
+    def reader_check(self) -> int:
+        """Free the slots of readers that died; returns how many there were."""
+        return int(self._env.reader_check())
+
+    def file_bytes(self) -> int:
+        """Bytes the index takes on disk, as `du` counts."""
+        names = ("data.mdb", lock_table.FILE, LOCK_FILE)
+        return sum(fs.disk_bytes(self.root / name) for name in names)
+
+    def is_lost(self) -> bool:
+        """Whether the open file no longer has its name: somebody removed or replaced the folder.
+
+        A closed one has none: it was lost before, and its number may be another file's by now.
+        """
+        try:
+            return self._closed or _identity(self.data_path) != self._file
+        except OSError:
+            return True
+
+    def _check_usable(self) -> None:
+        if os.getpid() != self._pid:
+            raise StoreInUseError(
+                "The store was opened before this process was forked; open it again in the child "
+                "under another process start method (spawn)."
+            )
+        if self._closed:
+            raise StoreError("The store is closed.")
+
+    def _enter(self) -> None:
+        """Count this thread among those that are in a transaction."""
+        self._check_usable()
+        with self._gate:
+            while self._growing:
+                self._gate.wait()
+            self._check_usable()
+            self._inside += 1
+
+    def _leave(self) -> None:
+        with self._gate:
+            self._inside -= 1
+            self._gate.notify_all()
+
+    def _begin_read(self, copies: bool) -> lmdb.Transaction:
+        """Begin a transaction in a thread that `_enter` has counted."""
+        while True:
+            try:
+                if copies:
+                    return self._env.begin(buffers=False)
+                return self._env.begin(buffers=True)
+            except lmdb.ReadersFullError:
+                if self._env.reader_check() == 0:
+                    raise
+            except (lmdb.MapResizedError, lmdb.PanicError) as error:
+                # Uncounted meanwhile: two threads that get here together would each wait for
+                # the other to leave.
+                self._leave()
+                try:
+                    if isinstance(error, lmdb.PanicError):
+                        self._renew()
+                    else:
+                        self._resize(self._larger_map(self.data_path.stat().st_size))
+                finally:
+                    self._enter()
+
+    def _resize(self, size: int) -> None:
+        """Resize the map, which LMDB allows only while this process holds no transaction."""
+        with self._nobody_inside():
+            if not self._closed and size > self._env.info()["map_size"]:
+                self._env.set_mapsize(size)
+
+    def _renew(self) -> None:
+        """Open the environment again; LMDB wants that after it failed to write a meta page."""
+        with self._nobody_inside():
+            if self._closed:
+                return
+            self._close_environment()
+            try:
+                self._env = self._open_environment()
+                self._db = self._open_databases()
+            except BaseException:
+                self._closed = True
+                raise
+
+    @contextlib.contextmanager
+    def _nobody_inside(self) -> Iterator[None]:
+        """Hold while no thread of this process is in a transaction."""
+        with self._gate:
+            self._growing = True
+            try:
+                while self._inside:
+                    self._gate.wait()
+                yield
+            finally:
+                self._growing = False
+                self._gate.notify_all()
+
+    def _larger_map(self, nbytes: int) -> int:
+        """A size for a map that is to be larger than `nbytes`, as far as the process may have it.
+
+        To be found out before: LMDB gives the old map up first, and cannot do without one.
+        """
+        for share in (1.0, 0.5, 0.125):
+            size = int(nbytes * (1 + share)) // mmap.PAGESIZE * mmap.PAGESIZE + (1 << 20)
+            try:
+                mmap.mmap(-1, size, mmap.MAP_PRIVATE, mmap.PROT_READ).close()
+            except (OSError, ValueError, OverflowError):
+                continue
+            return size
+        raise StoreFullError(
+            f"The index is full: its {nbytes} bytes cannot grow, because this process may not have "
+            "more address space; raise that limit (ulimit -v). Nothing was changed."
+        )
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold `_write_lock` and `writer.lock`; byte 0 of that is 1 meanwhile."""
+        said: float | None = getattr(self._terms, "patience_s", None)
+        patience_s = PATIENCE_S if said is None else max(0.0, said)
+        me = threading.get_ident()
+        started = time.monotonic()
+        give_up = started + patience_s
+        with self._gate:
+            self._waits[me] = started
+        try:
+            if not self._write_lock.acquire(timeout=patience_s):
+                self._check_usable()
+                raise StoreBusyError(self._busy(patience_s))
+        except BaseException:
+            with self._gate:
+                self._waits.pop(me, None)
+            raise
+        try:
+            try:
+                self._check_usable()
+                if not fs.lock(self._lock_fd, _left(give_up)):
+                    raise StoreBusyError(self._busy(patience_s))
+            finally:
+                with self._gate:
+                    self._waits.pop(me, None)
+            try:
+                if os.pread(self._lock_fd, 1, 0) == b"\x01":
+                    self._repair_semaphore()
+                self._mark(_MARKS.pack(1, self._pid))
+                yield
+            finally:
+                self._mark(b"\x00")
+                fs.unlock(self._lock_fd)
+        finally:
+            self._write_lock.release()
+
+    def _mark(self, marks: bytes) -> None:
+        # On a full disk the file's first byte may be refused; evicting has to work even then.
+        with contextlib.suppress(OSError):
+            os.pwrite(self._lock_fd, marks, 0)
+
+    def _reader_check(self) -> None:
+        with contextlib.suppress(lmdb.PanicError):  # the transaction is told so, too
+            self._env.reader_check()
+
+    def _repair_semaphore(self) -> None:
+        """A writer died inside its transaction. Robust mutexes (Linux) recover by themselves."""
+        import sys
+
+        if sys.platform == "darwin":
+            from persist_cache.index import semaphores
+
+            semaphores.release_abandoned(self.root / lock_table.FILE)
+
+    def _open_environment(self) -> lmdb.Environment:
+        """Open it with as much address space as there is, up to what was asked for."""
+        size = self._map_bytes
+        with lock_table.opening(self.root, self.read_only) as readers:
+            while True:
+                try:
+                    environment = _opened(self.root, self.read_only, size, readers)
+                    break
+                except lmdb.MemoryError as error:
+                    size //= 4
+                    if size < _LEAST_MAP_BYTES:
+                        raise StoreError(
+                            f"The index at {self.root} cannot be mapped: this process may not have "
+                            "enough address space; raise that limit (ulimit -v)."
+                        ) from error
+        self._table = lock_table.key(self.root)
+        return environment
+
+    def _close_environment(self) -> None:
+        self._env.close()
+        lock_table.closed(self._table)
+
+    def _check_length(self) -> None:
+        """A file shorter than its two meta pages kills the process that maps it (SIGBUS)."""
+        try:
+            with self.data_path.open("rb") as file:
+                head = file.read(_META.size)
+                size = os.fstat(file.fileno()).st_size
+        except FileNotFoundError:
+            return
+        if size == 0:
+            return
+        magic, page_bytes = _META.unpack(head.ljust(_META.size, b"\0"))
+        if magic != _META_MAGIC:
+            raise DamagedIndexError(f"{self.data_path} is not an LMDB file.")
+        if size < 2 * page_bytes:
+            raise DamagedIndexError(f"{self.data_path} is truncated to {size} bytes.")
+
+    def _check_last_page(self) -> None:
+        """A truncated file would raise SIGBUS at the first look-up beyond its end."""
+        needed = (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
+        size = self.data_path.stat().st_size
+        if size < needed:
+            raise DamagedIndexError(f"{self.data_path} has {size} of its {needed} bytes.")
+
+    def _open_databases(self) -> dict[bytes, Any]:
+        try:
+            return {name: self._env.open_db(name, create=not self.read_only) for name in _DATABASES}
+        except lmdb.NotFoundError:
+            raise DamagedIndexError(f"{self.data_path} lacks tables of the index.") from None
+        except lmdb.Error as error:
+            raise _translated(error) from error
+
+    def _check_schema(self) -> None:
+        with self.read() as txn:
+            found = txn.meta("schema")
+        if found is None:
+            if self.read_only:
+                raise DamagedIndexError(f"{self.data_path} has no schema version.")
+            self.update(_initialise)
+        elif len(found) != COUNTER_BYTES:
+            raise DamagedIndexError(f"{self.data_path} has no schema version.")
+        elif unpack_counter(found) != SCHEMA_VERSION:
+            raise StoreFormatError(
+                f"The store at {self.root} has schema version {unpack_counter(found)}; this "
+                f"version of persist-cache knows {SCHEMA_VERSION} only. Use the version that "
+                "wrote it, or another --store."
+            )
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+def _initialise(txn: Writer) -> None:
+    if txn.meta("schema") is None:
+        txn.add("schema", SCHEMA_VERSION)
+        txn.set_meta("store_id", os.urandom(16))
+        txn.add("created", int(time.time()))
+
+
+def _left(give_up: float) -> float:
+    return max(0.0, give_up - time.monotonic())
+
+
+def _opened(root: Path, read_only: bool, map_bytes: int, readers: int) -> lmdb.Environment:
+    # lib_version=0 fixes the engine: others read and write other file formats. metasync=False
+    # saves half of the commit and loses at most the last one, never consistency.
+    # A reader on a read-only file system cannot register itself in the lock file.
+    lockable = not read_only or os.access(root / lock_table.FILE, os.W_OK)
+    try:
+        return lmdb.open(
+            os.fsencode(root),
+            lib_version=0,
+            map_size=map_bytes,
+            max_dbs=16,
+            max_readers=readers,
+            max_spare_txns=1,
+            metasync=False,
+            mode=fs.FILE_MODE,
+            readonly=read_only,
+            create=not read_only,
+            lock=lockable,
+        )
+    except lmdb.MemoryError:
+        raise
+    except lmdb.InvalidError as error:
+        raise DamagedIndexError(f"{root / 'data.mdb'} is not an LMDB file.") from error
+    except lmdb.Error as error:
+        if "already open" in str(error):
+            raise StoreInUseError(
+                f"The store at {root} is open in this process already; share that object."
+            ) from error
+        raise _translated(error) from error
+
+
+def _contradictory(error: Exception) -> StoreError:
+    return StoreError(
+        f"The index holds a damaged record ({error}); run `persist-cache check --repair`."
+    )
+
+
+def _translated(error: lmdb.Error) -> StoreError:
+    text = str(error)
+    if isinstance(error, lmdb.MapFullError) or _is_full(error):
+        return StoreFullError(_FULL)
+    if any(os.strerror(one) in text for one in fs.FORBIDDEN):
+        return StoreAccessError(f"The index may not be used: {text}.")
+    if isinstance(error, _DAMAGE):
+        return DamagedIndexError(f"The index is damaged ({text}); run `persist-cache check`.")
+    return StoreError(f"The index failed: {text}.")
+
+
+def _is_full(error: lmdb.Error) -> bool:
+    """Whether the file system said that it has no room, or none for us."""
+    return any(os.strerror(one) in str(error) for one in fs.FULL)

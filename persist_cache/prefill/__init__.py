@@ -1,0 +1,1 @@
+"""Running a model over a prompt: loading it, computing its KV, and what that costs."""

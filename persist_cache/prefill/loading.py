@@ -1,0 +1,141 @@
+"""`load`: mlx-lm's `load`, settling which files the model in memory was made of."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, overload
+
+from persist_cache.errors import MissingDependencyError
+from persist_cache.fingerprint.contents import printable
+from persist_cache.fingerprint.loads import Description, Files, Unidentified, around_load, remember
+from persist_cache.fingerprint.model_files import digest_json, is_folder
+
+
+@overload
+def load(
+    path_or_hf_repo: str | os.PathLike[str],
+    *,
+    adapter_path: str | os.PathLike[str] | None = None,
+    tokenizer_config: Mapping[str, Any] | None = None,
+    model_config: Mapping[str, Any] | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    return_config: Literal[False] = False,
+) -> tuple[Any, Any]: ...
+
+
+@overload
+def load(
+    path_or_hf_repo: str | os.PathLike[str],
+    *,
+    adapter_path: str | os.PathLike[str] | None = None,
+    tokenizer_config: Mapping[str, Any] | None = None,
+    model_config: Mapping[str, Any] | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    return_config: Literal[True],
+) -> tuple[Any, Any, dict[str, Any]]: ...
+
+
+def load(
+    path_or_hf_repo: str | os.PathLike[str],
+    *,
+    adapter_path: str | os.PathLike[str] | None = None,
+    tokenizer_config: Mapping[str, Any] | None = None,
+    model_config: Mapping[str, Any] | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    return_config: bool = False,
+) -> Any:
+    """Load a model and its tokenizer as `mlx_lm.load` does, and settle the model's identity.
+
+    The identity is that of the files the weights were read from, whatever becomes of the files
+    later. While the model lives, each `PromptCache` and `Identifier` of this process uses it for
+    the model key `path_or_hf_repo`, or `(path_or_hf_repo, adapter_path, None)` with an adapter.
+    Load the model in this way again when its files have changed: the latest load counts.
+
+    All weights are read before this returns, also the adapter's; there is no `lazy`. A model
+    whose files are replaced while it is loaded is loaded once more.
+
+    Args:
+        path_or_hf_repo: Folder or hub id.
+        adapter_path: Folder of an adapter, or None.
+        tokenizer_config: As in `mlx_lm.load`.
+        model_config: Replaces fields of the model's configuration; part of the identity.
+        revision: Of a hub id.
+        trust_remote_code: Whether code in the model's folder may be run.
+        return_config: Return the configuration, too.
+
+    Returns:
+        `(model, tokenizer)`, or `(model, tokenizer, config)`.
+
+    Raises:
+        MissingDependencyError: MLX or mlx-lm is not installed.
+        Exception: What `mlx_lm.load` raises.
+    """
+    try:
+        import mlx_lm
+    except ImportError as error:
+        raise MissingDependencyError(
+            "Running a model needs MLX and mlx-lm: pip install mlx mlx-lm."
+        ) from error
+    name = os.fspath(path_or_hf_repo)
+    adapter = None if adapter_path is None else os.fspath(adapter_path)
+    folder = fetch(name, revision)
+
+    def read() -> Any:
+        # By its folder: a hub id might name another commit by now.
+        loaded = mlx_lm.load(
+            str(folder),
+            tokenizer_config=dict(tokenizer_config or {}),
+            model_config=dict(model_config or {}),
+            adapter_path=adapter,
+            return_config=True,
+            trust_remote_code=trust_remote_code,
+        )
+        evaluate(loaded[0])
+        return loaded
+
+    loaded, described = around_load(Files((name, adapter, None), folder=folder), read)
+    beyond_files = ""
+    if model_config or revision:
+        option = "model_config" if model_config else "revision"
+        beyond_files = f"{printable(name)}: it was loaded with a {option}, which no file tells"
+    described = _with_model_config(described, model_config)
+    remember(name, adapter, loaded[0], described, beyond_files)
+    return loaded if return_config else loaded[:2]
+
+
+def fetch(name: str, revision: str | None = None) -> Path:
+    """Return a model's folder, after downloading what a hub id names and is not here yet.
+
+    Raises:
+        ImportError: mlx-lm is not installed.
+        Exception: What the hub's client raises.
+    """
+    if is_folder(name):
+        return Path(name)
+    from mlx_lm.utils import _download
+
+    return Path(_download(name, revision=revision))
+
+
+def evaluate(*models: Any) -> None:
+    """Read all weights now: MLX does so lazily, and mlx-lm leaves an adapter's to be read."""
+    import mlx.core as mx
+
+    mx.eval([model.parameters() for model in models if model is not None])
+
+
+def _with_model_config(
+    described: Description | Unidentified, model_config: Mapping[str, Any] | None
+) -> Description | Unidentified:
+    if not model_config or isinstance(described, Unidentified):
+        return described
+    try:
+        fields = {**described.fields, "model_config": digest_json(dict(model_config))}
+    except (TypeError, ValueError) as error:
+        return Unidentified(f"model_config is not JSON: {error}")
+    return Description(fields, described.info)

@@ -1,0 +1,1 @@
+"""What people ask of a store, as values and as JSON; reads, and changes nothing."""

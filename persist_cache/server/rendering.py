@@ -1,0 +1,192 @@
+"""How a client's request becomes a prompt: for the commands, the admin API and the server.
+
+`read_request` takes from a body what shapes its prompt, and nothing else: how an answer is sampled
+does not matter here. `render` makes tokens of that with the very function that `mlx_lm.server`
+answers with, so that an explanation cannot speak of another prompt than the one that is served.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+from persist_cache.server.validation import RefusedError, check_prompt
+
+log = logging.getLogger(__name__)
+
+_IMAGE_TYPES = frozenset({"image", "image_url", "input_image"})
+_MAX_SAID = 200
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRequest:
+    """What of a request shapes its prompt.
+
+    Attributes:
+        messages: Of a chat, as the client sent them; empty for a text completion.
+        text: Prompt of a text completion.
+        tools: Tool definitions, or None.
+        role_mapping: Roles as text, for models without a chat template, or None.
+        template_args: Arguments of the chat template; they win over those of the server.
+    """
+
+    messages: list[dict[str, Any]]
+    text: str = ""
+    tools: list[dict[str, Any]] | None = None
+    role_mapping: dict[str, str] | None = None
+    template_args: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A rendered prompt.
+
+    Attributes:
+        tokens: Token ids.
+        system_tokens: Leading tokens that every conversation with the same system messages and
+            tools shares; 0 when there is no system part.
+    """
+
+    tokens: list[int]
+    system_tokens: int
+
+
+def read_request(body: Mapping[str, Any]) -> PromptRequest:
+    """Take what shapes the prompt from the body of a chat or of a text completion request.
+
+    A member that is null is absent.
+
+    Raises:
+        RefusedError: The server would not understand it either, or it has images.
+    """
+    check_prompt(body)
+    if body.get("messages") is None:
+        return PromptRequest([], text=body["prompt"])
+    for place, message in enumerate(body["messages"]):
+        _refuse_other_parts(message.get("content"), f"messages[{place}].content")
+    return PromptRequest(
+        body["messages"],
+        tools=body.get("tools") or None,
+        role_mapping=body.get("role_mapping"),
+        template_args=body.get("chat_template_kwargs") or {},
+    )
+
+
+def system_only(request: PromptRequest) -> bool:
+    """Whether a request is nothing but the system part of others: its last message is no turn."""
+    return bool(request.messages) and request.messages[-1].get("role") == "system"
+
+
+def _refuse_other_parts(content: Any, name: str) -> None:
+    types = {part["type"] for part in content} if isinstance(content, list) else set()
+    if types & _IMAGE_TYPES:
+        raise RefusedError(400, f"{name} has an image; only text can be explained or warmed.")
+    if types - {"text"}:
+        raise RefusedError(400, f"{name} has a part that is neither text nor an image.")
+
+
+def render(
+    tokenizer: Any, request: PromptRequest, *, template_args: Mapping[str, Any] | None = None
+) -> Prompt:
+    """Render a request as `mlx_lm.server` does, and find its system part.
+
+    Args:
+        tokenizer: As mlx-lm loads it.
+        request: What `read_request` found.
+        template_args: The server's `--chat-template-args`.
+
+    Raises:
+        RefusedError: The chat template refuses it; with what the template said.
+    """
+    # Here, because it takes MLX to be imported.
+    from mlx_lm.server import ResponseGenerator
+
+    defaults = dict(template_args or {})
+    provider = SimpleNamespace(
+        processor=None, cli_args=SimpleNamespace(chat_template_args=defaults)
+    )
+    asked = SimpleNamespace(
+        request_type="chat" if request.messages else "text",
+        prompt=request.text,
+        messages=copy.deepcopy(request.messages),  # they are changed in place
+        tools=request.tools,
+        role_mapping=request.role_mapping,
+    )
+    args = SimpleNamespace(chat_template_kwargs=dict(request.template_args))
+    try:
+        tokens, segments, kinds, _, _ = ResponseGenerator._tokenize(
+            SimpleNamespace(model_provider=provider), tokenizer, asked, args
+        )
+    except Exception as error:  # templates are programs of their own
+        log.debug("a prompt could not be rendered", exc_info=True)
+        raise RefusedError(
+            400, f"The chat template refuses these messages: {_said(error)}."
+        ) from error
+    end = system_tokens(segments, kinds)
+    if kinds == ["assistant"] and asked.messages:
+        options = {**defaults, **request.template_args}
+        end = system_end(tokenizer, asked.messages, asked.tools, options, tokens)
+    return Prompt(list(tokens), end)
+
+
+def system_tokens(segments: Sequence[Sequence[int]], kinds: Sequence[str]) -> int:
+    """Length of the system part of a prompt that was cut into segments."""
+    system = itertools.takewhile(lambda one: one[1] == "system", zip(segments, kinds, strict=True))
+    return sum(len(segment) for segment, _ in system)
+
+
+def system_end(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None,
+    template_args: Mapping[str, Any],
+    prompt: Sequence[int],
+) -> int:
+    """Tokens of `prompt` that any conversation with the same system messages shares.
+
+    For a prompt that upstream does not cut, because its last message is no user's.
+
+    Args:
+        tokenizer: As mlx-lm loads it.
+        messages: Of the prompt, prepared for the template.
+        tools: Tool definitions, or None.
+        template_args: All arguments of the template.
+        prompt: The rendered prompt.
+    """
+    head = list(itertools.takewhile(lambda one: one.get("role") == "system", messages))
+    if not head or not tokenizer.has_chat_template:
+        return 0
+    try:
+        probe = tokenizer.apply_chat_template(
+            [*head, {"role": "user", "content": ""}],
+            tools=tools,
+            add_generation_prompt=False,
+            tokenize=True,
+            **template_args,
+        )
+    except Exception as error:  # a template is a program of its own
+        log.debug("no system part could be rendered: %s", error)
+        return 0
+    for index, (a, b) in enumerate(zip(probe, prompt, strict=False)):
+        if a != b:
+            return index
+    return 0
+
+
+def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """Tokens as text, to the letter; ids that stand for no text, such as images, are left out."""
+    known = [token for token in tokens if 0 <= token < len(tokenizer)]
+    return str(tokenizer.decode(known, clean_up_tokenization_spaces=False)) if known else ""
+
+
+def _said(error: Exception) -> str:
+    """The first line of an error, harmless in a terminal."""
+    lines = str(error).strip().splitlines()
+    text = lines[0].strip().rstrip(".") if lines else ""
+    text = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+    return text[:_MAX_SAID] or type(error).__name__

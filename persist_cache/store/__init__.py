@@ -1,0 +1,1 @@
+"""The store: index and blobs kept consistent, within a budget, for any number of processes."""

@@ -1,0 +1,180 @@
+"""How much disk the store may take, and how much it takes.
+
+Everything that `du` would count is counted: blobs, the index, files on their way, files in the
+trash or in quarantine, and the folders. Limits are enforced before a byte is written.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from msgspec import Struct
+
+from persist_cache import fs
+from persist_cache.blobs.reader import ALIGNMENT, BlobFolder
+from persist_cache.errors import StoreFullError
+from persist_cache.index.ballast import Ballast
+from persist_cache.index.environment import Index, Reader
+from persist_cache.index.tree import BLOB_BYTES
+
+DEFAULT_MAX_BYTES = 32 << 30
+DEFAULT_MIN_FREE_BYTES = 2 << 30
+_INDEX_SLACK = 128 * 1024
+"""Pages a commit may add to the index besides the tokens themselves."""
+_FILE_SLACK = 8 * 1024
+"""A new blob may need a new folder, and its last block is filled up."""
+_METADATA_SLACK = 256 * 1024
+"""What a file system may need for its own records of a new file, which `du` does not count …"""
+_METADATA_SHARE = 256
+"""… and of its content: btrfs keeps checksums, and copies what it changes."""
+
+
+class Limits(Struct, frozen=True):
+    """What the user allows.
+
+    Attributes:
+        max_bytes: All that the store takes on disk.
+        min_free_bytes: Left free on its file system.
+        daily_write_bytes: Written per UTC day, or None.
+    """
+
+    max_bytes: int
+    min_free_bytes: int
+    daily_write_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_bytes", "min_free_bytes", "daily_write_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name} must not be negative, got {value}")
+
+
+class Usage(Struct, frozen=True):
+    """Bytes on disk by what they are for, as `du` counts them."""
+
+    blobs: int
+    index: int
+    pending: int
+    trash: int
+    quarantine: int
+    folders: int
+    ballast: int = 0
+
+    @property
+    def total(self) -> int:
+        waste = self.pending + self.trash + self.quarantine
+        return self.blobs + self.index + waste + self.folders + self.ballast
+
+    @property
+    def without_entries(self) -> int:
+        """What would be left if everything went that may."""
+        return self.index + self.folders + self.ballast
+
+
+class Budget:
+    """Compares usage with limits; it decides how much must go, never what."""
+
+    def __init__(
+        self, limits: Limits, index: Index, folder: BlobFolder, clock: Callable[[], float]
+    ) -> None:
+        self.limits = limits
+        self.ballast = Ballast(index.root, limits.max_bytes)
+        self._clock = clock
+        self._index = index
+        self._folder = folder
+
+    def usage(self, txn: Reader) -> Usage:
+        return Usage(
+            blobs=txn.counter(BLOB_BYTES),
+            index=self._index.file_bytes(),
+            pending=sum(record.nbytes for record in txn.sized(b"pending").values()),
+            trash=sum(record.nbytes for record in txn.sized(b"trash").values()),
+            quarantine=sum(record.nbytes for record in txn.sized(b"quarantine").values()),
+            folders=self._folder.overhead_bytes(),
+            ballast=self.ballast.disk_bytes(),
+        )
+
+    def refuse_impossible(self, txn: Reader, nbytes: int, num_tokens: int) -> None:
+        """Refuse what could not be written even into an empty store.
+
+        Raises:
+            StoreFullError: Larger than the budget, or today's write budget is spent.
+        """
+        fixed = self._index.file_bytes() + self._folder.overhead_bytes()
+        fixed += self.ballast.disk_bytes()
+        if nbytes + index_growth(num_tokens) + fixed > self.limits.max_bytes:
+            raise StoreFullError(
+                f"An entry of {nbytes} bytes is larger than the budget of "
+                f"{self.limits.max_bytes} bytes; raise it or keep shorter prompts."
+            )
+        daily = self.limits.daily_write_bytes
+        if daily is not None and txn.counter(written_today(self._clock())) + nbytes > daily:
+            raise StoreFullError(
+                f"Today's write budget of {daily} bytes is spent; writing goes on tomorrow (UTC)."
+            )
+
+    def excess(self, txn: Reader, nbytes: int, num_tokens: int) -> int:
+        """Bytes that must go before `nbytes` more may be written; 0 or less when they fit."""
+        growth = nbytes + index_growth(num_tokens)
+        over = self.usage(txn).total + growth - self.limits.max_bytes
+        if self.limits.min_free_bytes == 0:
+            return over
+        growth += growth // _METADATA_SHARE + _METADATA_SLACK
+        missing = self.limits.min_free_bytes + growth - self.free_bytes()
+        return max(over, missing)
+
+    def may_regain(self, txn: Reader, max_bytes: int) -> bool:
+        """Whether the ballast may be made as large as it should be, within `max_bytes`.
+
+        A disk that is nearly full is left alone: others need the rest of it more.
+        """
+        missing = self.ballast.missing_bytes()
+        if missing <= 0:
+            return missing < 0
+        room = self.free_bytes() - self.limits.min_free_bytes
+        return room >= 2 * missing and self.usage(txn).total + missing <= max_bytes
+
+    def free_bytes(self) -> int:
+        """Bytes free on the store's file system.
+
+        Raises:
+            StoreError: The file system does not say.
+        """
+        try:
+            return fs.free_bytes(self._index.root)
+        except OSError as error:
+            raise fs.translated(error, "while its free space was asked for") from error
+
+    def free_files(self) -> int | None:
+        """Files that the store's file system may still get; None where there is no limit.
+
+        Raises:
+            StoreError: The file system does not say.
+        """
+        try:
+            return fs.free_files(self._index.root)
+        except OSError as error:
+            raise fs.translated(error, "while its free space was asked for") from error
+
+
+def written_today(now: float) -> str:
+    """Name of the counter of bytes written on the UTC day of `now`."""
+    return time.strftime("written:%Y-%m-%d", time.gmtime(now))
+
+
+def index_growth(num_tokens: int) -> int:
+    """Upper estimate of what recording that many new tokens adds to the index."""
+    return num_tokens * 10 + _INDEX_SLACK
+
+
+def blob_estimate(tensor_bytes: int, num_tensors: int, text_bytes: int) -> int:
+    """Upper estimate of a blob's size on disk, before it is written.
+
+    Args:
+        tensor_bytes: Bytes of all tensors.
+        num_tensors: How many; each is named, placed and checksummed in the header.
+        text_bytes: Length of the free texts in the header, which JSON may escape.
+    """
+    header = 2048 + 320 * num_tensors + 2 * text_bytes
+    return header + ALIGNMENT + tensor_bytes + _FILE_SLACK

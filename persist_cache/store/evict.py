@@ -1,0 +1,405 @@
+"""Making room: what goes, in which order, and the trash through which it goes.
+
+One commit removes the records and lists the files in `trash`; only then are they unlinked; the
+next commit strikes them from the list. A file that cannot be unlinked stays listed, and counted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import TypeVar
+
+from persist_cache.blobs.reader import try_remove_orphan
+from persist_cache.entry import Tier
+from persist_cache.errors import StoreFullError
+from persist_cache.index import tree
+from persist_cache.index.environment import Reader, Writer
+from persist_cache.index.records import SizedRecord, entry_id, recency_key, unpack_number
+from persist_cache.store.session import Disk
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+REQUESTED = "evicted by request"
+"""Why an entry went, as `explain` and `show` say it."""
+REPLACED = "replaced by a longer one"
+UNDONE = "removed again because its import failed"
+
+_COMMIT_BYTES = 64 * 1024
+"""What the commit of an eviction may add to the index, however little is evicted …"""
+_AHEAD_US = 60 * 1_000_000
+"""Clocks are set back by a little now and then."""
+_ENTRY_BYTES = 512
+"""… and for each entry that goes: it is remembered for a while, and pages are copied."""
+
+
+class Evictor:
+    """Frees bytes of one store. Thread safety: as `Disk`."""
+
+    def __init__(self, disk: Disk) -> None:
+        self._disk = disk
+
+    def reserve(
+        self,
+        names: Sequence[bytes],
+        nbytes: int,
+        num_tokens: int,
+        protected: frozenset[int] | None,
+    ) -> None:
+        """Make room for files called `names`, and note in the index that the room is taken.
+
+        Args:
+            names: Blob names, 16 bytes each; their temporary files exist and are locked.
+            nbytes: Upper estimate of what they will take together.
+            num_tokens: New tokens, for the growth of the index.
+            protected: Nodes whose entries must stay: the path that is being extended. None:
+                nothing is to be evicted for it.
+
+        Raises:
+            StoreFullError: There is not enough that may go; nothing was evicted.
+        """
+        self._disk.flush()
+        self.empty_trash()
+        budget = self._disk.budget
+        swept = False
+        share = nbytes // len(names) + 1
+        now = self._disk.clock()
+
+        def attempt(txn: Writer) -> bool:
+            budget.refuse_impossible(txn, nbytes, num_tokens)
+            excess = budget.excess(txn, nbytes, num_tokens)
+            if excess <= 0:
+                for name in names:
+                    txn.put_sized(b"pending", name, SizedRecord(share, now))
+                return False
+            if not swept:
+                return True
+            usage = budget.usage(txn)
+            hopeless = excess > usage.blobs + usage.quarantine
+            if protected is None or hopeless or self._make_room(txn, excess, protected) < 0:
+                # Raising undoes the evictions: they would have been for nothing.
+                raise StoreFullError(
+                    "There is no room left: what may go is too little, the rest is pinned or in "
+                    "use. Unpin or evict something, free some disk space, or raise the budget "
+                    f"(now {self._disk.limits.max_bytes} bytes)."
+                )
+            return True
+
+        while self._disk.index.update(attempt):
+            if not swept:
+                # Nothing useful goes for what a dead writer reserved and will not write.
+                self.release_abandoned()
+                swept = True
+            elif not self.empty_trash():
+                # Files that stay would have us evict everything, one round after the other.
+                raise StoreFullError(
+                    "There is no room left: evicted files cannot be removed from the store's "
+                    "folder; look at its permissions."
+                )
+
+    def free_files(self, wanted: int, protected: frozenset[int]) -> None:
+        """Evict until the file system has room for `wanted` files, whatever their bytes.
+
+        Raises:
+            StoreFullError: There is not enough that may go; nothing was evicted.
+        """
+        self.release_abandoned()
+        self.empty_trash()
+        while True:
+            free = self._disk.budget.free_files()
+            if free is None or free >= wanted:
+                return
+            missing = wanted - free
+
+            def drop(txn: Writer, missing: int = missing) -> None:
+                start = len(txn.sized(b"trash"))
+                left = self._drop_until(
+                    txn,
+                    lambda freed, dropped: len(txn.sized(b"trash")) - start - missing,
+                    protected,
+                )
+                if left < 0:
+                    raise StoreFullError(
+                        "The disk has no room for another file (its number of files is limited, "
+                        "df -i), and what may go is too little. Unpin or evict something, or "
+                        "remove files there; nothing was changed."
+                    )
+
+            self._update(drop)
+            if not self.empty_trash():
+                raise StoreFullError(
+                    "The disk has no room for another file, and evicted files cannot be removed "
+                    "from the store's folder; look at its permissions."
+                )
+            self._disk.folder.remove_empty()
+
+    def release(self, names: Sequence[bytes]) -> None:
+        """Give a reservation back."""
+
+        def forget(txn: Writer) -> None:
+            for name in names:
+                txn.delete_sized(b"pending", name)
+
+        self._disk.index.update(forget)
+
+    def release_abandoned(self) -> None:
+        """Give back what dead writers reserved, and remove the files that they left."""
+        with self._disk.index.read() as txn:
+            pending = list(txn.sized(b"pending"))
+        dead = [name for name in pending if self._is_abandoned(name)]
+        if dead:
+            self.release(dead)
+
+    def _is_abandoned(self, name: bytes) -> bool:
+        """Whether nothing is left of a reserved file, its writer being dead; removes what is."""
+        folder = self._disk.folder
+        # A writer renames from the first place to the second, so in this order none is missed.
+        places = (folder.temporary_path(name.hex()), folder.path(name.hex()))
+        return all(
+            try_remove_orphan(path, partial(self._disk.is_recorded, name))
+            for path in places
+            if path.exists()
+        )
+
+    def evict(self, numbers: Sequence[int], reason: str, to_bytes: int | None = None) -> int:
+        """Remove entries, and every file that nothing else needs.
+
+        Returns:
+            Bytes of the files that are gone; one that cannot be unlinked stays in the trash.
+
+        The ballast is made anew afterwards if it was given up, as far as the budget, or
+        `to_bytes`, has room for it.
+
+        Raises:
+            KeyError: One of them is not stored; nothing was removed.
+        """
+
+        def drop(txn: Writer) -> None:
+            for number in numbers:
+                if txn.entry(number) is None:
+                    raise KeyError(entry_id(number))
+            self._drop(txn, numbers, "evicted", reason)
+
+        freed = self._freed_by(drop)
+        if to_bytes is not None:
+            self.shed_ballast(to_bytes)
+        self._disk.regain_ballast(to_bytes)
+        return freed
+
+    def _freed_by(self, change: Callable[[Writer], object]) -> int:
+        """Bytes of the files that are gone after a commit that moves some into the trash."""
+
+        def commit(txn: Writer) -> dict[bytes, SizedRecord]:
+            before = txn.keys(b"trash")
+            change(txn)
+            trash = txn.sized(b"trash")
+            return {name: trash[name] for name in trash.keys() - before}
+
+        doomed = self._update(commit)
+        self.empty_trash()
+        with self._disk.index.read() as txn:
+            left = txn.keys(b"trash")
+        return sum(record.nbytes for name, record in doomed.items() if name not in left)
+
+    def evict_to(self, max_bytes: int) -> int:
+        """Evict in order until the store takes at most `max_bytes`, or the rest is pinned.
+
+        Returns:
+            Bytes on disk afterwards.
+        """
+        with contextlib.suppress(StoreFullError):  # that is what this is to mend
+            self._disk.flush()
+        self.empty_trash()
+        ballast = self.shed_ballast(max_bytes)
+        budget = self._disk.budget
+
+        def shrink(txn: Writer) -> int:
+            usage = budget.usage(txn)
+            # If it was given up so that this can be committed, it is to come back.
+            excess = usage.total - usage.ballast + ballast - max_bytes
+            return self._free(txn, excess, frozenset()) if excess > 0 else 0
+
+        # The index may grow a little while it notes what went, so look again.
+        while self._update(shrink) and self.empty_trash():
+            pass
+        self._disk.regain_ballast(min(max_bytes, self._disk.limits.max_bytes))
+        with self._disk.index.read() as txn:
+            return budget.usage(txn).total
+
+    def shed_ballast(self, max_bytes: int) -> int:
+        """Give the ballast up if, with it, no eviction could bring the store to `max_bytes`.
+
+        Returns:
+            Its bytes that are left.
+        """
+        with self._disk.index.read() as txn:
+            usage = self._disk.budget.usage(txn)
+        if not usage.ballast or usage.without_entries <= max_bytes:
+            return usage.ballast
+        self._disk.index.alone(self._disk.ballast.release)
+        return 0
+
+    def _update(self, change: Callable[[Writer], T]) -> T:
+        """Commit what is to free some of the disk, also when the disk is full."""
+        with self._disk.index.terms(relieve=self._disk.ballast.release):
+            return self._disk.index.update(change)
+
+    def expire(self) -> int:
+        """Remove entries past their expiry; returns how many."""
+        with self._disk.index.read() as txn:
+            if not txn.expired(self._disk.clock()):
+                return 0
+        dropped = self._update(lambda txn: self._drop_expired(txn, set()))
+        self.empty_trash()
+        return dropped
+
+    def purge_quarantine(self) -> int:
+        """Remove the damaged files that were put aside; returns their bytes.
+
+        They hold prompts: whoever evicts everything wants them gone as well.
+        """
+        freed = self._freed_by(self._drop_quarantine)
+        self._disk.regain_ballast()
+        return freed
+
+    def empty_trash(self) -> bool:
+        """Unlink what the trash lists and strike it off.
+
+        A file that cannot be removed stays listed, and counted against the budget.
+
+        Returns:
+            Whether that helped: False when there are such files and none other went.
+        """
+        with self._disk.index.read() as txn:
+            doomed = list(txn.sized(b"trash"))
+        if doomed:
+            # Else a power cut could take back the records' removal, but not that of the files.
+            self._disk.index.sync()
+        gone = []
+        for name in doomed:
+            try:
+                self._disk.folder.remove(name.hex())
+                gone.append(name)
+            except OSError as error:
+                log.warning("blob %s cannot be removed: %s", name.hex(), error)
+        if gone:
+
+            def strike(txn: Writer) -> None:
+                for name in gone:
+                    txn.delete_sized(b"trash", name)
+
+            self._update(strike)
+        return bool(gone) or not doomed
+
+    def _make_room(self, txn: Writer, excess: int, protected: frozenset[int]) -> int:
+        """Drop entries for `excess` bytes and for what the commit of that takes itself.
+
+        Else a put could be refused in the end for whose sake something was evicted.
+
+        Returns:
+            Bytes freed beyond those; fewer than 0 if nothing more may go.
+        """
+        return self._drop_until(
+            txn,
+            lambda freed, dropped: freed - excess - _COMMIT_BYTES - dropped * _ENTRY_BYTES,
+            protected,
+        )
+
+    def _free(self, txn: Writer, excess: int, protected: frozenset[int]) -> int:
+        """Drop entries until `excess` bytes are freed or nothing may go; returns bytes freed."""
+        surplus = self._drop_until(txn, lambda freed, _: freed - excess, protected)
+        return surplus + excess
+
+    def _drop_until(
+        self, txn: Writer, surplus: Callable[[int, int], int], protected: frozenset[int]
+    ) -> int:
+        """Drop what is worth least until the surplus is 0 or nothing may go; returns the surplus.
+
+        Args:
+            txn: Where.
+            surplus: What is more than enough, given the bytes freed and the entries dropped.
+            protected: Nodes whose entries stay.
+        """
+        start = txn.counter(tree.BLOB_BYTES)
+        self._redate(txn)
+        waste = self._drop_quarantine(txn)
+        shielded = protected | self._disk.nodes_served(txn)
+        dropped = self._drop_expired(txn, shielded)
+
+        def left() -> int:
+            return surplus(waste + start - txn.counter(tree.BLOB_BYTES), dropped)
+
+        def victims() -> Iterator[int]:
+            nonlocal dropped
+            for number in tree.victims(txn, shielded):
+                if left() >= 0:
+                    return
+                dropped += 1
+                yield number
+
+        self._drop(txn, victims(), "evicted", "evicted to make room")
+        return left()
+
+    def redate(self) -> None:
+        """Have what was used in the future, by a clock that was wrong, be used now.
+
+        It would outlive everything else.
+        """
+        with self._disk.index.read() as txn:
+            any_ahead = bool(self._ahead(txn))
+        if any_ahead:
+            self._disk.index.update(self._redate)
+
+    def _ahead(self, txn: Reader) -> list[int]:
+        """Entries whose last use lies ahead of the clock."""
+        limit = int(self._disk.clock() * 1e6) + _AHEAD_US
+        found = []
+        for tier in Tier:
+            for key in txn.recency_keys(recency_key(tier, limit, 0)):
+                if key[0] != tier:
+                    break
+                found.append(unpack_number(key[9:]))
+        return found
+
+    def _redate(self, txn: Writer) -> None:
+        now_us = int(self._disk.clock() * 1e6)
+        for number in self._ahead(txn):
+            record = txn.entry(number)
+            if record is not None:
+                created_us = min(record.created_us, now_us)
+                txn.put_entry(number, record._replace(last_use_us=now_us, created_us=created_us))
+
+    def _drop_expired(self, txn: Writer, shielded: set[int] | frozenset[int]) -> int:
+        past = []
+        for number in txn.expired(self._disk.clock()):
+            record = txn.entry(number)
+            if record is not None and not record.pinned and record.node not in shielded:
+                past.append(number)
+        return self._drop(txn, past, "expired", "expired")
+
+    def _drop(self, txn: Writer, numbers: Iterable[int], cause: str, reason: str) -> int:
+        """Drop entries and count them, in all and by tier; returns how many there were."""
+        dropped: Counter[str] = Counter()
+        for number in numbers:
+            record = txn.entry(number)
+            if record is not None:
+                tree.drop_entry(txn, number, reason, self._disk.clock())
+                dropped[record.tier.label] += 1
+        for tier, count in dropped.items():
+            txn.count(f"{cause}:{tier}", count)
+        if dropped:
+            txn.count(cause, dropped.total())
+        return dropped.total()
+
+    def _drop_quarantine(self, txn: Writer) -> int:
+        """Damaged files are kept out of courtesy only: they go before anything useful does."""
+        freed = 0
+        for name, record in txn.sized(b"quarantine").items():
+            txn.delete_sized(b"quarantine", name)
+            txn.put_sized(b"trash", name, record)
+            freed += record.nbytes
+        return freed

@@ -1,0 +1,115 @@
+"""What else is stored for a model: under which identity, and by which fields it differs.
+
+After an upgrade, or with another option, a model's prompts are still on disk but cannot be used.
+That is another answer than "nothing", so a look-up that finds a model's namespaces empty asks
+here. Values that name users, files or content are never told: a salt is "another salt".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from persist_cache.index.environment import Reader
+
+if TYPE_CHECKING:
+    from persist_cache.fingerprint.value import FieldChange, Fingerprint
+
+NOTHING_STORED = "nothing is stored for this model"
+STORED_OTHERWISE = "stored under another "
+"""How a reason begins that names the fields; they follow, then a colon and their values."""
+
+_FOLLOW_KV_BITS = frozenset({"kv_group_size", "quantized_kv_start"})
+_TOLD = _FOLLOW_KV_BITS | {"kv_bits", "layout", "max_kv_size", "mlx_lm", "model_type"}
+"""Fields whose values mean something to people, and give nothing of theirs away."""
+_MAX_REMEMBERED = 64
+
+
+class Kin:
+    """Answers for a store, remembered until the index changes."""
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, tuple[int, str]] = {}
+
+    def why_nothing(self, txn: Reader, fingerprint: Fingerprint) -> str:
+        """Why nothing is stored for a model, as the reason of a miss."""
+        commit, reason = self._known.get(fingerprint.digest, (-1, ""))
+        if commit != txn.commit_id:
+            changes = nearest_changes(txn, fingerprint)
+            reason = told(changes) if changes else NOTHING_STORED
+            if len(self._known) >= _MAX_REMEMBERED:
+                self._known.clear()
+            self._known[fingerprint.digest] = txn.commit_id, reason
+        return reason
+
+
+def nearest_changes(txn: Reader, fingerprint: Fingerprint) -> list[FieldChange]:
+    """The fields that differ from the most similar identity of this model that has entries.
+
+    Of this model is what was loaded from the same folder, or under the same name, or has the same
+    weights. Looks at namespaces only, whatever is stored in them.
+
+    Returns:
+        Changes from what is stored to `fingerprint`; empty when nothing of this model is stored.
+    """
+    best: tuple[int, float] | None = None
+    nearest: list[FieldChange] = []
+    for key, namespace in txn.namespaces():
+        if key.startswith(fingerprint.digest):
+            continue
+        try:
+            other = msgspec.json.decode(namespace.identity, type=dict[str, dict[str, str]])
+        except msgspec.MsgspecError:
+            continue
+        fields = other.get("fields", {})
+        if not _is_same_model(fingerprint, fields, other.get("info", {})):
+            continue
+        changes = fingerprint.diff(fields)
+        rank = -len(changes), namespace.created
+        if (best is None or rank > best) and txn.children(namespace.root, limit=1):
+            best, nearest = rank, changes
+    return nearest
+
+
+def _is_same_model(
+    fingerprint: Fingerprint, fields: Mapping[str, str], info: Mapping[str, str]
+) -> bool:
+    mine = fingerprint.info
+    return any(
+        own and own == other
+        for own, other in (
+            (fingerprint.fields.get("weights"), fields.get("weights")),
+            (mine.get("path"), info.get("path")),
+            (mine.get("name"), info.get("name")),
+        )
+    )
+
+
+def told(changes: Sequence[FieldChange]) -> str:
+    """Changed fields as the reason of a miss, their values where those tell people something."""
+    toggled = any(one.name == "kv_bits" and _unset(one.old, one.new) for one in changes)
+    shown = [one for one in changes if not (toggled and one.name in _FOLLOW_KV_BITS)]
+    names = [_name(one) for one in shown]
+    values = [
+        f"{_value(one.old)} → {_value(one.new)}"
+        if len(shown) == 1
+        else f"{_name(one)} {_value(one.old)} → {_value(one.new)}"
+        for one in shown
+        if one.name in _TOLD
+    ]
+    listed = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+    return STORED_OTHERWISE + listed + (f": {', '.join(values)}" if values else "")
+
+
+def _name(change: FieldChange) -> str:
+    return "mlx-lm" if change.name == "mlx_lm" else change.name
+
+
+def _value(value: str | None) -> str:
+    return "unset" if value in (None, "null") else str(value)
+
+
+def _unset(*values: str | None) -> bool:
+    return any(value in (None, "null") for value in values)
