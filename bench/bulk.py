@@ -13,7 +13,7 @@ from pathlib import Path
 from bench.kv import FINGERPRINT, TOKENS_IN_VOCABULARY
 from persist_cache import Store
 from persist_cache.blobs.reader import Written
-from persist_cache.entry import TOKEN_BYTES, Tier, pack_tokens
+from persist_cache.entry import Tier
 from persist_cache.index import tree
 from persist_cache.index.environment import Writer
 from persist_cache.index.records import (
@@ -26,6 +26,7 @@ from persist_cache.index.records import (
     namespace_key,
 )
 from persist_cache.store.put import add_blob, place_entry
+from persist_cache.tokens import TOKEN_BYTES, pack_tokens
 
 LAYOUT = "[]"
 SYSTEM_TOKENS = (800, 9_000, 28_000)
@@ -115,7 +116,7 @@ def queries(num_entries: int, length: int, count: int) -> dict[str, list[list[in
     `hit`: the next turn of a stored conversation. `partial`: leaves it in the middle of its
     system prompt. `miss`: shares nothing.
     """
-    from persist_cache.entry import unpack_tokens
+    from persist_cache.tokens import unpack_tokens
 
     system_tokens = max(size for size in SYSTEM_TOKENS if size <= length)
     source = random.Random(length)

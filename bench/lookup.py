@@ -60,7 +60,7 @@ def open_store(folder: str) -> float:
 def search_store(folder: str, num_entries: int, rounds: int) -> dict[str, Any]:
     """`Store.match`, with the prompt as a list and, apart, as bytes that were packed before."""
     from persist_cache import Store
-    from persist_cache.entry import pack_tokens
+    from persist_cache.tokens import pack_tokens
 
     before = _resident_bytes()
     with Store.open(folder, min_free_bytes=0) as store:
@@ -83,7 +83,7 @@ def search_upstream(num_entries: int, rounds: int) -> dict[str, Any]:
     """mlx-lm's `PromptTrie`, which holds a dictionary a token."""
     from mlx_lm.models.cache import PromptTrie
 
-    from persist_cache.entry import unpack_tokens
+    from persist_cache.tokens import unpack_tokens
 
     common.limit_memory()
     trie: Any = PromptTrie()
@@ -111,7 +111,7 @@ def search_upstream(num_entries: int, rounds: int) -> dict[str, Any]:
 
 def search_list(num_entries: int, rounds: int) -> dict[str, Any]:
     """All prompts in a list, each compared with the one looked for."""
-    from persist_cache.entry import common_prefix_tokens, pack_tokens
+    from persist_cache.tokens import common_prefix_tokens, pack_tokens
 
     stored: list[bytes] = []
     seen: set[bytes] = set()

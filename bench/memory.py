@@ -44,7 +44,7 @@ def run(context: Context) -> Report:
 
 def use_ours(num_entries: int, rounds: int) -> dict[str, Any]:
     from persist_cache.cache.trie import PromptTrie
-    from persist_cache.entry import TOKEN_BYTES, pack_tokens
+    from persist_cache.tokens import TOKEN_BYTES, pack_tokens
 
     trie: PromptTrie[object] = PromptTrie()
 
@@ -81,7 +81,7 @@ def _use(
     """Fill a trie with conversations and search in it; the memory it took is counted apart."""
     import tracemalloc
 
-    from persist_cache.entry import unpack_tokens
+    from persist_cache.tokens import unpack_tokens
 
     prompts = []
     seen: set[bytes] = set()

@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 from bench import common, kv, plots
 from bench.common import Context, Report, Spread, Table, fresh
-from persist_cache.entry import pack_tokens
+from persist_cache.tokens import pack_tokens
 
 RUNS = (1, 4, 16, 64)
 MERGED = "64 turns, merged"

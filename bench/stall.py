@@ -42,7 +42,7 @@ CASES = (STOCK, "memory", DISK, DROPPED, PLAIN)
 
 
 def run(context: Context) -> Report:
-    from persist_cache.warm import load_tokenizer
+    from persist_cache.prefill.loading import load_tokenizer
     from persist_cache_cli.demo.openblas import find_openblas, preload_env
     from tests.tiny_models import build_model_dir
 

@@ -21,7 +21,7 @@ from typing import Any
 from bench.common import REPOSITORY, Table, machine, machine_line, say
 from bench.gemma3 import gemma3
 from persist_cache import PersistCacheError
-from persist_cache.warm import common_prefix, load_tokenizer
+from persist_cache.prefill.loading import load_tokenizer
 from persist_cache_cli.demo.openblas import find_openblas, preload_env
 from persist_cache_cli.demo.prompt import system_text
 
@@ -87,7 +87,7 @@ def main() -> int:
     try:
         model = gemma3(lambda text: print(text, file=sys.stderr, flush=True))
         tokenizer = load_tokenizer(str(model))
-        shared = common_prefix(*(_prompt(tokenizer, day) for day in range(len(DAYS))))
+        shared = _common_prefix(*(_prompt(tokenizer, day) for day in range(len(DAYS))))
         print("Gemma 3 270M, float32: 15 layers with a window of 512 tokens, 3 without a window.")
         blas = "with OpenBLAS" if find_openblas() else "without OpenBLAS"
         print(f"{machine_line(machine())}; {blas}.")
@@ -299,3 +299,13 @@ def _chat(port: int, said: Sequence[Mapping[str, str]], max_tokens: int) -> Answ
 
 if __name__ == "__main__":
     sys.exit(main())
+
+
+def _common_prefix(*sequences: Sequence[int]) -> int:
+    """Number of leading tokens that all sequences share."""
+    count = 0
+    for together in zip(*sequences, strict=False):
+        if len(set(together)) > 1:
+            break
+        count += 1
+    return count

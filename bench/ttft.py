@@ -54,7 +54,7 @@ def before_restart(model: str, folder: str, length: int, repetitions: int) -> di
     session = _Session(model, length)
     cold, memory = [], []
     from persist_cache import PromptCache, Store
-    from persist_cache.warm import new_cache, prefill, snapshot
+    from persist_cache.prefill.run import new_cache, prefill, snapshot
 
     with Store.open(folder, min_free_bytes=0) as store:
         for number in range(repetitions):
@@ -93,7 +93,7 @@ class _Session:
     """The model, and a prompt whose first `length` tokens are shared by all conversations."""
 
     def __init__(self, model: str, length: int) -> None:
-        from persist_cache.warm import load_model
+        from persist_cache.prefill.loading import load_model
         from persist_cache_cli.demo.prompt import system_text
 
         self.model, tokenizer = load_model(model)
@@ -101,7 +101,7 @@ class _Session:
         self.system = (text * (length // len(text) + 1))[:length]
         self.question = tokenizer.encode(QUESTION)
         # The weights are read when they are first used; in every process before it is measured.
-        from persist_cache.warm import new_cache
+        from persist_cache.prefill.run import new_cache
 
         self.first_token(new_cache(self.model), self.question)
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from persist_cache import __version__, fs
+from persist_cache.fingerprint.versions import installed_version
 from persist_cache.prefill.clock import Rate
 
 if TYPE_CHECKING:
@@ -148,16 +149,6 @@ class BreakEven:
     prefill_tokens_per_s: float
     bytes_per_token: float
     tokens: int | None
-
-
-def installed_version(distribution: str) -> str:
-    """Version of an installed package without importing it; "" if it is not there."""
-    import importlib.metadata
-
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def versions() -> dict[str, str]:

@@ -1,15 +1,70 @@
-"""Prompts remembered by length and digest: enough to recognise one, without its tokens."""
+"""Token ids: packed as bytes, which compare fast, and as digests, which recognise a prompt.
+
+Digests are for what is remembered of prompts in memory, without their tokens.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import sys
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import xxhash
 
-from persist_cache.entry import TOKEN_BYTES
+TOKEN_BYTES = 8
+"""Bytes per stored token id: signed 64 bits, because mlx-lm's image ids are 60-bit negatives."""
+
+
+def pack_tokens(tokens: Sequence[int]) -> bytes:
+    """Encode token ids as little-endian signed 64-bit integers.
+
+    Comparing prompts as bytes is two orders of magnitude faster than as lists, so a
+    request's list is converted once, here.
+
+    Raises:
+        ValueError: an id is not an integer of at most 64 bits.
+    """
+    try:
+        packed = array("q", tokens)
+    except (TypeError, OverflowError) as error:
+        raise ValueError(f"token ids must be integers of at most 64 bits: {error}") from None
+    return _little_endian(packed).tobytes()
+
+
+def unpack_tokens(packed: bytes) -> list[int]:
+    """Decode what `pack_tokens` made."""
+    tokens = array("q")
+    tokens.frombytes(packed)
+    return _little_endian(tokens).tolist()
+
+
+def _little_endian(tokens: array[int]) -> array[int]:
+    if sys.byteorder == "big":
+        tokens.byteswap()
+    return tokens
+
+
+def common_prefix_tokens(a: bytes, b: bytes) -> int:
+    """Number of leading *tokens* that the packed `a` and `b` share.
+
+    Bisects on `bytes` equality, which runs at the speed of memcmp.
+    """
+    low, high = 0, min(len(a), len(b)) // TOKEN_BYTES
+    if a[: high * TOKEN_BYTES] == b[: high * TOKEN_BYTES]:
+        return high
+    while low < high:
+        middle = (low + high + 1) // 2
+        if (
+            a[low * TOKEN_BYTES : middle * TOKEN_BYTES]
+            == b[low * TOKEN_BYTES : middle * TOKEN_BYTES]
+        ):
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
 
 _STRIDE_TOKENS = 256
 _STRIDE_PLACE = _STRIDE_TOKENS.bit_length() - 1

@@ -15,7 +15,8 @@ import mlx.core as mx
 import numpy as np
 
 from persist_cache import PromptCache, Store
-from persist_cache.warm import load_model, new_cache, prefill, snapshot
+from persist_cache.prefill.loading import load_model
+from persist_cache.prefill.run import new_cache, prefill, snapshot
 
 DECODE_STEPS = 6
 

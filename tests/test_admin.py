@@ -14,10 +14,10 @@ import pytest
 
 from persist_cache.cache.prompt_cache import PromptCache
 from persist_cache.errors import StoreError
+from persist_cache.filenames import TOKEN_FILE
 from persist_cache.queries.conversations import MAX_CHAIN, Branches
 from persist_cache.queries.totals import Survey
 from persist_cache.server.admin import Admin
-from persist_cache.server.admin_token import TOKEN_FILE
 from persist_cache.server.guard import Request, owns
 from persist_cache.server.validation import RefusedError
 from persist_cache.store.store import Store

@@ -24,9 +24,9 @@ from persist_cache.blobs.reader import (
     is_blob_file,
     try_remove_orphan,
 )
-from persist_cache.entry import pack_tokens
 from persist_cache.errors import CorruptBlobError, StoreFormatError
 from persist_cache.store.store import Store
+from persist_cache.tokens import pack_tokens
 
 HEADER = BlobHeader(
     kind="run",

@@ -35,7 +35,7 @@ from persist_cache.bundle.container import (
     parse_manifest,
 )
 from persist_cache.bundle.exporting import portable
-from persist_cache.entry import Tier, pack_tokens
+from persist_cache.entry import Tier
 from persist_cache.errors import (
     CorruptBlobError,
     PersistCacheError,
@@ -47,6 +47,7 @@ from persist_cache.errors import (
 from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.queries.totals import find_departed
 from persist_cache.store.store import Store
+from persist_cache.tokens import pack_tokens
 from tests.bundles import Parts, pack
 from tests.fakes import (
     Clock,

@@ -15,9 +15,8 @@ from typing import Any
 import pytest
 
 from persist_cache import PromptCache, Store, fs
-from persist_cache.entry import pack_tokens
 from persist_cache.fingerprint.value import Fingerprint
-from persist_cache.tokens import prompt_digest
+from persist_cache.tokens import pack_tokens, prompt_digest
 from tests.fakes import fingerprint
 from tests.live_fakes import MODEL, FakeCodec, FakeLayer
 

@@ -14,7 +14,7 @@ import pytest
 from mlx_lm.models.cache import KVCache
 
 from persist_cache import PromptCache, Store, tensors
-from persist_cache.warm import prefill, snapshot
+from persist_cache.prefill.run import prefill, snapshot
 from tests import tiny_caches
 from tests.fakes import fingerprint
 

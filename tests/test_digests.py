@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persist_cache.entry import pack_tokens
-from persist_cache.tokens import PrefixDigests, prompt_digest
+from persist_cache.tokens import PrefixDigests, pack_tokens, prompt_digest
 
 TOKENS = st.integers(min_value=-(1 << 63), max_value=(1 << 63) - 1)
 

@@ -34,7 +34,7 @@ from mlx_lm.models.cache import (
 )
 
 from persist_cache import Fingerprint, Store, tensors
-from persist_cache.server.admin_token import TOKEN_FILE
+from persist_cache.filenames import TOKEN_FILE
 from persist_cache_cli.demo.openblas import preload_env
 from tests.fakes import any_dead_rows
 from tests.reader import (

@@ -6,13 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persist_cache.entry import (
-    TIER_LABELS,
-    Tier,
-    common_prefix_tokens,
-    pack_tokens,
-    unpack_tokens,
-)
+from persist_cache.entry import TIER_LABELS, Tier
+from persist_cache.tokens import common_prefix_tokens, pack_tokens, unpack_tokens
 
 IDS = st.integers(-(1 << 63), (1 << 63) - 1)
 

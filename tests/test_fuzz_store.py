@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from persist_cache.blobs.reader import ALIGNMENT, BlobReader, _seal
 from persist_cache.bundle import export
-from persist_cache.entry import TOKEN_BYTES
 from persist_cache.errors import CorruptBlobError, StoreError, StoreFormatError
 from persist_cache.queries.totals import Survey, details_of
 from persist_cache.store.store import Store
+from persist_cache.tokens import TOKEN_BYTES
 from tests.fakes import Clock, blob_files, fetched, fingerprint, put
 from tests.memory import fast_folder
 

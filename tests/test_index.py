@@ -12,7 +12,6 @@ from typing import Any
 import lmdb
 import pytest
 
-from persist_cache.blobs.reader import SUSPECT_FILE
 from persist_cache.errors import (
     StoreAccessError,
     StoreError,
@@ -21,6 +20,7 @@ from persist_cache.errors import (
     StoreInUseError,
     StoreReadOnlyError,
 )
+from persist_cache.filenames import SUSPECT_FILE
 from persist_cache.index.environment import DamagedIndexError, Index, Writer
 from persist_cache.index.records import pack_counter
 from persist_cache.store import check

@@ -22,7 +22,7 @@ import persist_cache
 from persist_cache import PromptCache
 from persist_cache.fingerprint import contents
 from persist_cache.fingerprint.value import Fingerprint, Identifier, Unidentified, identify
-from persist_cache.warm import load_model
+from persist_cache.prefill.loading import load_model
 from tests.tiny_models import build_model_dir
 
 WEIGHTS = "model.safetensors"

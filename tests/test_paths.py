@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from persist_cache.entry import pack_tokens
 from persist_cache.index import tree
 from persist_cache.store.store import Store
+from persist_cache.tokens import pack_tokens
 from tests.fakes import fetched, put
 
 STEM = [1, 2, 3, 4]

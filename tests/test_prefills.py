@@ -11,9 +11,10 @@ import pytest
 
 from persist_cache import PromptCache, Store
 from persist_cache.doctor import DiskSpeed, break_even
-from persist_cache.entry import Tier, pack_tokens
+from persist_cache.entry import Tier
 from persist_cache.prefill.clock import PrefillClock, Prefills, Rate
 from persist_cache.queries.totals import Survey
+from persist_cache.tokens import pack_tokens
 from tests.fakes import Clock, fingerprint, put
 from tests.live_fakes import MODEL, FakeCodec
 from tests.test_cache import fetch, insert
@@ -283,12 +284,12 @@ def test_warm_times_prefill_alone_and_adds_it_to_what_was_found(
     disk: Store, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from persist_cache import warm
+    from persist_cache.prefill.run import prefill as compute
 
     def prefill(model: Any, cache: Any, tokens: Sequence[int], **options: Any) -> None:
         compute(model, cache, tokens, **options)
         clock.advance(len(tokens) * (0.02 if len(tokens) > 14 else 0.1))
 
-    compute = warm.prefill
     monkeypatch.setattr(warm, "prefill", prefill)
     put_in = disk.put
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
+from persist_cache.prefill.loading import load_tokenizer
 from persist_cache.server.rendering import read_request, render
 from persist_cache.server.validation import RefusedError
-from persist_cache.warm import load_tokenizer
 from tests import cli, tiny_models
 from tests.server_process import ServerProcess, running
 

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from persist_cache.entry import Match, pack_tokens
+from persist_cache.entry import Match
 from persist_cache.errors import CorruptBlobError, StoreError, StoreReadOnlyError
 from persist_cache.index.environment import Reader
 from persist_cache.store.store import Store, default_store_path
+from persist_cache.tokens import pack_tokens
 from tests.fakes import Clock, FakeSource, blob_files, fetched, fingerprint, put, restore
 
 IMAGES = [-(1 << 59) - 3, -1, (1 << 60) - 1, -(1 << 63)]

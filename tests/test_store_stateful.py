@@ -23,11 +23,12 @@ from hypothesis.stateful import (
     rule,
 )
 
-from persist_cache.entry import Tier, unpack_tokens
+from persist_cache.entry import Tier
 from persist_cache.errors import StoreFullError
 from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.index import tree
 from persist_cache.store.store import Store
+from persist_cache.tokens import unpack_tokens
 from tests.fakes import Clock, blob_files, disk_usage, eager_gc, fetched, fingerprint, put
 
 IMAGE = -(1 << 59) - 7

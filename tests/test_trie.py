@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import persist_cache.cache.trie
 from persist_cache.cache.trie import PromptTrie, TrieMatch
-from persist_cache.entry import TOKEN_BYTES, common_prefix_tokens, pack_tokens
+from persist_cache.tokens import TOKEN_BYTES, common_prefix_tokens, pack_tokens
 
 MODEL = ("model", None, None)
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from persist_cache.entry import unpack_tokens
 from persist_cache.errors import StoreError
 from persist_cache.index import tree
 from persist_cache.store.store import Store
+from persist_cache.tokens import unpack_tokens
 from tests.fakes import fingerprint, restore
 from torture.journal import Journal, read
 from torture.prompts import CONVERSATIONS, TURNS, Prompt

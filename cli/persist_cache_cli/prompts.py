@@ -14,9 +14,10 @@ import msgspec
 
 from persist_cache.errors import ModelError
 from persist_cache.fingerprint.value import Identifier
+from persist_cache.prefill.loading import load_tokenizer, model_errors
+from persist_cache.prefill.run import KVQuantization
 from persist_cache.server.rendering import Prompt, PromptRequest, read_request, render
 from persist_cache.server.validation import RefusedError, check_template_args, decode_json
-from persist_cache.warm import KVQuantization, load_tokenizer, model_errors
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")

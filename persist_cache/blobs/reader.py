@@ -24,9 +24,13 @@ import xxhash
 from msgspec import Struct
 
 from persist_cache import forked, fs
-from persist_cache.entry import TOKEN_BYTES
 from persist_cache.errors import CorruptBlobError, StoreFormatError
-from persist_cache.server import admin_token
+from persist_cache.filenames import (
+    STRAY_PROBE,
+    is_small,
+    is_stray,
+)
+from persist_cache.tokens import TOKEN_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -37,16 +41,6 @@ TOKENS = "tokens"
 """Name of the tensor that holds a run's own token ids, int64."""
 SUFFIX = ".safetensors"
 _BLOB_FILE = re.compile("[0-9a-f]{32}" + re.escape(SUFFIX))
-TAG_FILE = "CACHEDIR.TAG"
-"""Tells backup programs to leave the folder out."""
-PRESENCE_FILE = "store.lock"
-"""Locked shared by every process that has the store open."""
-SUSPECT_FILE = "index.suspect"
-"""There while the index is known to be damaged: whoever opens the store alone makes a new one."""
-_MEMO_FILE = "weights.json"
-_STRAY_PROBE = re.compile(r"doctor\.[0-9a-f]{16}")
-"""What `doctor` of earlier versions wrote to measure the disk, and left when it was killed."""
-_STRAY_MEMO = re.compile(r"\." + re.escape(_MEMO_FILE) + r"\.[0-9a-f]{16}\.tmp")
 _MEMO_MADE_S = 60.0
 """A memo is written in much less."""
 _MAX_HEADER_BYTES = 32 << 20
@@ -659,11 +653,7 @@ class BlobFolder:
         total = sum(fs.disk_bytes(place) for place in places)
         with os.scandir(self.root) as found:
             names = [one.name for one in found]
-        own = {TAG_FILE, PRESENCE_FILE, SUSPECT_FILE, _MEMO_FILE}
-        total += sum(
-            fs.disk_bytes(self.root / name) for name in names if name in own or _is_stray(name)
-        )
-        total += sum(map(fs.disk_bytes, admin_token.files_in(self.root)))
+        total += sum(fs.disk_bytes(self.root / name) for name in names if is_small(name))
         with os.scandir(self.blobs) as fans:
             # One that is empty may be removed at this moment by another process.
             total += sum(fs.disk_bytes(Path(fan.path)) for fan in fans)
@@ -672,11 +662,11 @@ class BlobFolder:
     def remove_strays(self) -> None:
         """Remove files beside the blobs whose writers were killed."""
         with os.scandir(self.root) as found:
-            strays = [Path(one.path) for one in found if _is_stray(one.name)]
+            strays = [Path(one.path) for one in found if is_stray(one.name)]
         for path in strays:
             with contextlib.suppress(OSError):
                 age_s = time.time() - path.lstat().st_mtime
-                if _STRAY_PROBE.fullmatch(path.name) or not 0 <= age_s < _MEMO_MADE_S:
+                if STRAY_PROBE.fullmatch(path.name) or not 0 <= age_s < _MEMO_MADE_S:
                     fs.unlink(path)
 
     def remove(self, name: str) -> None:
@@ -701,10 +691,6 @@ class BlobFolder:
 def is_blob_file(name: str) -> bool:
     """Whether `name` is 32 lower-case hex digits and the suffix: no other file is ever touched."""
     return _BLOB_FILE.fullmatch(name) is not None
-
-
-def _is_stray(name: str) -> bool:
-    return bool(_STRAY_PROBE.fullmatch(name) or _STRAY_MEMO.fullmatch(name))
 
 
 def _new_name() -> str:

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from persist_cache.bundle.reading import BundledEntry
-from persist_cache.doctor import installed_version
 from persist_cache.entry import Tier
 from persist_cache.errors import StoreError, StoreFullError
 from persist_cache.fingerprint.value import FieldChange, Fingerprint
+from persist_cache.fingerprint.versions import installed_version
 from persist_cache.index import tree
 from persist_cache.index.environment import Reader, Writer
 from persist_cache.index.records import NO_ENTRY

@@ -45,11 +45,12 @@ from persist_cache.bundle.container import (
     padding,
     parse_manifest,
 )
-from persist_cache.entry import TOKEN_BYTES, Tier
+from persist_cache.entry import Tier
 from persist_cache.errors import CorruptBlobError, StoreAccessError, StoreFormatError
 from persist_cache.fingerprint.value import LAYOUT_VERSION, Fingerprint
 from persist_cache.index.records import entry_id, entry_number, namespace_key
 from persist_cache.store.rebuild import check_claims
+from persist_cache.tokens import TOKEN_BYTES
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in total."""

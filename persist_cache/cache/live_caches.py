@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from persist_cache.cache.lru import TieredLRU
 from persist_cache.cache.owners import Owner
 from persist_cache.cache.trie import PromptTrie
-from persist_cache.entry import TOKEN_BYTES
+from persist_cache.tokens import TOKEN_BYTES
 
 
 class LiveCaches(Protocol):

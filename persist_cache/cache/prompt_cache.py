@@ -21,7 +21,7 @@ from persist_cache.cache.live_caches import Candidate, Held, LiveCaches, Residen
 from persist_cache.cache.owners import Owner, Owners
 from persist_cache.cache.stats import Fetch, PromptCacheStats, RecentFetch, Tally
 from persist_cache.cache.write_behind import WriteBehind
-from persist_cache.entry import TIER_LABELS, TOKEN_BYTES, Match, Tier, pack_tokens
+from persist_cache.entry import TIER_LABELS, Match, Tier
 from persist_cache.errors import (
     StoreAccessError,
     StoreBusyError,
@@ -34,6 +34,7 @@ from persist_cache.store.kin import STORED_OTHERWISE
 from persist_cache.store.put import Source
 from persist_cache.store.reasons import UNREADABLE, kind_of_reason, why_no_more
 from persist_cache.store.store import Store
+from persist_cache.tokens import TOKEN_BYTES, pack_tokens
 
 log = logging.getLogger(__name__)
 

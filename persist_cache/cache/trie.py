@@ -1,6 +1,6 @@
 """A radix trie of packed prompts in memory: the contract of mlx-lm's `PromptTrie`.
 
-Prompts are `bytes` (`entry.pack_tokens`, 8 per token), and edges hold whole runs of them, so
+Prompts are `bytes` (`tokens.pack_tokens`, 8 per token), and edges hold whole runs of them, so
 that a walk is a few memcmp calls: its cost grows with the prompt and with the number of
 branches passed, not with the number of entries or of tokens stored below.
 """
@@ -11,7 +11,7 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
-from persist_cache.entry import TOKEN_BYTES, common_prefix_tokens
+from persist_cache.tokens import TOKEN_BYTES, common_prefix_tokens
 
 V = TypeVar("V")
 

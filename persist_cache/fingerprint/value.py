@@ -37,6 +37,7 @@ from persist_cache.fingerprint import loads
 from persist_cache.fingerprint.contents import CannotIdentify, blake2b, pack, printable
 from persist_cache.fingerprint.loads import LOAD_NUMBERS, Description, Files, Load, Unidentified
 from persist_cache.fingerprint.model_files import ModelKey, Parts, split_model_key
+from persist_cache.fingerprint.versions import installed_version
 
 # json, msgspec, importlib.metadata, platformdirs and concurrent.futures are imported where they
 # are used: they would more than double the time of this import, and `list` needs none of them.
@@ -416,10 +417,10 @@ class Identifier:
             return Fingerprint.from_fields(
                 {
                     **described.fields,
-                    "mlx_lm": _installed_version("mlx-lm"),
+                    "mlx_lm": installed_version("mlx-lm"),
                     **self._option_fields,
                 },
-                {**described.info, "mlx": _installed_version("mlx"), "device": _device()},
+                {**described.info, "mlx": installed_version("mlx"), "device": _device()},
             )
         except ValueError as error:
             return Unidentified(str(error))
@@ -490,15 +491,6 @@ def _canonical(value: Scalar) -> str:
         case str():
             return str.__str__(value)
     raise TypeError(f"a field is str, int, float, bool or None, not {type(value).__name__}")
-
-
-def _installed_version(distribution: str) -> str:
-    import importlib.metadata
-
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def _device() -> str:

@@ -17,7 +17,6 @@ from itertools import islice, pairwise
 
 from msgspec import Struct
 
-from persist_cache.entry import TOKEN_BYTES, common_prefix_tokens
 from persist_cache.errors import StoreError
 from persist_cache.index.environment import Reader, Writer
 from persist_cache.index.records import (
@@ -33,6 +32,7 @@ from persist_cache.index.records import (
     recency_key,
     unpack_number,
 )
+from persist_cache.tokens import TOKEN_BYTES, common_prefix_tokens
 
 BLOB_BYTES = "blob_bytes"
 """Counter: bytes on disk of all blobs that a record names."""

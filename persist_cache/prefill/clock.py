@@ -14,8 +14,8 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 
-from persist_cache.entry import TOKEN_BYTES, Tier
-from persist_cache.tokens import PrefixDigests
+from persist_cache.entry import Tier
+from persist_cache.tokens import TOKEN_BYTES, PrefixDigests
 
 _REMEMBERED = 64
 _MAX_EXTRAPOLATION = 4

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from persist_cache.errors import MissingDependencyError
+from persist_cache.errors import MissingDependencyError, ModelError
 from persist_cache.fingerprint.contents import printable
 from persist_cache.fingerprint.loads import Description, Files, Unidentified, around_load, remember
 from persist_cache.fingerprint.model_files import digest_json, is_folder
+from persist_cache.fingerprint.value import Identifier
+from persist_cache.prefill import loading
 
 
 @overload
@@ -139,3 +142,72 @@ def _with_model_config(
     except (TypeError, ValueError) as error:
         return Unidentified(f"model_config is not JSON: {error}")
     return Description(fields, described.info)
+
+
+def load_model(
+    model: str, adapter_path: str | None = None, *, identifier: Identifier | None = None
+) -> tuple[Any, Any]:
+    """Load a model and its tokenizer from a folder or a hub id, and settle its identity.
+
+    Args:
+        model: Folder or hub id.
+        adapter_path: Folder of an adapter, or None.
+        identifier: Where the identity of `(model, adapter_path, None)` is settled; without one,
+            for the whole process, as `persist_cache.load` does.
+
+    Raises:
+        ModelError: It cannot be found or loaded.
+        MissingDependencyError: mlx-lm is not installed.
+    """
+    with model_errors(model):
+        if identifier is None:
+            return loading.load(model, adapter_path=adapter_path)
+        import mlx_lm
+
+        def read() -> tuple[Any, Any]:
+            loaded = mlx_lm.load(model, adapter_path=adapter_path)
+            loading.evaluate(loaded[0])
+            return loaded[0], loaded[1]
+
+        # First, or a hub id that is not here yet would be loaded twice.
+        loading.fetch(model)
+        return identifier.around_load((model, adapter_path, None), read)
+
+
+def load_tokenizer(model: str, *, chat_template: str | None = None) -> Any:
+    """Load a model's tokenizer without its weights.
+
+    Args:
+        model: Folder or hub id.
+        chat_template: What to use instead of the model's own, or None.
+
+    Raises:
+        ModelError: It cannot be found or loaded.
+        MissingDependencyError: mlx-lm is not installed.
+    """
+    with model_errors(model):
+        from mlx_lm.utils import load_tokenizer
+
+        return load_tokenizer(model, {"chat_template": chat_template} if chat_template else None)
+
+
+@contextlib.contextmanager
+def model_errors(model: str) -> Iterator[None]:
+    """mlx-lm, transformers and the hub raise whatever they like; the user gets one sentence."""
+    try:
+        yield
+    except MissingDependencyError:
+        raise
+    except ImportError as error:
+        raise MissingDependencyError(
+            "Running a model needs MLX and mlx-lm: pip install mlx mlx-lm."
+        ) from error
+    except Exception as error:
+        if not Path(model).exists():
+            raise ModelError(
+                f"The model {model!r} is no folder here, and the hub does not know it or cannot be "
+                "reached; name a folder with a model's files, or a hub id."
+            ) from error
+        said = str(error).strip().splitlines()
+        detail = said[0].rstrip(".") if said else type(error).__name__
+        raise ModelError(f"The model in {model} cannot be loaded: {detail}.") from error

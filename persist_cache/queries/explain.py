@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import msgspec
 from msgspec import Struct
 
-from persist_cache.entry import TOKEN_BYTES, Match, pack_tokens, unpack_tokens
+from persist_cache.entry import Match
 from persist_cache.fingerprint.value import FieldChange, Fingerprint
 from persist_cache.index import tree
 from persist_cache.index.environment import Reader
@@ -18,6 +18,7 @@ from persist_cache.index.records import NO_ENTRY, entry_number
 from persist_cache.store.catalog import identity_of
 from persist_cache.store.evict import REPLACED
 from persist_cache.store.store import Store
+from persist_cache.tokens import TOKEN_BYTES, pack_tokens, unpack_tokens
 
 _CONTEXT_TOKENS = 24
 

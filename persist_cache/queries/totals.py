@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 from msgspec import Struct
 
-from persist_cache.entry import Entry, Tier, unpack_tokens
+from persist_cache.entry import Entry, Tier
+from persist_cache.fingerprint.versions import installed_version
 from persist_cache.index import tree
 from persist_cache.index.environment import Reader, Writer
 from persist_cache.index.records import (
@@ -35,6 +36,7 @@ from persist_cache.store.catalog import (
     namespace_of,
 )
 from persist_cache.store.store import Store
+from persist_cache.tokens import unpack_tokens
 
 if TYPE_CHECKING:
     from persist_cache.fingerprint.value import Identifier
@@ -587,22 +589,13 @@ def outdated_reason(model: Model) -> str:
     from persist_cache.fingerprint.value import LAYOUT_VERSION
 
     wrote = model.fields.get("mlx_lm", "")
-    installed = _installed_mlx_lm() if wrote else ""
+    installed = installed_version("mlx-lm") if wrote else ""
     if installed and wrote != installed:
         return f"computed by mlx-lm {wrote}, and {installed} is installed"
     layout = model.fields.get("layout", "")
     if layout and layout != str(LAYOUT_VERSION):
         return f"written with layout {layout}, and persist-cache has {LAYOUT_VERSION} now"
     return ""
-
-
-def _installed_mlx_lm() -> str:
-    import importlib.metadata
-
-    try:
-        return importlib.metadata.version("mlx-lm")
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def as_json_object(text: str) -> object:

@@ -21,12 +21,10 @@ import msgspec
 
 from persist_cache import fs
 from persist_cache.errors import StoreAccessError
+from persist_cache.filenames import NEW_TOKEN_FILE, SERVER_FILE, TOKEN_FILE
 
 log = logging.getLogger(__name__)
 
-TOKEN_FILE = "admin.token"
-_NEW_TOKEN_FILE = "admin.token.new"
-_SERVER_FILE = re.compile(r"server\.[0-9a-f]{16}")
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{32,128}")
 _MAX_BYTES = 4096
 _PATIENCE_S = 5.0
@@ -124,15 +122,6 @@ def stored_token(folder: Path) -> str | None:
     return _read(folder / TOKEN_FILE)
 
 
-def files_in(folder: Path) -> list[Path]:
-    """What this module keeps in a store's folder; it counts against the budget."""
-    return [
-        folder / name
-        for name in os.listdir(folder)
-        if name in (TOKEN_FILE, _NEW_TOKEN_FILE) or _SERVER_FILE.fullmatch(name)
-    ]
-
-
 def _keep(folder: Path, proposal: str) -> str:
     """The secret that is kept in `folder`; `proposal`, if there is none yet.
 
@@ -148,7 +137,7 @@ def _keep(folder: Path, proposal: str) -> str:
         if os.path.lexists(path):
             log.warning("%s may have been read by others or is damaged: it is replaced", path)
             proposal = secrets.token_urlsafe(32)
-        new = folder / _NEW_TOKEN_FILE
+        new = folder / NEW_TOKEN_FILE
         with contextlib.suppress(FileNotFoundError):
             fs.unlink(new)  # whoever left it died
         fd = fs.create(new)
@@ -191,7 +180,7 @@ def _server_files(folder: Path, *, living: bool) -> list[tuple[Path, bytes]]:
     found = []
     for name in os.listdir(folder):
         path = folder / name
-        if not _SERVER_FILE.fullmatch(name) or (raw := _read_own(path)) is None:
+        if not SERVER_FILE.fullmatch(name) or (raw := _read_own(path)) is None:
             continue
         with contextlib.suppress(OSError):
             fd = fs.open_read(path)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+from persist_cache.errors import ModelError
 from persist_cache.server.validation import RefusedError, check_prompt
 
 log = logging.getLogger(__name__)
@@ -132,6 +133,28 @@ def render(
         options = {**defaults, **request.template_args}
         end = system_end(tokenizer, asked.messages, asked.tools, options, tokens)
     return Prompt(list(tokens), end)
+
+
+def render_chat(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    template_args: Mapping[str, Any] | None = None,
+) -> Prompt:
+    """Render a chat request as `mlx_lm.server` does, and find its system part.
+
+    Raises:
+        ModelError: The model has no chat template, or the template refuses the messages.
+    """
+    asked = PromptRequest(
+        [dict(message) for message in messages],
+        tools=[dict(tool) for tool in tools] if tools else None,
+    )
+    try:
+        return render(tokenizer, asked, template_args=template_args)
+    except RefusedError as refusal:
+        raise ModelError(str(refusal)) from refusal
 
 
 def system_tokens(segments: Sequence[Sequence[int]], kinds: Sequence[str]) -> int:

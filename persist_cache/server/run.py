@@ -43,6 +43,7 @@ from persist_cache.errors import (
 from persist_cache.fingerprint.value import Identifier
 from persist_cache.prefill import loading
 from persist_cache.prefill.clock import PrefillClock
+from persist_cache.prefill.loading import model_errors
 from persist_cache.server.admin import Admin
 from persist_cache.server.admin_token import AdminToken, Serving, announced
 from persist_cache.server.guard import (
@@ -57,7 +58,6 @@ from persist_cache.server.rendering import system_end, system_tokens
 from persist_cache.server.ticket import Ticket, TicketedCache
 from persist_cache.store.opening import is_impossible
 from persist_cache.store.store import Store, default_store_path
-from persist_cache.warm import model_errors
 
 log = logging.getLogger(__name__)
 
@@ -230,7 +230,7 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
         done, end = len(tokens) - len(rest), ticket.system_tokens
         if self._stream is None or done >= end or self.model_provider.draft_model is not None:
             return cache, rest
-        from persist_cache.warm import KVQuantization, new_cache, prefill, snapshot
+        from persist_cache.prefill.run import KVQuantization, new_cache, prefill, snapshot
 
         options = self.cli_args
         quantize = None

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from persist_cache import fs
-from persist_cache.blobs.reader import PRESENCE_FILE, SUSPECT_FILE, TAG_FILE, BlobFolder
+from persist_cache.blobs.reader import BlobFolder
 from persist_cache.errors import (
     StoreAccessError,
     StoreBusyError,
@@ -23,6 +23,7 @@ from persist_cache.errors import (
     StoreFullError,
     StoreInUseError,
 )
+from persist_cache.filenames import PRESENCE_FILE, SUSPECT_FILE, TAG_FILE
 from persist_cache.index import ballast, holders, lock_table
 from persist_cache.index.environment import PATIENCE_S, DamagedIndexError, Index, Writer
 from persist_cache.index.records import pack_counter, unpack_counter

@@ -23,7 +23,6 @@ from persist_cache.blobs.reader import (
     Written,
     prefix_digest,
 )
-from persist_cache.entry import TOKEN_BYTES
 from persist_cache.errors import StoreError, StoreFullError
 from persist_cache.index import tree
 from persist_cache.index.environment import Reader, Writer
@@ -41,6 +40,7 @@ from persist_cache.index.records import (
 from persist_cache.store.budget import blob_estimate, written_today
 from persist_cache.store.evict import Evictor
 from persist_cache.store.session import Disk
+from persist_cache.tokens import TOKEN_BYTES
 
 if TYPE_CHECKING:
     from persist_cache.fingerprint.value import Fingerprint

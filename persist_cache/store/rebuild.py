@@ -24,7 +24,7 @@ from persist_cache.blobs.reader import (
     Written,
     prefix_digest,
 )
-from persist_cache.entry import TOKEN_BYTES, Tier
+from persist_cache.entry import Tier
 from persist_cache.errors import CorruptBlobError, StoreError
 from persist_cache.index import tree
 from persist_cache.index.environment import UNREADABLE, Index, Reader, Writer
@@ -37,6 +37,7 @@ from persist_cache.index.records import (
     namespace_key,
 )
 from persist_cache.store.put import add_blob, place_entry
+from persist_cache.tokens import TOKEN_BYTES
 
 log = logging.getLogger(__name__)
 _FINGERPRINT_BYTES = 32

@@ -26,7 +26,6 @@ from persist_cache.blobs.reader import (
     Written,
 )
 from persist_cache.blobs.rows import ROW_AXIS, Cut, cut_runs
-from persist_cache.entry import TOKEN_BYTES
 from persist_cache.errors import CorruptBlobError
 from persist_cache.index import tree
 from persist_cache.index.environment import Reader, Writer
@@ -42,6 +41,7 @@ from persist_cache.store.budget import blob_estimate, written_today
 from persist_cache.store.evict import Evictor
 from persist_cache.store.put import add_blob, undone
 from persist_cache.store.session import Disk
+from persist_cache.tokens import TOKEN_BYTES
 
 _PAGES_PER_RUN = 8
 """Pages of the index that a commit may copy for each run: its records lie in six tables."""

@@ -24,7 +24,7 @@ from msgspec import Struct
 
 from persist_cache import fs
 from persist_cache.blobs.reader import BlobFolder, BlobReader
-from persist_cache.entry import TOKEN_BYTES, Entry, Match, Run, Tier, pack_tokens
+from persist_cache.entry import Entry, Match, Run, Tier
 from persist_cache.errors import (
     CorruptBlobError,
     StoreError,
@@ -50,6 +50,7 @@ from persist_cache.store.evict import REQUESTED, Evictor
 from persist_cache.store.kin import NOTHING_STORED, Kin
 from persist_cache.store.put import Insertion, PutResult, Source
 from persist_cache.store.session import Disk
+from persist_cache.tokens import TOKEN_BYTES, pack_tokens
 
 if TYPE_CHECKING:
     from persist_cache.fingerprint.value import Fingerprint

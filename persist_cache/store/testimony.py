@@ -18,7 +18,6 @@ import xxhash
 from msgspec import Struct
 
 from persist_cache.blobs.reader import TOKENS, BlobReader
-from persist_cache.entry import TOKEN_BYTES
 from persist_cache.errors import StoreError
 from persist_cache.index import tree
 from persist_cache.index.audit import broken_invariants, misnumbered, stretches, too_small
@@ -26,6 +25,7 @@ from persist_cache.index.environment import UNREADABLE, Reader, Writer
 from persist_cache.index.records import NO_BLOB, BlobKind, BlobRecord, namespace_key
 from persist_cache.store import rebuild
 from persist_cache.store.session import Disk
+from persist_cache.tokens import TOKEN_BYTES
 
 log = logging.getLogger(__name__)
 

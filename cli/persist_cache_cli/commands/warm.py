@@ -14,9 +14,10 @@ from persist_cache import Store, Tier
 from persist_cache.entry import Match
 from persist_cache.errors import ModelError, PersistCacheError
 from persist_cache.fingerprint.value import Fingerprint, Identifier, Unidentified
+from persist_cache.prefill.loading import load_model
 from persist_cache.queries.as_json import warm_json
 from persist_cache.server.rendering import PromptRequest, system_only
-from persist_cache.warm import WARM_STEP_TOKENS, Warmed, load_model, warm
+from persist_cache.warm import WARM_STEP_TOKENS, Warmed, warm
 from persist_cache_cli.output import format_bytes, print_json
 from persist_cache_cli.parse import DURATION, parse_duration
 from persist_cache_cli.prompts import (

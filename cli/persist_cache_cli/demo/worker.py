@@ -13,7 +13,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from persist_cache import PromptCache, Store
-from persist_cache.warm import load_model, new_cache, prefill, render, snapshot
+from persist_cache.prefill.loading import load_model
+from persist_cache.prefill.run import new_cache, prefill, snapshot
+from persist_cache.server.rendering import render_chat
 
 
 def main() -> None:
@@ -57,7 +59,7 @@ class Session:
         """Answer greedily, keeping the system part, the prompt and the reply as the server does."""
         from mlx_lm import stream_generate
 
-        prompt = render(self._tokenizer, messages)
+        prompt = render_chat(self._tokenizer, messages)
         started = time.monotonic()
         kv, rest = self._caches[0].fetch_nearest_cache(self._key, prompt.tokens)
         restored_s = time.monotonic() - started
