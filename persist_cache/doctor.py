@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Literal
 
 from persist_cache import __version__, fs
 from persist_cache.fingerprint.versions import installed_version
+from persist_cache.mounts import Mounts
 from persist_cache.prefill.clock import Rate
 
 if TYPE_CHECKING:
@@ -199,7 +200,7 @@ def look_at_folder(path: Path) -> Folder:
         is_ours=status.st_uid == os.geteuid(),
         mode=stat.S_IMODE(status.st_mode) if exists else None,
         writable=may_write and not space.f_flag & os.ST_RDONLY,
-        file_system=file_system(place),
+        file_system=Mounts().kind(place),
         free_bytes=space.f_bavail * space.f_frsize,
         total_bytes=space.f_blocks * space.f_frsize,
     )
@@ -222,52 +223,6 @@ def _user(number: int) -> str:
         return pwd.getpwuid(number).pw_name
     except KeyError:
         return str(number)
-
-
-def file_system(place: Path) -> str:
-    """Type of the file system that holds `place`; "" where it cannot be told."""
-    try:
-        if sys.platform == "linux":
-            return _from_mountinfo(place, Path("/proc/self/mountinfo").read_text())
-        return _from_mount(place, _run_mount())
-    except (OSError, ValueError):
-        return ""
-
-
-def _from_mountinfo(place: Path, table: str) -> str:
-    """Find a place in Linux's table of mounts: `… root point options … - type source …`."""
-    best, found = "", ""
-    for line in table.splitlines():
-        left, _, right = line.partition(" - ")
-        point = left.split()[4].encode().decode("unicode_escape")
-        if _is_below(place, point) and len(point) >= len(best):
-            best, found = point, right.split()[0]
-    return found
-
-
-def _from_mount(place: Path, table: str) -> str:
-    """Find a place in what `mount` prints on macOS: `source on point (type, …)`."""
-    best, found = "", ""
-    for line in table.splitlines():
-        head, _, options = line.rpartition(" (")
-        point = head.partition(" on ")[2]
-        if point and _is_below(place, point) and len(point) >= len(best):
-            best, found = point, options.rstrip(")").split(",")[0]
-    return found
-
-
-def _run_mount() -> str:
-    import subprocess
-
-    try:
-        done = subprocess.run(["mount"], capture_output=True, text=True, timeout=5)
-    except subprocess.SubprocessError:
-        return ""
-    return done.stdout
-
-
-def _is_below(place: Path, point: str) -> bool:
-    return place.resolve().is_relative_to(point)
 
 
 def measure_disk(root: Path, nbytes: int = PROBE_BYTES) -> DiskSpeed:

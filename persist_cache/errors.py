@@ -6,6 +6,7 @@ PersistCacheError
 │  │  └─ StoreBusyError        another process holds a lock and does not let go of it
 │  ├─ StoreFullError           budget, free-space floor, map or disk full; nothing changed
 │  ├─ StoreFormatError         written by an unknown layout or schema version
+│  ├─ DamagedIndexError        the index is no LMDB file, or is torn; the blobs give a new one
 │  ├─ StoreReadOnlyError       a change was asked of a store opened read-only
 │  ├─ StoreAccessError         the folder cannot be read or written, or is not ours
 │  └─ CorruptBlobError         a blob whose bytes are not what was written (.path)
@@ -43,6 +44,10 @@ class StoreFullError(StoreError):
 
 class StoreFormatError(StoreError):
     """The store or a blob was written by a version this one does not know."""
+
+
+class DamagedIndexError(StoreError):
+    """`data.mdb` cannot be what LMDB wrote; the store rebuilds it from the blobs."""
 
 
 class StoreReadOnlyError(StoreError):

@@ -1,4 +1,4 @@
-"""Whether the stamp of a file proves anything where the file is.
+"""The mounted file systems: of which type one is, and whether the stamp of a file proves anything.
 
 A stamp (device, inode, size, mtime, ctime) stands for a file's content because the kernel sets
 ctime at each change. It does not where ctime is a copy of mtime (FAT, squashfs), where nothing
@@ -64,6 +64,11 @@ class Mounts:
             # Set by what built an image, or by a file system of whole seconds, or never.
             return False
         return self._keeps_ctime(os.path.realpath(path))
+
+    def kind(self, place: Path) -> str:
+        """Type of the file system that holds `place`; "" where it cannot be told."""
+        mount = self._of(os.path.realpath(place))
+        return "" if mount is None else mount.kind
 
     def _keeps_ctime(self, path: str, depth: int = 0) -> bool:
         mount = self._of(path)

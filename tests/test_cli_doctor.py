@@ -288,33 +288,3 @@ def test_a_cache_class_that_is_not_known_is_named() -> None:
 
     assert not found.storable
     assert "LayerCache cannot be saved" in finding.message
-
-
-MOUNTINFO = """\
-22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda1 rw
-30 22 0:26 / /home/a\\040b rw - nfs4 server:/export rw
-31 22 0:27 / /home rw - xfs /dev/vdb rw
-"""
-
-MOUNT = """\
-/dev/disk3s1s1 on / (apfs, sealed, local, read-only, journaled)
-/dev/disk3s5 on /System/Volumes/Data (apfs, local, journaled, nobrowse)
-//ann@server/share on /Volumes/My share (smbfs, nodev, nosuid, mounted by ann)
-"""
-
-
-@pytest.mark.parametrize(
-    ("place", "expected"),
-    [("/home/a b/store", "nfs4"), ("/home/ab", "xfs"), ("/homes", "ext4"), ("/", "ext4")],
-)
-def test_file_systems_on_linux(place: str, expected: str) -> None:
-    assert doctor._from_mountinfo(Path(place), MOUNTINFO) == expected
-
-
-@pytest.mark.parametrize(
-    ("place", "expected"),
-    [("/Volumes/My share/store", "smbfs"), ("/Volumes/My", "apfs"), ("/x", "apfs")],
-)
-def test_file_systems_on_macos(place: str, expected: str) -> None:
-    assert doctor._from_mount(Path(place), MOUNT) == expected
-    assert doctor._from_mount(Path(place), "") == ""

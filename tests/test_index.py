@@ -13,6 +13,7 @@ import lmdb
 import pytest
 
 from persist_cache.errors import (
+    DamagedIndexError,
     StoreAccessError,
     StoreError,
     StoreFormatError,
@@ -21,7 +22,7 @@ from persist_cache.errors import (
     StoreReadOnlyError,
 )
 from persist_cache.filenames import SUSPECT_FILE
-from persist_cache.index.environment import DamagedIndexError, Index, Writer
+from persist_cache.index.environment import Index, Writer
 from persist_cache.index.records import pack_counter
 from persist_cache.store import check
 from persist_cache.store.store import Store

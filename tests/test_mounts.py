@@ -240,3 +240,33 @@ def test_nothing_is_believed_where_the_mounts_are_not_known(tmp_path: Path) -> N
     (tmp_path / "file").touch()
 
     assert not Mounts([]).ctime_proves(tmp_path / "file", (tmp_path / "file").stat())
+
+
+MOUNTINFO = """\
+22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda1 rw
+30 22 0:26 / /home/a\\040b rw - nfs4 server:/export rw
+31 22 0:27 / /home rw - xfs /dev/vdb rw
+"""
+
+MOUNT = """\
+/dev/disk3s1s1 on / (apfs, sealed, local, read-only, journaled)
+/dev/disk3s5 on /System/Volumes/Data (apfs, local, journaled, nobrowse)
+//ann@server/share on /Volumes/My share (smbfs, nodev, nosuid, mounted by ann)
+"""
+
+
+@pytest.mark.parametrize(
+    ("place", "expected"),
+    [("/home/a b/store", "nfs4"), ("/home/ab", "xfs"), ("/homes", "ext4"), ("/", "ext4")],
+)
+def test_file_systems_on_linux(place: str, expected: str) -> None:
+    assert Mounts(parse_mountinfo(MOUNTINFO)).kind(Path(place)) == expected
+
+
+@pytest.mark.parametrize(
+    ("place", "expected"),
+    [("/Volumes/My share/store", "smbfs"), ("/Volumes/My", "apfs"), ("/x", "apfs")],
+)
+def test_file_systems_on_macos(place: str, expected: str) -> None:
+    assert Mounts(parse_mount_command(MOUNT)).kind(Path(place)) == expected
+    assert Mounts([]).kind(Path(place)) == ""

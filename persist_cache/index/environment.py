@@ -26,6 +26,7 @@ import xxhash
 
 from persist_cache import forked, fs
 from persist_cache.errors import (
+    DamagedIndexError,
     StoreAccessError,
     StoreBusyError,
     StoreError,
@@ -111,10 +112,6 @@ _MARKS = struct.Struct("<B7xQ")
 """The head of `writer.lock`: whether somebody is inside, and the process that was last."""
 LOCK_FILE = "writer.lock"
 T = TypeVar("T")
-
-
-class DamagedIndexError(StoreError):
-    """`data.mdb` cannot be what LMDB wrote; the store rebuilds it from the blobs."""
 
 
 def counter_name(name: str) -> str:

@@ -21,6 +21,7 @@ from pathlib import Path
 from persist_cache import fs
 from persist_cache.errors import StoreFullError, StoreInUseError
 from persist_cache.index import ballast
+from persist_cache.mounts import Mounts
 
 FILE = "lock.mdb"
 MAX_READERS = 512
@@ -206,12 +207,10 @@ def is_copied_on_write(root: Path) -> bool:
 
     So it is on btrfs if the table was made without `write_in_place`. Changes nothing.
     """
-    from persist_cache.doctor import file_system
-
     path = root / FILE
     with _lock, contextlib.suppress(OSError):
         # File systems of that kind have no device of their own.
-        if os.major(os.stat(path).st_dev) or _key(root) in _open or file_system(root) != "btrfs":
+        if os.major(os.stat(path).st_dev) or _key(root) in _open or Mounts().kind(root) != "btrfs":
             return False
         fd = fs.open_read(path)
         try:

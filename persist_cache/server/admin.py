@@ -33,7 +33,6 @@ from persist_cache.queries.as_json import (
     mark_json,
     order,
     removal_json,
-    server_json,
     short_entry_ids,
     short_model_names,
     store_json,
@@ -56,6 +55,7 @@ from persist_cache.server.guard import API_PATH, METRICS_PATH, PAGE_PATH, Guard,
 from persist_cache.server.model import LoadedModel
 from persist_cache.server.rendering import read_request, system_only
 from persist_cache.server.validation import RefusedError, check_names, check_prompt, decode_object
+from persist_cache.server.view import server_json
 from persist_cache.store.store import Store
 
 log = logging.getLogger(__name__)

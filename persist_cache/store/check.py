@@ -19,11 +19,11 @@ from msgspec import Struct
 
 from persist_cache import fs
 from persist_cache.blobs.reader import SUFFIX, BlobReader, is_blob_file, try_remove_orphan
-from persist_cache.errors import CorruptBlobError, StoreBusyError, StoreError
+from persist_cache.errors import CorruptBlobError, DamagedIndexError, StoreBusyError, StoreError
 from persist_cache.filenames import SUSPECT_FILE
 from persist_cache.index import tree
 from persist_cache.index.audit import broken_invariants
-from persist_cache.index.environment import DamagedIndexError, Writer
+from persist_cache.index.environment import Writer
 from persist_cache.index.records import BlobKind, SizedRecord
 from persist_cache.store import rebuild, testimony
 from persist_cache.store.evict import Evictor

@@ -17,6 +17,7 @@ from pathlib import Path
 from persist_cache import fs
 from persist_cache.blobs.reader import BlobFolder
 from persist_cache.errors import (
+    DamagedIndexError,
     StoreAccessError,
     StoreBusyError,
     StoreError,
@@ -25,7 +26,7 @@ from persist_cache.errors import (
 )
 from persist_cache.filenames import PRESENCE_FILE, SUSPECT_FILE, TAG_FILE
 from persist_cache.index import ballast, holders, lock_table
-from persist_cache.index.environment import PATIENCE_S, DamagedIndexError, Index, Writer
+from persist_cache.index.environment import PATIENCE_S, Index, Writer
 from persist_cache.index.records import pack_counter, unpack_counter
 from persist_cache.store import rebuild
 from persist_cache.store.budget import DEFAULT_MAX_BYTES, DEFAULT_MIN_FREE_BYTES, Limits

@@ -27,12 +27,13 @@ from persist_cache.blobs.reader import BlobFolder, BlobReader
 from persist_cache.entry import Entry, Match, Run, Tier
 from persist_cache.errors import (
     CorruptBlobError,
+    DamagedIndexError,
     StoreError,
     StoreFullError,
     StoreReadOnlyError,
 )
 from persist_cache.index import tree
-from persist_cache.index.environment import DamagedIndexError, Reader, Writer
+from persist_cache.index.environment import Reader, Writer
 from persist_cache.index.records import (
     END_OF_TIME_S,
     NO_BLOB,

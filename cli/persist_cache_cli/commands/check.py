@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from persist_cache import Problem, Store
-from persist_cache.index.environment import DamagedIndexError
+from persist_cache.errors import DamagedIndexError
 from persist_cache.queries.totals import Quarantined, quarantined
 from persist_cache.store.check import distrust
 from persist_cache.store.rebuild import rebuild

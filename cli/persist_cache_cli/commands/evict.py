@@ -13,12 +13,7 @@ import click
 
 from persist_cache import Store
 from persist_cache.errors import PersistCacheError
-from persist_cache.queries.as_json import (
-    Filters,
-    removal_json,
-    short_entry_ids,
-    short_model_names,
-)
+from persist_cache.queries.as_json import Filters, removal_json, short_entry_ids, short_model_names
 from persist_cache.queries.totals import (
     Survey,
     left_in_trash,

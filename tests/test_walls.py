@@ -1,0 +1,112 @@
+"""The walls between the rooms of docs/design.md stand, and a breach of each is found.
+
+`scripts/check` holds the imports against the contracts in pyproject.toml; here each contract is
+broken on purpose in a copy. What the linter cannot see is looked for in the syntax trees.
+"""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LINTER = Path(sys.executable).with_name("lint-imports")
+CONTRACTS = [
+    one["name"]
+    for one in tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"][
+        "contracts"
+    ]
+]
+BREACHES = {
+    "A room may use what stands below it, never what stands above or beside it": (
+        ("store/evict.py", "from persist_cache.queries import totals"),
+        ("queries/totals.py", "from persist_cache.cache import prompt_cache"),
+        ("errors.py", "from persist_cache import fs"),
+        ("blobs/rows.py", "from persist_cache.index import records"),
+        ("bundle/reading.py", "from persist_cache import warm"),
+        ("store/store.py", "def late() -> None:\n    from persist_cache.server import http"),
+    ),
+    "LMDB has one importer": (("store/opening.py", "import lmdb"),),
+    "MLX is imported where tensors are made, and where a model runs": (
+        ("cache/trie.py", "import mlx.core"),
+    ),
+    "The store knows bytes, never tensors": (
+        ("store/put.py", "from persist_cache import tensors"),
+        ("index/tree.py", "import mlx_lm"),
+    ),
+    "Commands and server see the store by its face": (
+        ("server/metrics.py", "from persist_cache.index.environment import Index"),
+    ),
+}
+
+
+def lint(folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [LINTER, "--no-logo", "--no-cache"],
+        cwd=folder,
+        env={"PYTHONPATH": f"{folder}:{folder}/cli", "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    skip = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "persist_cache", tmp_path / "persist_cache", ignore=skip)
+    shutil.copytree(ROOT / "cli/persist_cache_cli", tmp_path / "cli/persist_cache_cli", ignore=skip)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+def test_walls_stand(copy: Path) -> None:
+    done = lint(copy)
+
+    assert done.returncode == 0, done.stdout
+    assert f"{len(CONTRACTS)} kept, 0 broken" in done.stdout
+
+
+@pytest.mark.parametrize("contract", CONTRACTS)
+def test_a_breach_of_each_wall_is_found(copy: Path, contract: str) -> None:
+    for place, line in BREACHES[contract]:
+        path = copy / "persist_cache" / place
+        sound = path.read_text()
+        path.write_text(f"{sound}\n\n{line}\n")
+
+        done = lint(copy)
+
+        assert done.returncode == 1, (place, line)
+        assert f"{contract} BROKEN" in " ".join(done.stdout.split()), (place, line)
+        path.write_text(sound)
+
+
+def modules() -> Iterator[tuple[str, ast.Module]]:
+    for folder in (ROOT / "persist_cache", ROOT / "cli" / "persist_cache_cli"):
+        for path in sorted(folder.rglob("*.py")):
+            yield str(path.relative_to(folder.parent)), ast.parse(path.read_text())
+
+
+def imported(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (one.name for one in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{one.name}" for one in node.names)
+
+
+def test_mlx_lm_server_is_imported_by_one_module() -> None:
+    importers = [
+        name
+        for name, tree in modules()
+        if any(one.startswith("mlx_lm.server") for one in imported(tree))
+    ]
+
+    assert importers == ["persist_cache/server/upstream.py"]
