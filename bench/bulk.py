@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bench.kv import FINGERPRINT, TOKENS_IN_VOCABULARY
 from persist_cache import Store
-from persist_cache.blobs.reader import Written
+from persist_cache.blobs.writer import Written
 from persist_cache.entry import Tier
 from persist_cache.index import tree
 from persist_cache.index.environment import Writer

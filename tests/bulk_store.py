@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from persist_cache.blobs.reader import Written
+from persist_cache.blobs.writer import Written
 from persist_cache.entry import Tier
 from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.index import tree

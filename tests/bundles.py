@@ -11,7 +11,8 @@ from typing import Any
 import xxhash
 from msgspec.structs import replace
 
-from persist_cache.blobs.reader import BlobHeader, BlobReader, Tensor, header_bytes
+from persist_cache.blobs.header import BlobHeader, Tensor, header_bytes
+from persist_cache.blobs.reader import BlobReader
 from persist_cache.bundle.container import END, checksum_text, member_header, padding
 
 Member = tuple[str, bytes]

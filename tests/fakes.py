@@ -17,7 +17,8 @@ from unittest import mock
 import numpy as np
 
 from persist_cache import fs
-from persist_cache.blobs.reader import BlobReader, Payload, Tensor
+from persist_cache.blobs.header import Payload, Tensor
+from persist_cache.blobs.reader import BlobReader
 from persist_cache.errors import CorruptBlobError
 from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.index.records import BlobRecord

@@ -24,7 +24,8 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from persist_cache import fs
-from persist_cache.blobs.reader import SUFFIX, BlobHeader, Payload, Tensor
+from persist_cache.blobs.folder import SUFFIX
+from persist_cache.blobs.header import BlobHeader, Payload, Tensor
 from persist_cache.bundle import Bundle, export, load, preview, usability
 from persist_cache.bundle.container import (
     MANIFEST,
@@ -890,7 +891,7 @@ def test_an_unknown_blob_format_is_named(
     good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parts = Parts.of(good)
-    monkeypatch.setattr("persist_cache.blobs.reader.FORMAT_VERSION", "9")
+    monkeypatch.setattr("persist_cache.blobs.header.FORMAT_VERSION", "9")
     for name in parts.blobs:
         content = parts.blobs[name].replace(b'"version":"1"', b'"version":"9"', 1)
         parts.blobs[name] = content

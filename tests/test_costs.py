@@ -17,7 +17,7 @@ import pytest
 from mlx_lm.models.cache import KVCache
 
 from persist_cache import PromptCache, Store, fs, tensors
-from persist_cache.blobs.reader import ALIGNMENT
+from persist_cache.blobs.header import ALIGNMENT
 from persist_cache.index.environment import Reader
 from persist_cache.tokens import TOKEN_BYTES, pack_tokens
 from tests.fakes import FakeSource, fingerprint

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from persist_cache import fs
-from persist_cache.blobs.reader import BlobWriter
+from persist_cache.blobs.writer import BlobWriter
 from persist_cache.errors import StoreFullError
 from persist_cache.index.records import SizedRecord
 from persist_cache.store.store import Store
@@ -242,7 +242,7 @@ def test_carrier_of_a_prefix_without_entry_is_not_evicted_for_it(
 
 
 def source_of(tokens: list[int]):  # type: ignore[no-untyped-def]
-    from persist_cache.blobs.reader import Payload
+    from persist_cache.blobs.header import Payload
     from tests.fakes import FakeSource
 
     class Watched(FakeSource):

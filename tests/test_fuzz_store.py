@@ -14,7 +14,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from persist_cache.blobs.reader import ALIGNMENT, BlobReader, _seal
+from persist_cache.blobs.header import ALIGNMENT
+from persist_cache.blobs.reader import BlobReader, seal
 from persist_cache.bundle import export
 from persist_cache.errors import CorruptBlobError, StoreError, StoreFormatError
 from persist_cache.queries.totals import Survey, details_of
@@ -136,7 +137,7 @@ def test_any_change_to_what_a_sealed_header_says(
             table[data.draw(st.text(max_size=10))] = data.draw(VALUES)
     sealed = {name: value for name, value in table.items() if name != "__metadata__"}
     try:
-        metadata["seal"] = _seal(metadata, sealed)
+        metadata["seal"] = seal(metadata, sealed)
     except (TypeError, msgspec.EncodeError, OverflowError):
         return
     raw = msgspec.json.encode({**sealed, "__metadata__": metadata})
@@ -149,7 +150,7 @@ def test_hundred_thousand_tensors_are_read_in_bounded_memory(
     folder, header = good
     metadata = dict(header["__metadata__"])
     table = {f"t{n}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for n in range(100_000)}
-    metadata["seal"] = _seal(metadata, table)
+    metadata["seal"] = seal(metadata, table)
     raw = msgspec.json.encode({"__metadata__": metadata, **table})
     path = folder / "many.safetensors"
     path.write_bytes(len(raw).to_bytes(8, "little") + raw)
@@ -344,7 +345,7 @@ def test_blob_of_another_model_is_not_served(store: Store) -> None:
 @BOUNDED
 def test_no_name_leads_out_of_the_store(name: str) -> None:
     """Names of files come from 16 bytes in hex, so no record can spell a path."""
-    from persist_cache.blobs.reader import SUFFIX, BlobFolder, is_blob_file
+    from persist_cache.blobs.folder import SUFFIX, BlobFolder, is_blob_file
 
     root = Path("/store")
     if is_blob_file(name + SUFFIX):
@@ -366,7 +367,7 @@ def test_parent_named_by_a_blob_is_only_looked_up(tmp_path: Path) -> None:
         metadata = table.pop("__metadata__")
         if metadata["parent"]:
             metadata["parent"] = "../../../../etc/passwd"
-        metadata["seal"] = _seal(metadata, table)
+        metadata["seal"] = seal(metadata, table)
         new = msgspec.json.encode({"__metadata__": metadata, **table}).ljust(size)
         path.write_bytes(len(new).to_bytes(8, "little") + new + raw[8 + size :])
     (root / "data.mdb").unlink()

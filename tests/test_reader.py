@@ -15,8 +15,8 @@ import xxhash
 from msgspec.structs import replace
 
 from persist_cache import tensors
+from persist_cache.blobs.header import BlobHeader, Tensor
 from persist_cache.blobs.layout import Shapes
-from persist_cache.blobs.reader import BlobHeader, Tensor
 from persist_cache.bundle import Bundle, export
 from persist_cache.errors import StoreError
 from persist_cache.fingerprint.value import Fingerprint

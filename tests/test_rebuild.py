@@ -10,8 +10,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from persist_cache.blobs.reader import BlobReader, BlobWriter, EntryMark
+from persist_cache.blobs.header import EntryMark
+from persist_cache.blobs.reader import BlobReader
 from persist_cache.blobs.rows import whole
+from persist_cache.blobs.writer import BlobWriter
 from persist_cache.store import rebuild
 from persist_cache.store.store import Store
 from tests.fakes import blob_files, fetched, fingerprint, put

@@ -81,7 +81,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.steps = 0
         # Hypothesis replays a test, and must then meet the same names in the same order.
         names = (hashlib.md5(str(n).encode()).hexdigest() for n in itertools.count())
-        self.names = mock.patch("persist_cache.blobs.reader._new_name", side_effect=names)
+        self.names = mock.patch("persist_cache.blobs.writer.new_name", side_effect=names)
         self.names.start()
         self.eager = contextlib.ExitStack()
         self.eager.enter_context(eager_gc())

@@ -7,7 +7,8 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from persist_cache import fs
-from persist_cache.blobs.reader import BlobReader, BlobWriter
+from persist_cache.blobs.reader import BlobReader
+from persist_cache.blobs.writer import BlobWriter
 from persist_cache.entry import Match
 from persist_cache.index.records import SizedRecord
 from persist_cache.store.evict import Evictor

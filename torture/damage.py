@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from persist_cache.blobs.reader import SUFFIX
+from persist_cache.blobs.folder import SUFFIX
 from persist_cache.store.store import Store
 from torture.judge import FOREIGN, FOREIGN_TEXT, users_of
 from torture.work import RUN_TOKENS, Setting

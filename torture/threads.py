@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from persist_cache.blobs.reader import BlobReader, Payload, Tensor
+from persist_cache.blobs.header import Payload, Tensor
+from persist_cache.blobs.reader import BlobReader
 from persist_cache.cache.prompt_cache import PromptCache
 from persist_cache.errors import CorruptBlobError
 from persist_cache.fingerprint.value import Fingerprint

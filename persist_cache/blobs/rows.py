@@ -12,7 +12,8 @@ from typing import overload
 
 from msgspec import Struct
 
-from persist_cache.blobs.reader import TOKENS, BlobHeader, BlobReader, Tensor, TensorInfo
+from persist_cache.blobs.header import TOKENS, BlobHeader, Tensor, TensorInfo
+from persist_cache.blobs.reader import BlobReader
 from persist_cache.errors import CorruptBlobError
 
 ROW_AXIS = 2

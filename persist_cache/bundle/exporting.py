@@ -19,15 +19,9 @@ import msgspec
 import xxhash
 
 from persist_cache import __version__, fs
-from persist_cache.blobs.reader import (
-    SUFFIX,
-    TOKENS,
-    BlobHeader,
-    BlobReader,
-    Tensor,
-    header_bytes,
-    prefix_digest,
-)
+from persist_cache.blobs.folder import SUFFIX
+from persist_cache.blobs.header import TOKENS, BlobHeader, Tensor, header_bytes, prefix_digest
+from persist_cache.blobs.reader import BlobReader
 from persist_cache.blobs.rows import Cut, StoredTensor, cut_runs, whole
 from persist_cache.bundle.container import (
     CHECKSUM,

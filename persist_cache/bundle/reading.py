@@ -16,15 +16,10 @@ from pathlib import Path
 import msgspec
 
 from persist_cache import fs
+from persist_cache.blobs.folder import SUFFIX
+from persist_cache.blobs.header import TOKENS, BlobHeader, Payload, prefix_digest
 from persist_cache.blobs.layout import Shapes
-from persist_cache.blobs.reader import (
-    SUFFIX,
-    TOKENS,
-    BlobHeader,
-    BlobReader,
-    Payload,
-    prefix_digest,
-)
+from persist_cache.blobs.reader import BlobReader
 from persist_cache.blobs.rows import Span, join, rows_between, whole
 from persist_cache.bundle.container import (
     BLOCK,

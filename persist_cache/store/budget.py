@@ -12,7 +12,8 @@ from collections.abc import Callable
 from msgspec import Struct
 
 from persist_cache import fs
-from persist_cache.blobs.reader import ALIGNMENT, BlobFolder
+from persist_cache.blobs.folder import BlobFolder
+from persist_cache.blobs.header import ALIGNMENT
 from persist_cache.errors import StoreFullError
 from persist_cache.index.ballast import Ballast
 from persist_cache.index.environment import Index, Reader

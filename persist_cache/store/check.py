@@ -18,7 +18,8 @@ from pathlib import Path
 from msgspec import Struct
 
 from persist_cache import fs
-from persist_cache.blobs.reader import SUFFIX, BlobReader, is_blob_file, try_remove_orphan
+from persist_cache.blobs.folder import SUFFIX, is_blob_file, try_remove_orphan
+from persist_cache.blobs.reader import BlobReader
 from persist_cache.errors import CorruptBlobError, DamagedIndexError, StoreBusyError, StoreError
 from persist_cache.filenames import SUSPECT_FILE
 from persist_cache.index import tree

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby, pairwise
 
-from persist_cache.blobs.reader import ALIGNMENT
+from persist_cache.blobs.header import ALIGNMENT
 from persist_cache.entry import Tier
 from persist_cache.errors import CorruptBlobError, StoreFormatError, StoreFullError
 from persist_cache.index import tree

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TypeVar
 
-from persist_cache.blobs.reader import try_remove_orphan
+from persist_cache.blobs.folder import try_remove_orphan
 from persist_cache.entry import Tier
 from persist_cache.errors import StoreFullError
 from persist_cache.index import tree

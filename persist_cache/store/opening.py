@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from persist_cache import fs
-from persist_cache.blobs.reader import BlobFolder
+from persist_cache.blobs.folder import BlobFolder
 from persist_cache.errors import (
     DamagedIndexError,
     StoreAccessError,

@@ -14,15 +14,8 @@ from typing import TYPE_CHECKING, Protocol
 from msgspec import Struct
 
 from persist_cache import fs
-from persist_cache.blobs.reader import (
-    TOKENS,
-    BlobHeader,
-    BlobWriter,
-    Payload,
-    Tensor,
-    Written,
-    prefix_digest,
-)
+from persist_cache.blobs.header import TOKENS, BlobHeader, Payload, Tensor, prefix_digest
+from persist_cache.blobs.writer import BlobWriter, Written
 from persist_cache.errors import StoreError, StoreFullError
 from persist_cache.index import tree
 from persist_cache.index.environment import Reader, Writer

@@ -15,15 +15,10 @@ from pathlib import Path
 from msgspec import Struct
 
 from persist_cache import fs
-from persist_cache.blobs.reader import (
-    TOKENS,
-    BlobFolder,
-    BlobHeader,
-    BlobReader,
-    EntryMark,
-    Written,
-    prefix_digest,
-)
+from persist_cache.blobs.folder import BlobFolder
+from persist_cache.blobs.header import TOKENS, BlobHeader, EntryMark, prefix_digest
+from persist_cache.blobs.reader import BlobReader
+from persist_cache.blobs.writer import Written
 from persist_cache.entry import Tier
 from persist_cache.errors import CorruptBlobError, StoreError
 from persist_cache.index import tree

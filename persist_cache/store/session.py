@@ -15,7 +15,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from persist_cache.blobs.reader import BlobFolder
+from persist_cache.blobs.folder import BlobFolder
 from persist_cache.errors import StoreError
 from persist_cache.index.environment import UNREADABLE, Index, Reader, Writer, counter_name
 from persist_cache.index.records import LAST_DATE_S, MAX_HITS

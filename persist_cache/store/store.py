@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, TypeVar
 from msgspec import Struct
 
 from persist_cache import fs
-from persist_cache.blobs.reader import BlobFolder, BlobReader
+from persist_cache.blobs.folder import BlobFolder
+from persist_cache.blobs.reader import BlobReader
 from persist_cache.entry import Entry, Match, Run, Tier
 from persist_cache.errors import (
     CorruptBlobError,

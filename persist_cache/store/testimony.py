@@ -17,7 +17,8 @@ from pathlib import Path
 import xxhash
 from msgspec import Struct
 
-from persist_cache.blobs.reader import TOKENS, BlobReader
+from persist_cache.blobs.header import TOKENS
+from persist_cache.blobs.reader import BlobReader
 from persist_cache.errors import StoreError
 from persist_cache.index import tree
 from persist_cache.index.audit import broken_invariants, misnumbered, stretches, too_small

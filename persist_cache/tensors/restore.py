@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from persist_cache.blobs.header import DTYPE_BYTES
 from persist_cache.blobs.layout import Layout, RowGeometry, encode_layout, layout_leaves
-from persist_cache.blobs.reader import DTYPE_BYTES, BlobReader
+from persist_cache.blobs.reader import BlobReader
 from persist_cache.errors import CorruptBlobError, UnsupportedCacheError
 from persist_cache.tensors import pool
 from persist_cache.tensors._mlx import mlx_cache
