@@ -279,7 +279,7 @@ def break_even(store: Store, survey: Survey, disk: DiskSpeed) -> list[BreakEven]
     one it continues; models without any are left out. Reading costs a fixed time (a look-up and
     opening the first blob, measured) and then goes at the speed of the disk.
     """
-    from persist_cache.queries.totals import details_of
+    from persist_cache.queries.details import details_of
 
     found = []
     for fingerprint, rate in _rates(survey).items():

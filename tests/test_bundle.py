@@ -46,7 +46,7 @@ from persist_cache.errors import (
     StoreFullError,
 )
 from persist_cache.fingerprint.value import Fingerprint
-from persist_cache.queries.totals import find_departed
+from persist_cache.queries.ids import find_departed
 from persist_cache.store.store import Store
 from persist_cache.tokens import pack_tokens
 from tests.bundles import Parts, pack

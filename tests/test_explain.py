@@ -256,7 +256,7 @@ def test_partial_prefills_are_said_to_be_replaced(
 
 
 def tokens_of(root: Path, entry: str) -> list[int]:
-    from persist_cache.queries.totals import tokens_of as read
+    from persist_cache.queries.details import tokens_of as read
 
     with Store.open(root, min_free_bytes=0) as store:
         return read(store, entry)

@@ -14,11 +14,12 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from persist_cache.blobs.header import ALIGNMENT
-from persist_cache.blobs.reader import BlobReader, seal
+from persist_cache.blobs.header import ALIGNMENT, seal
+from persist_cache.blobs.reader import BlobReader
 from persist_cache.bundle import export
 from persist_cache.errors import CorruptBlobError, StoreError, StoreFormatError
-from persist_cache.queries.totals import Survey, details_of
+from persist_cache.queries.details import details_of
+from persist_cache.queries.totals import Survey
 from persist_cache.store.store import Store
 from persist_cache.tokens import TOKEN_BYTES
 from tests.fakes import Clock, blob_files, fetched, fingerprint, put

@@ -15,8 +15,10 @@ from persist_cache.errors import StoreError
 from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.index.environment import Reader, Writer
 from persist_cache.index.records import BlobRecord, EntryRecord, pack_number
-from persist_cache.queries.as_json import Filters
-from persist_cache.queries.totals import Survey, details_of, short_id, short_ids
+from persist_cache.queries.details import details_of
+from persist_cache.queries.ids import short_id, short_ids
+from persist_cache.queries.select import Filters
+from persist_cache.queries.totals import Survey
 from tests.bulk_store import conversations, fill
 from tests.fakes import FakeSource, fingerprint, put
 

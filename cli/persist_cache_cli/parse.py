@@ -124,7 +124,7 @@ class _EntryId(_Type):
         from click.shell_completion import CompletionItem
 
         from persist_cache.errors import PersistCacheError
-        from persist_cache.queries.totals import find_ids
+        from persist_cache.queries.ids import find_ids
         from persist_cache_cli.store_access import reading
 
         root = ctx.find_root()

@@ -16,7 +16,7 @@ import click
 
 from persist_cache import Store, default_store_path
 from persist_cache.errors import StoreAccessError
-from persist_cache.queries.totals import find_departed, find_ids, short_ids
+from persist_cache.queries.ids import find_departed, find_ids, short_ids
 from persist_cache_cli.output import format_age
 
 F = TypeVar("F", bound=Callable[..., Any])

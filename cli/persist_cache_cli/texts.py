@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from persist_cache.errors import MissingDependencyError, ModelError
-from persist_cache.queries.totals import Model
+from persist_cache.queries.models import Model
 
 
 class Decoder:

@@ -1,4 +1,4 @@
-"""What people ask of a store: its models, what an entry is made of, what an eviction would free.
+"""What a store holds in all, by tier and by model, and what an eviction would free of it.
 
 Reads the index only: no file is opened and no model is needed, so it works beside a running
 server, and on a store that may not be changed.
@@ -9,116 +9,24 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from functools import cached_property
-from itertools import compress, count, islice
-from operator import eq
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from itertools import compress
+from typing import Any, TypeVar
 
-import msgspec
 from msgspec import Struct
 
 from persist_cache.entry import Entry, Tier
-from persist_cache.fingerprint.versions import installed_version
-from persist_cache.index import tree
-from persist_cache.index.environment import Reader, Writer
 from persist_cache.index.records import (
     NO_BLOB,
     NO_ENTRY,
-    BlobRecord,
-    NamespaceRecord,
-    entry_id,
-    unpack_number,
 )
+from persist_cache.queries.models import Model, as_model
+from persist_cache.queries.stale import outdated_reason
 from persist_cache.store.catalog import (
     Catalog,
-    known_blob,
-    load_entry,
-    namespace_of,
 )
 from persist_cache.store.store import Store
-from persist_cache.tokens import unpack_tokens
 
-if TYPE_CHECKING:
-    from persist_cache.fingerprint.value import Identifier
-
-SHORT_ID_DIGITS = 6
-"""Short ids have at least as many digits."""
-_OPTION_FIELDS = frozenset(
-    {"kv_bits", "kv_group_size", "quantized_kv_start", "max_kv_size", "salt", "layout"}
-)
-"""What a request chooses, not a model: such fields never make a model unknown."""
-_ID_DIGITS = 16
 K = TypeVar("K", bound=Hashable)
-
-
-class Model(Struct, frozen=True):
-    """An identity that entries belong to.
-
-    Attributes:
-        fingerprint: Hex digest.
-        fields: What is in the key, readable.
-        info: Recorded next to it: names, paths, versions that do not matter.
-    """
-
-    fingerprint: str
-    fields: Mapping[str, str] = {}
-    info: Mapping[str, str] = {}
-
-    @property
-    def name(self) -> str:
-        """The model as its user named it, with its adapter; else what kind it is."""
-        name = self.info.get("name") or self.fields.get("model_type") or "unnamed"
-        adapter = self.info.get("adapter")
-        return f"{name} + {Path(adapter).name}" if adapter else name
-
-    @property
-    def path(self) -> str:
-        """Folder that it was loaded from, or ""."""
-        return self.info.get("path", "")
-
-
-class RunDetails(Struct, frozen=True):
-    """One blob on the path of an entry.
-
-    Attributes:
-        blob: Its name.
-        path: Its file.
-        start: Position of its first token.
-        num_tokens: Tokens of it that the entry uses.
-        blob_tokens: Tokens that it has.
-        nbytes: Length of the file.
-        entries: Entries that use it.
-        created: UTC seconds.
-    """
-
-    blob: str
-    path: str
-    start: int
-    num_tokens: int
-    blob_tokens: int
-    nbytes: int
-    entries: int
-    created: float
-
-
-class Details(Struct, frozen=True):
-    """Everything about one entry.
-
-    Attributes:
-        entry: The entry.
-        model: Whose it is.
-        layout: JSON of the cache classes and their geometry.
-        runs: The blobs with its rows, in order.
-        checkpoint: The blob with the state at its end, or None when rows suffice.
-        children: Ids of the entries that go on right after it.
-    """
-
-    entry: Entry
-    model: Model
-    layout: str
-    runs: tuple[RunDetails, ...]
-    checkpoint: RunDetails | None
-    children: tuple[str, ...]
 
 
 class Removal(Struct, frozen=True):
@@ -174,14 +82,6 @@ class Quarantined(Struct, frozen=True):
     reason: str
 
 
-class Departed(Struct, frozen=True):
-    """An entry that is no longer there, and why; `since` in UTC seconds."""
-
-    id: str
-    since: float
-    reason: str
-
-
 class LeftBehind(Struct, frozen=True):
     """Entries that no model can find any more, because of the versions installed here.
 
@@ -218,7 +118,8 @@ class Survey:
         with store._disk.index.read(copies=True) as txn:
             self._catalog = Catalog(txn)
         self.models = {
-            key[:32].hex(): _model(key, record) for key, record in self._catalog.namespaces.values()
+            key[:32].hex(): as_model(key, record)
+            for key, record in self._catalog.namespaces.values()
         }
 
     @cached_property
@@ -366,122 +267,6 @@ class Survey:
         }
 
 
-def details_of(store: Store, entry: str) -> Details | None:
-    """What an entry is made of, or None when it is not stored.
-
-    Reads what is above and below the entry, not the whole index.
-
-    Raises:
-        StoreError: The index contradicts itself.
-    """
-    number = int(entry, 16)
-    with store._disk.index.read() as txn:
-        found = load_entry(txn, number)
-        record = txn.entry(number)
-        if found is None or record is None:
-            return None
-        key, namespace = namespace_of(txn, record)
-        checkpoint = None
-        if record.checkpoint != NO_BLOB:
-            checkpoint = _run(store, known_blob(txn, record.checkpoint), 0, 1)
-        return Details(
-            entry=found,
-            model=_model(key, namespace),
-            layout=namespace.layout,
-            runs=_runs(store, txn, record.node),
-            checkpoint=checkpoint,
-            children=tuple(sorted(map(entry_id, tree.entries_behind(txn, record.node)))),
-        )
-
-
-def _runs(store: Store, txn: Reader, node: int) -> tuple[RunDetails, ...]:
-    """The blobs on the way to `node`, each with the number of entries that use it."""
-    runs: list[RunDetails] = []
-    users = 0
-    lower = None
-    for _, edge in reversed(tree.path_of(txn, node)):
-        users += edge.entry != NO_ENTRY
-        for _, beside in txn.children(edge.node):
-            if beside.node != lower:
-                users += (beside.entry != NO_ENTRY) + sum(
-                    one.entry != NO_ENTRY for one in tree.edges_below(txn, beside.node)
-                )
-        blob = known_blob(txn, edge.blob)
-        rows = edge.rows
-        if runs and runs[-1].blob == blob.name.hex():
-            rows += runs.pop().num_tokens
-        runs.append(_run(store, blob, rows, users))
-        lower = edge.node
-    return tuple(reversed(runs))
-
-
-def _run(store: Store, blob: BlobRecord, rows: int, users: int) -> RunDetails:
-    name = blob.name.hex()
-    path = str(store._disk.folder.path(name))
-    return RunDetails(
-        name, path, blob.start, rows, blob.num_tokens, blob.nbytes, users, blob.created
-    )
-
-
-def _model(key: bytes, record: NamespaceRecord) -> Model:
-    try:
-        # Not by `Fingerprint.from_json`: loading hashlib would take longer than all models do.
-        said = msgspec.json.decode(record.identity, type=dict[str, dict[str, str]])
-        return Model(key[:32].hex(), said["fields"], said.get("info", {}))
-    except (msgspec.MsgspecError, KeyError):
-        return Model(key[:32].hex())
-
-
-def short_id(store: Store, entry: str) -> str:
-    """The shortest prefix of one id that no other one has, as `short_ids` gives it."""
-    length = SHORT_ID_DIGITS
-    while length < len(entry) and len(find_ids(store, entry[:length], limit=2)) > 1:
-        length += 1
-    return entry[:length]
-
-
-def short_ids(ids: Sequence[str], at_least: int = SHORT_ID_DIGITS) -> dict[str, str]:
-    """The shortest prefix of each id that no other one has.
-
-    Args:
-        ids: Ids of all entries, sorted.
-        at_least: Digits that are shown even if fewer would do.
-    """
-    least = [one[:at_least] for one in ids]
-    short = dict(zip(ids, least, strict=True))
-    # Ids with the same beginning lie side by side.
-    alike = compress(count(), map(eq, least, islice(least, 1, None)))
-    for place in sorted({near for at in alike for near in (at, at + 1)}):
-        one, length = ids[place], at_least
-        beside = [*ids[max(place - 1, 0) : place], *ids[place + 1 : place + 2]]
-        while length < len(one) and any(one[:length] == other[:length] for other in beside):
-            length += 1
-        short[one] = one[:length]
-    return short
-
-
-def find_ids(store: Store, prefix: str, limit: int = 8) -> list[str]:
-    """Ids that begin with `prefix`, in order, at most `limit` of them."""
-    found: list[str] = []
-    with store._disk.index.read() as txn:
-        for number in txn.entries_from(int(prefix.ljust(_ID_DIGITS, "0"), 16)):
-            if len(found) == limit or not entry_id(number).startswith(prefix):
-                break
-            found.append(entry_id(number))
-    return found
-
-
-def find_departed(store: Store, prefix: str) -> Departed | None:
-    """The entry whose id began with `prefix` and that went last, if that is remembered."""
-    with store._disk.index.read() as txn:
-        departed = [
-            Departed(entry_id(unpack_number(key)), record.since, record.note)
-            for key, record in txn.sized(b"departed").items()
-            if entry_id(unpack_number(key)).startswith(prefix)
-        ]
-    return max(departed, key=lambda one: one.since, default=None)
-
-
 def quarantined(store: Store) -> list[Quarantined]:
     """Damaged blobs that are kept aside."""
     with store._disk.index.read() as txn:
@@ -489,118 +274,3 @@ def quarantined(store: Store) -> list[Quarantined]:
             Quarantined(name.hex(), record.nbytes, record.since, record.note)
             for name, record in txn.sized(b"quarantine").items()
         ]
-
-
-def tokens_of(store: Store, entry: str) -> list[int]:
-    """The token ids of an entry.
-
-    Raises:
-        KeyError: It is not stored.
-    """
-    with store._disk.index.read() as txn:
-        record = txn.entry(int(entry, 16))
-        if record is None:
-            raise KeyError(entry)
-        return unpack_tokens(tree.tokens_of(txn, record.node))
-
-
-class _UndoError(Exception):
-    """Ends a transaction without a commit."""
-
-
-def victims_until(store: Store, max_bytes: int, candidates: Collection[str]) -> list[str]:
-    """Entries that would have to go for the store to take at most `max_bytes`.
-
-    They are found by evicting in a transaction that is not committed, so the answer is what an
-    eviction would do.
-
-    Args:
-        store: Open for change.
-        max_bytes: Bytes that the store may take on disk.
-        candidates: Ids of the entries that may go; a pinned one never does.
-
-    Returns:
-        Ids in the order of eviction; all that may go if even that is not enough.
-    """
-    disk = store._disk
-    numbers = {int(one, 16) for one in candidates}
-    chosen: list[str] = []
-
-    def try_it(txn: Writer) -> None:
-        chosen.clear()
-        protected = {record.node for number, record in txn.entries() if number not in numbers}
-        start = txn.counter(tree.BLOB_BYTES)
-        usage = disk.budget.usage(txn)
-        excess = usage.total - max_bytes
-        if usage.without_entries > max_bytes:
-            excess -= usage.ballast  # it goes as well
-        if excess > 0:
-            for number in tree.victims(txn, protected):
-                tree.drop_entry(txn, number, "", disk.clock())
-                chosen.append(entry_id(number))
-                if start - txn.counter(tree.BLOB_BYTES) >= excess:
-                    break
-        raise _UndoError
-
-    try:
-        disk.index.update(try_it)
-    except _UndoError:
-        return chosen
-    raise AssertionError("unreachable")
-
-
-def stale_reason(model: Model, identifier: Identifier) -> str:
-    """Why nothing installed here can use this model's entries any more; "" if something may.
-
-    Args:
-        model: A model of the store.
-        identifier: Looks at the files; its own KV options do not matter.
-    """
-    from persist_cache.fingerprint.value import Unidentified
-
-    if outdated := outdated_reason(model):
-        return outdated
-    name, adapter = model.info.get("name", ""), model.info.get("adapter")
-    draft = model.info.get("draft.path") or model.info.get("draft.name")
-    changed = ""
-    for key in dict.fromkeys(one for one in (model.path, name) if one):
-        found = identifier.look_up((key, adapter, draft))
-        if isinstance(found, Unidentified):
-            continue
-        differing = [
-            change.name for change in found.diff(model.fields) if change.name not in _OPTION_FIELDS
-        ]
-        if not differing:
-            return ""
-        changed = f"the model's files have changed ({', '.join(differing)})"
-    if changed:
-        return changed
-    gone = [
-        path
-        for path in (model.path, adapter, model.info.get("draft.path"))
-        # A relative path says nothing, because it may have been meant from another folder.
-        if path and Path(path).is_absolute() and not Path(path).exists()
-    ]
-    return f"{gone[0]} is gone" if gone else ""
-
-
-def outdated_reason(model: Model) -> str:
-    """Why the versions installed here rule out this model's entries; "" if they do not."""
-    from persist_cache.fingerprint.value import LAYOUT_VERSION
-
-    wrote = model.fields.get("mlx_lm", "")
-    installed = installed_version("mlx-lm") if wrote else ""
-    if installed and wrote != installed:
-        return f"computed by mlx-lm {wrote}, and {installed} is installed"
-    layout = model.fields.get("layout", "")
-    if layout and layout != str(LAYOUT_VERSION):
-        return f"written with layout {layout}, and persist-cache has {LAYOUT_VERSION} now"
-    return ""
-
-
-def as_json_object(text: str) -> object:
-    """Decode JSON that the store keeps as text; the text itself when it is none."""
-    try:
-        return msgspec.json.decode(text)
-    except msgspec.DecodeError:
-        return text

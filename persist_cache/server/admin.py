@@ -25,31 +25,26 @@ from persist_cache.cache.prompt_cache import PromptCache
 from persist_cache.entry import TIER_LABELS, Entry
 from persist_cache.errors import PersistCacheError, StoreError
 from persist_cache.queries.as_json import (
-    SORT_KEYS,
-    Filters,
     details_json,
     entry_json,
     explanation_json,
     mark_json,
-    order,
     removal_json,
-    short_entry_ids,
-    short_model_names,
     store_json,
     warm_json,
 )
 from persist_cache.queries.conversations import Branches
+from persist_cache.queries.details import details_of, tokens_of
 from persist_cache.queries.explain import explain, with_memory
-from persist_cache.queries.totals import (
-    Survey,
-    details_of,
+from persist_cache.queries.ids import (
     find_departed,
     find_ids,
-    left_in_trash,
-    quarantined,
+    short_entry_ids,
     short_id,
-    tokens_of,
+    short_model_names,
 )
+from persist_cache.queries.select import SORT_KEYS, Filters, order
+from persist_cache.queries.totals import Survey, left_in_trash, quarantined
 from persist_cache.server import metrics
 from persist_cache.server.guard import API_PATH, METRICS_PATH, PAGE_PATH, Guard, Request
 from persist_cache.server.model import LoadedModel

@@ -13,15 +13,12 @@ import click
 
 from persist_cache import Store
 from persist_cache.errors import PersistCacheError
-from persist_cache.queries.as_json import Filters, removal_json, short_entry_ids, short_model_names
-from persist_cache.queries.totals import (
-    Survey,
-    left_in_trash,
-    quarantined,
-    stale_reason,
-    tokens_of,
-    victims_until,
-)
+from persist_cache.queries.as_json import removal_json
+from persist_cache.queries.details import tokens_of
+from persist_cache.queries.ids import short_entry_ids, short_model_names
+from persist_cache.queries.select import Filters, victims_until
+from persist_cache.queries.stale import stale_reason
+from persist_cache.queries.totals import Survey, left_in_trash, quarantined
 from persist_cache_cli.output import (
     Column,
     format_age,

@@ -21,7 +21,7 @@ from persist_cache.bundle import (
 )
 from persist_cache.errors import ModelError
 from persist_cache.fingerprint.value import Fingerprint
-from persist_cache.queries.totals import Model
+from persist_cache.queries.models import Model
 from persist_cache_cli.bars import bar
 from persist_cache_cli.output import format_bytes, plural, print_json, printable
 from persist_cache_cli.prompts import choose_model, model_options

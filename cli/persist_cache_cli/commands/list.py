@@ -12,14 +12,9 @@ from typing import Any
 import click
 
 from persist_cache.entry import Entry
-from persist_cache.queries.as_json import (
-    SORT_KEYS,
-    Filters,
-    entry_json,
-    order,
-    short_entry_ids,
-    short_model_names,
-)
+from persist_cache.queries.as_json import entry_json
+from persist_cache.queries.ids import short_entry_ids, short_model_names
+from persist_cache.queries.select import SORT_KEYS, Filters, order
 from persist_cache.queries.totals import Survey
 from persist_cache_cli.output import (
     Column,

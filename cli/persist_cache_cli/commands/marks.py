@@ -10,7 +10,7 @@ import click
 
 from persist_cache import Store
 from persist_cache.queries.as_json import mark_json
-from persist_cache.queries.totals import short_id
+from persist_cache.queries.ids import short_id
 from persist_cache_cli.output import format_duration, plural, print_json
 from persist_cache_cli.parse import ENTRY_ID, LABEL, LIFETIME
 from persist_cache_cli.store_access import NothingFound, changing, common_options, resolve

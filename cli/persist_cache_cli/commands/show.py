@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import click
 
 from persist_cache.queries.as_json import details_json
-from persist_cache.queries.totals import Details, details_of, short_id, tokens_of
+from persist_cache.queries.details import Details, details_of, tokens_of
+from persist_cache.queries.ids import short_id
 from persist_cache_cli.output import (
     Column,
     Painter,

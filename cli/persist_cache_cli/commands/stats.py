@@ -13,7 +13,8 @@ import click
 
 from persist_cache import Store, StoreStats
 from persist_cache.fs import free_bytes
-from persist_cache.queries.as_json import short_model_names, store_json
+from persist_cache.queries.as_json import store_json
+from persist_cache.queries.ids import short_model_names
 from persist_cache.queries.totals import Quarantined, Survey, quarantined
 from persist_cache.store.budget import DEFAULT_MAX_BYTES, DEFAULT_MIN_FREE_BYTES, Usage
 from persist_cache_cli import left_behind
