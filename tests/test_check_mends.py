@@ -17,7 +17,7 @@ from persist_cache.index.tree import BLOB_BYTES
 from persist_cache.store.store import Store
 from tests.cli import Done, runner, script
 from tests.fakes import blob_files, fetched, put
-from torture import damage
+from tests.torture import damage
 
 PROMPTS = [[number, *range(30)] for number in range(100, 106)]
 

@@ -13,8 +13,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from torture.serving import Answer, Ask, judge
-from torture.tiny import KINDS, write_model
+from tests.torture.serving import Answer, Ask, judge
+from tests.torture.tiny import KINDS, write_model
 
 REPOSITORY = Path(__file__).parent.parent
 PROMPT = [1, 6, *range(20, 60), 2, 1, 7]
@@ -91,7 +91,7 @@ def test_token_as_good_as_the_best_is_a_tie(model: Any) -> None:
 @pytest.mark.long
 def test_random_conversations_are_answered_as_without_a_cache() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "torture.conversations", "--json", "--minutes", "0.5"],
+        [sys.executable, "-m", "tests.torture.conversations", "--json", "--minutes", "0.5"],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,

@@ -19,8 +19,8 @@ from persist_cache.errors import StoreError
 from persist_cache.store.store import Store
 from tests.fakes import Clock, blob_files, disk_usage, fetched, put
 from tests.memory import fast_folder
-from torture import steps
-from torture.seam import ERRORS, Seam, at_step
+from tests.torture import steps
+from tests.torture.seam import ERRORS, Seam, at_step
 
 KINDS = (*ERRORS, "short", "slow")
 STRIDE = {"import": 4}

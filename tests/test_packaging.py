@@ -22,11 +22,15 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"persist_cache_cli": ROOT / "cli" / "persist_cache_cli"}
 """Packages of ours that do not lie in the repository's folder itself."""
-OURS = ("persist_cache", "persist_cache_cli", "bench", "tests", "torture")
+OURS = ("persist_cache", "persist_cache_cli", "scripts", "tests")
 BENCHMARKS = sorted(
-    path.stem for path in (ROOT / "bench").glob("*.py") if "\ndef run(context" in path.read_text()
+    path.stem
+    for path in (ROOT / "scripts" / "benchmarks").glob("*.py")
+    if "\ndef run(context" in path.read_text()
 )
-SCRIPTS = sorted(path for path in (ROOT / "scripts").iterdir() if path.name != "_venv")
+SCRIPTS = sorted(
+    path for path in (ROOT / "scripts").iterdir() if path.is_file() and path.name != "_venv"
+)
 
 CONSUMER = """
 from collections.abc import Sequence
@@ -124,8 +128,8 @@ def programs_of(script: Path) -> set[str]:
     modules = set(re.findall(r'\$venv_python" -m ([\w.]+)', text))
     if ".venv/bin/persist-cache" in text:
         modules.add("persist_cache_cli.commands.demo")
-    if "bench" in modules:
-        modules |= {f"bench.{name}" for name in (*BENCHMARKS, "table")}
+    if "scripts.benchmarks" in modules:
+        modules |= {f"scripts.benchmarks.{name}" for name in (*BENCHMARKS, "table")}
     if "pytest" in modules:
         modules |= {f"tests.{path.stem}" for path in (ROOT / "tests").glob("*.py")}
     return modules
@@ -185,7 +189,7 @@ def reached_from(start: set[str], files: set[Path]) -> dict[str, str]:
 
     for module in start:
         enqueue(module)
-        if module == "bench" or source_of(module + ".__main__"):
+        if module == "scripts.benchmarks" or source_of(module + ".__main__"):
             enqueue(module + ".__main__")
     while queue:
         path, package = queue.pop()
@@ -253,11 +257,11 @@ def test_script_installs_all_that_it_imports(script: Path) -> None:
 
 @pytest.mark.parametrize("name", [*BENCHMARKS, "table"])
 def test_benchmark_installs_all_that_it_imports(name: str) -> None:
-    assert missing("bench", {"bench", f"bench.{name}"}, set()) == {}
+    assert missing("bench", {"scripts.benchmarks", f"scripts.benchmarks.{name}"}, set()) == {}
 
 
 def test_every_benchmark_is_looked_at() -> None:
-    said = (ROOT / "bench" / "__main__.py").read_text()
+    said = (ROOT / "scripts" / "benchmarks" / "__main__.py").read_text()
 
     assert {"restore", "stall", "peers"} <= set(BENCHMARKS)
     assert all(f'"{name}"' in said for name in BENCHMARKS)

@@ -240,7 +240,7 @@ def work(store: Store, promise: Callable[[str, list[int]], None]) -> None:
 
 
 def _holds(store: Store, entry: str, path: Path) -> bool:
-    from torture.judge import users_of
+    from tests.torture.judge import users_of
 
     return entry in users_of(store, path.stem)
 

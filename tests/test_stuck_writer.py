@@ -24,7 +24,7 @@ from tests.live_fakes import FakeCodec
 from tests.test_cache import insert
 from tests.test_server_disk import ask, said, serve, until
 from tests.tiny_models import build_model_dir
-from torture.storm import in_child
+from tests.torture.storm import in_child
 
 _HOLD = """
 import fcntl, os, sys

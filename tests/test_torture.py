@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from torture.replaced import MOMENTS
+from tests.torture.replaced import MOMENTS
 
 REPOSITORY = Path(__file__).parent.parent
 
 
 def torture(*arguments: str) -> tuple[int, dict[str, Any]]:
     done = subprocess.run(
-        [sys.executable, "-m", "torture", "--json", *arguments],
+        [sys.executable, "-m", "tests.torture", "--json", *arguments],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
