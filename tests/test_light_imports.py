@@ -53,7 +53,7 @@ def test_store_works_without_mlx(tmp_path: Path) -> None:
     "program",
     [
         "from persist_cache import PromptCache; PromptCache()",
-        "from persist_cache.warm import load_model; load_model('nowhere')",
+        "from persist_cache.prefill.loading import load_model; load_model('nowhere')",
         "from persist_cache import tensors",
     ],
 )
