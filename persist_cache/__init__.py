@@ -26,7 +26,9 @@ if TYPE_CHECKING:
         StoreReadOnlyError,
         UnsupportedCacheError,
     )
-    from persist_cache.fingerprint.value import Fingerprint, Identifier, Unidentified, identify
+    from persist_cache.fingerprint.identifier import Identifier, identify
+    from persist_cache.fingerprint.loads import Unidentified
+    from persist_cache.fingerprint.value import Fingerprint
     from persist_cache.prefill.loading import load
     from persist_cache.store.catalog import StoreStats
     from persist_cache.store.check import Problem
@@ -57,9 +59,9 @@ _HOME_OF = {
     "StoreReadOnlyError": "errors",
     "UnsupportedCacheError": "errors",
     "Fingerprint": "fingerprint.value",
-    "Identifier": "fingerprint.value",
-    "Unidentified": "fingerprint.value",
-    "identify": "fingerprint.value",
+    "Identifier": "fingerprint.identifier",
+    "Unidentified": "fingerprint.loads",
+    "identify": "fingerprint.identifier",
     "Problem": "store.check",
     "PutResult": "store.put",
     "Source": "store.put",

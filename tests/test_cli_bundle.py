@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from persist_cache import Store
-from persist_cache.fingerprint.value import Identifier
+from persist_cache.fingerprint.identifier import Identifier
 from tests.bundles import Parts
 from tests.cli import QUESTION, REPLY, SYSTEM, Run, contents, fill, runner, script
 from tests.fakes import FakeSource, fetched

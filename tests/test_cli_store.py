@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from persist_cache import Store
-from persist_cache.fingerprint.value import Fingerprint, identify
+from persist_cache.fingerprint.identifier import identify
+from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.queries.totals import Survey
 from tests.bulk_store import conversations
 from tests.bulk_store import fill as fill_bulk

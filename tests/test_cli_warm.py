@@ -293,7 +293,7 @@ def test_warm_stores_under_the_identity_of_what_it_loaded(
     import mlx_lm
     from click.testing import CliRunner
 
-    from persist_cache.fingerprint.value import identify
+    from persist_cache.fingerprint.identifier import identify
     from persist_cache_cli.main import cli
 
     tiny = build_model_dir(tmp_path / "tiny", seed=1)

@@ -19,14 +19,9 @@ from safetensors.numpy import save_file
 
 from persist_cache.fingerprint import contents
 from persist_cache.fingerprint import value as module
-from persist_cache.fingerprint.value import (
-    FieldChange,
-    Fingerprint,
-    Identifier,
-    Unidentified,
-    identify,
-    identify_or_reason,
-)
+from persist_cache.fingerprint.identifier import Identifier, identify, identify_or_reason
+from persist_cache.fingerprint.loads import Unidentified
+from persist_cache.fingerprint.value import FieldChange, Fingerprint
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -232,7 +227,7 @@ def test_digest_is_the_same_in_every_process(tmp_path: Path) -> None:
     """LMCache #2136: keys from Python's `hash()`."""
     model = write_model(tmp_path / "model")
     script = (
-        "import sys; from persist_cache.fingerprint.value import identify;"
+        "import sys; from persist_cache.fingerprint.identifier import identify;"
         "print(identify((sys.argv[1], None, None), kv_bits=8, salt='s').hex)"
     )
 
@@ -253,7 +248,7 @@ def test_digest_is_the_same_in_every_process(tmp_path: Path) -> None:
 
 def test_import_brings_no_model_library() -> None:
     script = (
-        "import sys, persist_cache.fingerprint.value;"
+        "import sys, persist_cache.fingerprint.identifier;"
         "print({'mlx', 'mlx_lm', 'transformers', 'huggingface_hub', 'numpy', 'msgspec'}"
         " & set(sys.modules))"
     )

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from persist_cache import PromptCache, Store
-from persist_cache.fingerprint.value import Fingerprint, Identifier
+from persist_cache.fingerprint.identifier import Identifier
+from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.server.metrics import reason_label
 from persist_cache.store.reasons import kind_of_reason
 from tests.fakes import Clock, FakeSource

@@ -21,7 +21,9 @@ from safetensors.numpy import save_file
 import persist_cache
 from persist_cache import PromptCache
 from persist_cache.fingerprint import contents
-from persist_cache.fingerprint.value import Fingerprint, Identifier, Unidentified, identify
+from persist_cache.fingerprint.identifier import Identifier, identify
+from persist_cache.fingerprint.loads import Unidentified
+from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.prefill.loading import load_model
 from tests.tiny_models import build_model_dir
 

@@ -11,7 +11,10 @@ import pytest
 
 from persist_cache import PromptCache, Store
 from persist_cache.cache.owners import Owner, Owners
-from persist_cache.fingerprint.value import Fingerprint, Identifier, ModelKey, Unidentified
+from persist_cache.fingerprint.identifier import Identifier
+from persist_cache.fingerprint.loads import Unidentified
+from persist_cache.fingerprint.model_files import ModelKey
+from persist_cache.fingerprint.value import Fingerprint
 from tests.fakes import fingerprint
 from tests.live_fakes import MODEL, FakeCodec, FakeLayer
 

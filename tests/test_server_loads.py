@@ -13,7 +13,8 @@ from mlx.utils import tree_flatten
 from mlx_lm import server as upstream
 
 from persist_cache.errors import ModelError
-from persist_cache.fingerprint.value import Fingerprint, Identifier
+from persist_cache.fingerprint.identifier import Identifier
+from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.server.run import Provider
 from tests.tiny_models import build_model_dir
 

@@ -13,7 +13,7 @@ import click
 import msgspec
 
 from persist_cache.errors import ModelError
-from persist_cache.fingerprint.value import Identifier
+from persist_cache.fingerprint.identifier import Identifier
 from persist_cache.prefill.loading import load_tokenizer, model_errors
 from persist_cache.prefill.run import KVQuantization
 from persist_cache.server.rendering import Prompt, PromptRequest, read_request, render

@@ -14,7 +14,9 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
-from persist_cache.fingerprint.value import Fingerprint, Identifier, Unidentified
+from persist_cache.fingerprint.identifier import Identifier
+from persist_cache.fingerprint.loads import Unidentified
+from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.tokens import PrefixDigests
 
 _ATTEMPTS = 8

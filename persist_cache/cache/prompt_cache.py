@@ -28,7 +28,9 @@ from persist_cache.errors import (
     StoreError,
     UnsupportedCacheError,
 )
-from persist_cache.fingerprint.value import Fingerprint, Identifier, Unidentified
+from persist_cache.fingerprint.identifier import Identifier
+from persist_cache.fingerprint.loads import Unidentified
+from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.prefill.clock import Prefills
 from persist_cache.store.kin import STORED_OTHERWISE
 from persist_cache.store.put import Source

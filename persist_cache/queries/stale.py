@@ -9,7 +9,7 @@ from persist_cache.fingerprint.versions import installed_version
 from persist_cache.queries.models import Model
 
 if TYPE_CHECKING:
-    from persist_cache.fingerprint.value import Identifier
+    from persist_cache.fingerprint.identifier import Identifier
 
 
 _OPTION_FIELDS = frozenset(
@@ -25,7 +25,7 @@ def stale_reason(model: Model, identifier: Identifier) -> str:
         model: A model of the store.
         identifier: Looks at the files; its own KV options do not matter.
     """
-    from persist_cache.fingerprint.value import Unidentified
+    from persist_cache.fingerprint.loads import Unidentified
 
     if outdated := outdated_reason(model):
         return outdated

@@ -40,7 +40,7 @@ from persist_cache.errors import (
     PersistCacheError,
     StoreError,
 )
-from persist_cache.fingerprint.value import Identifier
+from persist_cache.fingerprint.identifier import Identifier
 from persist_cache.prefill import loading
 from persist_cache.prefill.clock import PrefillClock
 from persist_cache.prefill.loading import model_errors

@@ -278,7 +278,7 @@ def _plan(
 
 def _stale(survey: Survey, fingerprints: set[str]) -> dict[str, str]:
     """Per fingerprint why nothing can use it any more; those that something may are left out."""
-    from persist_cache.fingerprint.value import Identifier
+    from persist_cache.fingerprint.identifier import Identifier
 
     identifier = Identifier()
     reasons = {

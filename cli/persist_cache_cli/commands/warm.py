@@ -13,7 +13,9 @@ import click
 from persist_cache import Store, Tier
 from persist_cache.entry import Match
 from persist_cache.errors import ModelError, PersistCacheError
-from persist_cache.fingerprint.value import Fingerprint, Identifier, Unidentified
+from persist_cache.fingerprint.identifier import Identifier
+from persist_cache.fingerprint.loads import Unidentified
+from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.prefill.loading import load_model
 from persist_cache.queries.as_json import warm_json
 from persist_cache.server.rendering import PromptRequest, system_only
