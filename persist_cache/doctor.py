@@ -323,7 +323,7 @@ def _time_open(store: Store, blob: Path) -> float:
     from persist_cache.errors import StoreError
 
     started = time.perf_counter()
-    with store._disk.index.read() as txn:
+    with store.read() as txn:
         txn.blob_number(bytes.fromhex(blob.stem))
     with contextlib.suppress(OSError, StoreError), BlobReader(blob):
         pass

@@ -275,7 +275,7 @@ def test_both_take_every_layout_that_is_written(tmp_path: Path, kind: str) -> No
         assert entry is not None
         export(store, [entry], tmp_path / "agent.tar")
         for path in (tmp_path / "store").glob("blobs/*/*"):
-            with store._reader(path.stem) as reader:
+            with store.open_blob(path.stem) as reader:
                 Shapes(reader.header.layout).check(reader.header)
             check_layout(read_blob(path))
 

@@ -45,7 +45,7 @@ def test_an_entry_read_alone_is_the_listed_one(store: Store) -> None:
 
 def test_details_agree_with_the_whole_index(store: Store) -> None:
     survey = Survey(store)
-    catalog = survey._catalog
+    catalog = survey.catalog
     for entry in survey.entries:
         details = details_of(store, entry.id)
 

@@ -143,7 +143,7 @@ def _resolve_one(store: Store | None, prefix: str) -> str:
         )
     departed = None if store is None else find_departed(store, prefix)
     if store is not None and departed is not None:
-        ago = format_age(store._disk.clock() - departed.since)
+        ago = format_age(store.clock() - departed.since)
         raise NothingFound(
             f"Entry {departed.id} is no longer there: {departed.reason}, "
             f"{'just now' if ago == 'now' else ago + ' ago'}."

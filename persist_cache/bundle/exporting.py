@@ -115,7 +115,7 @@ def export(
             return _export(store, ids, file, force, progress)
         except _GoneError:
             # Merging and compaction, here or in another process, give rows a file of a new name.
-            with store._disk.index.read() as txn:
+            with store.read() as txn:
                 stored = all(txn.entry(int(one, 16)) is not None for one in ids)
             if not attempts_left or not stored:
                 raise
@@ -129,16 +129,15 @@ class _GoneError(StoreError):
 def _export(
     store: Store, ids: Sequence[str], file: Path, force: bool, progress: Progress | None
 ) -> Exported:
-    with store._disk.index.read() as txn:
+    with store.read() as txn:
         plan = _Plan(txn, list(dict.fromkeys(ids)))
-    numbers = [int(one, 16) for one in plan.ids]
-    with store._disk.serving(numbers), _read_errors():
+    with store.serving(plan.ids), _read_errors():
         count = _Counter(progress)
         blobs = [_Blob(store, plan, cut, count) for cut in plan.cuts.values()]
         count.total = 2 * sum(blob.stored_bytes for blob in blobs)
         for blob in blobs:
             blob.seal()
-        manifest = msgspec.json.encode(plan.manifest(blobs, store._disk.clock()))
+        manifest = msgspec.json.encode(plan.manifest(blobs, store.clock()))
         nbytes = _write_file(file, force, manifest, blobs)
     return Exported(
         path=file,
@@ -318,7 +317,7 @@ class _Blob:
     def __init__(self, store: Store, plan: _Plan, cut: _Cut, count: _Counter) -> None:
         self.cut = cut
         with _blob_errors(cut.source):
-            self._reader = store._reader(cut.source)
+            self._reader = store.open_blob(cut.source)
             self._reader.release()
             self._tensors = _tensors(self._reader, cut, count)
         self._identity = plan.identity(cut.model)

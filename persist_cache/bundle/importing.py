@@ -13,11 +13,11 @@ from pathlib import Path
 
 from persist_cache.bundle.reading import BundledEntry
 from persist_cache.entry import Tier
-from persist_cache.errors import StoreError, StoreFullError
+from persist_cache.errors import StoreError
 from persist_cache.fingerprint.value import FieldChange, Fingerprint
 from persist_cache.fingerprint.versions import installed_version
 from persist_cache.index import tree
-from persist_cache.index.environment import Reader, Writer
+from persist_cache.index.environment import Reader
 from persist_cache.index.records import NO_ENTRY
 from persist_cache.store.catalog import identity_of
 from persist_cache.store.evict import UNDONE
@@ -98,7 +98,7 @@ def usability(
 
 def _folder_of(store: Store, fingerprint: Fingerprint) -> str:
     """Where the model is that computed entries here; "" if none did, or it is gone."""
-    with store._disk.index.read() as txn:
+    with store.read() as txn:
         namespaces = [record for _, record in txn.namespaces(fingerprint.digest)]
     for record in namespaces:
         folder = identity_of(record).info.get("path", "")
@@ -165,7 +165,7 @@ def load(
             for entry in entries:
                 one = _load_one(store, entry, here, added)
                 found.append(one)
-                stack.enter_context(store._disk.serving([int(one.id, 16)]))
+                stack.enter_context(store.serving([one.id]))
                 done += entry.num_tokens
                 if progress is not None:
                     progress(done, total)
@@ -181,7 +181,7 @@ def _load_one(
     store: Store, entry: BundledEntry, here: Fingerprint | None, added: list[str]
 ) -> Imported:
     """Put one entry; its id joins `added` before that, since a put may fail behind its commit."""
-    with store._disk.index.read() as txn:
+    with store.read() as txn:
         if _need(txn, entry).is_there:
             return _imported(entry, entry.id, 0, 0, was_there=True)
     added.append(entry.id)
@@ -195,7 +195,7 @@ def _load_one(
         label=entry.label,
     )
     assert done.entry is not None, "an entry of a bundle has tokens"
-    _date_back(store, done.entry, entry.created)
+    store.date_back(done.entry, entry.created)
     return _imported(entry, done.entry, done.new_tokens, done.nbytes, was_there=False)
 
 
@@ -211,19 +211,6 @@ def _imported(
         nbytes=nbytes,
         was_there=was_there,
     )
-
-
-def _date_back(store: Store, one_id: str, created: float) -> None:
-    """Keep the date at which an entry was computed; its last use is now."""
-    number = int(one_id, 16)
-
-    def change(txn: Writer) -> None:
-        record = txn.entry(number)
-        if record is not None:
-            created_us = min(int(created * 1e6), record.created_us)
-            txn.put_entry(number, record._replace(created_us=created_us))
-
-    store._disk.index.update(change)
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +229,7 @@ class _Need:
 
 
 def _needs(store: Store, entries: Sequence[BundledEntry]) -> list[_Need]:
-    with store._disk.index.read() as txn:
+    with store.read() as txn:
         return [_need(txn, entry) for entry in entries]
 
 
@@ -312,27 +299,4 @@ def _refuse_without_room(
     if not num_tokens and not nbytes:
         return
     protected = frozenset[int]().union(*(need.nodes for need in needs))
-    _probe(store, nbytes, num_tokens, protected)
-
-
-class _UndoError(Exception):
-    """Ends a transaction without a commit."""
-
-
-def _probe(store: Store, nbytes: int, num_tokens: int, protected: frozenset[int]) -> None:
-    """Evict in a transaction that is not committed, to see whether that would be enough."""
-    budget = store._disk.budget
-
-    def attempt(txn: Writer) -> None:
-        budget.refuse_impossible(txn, nbytes, num_tokens)
-        excess = budget.excess(txn, nbytes, num_tokens)
-        if excess > 0 and store._evictor._free(txn, excess, protected) < excess:
-            raise StoreFullError(
-                f"There is no room for the bundle's {nbytes} bytes: what remains is pinned or in "
-                "use. Unpin or evict something, free some disk space, or raise the budget "
-                f"(now {store.limits.max_bytes} bytes)."
-            )
-        raise _UndoError
-
-    with contextlib.suppress(_UndoError):
-        store._disk.index.update(attempt)
+    store.refuse_without_room(nbytes, num_tokens, protected, f"the bundle's {nbytes} bytes")

@@ -106,20 +106,20 @@ class Contents:
         self._memo = _Memo(memo_path)
         self._paranoid = paranoid
         self._mounts = Mounts()
-        self._looks: dict[str, Look] = {}
-        self._ways: dict[str, os.stat_result] = {}
+        self.looks: dict[str, Look] = {}
+        self.ways: dict[str, os.stat_result] = {}
 
     def changed_since(self, before: Contents) -> str:
         """Name a file that is not what it was when `before` looked at it; "" if all are."""
-        for path in sorted(self._looks.keys() | before._looks.keys()):
-            now, then = self._looks.get(path), before._looks.get(path)
+        for path in sorted(self.looks.keys() | before.looks.keys()):
+            now, then = self.looks.get(path), before.looks.get(path)
             if now is None or then is None or now.stamp != then.stamp:
                 return path
             # Where a stamp stands for the content, the first look has no identity.
             if then.identity and now.identity != then.identity:
                 return path
-        for path in sorted(self._ways.keys() | before._ways.keys()):
-            if _way_moved(before._ways.get(path), self._ways.get(path)):
+        for path in sorted(self.ways.keys() | before.ways.keys()):
+            if _way_moved(before.ways.get(path), self.ways.get(path)):
                 return path
         return ""
 
@@ -136,7 +136,7 @@ class Contents:
             content = file.readall() or b""
             if Stamp.of(os.fstat(file.fileno())) != stamp:
                 raise ChangedMeanwhile(f"{printable(path)} was changed while it was read")
-        self._looks[os.fspath(path)] = Look(stamp, blake2b(content))
+        self.looks[os.fspath(path)] = Look(stamp, blake2b(content))
         return content
 
     def read_code(self, path: Path, name: str) -> str:
@@ -189,7 +189,7 @@ class Contents:
         )
         if note:
             for path, record in known.items():
-                self._looks[os.fspath(path)] = Look(record.stamp, record.identity)
+                self.looks[os.fspath(path)] = Look(record.stamp, record.identity)
         return {path: known[path].identity for path in paths}
 
     def _recall(self, path: Path, asked_ns: int) -> tuple[_Record | str, bool]:
@@ -229,7 +229,7 @@ class Contents:
 
     def _note_way(self, path: Path) -> None:
         for step, status in _way_to(path):
-            self._ways[step] = status
+            self.ways[step] = status
 
 
 def one_identity(identities: Iterable[str]) -> str:

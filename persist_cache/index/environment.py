@@ -123,6 +123,10 @@ def counter_name(name: str) -> str:
     return f"{head}~{xxhash.xxh3_128_hexdigest(raw)}"
 
 
+class _UndoError(Exception):
+    """Ends a transaction without a commit."""
+
+
 class Reader:
     """Typed look-ups in one read transaction; valid inside its `with` block only."""
 
@@ -530,6 +534,22 @@ class Index:
             raise fs.translated(error, "while the index was read") from error
         finally:
             self._leave()
+
+    def dry_run(self, attempt: Callable[[Writer], T]) -> T:
+        """What `attempt` returns in a transaction that is undone: to see what a change would do.
+
+        Raises:
+            StoreError: As `update`.
+        """
+        found: list[T] = []
+
+        def undone(txn: Writer) -> None:
+            found.append(attempt(txn))
+            raise _UndoError
+
+        with contextlib.suppress(_UndoError):
+            self.update(undone)
+        return found[-1]
 
     @contextlib.contextmanager
     def terms(

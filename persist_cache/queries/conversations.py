@@ -112,7 +112,7 @@ class Branches:
 
 def _exclusive_bytes(survey: Survey) -> dict[str, int]:
     """Per entry the bytes of files that only it and what continues it need."""
-    catalog = survey._catalog
+    catalog = survey.catalog
     table = catalog.table
     amounts = list(catalog.shares)
     checkpoints = catalog.checkpoint_bytes(table.checkpoints)

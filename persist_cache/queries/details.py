@@ -67,7 +67,7 @@ def details_of(store: Store, entry: str) -> Details | None:
         StoreError: The index contradicts itself.
     """
     number = int(entry, 16)
-    with store._disk.index.read() as txn:
+    with store.read() as txn:
         found = load_entry(txn, number)
         record = txn.entry(number)
         if found is None or record is None:
@@ -109,7 +109,7 @@ def _runs(store: Store, txn: Reader, node: int) -> tuple[RunDetails, ...]:
 
 def _run(store: Store, blob: BlobRecord, rows: int, users: int) -> RunDetails:
     name = blob.name.hex()
-    path = str(store._disk.folder.path(name))
+    path = str(store.blob_path(name))
     return RunDetails(
         name, path, blob.start, rows, blob.num_tokens, blob.nbytes, users, blob.created
     )
@@ -121,7 +121,7 @@ def tokens_of(store: Store, entry: str) -> list[int]:
     Raises:
         KeyError: It is not stored.
     """
-    with store._disk.index.read() as txn:
+    with store.read() as txn:
         record = txn.entry(int(entry, 16))
         if record is None:
             raise KeyError(entry)

@@ -91,7 +91,7 @@ def explain(
     packed = pack_tokens(tokens)
     limit = max(0, len(tokens) - leave_tokens)
     match = store.match(fingerprint, packed, limit=limit)
-    with store._disk.index.read() as txn:
+    with store.read() as txn:
         divergence = _divergence(txn, fingerprint, packed, match.common_tokens)
         if match.num_tokens == 0 and match.common_tokens == 0:
             return _explain_miss(txn, fingerprint, tokens, packed, system_tokens, divergence)

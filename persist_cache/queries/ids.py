@@ -58,7 +58,7 @@ def short_ids(ids: Sequence[str], at_least: int = SHORT_ID_DIGITS) -> dict[str, 
 def find_ids(store: Store, prefix: str, limit: int = 8) -> list[str]:
     """Ids that begin with `prefix`, in order, at most `limit` of them."""
     found: list[str] = []
-    with store._disk.index.read() as txn:
+    with store.read() as txn:
         for number in txn.entries_from(int(prefix.ljust(_ID_DIGITS, "0"), 16)):
             if len(found) == limit or not entry_id(number).startswith(prefix):
                 break
@@ -68,7 +68,7 @@ def find_ids(store: Store, prefix: str, limit: int = 8) -> list[str]:
 
 def find_departed(store: Store, prefix: str) -> Departed | None:
     """The entry whose id began with `prefix` and that went last, if that is remembered."""
-    with store._disk.index.read() as txn:
+    with store.read() as txn:
         departed = [
             Departed(entry_id(unpack_number(key)), record.since, record.note)
             for key, record in txn.sized(b"departed").items()

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from msgspec import Struct
 
 from persist_cache.entry import Tier
-from persist_cache.index import tree
-from persist_cache.index.environment import Writer
-from persist_cache.index.records import entry_id
 from persist_cache.queries.models import Model
 from persist_cache.queries.totals import Survey
-from persist_cache.store.store import Store
 
 
 class Filters(Struct, frozen=True):
@@ -39,7 +35,7 @@ class Filters(Struct, frozen=True):
 
     def rows(self, survey: Survey, now: float) -> list[int]:
         """Places in `survey.entries` of those that pass."""
-        table = survey._catalog.table
+        table = survey.catalog.table
         rows = list(range(survey.num_entries))
         if self.ids is not None:
             numbers = {int(one, 16) for one in self.ids}
@@ -105,7 +101,7 @@ def order(
     Raises:
         ValueError: There is no such key.
     """
-    table = survey._catalog.table
+    table = survey.catalog.table
     match key:
         case "model":
             shown = {
@@ -130,48 +126,3 @@ def order(
     if key not in columns:
         raise ValueError(f"unknown order {key!r}: use one of {', '.join(SORT_KEYS)}")
     return sorted(rows, key=columns[key].__getitem__, reverse=True)
-
-
-class _UndoError(Exception):
-    """Ends a transaction without a commit."""
-
-
-def victims_until(store: Store, max_bytes: int, candidates: Collection[str]) -> list[str]:
-    """Entries that would have to go for the store to take at most `max_bytes`.
-
-    They are found by evicting in a transaction that is not committed, so the answer is what an
-    eviction would do.
-
-    Args:
-        store: Open for change.
-        max_bytes: Bytes that the store may take on disk.
-        candidates: Ids of the entries that may go; a pinned one never does.
-
-    Returns:
-        Ids in the order of eviction; all that may go if even that is not enough.
-    """
-    disk = store._disk
-    numbers = {int(one, 16) for one in candidates}
-    chosen: list[str] = []
-
-    def try_it(txn: Writer) -> None:
-        chosen.clear()
-        protected = {record.node for number, record in txn.entries() if number not in numbers}
-        start = txn.counter(tree.BLOB_BYTES)
-        usage = disk.budget.usage(txn)
-        excess = usage.total - max_bytes
-        if usage.without_entries > max_bytes:
-            excess -= usage.ballast  # it goes as well
-        if excess > 0:
-            for number in tree.victims(txn, protected):
-                tree.drop_entry(txn, number, "", disk.clock())
-                chosen.append(entry_id(number))
-                if start - txn.counter(tree.BLOB_BYTES) >= excess:
-                    break
-        raise _UndoError
-
-    try:
-        disk.index.update(try_it)
-    except _UndoError:
-        return chosen
-    raise AssertionError("unreachable")

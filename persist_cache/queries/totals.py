@@ -21,9 +21,6 @@ from persist_cache.index.records import (
 )
 from persist_cache.queries.models import Model, as_model
 from persist_cache.queries.stale import outdated_reason
-from persist_cache.store.catalog import (
-    Catalog,
-)
 from persist_cache.store.store import Store
 
 K = TypeVar("K", bound=Hashable)
@@ -52,7 +49,7 @@ def left_in_trash(store: Store, missing_bytes: int) -> int:
         store: After the eviction.
         missing_bytes: What was to be freed and was not; other processes may have freed it.
     """
-    with store._disk.index.read() as txn:
+    with store.read() as txn:
         trash = sum(record.nbytes for record in txn.sized(b"trash").values())
     return max(0, min(missing_bytes, trash))
 
@@ -115,43 +112,42 @@ class Survey:
             StoreError: The index contradicts itself.
         """
         self._store = store
-        with store._disk.index.read(copies=True) as txn:
-            self._catalog = Catalog(txn)
+        self.catalog = store.catalog()
         self.models = {
             key[:32].hex(): as_model(key, record)
-            for key, record in self._catalog.namespaces.values()
+            for key, record in self.catalog.namespaces.values()
         }
 
     @cached_property
     def entries(self) -> list[Entry]:
-        return self._catalog.entries()
+        return self.catalog.entries()
 
     @property
     def ids(self) -> list[str]:
-        return self._catalog.ids
+        return self.catalog.ids
 
     @property
     def fingerprints(self) -> dict[int, str]:
-        return self._catalog.fingerprints
+        return self.catalog.fingerprints
 
     @property
     def num_entries(self) -> int:
-        return len(self._catalog.rows)
+        return len(self.catalog.rows)
 
     def entries_at(self, rows: Sequence[int]) -> list[Entry]:
         """The entries at these places of `entries`, in the order of `rows`."""
-        return self._catalog.entries(rows)
+        return self.catalog.entries(rows)
 
     def columns(self, rows: Sequence[int], fields: Sequence[str]) -> dict[str, Sequence[Any]]:
         """Like `entries_at`, but each field of all: for thousands, in a fraction of the time."""
-        return self._catalog.columns(rows, fields)
+        return self.catalog.columns(rows, fields)
 
     def model_of(self, entry: Entry) -> Model:
         return self.models.get(entry.fingerprint) or Model(entry.fingerprint)
 
     def added_bytes(self, entry: Entry) -> int:
         """Bytes that `entry` has beyond the one it continues, whoever else needs them."""
-        catalog = self._catalog
+        catalog = self.catalog
         row = catalog.rows[int(entry.id, 16)]
         checkpoint = catalog.table.checkpoints[row]
         total = 0 if checkpoint == NO_BLOB else catalog.disk_bytes[checkpoint]
@@ -164,7 +160,7 @@ class Survey:
 
     def removal(self, ids: Collection[str]) -> Removal:
         """What evicting the entries `ids` would free, and what stays because others need it."""
-        catalog = self._catalog
+        catalog = self.catalog
         doomed = {int(one, 16) for one in ids}
         left = catalog.count_users(doomed)
         living: set[int] = set()
@@ -190,7 +186,7 @@ class Survey:
     @cached_property
     def by_tier(self) -> dict[Tier, Amount]:
         """Per tier; rows that several share count for the highest tier among them."""
-        catalog = self._catalog
+        catalog = self.catalog
         tier_of = dict(zip(catalog.table.numbers, catalog.table.tiers, strict=True))
         tier_of[NO_ENTRY] = min(Tier)
         highest = list(map(tier_of.__getitem__, catalog.ends))
@@ -207,7 +203,7 @@ class Survey:
     @cached_property
     def by_model(self) -> dict[str, Amount]:
         """Per fingerprint, those without entries left out."""
-        catalog = self._catalog
+        catalog = self.catalog
         key_of = catalog.fingerprints
         # The roots come first, in the order of the namespaces.
         models = list(key_of.values())
@@ -222,7 +218,7 @@ class Survey:
     def left_behind(self) -> list[LeftBehind]:
         """What an upgrade left behind, by reason, the most bytes first; no model is looked at."""
         reasons = {key: outdated_reason(self.models[key]) for key in self.by_model}
-        table = self._catalog.table
+        table = self.catalog.table
         pinned = Counter(
             self.fingerprints[namespace] for namespace in compress(table.namespaces, table.pinned)
         )
@@ -242,16 +238,16 @@ class Survey:
     @cached_property
     def saved_s(self) -> float:
         """Seconds of prefill that the hits of all entries saved."""
-        return sum(self._catalog.table.saved_s)
+        return sum(self.catalog.table.saved_s)
 
     def _amounts(self, nbytes: Mapping[K, int], keys: Sequence[K]) -> dict[K, Amount]:
         """Totals of the entries with the same key; `nbytes` are those of their rows."""
-        table = self._catalog.table
+        table = self.catalog.table
         numbers = {key: [0, amount, 0] for key, amount in nbytes.items()}
         seconds = dict.fromkeys(nbytes, 0.0)
         for key, checkpoint, hits, saved_s in zip(
             keys,
-            self._catalog.checkpoint_bytes(table.checkpoints),
+            self.catalog.checkpoint_bytes(table.checkpoints),
             table.hits,
             table.saved_s,
             strict=True,
@@ -269,7 +265,7 @@ class Survey:
 
 def quarantined(store: Store) -> list[Quarantined]:
     """Damaged blobs that are kept aside."""
-    with store._disk.index.read() as txn:
+    with store.read() as txn:
         return [
             Quarantined(name.hex(), record.nbytes, record.since, record.note)
             for name, record in txn.sized(b"quarantine").items()

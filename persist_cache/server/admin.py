@@ -218,7 +218,7 @@ class Admin:
     def _now(self) -> _View:
         """The store as of now; loaded anew only when something was committed since."""
         store = self._store()
-        version = _version(store)
+        version = store.commit_id()
         view = self._view
         if view is None or view.version != version:
             view = self._view = _View(version, store)
@@ -646,7 +646,7 @@ class _Marks(msgspec.Struct, forbid_unknown_fields=True):
         if self.label:
             store.set_label(entry, self.label)
         if self.ttl_s is not None:
-            store.expire_at(entry, store._disk.clock() + self.ttl_s)
+            store.expire_at(entry, store.clock() + self.ttl_s)
 
 
 # ---- the page ----------------------------------------------------------------------------------
@@ -679,11 +679,6 @@ def page_response() -> Response:
 
 
 # ---- reading requests --------------------------------------------------------------------------
-
-
-def _version(store: Store) -> int:
-    with store._disk.index.read() as txn:
-        return int(txn._txn.id())
 
 
 def _only(request: Request, *methods: str) -> None:

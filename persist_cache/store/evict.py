@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -229,6 +229,48 @@ class Evictor:
         self._disk.regain_ballast(min(max_bytes, self._disk.limits.max_bytes))
         with self._disk.index.read() as txn:
             return budget.usage(txn).total
+
+    def victims_until(self, max_bytes: int, candidates: Collection[int]) -> list[str]:
+        """Ids that eviction would take, in order, if only `candidates` could go."""
+        disk = self._disk
+
+        def attempt(txn: Writer) -> list[str]:
+            chosen: list[str] = []
+            protected = {
+                record.node for number, record in txn.entries() if number not in candidates
+            }
+            start = txn.counter(tree.BLOB_BYTES)
+            usage = disk.budget.usage(txn)
+            excess = usage.total - max_bytes
+            if usage.without_entries > max_bytes:
+                excess -= usage.ballast  # it goes as well
+            if excess > 0:
+                for number in tree.victims(txn, protected):
+                    tree.drop_entry(txn, number, "", disk.clock())
+                    chosen.append(entry_id(number))
+                    if start - txn.counter(tree.BLOB_BYTES) >= excess:
+                        break
+            return chosen
+
+        return disk.index.dry_run(attempt)
+
+    def refuse_without_room(
+        self, nbytes: int, num_tokens: int, protected: frozenset[int], what: str
+    ) -> None:
+        """Refuse what no eviction could make room for; nothing is evicted."""
+        budget = self._disk.budget
+
+        def attempt(txn: Writer) -> None:
+            budget.refuse_impossible(txn, nbytes, num_tokens)
+            excess = budget.excess(txn, nbytes, num_tokens)
+            if excess > 0 and self._free(txn, excess, protected) < excess:
+                raise StoreFullError(
+                    f"There is no room for {what}: what remains is pinned or in use. Unpin or "
+                    "evict something, free some disk space, or raise the budget (now "
+                    f"{self._disk.limits.max_bytes} bytes)."
+                )
+
+        self._disk.index.dry_run(attempt)
 
     def shed_ballast(self, max_bytes: int) -> int:
         """Give the ballast up if, with it, no eviction could bring the store to `max_bytes`.

@@ -16,7 +16,7 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -51,6 +51,7 @@ from persist_cache.store.compact import compact, merge_chains
 from persist_cache.store.evict import REQUESTED, Evictor
 from persist_cache.store.kin import NOTHING_STORED, Kin
 from persist_cache.store.put import Insertion, PutResult, Source
+from persist_cache.store.rebuild import rebuild
 from persist_cache.store.session import Disk
 from persist_cache.tokens import TOKEN_BYTES, pack_tokens
 
@@ -145,30 +146,8 @@ class Store:
         if run_tokens < 1:
             raise ValueError(f"run_tokens must be at least 1, got {run_tokens}")
         root = Path(path) if path is not None else default_store_path()
-        folder = BlobFolder(root)
-        opening.prepare_folder(root, folder, read_only)
-        may_rebuild = not read_only
-        while True:
-            index = opening.open_index(root, folder, read_only)
-            try:
-                limits = opening.settle_limits(index, max_bytes, min_free_bytes, daily_write_bytes)
-                store = cls(Disk(root, index, folder, limits, clock), run_tokens)
-                if not read_only:
-                    # A full disk must not keep anybody from reading, or from evicting.
-                    with contextlib.suppress(StoreFullError):
-                        check.sweep(store._disk, store._evictor)
-                    store._disk.regain_ballast()
-                return store
-            except DamagedIndexError:
-                index.close()
-                if not may_rebuild:
-                    raise
-                # LMDB notices some damage only when it comes to the page.
-                may_rebuild = False
-                check.distrust(root)
-            except BaseException:
-                index.close()
-                raise
+        asked = (max_bytes, min_free_bytes, daily_write_bytes)
+        return cls(_open_disk(root, asked, read_only=read_only, clock=clock), run_tokens)
 
     def close(self, timeout_s: float | None = None) -> bool:
         """Write buffered uses and close the index. Further calls do nothing.
@@ -214,22 +193,112 @@ class Store:
                 later.
         """
         self._disk.index.close()
-        again = Store.open(
+        limits = self.limits
+        self._disk = _open_disk(
             self.root,
-            max_bytes=self.limits.max_bytes,
-            min_free_bytes=self.limits.min_free_bytes,
-            daily_write_bytes=self.limits.daily_write_bytes,
+            (limits.max_bytes, limits.min_free_bytes, limits.daily_write_bytes),
             read_only=self.read_only,
-            run_tokens=self._run_tokens,
             clock=self._disk.clock,
         )
-        self._disk, self._evictor = again._disk, again._evictor
+        self._evictor = Evictor(self._disk)
 
     def __enter__(self) -> Store:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    # ---- for what builds on the store ----------------------------------------------------------
+
+    def read(self, *, copies: bool = False) -> contextlib.AbstractContextManager[Reader]:
+        """A consistent view of the index, for the block; see `Index.read`."""
+        return self._disk.index.read(copies=copies)
+
+    def dry_run(self, attempt: Callable[[Writer], T]) -> T:
+        """What `attempt` returns in a change of the index that is undone; see `Index.dry_run`."""
+        return self._disk.index.dry_run(attempt)
+
+    def clock(self) -> float:
+        """UTC seconds, by the clock that the store was opened with."""
+        return self._disk.clock()
+
+    def commit_id(self) -> int:
+        """Number of the last commit, by any process; whatever was read before may have changed."""
+        with self.read() as txn:
+            return txn.commit_id
+
+    def catalog(self) -> Catalog:
+        """All entries with their sizes, as of now."""
+        with self.read(copies=True) as txn:
+            return Catalog(txn)
+
+    def blob_path(self, name: str) -> Path:
+        """Where the blob of this name is, if it is there."""
+        return self._disk.folder.path(name)
+
+    def open_blob(self, name: str) -> BlobReader:
+        """Open a recorded blob.
+
+        Raises:
+            FileNotFoundError: It was evicted.
+            CorruptBlobError: It is not what was written.
+        """
+        with self.read() as txn:
+            record = _blob_record(txn, name)
+        return self._open_blob(name, record)
+
+    def serving(self, ids: Iterable[str]) -> contextlib.AbstractContextManager[None]:
+        """Keep eviction in this process away from these entries, for the block."""
+        return self._disk.serving(int(one, 16) for one in ids)
+
+    def victims_until(self, max_bytes: int, candidates: Collection[str]) -> list[str]:
+        """What eviction would take until the store takes no more than `max_bytes`.
+
+        Args:
+            max_bytes: Bytes that the store may take on disk.
+            candidates: Ids of the entries that may go; a pinned one never does.
+
+        Returns:
+            Ids in the order of eviction; all that may go if even that is not enough.
+        """
+        return self._evictor.victims_until(max_bytes, {int(one, 16) for one in candidates})
+
+    def refuse_without_room(
+        self, nbytes: int, num_tokens: int, protected: frozenset[int], what: str
+    ) -> None:
+        """Make sure that eviction could make room; nothing is evicted.
+
+        Args:
+            nbytes: Bytes of blobs to come.
+            num_tokens: Their tokens.
+            protected: Nodes whose entries must stay.
+            what: That which needs the room, for the sentence.
+
+        Raises:
+            StoreFullError: There would be no room.
+        """
+        self._evictor.refuse_without_room(nbytes, num_tokens, protected, what)
+
+    def date_back(self, prefix: str, created: float) -> None:
+        """Say that an entry was computed at `created` (UTC seconds), if that is earlier."""
+        with contextlib.suppress(KeyError):  # it was evicted meanwhile
+            self._change(
+                prefix,
+                lambda record: record._replace(
+                    created_us=min(int(created * 1e6), record.created_us)
+                ),
+            )
+
+    def rebuild_index(self, progress: Callable[[int, int], None] | None = None) -> int:
+        """Make the index anew from the blobs, keeping what can still be read of the old one.
+
+        Args:
+            progress: Called with files done and files in total.
+
+        Returns:
+            Number of blobs that found their place.
+        """
+        return rebuild(self._disk.index, self._disk.folder, progress)
 
     # ---- find and read -----------------------------------------------------------------------
 
@@ -383,11 +452,6 @@ class Store:
             checkpoint = None if match.checkpoint is None else readers.pop()
             used = (run.num_tokens for run in match.runs)
             yield list(zip(readers, used, strict=True)), checkpoint
-
-    def _reader(self, name: str) -> BlobReader:
-        with self._disk.index.read() as txn:
-            record = _blob_record(txn, name)
-        return self._open_blob(name, record)
 
     def _open_blob(self, name: str, record: BlobRecord | None) -> BlobReader:
         path = self._disk.folder.path(name)
@@ -696,6 +760,47 @@ class Store:
             txn.put_entry(number, change(record))
 
         self._disk.index.update(apply)
+
+
+def _open_disk(
+    root: Path,
+    limits: tuple[int | None, int | None, int | None],
+    *,
+    read_only: bool,
+    clock: Callable[[], float],
+) -> Disk:
+    """Open a store's parts, finish what dead processes left, and rebuild a damaged index.
+
+    Args:
+        root: Its folder.
+        limits: Budget, bytes to leave free, bytes a day; None for what was last set.
+        read_only: Change nothing.
+        clock: UTC seconds.
+    """
+    folder = BlobFolder(root)
+    opening.prepare_folder(root, folder, read_only)
+    may_rebuild = not read_only
+    while True:
+        index = opening.open_index(root, folder, read_only)
+        try:
+            settled = opening.settle_limits(index, *limits)
+            disk = Disk(root, index, folder, settled, clock)
+            if not read_only:
+                # A full disk must not keep anybody from reading, or from evicting.
+                with contextlib.suppress(StoreFullError):
+                    check.sweep(disk, Evictor(disk))
+                disk.regain_ballast()
+            return disk
+        except DamagedIndexError:
+            index.close()
+            if not may_rebuild:
+                raise
+            # LMDB notices some damage only when it comes to the page.
+            may_rebuild = False
+            check.distrust(root)
+        except BaseException:
+            index.close()
+            raise
 
 
 def _blob_record(txn: Reader, name: str) -> BlobRecord | None:

@@ -17,7 +17,6 @@ from persist_cache import Problem, Store
 from persist_cache.errors import DamagedIndexError
 from persist_cache.queries.totals import Quarantined, quarantined
 from persist_cache.store.check import distrust
-from persist_cache.store.rebuild import rebuild
 from persist_cache_cli.output import (
     format_bytes,
     painter,
@@ -126,8 +125,7 @@ def _examine(
             return found
         if rebuild_index:
             with _bar("Reading blobs", silent) as progress:
-                disk = opened._disk
-                found.rebuilt = rebuild(disk.index, disk.folder, progress)
+                found.rebuilt = opened.rebuild_index(progress)
         found.problems, found.left = _check(opened, read_data, repair, silent)
         found.aside = quarantined(opened)
         found.blobs = _count_blobs(opened)
@@ -170,7 +168,7 @@ def _check(
 
 
 def _count_blobs(store: Store) -> int:
-    with store._disk.index.read() as txn:
+    with store.read() as txn:
         return txn.size_of(b"blobs")
 
 

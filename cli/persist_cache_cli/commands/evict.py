@@ -16,7 +16,7 @@ from persist_cache.errors import PersistCacheError
 from persist_cache.queries.as_json import removal_json
 from persist_cache.queries.details import tokens_of
 from persist_cache.queries.ids import short_entry_ids, short_model_names
-from persist_cache.queries.select import Filters, victims_until
+from persist_cache.queries.select import Filters
 from persist_cache.queries.stale import stale_reason
 from persist_cache.queries.totals import Survey, left_in_trash, quarantined
 from persist_cache_cli.output import (
@@ -267,7 +267,7 @@ def _plan(
         skipped = []
     if to_bytes is not None:
         by_id = {survey.ids[row]: row for row in rows}
-        rows = [by_id[one] for one in victims_until(store, to_bytes, by_id.keys())]
+        rows = [by_id[one] for one in store.victims_until(to_bytes, by_id.keys())]
     plan = _Plan(survey, rows, skipped, reasons)
     if everything:
         aside = quarantined(store)

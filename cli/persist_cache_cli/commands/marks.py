@@ -70,7 +70,7 @@ def ttl(
     def expire(opened: Store, one: str) -> None:
         nonlocal when
         if math.isfinite(lifetime):
-            when = opened._disk.clock() + lifetime
+            when = opened.clock() + lifetime
         opened.expire_at(one, when)
 
     changed = _change(store, ids, expire)
