@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Literal
 
 from persist_cache import __version__, fs
 from persist_cache.fingerprint.versions import installed_version
-from persist_cache.mounts import Mounts
 from persist_cache.prefill.clock import Rate
+from persist_cache.system.mounts import Mounts
 
 if TYPE_CHECKING:
     from persist_cache.queries.totals import Survey

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from persist_cache.fingerprint.identifier import identify_or_reason
 from persist_cache.fingerprint.value import Fingerprint
-from persist_cache.mounts import Mount, Mounts, parse_mount_command, parse_mountinfo
+from persist_cache.system.mounts import Mount, Mounts, parse_mount_command, parse_mountinfo
 
 DATE = 1_700_000_000
 

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 import xxhash
 from msgspec import Struct
 
-from persist_cache import forked, fs
+from persist_cache import fs
 from persist_cache.blobs.folder import BlobFolder, is_same_file, new_name
 from persist_cache.blobs.header import BlobHeader, Tensor, header_bytes
+from persist_cache.system import forked
 
 
 class Written(Struct, frozen=True):

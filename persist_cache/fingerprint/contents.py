@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
-from persist_cache.mounts import Mounts
+from persist_cache.system.mounts import Mounts
 
 MEMO_VERSION = 1
 MEMO_RECORDS = 1024

@@ -7,7 +7,7 @@ How a weights file is identified, in this order:
 2. A file whose stamp (device, inode, size, mtime, ctime) was seen before keeps the identity
    it had then. The memo of stamps is one small file shared by all processes.
 3. Any other file is read to the end, and so is each file, every time, whose stamp would not have
-   moved with a change (`persist_cache.mounts` knows where): then 1 and 2 prove nothing.
+   moved with a change (`persist_cache.system.mounts` knows where): then 1 and 2 prove nothing.
    Samples would be cheaper but miss a flipped byte, and the bytes have just been, or are about
    to be, read by the model itself: xxh3-128 keeps up with any disk, so the digest costs no more
    than one more read of warm pages, once per file.

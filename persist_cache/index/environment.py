@@ -24,7 +24,7 @@ import lmdb
 import msgspec
 import xxhash
 
-from persist_cache import forked, fs
+from persist_cache import fs
 from persist_cache.errors import (
     DamagedIndexError,
     StoreAccessError,
@@ -55,6 +55,7 @@ from persist_cache.index.records import (
     unpack_counter,
     unpack_number,
 )
+from persist_cache.system import forked
 
 SCHEMA_VERSION = 1
 _DATABASES = (

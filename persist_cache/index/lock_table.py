@@ -21,7 +21,7 @@ from pathlib import Path
 from persist_cache import fs
 from persist_cache.errors import StoreFullError, StoreInUseError
 from persist_cache.index import ballast
-from persist_cache.mounts import Mounts
+from persist_cache.system.mounts import Mounts
 
 FILE = "lock.mdb"
 MAX_READERS = 512
