@@ -332,7 +332,7 @@ def test_statistics_of_a_large_store_do_not_load_it_at_each_commit(
             time.sleep(0.5)
             super().__init__(store)
 
-    monkeypatch.setattr("persist_cache.server.admin.Survey", Large)
+    monkeypatch.setattr("persist_cache.server.view.Survey", Large)
     admin = Admin(cache, token=TOKEN)
     for number in range(3):
         put(store, [number, 2, 3])

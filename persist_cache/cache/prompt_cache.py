@@ -203,6 +203,11 @@ class PromptCache:
             return self._resident.nbytes
 
     @property
+    def store(self) -> Store | None:
+        """The store behind it, or None where there is none, or not yet."""
+        return self._store
+
+    @property
     def disk_off(self) -> str:
         """Why nothing is kept on disk at present; "" when it is."""
         error = self._disk_trouble()

@@ -18,7 +18,7 @@ from email.message import Message
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 
-from persist_cache.server import admin
+from persist_cache.server import admin, answers
 from persist_cache.server.guard import ModelGuard, Request, owns
 from persist_cache.server.validation import (
     MAX_BODY_BYTES,
@@ -88,7 +88,7 @@ class Front(BaseHTTPRequestHandler):
                 raise RefusedError(405, "This path knows no such method.", {"Allow": "GET, POST"})
             otherwise()
         except RefusedError as refusal:
-            self._send(admin.refusal_response(refusal))
+            self._send(answers.refusal_response(refusal))
         except (ConnectionError, TimeoutError) as error:
             self.close_connection = True
             log.debug("a client went away: %s", error)
@@ -99,7 +99,7 @@ class Front(BaseHTTPRequestHandler):
             self.close_connection = True
             if not self._sent:
                 failed = RefusedError(500, "The request failed; the server's log says more.")
-                self._send(admin.refusal_response(failed))
+                self._send(answers.refusal_response(failed))
 
     def _checked_post(self) -> None:
         """Hand a request to upstream once it is known to be sound."""
@@ -189,7 +189,7 @@ class Front(BaseHTTPRequestHandler):
         head, _, raw = answer.getvalue().partition(b"\r\n\r\n")
         return int(head.split()[1]), json.loads(raw)
 
-    def _send(self, response: admin.Response) -> None:
+    def _send(self, response: answers.Response) -> None:
         """Send a whole answer, dropping headers of an unfinished one."""
         self._headers_buffer = []
         try:
@@ -236,7 +236,7 @@ class Front(BaseHTTPRequestHandler):
         # Nobody speaks 0.9, which has no status line; it is what nonsense is taken for.
         self.request_version = self.protocol_version
         refusal = RefusedError(code, _MALFORMED.get(code, "The request cannot be understood."))
-        self._send(admin.refusal_response(refusal))
+        self._send(answers.refusal_response(refusal))
 
     def handle(self) -> None:
         try:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.server.rendering import Prompt, decode, read_request, render
+from persist_cache.server.validation import RefusedError
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,3 +33,43 @@ class LoadedModel:
 
     def decode(self, tokens: list[int]) -> str:
         return decode(self.tokenizer, tokens)
+
+
+class Models:
+    """The model that the server has loaded, if that is the one that a request means."""
+
+    def __init__(self, generator: Any) -> None:
+        """Look at the `ResponseGenerator` of the server; None where no model can run."""
+        self.generator = generator
+        self._tokenizer: tuple[Any, Any] | None = None
+
+    def loaded(self, body: Mapping[str, Any]) -> LoadedModel:
+        """The model that a request would be answered by, if that is the one that is loaded.
+
+        Raises:
+            RefusedError: None is loaded, or another one.
+        """
+        provider = getattr(self.generator, "model_provider", None)
+        key = getattr(provider, "model_key", None)
+        tokenizer = getattr(provider, "tokenizer", None)
+        if provider is None or key is None or tokenizer is None:
+            raise RefusedError(409, "No model is loaded yet; send a chat request first.")
+        wanted = body.get("model")
+        if wanted is None or wanted == "default_model":
+            wanted = provider.cli_args.model or key[0]
+        if wanted != key[0]:
+            raise RefusedError(409, f"Another model is loaded: {key[0]}.")
+        named = body.get("model") or "default_model"
+        # By upstream's maps: the adapter of a request counts only if it names the model, too.
+        adapter = getattr(provider, "_adapter_map", {}).get(named, body.get("adapters"))
+        draft = body.get("draft_model") or "default_model"
+        draft = getattr(provider, "_draft_model_map", {}).get(draft, draft)
+        if (adapter, draft) != (key[1], key[2]):
+            raise RefusedError(409, "The model is loaded with another adapter or draft model.")
+        if self._tokenizer is None or self._tokenizer[0] is not tokenizer:
+            # The generation thread uses the other one; not all tokenizers bear company.
+            self._tokenizer = (tokenizer, copy.deepcopy(tokenizer))
+        identify = getattr(provider, "identifier", None)
+        fingerprint = None if identify is None else identify(key)
+        why = "" if fingerprint is not None or identify is None else str(identify.reason(key))
+        return LoadedModel(self.generator, key, self._tokenizer[1], fingerprint, why)

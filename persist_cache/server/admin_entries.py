@@ -1,0 +1,213 @@
+"""The admin API's entries: list them, show one, pin it, evict it; and the tree they make."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from persist_cache.entry import TIER_LABELS, Entry
+from persist_cache.queries.as_json import details_json, mark_json, removal_json
+from persist_cache.queries.details import details_of, tokens_of
+from persist_cache.queries.ids import find_departed, find_ids, short_id
+from persist_cache.queries.select import SORT_KEYS, Filters, order
+from persist_cache.queries.totals import left_in_trash
+from persist_cache.server.answers import Response, json_response
+from persist_cache.server.guard import Request
+from persist_cache.server.model import Models
+from persist_cache.server.parameters import choice, flag, number, query_of
+from persist_cache.server.validation import RefusedError
+from persist_cache.server.view import View, Views
+
+DEFAULT_LIMIT = 100
+MAX_LIMIT = 1000
+_ID = re.compile("[0-9a-f]{1,16}")
+
+
+class Entries:
+    """Answers about entries. Thread safety: may be asked by many threads at once."""
+
+    def __init__(self, views: Views, models: Models) -> None:
+        self._views = views
+        self._models = models
+
+    def list(self, request: Request) -> Response:
+        query = query_of(
+            request, {"tier", "model", "label", "pinned", "sort", "limit", "offset", "parent"}
+        )
+        filters = Filters(
+            tiers=(tier,) if (tier := choice(query, "tier", TIER_LABELS)) else (),
+            models=(query["model"],) if "model" in query else (),
+            label=query.get("label"),
+            pinned=flag(query, "pinned") if "pinned" in query else None,
+        )
+        sort = choice(query, "sort", SORT_KEYS) or "used"
+        limit = number(query, "limit", DEFAULT_LIMIT, 1, MAX_LIMIT)
+        offset = number(query, "offset", 0, 0, 1 << 53)
+        view = self._views.now()
+        if unchanged := view.unchanged(request):
+            return unchanged
+        rows = filters.rows(view.survey, time.time())
+        if "parent" in query:
+            parent = None if query["parent"] == "none" else self._resolve(query["parent"])
+            rows = [row for row in rows if view.survey.entries[row].parent == parent]
+        rows = order(view.survey, rows, sort, view.names)
+        shown = view.survey.entries_at(rows[offset : offset + limit])
+        return json_response(
+            {
+                "entries": [view.entry_json(entry) for entry in shown],
+                "total": len(rows),
+                "offset": offset,
+                "limit": limit,
+            },
+            headers={"ETag": view.tag},
+        )
+
+    def tree(self, request: Request) -> Response:
+        """One level of the tree: the roots, or what is in and behind one branch."""
+        query = query_of(request, {"branch", "limit", "offset"})
+        limit = number(query, "limit", DEFAULT_LIMIT, 1, MAX_LIMIT)
+        offset = number(query, "offset", 0, 0, 1 << 53)
+        view = self._views.now()
+        if unchanged := view.unchanged(request):
+            return unchanged
+        tree = view.branches
+        said: dict[str, Any] = {"branch": None, "entries": []}
+        parent = None
+        if "branch" in query:
+            first = self._resolve(query["branch"])
+            try:
+                chain = tree.branch(first).entries
+            except KeyError:
+                raise self._gone(first) from None
+            parent = chain[-1].id
+            said["branch"] = first
+            said["entries"] = [
+                {
+                    **view.entry_json(entry),
+                    "added_bytes": tree.added_bytes[entry.id],
+                }
+                for entry in chain
+            ]
+        below = tree.under(parent)
+        said["branches"] = [
+            self._branch_json(view, entry.id) for entry in below[offset : offset + limit]
+        ]
+        said |= {"total": len(below), "offset": offset, "limit": limit}
+        return json_response(said, headers={"ETag": view.tag})
+
+    def _branch_json(self, view: View, first: str) -> dict[str, Any]:
+        branch = view.branches.branch(first)
+        last, totals = branch.entries[-1], branch.totals
+        return {
+            **view.entry_json(branch.entries[0]),
+            "model_name": view.names.get(last.fingerprint, ""),
+            "labels": list(dict.fromkeys(one.label for one in branch.entries if one.label))[:3],
+            "last": last.id,
+            "last_pinned": last.pinned,
+            "last_tier": last.tier.label,
+            "last_tokens": last.num_tokens,
+            "num_entries": len(branch.entries),
+            "num_branches": branch.num_branches,
+            "below": {
+                "entries": totals.entries,
+                "bytes": totals.nbytes,
+                "hits": totals.hits,
+                "saved_s": totals.saved_s,
+                "last_use": totals.last_use,
+                "pinned": totals.pinned,
+            },
+        }
+
+    def _resolve(self, given: str) -> str:
+        """The full id that `given` begins.
+
+        Raises:
+            RefusedError: It is no id, or names no entry, or several.
+        """
+        prefix = given.lower()
+        if not _ID.fullmatch(prefix):
+            raise RefusedError(400, "An entry id is made of up to 16 hex digits.")
+        store = self._views.store()
+        found = find_ids(store, prefix, limit=2)
+        if len(found) > 1:
+            raise RefusedError(409, f"Several entries have an id that begins with {prefix}.")
+        if not found:
+            raise self._gone(prefix)
+        return found[0]
+
+    def _gone(self, prefix: str) -> RefusedError:
+        departed = find_departed(self._views.store(), prefix)
+        if departed is not None:
+            return RefusedError(404, f"Entry {departed.id} is no longer there: {departed.reason}.")
+        return RefusedError(404, f"No entry has an id that begins with {prefix}.")
+
+    def _entry(self, view: View, given: str) -> Entry:
+        full = self._resolve(given)
+        entry = next((one for one in view.survey.entries if one.id == full), None)
+        if entry is None:
+            raise self._gone(full)
+        return entry
+
+    def show(self, given: str, query: Mapping[str, str]) -> Response:
+        full, store = self._resolve(given), self._views.store()
+        details = details_of(store, full)
+        if details is None:
+            raise self._gone(full)
+        said = details_json(details, short_id(store, full))
+        if flag(query, "text"):
+            said["text"] = self._text(details.entry)
+        return json_response(said)
+
+    def _text(self, entry: Entry) -> str:
+        model = self._models.loaded({})
+        if model.fingerprint is None or model.fingerprint.hex[:64] != entry.fingerprint:
+            raise RefusedError(409, "The tokenizer of this entry's model is not loaded.")
+        try:
+            tokens = tokens_of(self._views.store(), entry.id)
+        except KeyError:
+            raise self._gone(entry.id) from None
+        return model.decode(tokens)
+
+    def pin(self, given: str, pinned: bool) -> Response:
+        full = self._resolve(given)
+        try:
+            self._views.store().pin(full, pinned)
+        except KeyError:
+            raise self._gone(full) from None
+        return json_response(
+            mark_json(full, self._views.now().short.get(full, full), pinned=pinned)
+        )
+
+    def evict(self, given: str, query: Mapping[str, str]) -> Response:
+        view = self._views.now()
+        entry = self._entry(view, given)
+        dry_run = flag(query, "dry_run")
+        chosen, skipped = [entry], []
+        if flag(query, "below"):
+            chosen = view.branches.below(entry.id)
+            # As on the command line: what is pinned goes only when it is named itself.
+            skipped = [one for one in chosen if one.pinned and one.id != entry.id]
+            chosen = [one for one in chosen if not one.pinned or one.id == entry.id]
+        removal = view.survey.removal([one.id for one in chosen])
+        freed, stuck = removal.freed_bytes, 0
+        if not dry_run:
+            try:
+                freed = self._views.store().evict([one.id for one in chosen])
+                stuck = left_in_trash(self._views.store(), removal.freed_bytes - freed)
+            except KeyError:
+                raise RefusedError(
+                    409, "Some of these entries went meanwhile; look again."
+                ) from None
+        return json_response(
+            removal_json(
+                view.survey,
+                chosen,
+                removal,
+                dry_run=dry_run,
+                freed_bytes=freed,
+                unremoved_bytes=stuck,
+                skipped=skipped,
+            )
+        )

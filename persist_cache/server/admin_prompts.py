@@ -1,0 +1,168 @@
+"""The admin API's prompts: explain one, or have the server's model compute it ahead of time."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from persist_cache.cache.prompt_cache import PromptCache
+from persist_cache.entry import Entry
+from persist_cache.queries.as_json import explanation_json, warm_json
+from persist_cache.queries.explain import explain, with_memory
+from persist_cache.server.answers import Response, json_response
+from persist_cache.server.guard import Request
+from persist_cache.server.model import LoadedModel, Models
+from persist_cache.server.rendering import read_request, system_only
+from persist_cache.server.validation import RefusedError, check_names, check_prompt, decode_object
+from persist_cache.server.view import Views
+from persist_cache.store.store import Store
+
+MAX_LABEL = 200
+_SETTLE_S = 30.0
+_SHAPING = (
+    "model",
+    "draft_model",
+    "adapters",
+    "messages",
+    "prompt",
+    "tools",
+    "role_mapping",
+    "chat_template_kwargs",
+)
+"""What of a body chooses the model and shapes the prompt."""
+
+
+class Marks(msgspec.Struct, forbid_unknown_fields=True):
+    """What a request to warm may say about the entry: its member `cache`."""
+
+    pin: bool = False
+    label: str = ""
+    ttl_s: float | None = None
+
+    @classmethod
+    def of(cls, value: Any) -> Marks:
+        try:
+            marks = msgspec.convert(value if value is not None else {}, cls)
+        except msgspec.ValidationError:
+            raise RefusedError(
+                400, "cache must be an object with pin (true or false), label (text), ttl_s."
+            ) from None
+        if len(marks.label) > MAX_LABEL or not marks.label.isprintable():
+            raise RefusedError(400, f"label must be one line of at most {MAX_LABEL} characters.")
+        if marks.ttl_s is not None and not 0 < marks.ttl_s < 100 * 366 * 86400:
+            raise RefusedError(400, "ttl_s must be a number of seconds, at most 100 years.")
+        return marks
+
+    def apply(self, store: Store, entry: str) -> None:
+        if self.pin:
+            store.pin(entry)
+        if self.label:
+            store.set_label(entry, self.label)
+        if self.ttl_s is not None:
+            store.expire_at(entry, store.clock() + self.ttl_s)
+
+
+Ask = Callable[[dict[str, Any]], tuple[int, dict[str, Any]]]
+"""Answers a chat request as if it had come from outside: status and decoded answer."""
+
+
+class Prompts:
+    """Answers that need the model. Thread safety: may be asked by many threads at once."""
+
+    def __init__(self, cache: PromptCache, views: Views, models: Models) -> None:
+        self._cache = cache
+        self._views = views
+        self._models = models
+
+    def explain(self, request: Request) -> Response:
+        body = decode_object(request.body)
+        check_prompt(body)
+        store = self._views.store()
+        model = self._models.loaded(body)
+        if model.fingerprint is None:
+            raise RefusedError(409, f"The model cannot be identified: {model.why}")
+        prompt = model.render(body)
+        found = explain(store, model.fingerprint, prompt.tokens, system_tokens=prompt.system_tokens)
+        now, in_memory = self._cache.outlook(model.key, prompt.tokens)
+        found = with_memory(found, now_tokens=now, memory_tokens=in_memory)
+        known = self._cache.known_tokens(model.key, prompt.tokens[:-1])
+        return json_response(
+            {
+                **explanation_json(found, model.decode, show_stored=True),
+                # Memory included, which the command line cannot see.
+                "known_tokens": known,
+            }
+        )
+
+    def warm(self, request: Request, ask: Ask | None) -> Response:
+        body = decode_object(request.body)
+        marks = Marks.of(body.pop("cache", None))
+        whole = not system_only(read_request(body))
+        check_names(body)
+        if ask is None:
+            raise RefusedError(409, "This server cannot run a model.")
+        # How an answer would be sampled, and how long it would be, does not matter here.
+        body = {name: body[name] for name in _SHAPING if body.get(name) is not None}
+        if not whole:
+            # Only what precedes the user message is wanted; nobody else says the same.
+            message = {"role": "user", "content": secrets.token_hex(8)}
+            body["messages"] = [*body["messages"], message]
+        before = self._cache.stats()
+        started = time.monotonic()
+        with self._models.generator.keeping_only("prompt" if whole else "system"):
+            status, answer = ask({**body, "stream": False, "max_tokens": 1})
+        if status != 200:
+            raise RefusedError(status, str(answer.get("error", "The model refused this prompt.")))
+        spent = time.monotonic() - started
+        usage = answer.get("usage", {})
+        cached = usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)
+        model = self._models.loaded(body)
+        prompt = model.render(body)
+        # A request computes its last token itself.
+        wanted = prompt.tokens[:-1] if whole else prompt.tokens[: prompt.system_tokens]
+        if not wanted:
+            raise RefusedError(
+                409,
+                "This model's chat template puts nothing before the user message; "
+                "there is no system part to store.",
+            )
+        entry = self._settle(model, wanted)
+        if entry is not None:
+            marks.apply(self._views.store(), entry.id)
+        known = self._cache.known_tokens(model.key, wanted)
+        after = self._cache.stats()
+        return json_response(
+            {
+                **warm_json(
+                    entry=None if entry is None else entry.id,
+                    model=str(model.key[0]),
+                    label=marks.label,
+                    tier=("user" if whole else "system") if entry is None else entry.tier.label,
+                    num_tokens=len(wanted),
+                    found_tokens=min(int(cached), len(wanted)),
+                    missing_tokens=max(0, len(wanted) - known),
+                    written_bytes=after.written_bytes - before.written_bytes,
+                    prefill_s=spent,
+                ),
+                "disk_off": after.disk_off,
+            }
+        )
+
+    def _settle(self, model: LoadedModel, wanted: list[int]) -> Entry | None:
+        """Wait until `wanted` is on disk; None when it does not get there."""
+        store = self._cache.store
+        if store is None or model.fingerprint is None:
+            return None
+        deadline = time.monotonic() + _SETTLE_S
+        while True:
+            match = store.match(model.fingerprint, wanted)
+            if match.num_tokens == len(wanted) and match.entries:
+                return store.get(match.entries[-1])
+            self._cache.flush(_SETTLE_S)
+            if time.monotonic() > deadline or self._cache.disk_off:
+                return None
+            time.sleep(0.05)

@@ -1,0 +1,39 @@
+"""What the admin API sends back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from persist_cache.server.validation import RefusedError
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """What to send back; there are never CORS headers."""
+
+    status: int
+    body: bytes
+    content_type: str = "application/json"
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+def json_response(
+    value: Any, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    # Not msgspec: counters may be larger than the 64 bits it knows.
+    return Response(status, json.dumps(value, allow_nan=False).encode(), headers=headers or {})
+
+
+def refusal_response(refusal: RefusedError) -> Response:
+    said: Any = str(refusal)
+    if refusal.code:
+        said = {
+            "message": said,
+            "type": "invalid_request_error",
+            "param": None,
+            "code": refusal.code,
+        }
+    return json_response({"error": said}, refusal.status, refusal.headers)
