@@ -7,12 +7,13 @@ idle, at `flush` and at `close`. Nothing here raises into a generation thread.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
@@ -336,8 +337,13 @@ class PromptCache:
         Returns:
             The fingerprint, or why there is none: then what is computed now stays in memory only.
         """
-        found = self._owners.identify_now(model)
-        self._owner(model)
+        try:
+            found = self._owners.identify_now(model)
+            self._owner(model)
+        except Exception as error:
+            # An `identify` of the caller's.
+            log.exception("a model could not be identified")
+            return Unidentified(f"it cannot be identified: {type(error).__name__}: {error}")
         return found
 
     def read_ahead(self, model: Hashable, tokens: Sequence[int]) -> int:
@@ -350,18 +356,20 @@ class PromptCache:
             Bytes of the files; 0 when memory serves the prompt, or nothing was asked of the model
             yet.
         """
-        if self._store is None:
-            return 0
-        owner = self._owners.of(model, may_read=False)
-        packed = pack_tokens(tokens)
-        match = self._match(owner, packed, len(tokens))
-        with self._lock:
-            in_memory = self._resident.common_tokens(owner, packed)
-        if match.num_tokens - in_memory < _ENOUGH_GAIN_TOKENS:
-            return 0
-        nbytes = self._store.read_ahead(match)
-        self._tally.read_ahead(nbytes)
-        return nbytes
+        with self._nothing_raised():
+            if self._store is None:
+                return 0
+            owner = self._owners.of(model, may_read=False)
+            packed = pack_tokens(tokens)
+            match = self._match(owner, packed, len(tokens))
+            with self._lock:
+                in_memory = self._resident.common_tokens(owner, packed)
+            if match.num_tokens - in_memory < _ENOUGH_GAIN_TOKENS:
+                return 0
+            nbytes = self._store.read_ahead(match)
+            self._tally.read_ahead(nbytes)
+            return nbytes
+        return 0
 
     def cut_answer(
         self, tokens: Sequence[int], num_tokens: int, *, model: Hashable | None = None
@@ -374,11 +382,14 @@ class PromptCache:
         Args:
             tokens: The prompt.
             num_tokens: How much of it to keep.
-            model: mlx-lm's model key; answers of other weights are not cut. Any answer when None.
+            model: mlx-lm's model key; answers of other weights are not cut. Any answer when None,
+                none when it cannot be told whose they are.
         """
-        owner = None if model is None else self._owners.of(model, may_read=False)
-        with self._lock:
-            self._cuts.append((owner, pack_tokens(tokens), num_tokens))
+        with self._nothing_raised():
+            owner = None if model is None else self._owners.of(model, may_read=False)
+            packed = pack_tokens(tokens)
+            with self._lock:
+                self._cuts.append((owner, packed, num_tokens))
 
     def known_tokens(self, model: Hashable, tokens: Sequence[int]) -> int:
         """Length of the longest prefix that a fetch would serve; looks only, counts nothing."""
@@ -388,17 +399,20 @@ class PromptCache:
         """What a request with this prompt would get now; looks only, counts nothing.
 
         Returns:
-            Tokens that would not be computed, and how many memory alone would serve.
+            Tokens that would not be computed, and how many memory alone would serve. Nothing where
+            the look-up would fail.
         """
-        packed = pack_tokens(tokens)
-        limit = max(0, len(tokens) - self._leave_tokens)
-        owner = self._owners.of(model, may_read=self._uses_disk)
-        with self._lock:
-            candidate = self._candidate(owner, packed, limit)
-        in_memory = 0 if candidate is None else candidate.num_tokens
-        on_disk = self._match(owner, packed, limit).num_tokens
-        reads_disk = in_memory == 0 or on_disk - in_memory >= _ENOUGH_GAIN_TOKENS
-        return (max(on_disk, in_memory) if reads_disk else in_memory), in_memory
+        with self._nothing_raised():
+            packed = pack_tokens(tokens)
+            limit = max(0, len(tokens) - self._leave_tokens)
+            owner = self._owners.of(model, may_read=self._uses_disk)
+            with self._lock:
+                candidate = self._candidate(owner, packed, limit)
+            in_memory = 0 if candidate is None else candidate.num_tokens
+            on_disk = self._match(owner, packed, limit).num_tokens
+            reads_disk = in_memory == 0 or on_disk - in_memory >= _ENOUGH_GAIN_TOKENS
+            return (max(on_disk, in_memory) if reads_disk else in_memory), in_memory
+        return 0, 0
 
     def branch_point(
         self, model: Hashable, tokens: Sequence[int], *, min_gain_tokens: int = 1
@@ -414,12 +428,14 @@ class PromptCache:
             min_gain_tokens: How far behind the last position that can be resumed it has to lie.
         """
         known, common = self._known(model, tokens)
+        if common == 0:
+            return 0
         common = min(common, len(tokens) - 1)
         return common if common - known >= min_gain_tokens else 0
 
     def _known(self, model: Hashable, tokens: Sequence[int]) -> tuple[int, int]:
         """Tokens that can be served, and tokens shared with anything that is known."""
-        try:
+        with self._nothing_raised():
             packed = pack_tokens(tokens)
             owner = self._owners.of(model, may_read=self._uses_disk)
             with self._lock:
@@ -428,10 +444,16 @@ class PromptCache:
             known = 0 if candidate is None else candidate.num_tokens
             match = self._match(owner, packed, len(tokens))
             return max(known, match.num_tokens), max(common, match.common_tokens)
+        return 0, 0
+
+    @contextlib.contextmanager
+    def _nothing_raised(self) -> Iterator[None]:
+        """Count and log what goes wrong in a look, and go on behind the block."""
+        try:
+            yield
         except Exception:
             log.exception("a look-up failed")
             self._tally.problem("look_up_failed")
-            return 0, 0
 
     def flush(self, timeout_s: float | None = None) -> bool:
         """Save everything that is to be on disk and is not yet, and wait for it.
