@@ -28,6 +28,7 @@ from persist_cache.errors import (
 from persist_cache.fingerprint import Fingerprint, Identifier, Unidentified
 from persist_cache.insert import Source
 from persist_cache.kin import STORED_OTHERWISE
+from persist_cache.late_store import LateStore
 from persist_cache.owners import Owner, Owners
 from persist_cache.prefills import Prefills
 from persist_cache.reasons import UNREADABLE, kind_of_reason, why_no_more
@@ -107,6 +108,7 @@ class PromptCache:
         queue_bytes: int = 4 << 30,
         codec: Codec | None = None,
         disk_off: str = "no store was given",
+        open_store: Callable[[], Store] | None = None,
         prefill_clock: Callable[[], float] | None = None,
     ) -> None:
         """Make an empty memory over `store`.
@@ -128,6 +130,10 @@ class PromptCache:
             queue_bytes: Cache memory that waiting saves may keep alive.
             codec: How caches become bytes; mlx-lm's by default.
             disk_off: Why there is no `store`, for whoever asks; unused when there is one.
+            open_store: Opens the store that there is none of yet, unless it raises a `StoreError`,
+                which `disk_off` says from then on. It is tried on the writer thread, when the
+                process is idle, every five `idle_s`, and by `flush`. What it gives is used from
+                then on, for what is in memory as well, and closed by `close`.
             prefill_clock: Seconds by which prefill is timed, `time.monotonic` by default. A server
                 has one that stands still while it does other things, such as decoding for others.
 
@@ -151,9 +157,14 @@ class PromptCache:
         self._prefills = Prefills(prefill_clock)
         self._memory_only = "" if store is not None else disk_off
         self._disk_error: StoreError | None = None
-        if store is not None and codec.group_size() > 1:
+        if (store is not None or open_store is not None) and codec.group_size() > 1:
             # Every rank has a shard of each layer, and all would have the same fingerprint.
             store, self._memory_only = None, "several ranks share one model; shards are not stored"
+            open_store = None
+        self._late: LateStore | None = None
+        if store is None and open_store is not None:
+            # Somewhat less than the pauses of idle work, else every other one would be too early.
+            self._late = LateStore(open_store, disk_off, 4 * idle_s)
         self._owns_store = store is not None and not isinstance(store, Store)
         self._store = store if isinstance(store, Store) or store is None else Store.open(store)
         self._owners = Owners(identify or Identifier())
@@ -163,12 +174,16 @@ class PromptCache:
         self.is_busy: Callable[[], bool] = lambda: time.monotonic() < self._computing_until
         """Asked before files are merged: whether an answer is being computed. A server knows;
         else it is so from a look-up to the insert of the reply, for ten minutes at most."""
+        self.on_disk: Callable[[], None] = lambda: None
+        """Called on the writer thread whenever the store's folder is there again, or at last."""
+        self._why_lost = ""
+        """Why a store whose folder was removed could not be begun anew."""
         self._closed = False
         self._told: set[str] = set()
         self._pid = os.getpid()
         self._cuts: deque[tuple[Owner | None, bytes, int]] = deque(maxlen=16)
         self._writer: WriteBehind | None = None
-        if self._store is not None and not self._store.read_only:
+        if self._late is not None or (self._store is not None and not self._store.read_only):
             self._writer = WriteBehind(
                 max_bytes=queue_bytes, idle_s=idle_s, on_idle=self._save_when_idle
             )
@@ -405,7 +420,7 @@ class PromptCache:
         with self._nothing_raised():
             packed = pack_tokens(tokens)
             limit = max(0, len(tokens) - self._leave_tokens)
-            owner = self._owners.of(model, may_read=self._uses_disk)
+            owner = self._owners.of(model, may_read=self._wants_disk)
             with self._lock:
                 candidate = self._candidate(owner, packed, limit)
             in_memory = 0 if candidate is None else candidate.num_tokens
@@ -437,7 +452,7 @@ class PromptCache:
         """Tokens that can be served, and tokens shared with anything that is known."""
         with self._nothing_raised():
             packed = pack_tokens(tokens)
-            owner = self._owners.of(model, may_read=self._uses_disk)
+            owner = self._owners.of(model, may_read=self._wants_disk)
             with self._lock:
                 candidate = self._candidate(owner, packed, len(tokens))
                 common = self._resident.common_tokens(owner, packed)
@@ -461,14 +476,19 @@ class PromptCache:
         Returns:
             Whether all of it is on disk.
         """
-        if self._writer is None or self._store is None:
+        if self._writer is None:
             return True
         if self._writer.on_thread():
             raise RuntimeError("flush() must not be called from a save")
         if os.getpid() != self._pid:
             return False  # the thread that saves is the parent's
         left = _Deadline(timeout_s)
+        if self._store is None:
+            self._writer.submit(self._try_late_store, rank=Tier.SYSTEM, nbytes=0)
         done = self._writer.drain(left())
+        if self._store is None:
+            with self._lock:
+                return not any(held.tier in self._persist for held in self._resident.held())
         # The queue is bounded, so what waits in memory goes in portions.
         while done and (waiting := self._waiting()):
             for held in waiting:
@@ -496,7 +516,8 @@ class PromptCache:
         if self._writer is not None:
             self.flush(left())
             self._writer.close(left())
-        self._closed = True
+        with self._lock:
+            self._closed = True
         if self._owns_store and self._store is not None:
             self._store.close(left())
 
@@ -681,9 +702,14 @@ class PromptCache:
     def _uses_disk(self) -> bool:
         return self._store is not None and not self._closed
 
+    @property
+    def _wants_disk(self) -> bool:
+        """Whether there is a disk, or may be later: what is kept now is to be found there then."""
+        return (self._store is not None or self._late is not None) and not self._closed
+
     def _owner(self, model: Hashable) -> Owner:
         """Whose KV a model computes now; what others left under its key goes."""
-        owner = self._owners.of(model, may_read=self._uses_disk)
+        owner = self._owners.of(model, may_read=self._wants_disk)
         if self._uses_disk:
             self._memory_only = "" if owner.fingerprint is not None else _only_in_memory(owner)
         with self._lock:
@@ -744,9 +770,9 @@ class PromptCache:
         held = Held(owner, packed, cache, nbytes, tier.label, prefill_s)
         witness = getattr(self._codec, "witness", None)
         held.witness = None if witness is None else witness(cache)
-        if self._writer is not None and tier.label in self._persist and num_tokens > 0:
-            held.wanted = owner.fingerprint is not None and self._uses_disk
+        self._try_late_store_soon()
         with self._lock:
+            held.wanted = self._is_for_disk(held)
             if self._current.get(model, owner) != owner:
                 # Another thread has seen a later load meanwhile.
                 self._spill([held])
@@ -760,6 +786,16 @@ class PromptCache:
                 self._spill([held])
                 return
             self._spill(self._resident.add(held))
+
+    def _is_for_disk(self, held: Held) -> bool:
+        """Whether a cache that is not on disk is to be saved; the caller holds the lock."""
+        return (
+            self._uses_disk
+            and self._writer is not None
+            and held.tier in self._persist
+            and held.num_tokens > 0
+            and held.owner.fingerprint is not None
+        )
 
     def _kept_tokens(self, owner: Owner, packed: bytes, num_tokens: int) -> int:
         """How much of a cache is to be kept: all of it, or as `cut_answer` said."""
@@ -781,6 +817,8 @@ class PromptCache:
             return [held for held in self._resident.held() if held.wanted]
 
     def _save_when_idle(self) -> None:
+        if self._late is not None and self._store is None and self._late.claim():
+            self._try_late_store()
         self._recover_store()
         waiting = self._waiting()
         for held in waiting:
@@ -792,16 +830,53 @@ class PromptCache:
         self._flush_uses()
         self._merge_runs()
 
+    def _try_late_store_soon(self) -> None:
+        """Have the writer thread try it if it is time: a busy process is never idle."""
+        late, writer = self._late, self._writer
+        if late is not None and self._store is None and writer is not None and late.claim():
+            writer.submit(self._try_late_store, rank=Tier.SYSTEM, nbytes=0)
+
+    def _try_late_store(self) -> None:
+        """Use the store that could not be opened before, if it can be; on the writer thread."""
+        late = self._late
+        if late is None or self._store is not None or self._closed:
+            return
+        store = late.attempt()
+        if store is None:
+            self._memory_only = late.reason
+            return
+        self._say_on_disk()
+        with self._lock:
+            if not self._closed:
+                # Nobody has seen it before, and it stays from now on.
+                self._store, self._owns_store, self._memory_only = store, True, ""
+                for held in self._resident.held():
+                    held.wanted = self._is_for_disk(held)
+        if self._store is None:
+            store.close()
+            return
+        log.warning("the store at %s is used from now on", store.root)
+
+    def _say_on_disk(self) -> None:
+        try:
+            self.on_disk()
+        except Exception:
+            log.exception("what follows the store could not be done")
+
     def _recover_store(self) -> None:
         """Begin anew when the store's folder was removed; runs on the writer thread."""
         if self._store is None or not self._store.is_lost:
             return
-        self._disk_failed(_removed(self._store))
+        if not self._why_lost:
+            self._disk_failed(_removed(self._store))
         try:
             self._store.reopen()
         except StoreError as error:
+            self._why_lost = str(error)
             log.debug("the store could not be begun anew: %s", error)
             return
+        self._why_lost = ""
+        self._say_on_disk()
         self._disk_error = None
         log.warning("the store at %s was begun anew", self._store.root)
         with self._lock:
@@ -899,7 +974,7 @@ class PromptCache:
     def _disk_trouble(self) -> StoreError | None:
         """What keeps the disk from being used, as of the last attempt."""
         if self._store is not None and self._store.is_lost:
-            return _removed(self._store)
+            return _removed(self._store, self._why_lost)
         if self._store is not None and (why := self._store.waits_for):
             return StoreBusyError(why)
         return self._disk_error
@@ -927,5 +1002,8 @@ class _Deadline:
         return None if self._end is None else max(0.0, self._end - time.monotonic())
 
 
-def _removed(store: Store) -> StoreAccessError:
-    return StoreAccessError(f"The folder {store.root} was removed.")
+def _removed(store: Store, why_not_again: str = "") -> StoreAccessError:
+    said = f"The folder {store.root} was removed."
+    if why_not_again:
+        said = f"{said[:-1]}, and cannot be made again: {why_not_again}"
+    return StoreAccessError(said)

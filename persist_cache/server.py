@@ -499,7 +499,7 @@ def _run(
         salt=options.salt,
     )
     provider.identifier = identifier
-    store, why_off = _open_store(options, distributed=not alone)
+    store, why_off, open_store = _open_store(options, distributed=not alone)
     limits = (options.memory_bytes, args.prompt_cache_bytes, 1 << 63)
     memory_bytes = next(limit for limit in limits if limit is not None)  # 0 keeps nothing
     cache = PromptCache(
@@ -510,6 +510,7 @@ def _run(
         leave_tokens=1,
         persist=options.persist,
         disk_off=why_off,
+        open_store=open_store,
         prefill_clock=prefill_clock,
     )
     log.info("%s", _start_line(store, why_off, args.prompt_cache_size, memory_bytes, options))
@@ -535,7 +536,7 @@ def _run(
             with contextlib.ExitStack() as told:
 
                 def tell(bound_port: int) -> None:
-                    told.enter_context(_page_told(host, bound_port, folder, token))
+                    cache.on_disk = told.enter_context(_page_told(host, bound_port, folder, token))
 
                 _listen(host, port, generator, options.grace_s, tell)
         else:
@@ -641,19 +642,31 @@ def _cannot_listen(host: str, port: int, error: Exception) -> PersistCacheError:
 
 
 @contextlib.contextmanager
-def _page_told(host: str, port: int, folder: Path, token: AdminToken) -> Iterator[None]:
-    """Tell people and commands where the page is; nothing of this goes to the log."""
+def _page_told(
+    host: str, port: int, folder: Path, token: AdminToken
+) -> Iterator[Callable[[], None]]:
+    """Tell people and commands where the page is; nothing of this goes to the log.
+
+    Yields what tells commands again, where the store's folder was made anew.
+    """
     url = page_url(host, port)
-    with contextlib.suppress(OSError):  # nobody reads it
-        if token.is_given:
-            print(f"Page: {url} (it asks for the secret of --admin-token)", flush=True)
-        else:
-            print(f"Page: {url}#token={token()}", flush=True)
-    if token.trouble:
-        yield
-        return
-    with announced(folder, Serving(url, token.is_given)):
-        yield
+    told = ""
+
+    def tell() -> None:
+        nonlocal told
+        token.renew()
+        if token() == told:
+            return
+        told = token()
+        with contextlib.suppress(OSError):  # nobody reads it
+            if token.is_given:
+                print(f"Page: {url} (it asks for the secret of --admin-token)", flush=True)
+            else:
+                print(f"Page: {url}#token={told}", flush=True)
+
+    tell()
+    with announced(folder, Serving(url, token.is_given), tell) as again:
+        yield again
 
 
 def page_url(host: str, port: int) -> str:
@@ -664,32 +677,36 @@ def page_url(host: str, port: int) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}{PAGE_PATH}"
 
 
-def _open_store(options: ServeOptions, *, distributed: bool) -> tuple[Store | None, str]:
+def _open_store(
+    options: ServeOptions, *, distributed: bool
+) -> tuple[Store | None, str, Callable[[], Store] | None]:
     """The store, or why there is none: a server without its disk still answers.
+
+    Returns:
+        The store, why there is none, and how to open one later if that may help.
 
     Raises:
         StoreError: Its path can be none, now or later.
     """
     if not options.persist:
-        return None, "no store was given (--persist none)"
+        return None, "no store was given (--persist none)", None
     if distributed:
-        return None, "several ranks share one model, and shards are not stored yet"
+        return None, "several ranks share one model, and shards are not stored yet", None
+    open_store = functools.partial(
+        Store.open,
+        options.store,
+        max_bytes=options.disk_bytes,
+        min_free_bytes=options.min_free_bytes,
+        daily_write_bytes=options.daily_write_bytes,
+    )
     try:
-        return (
-            Store.open(
-                options.store,
-                max_bytes=options.disk_bytes,
-                min_free_bytes=options.min_free_bytes,
-                daily_write_bytes=options.daily_write_bytes,
-            ),
-            "",
-        )
+        return open_store(), "", None
     except StoreError as error:
         place = default_store_path() if options.store is None else options.store
         if is_impossible(error) and not os.path.lexists(place):
             # No disk that comes back later will make a store of such a path.
             raise
-        return None, str(error)
+        return None, str(error), open_store
 
 
 def _start_line(
