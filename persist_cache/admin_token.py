@@ -72,7 +72,6 @@ class AdminToken:
                 self._last = _keep(self._folder, self._last)
         return self._last
 
-
     def renew(self) -> None:
         """See that it is in the folder, if there is one: it may have been unusable before."""
         if self.is_given or not self._folder.is_dir():
