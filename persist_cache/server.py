@@ -9,6 +9,7 @@ private seam is listed in `SEAM` and checked by a test.
 from __future__ import annotations
 
 import _thread
+import argparse
 import contextlib
 import copy
 import dataclasses
@@ -27,6 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http.server import ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -471,6 +473,11 @@ def serve(upstream_args: Sequence[str], options: ServeOptions) -> None:
 
     # Upstream parses, sets up logging, and calls `run` by its global name.
     with (
+        _replaced(
+            upstream,
+            "argparse",
+            SimpleNamespace(**{**vars(argparse), "ArgumentParser": _Parser}),
+        ),
         _replaced(upstream, "run", run),
         _replaced(upstream, "ModelProvider", Provider),
         _replaced(upstream, "BatchGenerator", functools.partial(Batch, clock)),
@@ -482,6 +489,18 @@ def serve(upstream_args: Sequence[str], options: ServeOptions) -> None:
         ),
     ):
         upstream.main()
+
+
+class _Parser(argparse.ArgumentParser):
+    """Upstream's parser, with a help that is true here: we give some flags another default."""
+
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        if "--allowed-origins" in names:
+            options["help"] = (
+                "Web pages that may ask, by their origins, separated by commas; `loopback` for "
+                f"those of this machine, on any port, `*` for all (default: {LOOPBACK_ORIGINS})"
+            )
+        return super().add_argument(*names, **options)
 
 
 def _run(
