@@ -34,7 +34,7 @@ from typing import Any, Literal
 import mlx.core as mx
 from mlx_lm import server as upstream
 
-from persist_cache import loading
+from persist_cache import endings, loading
 from persist_cache.access import (
     LOOPBACK_ORIGINS,
     OUTCOME_HEADER,
@@ -551,6 +551,8 @@ def _run(
         signal.signal(signal.SIGTERM, _interrupt)
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
             signal.signal(signal.SIGHUP, _interrupt)
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+            signal.signal(signal.SIGINT, _interrupt_again)
         if mx.distributed.init().rank() == 0:
             with contextlib.ExitStack() as told:
 
@@ -564,6 +566,7 @@ def _run(
         if provider.failed is None:
             raise
     finally:
+        endings.arrived()
         _close(cache, store, _stopped or time.monotonic(), options.grace_s)
     if provider.failed is not None:
         raise provider.failed
@@ -611,6 +614,7 @@ def _listen(
             tell(self.server_address[1])
 
     def drain_then_stop() -> None:
+        endings.arrived()
         if generator.model_provider.failed is not None:
             return
         log.info("stopping: waiting up to %.0f s for running requests", grace_s)
@@ -625,6 +629,7 @@ def _listen(
         )
     except KeyboardInterrupt:
         # Before it listened, or for the second time: whoever waits does so in vain.
+        endings.arrived()
         stop()
     except OSError as error:
         stop()
@@ -754,7 +759,12 @@ def _interrupt(signum: int, frame: Any) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     # A terminal that is closed may say so more than once.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    raise KeyboardInterrupt
+    endings.insist(KeyboardInterrupt)
+
+
+def _interrupt_again(signum: int, frame: Any) -> None:
+    """Ctrl-C, and a model that cannot be loaded; each further one is heard as well."""
+    endings.insist(KeyboardInterrupt)
 
 
 @contextlib.contextmanager
