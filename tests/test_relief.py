@@ -59,9 +59,9 @@ def test_full_disk_of_a_store_without_a_ballast_is_relieved_by_eviction(
 ) -> None:
     ids = former_store(disk)
     before = disks.sample(disk / "store")
-    words = {"one": [ids[0]], "by size": ["--to", before - 400_000], "all": ["--all"]}[how]
+    words = {"one": ids[0], "by size": f"--to={before - 400_000}", "all": "--all"}
 
-    done = script(disk / "store", "evict", *words, "--yes")
+    done = script(disk / "store", "evict", words[how], "--yes")
 
     assert done.status == 0, done.err
     listed = script(disk / "store", "list", "--json").json
@@ -96,7 +96,7 @@ def test_damaged_files_go_before_those_of_entries(disk: Path) -> None:
                 unlink(path)
                 unlinked.append(path.relative_to(store.root).parts[0])
 
-            fs.unlink = watched  # type: ignore[assignment]
+            fs.unlink = watched
             store.evict([entry.id for entry in store.entries()][:10])
             fs.unlink = unlink
             return unlinked
@@ -122,7 +122,7 @@ def test_eviction_that_is_killed_before_its_commit_loses_nothing_else_and_is_men
                 if "blobs" in path.parts:
                     os.kill(os.getpid(), signal.SIGKILL)
 
-            fs.unlink = last  # type: ignore[assignment]
+            fs.unlink = last
             store.evict(ids[:3])
 
     with pytest.raises(ChildDied):
@@ -154,7 +154,7 @@ def test_room_of_evicted_files_that_is_taken_at_once_is_told(disk: Path) -> None
                 os.sync()
                 disks.fill(disk)
 
-            fs.unlink = and_take  # type: ignore[assignment]
+            fs.unlink = and_take
             try:
                 store.evict(ids[:2])
             except StoreFullError as error:
