@@ -74,7 +74,7 @@ class AdminToken:
 
     def renew(self) -> None:
         """See that it is in the folder, if there is one: it may have been unusable before."""
-        if self.is_given or not self._folder.is_dir():
+        if self.is_given or not os.path.isdir(self._folder):  # Path.is_dir may raise
             return
         if self.trouble or _read(self._folder / TOKEN_FILE) != self._last:
             try:

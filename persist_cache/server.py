@@ -8,7 +8,6 @@ private seam is listed in `SEAM` and checked by a test.
 
 from __future__ import annotations
 
-import _thread
 import argparse
 import contextlib
 import copy
@@ -364,7 +363,8 @@ class Provider(upstream.ModelProvider):  # type: ignore[misc]
         except (ModelError, MissingDependencyError) as error:
             self.failed = error
             # This is the generation thread: without it upstream would listen on, and never answer.
-            _thread.interrupt_main()
+            # Not by SIGINT, which is ignored in what a shell's script starts in the background.
+            os.kill(os.getpid(), signal.SIGTERM)
             raise SystemExit from None
 
     def _load(
@@ -544,15 +544,15 @@ def _run(
             host or "all addresses",
         )
     try:
-        generator = Generator(provider, cache)
-        generator.prefill_clock = prefill_clock
-        generator.admin = Admin(cache, token=token, host=host, generator=generator)
-        generator.guard = ModelGuard(args.allowed_origins, options.api_key)
         signal.signal(signal.SIGTERM, _interrupt)
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
             signal.signal(signal.SIGHUP, _interrupt)
         if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
             signal.signal(signal.SIGINT, _interrupt_again)
+        generator = Generator(provider, cache)  # which begins to load, and may say that it failed
+        generator.prefill_clock = prefill_clock
+        generator.admin = Admin(cache, token=token, host=host, generator=generator)
+        generator.guard = ModelGuard(args.allowed_origins, options.api_key)
         if mx.distributed.init().rank() == 0:
             with contextlib.ExitStack() as told:
 
@@ -763,7 +763,7 @@ def _interrupt(signum: int, frame: Any) -> None:
 
 
 def _interrupt_again(signum: int, frame: Any) -> None:
-    """Ctrl-C, and a model that cannot be loaded; each further one is heard as well."""
+    """Ctrl-C; each further one is heard as well."""
     endings.insist(KeyboardInterrupt)
 
 

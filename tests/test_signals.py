@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from persist_cache import endings
+from tests.cli import script
 from tests.tiny_models import build_model_dir
 
 SWALLOWED = """
@@ -140,6 +141,19 @@ def test_signal_that_is_swallowed_ends_a_server_in_order(
 
     assert done.returncode == 0, (done.stdout, done.stderr)
     assert "stopping" in done.stderr
+
+
+def test_model_that_cannot_be_loaded_ends_a_server_that_ignores_ctrl_c(tmp_path: Path) -> None:
+    """As one does that a script starts in the background."""
+    done = script(
+        tmp_path / "store",
+        *("serve", "--model", tmp_path / "none", "--port", 0),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+        timeout=60,
+    )
+
+    assert done.status == 1, done.err
+    assert str(tmp_path / "none") in done.err.splitlines()[-1]
 
 
 AT_THE_START = """
