@@ -11,6 +11,7 @@ from typing import Any
 import click
 import pytest
 
+from persist_cache.server.guard import LOOPBACK_ORIGINS
 from persist_cache_cli.main import cli
 from tests.cli import Run, fill, runner, script
 
@@ -162,3 +163,11 @@ def test_fields_within_fields(run: Run, ids: dict[str, str]) -> None:
     for line in ("pin {id}", "unpin {id}", "ttl {id} 1d", "label {id} x"):
         (changed,) = run(*line.format(id=ids["reply"]).split(), "--json").json
         named("pin", changed)
+
+
+def test_help_of_serve_says_one_default_of_allowed_origins_and_it_is_the_one_used() -> None:
+    said = " ".join(script(ROOT, "serve", "--help").out.split())
+    flag = re.findall(r"--allowed-origins ALLOWED_ORIGINS (?!\])(.*?) --draft-model", said)
+
+    assert [re.findall(r"default: ([^)]*)", one) for one in flag] == [[LOOPBACK_ORIGINS]]
+    assert said.count("--allowed-origins") == 2, "in the usage, and where it is described"

@@ -11,6 +11,7 @@ import pytest
 from persist_cache import PromptCache, Store
 from persist_cache.fingerprint.identifier import Identifier
 from persist_cache.fingerprint.value import Fingerprint
+from persist_cache.queries.explain import explain
 from persist_cache.server.metrics import reason_label
 from persist_cache.store.reasons import kind_of_reason
 from tests.fakes import Clock, FakeSource
@@ -190,3 +191,40 @@ def test_real_identities_of_one_model_are_kin(tmp_path: Path, store: Store) -> N
     assert reason(store, identify(salt="someone")) == "stored under another salt"
     (folder / "model.safetensors").write_bytes(b"other weights")
     assert reason(store, identify()) == "stored under another weights"
+
+
+def test_explain_names_the_upgrade_also_after_the_new_model_has_stored_a_prompt(
+    store: Store,
+) -> None:
+    """Fetches do not: it would cost a walk in each former version at each miss."""
+    template, prompt = [1, 2], [1, 2, *range(100, 150)]
+    put(store, identity(), prompt)
+    new = identity(mlx_lm="0.32.2")
+    put(store, new, [*template, *range(200, 250)])
+
+    found = explain(store, new, [*prompt, 9])
+
+    assert (found.outcome, found.cached_tokens) == ("diverges", 2)
+    assert [(one.name, one.old, one.new) for one in found.changes] == [
+        ("mlx_lm", "0.32.1", "0.32.2")
+    ]
+    assert "52 tokens are stored under another mlx-lm: 0.32.1 → 0.32.2." in found.message
+    put(store, new, prompt)
+    assert explain(store, new, [*prompt, 9]).changes == []
+
+
+def test_explain_says_nothing_of_a_template_that_former_versions_share(store: Store) -> None:
+    put(store, identity(), [1, 2, 3, *range(100, 150)])
+    new = identity(mlx_lm="0.32.2")
+    put(store, new, [1, 2, *range(200, 250)])
+
+    assert explain(store, new, [1, 2, 3, 4]).changes == []
+
+
+def test_explain_says_nothing_of_other_models_where_something_is_found(store: Store) -> None:
+    prompt = [1, 2, *range(100, 150)]
+    stranger = {**FIELDS, "weights": "x" * 32}
+    put(store, Fingerprint.from_fields(stranger, {"name": "another", "path": "/b"}), prompt)
+    put(store, identity(), [1, 2, *range(200, 250)])
+
+    assert explain(store, identity(), prompt).changes == []

@@ -148,3 +148,62 @@ def test_what_is_no_prompt_is_a_miss(tmp_path: Path, tokens: Any) -> None:
             cache.insert_cache(MODEL, [1, 2, 3], [FakeLayer([1, 2, 3])])
             assert cache.flush()
             assert len(store.entries()) == 1
+
+
+class Identify:
+    """A program's own `identify`, one part of which can be made to fail."""
+
+    broken = ""
+
+    def __call__(self, model: Any) -> Any:
+        return self._say("identify", fingerprint())
+
+    def settled(self, model: Any) -> Any:
+        return self._say("settled", fingerprint())
+
+    def load_number(self, model: Any) -> Any:
+        return self._say("load_number", 1)
+
+    def _say(self, part: str, value: Any) -> Any:
+        if part == self.broken:
+            raise LookupError("made up")
+        return value
+
+
+@pytest.mark.parametrize("broken", ["identify", "settled", "load_number"])
+def test_identify_that_raises_is_no_error_of_any_call(tmp_path: Path, broken: str) -> None:
+    identify = Identify()
+    prompt, other = list(range(50)), [7] * 50
+    with (
+        Store.open(tmp_path / "store", min_free_bytes=0) as store,
+        PromptCache(store=store, identify=identify, codec=FakeCodec(), idle_s=60) as cache,
+    ):
+        cache.insert_cache(MODEL, prompt, [FakeLayer(prompt)], cache_type="system")
+        assert cache.flush()
+        identify.broken = broken
+        still = 50 if broken == "settled" else 0  # looks that may read do not ask it
+
+        assert cache.outlook(MODEL, [*prompt, 1]) == (still, still)
+        assert cache.known_tokens(MODEL, [*prompt, 1]) == still
+        assert cache.branch_point(MODEL, [*prompt, 1]) == 0
+        assert cache.read_ahead(MODEL, [*prompt, 1]) == 0
+        cache.cut_answer(other, 20, model=MODEL)
+        cache.insert_cache(MODEL, [3], [FakeLayer([3])], cache_type="user")
+        assert len(cache.fetch_nearest_cache(MODEL, [*prompt, 1])[1]) == 51 - still
+        assert "made up" in str(cache.identify_now(MODEL)) or still
+
+        assert cache.stats().problems["look_up_failed"] > 0
+        identify.broken = ""
+        cache.insert_cache(MODEL, other, [FakeLayer(other)], cache_type="user")
+        # Only an answer of which it is known whose it is may be cut.
+        assert cache.known_tokens(MODEL, other) == (20 if broken == "identify" else 50)
+
+
+@pytest.mark.parametrize("tokens", [[1.5], ["a"], [1 << 70], iter([1, 2])])
+def test_odd_tokens_are_no_error_of_any_look(tokens: Any) -> None:
+    with PromptCache(identify=Identify(), codec=FakeCodec()) as cache:
+        assert cache.outlook(MODEL, tokens) == (0, 0)
+        assert cache.known_tokens(MODEL, tokens) == 0
+        assert cache.branch_point(MODEL, tokens) == 0
+        assert cache.read_ahead(MODEL, tokens) == 0
+        cache.cut_answer(tokens, 1, model=MODEL)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shlex
 import shutil
 import threading
 import time
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import requests
 
 from persist_cache.cache.prompt_cache import PromptCache
 from persist_cache.fingerprint.value import Fingerprint
@@ -24,6 +26,7 @@ from persist_cache.server.http import Front
 from persist_cache.server.validation import RefusedError
 from persist_cache.store.store import Store
 from tests.bulk_store import Prompt, conversations, fill
+from tests.fakes import FakeSource
 from tests.server_process import ServerProcess, running
 from tests.tiny_models import build_model_dir
 
@@ -190,6 +193,49 @@ def test_disk_that_is_off_says_why(browser: Any) -> None:
     assert "Nothing is kept on disk" in browser.find_element(By.ID, "entries").text
     assert complaints(browser) == []
     server.stop()
+
+
+def test_what_an_upgrade_left_behind_is_shown_with_what_removes_it(
+    browser: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / "it's <b>here"
+    folder.mkdir()
+    with serving(folder, []) as server:
+        for number, (mlx_lm, layout) in enumerate((("0.30.0", 1), ("0.30.0", 1), ("", 99))):
+            model = Fingerprint.from_fields({"mlx_lm": mlx_lm, "layout": layout, "n": number}, {})
+            server.store.put(model, [1, 2], FakeSource([1, 2]), pinned=number == 0)
+        open_page(browser, server)
+        left = until(lambda: browser.find_element(By.ID, "left").text)
+        size(browser, 360, 700)
+        width = browser.execute_script("return document.documentElement.scrollWidth")
+        size(browser, 1280, 900)
+        found = {one["reason"] for one in server_left_behind(server)}
+        lines = left.splitlines()
+
+        assert len(lines) == len(found) == 2
+        for reason in found:
+            (line,) = (one for one in lines if reason in one)
+            assert line.endswith(("removes it.", "removes them."))
+        (pinned,) = (one for one in lines if "0.30.0" in one)
+        assert pinned.startswith("2 entries, ")
+        assert "1 of them pinned" in pinned
+        command = re.findall(r"persist-cache .* evict --stale", pinned)[-1].split("first. ")[-1]
+        assert shlex.split(command) == [
+            "persist-cache", "--store", str(folder / "store"), "evict", "--stale"
+        ]  # fmt: skip
+        assert width <= 360
+        assert complaints(browser) == []
+
+        for entry in server.store.entries():
+            server.store.evict([entry.id])
+        until(lambda: not browser.find_element(By.ID, "left").text)
+
+
+def server_left_behind(server: PageServer) -> list[dict[str, Any]]:
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    said = requests.get(f"{server.url}/v1/cache/stats", headers=headers, timeout=10).json()
+    found: list[dict[str, Any]] = said["store"]["left_behind"]
+    return found
 
 
 def test_labels_are_texts_and_nothing_else(browser: Any, small: PageServer) -> None:

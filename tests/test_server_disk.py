@@ -16,6 +16,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from persist_cache import Store
+from tests.cli import script
 from tests.server_process import ServerProcess
 from tests.tiny_models import build_model_dir
 
@@ -233,3 +234,96 @@ def test_store_that_cannot_be_opened_is_no_reason_not_to_answer(
     assert off["health"].endswith(f"{place} is not a folder.")
     assert off["stats"].endswith(f"{place} is not a folder.")
     assert off["metrics"] == "memory_only"
+
+
+def test_store_that_can_be_opened_later_is_used_without_a_restart(
+    model: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    store.write_bytes(b"")
+    with serve(model, store, tmp_path) as running:
+        ask(running, "Ada", source="miss")
+        ask(running, "Ada", source="memory")
+        off = said(running)
+        refused = running.request("GET", "/v1/cache/entries")
+        flushed_off = running.request("POST", "/v1/cache/flush")
+        store.unlink()
+        outside = tmp_path / "outside"
+        outside.mkdir(mode=0o700)
+        store.symlink_to(outside / "not there yet")
+        until(lambda: "not a folder" not in said(running)["health"])
+        later = said(running)
+        store.unlink()
+        until(lambda: set(said(running).values()) == {""})
+        found = page_of(store)
+
+        ask(running, "Ada", source="memory")
+        ask(running, "Grace", source="miss")
+        assert flushed(running)
+        stats = running.get("/v1/cache/stats")["store"]
+        listed = running.get("/v1/cache/entries")
+        log = running.log.read_text()
+        assert running.stop() == 0
+
+    assert off["health"] == f"off: {store} is not a folder."
+    assert (refused.status_code, flushed_off.status_code) == (503, 503)
+    assert str(store) in refused.json()["error"]
+    assert later["metrics"] == "memory_only"
+    assert later["health"] == f"off: {later['stats']}"
+    assert running.url in found
+    assert stats["entries"] == listed["total"] > 0
+    assert "Traceback" not in log
+    check_survival(model, store, tmp_path, "Ada", "Grace")
+
+
+def page_of(store: Path) -> str:
+    done = script(store, "page")
+    assert done.status == 0, done.err
+    return done.out
+
+
+def test_page_finds_a_server_whose_folder_was_removed_and_made_again(
+    model: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    with serve(model, store, tmp_path) as running:
+        before = page_of(store)
+        shutil.rmtree(store)
+        until(lambda: store.exists() and set(said(running).values()) == {""})
+
+        assert page_of(store) == before
+        running.kill()
+
+    done = script(store, "page")
+    assert done.status == 3
+    assert "serve" in done.sentence
+    assert "--store" in done.sentence
+
+
+def test_page_finds_a_server_that_stores_nothing_and_whose_folder_was_made_again(
+    model: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    with serve(model, store, tmp_path, persist=[]) as running:
+        before = page_of(store)
+        shutil.rmtree(store)
+        store.mkdir(mode=0o700)
+
+        until(lambda: script(store, "page").status == 0)
+
+        assert page_of(store) == before
+        running.kill()
+
+
+def test_lost_folder_that_cannot_be_made_again_says_why_as_of_now(
+    model: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    with serve(model, store, tmp_path) as running:
+        ask(running, "Ada", source="miss")
+        shutil.rmtree(store)
+        store.write_bytes(b"")
+
+        until(lambda: f"{store} is not a folder" in said(running)["health"])
+        assert "removed" in said(running)["stats"]
+        running.kill()

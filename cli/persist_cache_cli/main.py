@@ -24,6 +24,7 @@ from typing import NamedTuple, NoReturn
 import click
 
 from persist_cache import PersistCacheError, __version__
+from persist_cache.system import endings
 
 
 class _Place(NamedTuple):
@@ -109,7 +110,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         for one in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(one) == signal.SIG_DFL:
                 signal.signal(one, _terminate)
-    status = _run(arguments)
+        if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+            signal.signal(signal.SIGINT, _interrupt)
+        status = _run_to_the_end()
+    else:
+        status = _run(arguments)
     if arguments is None and (_is_alone() or "persist_cache.server.run" in sys.modules):
         # Threads of a server that could not start would abort the process.
         _leave(status)
@@ -124,9 +129,37 @@ class _Terminated(BaseException):
         self.signum = signum
 
 
-def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
+def _terminate(signum: int, frame: FrameType | None) -> None:
     signal.signal(signum, signal.SIG_DFL)  # a second one does not wait
-    raise _Terminated(signum)
+    endings.insist(_Terminated, signum)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    endings.insist(KeyboardInterrupt)
+
+
+def _run_to_the_end() -> int:
+    """Run the process's command; a signal decides its exit status.
+
+    What a signal raises may be turned into another error on its way, or come when all is done.
+    """
+    status = 1
+    try:
+        try:
+            status = _run(None)
+        finally:
+            endings.rest()
+    except BaseException:
+        endings.rest()
+        if endings.asked() is None:
+            raise
+    for one in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        if signal.getsignal(one) in (_terminate, _interrupt):
+            signal.signal(one, signal.SIG_DFL)  # nothing is left to be done in order
+    asked = endings.asked()
+    if asked is None:
+        return status
+    return 130 if asked.kind is KeyboardInterrupt else int(128 + asked.arguments[0])
 
 
 def _is_alone() -> bool:

@@ -7,16 +7,18 @@ idle, at `flush` and at `close`. Nothing here raises into a generation thread.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 from persist_cache.blobs.reader import BlobReader
+from persist_cache.cache.late_store import LateStore
 from persist_cache.cache.live_caches import Candidate, Held, LiveCaches, Resident
 from persist_cache.cache.owners import Owner, Owners
 from persist_cache.cache.stats import Fetch, PromptCacheStats, RecentFetch, Tally
@@ -109,6 +111,7 @@ class PromptCache:
         queue_bytes: int = 4 << 30,
         codec: Codec | None = None,
         disk_off: str = "no store was given",
+        open_store: Callable[[], Store] | None = None,
         prefill_clock: Callable[[], float] | None = None,
     ) -> None:
         """Make an empty memory over `store`.
@@ -130,6 +133,10 @@ class PromptCache:
             queue_bytes: Cache memory that waiting saves may keep alive.
             codec: How caches become bytes; mlx-lm's by default.
             disk_off: Why there is no `store`, for whoever asks; unused when there is one.
+            open_store: Opens the store that there is none of yet, unless it raises a `StoreError`,
+                which `disk_off` says from then on. It is tried on the writer thread, when the
+                process is idle, every five `idle_s`, and by `flush`. What it gives is used from
+                then on, for what is in memory as well, and closed by `close`.
             prefill_clock: Seconds by which prefill is timed, `time.monotonic` by default. A server
                 has one that stands still while it does other things, such as decoding for others.
 
@@ -153,9 +160,14 @@ class PromptCache:
         self._prefills = Prefills(prefill_clock)
         self._memory_only = "" if store is not None else disk_off
         self._disk_error: StoreError | None = None
-        if store is not None and codec.group_size() > 1:
+        if (store is not None or open_store is not None) and codec.group_size() > 1:
             # Every rank has a shard of each layer, and all would have the same fingerprint.
             store, self._memory_only = None, "several ranks share one model; shards are not stored"
+            open_store = None
+        self._late: LateStore | None = None
+        if store is None and open_store is not None:
+            # Somewhat less than the pauses of idle work, else every other one would be too early.
+            self._late = LateStore(open_store, disk_off, 4 * idle_s)
         self._owns_store = store is not None and not isinstance(store, Store)
         self._store = store if isinstance(store, Store) or store is None else Store.open(store)
         self._owners = Owners(identify or Identifier())
@@ -165,12 +177,16 @@ class PromptCache:
         self.is_busy: Callable[[], bool] = lambda: time.monotonic() < self._computing_until
         """Asked before files are merged: whether an answer is being computed. A server knows;
         else it is so from a look-up to the insert of the reply, for ten minutes at most."""
+        self.on_disk: Callable[[], None] = lambda: None
+        """Called on the writer thread whenever the store's folder is there again, or at last."""
+        self._why_lost = ""
+        """Why a store whose folder was removed could not be begun anew."""
         self._closed = False
         self._told: set[str] = set()
         self._pid = os.getpid()
         self._cuts: deque[tuple[Owner | None, bytes, int]] = deque(maxlen=16)
         self._writer: WriteBehind | None = None
-        if self._store is not None and not self._store.read_only:
+        if self._late is not None or (self._store is not None and not self._store.read_only):
             self._writer = WriteBehind(
                 max_bytes=queue_bytes, idle_s=idle_s, on_idle=self._save_when_idle
             )
@@ -344,8 +360,13 @@ class PromptCache:
         Returns:
             The fingerprint, or why there is none: then what is computed now stays in memory only.
         """
-        found = self._owners.identify_now(model)
-        self._owner(model)
+        try:
+            found = self._owners.identify_now(model)
+            self._owner(model)
+        except Exception as error:
+            # An `identify` of the caller's.
+            log.exception("a model could not be identified")
+            return Unidentified(f"it cannot be identified: {type(error).__name__}: {error}")
         return found
 
     def read_ahead(self, model: Hashable, tokens: Sequence[int]) -> int:
@@ -358,18 +379,20 @@ class PromptCache:
             Bytes of the files; 0 when memory serves the prompt, or nothing was asked of the model
             yet.
         """
-        if self._store is None:
-            return 0
-        owner = self._owners.of(model, may_read=False)
-        packed = pack_tokens(tokens)
-        match = self._match(owner, packed, len(tokens))
-        with self._lock:
-            in_memory = self._resident.common_tokens(owner, packed)
-        if match.num_tokens - in_memory < _ENOUGH_GAIN_TOKENS:
-            return 0
-        nbytes = self._store.read_ahead(match)
-        self._tally.read_ahead(nbytes)
-        return nbytes
+        with self._nothing_raised():
+            if self._store is None:
+                return 0
+            owner = self._owners.of(model, may_read=False)
+            packed = pack_tokens(tokens)
+            match = self._match(owner, packed, len(tokens))
+            with self._lock:
+                in_memory = self._resident.common_tokens(owner, packed)
+            if match.num_tokens - in_memory < _ENOUGH_GAIN_TOKENS:
+                return 0
+            nbytes = self._store.read_ahead(match)
+            self._tally.read_ahead(nbytes)
+            return nbytes
+        return 0
 
     def cut_answer(
         self, tokens: Sequence[int], num_tokens: int, *, model: Hashable | None = None
@@ -382,11 +405,14 @@ class PromptCache:
         Args:
             tokens: The prompt.
             num_tokens: How much of it to keep.
-            model: mlx-lm's model key; answers of other weights are not cut. Any answer when None.
+            model: mlx-lm's model key; answers of other weights are not cut. Any answer when None,
+                none when it cannot be told whose they are.
         """
-        owner = None if model is None else self._owners.of(model, may_read=False)
-        with self._lock:
-            self._cuts.append((owner, pack_tokens(tokens), num_tokens))
+        with self._nothing_raised():
+            owner = None if model is None else self._owners.of(model, may_read=False)
+            packed = pack_tokens(tokens)
+            with self._lock:
+                self._cuts.append((owner, packed, num_tokens))
 
     def known_tokens(self, model: Hashable, tokens: Sequence[int]) -> int:
         """Length of the longest prefix that a fetch would serve; looks only, counts nothing."""
@@ -396,17 +422,20 @@ class PromptCache:
         """What a request with this prompt would get now; looks only, counts nothing.
 
         Returns:
-            Tokens that would not be computed, and how many memory alone would serve.
+            Tokens that would not be computed, and how many memory alone would serve. Nothing where
+            the look-up would fail.
         """
-        packed = pack_tokens(tokens)
-        limit = max(0, len(tokens) - self._leave_tokens)
-        owner = self._owners.of(model, may_read=self._uses_disk)
-        with self._lock:
-            candidate = self._candidate(owner, packed, limit)
-        in_memory = 0 if candidate is None else candidate.num_tokens
-        on_disk = self._match(owner, packed, limit).num_tokens
-        reads_disk = in_memory == 0 or on_disk - in_memory >= _ENOUGH_GAIN_TOKENS
-        return (max(on_disk, in_memory) if reads_disk else in_memory), in_memory
+        with self._nothing_raised():
+            packed = pack_tokens(tokens)
+            limit = max(0, len(tokens) - self._leave_tokens)
+            owner = self._owners.of(model, may_read=self._wants_disk)
+            with self._lock:
+                candidate = self._candidate(owner, packed, limit)
+            in_memory = 0 if candidate is None else candidate.num_tokens
+            on_disk = self._match(owner, packed, limit).num_tokens
+            reads_disk = in_memory == 0 or on_disk - in_memory >= _ENOUGH_GAIN_TOKENS
+            return (max(on_disk, in_memory) if reads_disk else in_memory), in_memory
+        return 0, 0
 
     def branch_point(
         self, model: Hashable, tokens: Sequence[int], *, min_gain_tokens: int = 1
@@ -422,24 +451,32 @@ class PromptCache:
             min_gain_tokens: How far behind the last position that can be resumed it has to lie.
         """
         known, common = self._known(model, tokens)
+        if common == 0:
+            return 0
         common = min(common, len(tokens) - 1)
         return common if common - known >= min_gain_tokens else 0
 
     def _known(self, model: Hashable, tokens: Sequence[int]) -> tuple[int, int]:
         """Tokens that can be served, and tokens shared with anything that is known."""
-        try:
+        with self._nothing_raised():
             packed = pack_tokens(tokens)
-            owner = self._owners.of(model, may_read=self._uses_disk)
+            owner = self._owners.of(model, may_read=self._wants_disk)
             with self._lock:
                 candidate = self._candidate(owner, packed, len(tokens))
                 common = self._resident.common_tokens(owner, packed)
             known = 0 if candidate is None else candidate.num_tokens
             match = self._match(owner, packed, len(tokens))
             return max(known, match.num_tokens), max(common, match.common_tokens)
+        return 0, 0
+
+    @contextlib.contextmanager
+    def _nothing_raised(self) -> Iterator[None]:
+        """Count and log what goes wrong in a look, and go on behind the block."""
+        try:
+            yield
         except Exception:
             log.exception("a look-up failed")
             self._tally.problem("look_up_failed")
-            return 0, 0
 
     def flush(self, timeout_s: float | None = None) -> bool:
         """Save everything that is to be on disk and is not yet, and wait for it.
@@ -447,14 +484,19 @@ class PromptCache:
         Returns:
             Whether all of it is on disk.
         """
-        if self._writer is None or self._store is None:
+        if self._writer is None:
             return True
         if self._writer.on_thread():
             raise RuntimeError("flush() must not be called from a save")
         if os.getpid() != self._pid:
             return False  # the thread that saves is the parent's
         left = _Deadline(timeout_s)
+        if self._store is None:
+            self._writer.submit(self._try_late_store, rank=Tier.SYSTEM, nbytes=0)
         done = self._writer.drain(left())
+        if self._store is None:
+            with self._lock:
+                return not any(held.tier in self._persist for held in self._resident.held())
         # The queue is bounded, so what waits in memory goes in portions.
         while done and (waiting := self._waiting()):
             for held in waiting:
@@ -482,7 +524,8 @@ class PromptCache:
         if self._writer is not None:
             self.flush(left())
             self._writer.close(left())
-        self._closed = True
+        with self._lock:
+            self._closed = True
         if self._owns_store and self._store is not None:
             self._store.close(left())
 
@@ -667,9 +710,14 @@ class PromptCache:
     def _uses_disk(self) -> bool:
         return self._store is not None and not self._closed
 
+    @property
+    def _wants_disk(self) -> bool:
+        """Whether there is a disk, or may be later: what is kept now is to be found there then."""
+        return (self._store is not None or self._late is not None) and not self._closed
+
     def _owner(self, model: Hashable) -> Owner:
         """Whose KV a model computes now; what others left under its key goes."""
-        owner = self._owners.of(model, may_read=self._uses_disk)
+        owner = self._owners.of(model, may_read=self._wants_disk)
         if self._uses_disk:
             self._memory_only = "" if owner.fingerprint is not None else _only_in_memory(owner)
         with self._lock:
@@ -730,9 +778,9 @@ class PromptCache:
         held = Held(owner, packed, cache, nbytes, tier.label, prefill_s)
         witness = getattr(self._codec, "witness", None)
         held.witness = None if witness is None else witness(cache)
-        if self._writer is not None and tier.label in self._persist and num_tokens > 0:
-            held.wanted = owner.fingerprint is not None and self._uses_disk
+        self._try_late_store_soon()
         with self._lock:
+            held.wanted = self._is_for_disk(held)
             if self._current.get(model, owner) != owner:
                 # Another thread has seen a later load meanwhile.
                 self._spill([held])
@@ -746,6 +794,16 @@ class PromptCache:
                 self._spill([held])
                 return
             self._spill(self._resident.add(held))
+
+    def _is_for_disk(self, held: Held) -> bool:
+        """Whether a cache that is not on disk is to be saved; the caller holds the lock."""
+        return (
+            self._uses_disk
+            and self._writer is not None
+            and held.tier in self._persist
+            and held.num_tokens > 0
+            and held.owner.fingerprint is not None
+        )
 
     def _kept_tokens(self, owner: Owner, packed: bytes, num_tokens: int) -> int:
         """How much of a cache is to be kept: all of it, or as `cut_answer` said."""
@@ -767,6 +825,8 @@ class PromptCache:
             return [held for held in self._resident.held() if held.wanted]
 
     def _save_when_idle(self) -> None:
+        if self._late is not None and self._store is None and self._late.claim():
+            self._try_late_store()
         self._recover_store()
         waiting = self._waiting()
         for held in waiting:
@@ -778,16 +838,53 @@ class PromptCache:
         self._flush_uses()
         self._merge_runs()
 
+    def _try_late_store_soon(self) -> None:
+        """Have the writer thread try it if it is time: a busy process is never idle."""
+        late, writer = self._late, self._writer
+        if late is not None and self._store is None and writer is not None and late.claim():
+            writer.submit(self._try_late_store, rank=Tier.SYSTEM, nbytes=0)
+
+    def _try_late_store(self) -> None:
+        """Use the store that could not be opened before, if it can be; on the writer thread."""
+        late = self._late
+        if late is None or self._store is not None or self._closed:
+            return
+        store = late.attempt()
+        if store is None:
+            self._memory_only = late.reason
+            return
+        self._say_on_disk()
+        with self._lock:
+            if not self._closed:
+                # Nobody has seen it before, and it stays from now on.
+                self._store, self._owns_store, self._memory_only = store, True, ""
+                for held in self._resident.held():
+                    held.wanted = self._is_for_disk(held)
+        if self._store is None:
+            store.close()
+            return
+        log.warning("the store at %s is used from now on", store.root)
+
+    def _say_on_disk(self) -> None:
+        try:
+            self.on_disk()
+        except Exception:
+            log.exception("what follows the store could not be done")
+
     def _recover_store(self) -> None:
         """Begin anew when the store's folder was removed; runs on the writer thread."""
         if self._store is None or not self._store.is_lost:
             return
-        self._disk_failed(_removed(self._store))
+        if not self._why_lost:
+            self._disk_failed(_removed(self._store))
         try:
             self._store.reopen()
         except StoreError as error:
+            self._why_lost = str(error)
             log.debug("the store could not be begun anew: %s", error)
             return
+        self._why_lost = ""
+        self._say_on_disk()
         self._disk_error = None
         log.warning("the store at %s was begun anew", self._store.root)
         with self._lock:
@@ -885,7 +982,7 @@ class PromptCache:
     def _disk_trouble(self) -> StoreError | None:
         """What keeps the disk from being used, as of the last attempt."""
         if self._store is not None and self._store.is_lost:
-            return _removed(self._store)
+            return _removed(self._store, self._why_lost)
         if self._store is not None and (why := self._store.waits_for):
             return StoreBusyError(why)
         return self._disk_error
@@ -913,5 +1010,8 @@ class _Deadline:
         return None if self._end is None else max(0.0, self._end - time.monotonic())
 
 
-def _removed(store: Store) -> StoreAccessError:
-    return StoreAccessError(f"The folder {store.root} was removed.")
+def _removed(store: Store, why_not_again: str = "") -> StoreAccessError:
+    said = f"The folder {store.root} was removed."
+    if why_not_again:
+        said = f"{said[:-1]}, and cannot be made again: {why_not_again}"
+    return StoreAccessError(said)

@@ -104,6 +104,10 @@ UNREADABLE = (struct.error, UnicodeDecodeError, msgspec.MsgspecError)
 _GIB = 1 << 30
 _LEAST_MAP_BYTES = 64 << 20
 _FULL = "The disk is full; nothing was changed in the index."
+_NOTHING_TO_GIVE = (
+    "The disk is full, and the store has nothing that could be given up for this change; free some "
+    "space on it and try again. Nothing was changed."
+)
 _NO_ROOM_BYTES = 1 << 20
 PATIENCE_S = 10.0
 """How long a change waits for other processes; a commit takes milliseconds."""
@@ -560,7 +564,8 @@ class Index:
 
         Args:
             relieve: Frees some of the disk if the commit finds it full, and returns how many
-                bytes; called at most once a change, while no other process can write.
+                bytes; called until that is enough or it returns 0, while no other process can
+                write.
             patience_s: How long to wait for other processes; `PATIENCE_S` when None.
         """
         before = self._terms.__dict__.copy()
@@ -635,15 +640,19 @@ class Index:
             except lmdb.Error as error:
                 if not self._found_full(error):
                     raise
+                more = relieve() if relieve is not None else 0
+                freed += more
+                if more:
+                    continue
                 if freed:
                     raise StoreFullError(
                         f"The disk is full: the {freed} bytes that were kept back for this were "
                         "given up, and something else took them at once. Nothing was changed; "
                         "free some space on it and try again."
                     ) from error
-                freed = relieve() if relieve is not None else 0
-                if not freed:
-                    raise StoreFullError(_FULL) from error
+                if relieve is not None:
+                    raise StoreFullError(_NOTHING_TO_GIVE) from error
+                raise StoreFullError(_FULL) from error
 
     def _found_full(self, error: lmdb.Error) -> bool:
         """Whether a commit failed because there was no room.

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from persist_cache import fs
 from persist_cache.errors import StoreFullError, StoreInUseError
-from persist_cache.index import ballast
+from persist_cache.store import relief
 from persist_cache.system.mounts import Mounts
 
 FILE = "lock.mdb"
@@ -99,11 +99,22 @@ def _prepare(root: Path, read_only: bool) -> int:
         return MAX_READERS
     try:
         return _complete(root, is_short, read_only)
+    except _SharedTableError as error:
+        with _said_if_full(path, is_shared=True):
+            raise error.cause from error
     except OSError as error:
         if error.errno not in fs.FULL and read_only:
             return MAX_READERS  # LMDB does not lock what it may not write to
         with _said_if_full(path):
             raise
+
+
+class _SharedTableError(Exception):
+    """There is no room for the rest of a table that others have mapped."""
+
+    def __init__(self, cause: OSError) -> None:
+        super().__init__(cause)
+        self.cause = cause
 
 
 def _complete(root: Path, is_short: bool, read_only: bool) -> int:
@@ -126,8 +137,10 @@ def _complete(root: Path, is_short: bool, read_only: bool) -> int:
             else:
                 _with_ballast(root, allocate)
         except OSError as error:
-            if error.errno not in fs.FULL or not is_alone:
+            if error.errno not in fs.FULL:
                 raise
+            if not is_alone:
+                raise _SharedTableError(error) from error
             if _head_bytes(fd) < _LEAST_BYTES:
                 fs.allocate(fd, _LEAST_BYTES)
             nbytes = max(_LEAST_BYTES, min(size, _head_bytes(fd) // _LEAST_BYTES * _LEAST_BYTES))
@@ -176,13 +189,15 @@ def _create(path: Path) -> None:
 def _with_ballast(root: Path, act: Callable[[], None]) -> None:
     """Do something that takes room; where there is none, once more without the ballast.
 
+    Or, if there is none, without damaged files and those of dead writers.
+
     Not under `writer.lock`, which may need room itself: who is making the ballast anew at this
     moment fills a file without a name, and the next eviction makes another.
     """
     try:
         act()
     except OSError as error:
-        if error.errno not in fs.FULL or not ballast.Ballast(root, 0).release():
+        if error.errno not in fs.FULL or not relief.give_up_unseen(root):
             raise
         with contextlib.suppress(OSError):
             fs.sync_folder(root)  # some file systems give the room back only then
@@ -190,16 +205,26 @@ def _with_ballast(root: Path, act: Callable[[], None]) -> None:
 
 
 @contextlib.contextmanager
-def _said_if_full(path: Path) -> Iterator[None]:
+def _said_if_full(path: Path, *, is_shared: bool = False) -> Iterator[None]:
+    """Say what helps where the disk has no room for the table.
+
+    Args:
+        path: The table.
+        is_shared: Others have it mapped; once they have not, it can do with less.
+    """
     try:
         yield
     except OSError as error:
         if error.errno not in fs.FULL:
             raise
-        raise StoreFullError(
-            f"The disk is full: the index needs {NBYTES} bytes for {path}; free some "
-            "space, or have `persist-cache evict` do so."
-        ) from error
+        said = f"The disk is full: the index needs {NBYTES} bytes for {path}; free some space"
+        if relief.can_give_up_unseen(path.parent):
+            said += ", or have `persist-cache evict` do so"
+        elif is_shared:
+            said += " on it, or end the other processes that use the store"
+        else:
+            said += " on it; the store itself has nothing to give up without its index"
+        raise StoreFullError(said + ".") from error
 
 
 def is_copied_on_write(root: Path) -> bool:

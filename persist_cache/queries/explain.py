@@ -17,10 +17,13 @@ from persist_cache.index.environment import Reader
 from persist_cache.index.records import NO_ENTRY, entry_number
 from persist_cache.store.catalog import identity_of
 from persist_cache.store.evict import REPLACED
+from persist_cache.store.kin import is_same_model, told
 from persist_cache.store.store import Store
 from persist_cache.tokens import TOKEN_BYTES, pack_tokens, unpack_tokens
 
 _CONTEXT_TOKENS = 24
+_MANY_MORE_TOKENS = 16
+"""What a chat template puts before a prompt is stored under each version of a model."""
 
 
 class Divergence(Struct, frozen=True):
@@ -52,7 +55,8 @@ class Explanation(Struct, frozen=True):
         entry: Id of the entry it would use, or None.
         saved_s: Seconds of prefill that would be saved, 0 when unknown.
         divergence: Where the prompt leaves what is stored, when it does.
-        changes: Fields of the model's identity that differ from those of what is stored.
+        changes: Fields of the model's identity that differ from those of what is stored: of
+            another model, or of this one before it was changed, which has more of the prompt.
         now_tokens: Tokens that a running server would not compute, its memory included; None
             where no server was asked.
         memory_tokens: Tokens that the server's memory alone would serve; None as before.
@@ -95,7 +99,19 @@ def explain(
         divergence = _divergence(txn, fingerprint, packed, match.common_tokens)
         if match.num_tokens == 0 and match.common_tokens == 0:
             return _explain_miss(txn, fingerprint, tokens, packed, system_tokens, divergence)
-    return _explain_match(match, tokens, limit, system_tokens, divergence)
+        former, common = None, 0
+        if match.num_tokens < limit:
+            former, common = _nearest_model(txn, fingerprint, packed, only_kin=True)
+    found = _explain_match(match, tokens, limit, system_tokens, divergence)
+    if former is None or common - match.common_tokens < _MANY_MORE_TOKENS:
+        return found
+    # A model that stored one prompt since it was upgraded still misses all others.
+    changes = fingerprint.diff(former.fields)
+    return msgspec.structs.replace(
+        found,
+        message=f"{found.message} Of the same model, {common:,} tokens are {told(changes)}.",
+        changes=changes,
+    )
 
 
 def with_memory(found: Explanation, *, now_tokens: int, memory_tokens: int) -> Explanation:
@@ -225,16 +241,25 @@ def _continuation(txn: Reader, path: tree.Walk) -> bytes:
 
 
 def _nearest_model(
-    txn: Reader, fingerprint: Fingerprint, packed: bytes
+    txn: Reader, fingerprint: Fingerprint, packed: bytes, *, only_kin: bool = False
 ) -> tuple[Fingerprint | None, int]:
-    """The other model under which most of the prompt is stored, the most similar among equals."""
+    """The other model under which most of the prompt is stored, the most similar among equals.
+
+    Args:
+        txn: The index.
+        fingerprint: The model.
+        packed: The prompt.
+        only_kin: Look at other versions of this model only.
+    """
     best: tuple[int, int] | None = None
     nearest: Fingerprint | None = None
     for key, namespace in txn.namespaces():
         if key.startswith(fingerprint.digest):
             continue
-        common = tree.walk(txn, namespace.root, packed).common
         other = identity_of(namespace)
+        if only_kin and not is_same_model(fingerprint, other.fields, other.info):
+            continue
+        common = tree.walk(txn, namespace.root, packed).common
         rank = (common, -len(fingerprint.diff(other.fields)))
         if common and (best is None or rank > best):
             best, nearest = rank, other

@@ -13,8 +13,9 @@ import os
 import re
 import secrets
 import stat
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -28,6 +29,8 @@ log = logging.getLogger(__name__)
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{32,128}")
 _MAX_BYTES = 4096
 _PATIENCE_S = 5.0
+_LOOK_S = 1.0
+"""How often a server sees whether commands can still find it."""
 
 
 class AdminToken:
@@ -67,6 +70,17 @@ class AdminToken:
                 self._last = _keep(self._folder, self._last)
         return self._last
 
+    def renew(self) -> None:
+        """See that it is in the folder, if there is one: it may have been unusable before."""
+        if self.is_given or not os.path.isdir(self._folder):  # Path.is_dir may raise
+            return
+        if self.trouble or _read(self._folder / TOKEN_FILE) != self._last:
+            try:
+                self._last = _keep(self._folder, self._last)
+                self.trouble = ""
+            except (OSError, StoreAccessError) as error:
+                self.trouble = _reason(error)
+
 
 class Serving(msgspec.Struct, frozen=True):
     """A server that runs, as it says of itself.
@@ -80,30 +94,110 @@ class Serving(msgspec.Struct, frozen=True):
     own_token: bool = False
 
 
+class _Announcement:
+    """The file by which commands find a server.
+
+    Its lock ends with the process, so one that is not locked is that of a dead server.
+
+    Thread safety: may be shared between threads; `_lock` is held while the file is looked at.
+    """
+
+    def __init__(self, folder: Path, serving: Serving, renew: Callable[[], object]) -> None:
+        self._folder, self._serving, self._renew = folder, serving, renew
+        self._path = folder / f"server.{secrets.token_hex(8)}"
+        self._lock = threading.Lock()
+        self._fd = -1
+        self._trouble = ""
+        self._ended = threading.Event()
+
+    def look(self) -> None:
+        """Make the file if it is not there: somebody may have removed it with its folder."""
+        with self._lock:
+            if self._ended.is_set():
+                return
+            self._renew()
+            if self._is_there():
+                return
+            self._close()
+            try:
+                self._make()
+                self._trouble = ""
+            except (OSError, StoreAccessError) as error:
+                self._close()
+                if _reason(error) != self._trouble:
+                    self._trouble = _reason(error)
+                    log.warning("commands cannot find this server: %s", self._trouble)
+
+    def keep_looking(self) -> None:
+        """Look now and then, until it is withdrawn."""
+        while not self._ended.wait(_LOOK_S):
+            try:
+                self.look()
+            except Exception:
+                log.exception("commands may not find this server")
+
+    def withdraw(self) -> None:
+        """Remove the file."""
+        self._ended.set()
+        # The other thread may be stuck on a disk that does not answer.
+        is_mine = self._lock.acquire(timeout=_PATIENCE_S)
+        try:
+            if self._is_there():
+                with contextlib.suppress(OSError):
+                    fs.unlink(self._path)
+            self._close()
+        finally:
+            if is_mine:
+                self._lock.release()
+
+    def _is_there(self) -> bool:
+        if self._fd < 0:
+            return False
+        try:
+            return os.path.samestat(os.lstat(self._path), os.fstat(self._fd))
+        except OSError:
+            return False
+
+    def _make(self) -> None:
+        with _locked(self._folder):
+            for dead, _ in _server_files(self._folder, living=False):
+                fs.unlink(dead)
+            self._fd = fs.create(self._path)
+            fs.try_lock(self._fd)
+            fs.write_all(self._fd, [memoryview(msgspec.json.encode(self._serving))])
+
+    def _close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = -1
+
+
 @contextlib.contextmanager
-def announced(folder: Path, serving: Serving) -> Iterator[None]:
+def announced(
+    folder: Path, serving: Serving, renew: Callable[[], object] = lambda: None
+) -> Iterator[Callable[[], None]]:
     """Let commands know of a server, as long as the block and the process last.
 
-    The file's lock ends with the process, so one that is not locked is that of a dead server.
+    Also after the folder was removed and made again, which is noticed within a second or two.
+
+    Args:
+        folder: The store's.
+        serving: What is to be known.
+        renew: Called before each look at the folder.
+
+    Yields:
+        What looks at once.
     """
-    path = folder / f"server.{secrets.token_hex(8)}"
-    fd = -1
+    announcement = _Announcement(folder, serving, renew)
+    announcement.look()
+    thread = threading.Thread(
+        target=announcement.keep_looking, name="persist-cache-announcing", daemon=True
+    )
+    thread.start()
     try:
-        with _locked(folder):
-            for dead, _ in _server_files(folder, living=False):
-                fs.unlink(dead)
-            fd = fs.create(path)
-            fs.try_lock(fd)
-            fs.write_all(fd, [memoryview(msgspec.json.encode(serving))])
-    except (OSError, StoreAccessError) as error:
-        log.warning("commands cannot find this server: %s", _reason(error))
-    try:
-        yield
+        yield announcement.look
     finally:
-        if fd >= 0:
-            with contextlib.suppress(OSError):
-                fs.unlink(path)
-            os.close(fd)
+        announcement.withdraw()
 
 
 def running_servers(folder: Path) -> list[Serving]:

@@ -8,7 +8,7 @@ private seam is listed in `SEAM` and checked by a test.
 
 from __future__ import annotations
 
-import _thread
+import argparse
 import contextlib
 import copy
 import dataclasses
@@ -27,6 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http.server import ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -58,6 +59,7 @@ from persist_cache.server.rendering import system_end, system_tokens
 from persist_cache.server.ticket import Ticket, TicketedCache
 from persist_cache.store.opening import is_impossible
 from persist_cache.store.store import Store, default_store_path
+from persist_cache.system import endings
 
 log = logging.getLogger(__name__)
 
@@ -362,7 +364,8 @@ class Provider(upstream.ModelProvider):  # type: ignore[misc]
         except (ModelError, MissingDependencyError) as error:
             self.failed = error
             # This is the generation thread: without it upstream would listen on, and never answer.
-            _thread.interrupt_main()
+            # Not by SIGINT, which is ignored in what a shell's script starts in the background.
+            os.kill(os.getpid(), signal.SIGTERM)
             raise SystemExit from None
 
     def _load(
@@ -471,6 +474,11 @@ def serve(upstream_args: Sequence[str], options: ServeOptions) -> None:
 
     # Upstream parses, sets up logging, and calls `run` by its global name.
     with (
+        _replaced(
+            upstream,
+            "argparse",
+            SimpleNamespace(**{**vars(argparse), "ArgumentParser": _Parser}),
+        ),
         _replaced(upstream, "run", run),
         _replaced(upstream, "ModelProvider", Provider),
         _replaced(upstream, "BatchGenerator", functools.partial(Batch, clock)),
@@ -482,6 +490,18 @@ def serve(upstream_args: Sequence[str], options: ServeOptions) -> None:
         ),
     ):
         upstream.main()
+
+
+class _Parser(argparse.ArgumentParser):
+    """Upstream's parser, with a help that is true here: we give some flags another default."""
+
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        if "--allowed-origins" in names:
+            options["help"] = (
+                "Web pages that may ask, by their origins, separated by commas; `loopback` for "
+                f"those of this machine, on any port, `*` for all (default: {LOOPBACK_ORIGINS})"
+            )
+        return super().add_argument(*names, **options)
 
 
 def _run(
@@ -499,7 +519,7 @@ def _run(
         salt=options.salt,
     )
     provider.identifier = identifier
-    store, why_off = _open_store(options, distributed=not alone)
+    store, why_off, open_store = _open_store(options, distributed=not alone)
     limits = (options.memory_bytes, args.prompt_cache_bytes, 1 << 63)
     memory_bytes = next(limit for limit in limits if limit is not None)  # 0 keeps nothing
     cache = PromptCache(
@@ -510,6 +530,7 @@ def _run(
         leave_tokens=1,
         persist=options.persist,
         disk_off=why_off,
+        open_store=open_store,
         prefill_clock=prefill_clock,
     )
     log.info("%s", _start_line(store, why_off, args.prompt_cache_size, memory_bytes, options))
@@ -524,18 +545,20 @@ def _run(
             host or "all addresses",
         )
     try:
-        generator = Generator(provider, cache)
-        generator.prefill_clock = prefill_clock
-        generator.admin = Admin(cache, token=token, host=host, generator=generator)
-        generator.guard = ModelGuard(args.allowed_origins, options.api_key)
         signal.signal(signal.SIGTERM, _interrupt)
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
             signal.signal(signal.SIGHUP, _interrupt)
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+            signal.signal(signal.SIGINT, _interrupt_again)
+        generator = Generator(provider, cache)  # which begins to load, and may say that it failed
+        generator.prefill_clock = prefill_clock
+        generator.admin = Admin(cache, token=token, host=host, generator=generator)
+        generator.guard = ModelGuard(args.allowed_origins, options.api_key)
         if mx.distributed.init().rank() == 0:
             with contextlib.ExitStack() as told:
 
                 def tell(bound_port: int) -> None:
-                    told.enter_context(_page_told(host, bound_port, folder, token))
+                    cache.on_disk = told.enter_context(_page_told(host, bound_port, folder, token))
 
                 _listen(host, port, generator, options.grace_s, tell)
         else:
@@ -544,6 +567,7 @@ def _run(
         if provider.failed is None:
             raise
     finally:
+        endings.arrived()
         _close(cache, store, _stopped or time.monotonic(), options.grace_s)
     if provider.failed is not None:
         raise provider.failed
@@ -591,6 +615,7 @@ def _listen(
             tell(self.server_address[1])
 
     def drain_then_stop() -> None:
+        endings.arrived()
         if generator.model_provider.failed is not None:
             return
         log.info("stopping: waiting up to %.0f s for running requests", grace_s)
@@ -605,6 +630,7 @@ def _listen(
         )
     except KeyboardInterrupt:
         # Before it listened, or for the second time: whoever waits does so in vain.
+        endings.arrived()
         stop()
     except OSError as error:
         stop()
@@ -641,19 +667,31 @@ def _cannot_listen(host: str, port: int, error: Exception) -> PersistCacheError:
 
 
 @contextlib.contextmanager
-def _page_told(host: str, port: int, folder: Path, token: AdminToken) -> Iterator[None]:
-    """Tell people and commands where the page is; nothing of this goes to the log."""
+def _page_told(
+    host: str, port: int, folder: Path, token: AdminToken
+) -> Iterator[Callable[[], None]]:
+    """Tell people and commands where the page is; nothing of this goes to the log.
+
+    Yields what tells commands again, where the store's folder was made anew.
+    """
     url = page_url(host, port)
-    with contextlib.suppress(OSError):  # nobody reads it
-        if token.is_given:
-            print(f"Page: {url} (it asks for the secret of --admin-token)", flush=True)
-        else:
-            print(f"Page: {url}#token={token()}", flush=True)
-    if token.trouble:
-        yield
-        return
-    with announced(folder, Serving(url, token.is_given)):
-        yield
+    told = ""
+
+    def tell() -> None:
+        nonlocal told
+        token.renew()
+        if token() == told:
+            return
+        told = token()
+        with contextlib.suppress(OSError):  # nobody reads it
+            if token.is_given:
+                print(f"Page: {url} (it asks for the secret of --admin-token)", flush=True)
+            else:
+                print(f"Page: {url}#token={told}", flush=True)
+
+    tell()
+    with announced(folder, Serving(url, token.is_given), tell) as again:
+        yield again
 
 
 def page_url(host: str, port: int) -> str:
@@ -664,32 +702,36 @@ def page_url(host: str, port: int) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}{PAGE_PATH}"
 
 
-def _open_store(options: ServeOptions, *, distributed: bool) -> tuple[Store | None, str]:
+def _open_store(
+    options: ServeOptions, *, distributed: bool
+) -> tuple[Store | None, str, Callable[[], Store] | None]:
     """The store, or why there is none: a server without its disk still answers.
+
+    Returns:
+        The store, why there is none, and how to open one later if that may help.
 
     Raises:
         StoreError: Its path can be none, now or later.
     """
     if not options.persist:
-        return None, "no store was given (--persist none)"
+        return None, "no store was given (--persist none)", None
     if distributed:
-        return None, "several ranks share one model, and shards are not stored yet"
+        return None, "several ranks share one model, and shards are not stored yet", None
+    open_store = functools.partial(
+        Store.open,
+        options.store,
+        max_bytes=options.disk_bytes,
+        min_free_bytes=options.min_free_bytes,
+        daily_write_bytes=options.daily_write_bytes,
+    )
     try:
-        return (
-            Store.open(
-                options.store,
-                max_bytes=options.disk_bytes,
-                min_free_bytes=options.min_free_bytes,
-                daily_write_bytes=options.daily_write_bytes,
-            ),
-            "",
-        )
+        return open_store(), "", None
     except StoreError as error:
         place = default_store_path() if options.store is None else options.store
         if is_impossible(error) and not os.path.lexists(place):
             # No disk that comes back later will make a store of such a path.
             raise
-        return None, str(error)
+        return None, str(error), open_store
 
 
 def _start_line(
@@ -718,7 +760,12 @@ def _interrupt(signum: int, frame: Any) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     # A terminal that is closed may say so more than once.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    raise KeyboardInterrupt
+    endings.insist(KeyboardInterrupt)
+
+
+def _interrupt_again(signum: int, frame: Any) -> None:
+    """Ctrl-C; each further one is heard as well."""
+    endings.insist(KeyboardInterrupt)
 
 
 @contextlib.contextmanager

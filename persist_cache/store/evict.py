@@ -19,6 +19,7 @@ from persist_cache.errors import StoreFullError
 from persist_cache.index import tree
 from persist_cache.index.environment import Reader, Writer
 from persist_cache.index.records import SizedRecord, entry_id, recency_key, unpack_number
+from persist_cache.store.relief import Relief
 from persist_cache.store.session import Disk
 
 log = logging.getLogger(__name__)
@@ -286,9 +287,31 @@ class Evictor:
         return 0
 
     def _update(self, change: Callable[[Writer], T]) -> T:
-        """Commit what is to free some of the disk, also when the disk is full."""
-        with self._disk.index.terms(relieve=self._disk.ballast.release):
-            return self._disk.index.update(change)
+        """Commit what is to free some of the disk, also when the disk is full.
+
+        Raises:
+            StoreFullError: What could be given up for it was not enough.
+        """
+        relief = Relief(self._disk)
+
+        def noted(txn: Writer) -> T:
+            before = txn.keys(b"trash")
+            value = change(txn)
+            relief.doomed = sorted(txn.keys(b"trash") - before)
+            return value
+
+        with self._disk.index.terms(relieve=relief.give_up):
+            try:
+                return self._disk.index.update(noted)
+            except StoreFullError as error:
+                if not relief.lost:
+                    raise
+                raise StoreFullError(
+                    "The disk is full: to make room for this, the files of what was to go were "
+                    "removed, and something else took that room at once. Their entries are "
+                    "listed still, and are found no more; free some space and try again, or run "
+                    "`persist-cache check --repair` then."
+                ) from error
 
     def expire(self) -> int:
         """Remove entries past their expiry; returns how many."""

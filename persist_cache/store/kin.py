@@ -64,7 +64,7 @@ def nearest_changes(txn: Reader, fingerprint: Fingerprint) -> list[FieldChange]:
         except msgspec.MsgspecError:
             continue
         fields = other.get("fields", {})
-        if not _is_same_model(fingerprint, fields, other.get("info", {})):
+        if not is_same_model(fingerprint, fields, other.get("info", {})):
             continue
         changes = fingerprint.diff(fields)
         rank = -len(changes), namespace.created
@@ -73,9 +73,10 @@ def nearest_changes(txn: Reader, fingerprint: Fingerprint) -> list[FieldChange]:
     return nearest
 
 
-def _is_same_model(
+def is_same_model(
     fingerprint: Fingerprint, fields: Mapping[str, str], info: Mapping[str, str]
 ) -> bool:
+    """Whether both are of one model: the same weights, folder or name."""
     mine = fingerprint.info
     return any(
         own and own == other

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import click
 from rich.console import Console
@@ -18,7 +18,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from persist_cache.errors import ModelError
-from persist_cache_cli.demo.model import smollm2
+from persist_cache.system import endings
+from persist_cache_cli.demo.model import smollm2, temporary_folder
 from persist_cache_cli.demo.openblas import preload_env
 from persist_cache_cli.demo.prompt import FOLLOW_UP, QUESTIONS, messages
 
@@ -55,8 +56,8 @@ def command(model: str | None, max_tokens: int, keep: Path | None) -> None:
         raise click.UsageError(f"{keep} is not empty; name a new folder for --keep.")
     env = preload_env()
     path = model or str(_demo_model(console, fast_float32=bool(env) or sys.platform == "darwin"))
-    with tempfile.TemporaryDirectory(prefix="persist-cache-demo-") as temporary:
-        store = keep or Path(temporary) / "store"
+    with temporary_folder("persist-cache-demo-") as temporary:
+        store = keep or temporary / "store"
         good = _run(console, path, store, max_tokens, os.environ | env)
         console.print()
         console.print(f"Bytes on disk (du) of {store}: {_size(_disk_usage(store))}")
@@ -133,21 +134,15 @@ def _work(console: Console, title: str, job: dict[str, Any], env: dict[str, str]
     with (
         _bars(console) as bars,
         tempfile.TemporaryFile() as errors,
-        subprocess.Popen(
-            [sys.executable, "-m", "persist_cache_cli.demo.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env=env,
-        ) as worker,
-        _not_outliving(worker),
+        _worker(errors, env) as worker,
     ):
         assert worker.stdin is not None, "a pipe was asked for"
         assert worker.stdout is not None, "a pipe was asked for"
         task = bars.add_task(f"{title}: loading the model", total=None)
-        worker.stdin.write(json.dumps(job))
-        worker.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # its exit status says more
+            # It stays open: its end tells the worker that this process is no more.
+            worker.stdin.write(json.dumps(job) + "\n")
+            worker.stdin.flush()
         for line in worker.stdout:
             message = json.loads(line)
             event = message.pop("event")
@@ -171,13 +166,24 @@ def _work(console: Console, title: str, job: dict[str, Any], env: dict[str, str]
 
 
 @contextlib.contextmanager
-def _not_outliving(worker: subprocess.Popen[str]) -> Iterator[None]:
-    """End the worker when this process has to end: its store is about to be removed."""
+def _worker(errors: IO[bytes], env: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    """A worker process that has ended when the block ends: its store is about to be removed."""
+    worker = None
     try:
-        yield
-    except BaseException:
-        worker.kill()
-        raise
+        with endings.deferred():
+            worker = subprocess.Popen(
+                [sys.executable, "-m", "persist_cache_cli.demo.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=env,
+            )
+        yield worker
+    finally:
+        if worker is not None:
+            with endings.deferred(), contextlib.suppress(BrokenPipeError), worker:
+                worker.kill()
 
 
 def _last_question(job: dict[str, Any]) -> str:

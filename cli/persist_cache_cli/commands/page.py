@@ -9,7 +9,12 @@ from urllib.parse import quote
 import click
 
 from persist_cache.server.admin_token import Serving, running_servers, stored_token
-from persist_cache_cli.store_access import NothingFound, common_options, store_path
+from persist_cache_cli.store_access import (
+    NothingFound,
+    command_line,
+    common_options,
+    store_path,
+)
 
 
 @click.command("page")
@@ -44,7 +49,11 @@ def command(
             raise click.UsageError("--url needs an address such as http://localhost:8080/cache.")
         servers = [Serving(url, servers[0].own_token if servers else False)]
     if not servers:
-        raise NothingFound(f"No server runs on the store at {root}.")
+        raise NothingFound(
+            f"No server runs on the store at {root}: start one with "
+            f"`{command_line(store, 'serve')}`, or name the store of the one that runs with "
+            "--store."
+        )
     token = stored_token(root)
     links = [_link(server, token, admin_token) for server in servers]
     if as_json:

@@ -81,9 +81,6 @@ def command(
     """
     if show_help:
         click.echo(ctx.get_help())
-        click.echo(
-            "\n--allowed-origins is `loopback` by default: pages of this machine, on any port."
-        )
         click.echo("\nFlags of mlx_lm.server:\n")
         serve(["--help"], ServeOptions())
         return

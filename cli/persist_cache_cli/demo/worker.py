@@ -1,25 +1,43 @@
 """One process of the demo: loads the model, answers questions through a `PromptCache`, ends.
 
-It reads a job as JSON from its standard input and writes one JSON object a line: progress while it
-prefills, then the answers.
+It reads a job as a line of JSON from its standard input and writes one JSON object a line:
+progress while it prefills, then the answers. It ends when its standard input does, so that it does
+not outlive the process that asks, whatever becomes of that.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
+import threading
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from persist_cache import PromptCache, Store
-from persist_cache.prefill.loading import load_model
-from persist_cache.prefill.run import new_cache, prefill, snapshot
-from persist_cache.server.rendering import render_chat
+if TYPE_CHECKING:
+    from persist_cache import PromptCache
 
 
 def main() -> None:
-    job = json.load(sys.stdin)
+    line = sys.stdin.readline()
+    # Before anything else is imported, which takes longer than all the rest of the start.
+    threading.Thread(target=_end_with_input, name="end-with-parent", daemon=True).start()
+    work(json.loads(line))
+
+
+def _end_with_input() -> None:
+    # Not by sys.stdin, whose lock a waiting thread would hold at the end.
+    while os.read(0, 4096):
+        pass
+    os._exit(1)
+
+
+def work(job: dict[str, Any]) -> None:
+    """Do what a job says, and print what comes of it."""
+    from persist_cache import PromptCache, Store
+    from persist_cache.prefill.loading import load_model
+
     started = time.monotonic()
     model, tokenizer = load_model(job["model"])
     say(event="loaded", seconds=time.monotonic() - started)
@@ -59,6 +77,9 @@ class Session:
         """Answer greedily, keeping the system part, the prompt and the reply as the server does."""
         from mlx_lm import stream_generate
 
+        from persist_cache.prefill.run import new_cache, snapshot
+        from persist_cache.server.rendering import render_chat
+
         prompt = render_chat(self._tokenizer, messages)
         started = time.monotonic()
         kv, rest = self._caches[0].fetch_nearest_cache(self._key, prompt.tokens)
@@ -95,6 +116,8 @@ class Session:
         }
 
     def _prefill(self, kv: list[Any], tokens: Sequence[int], start: int) -> None:
+        from persist_cache.prefill.run import prefill
+
         done = start
         say(event="prefill", done=done, total=len(tokens))
 
@@ -106,6 +129,8 @@ class Session:
         prefill(self._model, kv, tokens[start:], step_tokens=256, progress=report)
 
     def _keep(self, tokens: Sequence[int], kv: list[Any], tier: str) -> None:
+        from persist_cache.prefill.run import snapshot
+
         for cache in self._caches[1:]:
             cache.insert_cache(self._key, tokens, snapshot(kv), cache_type=tier)
         self._caches[0].insert_cache(self._key, tokens, kv, cache_type=tier)

@@ -1,0 +1,102 @@
+"""A signal that asks the process to end is never lost.
+
+Its handler raises an exception in the main thread, wherever that is: in a `__del__`, in a weak
+reference's callback, or where somebody else's code catches everything, it goes no further. So it
+is raised again until it has arrived where the process ends.
+
+Thread safety: for the main thread, where Python runs all handlers of signals.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple, NoReturn
+
+_AGAIN_S = 0.1
+
+
+class Asked(NamedTuple):
+    """What a signal has the main thread raise."""
+
+    kind: type[BaseException]
+    arguments: tuple[Any, ...]
+
+
+_wanted: Asked | None = None
+"""What is raised until it arrives."""
+_deferred = 0
+
+
+def insist(kind: type[BaseException], *arguments: Any) -> None:
+    """Raise an exception until `arrived` is called; for a handler of a signal.
+
+    Each call raises it at once, unless a block is `deferred`: whoever asks twice is heard twice.
+    """
+    global _wanted
+    _wanted = Asked(kind, arguments)
+    signal.signal(signal.SIGALRM, _again)
+    signal.setitimer(signal.ITIMER_REAL, _AGAIN_S, _AGAIN_S)
+    if not _deferred:
+        _raise()
+
+
+def asked() -> Asked | None:
+    """What a signal asked for that has not arrived yet, if one came."""
+    return _wanted
+
+
+def arrived() -> None:
+    """Say that the process ends in order, so that it is not raised again."""
+    global _wanted
+    if _wanted is not None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        _wanted = None
+
+
+def rest() -> None:
+    """Raise nothing any more, whatever comes: the process is about to end. `asked` still tells."""
+    global _deferred
+    _deferred += 1
+    if _wanted is not None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """Have what a signal raises in the block raised at its end: it is not to be cut short."""
+    global _deferred
+    _deferred += 1
+    try:
+        yield
+    finally:
+        _deferred -= 1
+    if _wanted is not None and not _deferred and not _is_under_way():
+        _raise()
+
+
+def _again(signum: int, frame: object) -> None:
+    if _wanted is not None and not _deferred and not _is_under_way():
+        _raise()
+
+
+def _raise() -> NoReturn:
+    assert _wanted is not None, "there is something to raise"
+    raise _wanted.kind(*_wanted.arguments)
+
+
+def _is_under_way() -> bool:
+    """Whether the main thread is cleaning up because of what was raised."""
+    seen: set[int] = set()
+    todo = [sys.exception()]
+    while todo:
+        error = todo.pop()
+        if error is None or id(error) in seen:
+            continue
+        if _wanted is not None and type(error) is _wanted.kind:
+            return True
+        seen.add(id(error))
+        todo += [error.__cause__, error.__context__]
+    return False

@@ -1,0 +1,286 @@
+"""A signal that asks a command to end is never lost, wherever what it raises is swallowed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from persist_cache.system import endings
+from tests.cli import script
+from tests.tiny_models import build_model_dir
+
+SWALLOWED = """
+import os, signal, socketserver, subprocess, sys, weakref
+
+_, when, how, number, *words = sys.argv
+
+
+class Ends:
+    def __del__(self):
+        if how == "__del__":
+            send()
+
+
+def send(*_):
+    os.kill(os.getpid(), int(number))
+    for _ in range(1000):
+        pass
+
+
+def swallow():
+    if how == "weak reference":
+        thing = type("Thing", (), {})()
+        watching = weakref.ref(thing, send)
+        del thing
+    elif how == "__del__":
+        Ends()
+    else:
+        try:
+            send()
+        except BaseException:
+            if how == "turned into another error":
+                raise ImportError("it cannot be imported") from None
+
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == when:
+            sys.meta_path.remove(self)
+            swallow()
+
+
+class Server(socketserver.BaseServer):
+    def service_actions(self):
+        if when == "serving":
+            socketserver.BaseServer.service_actions = lambda self: None
+            swallow()
+
+
+socketserver.BaseServer.service_actions = Server.service_actions
+sys.meta_path.insert(0, Finder())
+sys.argv[:] = ["persist-cache", *words]
+from persist_cache_cli.main import main
+
+main()
+"""
+OTHERS = (signal.SIGHUP, signal.SIGINT)
+SWALLOWERS = [
+    *(("caught", ending) for ending in OTHERS),
+    *((how, signal.SIGTERM) for how in ("__del__", "weak reference", "caught")),
+]
+TURNED = [("turned into another error", ending) for ending in (signal.SIGTERM, *OTHERS)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_model_dir(tmp_path_factory.mktemp("models") / "llama")
+
+
+def run(
+    program: str, folder: Path, *words: object, timeout: float = 60
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", program, *map(str, words)],
+        env=os.environ | {"TMPDIR": str(folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=timeout,
+    )
+
+
+@pytest.mark.parametrize(("how", "ending"), [*SWALLOWERS, *TURNED])
+def test_signal_that_is_swallowed_ends_a_command_all_the_same(
+    model: Path, tmp_path: Path, how: str, ending: signal.Signals
+) -> None:
+    words = ("--store", tmp_path / "store", "warm", "--model", model, "--system", "Be kind. " * 40)
+
+    done = run(SWALLOWED, tmp_path, "mlx_lm.utils", how, int(ending), *words)
+
+    assert done.returncode == 128 + ending, (done.stdout, done.stderr)
+    # Python itself tells of what it ignores.
+    assert done.stderr.count("Traceback") == (how in ("__del__", "weak reference"))
+
+
+@pytest.mark.parametrize(
+    ("words", "when"),
+    [
+        (["serve", "--port", "0", "--model"], "mlx_lm.server"),
+        (["demo", "--model"], "rich.table"),
+        (["doctor", "--model"], "mlx_lm.models.cache"),
+        (["check", "--read-data"], "persist_cache_cli.commands.check"),
+        (["list", "--json"], "persist_cache_cli.commands.list"),
+        (["stats", "--watch", "--json"], "persist_cache_cli.commands.stats"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_signal_that_is_swallowed_ends_every_command(
+    model: Path, tmp_path: Path, words: list[str], when: str
+) -> None:
+    words = [*words, str(model)] if words[-1] == "--model" else words
+
+    done = run(SWALLOWED, tmp_path, when, "caught", int(signal.SIGTERM), *words)
+
+    assert done.returncode == 128 + signal.SIGTERM, (done.stdout, done.stderr)
+    assert list(tmp_path.glob("persist-cache-demo-*")) == []
+
+
+@pytest.mark.parametrize(("how", "ending"), SWALLOWERS)
+def test_signal_that_is_swallowed_ends_a_server_in_order(
+    model: Path, tmp_path: Path, how: str, ending: signal.Signals
+) -> None:
+    words = ("serve", "--store", tmp_path / "store", "--model", model, "--port", 0)
+
+    done = run(SWALLOWED, tmp_path, "serving", how, int(ending), *words)
+
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    assert "stopping" in done.stderr
+
+
+def test_model_that_cannot_be_loaded_ends_a_server_that_ignores_ctrl_c(tmp_path: Path) -> None:
+    """As one does that a script starts in the background."""
+    done = script(
+        tmp_path / "store",
+        *("serve", "--model", tmp_path / "none", "--port", 0),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+        timeout=60,
+    )
+
+    assert done.status == 1, done.err
+    assert str(tmp_path / "none") in done.err.splitlines()[-1]
+
+
+AT_THE_START = """
+import os, signal, subprocess, sys
+
+_, note, *words = sys.argv
+
+
+class Popen(subprocess.Popen):
+    def __init__(self, command, *more, **options):
+        super().__init__(command, *more, **options)
+        if "persist_cache_cli.demo.worker" in command:
+            with open(note, "w") as file:
+                file.write(str(self.pid))
+            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(1000):
+                pass
+
+
+subprocess.Popen = Popen
+sys.argv[:] = ["persist-cache", *words]
+from persist_cache_cli.main import main
+
+main()
+"""
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is neither gone nor waits to be buried."""
+    done = subprocess.run(
+        ["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False
+    )
+    return bool(done.stdout.strip()) and not done.stdout.startswith("Z")
+
+
+def test_demo_that_is_told_to_end_ends_after_its_worker(model: Path, tmp_path: Path) -> None:
+    """In the worst moment: the worker has just been started."""
+    note = tmp_path / "pid"
+
+    done = run(AT_THE_START, tmp_path, note, "demo", "--model", model)
+
+    assert not is_running(int(note.read_text()))
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    assert list(tmp_path.glob("persist-cache-demo-*")) == []
+
+
+def test_worker_of_the_demo_ends_when_the_demo_is_killed(model: Path, tmp_path: Path) -> None:
+    job = '{"model": "none"'  # not even all of it was sent
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "persist_cache_cli.demo.worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    _, errors = worker.communicate(job, timeout=60)
+
+    assert worker.returncode == 1
+    assert "mlx" not in errors
+
+    holder = subprocess.Popen(
+        [sys.executable, "-m", "persist_cache_cli", "demo", "--model", str(model)],
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 60
+    children: list[int] = []
+    while not children:
+        assert time.monotonic() < deadline, "it did not begin"
+        found = subprocess.run(
+            ["ps", "-o", "pid=,args=", "--ppid", str(holder.pid)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        lines = [line for line in found.stdout.splitlines() if "demo.worker" in line]
+        children = [int(line.split()[0]) for line in lines]
+    holder.kill()
+    holder.wait()
+
+    while any(map(is_running, children)):
+        assert time.monotonic() < deadline, "it outlived the demo"
+
+
+def test_signal_is_raised_at_the_end_of_what_is_not_to_be_cut_short() -> None:
+    done: list[str] = []
+
+    def work() -> None:
+        with endings.deferred():
+            os.kill(os.getpid(), signal.SIGUSR1)
+            with endings.deferred():
+                done.append("inner")
+            time.sleep(3 * endings._AGAIN_S)
+            done.append("outer")
+        done.append("never")
+
+    before = signal.signal(signal.SIGUSR1, lambda *_: endings.insist(KeyboardInterrupt))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            work()
+    finally:
+        endings.arrived()
+        signal.signal(signal.SIGUSR1, before)
+
+    assert done == ["inner", "outer"]
+
+
+def test_signal_is_not_raised_again_while_its_first_is_cleaned_up_after() -> None:
+    done: list[str] = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: endings.insist(KeyboardInterrupt))
+    try:
+        try:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(5)
+        finally:
+            try:
+                raise ValueError
+            except ValueError:
+                time.sleep(3 * endings._AGAIN_S)
+                done.append("cleaned up")
+    except KeyboardInterrupt:
+        endings.arrived()
+        time.sleep(3 * endings._AGAIN_S)
+        done.append("ended")
+    finally:
+        endings.arrived()
+        signal.signal(signal.SIGUSR1, before)
+
+    assert done == ["cleaned up", "ended"]
