@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from msgspec import Struct
 
 from persist_cache import paths
-from persist_cache.budget import Usage, written_today
+from persist_cache.budget import WRITTEN_BYTES, Usage, written_today
 from persist_cache.columns import BlobColumns, EdgeColumns
 from persist_cache.disk import Disk
 from persist_cache.entry import Entry
@@ -297,7 +297,7 @@ def store_stats(disk: Disk) -> StoreStats:
         usage = disk.budget.usage(txn)
         counters = Counter(txn.counts())
         counters.update(disk.counts())
-        written_bytes = txn.counter("written_bytes")
+        written_bytes = txn.counter(WRITTEN_BYTES)
         number_of_entries = txn.size_of(b"entries")
         number_of_blobs = txn.size_of(b"blobs")
         today = txn.counter(written_today(disk.clock()))

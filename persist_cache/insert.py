@@ -23,7 +23,7 @@ from persist_cache.blobs import (
     Written,
     prefix_digest,
 )
-from persist_cache.budget import blob_estimate, written_today
+from persist_cache.budget import WRITTEN_BYTES, blob_estimate, written_today
 from persist_cache.disk import Disk
 from persist_cache.entry import TOKEN_BYTES
 from persist_cache.errors import StoreError, StoreFullError
@@ -305,7 +305,7 @@ class Insertion:
         total = sum(one.nbytes for one in written)
         if total:
             txn.count("puts")
-            txn.add("written_bytes", total)
+            txn.add(WRITTEN_BYTES, total)
             txn.add(written_today(self._wanted.created_us / 1e6), total)
         return self._place(txn, namespace, node, checkpoint)
 

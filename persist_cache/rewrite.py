@@ -25,7 +25,7 @@ from persist_cache.blobs import (
     Tensor,
     Written,
 )
-from persist_cache.budget import blob_estimate, written_today
+from persist_cache.budget import WRITTEN_BYTES, blob_estimate, written_today
 from persist_cache.cutting import ROW_AXIS, Cut, cut_runs
 from persist_cache.disk import Disk
 from persist_cache.entry import TOKEN_BYTES
@@ -211,5 +211,5 @@ def _commit(disk: Disk, txn: Writer, runs: Sequence[LivingRun], written: Written
     )
     paths.repoint(txn, edges, blob, disk.clock())
     txn.count("merged" if len(runs) > 1 else "compacted", len(runs))
-    txn.add("written_bytes", written.nbytes)
+    txn.add(WRITTEN_BYTES, written.nbytes)
     txn.add(written_today(disk.clock()), written.nbytes)

@@ -29,7 +29,7 @@ def test_store_in_a_folder_1500_levels_deep(tmp_path: Path) -> None:
             assert fetched(store, [1, 2, 3]) == 3
     finally:
         # Python's own way to remove a tree recurses, too.
-        subprocess.run(["rm", "-r", str(tmp_path / "d")], check=True)
+        subprocess.run(["rm", "-rf", str(tmp_path / "d")], check=True)
 
 
 @pytest.mark.parametrize(
