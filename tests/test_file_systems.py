@@ -592,7 +592,7 @@ def after_every_step(monkeypatch: pytest.MonkeyPatch, look: Callable[[], None]) 
 
         monkeypatch.setattr(fs, name, call)
 
-    for name in ("write_all", "sync", "rename", "unlink", "unlock"):
+    for name in ("write_all", "sync", "rename", "unlink", "bytes_behind", "unlock"):
         watched(name)
 
 
