@@ -31,6 +31,12 @@ _FS_IOC_GETFLAGS, _FS_IOC_SETFLAGS = (
     (2 << 30 | struct.calcsize("l") << 16 | ord("f") << 8 | 1),
     (1 << 30 | struct.calcsize("l") << 16 | ord("f") << 8 | 2),
 )  # Linux, <linux/fs.h>; Python does not name them
+_FSXATTR = struct.Struct("=IIIII8x")
+_FS_IOC_FSGETXATTR, _FS_IOC_FSSETXATTR = (
+    (2 << 30 | _FSXATTR.size << 16 | ord("X") << 8 | 31),
+    (1 << 30 | _FSXATTR.size << 16 | ord("X") << 8 | 32),
+)
+_FS_XFLAG_EXTSIZE = 0x800
 _AT_FDCWD, _AT_SYMLINK_FOLLOW = -100, 0x400  # Linux, <fcntl.h>
 _FS_NOCOW_FL = 0x00800000
 _LONGEST_NAP_S = 0.02
@@ -145,6 +151,50 @@ def is_written_in_place(fd: int) -> bool:
     with contextlib.suppress(OSError):
         fcntl.ioctl(fd, _FS_IOC_GETFLAGS, flags)
     return bool(struct.unpack("l", flags)[0] & _FS_NOCOW_FL)
+
+
+def grow_exactly(fd: int) -> None:
+    """Have an empty file take what is written to it, and nothing ahead of that (XFS).
+
+    For a file that grows piece by piece while it is open; where its length is known, see
+    `allocate`. Where the file system knows no such thing, nothing happens.
+    """
+    if sys.platform == "linux":
+        attributes = bytearray(_FSXATTR.size)
+        with contextlib.suppress(OSError):
+            fcntl.ioctl(fd, _FS_IOC_FSGETXATTR, attributes)
+            flags, _, *others = _FSXATTR.unpack(attributes)
+            unit = os.fstatvfs(fd).f_frsize
+            wanted = _FSXATTR.pack(flags | _FS_XFLAG_EXTSIZE, unit, *others)
+            fcntl.ioctl(fd, _FS_IOC_FSSETXATTR, wanted)
+
+
+def bytes_behind(fd: int) -> int:
+    """Bytes that the file system took behind the end of the file; `trim` gives them back."""
+    status = os.fstat(fd)
+    unit = os.fstatvfs(fd).f_frsize
+    return max(0, status.st_blocks * 512 - -(-status.st_size // unit) * unit)
+
+
+def trim(fd: int) -> None:
+    """Give back what lies behind the end of the file. Nobody may write to it meanwhile."""
+    os.ftruncate(fd, os.fstat(fd).st_size)
+
+
+def sync_file_system(path: Path) -> None:
+    """Have the file system of `path` finish what it postponed, such as to free what was removed.
+
+    Where the system has no such call, nothing happens.
+    """
+    if sys.platform != "linux":
+        return
+    import ctypes
+
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        ctypes.CDLL(None).syncfs(fd)
+    finally:
+        os.close(fd)
 
 
 def write_all(fd: int, buffers: Sequence[memoryview]) -> int:

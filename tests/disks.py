@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 MIB = 1 << 20
@@ -27,7 +27,13 @@ class NoDisk(Exception):
 
 @contextlib.contextmanager
 def mounted(
-    kind: str, nbytes: int, folder: Path, *, files: int | None = None, options: str = ""
+    kind: str,
+    nbytes: int,
+    folder: Path,
+    *,
+    files: int | None = None,
+    make: Sequence[str] = (),
+    options: str = "",
 ) -> Iterator[Path]:
     """Mount an empty file system; yields where.
 
@@ -36,6 +42,7 @@ def mounted(
         nbytes: Its size, at least that of `SMALLEST`.
         folder: Where the image and the mount point go.
         files: How many files it can have, where that is fixed (ext4, tmpfs).
+        make: Further options of `mkfs`.
         options: For `mount`.
 
     Raises:
@@ -50,13 +57,13 @@ def mounted(
         limit = f",nr_inodes={files}" if files else ""
         command = ["mount", "-t", "tmpfs", "-o", f"size={nbytes},mode=700{limit}", "none"]
     else:
-        make = _MKFS[kind]
-        if shutil.which(make[0]) is None:
-            raise NoDisk(f"{make[0]} is not installed")
+        program = _MKFS[kind]
+        if shutil.which(program[0]) is None:
+            raise NoDisk(f"{program[0]} is not installed")
         image = folder / f"{kind}.img"
         with image.open("wb") as file:
             file.truncate(nbytes)
-        _run([*make, *(("-N", str(files)) if files else ()), str(image)])
+        _run([*program, *make, *(("-N", str(files)) if files else ()), str(image)])
         command = ["mount", "-o", f"loop{',' + options if options else ''}", str(image)]
     _run([*command, str(point)])
     try:

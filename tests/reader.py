@@ -669,15 +669,18 @@ def problems(root: Path) -> set[str]:
     for key, space in spaces.items():
         if xxhash.xxh3_128(space["layout"].encode()).digest() != key[32:]:
             found.add("layout")
-        pending = [(space["root"], b"")]
+        pending = [(space["root"], b"", True)]
         while pending:
-            node, packed = pending.pop()
+            node, packed, is_complete = pending.pop()
             for (above, _), edge in edges.items():
                 if above != node or len(packed) > 1 << 20:
                     continue
                 tokens = index.tables["tokens"][struct.pack(">Q", edge["blob"])]
                 run = tokens[edge["first_row"] * 8 : (edge["first_row"] + edge["rows"]) * 8]
-                pending.append((edge["node"], packed + run))
+                pending.append((edge["node"], packed + run, is_complete and edge["complete"]))
+                entry = entries.get(edge["entry"])
+                if entry and not (entry["checkpoint"] or (is_complete and edge["complete"])):
+                    found.add("resumable")
                 right = xxhash.xxh3_64(key + packed + run).intdigest() or 1
                 if edge["entry"] and edge["entry"] != right and right not in entries:
                     found.add("number")

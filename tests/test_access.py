@@ -418,6 +418,42 @@ def test_api_key_and_origins_of_the_command_line(model: Path, tmp_path: Path) ->
         assert server.request("GET", "/v1/cache/stats").status_code == 200
 
 
+def test_what_the_threat_model_says_is_asked_for(model: Path, tmp_path: Path) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "security.md").read_text()
+    for heading in ("Threat model", "Behind a reverse proxy", "Shared machines and networks"):
+        assert f"\n## {heading}\n" in text
+    rows = [line.split("|")[1:4] for line in text.splitlines() if line.startswith("| ")][1:]
+    with running(model, tmp_path / "store", tmp_path, api_key="k3y", min_free_bytes=0) as server:
+        asked: dict[str, str] = {}
+        for paths, asks_for, pages in rows:
+            for path in re.findall(r"`(/[^`]*)`", paths):
+                asked[path] = asks_for.strip().split(",")[0]
+                path = path.replace("…", "stats")
+                body = CHAT if path.endswith("completions") else None
+                method = "POST" if body else "GET"
+                without = server.request(method, path, json=body, with_token=False)
+                page = server.request(method, path, json=body, headers=FOREIGN)
+                local = server.request(
+                    method,
+                    path,
+                    json=body,
+                    headers={"Origin": "http://localhost:3000", "x-api-key": "k3y"},
+                )
+
+                assert without.status_code == (200 if asks_for.strip() == "nothing" else 401), path
+                assert page.status_code in (401, 403), path
+                assert (local.status_code == 200) == ("allowed origins" in pages), path
+
+    assert asked == {
+        "/v1/cache/…": "the admin token",
+        "/cache": "nothing",
+        "/metrics": "nothing",
+        "/health": "nothing",
+        "/v1/chat/completions": "the API key",
+        "/v1/models": "the API key",
+    }
+
+
 def test_without_a_store_the_token_lies_where_the_store_would(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -25,6 +25,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_busy_port_is_one_sentence_and_status_1(model: Path, tmp_path: Path) -> None:
+    """Told before anything is begun: threads of MLX that are cut short abort the process."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -36,6 +37,7 @@ def test_busy_port_is_one_sentence_and_status_1(model: Path, tmp_path: Path) -> 
         f"Error: Cannot listen on 127.0.0.1:{port} (Address already in use); choose another --port."
     ]
     assert "terminate called" not in done.err
+    assert not (tmp_path / "store").exists()
 
 
 @pytest.mark.parametrize("port", ["80921", "65536", "99999999999"])

@@ -9,7 +9,7 @@ import random
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -49,10 +49,12 @@ def disk(request: pytest.FixtureRequest, folder: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def disk_of(kind: str, nbytes: int, folder: Path, files: int | None = None) -> Iterator[Path]:
+def disk_of(
+    kind: str, nbytes: int, folder: Path, files: int | None = None, make: Sequence[str] = ()
+) -> Iterator[Path]:
     with contextlib.ExitStack() as stack:
         try:
-            place = stack.enter_context(disks.mounted(kind, nbytes, folder, files=files))
+            place = stack.enter_context(disks.mounted(kind, nbytes, folder, files=files, make=make))
         except disks.NoDisk as error:
             pytest.skip(f"NOT TESTED HERE: {kind} on an image of its own: {error}")
         yield place
@@ -578,54 +580,151 @@ def export_all(place: Path, file: Path) -> None:
 # ---- the budget ----------------------------------------------------------------------------------
 
 
-def test_du_never_exceeds_the_budget_on_any_file_system(
-    disk: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Sampled around every change: some file systems take more than was written (XFS)."""
-    dice = random.Random(3)
-    limit = 24_000_000
-    root = disk / "store"
-    worst = 0
+def after_every_step(monkeypatch: pytest.MonkeyPatch, look: Callable[[], None]) -> None:
+    """Call `look` whenever the store has written, moved or removed something."""
 
-    def sampled(name: str) -> None:
+    def watched(name: str) -> None:
         original = getattr(fs, name)
 
         def call(*arguments: object) -> object:
-            nonlocal worst
             value = original(*arguments)
-            worst = max(worst, disks.sample(root))
+            look()
             return value
 
         monkeypatch.setattr(fs, name, call)
 
-    for name in ("write_all", "rename", "unlink", "unlock"):
-        sampled(name)
-    with Store.open(root, max_bytes=limit, min_free_bytes=0, run_tokens=9000) as store:
-        for number in range(60):
-            length = dice.randrange(1, 60_000)
-            put(store, [number, *(dice.randrange(50_000) for _ in range(length))])
-            assert store.stats().usage.total == disks.sample(root)
-        assert store.stats().counters["evicted"] > 5
-        assert store.check() == []
+    for name in ("write_all", "sync", "rename", "unlink", "bytes_behind", "unlock"):
+        watched(name)
+
+
+@pytest.mark.parametrize(
+    ("most_tokens", "run_tokens", "limit", "prompts"),
+    [(60_000, 9_000, 24_000_000, 60), (250_000, 250_000, 48_000_000, 15)],
+    ids=["many files", "large files"],
+)
+@pytest.mark.parametrize("kind", disks.KINDS)
+def test_du_never_exceeds_the_budget_on_any_file_system(
+    kind: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    most_tokens: int,
+    run_tokens: int,
+    limit: int,
+    prompts: int,
+) -> None:
+    """XFS takes more behind a large file that grows, and gives it back when that is closed."""
+    dice = random.Random(3)
+    worst = 0
+
+    def look() -> None:
+        nonlocal worst
+        worst = max(worst, disks.sample(root))
+
+    with disk_of(kind, 96 * MIB, folder) as disk:
+        root = disk / "store"
+        after_every_step(monkeypatch, look)
+        with Store.open(root, max_bytes=limit, min_free_bytes=0, run_tokens=run_tokens) as store:
+            for number in range(prompts):
+                length = dice.randrange(1, most_tokens)
+                put(store, [number, *(dice.randrange(50_000) for _ in range(length))])
+                assert store.stats().usage.total == disks.sample(root)
+            assert store.stats().counters["evicted"] > 5
+            assert store.check() == []
 
     assert 0.8 * limit < worst <= limit
 
 
-def test_free_space_floor_holds_on_any_file_system(disk: Path) -> None:
-    dice = random.Random(4)
-    floor = fs.free_bytes(disk) - 10 * MIB
+def test_index_of_an_earlier_version_gives_back_what_was_taken_ahead_for_it(folder: Path) -> None:
+    """It cannot be told any more to grow by exactly what is written."""
+    with disk_of("xfs", 96 * MIB, folder) as place:
+        opened(place).close()
+        data = place / "store" / "data.mdb"
+        content = data.read_bytes()
+        data.unlink()
+        data.write_bytes(content)
+        data.chmod(0o600)
+        with Store.open(place / "store", max_bytes=1 << 30, min_free_bytes=0) as store:
+            for number in range(6):
+                put(store, [number, *range(60_000)])
+                status = data.stat()
+                assert status.st_blocks * 512 < status.st_size + 65_536
+            assert status.st_size > 3 * MIB
+            assert store.check() == []
+
+
+@pytest.mark.parametrize(
+    ("most_tokens", "run_tokens", "prompts"),
+    [(300, 64, 220), (6_000, 2_000, 70), (40_000, 9_000, 60)],
+    ids=["small", "middling", "large"],
+)
+@pytest.mark.parametrize("kind", [*disks.KINDS, "btrfs --mixed"])
+def test_free_space_floor_holds_on_any_file_system(
+    kind: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    most_tokens: int,
+    run_tokens: int,
+    prompts: int,
+) -> None:
+    """A file system also writes records of its own; a mixed btrfs has them among the files."""
+    dice = random.Random(1)
     least = 1 << 60
-    with Store.open(
-        disk / "store", max_bytes=BUDGET, min_free_bytes=floor, run_tokens=2000
-    ) as store:
-        for number in range(40):
-            length = dice.randrange(1, 6000)
-            put(store, [number, *(dice.randrange(50_000) for _ in range(length))])
-            os.sync()
-            least = min(least, fs.free_bytes(disk))
-        assert store.stats().counters["evicted"] > 5
+
+    def look() -> None:
+        nonlocal least
+        least = min(least, fs.free_bytes(place))
+
+    kind, *make = kind.split()
+    with disk_of(kind, 64 * MIB, folder, make=make) as place:
+        floor = fs.free_bytes(place) - 10 * MIB
+        after_every_step(monkeypatch, look)
+        with Store.open(
+            place / "store", max_bytes=BUDGET, min_free_bytes=floor, run_tokens=run_tokens
+        ) as store:
+            for number in range(prompts):
+                length = dice.randrange(1, most_tokens)
+                put(store, [number, *(dice.randrange(50_000) for _ in range(length))])
+                if number % 3 == 0:
+                    os.sync()
+                    look()
+            assert store.stats().counters["evicted"] > 5
+            assert store.stats().usage.total > 4 * MIB, "no more went than was needed"
 
     assert least >= floor
+
+
+@pytest.mark.parametrize("kind", [*disks.KINDS, "btrfs --mixed"])
+def test_free_space_floor_is_kept_by_two_that_write_at_once(
+    kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one begins when the first has its room, and has not written anything yet."""
+    prompts = [[number, *range(40_000)] for number in range(2)]
+    kind, *make = kind.split()
+    with disk_of(kind, 64 * MIB, folder, make=make) as disk:
+        floor = fs.free_bytes(disk) - 5 * MIB
+        store = Store.open(
+            disk / "store", max_bytes=BUDGET, min_free_bytes=floor, run_tokens=50_000
+        )
+        allocate = fs.allocate
+        refused: list[str] = []
+
+        def and_another(fd: int, nbytes: int) -> None:
+            monkeypatch.setattr(fs, "allocate", allocate)
+            try:
+                put(store, prompts[1])
+            except StoreFullError as error:
+                refused.append(str(error))
+            allocate(fd, nbytes)
+
+        monkeypatch.setattr(fs, "allocate", and_another)
+        with store:
+            put(store, prompts[0])
+            os.sync()
+            least = fs.free_bytes(disk)
+            assert fetched(store, prompts[0]) == len(prompts[0])
+
+    assert least >= floor
+    assert len(refused) == 1
 
 
 @pytest.mark.parametrize("kind", ["ext4", "tmpfs"])

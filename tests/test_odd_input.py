@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def test_store_in_a_folder_1500_levels_deep(tmp_path: Path) -> None:
             assert fetched(store, [1, 2, 3]) == 3
     finally:
         # Python's own way to remove a tree recurses, too.
-        subprocess.run(["rm", "-r", str(tmp_path / "d")], check=True)
+        subprocess.run(["rm", "-rf", str(tmp_path / "d")], check=True)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +114,9 @@ def test_odd_label_is_kept_as_well_as_it_can_be(store: Store) -> None:
     assert store.get(entry).label == "x?y"
 
 
-@pytest.mark.parametrize("make", [iter, tuple, lambda tokens: (one for one in tokens)])
+@pytest.mark.parametrize(
+    "make", [iter, tuple, deque, dict.fromkeys, lambda tokens: (one for one in tokens)]
+)
 @pytest.mark.parametrize("source", ["memory", "disk"])
 def test_tokens_of_any_kind_are_found_again(
     tmp_path: Path, make: Callable[[list[int]], Any], source: str

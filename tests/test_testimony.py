@@ -13,6 +13,7 @@ from msgspec.structs import replace
 
 from persist_cache import tensors
 from persist_cache.fingerprint.value import Fingerprint
+from persist_cache.index import tree
 from persist_cache.index.audit import was_given
 from persist_cache.index.environment import Writer
 from persist_cache.index.records import BlobKind
@@ -136,6 +137,16 @@ def wrong_number(txn: Writer) -> None:
             txn.put_edge(key, edge._replace(entry=edge.entry ^ 0x10))
 
 
+def lost_state(txn: Writer) -> None:
+    """An entry is said to need no state, and nothing knows the file with it."""
+    for number, entry in list(txn.entries()):
+        if entry.checkpoint:
+            tree._unrefer(txn, entry.checkpoint, 0.0)
+            txn.put_entry(number, entry._replace(checkpoint=0))
+    for name in txn.keys(b"trash"):
+        txn.delete_sized(b"trash", name)
+
+
 @pytest.fixture
 def ids(store: Store) -> dict[str, str]:
     """Marked entries, of which one ends in the middle of a run."""
@@ -165,6 +176,7 @@ AT_ONCE = [
     wrong_length,
     wrong_layout,
     wrong_number,
+    lost_state,
     small_generator("next_node"),
     small_generator("next_blob"),
     small_generator("next_namespace"),
@@ -183,7 +195,8 @@ def test_what_the_index_has_wrong_is_found_and_mended(
 
     found = store.check(read_data=read_data)
     assert found
-    assert {problem.kind for problem in found} <= {"index", "damaged"}
+    assert {problem.kind for problem in found} - {"orphan"} <= {"index", "damaged"}
+    assert found[0].kind != "orphan"
     store.check(read_data=read_data, repair=True)
 
     assert store.check(read_data=True) == []

@@ -81,6 +81,16 @@ class _Taken(NamedTuple):
     prefill_s: float = 0.0
 
 
+def _rest(tokens: Sequence[int], num_tokens: int) -> Sequence[int]:
+    """What follows the leading tokens, also of a sequence that has no slices, such as a deque."""
+    if not num_tokens:
+        return tokens
+    try:
+        return tokens[num_tokens:]
+    except (TypeError, KeyError):
+        return list(tokens)[num_tokens:]
+
+
 class PromptCache:
     """A prompt cache that survives the process; drop-in for `mlx_lm.models.cache.LRUPromptCache`.
 
@@ -296,8 +306,7 @@ class PromptCache:
                 self._account(len(tokens), packed, fetch)
             except Exception:
                 log.exception("a look-up could not be counted")
-        rest = tokens[fetch.num_tokens :] if fetch.num_tokens else tokens
-        return cache, rest, fetch
+        return cache, _rest(tokens, fetch.num_tokens), fetch
 
     def insert_cache(
         self,

@@ -62,6 +62,7 @@ def broken_invariants(txn: Reader, blobs: BlobColumns) -> list[str]:
     problems += _rows(txn, edges, blobs)
     problems += _leaves(edges)
     problems += _entries(edges, entries, depths, blobs)
+    problems += _stranded(edges, entries, roots)
     problems += _models(edges, entries, namespaces)
     problems += _orders(txn, entries)
     problems += _blobs(txn, edges, entries, blobs)
@@ -188,6 +189,26 @@ def _entries(
         if made_for.get(entries.checkpoints[at]) != entries.num_tokens[at]:
             this = entry_id(entries.numbers[at])
             yield f"entry {this} names a checkpoint that is not its own"
+
+
+def _stranded(edges: EdgeColumns, entries: EntryColumns, roots: set[int]) -> Iterator[str]:
+    """Whether each entry without a checkpoint has the rows of all layers from the root on."""
+    if NO_BLOB not in entries.checkpoints or all(flags & 1 for flags in edges.flags):
+        return
+    above = dict(zip(edges.nodes, zip(edges.parents, edges.flags, strict=True), strict=True))
+    complete = dict.fromkeys(roots, True)
+    for at in compress(count(), map(eq, entries.checkpoints, repeat(NO_BLOB))):
+        node, way = entries.nodes[at], []
+        while node not in complete and node in above:
+            complete[node] = False  # where a way ends in a circle, or nowhere
+            way.append(node)
+            node = above[node][0]
+        is_whole = complete.get(node, False)
+        for below in reversed(way):
+            is_whole = complete[below] = is_whole and bool(above[below][1] & 1)
+        if not complete.get(entries.nodes[at], False):
+            this = entry_id(entries.numbers[at])
+            yield f"entry {this} has neither a checkpoint nor the rows of all layers"
 
 
 def _models(edges: EdgeColumns, entries: EntryColumns, roots: Mapping[int, int]) -> Iterator[str]:

@@ -111,6 +111,8 @@ _NOTHING_TO_GIVE = (
 _NO_ROOM_BYTES = 1 << 20
 PATIENCE_S = 10.0
 """How long a change waits for other processes; a commit takes milliseconds."""
+_LEAST_BYTES_BEHIND = 64 << 10
+"""XFS takes no less ahead; elsewhere a file may have some blocks for what says where others are."""
 _SOON_S = 2.0
 """After so long it is said that something waits."""
 _MARKS = struct.Struct("<B7xQ")
@@ -453,6 +455,7 @@ class Index:
         self._growing = False
         self._closed = False
         self._lock_fd = -1
+        self._data_fd = -1
         self._waits: dict[int, float] = {}
         self._terms = threading.local()
         self._map_bytes = map_bytes
@@ -464,6 +467,7 @@ class Index:
             self._file = _identity(self.data_path)
             if not read_only:
                 self._lock_fd = fs.open_shared(root / LOCK_FILE)
+                self._data_fd = os.open(self.data_path, os.O_RDWR | os.O_CLOEXEC)
                 # LMDB creates its files under the umask, which may be any.
                 os.chmod(root / "data.mdb", fs.FILE_MODE)
                 os.chmod(root / lock_table.FILE, fs.FILE_MODE)
@@ -498,10 +502,7 @@ class Index:
                 if not self._gate.wait_for(lambda: not self._inside, left):
                     return False
                 self._close_environment()
-                for fd in (self._lock_fd, self._presence):
-                    if fd >= 0:
-                        os.close(fd)
-                self._lock_fd = self._presence = -1
+                self._close_files()
         finally:
             self._write_lock.release()
         return True
@@ -513,10 +514,13 @@ class Index:
 
     def let_go(self) -> None:
         """In a forked child: drop the locks that are the parent's; the child may not use it."""
-        for fd in (self._lock_fd, self._presence):
+        self._close_files()
+
+    def _close_files(self) -> None:
+        for fd in (self._lock_fd, self._data_fd, self._presence):
             if fd >= 0:
                 os.close(fd)
-        self._lock_fd = self._presence = -1
+        self._lock_fd = self._data_fd = self._presence = -1
 
     @contextlib.contextmanager
     def read(self, *, copies: bool = False) -> Iterator[Reader]:
@@ -596,7 +600,9 @@ class Index:
                 # A reader that was killed keeps every page freed since from being used again, and
                 # the file would grow past any budget.
                 self._reader_check()
-                return self._committed(change)
+                value = self._committed(change)
+                self._trim()
+                return value
         except lmdb.Error as error:
             raise _translated(error) from error
         except UNREADABLE as error:
@@ -653,6 +659,22 @@ class Index:
                 if relieve is not None:
                     raise StoreFullError(_NOTHING_TO_GIVE) from error
                 raise StoreFullError(_FULL) from error
+
+    def _trim(self) -> None:
+        """Give back what the file system took ahead for the file, which counts (XFS).
+
+        Only a file that does not `grow_exactly` has any: one that an earlier version made.
+        """
+        with contextlib.suppress(OSError, lmdb.Error):
+            if fs.bytes_behind(self._data_fd) < _LEAST_BYTES_BEHIND:
+                return
+            self._enter()
+            try:
+                # Under LMDB's own lock: whoever opens the store takes no other.
+                with self._env.begin(write=True):
+                    fs.trim(self._data_fd)
+            finally:
+                self._leave()
 
     def _found_full(self, error: lmdb.Error) -> bool:
         """Whether a commit failed because there was no room.
@@ -871,6 +893,8 @@ class Index:
     def _open_environment(self) -> lmdb.Environment:
         """Open it with as much address space as there is, up to what was asked for."""
         size = self._map_bytes
+        if not self.read_only:
+            _create_empty(self.data_path)
         with lock_table.opening(self.root, self.read_only) as readers:
             while True:
                 try:
@@ -936,6 +960,16 @@ class Index:
                 f"version of persist-cache knows {SCHEMA_VERSION} only. Use the version that "
                 "wrote it, or another --store."
             )
+
+
+def _create_empty(path: Path) -> None:
+    """Make the file that LMDB would make, unless it is there; LMDB fills one that is empty."""
+    with contextlib.suppress(FileExistsError):
+        fd = fs.create(path)
+        try:
+            fs.grow_exactly(fd)
+        finally:
+            os.close(fd)
 
 
 def _identity(path: Path) -> tuple[int, int]:

@@ -18,9 +18,12 @@ from persist_cache.errors import StoreFullError
 from persist_cache.index.ballast import Ballast
 from persist_cache.index.environment import Index, Reader
 from persist_cache.index.tree import BLOB_BYTES
+from persist_cache.store.free_space import FreeSpace
 
 DEFAULT_MAX_BYTES = 32 << 30
 DEFAULT_MIN_FREE_BYTES = 2 << 30
+WRITTEN_BYTES = "written_bytes"
+"""Name of the counter of all bytes ever written to blobs."""
 _INDEX_SLACK = 128 * 1024
 """Pages a commit may add to the index besides the tokens themselves."""
 _FILE_SLACK = 8 * 1024
@@ -84,6 +87,7 @@ class Budget:
         self._clock = clock
         self._index = index
         self._folder = folder
+        self._free = FreeSpace(index.root)
 
     def usage(self, txn: Reader) -> Usage:
         return Usage(
@@ -121,9 +125,37 @@ class Budget:
         over = self.usage(txn).total + growth - self.limits.max_bytes
         if self.limits.min_free_bytes == 0:
             return over
+        return max(over, self._wanted_free(txn, growth) - self.free_bytes())
+
+    def settle(self, nbytes: int, num_tokens: int, *, after_removals: bool = False) -> None:
+        """See that what the file system says is free is right, if `excess` depends on it."""
+        if self.limits.min_free_bytes == 0:
+            return
+        with self._index.read() as txn:
+            wanted = self._wanted_free(txn, nbytes + index_growth(num_tokens))
+            written, commits = txn.counter(WRITTEN_BYTES), txn.commit_id
+        if after_removals:
+            self._free.settle_removals(wanted)
+        else:
+            # The ballast may have been made anew since, which is no counter's business.
+            self._free.settle(wanted + self.ballast.wanted_bytes, written, commits)
+
+    def _wanted_free(self, txn: Reader, growth: int) -> int:
+        """What must be free before the store grows by that much."""
+        growth += self._to_come(txn)
         growth += growth // _METADATA_SHARE + _METADATA_SLACK
-        missing = self.limits.min_free_bytes + growth - self.free_bytes()
-        return max(over, missing)
+        return self.limits.min_free_bytes + growth
+
+    def _to_come(self, txn: Reader) -> int:
+        """Bytes reserved for files that are being written, as far as they are not there yet."""
+        pending = txn.sized(b"pending")
+        reserved = sum(record.nbytes for record in pending.values())
+        if reserved and not self._free.is_late:
+            for name in map(bytes.hex, pending):
+                # Renamed from the first place to the second.
+                nbytes = fs.disk_bytes(self._folder.temporary_path(name))
+                reserved -= nbytes or fs.disk_bytes(self._folder.path(name))
+        return max(0, reserved)
 
     def may_regain(self, txn: Reader, max_bytes: int) -> bool:
         """Whether the ballast may be made as large as it should be, within `max_bytes`.
@@ -142,10 +174,7 @@ class Budget:
         Raises:
             StoreError: The file system does not say.
         """
-        try:
-            return fs.free_bytes(self._index.root)
-        except OSError as error:
-            raise fs.translated(error, "while its free space was asked for") from error
+        return self._free.now()
 
     def free_files(self) -> int | None:
         """Files that the store's file system may still get; None where there is no limit.

@@ -29,7 +29,7 @@ from persist_cache.index.records import (
     entry_ids,
     tiers_of,
 )
-from persist_cache.store.budget import Usage, written_today
+from persist_cache.store.budget import WRITTEN_BYTES, Usage, written_today
 from persist_cache.store.session import Disk
 
 if TYPE_CHECKING:
@@ -295,7 +295,7 @@ def store_stats(disk: Disk) -> StoreStats:
         usage = disk.budget.usage(txn)
         counters = Counter(txn.counts())
         counters.update(disk.counts())
-        written_bytes = txn.counter("written_bytes")
+        written_bytes = txn.counter(WRITTEN_BYTES)
         number_of_entries = txn.size_of(b"entries")
         number_of_blobs = txn.size_of(b"blobs")
         today = txn.counter(written_today(disk.clock()))

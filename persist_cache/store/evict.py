@@ -69,6 +69,7 @@ class Evictor:
         swept = False
         share = nbytes // len(names) + 1
         now = self._disk.clock()
+        budget.settle(nbytes, num_tokens)
 
         def attempt(txn: Writer) -> bool:
             budget.refuse_impossible(txn, nbytes, num_tokens)
@@ -101,6 +102,9 @@ class Evictor:
                     "There is no room left: evicted files cannot be removed from the store's "
                     "folder; look at its permissions."
                 )
+            else:
+                # Else what is useful would go for room that is there, but told late.
+                budget.settle(nbytes, num_tokens, after_removals=True)
 
     def free_files(self, wanted: int, protected: frozenset[int]) -> None:
         """Evict until the file system has room for `wanted` files, whatever their bytes.

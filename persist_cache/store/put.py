@@ -30,7 +30,7 @@ from persist_cache.index.records import (
     entry_number,
     namespace_key,
 )
-from persist_cache.store.budget import blob_estimate, written_today
+from persist_cache.store.budget import WRITTEN_BYTES, blob_estimate, written_today
 from persist_cache.store.evict import Evictor
 from persist_cache.store.session import Disk
 from persist_cache.tokens import TOKEN_BYTES
@@ -299,7 +299,7 @@ class Insertion:
         total = sum(one.nbytes for one in written)
         if total:
             txn.count("puts")
-            txn.add("written_bytes", total)
+            txn.add(WRITTEN_BYTES, total)
             txn.add(written_today(self._wanted.created_us / 1e6), total)
         return self._place(txn, namespace, node, checkpoint)
 

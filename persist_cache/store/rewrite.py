@@ -31,7 +31,7 @@ from persist_cache.index.records import (
     EntryRecord,
     edge_parent,
 )
-from persist_cache.store.budget import blob_estimate, written_today
+from persist_cache.store.budget import WRITTEN_BYTES, blob_estimate, written_today
 from persist_cache.store.evict import Evictor
 from persist_cache.store.put import add_blob, undone
 from persist_cache.store.session import Disk
@@ -213,5 +213,5 @@ def _commit(disk: Disk, txn: Writer, runs: Sequence[LivingRun], written: Written
     )
     tree.repoint(txn, edges, blob, disk.clock())
     txn.count("merged" if len(runs) > 1 else "compacted", len(runs))
-    txn.add("written_bytes", written.nbytes)
+    txn.add(WRITTEN_BYTES, written.nbytes)
     txn.add(written_today(disk.clock()), written.nbytes)
