@@ -28,7 +28,7 @@ class FreeSpace:
     def is_late(self) -> bool:
         """Whether the file system tells late what changed."""
         if self._late is None:
-            self._late = file_system(self._root.resolve()) in _LATE
+            self._late = Mounts().kind(self._root) in _LATE
         return self._late
 
     def now(self) -> int:
@@ -67,4 +67,4 @@ class FreeSpace:
 
     def _sync(self) -> None:
         with contextlib.suppress(OSError):
-            fs.sync_Mounts().kind(self._root)
+            fs.sync_file_system(self._root)
