@@ -10,6 +10,7 @@ import contextlib
 from pathlib import Path
 
 from persist_cache import fs
+from persist_cache.system.mounts import Mounts
 
 _LATE = frozenset({"btrfs"})
 _COMMIT_BYTES = 128 * 1024
