@@ -60,9 +60,7 @@ def test_any_other_error_is_one(tmp_path: Path, says: dict[str, int], code: int)
     assert caught.value.errno == code
 
 
-def test_disk_that_fails_to_sync_stores_nothing(
-    tmp_path: Path, says: dict[str, int]
-) -> None:
+def test_disk_that_fails_to_sync_stores_nothing(tmp_path: Path, says: dict[str, int]) -> None:
     with Store.open(tmp_path / "store", max_bytes=1 << 30, min_free_bytes=0) as store:
         says["code"] = errno.EIO
         with pytest.raises(StoreError, match=os.strerror(errno.EIO)):
@@ -82,7 +80,7 @@ def test_volume_without_it_is_named_when_the_store_is_opened(
     with pytest.raises(StoreAccessError, match="exFAT") as caught:
         Store.open(tmp_path / "store", max_bytes=1 << 30, min_free_bytes=0)
 
-    assert f"a volume that" in str(caught.value)
+    assert "a volume that" in str(caught.value)
     assert f"is on {fs.volume(tmp_path)}," in str(caught.value)
     assert os.path.ismount(fs.volume(tmp_path))
     assert not (tmp_path / "store" / "data.mdb").exists()

@@ -27,16 +27,46 @@ PACKAGES = ("persist_cache", "persist_cache_cli", "tests", "torture", "bench")
 IOV_MAX = 1024
 LONGEST_CALL = (1 << 31) - 1
 F_PREALLOCATE, F_RDADVISE, F_NOCACHE, F_FULLFSYNC = 42, 44, 48, 51
-_NOT_IN_OS = (
-    "O_DIRECT O_PATH O_TMPFILE O_NOATIME copy_file_range eventfd fdatasync getrandom getresgid "
-    "getresuid getxattr listxattr memfd_create pidfd_open pipe2 posix_fadvise posix_fallocate "
-    "removexattr sched_getaffinity sched_setaffinity setns setresgid setresuid setxattr splice "
-    "unshare"
-).split()
-_NOT_IN_FCNTL = (
-    "F_ADD_SEALS F_GET_SEALS F_GETPIPE_SZ F_SETPIPE_SZ F_NOTIFY F_SETLEASE F_GETLEASE "
-    "F_OFD_GETLK F_OFD_SETLK F_OFD_SETLKW"
-).split()
+_NOT_IN_OS = [
+    "O_DIRECT",
+    "O_PATH",
+    "O_TMPFILE",
+    "O_NOATIME",
+    "copy_file_range",
+    "eventfd",
+    "fdatasync",
+    "getrandom",
+    "getresgid",
+    "getresuid",
+    "getxattr",
+    "listxattr",
+    "memfd_create",
+    "pidfd_open",
+    "pipe2",
+    "posix_fadvise",
+    "posix_fallocate",
+    "removexattr",
+    "sched_getaffinity",
+    "sched_setaffinity",
+    "setns",
+    "setresgid",
+    "setresuid",
+    "setxattr",
+    "splice",
+    "unshare",
+]
+_NOT_IN_FCNTL = [
+    "F_ADD_SEALS",
+    "F_GET_SEALS",
+    "F_GETPIPE_SZ",
+    "F_SETPIPE_SZ",
+    "F_NOTIFY",
+    "F_SETLEASE",
+    "F_GETLEASE",
+    "F_OFD_GETLK",
+    "F_OFD_SETLK",
+    "F_OFD_SETLKW",
+]
 
 
 class View(ModuleType):
