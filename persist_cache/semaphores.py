@@ -159,7 +159,9 @@ class Semaphores:
 
         Not at any price: a process that is stopped does not keep this one from ending.
         """
-        with self._claiming(_CLOSING_PATIENCE_S):
+        with contextlib.ExitStack() as held:
+            with contextlib.suppress(StoreError):
+                held.enter_context(self._claiming(_CLOSING_PATIENCE_S))
             yield
         self.close()
 
@@ -211,7 +213,8 @@ class Semaphores:
             return
         try:
             # The environment may have been closed while this thread waited.
-            is_locked = self._data_fd >= 0 and fs.lock(self._data_fd, patience_s)
+            with fs.errors_translated("while the readers of the index were looked at"):
+                is_locked = self._data_fd >= 0 and fs.lock(self._data_fd, patience_s)
             try:
                 if is_locked and self._readers is not None:
                     self._readers.mend()
