@@ -25,7 +25,7 @@ from persist_cache.errors import (
     StoreInUseError,
 )
 from persist_cache.filenames import PRESENCE_FILE, SUSPECT_FILE, TAG_FILE
-from persist_cache.index import ballast, holders, lock_table
+from persist_cache.index import ballast, holders, lock_table, semaphores
 from persist_cache.index.environment import PATIENCE_S, Index, Writer
 from persist_cache.index.records import pack_counter, unpack_counter
 from persist_cache.store import rebuild
@@ -206,10 +206,15 @@ def _open_present(root: Path, folder: BlobFolder, presence: int) -> Index:
         except DamagedIndexError as error:
             damage = error
         else:
-            if not rebuild.is_due(index):
+            is_due = True
+            try:
+                is_due = rebuild.is_due(index)
+            finally:
+                if is_due:
+                    index.detach_presence()
+                    index.close()
+            if not is_due:
                 return index
-            index.detach_presence()
-            index.close()
         fs.unlock(presence)
         if fs.try_lock(presence):
             return _make_anew(root, folder, presence, damage)
@@ -239,6 +244,7 @@ def _make_anew(root: Path, folder: BlobFolder, presence: int, damage: StoreError
     if damage is not None:
         log.warning("%s It is rebuilt from the blobs.", damage)
         # Nothing in it can be trusted, and it holds prompts: what is evicted must be gone.
+        semaphores.unlink(root)
         for name in ("data.mdb", "lock.mdb"):
             with contextlib.suppress(FileNotFoundError):
                 fs.unlink(root / name)
