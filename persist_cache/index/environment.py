@@ -37,6 +37,7 @@ from persist_cache.errors import (
     StoreReadOnlyError,
 )
 from persist_cache.index import holders, lock_table, semaphores
+from persist_cache.index.ballast import Spare
 from persist_cache.index.columns import BlobColumns, EdgeColumns, EntryColumns, Packed, Raw
 from persist_cache.index.records import (
     COUNTER_BYTES,
@@ -436,7 +437,13 @@ class Index:
     """One open LMDB environment."""
 
     def __init__(
-        self, root: Path, *, read_only: bool, map_bytes: int = 16 * _GIB, presence: int = -1
+        self,
+        root: Path,
+        *,
+        read_only: bool,
+        map_bytes: int = 16 * _GIB,
+        presence: int = -1,
+        spare: Spare | None = None,
     ) -> None:
         """Open the index in the folder `root`, creating it unless `read_only`.
 
@@ -445,6 +452,7 @@ class Index:
             read_only: Never write, and do not create it.
             map_bytes: Address space to begin with; it grows when the index does.
             presence: Descriptor whose lock says that the store is in use; closed with the index.
+            spare: What is given up where the disk has no room to open it; the ballast when None.
 
         Raises:
             DamagedIndexError: The file cannot be what LMDB wrote.
@@ -466,6 +474,7 @@ class Index:
         self._waits: dict[int, float] = {}
         self._terms = threading.local()
         self._map_bytes = map_bytes
+        self._spare = Spare(root) if spare is None else spare
         self._env: lmdb.Environment
         self._is_open = False
         self._owner: int | None = None
@@ -938,7 +947,7 @@ class Index:
         give_up = time.monotonic() + _OPENING_PATIENCE_S
         while True:
             try:
-                with lock_table.opening(self.root, self.read_only) as readers:
+                with lock_table.opening(self.root, self.read_only, self._spare) as readers:
                     environment = self._opened(size, readers)
                 break
             except lmdb.MemoryError as error:
