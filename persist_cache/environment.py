@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 PACKAGES = ("mlx", "mlx-lm", "lmdb", "safetensors", "msgspec", "xxhash", "click")
 PROBE_BYTES = 8 << 20
-_ENOUGH_FILES = 512
+MLX_LM_OPEN_FILES = (2048, 4096)
+"""Soft and hard limit of open files that mlx-lm sets when it is imported."""
 _SYNCS = 5
 _MAX_EXAMINED = 64
 _NETWORK = frozenset(
@@ -293,12 +294,13 @@ def measure_disk(root: Path, nbytes: int = PROBE_BYTES) -> DiskSpeed:
     fd = fs.create(path)
     try:
         fs.unlink(path)
+        fs.bypass_cache(fd)
         fs.allocate(fd, len(content))
         started = time.perf_counter()
         fs.write_all(fd, [content])
         fs.sync(fd)
         written = time.perf_counter() - started
-        _forget_pages(fd)
+        fs.drop_cache(fd)
         buffer = memoryview(bytearray(len(content)))
         started = time.perf_counter()
         fs.read_into(fd, 0, [buffer])
@@ -307,16 +309,6 @@ def measure_disk(root: Path, nbytes: int = PROBE_BYTES) -> DiskSpeed:
     finally:
         os.close(fd)
     return DiskSpeed(len(content), len(content) / written, len(content) / read, syncs[_SYNCS // 2])
-
-
-def _forget_pages(fd: int) -> None:
-    """Have the next read come from the disk."""
-    if sys.platform == "linux":
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    elif sys.platform == "darwin":
-        import fcntl
-
-        fcntl.fcntl(fd, fcntl.F_NOCACHE, 1)
 
 
 def _time_sync(fd: int) -> float:
@@ -468,13 +460,28 @@ def _judge(
             "use --store PATH to keep what is stored.",
         )
     yield from _judge_space(folder, max_bytes, min_free_bytes, used_bytes)
-    soft, _ = limits
-    if 0 <= soft < _ENOUGH_FILES:
-        yield Finding(
-            "note",
-            f"Only {soft} files may be open at once; run `ulimit -n 2048` before the server, "
-            "because long prompts are read from many.",
+    if packages["mlx-lm"]:
+        yield from judge_open_files(limits)
+
+
+def judge_open_files(limits: tuple[int, int]) -> list[Finding]:
+    """Say whether mlx-lm can be imported under these limits, soft and hard.
+
+    It sets both when it is imported. The soft limit is therefore its own business; but only root
+    may raise a hard limit, and `ulimit -n N` lowers the hard one as well.
+    """
+    _, hard = limits
+    wanted = MLX_LM_OPEN_FILES[1]
+    if not 0 <= hard < wanted or os.geteuid() == 0:
+        return []
+    return [
+        Finding(
+            "problem",
+            f"At most {hard} files may be open at once, and mlx-lm fails when it is imported "
+            f"where it cannot set that limit to {wanted}; raise the hard limit (`ulimit -Hn` "
+            "prints it; `ulimit -n` without -S lowers it).",
         )
+    ]
 
 
 def _judge_space(

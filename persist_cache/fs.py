@@ -277,6 +277,22 @@ def read_ahead(path: Path) -> int:
         os.close(fd)
 
 
+def bypass_cache(fd: int) -> None:
+    """Have what is written and read through `fd` from now on leave nothing in the page cache.
+
+    macOS: it does not remove what is there, so say it before the first byte is written.
+    Elsewhere `drop_cache` is enough.
+    """
+    if sys.platform == "darwin":
+        fcntl.fcntl(fd, fcntl.F_NOCACHE, 1)
+
+
+def drop_cache(fd: int) -> None:
+    """Have the next read of a synced file come from the disk, where the system can be asked."""
+    if sys.platform == "linux":
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def free_bytes(path: Path) -> int:
     """Bytes that an unprivileged process may still write to the file system of `path`."""
     status = os.statvfs(path)
