@@ -25,7 +25,6 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,6 +50,7 @@ from persist_cache.errors import (
 )
 from persist_cache.fingerprint import Identifier
 from persist_cache.front import Front
+from persist_cache.listening import NamelessServer
 from persist_cache.opening import is_impossible
 from persist_cache.prefills import PrefillClock
 from persist_cache.rendering import system_end, system_tokens
@@ -585,7 +585,7 @@ def _listen(
     """Answer requests until the process is to end; `tell` is called once somebody can ask."""
     stop = generator.stop_and_join
 
-    class Listening(ThreadingHTTPServer):
+    class Listening(NamelessServer):
         def server_activate(self) -> None:
             super().server_activate()
             tell(self.server_address[1])
