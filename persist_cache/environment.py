@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from persist_cache import __version__, fs
+from persist_cache import __version__, fs, volume
 from persist_cache.prefills import Rate
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ def look_at_folder(path: Path) -> Folder:
         place = place.parent
     status = place.stat()
     exists = place == path and stat.S_ISDIR(status.st_mode)
-    space = os.statvfs(place)
+    space = volume.space(place)
     may_write = os.access(place, os.W_OK | os.X_OK) and stat.S_ISDIR(status.st_mode)
     return Folder(
         path=str(path),
@@ -208,10 +208,10 @@ def look_at_folder(path: Path) -> Folder:
         owner=_user(status.st_uid),
         is_ours=status.st_uid == os.geteuid(),
         mode=stat.S_IMODE(status.st_mode) if exists else None,
-        writable=may_write and not space.f_flag & os.ST_RDONLY,
+        writable=may_write and not space.read_only,
         file_system=file_system(place),
-        free_bytes=space.f_bavail * space.f_frsize,
-        total_bytes=space.f_blocks * space.f_frsize,
+        free_bytes=space.free_bytes,
+        total_bytes=space.total_bytes,
     )
 
 

@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from persist_cache import volume
 from persist_cache.errors import StoreAccessError, StoreError, StoreFullError
 
 FILE_MODE = 0o600
@@ -295,14 +296,12 @@ def drop_cache(fd: int) -> None:
 
 def free_bytes(path: Path) -> int:
     """Bytes that an unprivileged process may still write to the file system of `path`."""
-    status = os.statvfs(path)
-    return status.f_bavail * status.f_frsize
+    return volume.space(path).free_bytes
 
 
 def free_files(path: Path) -> int | None:
     """Files that may still be made on the file system of `path`; None where there is no limit."""
-    status = os.statvfs(path)
-    return status.f_favail if status.f_files else None
+    return volume.space(path).free_files
 
 
 def disk_bytes(path: Path) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -18,7 +17,7 @@ LOOK_UPS = ("getfqdn", "gethostbyaddr", "gethostbyname", "gethostbyname_ex", "ge
 
 
 @pytest.fixture(autouse=True)
-def no_names(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def no_names(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A machine on which every look-up of a name by an address would hang."""
     asked: list[str] = []
 
@@ -31,7 +30,7 @@ def no_names(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     for name in LOOK_UPS:
         monkeypatch.setattr(socket, name, hangs(name))
-    yield asked
+    return asked
 
 
 def test_the_standard_librarys_server_would_ask() -> None:
