@@ -23,7 +23,7 @@ import msgspec
 import xxhash
 from msgspec import Struct
 
-from persist_cache import admin_token, forked, fs
+from persist_cache import admin_token, exclusion, forked, fs
 from persist_cache.entry import TOKEN_BYTES
 from persist_cache.errors import CorruptBlobError, StoreFormatError
 
@@ -658,7 +658,7 @@ class BlobFolder:
         total = sum(fs.disk_bytes(place) for place in places)
         with os.scandir(self.root) as found:
             names = [one.name for one in found]
-        own = {TAG_FILE, PRESENCE_FILE, SUSPECT_FILE, _MEMO_FILE}
+        own = {TAG_FILE, PRESENCE_FILE, SUSPECT_FILE, _MEMO_FILE, exclusion.INDEX_FILE}
         total += sum(
             fs.disk_bytes(self.root / name) for name in names if name in own or _is_stray(name)
         )

@@ -35,6 +35,7 @@ _MAX_EXAMINED = 64
 _NETWORK = frozenset(
     {"nfs", "nfs4", "cifs", "smb3", "smbfs", "afpfs", "webdav", "9p", "ceph", "glusterfs", "lustre"}
 )
+_WITHOUT_MODES = frozenset({"exfat", "msdos", "vfat"})
 _VOLATILE = frozenset({"tmpfs", "ramfs"})
 
 
@@ -442,10 +443,16 @@ def _judge(
     elif not folder.writable:
         yield Finding("problem", f"{where}cannot be written; mend its rights, or use --store PATH.")
     if folder.exists and folder.mode is not None and folder.mode & 0o077:
+        mend = f"chmod 700 {folder.path}"
+        if folder.file_system in _WITHOUT_MODES:
+            mend = (
+                f"{folder.file_system} keeps no permissions, so use a folder on another disk "
+                "(--store PATH) where others may use this one"
+            )
         yield Finding(
             "note",
             f"{folder.path} is open to other users ({folder.mode:o}), and KV reveals prompts: "
-            f"chmod 700 {folder.path}.",
+            f"{mend}.",
         )
     if folder.file_system in _NETWORK or folder.file_system.startswith("fuse.sshfs"):
         yield Finding(

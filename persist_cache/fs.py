@@ -40,6 +40,8 @@ _OF_THE_FILE = frozenset(
     (errno.EIO, errno.ENOENT, errno.ELOOP, errno.EISDIR, errno.EACCES, errno.EPERM)
 )
 
+_NO_MODES = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """What a file system says that has no room, or none for us."""
 FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
@@ -49,7 +51,7 @@ FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 def create(path: Path) -> int:
     """Create `path`, which must not exist, for its owner alone; returns a descriptor."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
-    os.fchmod(fd, FILE_MODE)  # the umask may have taken the owner's rights as well
+    restrict(fd, FILE_MODE)  # the umask may have taken the owner's rights as well
     return fd
 
 
@@ -62,7 +64,7 @@ def create_nameless(folder: Path) -> int:
     if sys.platform != "linux":
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
     fd = os.open(folder, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, FILE_MODE)
-    os.fchmod(fd, FILE_MODE)
+    restrict(fd, FILE_MODE)
     return fd
 
 
@@ -215,7 +217,20 @@ def make_folder(path: Path) -> None:
         os.mkdir(path, FOLDER_MODE)
     except FileExistsError:
         return
-    os.chmod(path, FOLDER_MODE)
+    restrict(path, FOLDER_MODE)
+
+
+def restrict(target: Path | int, mode: int) -> bool:
+    """Give a file or folder of ours this mode; returns whether other users are kept out now.
+
+    A file system without permissions (exFAT) refuses or, on macOS, ignores that.
+    """
+    try:
+        os.chmod(target, mode)
+    except OSError as error:
+        if error.errno not in _NO_MODES:
+            raise
+    return not os.stat(target).st_mode & 0o077
 
 
 def try_lock(fd: int) -> bool:

@@ -458,8 +458,8 @@ class Index:
             if not read_only:
                 self._lock_fd = fs.open_shared(root / LOCK_FILE)
                 # LMDB creates its files under the umask, which may be any.
-                os.chmod(root / "data.mdb", fs.FILE_MODE)
-                os.chmod(root / lock_table.FILE, fs.FILE_MODE)
+                fs.restrict(root / "data.mdb", fs.FILE_MODE)
+                fs.restrict(root / lock_table.FILE, fs.FILE_MODE)
                 self._env.reader_check()
             self._db = self._open_databases()
             self._check_schema()

@@ -48,6 +48,7 @@ class Space(NamedTuple):
 
 class _Statfs(NamedTuple):
     space: Space
+    kind: bytes
     mount_point: bytes
 
 
@@ -66,6 +67,15 @@ def space(path: Path) -> Space:
         free_files=status.f_favail if status.f_files else None,
         read_only=bool(status.f_flag & os.ST_RDONLY),
     )
+
+
+def kind(path: Path) -> str:
+    """The type of the file system of `path`, on macOS; "" elsewhere.
+
+    Raises:
+        OSError: The system does not say.
+    """
+    return os.fsdecode(_statfs(path).kind) if DARWIN else ""
 
 
 def lasting_device(path: Path, device: int) -> int:
@@ -102,7 +112,7 @@ def parse_statfs(raw: bytes) -> _Statfs:
             free_files=free_files if 0 < files < _NO_LIMIT else None,
             read_only=bool(flags & _MNT_RDONLY),
         ),
-        names[1].partition(b"\0")[0],
+        *(name.partition(b"\0")[0] for name in names[:2]),
     )
 
 

@@ -262,6 +262,7 @@ def judge(
         (folder(writable=False, exists=False), "problem", "The place for /s"),
         (folder(is_taken=True, exists=False), "problem", "not a folder"),
         (folder(mode=0o755), "note", "chmod 700 /s"),
+        (folder(mode=0o777, file_system="exfat"), "note", "exfat keeps no permissions"),
         (folder(file_system="nfs4"), "problem", "use a local folder"),
         (folder(file_system="tmpfs"), "note", "restart"),
         (folder(free_bytes=1), "problem", "The disk is off"),

@@ -29,6 +29,7 @@ def statfs(
     free_files: int = 0xFFFF_0000,
     flags: int = 0,
     point: bytes = b"/System/Volumes/Data",
+    kind: bytes = b"apfs",
 ) -> bytes:
     """macOS's structure, field by field as <sys/mount.h> has them."""
     numbers = struct.pack(
@@ -47,7 +48,7 @@ def statfs(
         flags,
         0,
     )
-    names = struct.pack("=16s1024s1024s", b"apfs", point, b"/dev/disk3s5")
+    names = struct.pack("=16s1024s1024s", kind, point, b"/dev/disk3s5")
     return (numbers + names + bytes(32)).ljust(4096, b"\0")
 
 
@@ -167,9 +168,7 @@ def test_a_change_is_still_seen_after_a_restart(tmp_path: Path, mac: Mac, reads:
     assert len(reads) == 2
 
 
-def test_another_volume_in_its_place_is_another(
-    tmp_path: Path, mac: Mac, reads: list[str]
-) -> None:
+def test_another_volume_in_its_place_is_another(tmp_path: Path, mac: Mac, reads: list[str]) -> None:
     model = write_model(tmp_path / "model")
     before = identify_or_reason(str(model))
     mac.restart()
