@@ -116,13 +116,19 @@ class Budget:
 
     def excess(self, txn: Reader, nbytes: int, num_tokens: int) -> int:
         """Bytes that must go before `nbytes` more may be written; 0 or less when they fit."""
+        return max(self.lacks(txn, nbytes, num_tokens))
+
+    def lacks(self, txn: Reader, nbytes: int, num_tokens: int) -> tuple[int, int]:
+        """What `nbytes` more lack of the budget, and of the disk above its floor; 0 or less: none.
+
+        The first goes by what the store takes, the second by what the disk says is free.
+        """
         growth = nbytes + index_growth(num_tokens)
         over = self.usage(txn).total + growth - self.limits.max_bytes
         if self.limits.min_free_bytes == 0:
-            return over
+            return over, over
         growth += growth // _METADATA_SHARE + _METADATA_SLACK
-        missing = self.limits.min_free_bytes + growth - self.free_bytes()
-        return max(over, missing)
+        return over, self.limits.min_free_bytes + growth - self.free_bytes()
 
     def may_regain(self, txn: Reader, max_bytes: int) -> bool:
         """Whether the ballast may be made as large as it should be, within `max_bytes`.

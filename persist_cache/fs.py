@@ -309,6 +309,19 @@ def drop_cache(fd: int) -> None:
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def settle(path: Path) -> None:
+    """Have the file system of `path` do what it put off: some count free blocks only then."""
+    if sys.platform == "linux":
+        import ctypes
+
+        with contextlib.suppress(OSError):
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                ctypes.CDLL(None).syncfs(fd)
+            finally:
+                os.close(fd)
+
+
 def free_bytes(path: Path) -> int:
     """Bytes that an unprivileged process may still write to the file system of `path`."""
     return volume.space(path).free_bytes

@@ -195,6 +195,12 @@ class Store:
         return "" if self._closed else self._disk.index.waits_for()
 
     @property
+    def eviction_paused(self) -> str:
+        """Why nothing is evicted for the free-space floor at present; "" when it may be."""
+        with self._disk.index.read() as txn:
+            return self._disk.unreturned.said(txn)
+
+    @property
     def is_lost(self) -> bool:
         """Whether the folder was removed or replaced while the store was open."""
         return not self._closed and self._disk.index.is_lost()
