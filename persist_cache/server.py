@@ -434,13 +434,14 @@ def health_said(cache: PromptCache, *, healthy: bool) -> dict[str, str]:
         cache: The server's.
         healthy: The generation thread lives.
     """
-    paused = cache.eviction_paused
-    return {
+    said = {
         "status": "ok" if healthy else "unavailable",
         "model": "ok" if healthy else "the generation thread died",
         "disk": f"off: {cache.disk_off}" if cache.disk_off else "ok",
-        "eviction": f"paused: {paused}" if paused else "ok",
     }
+    if paused := cache.eviction_paused:
+        said["eviction"] = f"paused: {paused}"
+    return said
 
 
 def _told(ctx: Any, response: Iterator[Any], fetch: Fetch) -> Iterator[Any]:
