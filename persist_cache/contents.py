@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple, TypedDict
 
 from persist_cache.mounts import Mounts
-from persist_cache.volume import lasting_device
+from persist_cache.volumes import lasting_device
 
 MEMO_VERSION = 1
 MEMO_RECORDS = 1024

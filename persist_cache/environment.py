@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from persist_cache import __version__, fs, volume
+from persist_cache import __version__, fs, volumes
 from persist_cache.prefills import Rate
 
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ def look_at_folder(path: Path) -> Folder:
         place = place.parent
     status = place.stat()
     exists = place == path and stat.S_ISDIR(status.st_mode)
-    space = volume.space(place)
+    space = volumes.space(place)
     may_write = os.access(place, os.W_OK | os.X_OK) and stat.S_ISDIR(status.st_mode)
     return Folder(
         path=str(path),

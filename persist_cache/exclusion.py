@@ -13,7 +13,7 @@ import os
 import plistlib
 from pathlib import Path
 
-from persist_cache import fs, volume
+from persist_cache import fs, volumes
 
 INDEX_FILE = ".metadata_never_index"
 """Tells Spotlight to leave the folder out."""
@@ -31,7 +31,7 @@ _PARAMETERS = (
 def exclude(folder: Path) -> None:
     """Keep `folder` out of backups and the search index, where there are such; never fails."""
     with contextlib.suppress(OSError):
-        kind = volume.kind(folder)
+        kind = volumes.kind(folder)
         if not kind:
             return
         with contextlib.suppress(FileExistsError):

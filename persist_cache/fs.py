@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from persist_cache import volume
+from persist_cache import volumes
 from persist_cache.errors import StoreAccessError, StoreError, StoreFullError
 
 FILE_MODE = 0o600
@@ -324,12 +324,12 @@ def settle(path: Path) -> None:
 
 def free_bytes(path: Path) -> int:
     """Bytes that an unprivileged process may still write to the file system of `path`."""
-    return volume.space(path).free_bytes
+    return volumes.space(path).free_bytes
 
 
 def free_files(path: Path) -> int | None:
     """Files that may still be made on the file system of `path`; None where there is no limit."""
-    return volume.space(path).free_files
+    return volumes.space(path).free_files
 
 
 def disk_bytes(path: Path) -> int:

@@ -12,7 +12,7 @@ import pytest
 from persist_cache import exclusion
 from persist_cache.store import Store
 from tests.fakes import disk_usage, put
-from tests.test_volume import Mac, statfs
+from tests.test_volumes import Mac, statfs
 
 NAME = b"com.apple.metadata:com_apple_backup_excludeItem"
 

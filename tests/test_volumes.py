@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from persist_cache import contents, environment, fs, volume
+from persist_cache import contents, environment, fs, volumes
 from persist_cache.fingerprint import identify_or_reason
 from persist_cache.store import Store
 from tests.fakes import put
@@ -60,9 +60,9 @@ class Mac:
         self.uuid = UUID
         self.asked: list[bytes] = []
         self._monkeypatch = monkeypatch
-        monkeypatch.setattr(volume, "DARWIN", True)
-        monkeypatch.setattr(volume, "_ask_statfs", lambda path: self.raw)
-        monkeypatch.setattr(volume, "_ask_attributes", self._attributes)
+        monkeypatch.setattr(volumes, "DARWIN", True)
+        monkeypatch.setattr(volumes, "_ask_statfs", lambda path: self.raw)
+        monkeypatch.setattr(volumes, "_ask_attributes", self._attributes)
 
     def _attributes(self, path: bytes) -> bytes:
         self.asked.append(path)
@@ -135,11 +135,11 @@ def test_a_read_only_volume_is_seen(tmp_path: Path, mac: Mac, flags: int) -> Non
 
 
 def test_elsewhere_statvfs_is_asked(tmp_path: Path) -> None:
-    found = volume.space(tmp_path)
+    found = volumes.space(tmp_path)
     status = os.statvfs(tmp_path)
 
     assert found.total_bytes == status.f_blocks * status.f_frsize
-    assert volume.lasting_device(tmp_path, 42) == 42
+    assert volumes.lasting_device(tmp_path, 42) == 42
 
 
 def test_weights_are_not_read_again_after_a_restart(
@@ -206,7 +206,7 @@ def test_without_an_identity_of_the_volume_the_device_number_serves(
             raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
         return struct.pack("=I16s", 4 if trouble == "too short" else 20, bytes(16))
 
-    monkeypatch.setattr(volume, "_ask_attributes", ask)
+    monkeypatch.setattr(volumes, "_ask_attributes", ask)
     model = write_model(tmp_path / "model")
 
     assert identify_or_reason(str(model)) == identify_or_reason(str(model))
