@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from persist_cache.errors import StoreFullError, StoreInUseError
 FILE = "lock.mdb"
 MAX_READERS = 512
 _SLOT_BYTES = 64
+_MAGIC = (0xBEEFC0DE).to_bytes(4, sys.byteorder)
 NBYTES = (-(-MAX_READERS * _SLOT_BYTES // 4096) + 1) * 4096
 """The readers, a cache line each, and the head of the table, whose length the platform decides."""
 _LEAST_BYTES = 4096
@@ -60,6 +62,22 @@ def is_open(root: Path) -> bool:
     """Whether this process has the environment in the folder `root` open."""
     with _lock:
         return _key(root) in _open
+
+
+def is_begun(root: Path) -> bool:
+    """Whether the table has no head yet: the process that makes it is at it, or died.
+
+    For when opening the environment in the folder `root` failed.
+    """
+    with _lock, contextlib.suppress(OSError):
+        if _key(root) in _open:
+            return False
+        fd = fs.open_read(root / FILE)
+        try:
+            return os.pread(fd, 4, 0) != _MAGIC
+        finally:
+            os.close(fd)
+    return False
 
 
 def closed(key: tuple[int, int, int] | None) -> None:

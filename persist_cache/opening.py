@@ -14,7 +14,7 @@ import stat
 import time
 from pathlib import Path
 
-from persist_cache import ballast, exclusion, fs, holders, lock_table, rebuild
+from persist_cache import ballast, exclusion, fs, holders, lock_table, rebuild, semaphores
 from persist_cache.blobs import PRESENCE_FILE, SUSPECT_FILE, TAG_FILE, BlobFolder
 from persist_cache.budget import DEFAULT_MAX_BYTES, DEFAULT_MIN_FREE_BYTES, Limits
 from persist_cache.errors import (
@@ -250,6 +250,7 @@ def _make_anew(root: Path, folder: BlobFolder, presence: int, damage: StoreError
     if damage is not None:
         log.warning("%s It is rebuilt from the blobs.", damage)
         # Nothing in it can be trusted, and it holds prompts: what is evicted must be gone.
+        semaphores.unlink(root)
         for name in ("data.mdb", "lock.mdb"):
             with contextlib.suppress(FileNotFoundError):
                 fs.unlink(root / name)
