@@ -917,6 +917,8 @@ class Index:
             with found.opening():
                 environment = _opened(self.root, self.read_only, map_bytes, readers, lockable)
             self.semaphores = found
+            if not self.read_only:
+                found.mend_writer()
             return environment
         except lmdb.MemoryError:
             raise
