@@ -126,7 +126,7 @@ def _ending(status: int, err: str) -> str:
 
 @contextlib.contextmanager
 def _scratch(place: Path) -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place))
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place.resolve()))
     try:
         yield folder
     finally:
