@@ -160,12 +160,13 @@ def kill_in_rounds(folder: Path, rounds: int) -> None:
 def _be_killed(folder: Path, seed: int, writing: int, *, is_writer: bool) -> None:
     """Write, or open and close, until killed; sends the seed of each put that has returned."""
     try:
-        os.write(writing, struct.pack("=q", -1))
         if is_writer:
             store = material.opened(folder)
+            os.write(writing, struct.pack("=q", -1))
             for number in range(seed, seed + 500):
                 material.put(store, material.tokens(number, _PROMPT_TOKENS))
                 os.write(writing, struct.pack("=q", number))
+        os.write(writing, struct.pack("=q", -1))
         while True:
             material.opened(folder).close()
     except BaseException as error:
