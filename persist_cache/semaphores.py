@@ -39,6 +39,7 @@ _GRACE_S = 0.1
 
 Not at once, since earlier versions of this package take it without our locks for a moment.
 """
+_DOING = "while the readers of the index were looked at"
 _TABLE = "lock.mdb"
 _DATA = "data.mdb"
 _HEAD_BYTES = 256
@@ -147,11 +148,25 @@ class Semaphores:
         Raises:
             StoreBusyError: A process that does so does not go on.
         """
-        with self._claiming(PATIENCE_S) as is_held:
-            if not is_held:
-                path = self._root / _DATA
-                raise StoreBusyError(holders.sentence(path, holders.holders(path), PATIENCE_S))
+        if self._data_fd < 0:  # there is nothing to hold yet, or no need to
             yield
+            return
+        if not self._mutex.acquire(timeout=PATIENCE_S):
+            raise self._busy()
+        try:
+            with fs.errors_translated(_DOING):
+                # It may have been closed while this thread waited.
+                if self._data_fd >= 0 and not fs.lock(self._data_fd, PATIENCE_S):
+                    raise self._busy()
+            try:
+                self._mend_readers()
+                yield
+            finally:
+                with fs.errors_translated(_DOING):
+                    if self._data_fd >= 0:
+                        fs.unlock(self._data_fd)
+        finally:
+            self._mutex.release()
 
     @contextlib.contextmanager
     def closing(self) -> Iterator[None]:
@@ -159,9 +174,16 @@ class Semaphores:
 
         Not at any price: a process that is stopped does not keep this one from ending.
         """
-        with self._claiming(_CLOSING_PATIENCE_S):
+        is_alone = self._mutex.acquire(timeout=_CLOSING_PATIENCE_S)
+        try:
+            with contextlib.suppress(OSError, StoreError):
+                if self._data_fd >= 0 and fs.lock(self._data_fd, _CLOSING_PATIENCE_S):
+                    self._mend_readers()
             yield
-        self.close()
+            self.close()  # the lock goes with its descriptor
+        finally:
+            if is_alone:
+                self._mutex.release()
 
     def mend_writer(self) -> bool:
         """Give the writers' semaphore back if a dead process had it; returns whether one had.
@@ -200,27 +222,13 @@ class Semaphores:
             os.close(self._table_fd)
             self._table_fd = -1
 
-    @contextlib.contextmanager
-    def _claiming(self, patience_s: float) -> Iterator[bool]:
-        """Yields whether the lock is held; it is not needed where there is nothing to hold."""
-        if self._data_fd < 0:
-            yield True
-            return
-        if not self._mutex.acquire(timeout=patience_s):
-            yield False
-            return
-        try:
-            # The environment may have been closed while this thread waited.
-            is_locked = self._data_fd >= 0 and fs.lock(self._data_fd, patience_s)
-            try:
-                if is_locked and self._readers is not None:
-                    self._readers.mend()
-                yield is_locked or self._data_fd < 0
-            finally:
-                if is_locked:
-                    fs.unlock(self._data_fd)
-        finally:
-            self._mutex.release()
+    def _mend_readers(self) -> None:
+        if self._readers is not None:
+            self._readers.mend()
+
+    def _busy(self) -> StoreBusyError:
+        path = self._root / _DATA
+        return StoreBusyError(holders.sentence(path, holders.holders(path), PATIENCE_S))
 
     def _open_files(self) -> None:
         """Open what is there: the two files, and the semaphores that are named in one."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+import shutil
 from pathlib import Path
 
 import pytest
 
 from persist_cache.budget import index_growth
+from persist_cache.errors import StoreFullError
 from persist_cache.store import Store
 from tests.fakes import Clock, disk_usage, put
 
@@ -36,12 +39,24 @@ def test_put_grows_the_index_by_no_more_than_is_reckoned_with(
             assert grown <= index_growth(length, index.page_bytes), (length, grown)
 
 
-def test_budget_of_a_few_pages_is_never_exceeded(tmp_path: Path) -> None:
-    folder = tmp_path / "store"
-    with Store.open(folder, max_bytes=1 << 30, min_free_bytes=0, clock=Clock()) as store:
-        budget = disk_usage(folder) + 48 * store._disk.index.page_bytes
-    with Store.open(folder, max_bytes=budget, min_free_bytes=0, run_tokens=8, clock=Clock()) as one:
-        for number in range(60):
-            put(one, [number, *range(30)])
-            assert disk_usage(folder) <= budget
-        assert one.stats().entries >= 1
+def test_first_put_is_within_the_budget_or_refused(tmp_path: Path) -> None:
+    """It grows the index the most, since no page of it is free to be used again."""
+    template = tmp_path / "template"
+    Store.open(template, max_bytes=1 << 30, min_free_bytes=0, clock=Clock()).close()
+    empty = disk_usage(template)
+    stored = 0
+    for more in range(0, 1 << 20, 4096):
+        folder = tmp_path / "store"
+        shutil.copytree(template, folder)
+        with Store.open(
+            folder, max_bytes=empty + more, min_free_bytes=0, run_tokens=8, clock=Clock()
+        ) as store:
+            with contextlib.suppress(StoreFullError):
+                put(store, list(range(30)))
+            assert disk_usage(folder) <= empty + more
+            stored += len(store.entries())
+        shutil.rmtree(folder)
+        if stored > 3:
+            break
+
+    assert stored > 3

@@ -64,8 +64,9 @@ def open_and_close(folder: Path, said: int) -> NoReturn:
         open_store(folder).close()
 
 
-def keep(folder: Path, asked: int, said: int) -> None:
+def keep(folder: Path, asked: int, said: int, not_ours: int) -> None:
     """Keep the store open, and store what is asked for."""
+    os.close(not_ours)  # else there would be no end of it
     with open_store(folder) as store:
         while raw := os.read(asked, _NUMBER.size):
             number = _NUMBER.unpack(raw)[0]
@@ -93,7 +94,7 @@ def storm(folder: Path, writers: int, openers: int, seed: int = 1) -> dict[str, 
     open_store(folder).close()
     asked, ask = os.pipe()
     answers, answer = os.pipe()
-    keeper = in_child(lambda: (os.close(ask), keep(folder, asked, answer))[1])
+    keeper = in_child(lambda: keep(folder, asked, answer, ask))
     stored: list[int] = []
     kinds = ["writer"] * writers + ["opener"] * openers
     dice.shuffle(kinds)

@@ -29,8 +29,9 @@ with opened(folder) as store:
 
 
 def open_store(folder: Path, **options: Any) -> Store:
-    given = {"max_bytes": 1 << 30, "min_free_bytes": 0, "run_tokens": 8, "clock": Clock()}
-    return Store.open(folder, **given | options)
+    return Store.open(
+        folder, max_bytes=1 << 30, min_free_bytes=0, run_tokens=8, clock=Clock(), **options
+    )
 
 
 @pytest.fixture

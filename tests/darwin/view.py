@@ -27,46 +27,15 @@ PACKAGES = ("persist_cache", "persist_cache_cli", "tests", "torture", "bench")
 IOV_MAX = 1024
 LONGEST_CALL = (1 << 31) - 1
 F_PREALLOCATE, F_RDADVISE, F_NOCACHE, F_FULLFSYNC = 42, 44, 48, 51
-_NOT_IN_OS = [
-    "O_DIRECT",
-    "O_PATH",
-    "O_TMPFILE",
-    "O_NOATIME",
-    "copy_file_range",
-    "eventfd",
-    "fdatasync",
-    "getrandom",
-    "getresgid",
-    "getresuid",
-    "getxattr",
-    "listxattr",
-    "memfd_create",
-    "pidfd_open",
-    "pipe2",
-    "posix_fadvise",
-    "posix_fallocate",
-    "removexattr",
-    "sched_getaffinity",
-    "sched_setaffinity",
-    "setns",
-    "setresgid",
-    "setresuid",
-    "setxattr",
-    "splice",
-    "unshare",
-]
-_NOT_IN_FCNTL = [
-    "F_ADD_SEALS",
-    "F_GET_SEALS",
-    "F_GETPIPE_SZ",
-    "F_SETPIPE_SZ",
-    "F_NOTIFY",
-    "F_SETLEASE",
-    "F_GETLEASE",
-    "F_OFD_GETLK",
-    "F_OFD_SETLK",
-    "F_OFD_SETLKW",
-]
+_NOT_IN_OS = """
+O_DIRECT O_NOATIME O_PATH O_TMPFILE copy_file_range eventfd fdatasync getrandom getresgid getresuid
+getxattr listxattr memfd_create pidfd_open pipe2 posix_fadvise posix_fallocate removexattr
+sched_getaffinity sched_setaffinity setns setresgid setresuid setxattr splice unshare
+"""
+_NOT_IN_FCNTL = """
+F_ADD_SEALS F_GETLEASE F_GETPIPE_SZ F_GET_SEALS F_NOTIFY F_OFD_GETLK F_OFD_SETLK F_OFD_SETLKW
+F_SETLEASE F_SETPIPE_SZ
+"""
 
 
 class View(ModuleType):
@@ -131,12 +100,12 @@ VIEWS: dict[str, ModuleType] = {
     "os": View(
         real_os,
         {name: _limited(name) for name in ("readv", "writev", "preadv", "pwritev")},
-        _NOT_IN_OS,
+        _NOT_IN_OS.split(),
     ),
     "fcntl": View(
         real_fcntl,
         {"fcntl": _fcntl, "F_FULLFSYNC": F_FULLFSYNC, "F_NOCACHE": F_NOCACHE},
-        _NOT_IN_FCNTL,
+        _NOT_IN_FCNTL.split(),
     ),
 }
 
@@ -210,4 +179,4 @@ def install() -> None:
     """Have every module of this repository that is imported from now on see a Mac."""
     # A folder of packages may be listed twice, and what is listed in it is done twice.
     if not any(hasattr(finder, "is_darwin_view") for finder in real_sys.meta_path):
-        real_sys.meta_path.insert(0, _Finder())  # type: ignore[arg-type]
+        real_sys.meta_path.insert(0, _Finder())
