@@ -1,8 +1,8 @@
 """What the system says of the volume that a path is on: its room, and what it can be known by.
 
-macOS needs calls of its own. Its `statvfs` counts blocks in 32 bits, so Pythons that use it
-(before 3.15) see a large volume modulo 4 or 16 TiB, and an almost empty one as full. And on APFS
-the device number that `stat` gives is dealt out at each mount; what lasts is the volume's UUID.
+macOS needs calls of its own. Its `statvfs` counts blocks in 32 bits, so older Pythons see a large
+volume modulo 4 or 16 TiB (python/cpython#87804), and an almost empty one as full. And on APFS the
+device number that `stat` gives is dealt out at each mount; what lasts is the volume's UUID.
 """
 
 from __future__ import annotations
