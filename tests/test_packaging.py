@@ -26,7 +26,7 @@ OURS = ("persist_cache", "persist_cache_cli", "bench", "tests", "torture")
 BENCHMARKS = sorted(
     path.stem for path in (ROOT / "bench").glob("*.py") if "\ndef run(context" in path.read_text()
 )
-SCRIPTS = sorted(path for path in (ROOT / "scripts").iterdir() if path.name != "_venv")
+SCRIPTS = sorted(path for path in (ROOT / "scripts").iterdir() if path.name[0] != "_")
 
 CONSUMER = """
 from collections.abc import Sequence

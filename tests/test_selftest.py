@@ -298,7 +298,7 @@ resource.setrlimit = lambda which, limits: None
     ),
     "a check crashes": (
         "arrays",
-        "from persist_cache.selftest import child; import os; child.find = lambda name: os.abort()",
+        "import os; from persist_cache.selftest import checks; checks.find = lambda _: os.abort()",
         "ended by SIGABRT",
     ),
 }
@@ -525,3 +525,11 @@ def test_a_folder_that_is_not_there_is_a_sentence(command: Run, tmp_path: Path) 
     assert done.status == 2
     assert done.err.count("\n") == 1
     assert os.fspath(tmp_path / "missing") in done.err
+
+
+def test_a_report_that_cannot_be_written_is_said_at_once(command: Run, tmp_path: Path) -> None:
+    done = command("selftest", "--json", tmp_path / "missing" / "report.json")
+
+    assert done.status == 1
+    assert done.err.count("\n") == 1
+    assert done.out == ""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TextIO
 
 import click
 
@@ -20,7 +19,6 @@ _COLOURS = {"ok": "good", "FAILED": "bad", "not applicable": "heading"}
 @click.option(
     "--json",
     "report",
-    type=click.File("w", lazy=False),
     metavar="FILE",
     help="Also write all that was found to FILE, `-` for standard output.",
 )
@@ -44,7 +42,7 @@ _COLOURS = {"ok": "good", "FAILED": "bad", "not applicable": "heading"}
 def command(
     store: str | None,
     *,
-    report: TextIO | None,
+    report: str | None,
     place: Path | None,
     only: tuple[str, ...],
     quick: bool,
@@ -67,7 +65,9 @@ def command(
     paint = painter()
     checks = [check for check in CHECKS if not only or check.name in only]
     # What goes to standard output beside a report for programs would spoil it.
-    to_stderr = report is sys.stdout
+    to_stderr = report == "-"
+    if report is not None and not to_stderr:
+        Path(report).write_text("")  # not to find out after some minutes that it cannot be
     width = max(len(check.name) for check in checks)
 
     def begin(check: Check) -> None:
@@ -86,9 +86,11 @@ def command(
     place = place or _beside(store_path(store))
     outcomes = run(place, checks, quick=quick, on_begin=begin, on_end=end)
     if report is not None:
-        json.dump(as_json(outcomes, quick=quick), report, indent=2)
-        report.write("\n")
-        report.flush()
+        text = json.dumps(as_json(outcomes, quick=quick), indent=2)
+        if to_stderr:
+            click.echo(text)
+        else:
+            Path(report).write_text(text + "\n")
     failed = [one.name for one in outcomes if one.verdict == "FAILED"]
     if failed:
         if not quiet:
