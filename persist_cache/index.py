@@ -913,13 +913,7 @@ class Index:
         try:
             if sys.platform == "linux" or not lockable:
                 return _opened(self.root, self.read_only, map_bytes, readers, lockable)
-            found = semaphores.Semaphores(self.root)
-            with found.opening():
-                environment = _opened(self.root, self.read_only, map_bytes, readers, lockable)
-            self.semaphores = found
-            if not self.read_only:
-                found.mend_writer()
-            return environment
+            return self._opened_with_semaphores(map_bytes, readers)
         except lmdb.MemoryError:
             raise
         except lmdb.InvalidError as error:
@@ -942,6 +936,22 @@ class Index:
                     "them, or restart the computer."
                 ) from error
             raise _translated(error) from error
+
+    def _opened_with_semaphores(self, map_bytes: int, readers: int) -> lmdb.Environment:
+        found = semaphores.Semaphores(self.root)
+        environment = None
+        try:
+            with found.opening():
+                environment = _opened(self.root, self.read_only, map_bytes, readers, True)
+            if not self.read_only:
+                found.mend_writer()
+        except BaseException:
+            if environment is not None:
+                environment.close()
+            found.close()
+            raise
+        self.semaphores = found
+        return environment
 
     def _close_environment(self) -> None:
         if not self._is_open:

@@ -217,10 +217,15 @@ def _open_present(root: Path, folder: BlobFolder, presence: int) -> Index:
         except DamagedIndexError as error:
             damage = error
         else:
-            if not rebuild.is_due(index):
+            is_due = True
+            try:
+                is_due = rebuild.is_due(index)
+            finally:
+                if is_due:
+                    index.detach_presence()
+                    index.close()
+            if not is_due:
                 return index
-            index.detach_presence()
-            index.close()
         fs.unlock(presence)
         if fs.try_lock(presence):
             return _make_anew(root, folder, presence, damage)

@@ -125,21 +125,18 @@ class Semaphores:
     def opening(self) -> Iterator[None]:
         """Hold while LMDB opens the environment, which claims a slot for a moment.
 
+        If that fails, or this does afterwards, close the environment first and then `close` this.
+
         Raises:
             StoreBusyError: A process that claims one does not go on.
             StoreError: A semaphore cannot be opened.
         """
-        self.close()
-        try:
-            self._open_files()
-            with self.claiming():
-                yield
-            self._open_files()
-            if self.names is None:  # robust mutexes after all
-                self._close_data()
-        except BaseException:
-            self.close()
-            raise
+        self._open_files()
+        with self.claiming():
+            yield
+        self._open_files()
+        if self.names is None:  # robust mutexes after all
+            self._close_data()
 
     @contextlib.contextmanager
     def claiming(self) -> Iterator[None]:

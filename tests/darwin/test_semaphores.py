@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import signal
 import struct
@@ -12,7 +14,7 @@ from typing import Any
 import lmdb
 import pytest
 
-from persist_cache import Store, semaphores
+from persist_cache import Store, fs, semaphores
 from persist_cache.errors import StoreBusyError, StoreError
 from tests.darwin import processes
 from tests.darwin.processes import abandon, exists, give, kept, names, unlink, use, value
@@ -238,3 +240,26 @@ def test_names_go_with_the_index_that_is_made_anew(folder: Path) -> None:
         assert fetched(store, [1, 2, 3]) == 3
 
     assert not any(exists(name) for name in both)
+
+
+@pytest.mark.parametrize("step", ["lock", "unlock"])
+def test_opening_that_fails_at_a_lock_leaves_nothing_open(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    call = getattr(fs, step)
+    for place in range(1, 12):
+        left = [place]
+
+        def fail(*arguments: Any, left: list[int] = left) -> Any:
+            left[0] -= 1
+            if left[0] == 0:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            return call(*arguments)
+
+        (folder / "data.mdb").unlink()
+        with monkeypatch.context() as patch, contextlib.suppress(StoreError):
+            patch.setattr(fs, step, fail)
+            open_store(folder).close()
+
+        with open_store(folder) as store:
+            assert fetched(store, [1, 2, 3]) == 3
