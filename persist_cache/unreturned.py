@@ -11,7 +11,6 @@ What exceeds the budget is evicted all the same: that bounds what the store itse
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable
 
@@ -39,17 +38,19 @@ WHY = (
 class Unreturned:
     """What a store knows of whether its disk gives unlinked blocks back.
 
-    Thread safety: may be shared between threads; the state is in the index.
+    Thread safety: may be shared between threads; the state is in the index, or as one value here.
     """
 
     def __init__(self, index: Index, budget: Budget, clock: Callable[[], float]) -> None:
         self._index = index
         self._budget = budget
         self._clock = clock
+        self._unrecorded: tuple[int, int] | None = None
+        """The same as in the index, where it could not be recorded: when, and how often."""
 
     def paused_s(self, txn: Reader) -> float:
         """Seconds for which nothing is to be evicted for the floor; 0 when it may be."""
-        at, times = _number(txn, _AT), _number(txn, _TIMES)
+        at, times = self._unrecorded or (_number(txn, _AT), _number(txn, _TIMES))
         passed = self._clock() - at
         pause = min(_FIRST_PAUSE_S * 2.0 ** min(times - 1, 30), LONGEST_PAUSE_S)
         # A clock that was set back does not make it longer.
@@ -84,20 +85,22 @@ class Unreturned:
         )
 
     def note(self, returned: bool) -> None:
-        """Record how a trial ended; what cannot be recorded is tried again by the next put."""
+        """Record how a trial ended."""
+        with self._index.read() as txn:
+            _, before = self._unrecorded or (0, _number(txn, _TIMES))
+        if returned and before == 0:
+            return
+        at, times = int(self._clock()), 0 if returned else before + 1
 
         def change(txn: Writer) -> None:
-            times = _number(txn, _TIMES)
-            if returned and times == 0:
-                return
-            txn.set_meta(_TIMES, pack_counter(0 if returned else times + 1))
-            txn.set_meta(_AT, pack_counter(int(self._clock())))
+            txn.set_meta(_TIMES, pack_counter(times))
+            txn.set_meta(_AT, pack_counter(at))
 
-        with self._index.read() as txn:
-            if returned and _number(txn, _TIMES) == 0:
-                return
-        with contextlib.suppress(StoreError):
+        try:
             self._index.update(change)
+            self._unrecorded = None
+        except StoreError:
+            self._unrecorded = at, times
 
 
 class Rounds:

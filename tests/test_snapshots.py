@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from persist_cache import fs, unreturned
 from persist_cache.cache import PromptCache
 from persist_cache.errors import StoreFullError
+from persist_cache.index import Index, Writer
 from persist_cache.server import health_said
 from persist_cache.store import Store
 from tests.cli import runner
@@ -133,6 +135,29 @@ def test_other_processes_do_not_try_it_either(
     with Store.open(root, clock=lambda: now[0]) as again:
         assert "snapshot" in refused(again)
         assert count(again) == left
+
+
+def test_a_pause_that_cannot_be_recorded_is_one_all_the_same(
+    full: Store, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk without a free block: else each put would evict some more."""
+    disk.snapshot = True
+    update = Index.update
+
+    def refuse(index: Index, change: Callable[[Writer], Any]) -> Any:
+        if "note" in change.__qualname__:
+            raise StoreFullError("The disk is full.")
+        return update(index, change)
+
+    monkeypatch.setattr(Index, "update", refuse)
+    refused(full)
+    left = count(full)
+
+    for number in range(5):
+        assert "snapshot" in refused(full, 10_000_000 + 1000 * number)
+
+    assert count(full) == left
+    assert full.eviction_paused
 
 
 def test_once_the_snapshot_is_gone_room_is_made_again(
