@@ -7,15 +7,12 @@ device number that `stat` gives is dealt out at each mount; what lasts is the vo
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
 import os
-import platform
 import struct
 from pathlib import Path
 from typing import NamedTuple
 
-DARWIN = platform.system() == "Darwin"
+DARWIN = os.uname().sysname == "Darwin"
 """The kernel is macOS's: its structures are read here, so the name of a platform is not enough."""
 
 # struct statfs with 64-bit inodes, <sys/mount.h>: block size, then (after the size of a transfer)
@@ -93,6 +90,8 @@ def lasting_device(path: Path, device: int) -> int:
         return device
     if not any(uuid):
         return device
+    import hashlib
+
     # No device number has this bit.
     return 1 << 63 | int.from_bytes(hashlib.blake2b(uuid, digest_size=8).digest())
 
@@ -123,6 +122,8 @@ def _uuid(mount_point: bytes) -> bytes:
 
 
 def _ask_statfs(path: bytes) -> bytes:
+    import ctypes
+
     libc = ctypes.CDLL(None, use_errno=True)
     # On Intel the plain name is the old call, with 32-bit inodes and another structure.
     call = getattr(libc, "statfs$INODE64", None) or libc.statfs
@@ -132,6 +133,8 @@ def _ask_statfs(path: bytes) -> bytes:
 
 
 def _ask_attributes(path: bytes) -> bytes:
+    import ctypes
+
     libc = ctypes.CDLL(None, use_errno=True)
     buffer = ctypes.create_string_buffer(_UUID.size)
     wanted = ctypes.create_string_buffer(_ATTRIBUTES, len(_ATTRIBUTES))
@@ -142,5 +145,7 @@ def _ask_attributes(path: bytes) -> bytes:
 
 def _succeed(status: int, path: bytes) -> None:
     if status:
+        import ctypes
+
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code), os.fsdecode(path))
