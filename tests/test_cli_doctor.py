@@ -308,9 +308,9 @@ from persist_cache import doctor
 resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]), int(sys.argv[2])))
 if os.geteuid() == 0:
     os.setuid(65534)
-found = environment.judge_open_files(environment.open_files_limit())
+found = doctor.judge_open_files(doctor.open_files_limit())
 try:
-    resource.setrlimit(resource.RLIMIT_NOFILE, environment.MLX_LM_OPEN_FILES)
+    resource.setrlimit(resource.RLIMIT_NOFILE, doctor.MLX_LM_OPEN_FILES)
     works = True
 except ValueError:
     works = False

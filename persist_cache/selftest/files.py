@@ -133,7 +133,7 @@ def space_returns(setting: Setting) -> Result:
     for number in range(3):  # other programs write, too
         before = fs.free_bytes(setting.folder)
         path = _written(setting.folder / f"space-{number}", nbytes)
-        fs.settle(setting.folder)
+        fs.sync_file_system(setting.folder)
         full = fs.free_bytes(setting.folder)
         path.unlink()
         returned_s, returned = _returned(setting.folder, full, nbytes)
@@ -163,7 +163,7 @@ def _returned(folder: Path, full: int, nbytes: int) -> tuple[float, int]:
         passed = time.monotonic() - started
         if returned >= nbytes * 9 // 10 or passed > _SPACE_PATIENCE_S:
             return passed, returned
-        fs.settle(folder)
+        fs.sync_file_system(folder)
         time.sleep(0.01)
 
 
