@@ -11,7 +11,8 @@ import sys
 import time
 from pathlib import Path
 
-from persist_cache import doctor, fs
+from persist_cache import fs
+from persist_cache.doctor import facts
 from persist_cache.selftest.checks import Failed, NotApplicable, Result, Setting
 from persist_cache.system.mounts import Mounts
 
@@ -173,7 +174,7 @@ def reads_come_from_the_disk(setting: Setting) -> Result:
     share = _resident(path)
     if share > 0.1:
         raise _still_cached(setting.folder, share)
-    speed = doctor.measure_disk(setting.folder)
+    speed = facts.measure_disk(setting.folder)
     return Result(
         f"{speed.read_bytes_per_s / MIB:,.0f} MiB/s read past the cache, "
         f"{speed.write_bytes_per_s / MIB:,.0f} MiB/s written and synced",
