@@ -12,7 +12,7 @@ import pytest
 
 from persist_cache import fs
 from persist_cache.doctor import facts
-from persist_cache.fingerprint import contents
+from persist_cache.fingerprint import contents, memo
 from persist_cache.fingerprint.identifier import identify_or_reason
 from persist_cache.store.store import Store
 from persist_cache.system import volumes
@@ -73,13 +73,13 @@ class Mac:
 
     def restart(self, by: int = 7) -> None:
         """From now on `stat` gives another device number for every file."""
-        stamp_of = contents.Stamp.of.__func__  # type: ignore[attr-defined]
+        stamp_of = memo.Stamp.of.__func__  # type: ignore[attr-defined]
 
-        def moved(cls: type, status: os.stat_result) -> contents.Stamp:
-            stamp: contents.Stamp = stamp_of(cls, status)
+        def moved(cls: type, status: os.stat_result) -> memo.Stamp:
+            stamp: memo.Stamp = stamp_of(cls, status)
             return stamp._replace(device=stamp.device + by)
 
-        self._monkeypatch.setattr(contents.Stamp, "of", classmethod(moved))
+        self._monkeypatch.setattr(memo.Stamp, "of", classmethod(moved))
 
 
 @pytest.fixture

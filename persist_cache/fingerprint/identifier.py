@@ -28,9 +28,10 @@ from pathlib import Path
 from typing import NamedTuple, TypedDict, TypeVar, Unpack
 
 from persist_cache.fingerprint import loads
-from persist_cache.fingerprint.contents import CannotIdentify, blake2b, printable
+from persist_cache.fingerprint.contents import blake2b
 from persist_cache.fingerprint.loads import LOAD_NUMBERS, Description, Files, Load, Unidentified
 from persist_cache.fingerprint.model_files import ModelKey, Parts, split_model_key
+from persist_cache.fingerprint.reading import CannotIdentify, printable
 from persist_cache.fingerprint.value import Fingerprint, Scalar, canonical_fields
 from persist_cache.fingerprint.versions import installed_version
 
