@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from persist_cache.cache.prompt_cache import PromptCache
     from persist_cache.cache.stats import Fetch, PromptCacheStats
+    from persist_cache.codec import Source
     from persist_cache.entry import Entry, Match, Run, Tier
     from persist_cache.errors import (
         CorruptBlobError,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from persist_cache.prefill.loading import load
     from persist_cache.store.catalog import StoreStats
     from persist_cache.store.check import Problem
-    from persist_cache.store.put import PutResult, Source
+    from persist_cache.store.put import PutResult
     from persist_cache.store.store import Store, default_store_path
 
 __version__ = "0.1.0"
@@ -64,7 +65,7 @@ _HOME_OF = {
     "identify": "fingerprint.identifier",
     "Problem": "store.check",
     "PutResult": "store.put",
-    "Source": "store.put",
+    "Source": "codec",
     "load": "prefill.loading",
     "Store": "store.store",
     "default_store_path": "store.store",

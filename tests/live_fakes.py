@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from persist_cache import UnsupportedCacheError
-from persist_cache.blobs.reader import BlobReader
-from persist_cache.store.put import Source
+from persist_cache.codec import Blob, Source
 from tests.fakes import FakeSource, restore
 
 MODEL = ("model", None, None)
@@ -60,8 +59,8 @@ class FakeCodec:
 
     def restore(
         self,
-        runs: Sequence[tuple[BlobReader, int]],
-        checkpoint: BlobReader | None,
+        runs: Sequence[tuple[Blob, int]],
+        checkpoint: Blob | None,
         num_tokens: int,
     ) -> list[FakeLayer]:
         restored = restore(runs, checkpoint, num_tokens)

@@ -8,37 +8,14 @@ Thread safety: none of its own; `PromptCache` holds its lock around every call.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from persist_cache.cache.lru import TieredLRU
 from persist_cache.cache.owners import Owner
 from persist_cache.cache.trie import PromptTrie
+from persist_cache.codec import LiveCaches, Witness
 from persist_cache.tokens import TOKEN_BYTES
-
-
-class LiveCaches(Protocol):
-    """What must be known of a model's cache to keep it in memory; `tensors` provides it."""
-
-    def can_trim(self, cache: Sequence[Any], /) -> bool: ...
-
-    def trim(self, cache: Sequence[Any], num_tokens: int, /) -> int: ...
-
-    def nbytes(self, cache: Sequence[Any], /) -> int: ...
-
-    def copy_cache(self, cache: Any, /) -> Any: ...
-
-    def num_tokens(self, cache: Sequence[Any], /) -> int | None: ...
-
-
-class Witness(Protocol):
-    """What a codec's `witness(cache)` gives, if it has one: tells whether a cache was changed.
-
-    It may make the next write to the cache expensive, so it is dropped before a cache is lent.
-    """
-
-    def fits(self, cache: Sequence[Any], /) -> bool: ...
 
 
 @dataclass(eq=False, slots=True)

@@ -15,14 +15,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-from persist_cache.blobs.reader import BlobReader
 from persist_cache.cache.late_store import LateStore
-from persist_cache.cache.live_caches import Candidate, Held, LiveCaches, Resident
+from persist_cache.cache.live_caches import Candidate, Held, Resident
 from persist_cache.cache.owners import Owner, Owners
 from persist_cache.cache.stats import Fetch, PromptCacheStats, RecentFetch, Tally
 from persist_cache.cache.write_behind import WriteBehind
+from persist_cache.codec import Codec, Source
 from persist_cache.entry import TIER_LABELS, Match, Tier
 from persist_cache.errors import (
     StoreAccessError,
@@ -35,7 +35,6 @@ from persist_cache.fingerprint.loads import Unidentified
 from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.prefill.clock import Prefills
 from persist_cache.store.kin import STORED_OTHERWISE
-from persist_cache.store.put import Source
 from persist_cache.store.reasons import UNREADABLE, kind_of_reason, why_no_more
 from persist_cache.store.store import Store
 from persist_cache.tokens import TOKEN_BYTES, pack_tokens
@@ -45,28 +44,6 @@ log = logging.getLogger(__name__)
 _LONGEST_ANSWER_S = 600.0
 _ENOUGH_GAIN_TOKENS = 32
 """Reading the disk beats a shorter cache in memory only for more than a few tokens."""
-
-
-class Codec(LiveCaches, Protocol):
-    """Between mlx-lm caches and bytes; `persist_cache.tensors` is the one for mlx-lm.
-
-    It may also have `witness(cache)`, which gives a `resident.Witness`: then a cache is let go
-    that its former owner changed without changing its length.
-    """
-
-    def group_size(self) -> int: ...
-
-    def prepare(self, cache: Sequence[Any], num_tokens: int, /) -> int: ...
-
-    def source(self, cache: Sequence[Any], num_tokens: int, /) -> Source: ...
-
-    def restore(
-        self,
-        runs: Sequence[tuple[BlobReader, int]],
-        checkpoint: BlobReader | None,
-        num_tokens: int,
-        /,
-    ) -> Any: ...
 
 
 class _Taken(NamedTuple):

@@ -25,6 +25,7 @@ from msgspec import Struct
 from persist_cache import fs
 from persist_cache.blobs.folder import BlobFolder
 from persist_cache.blobs.reader import BlobReader
+from persist_cache.codec import Source
 from persist_cache.entry import Entry, Match, Run, Tier
 from persist_cache.errors import (
     CorruptBlobError,
@@ -50,7 +51,7 @@ from persist_cache.store.check import Problem
 from persist_cache.store.compact import compact, merge_chains
 from persist_cache.store.evict import REQUESTED, Evictor
 from persist_cache.store.kin import NOTHING_STORED, Kin
-from persist_cache.store.put import Insertion, PutResult, Source
+from persist_cache.store.put import Insertion, PutResult
 from persist_cache.store.rebuild import rebuild
 from persist_cache.store.session import Disk
 from persist_cache.tokens import TOKEN_BYTES, pack_tokens

@@ -20,9 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from persist_cache.blobs.header import Payload, Tensor
-from persist_cache.blobs.reader import BlobReader
 from persist_cache.cache.prompt_cache import PromptCache
+from persist_cache.codec import Blob, Payload, Tensor
 from persist_cache.errors import CorruptBlobError
 from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.store.store import Store
@@ -87,8 +86,8 @@ class Codec:
 
     def restore(
         self,
-        runs: Sequence[tuple[BlobReader, int]],
-        checkpoint: BlobReader | None,
+        runs: Sequence[tuple[Blob, int]],
+        checkpoint: Blob | None,
         num_tokens: int,
     ) -> list[Layer]:
         if checkpoint is not None:
@@ -129,7 +128,7 @@ class _Witness:
         return cache[0].rows is self.rows
 
 
-def _read(reader: BlobReader, name: str) -> np.ndarray:
+def _read(reader: Blob, name: str) -> np.ndarray:
     data = np.empty(reader.header.tensors[name].shape, dtype=np.int64)
     reader.read(name, [data.data.cast("B")])
     return data.reshape(-1)
