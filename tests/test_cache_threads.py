@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from persist_cache import PromptCache, Store
+from persist_cache.cache import prompt_cache
 from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.store import store
 from tests.fakes import FakeSource, fingerprint, put
@@ -175,6 +176,9 @@ class Busy:
 
 def test_cache_that_is_chosen_is_the_one_that_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another thread inserted a longer prompt between the two looks of one fetch."""
+    others: list[Callable[[], object]] = []
+    busy = Busy(lambda: [act() for act in others])
+    monkeypatch.setattr(prompt_cache, "RLock", lambda: busy)
     with PromptCache(codec=FakeCodec()) as cache:
         lengths = itertools.count(50)
 
@@ -183,9 +187,9 @@ def test_cache_that_is_chosen_is_the_one_that_is_given(monkeypatch: pytest.Monke
             cache.insert_cache(MODEL, tokens, [FakeLayer(tokens)], cache_type="system")
 
         insert()
-        monkeypatch.setattr(cache, "_lock", Busy(insert))
+        others.append(insert)
         kv, rest = cache.fetch_nearest_cache(MODEL, list(range(100)))
-        monkeypatch.undo()
+        others.clear()
 
     assert kv is not None
     assert kv[0].tokens + list(rest) == list(range(100))
