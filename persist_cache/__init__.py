@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from persist_cache.cache.prompt_cache import PromptCache
     from persist_cache.cache.stats import Fetch, PromptCacheStats
     from persist_cache.codec import Source
-    from persist_cache.entry import Entry, Match, Run, Tier
+    from persist_cache.entry import Entry, Match, MissReason, Run, Tier
     from persist_cache.errors import (
         CorruptBlobError,
         MissingDependencyError,
@@ -45,6 +45,7 @@ _HOME_OF = {
     "StoreStats": "store.catalog",
     "Entry": "entry",
     "Match": "entry",
+    "MissReason": "entry",
     "Run": "entry",
     "Tier": "entry",
     "CorruptBlobError": "errors",
@@ -78,6 +79,7 @@ __all__ = [
     "Fingerprint",
     "Identifier",
     "Match",
+    "MissReason",
     "MissingDependencyError",
     "ModelError",
     "PersistCacheError",

@@ -14,9 +14,9 @@ from persist_cache.cache.owners import Owner
 from persist_cache.cache.saver import Saver
 from persist_cache.cache.stats import Fetch, Tally
 from persist_cache.codec import Codec
-from persist_cache.entry import Match, Tier
+from persist_cache.entry import Match, MissReason, Tier
 from persist_cache.errors import StoreError
-from persist_cache.store.reasons import UNREADABLE, why_no_more
+from persist_cache.store.reasons import nothing, reason_of, why_no_more
 
 _ENOUGH_GAIN_TOKENS = 32
 """Reading the disk beats a shorter cache in memory only for more than a few tokens."""
@@ -82,18 +82,18 @@ class Lookup:
             if found is not None:
                 cache, match = found
                 used = match.num_tokens
-                why = why_no_more(used, limit, match, parting, asked_disk=asks_disk)
-                return cache, Fetch("disk", used, why, 0.0, match.nbytes, match.saved_s)
-            match = Match(0, reason=UNREADABLE)
+                why, said = why_no_more(used, limit, match, parting, asked_disk=asks_disk)
+                return cache, Fetch("disk", used, said, 0.0, match.nbytes, match.saved_s, why)
+            match = nothing(MissReason.UNREADABLE)
             taken = self.take(owner, packed, limit, on_disk=match)
         used = 0 if taken.cache is None else taken.num_tokens
-        why = why_no_more(used, limit, match, parting, asked_disk=asks_disk)
+        why, said = why_no_more(used, limit, match, parting, asked_disk=asks_disk)
         if taken.cache is None:
-            return None, Fetch("miss", 0, why)
+            return None, Fetch("miss", 0, said, why=why)
         store = self._saver.store
         if counted and store is not None and match.num_tokens:
             store.touch(match, num_tokens=used)
-        return taken.cache, Fetch("memory", used, why, prefill_s=taken.prefill_s)
+        return taken.cache, Fetch("memory", used, said, prefill_s=taken.prefill_s, why=why)
 
     def outlook(self, owner: Owner, packed: bytes, limit: int) -> tuple[int, int]:
         """Tokens that would not be computed, and how many memory alone would serve."""
@@ -131,15 +131,16 @@ class Lookup:
         """What the disk has of a prompt; nothing, with the reason, when it cannot be asked."""
         store = self._saver.disk
         if store is None:
-            return Match(0, reason=self._saver.disk_off)
+            said = self._saver.disk_off  # as the caller of `PromptCache` says it, or the disk
+            return Match(0, reason=said, why=reason_of(said))
         if owner.fingerprint is None:
-            return Match(0, reason=owner.why_memory_only)
+            return nothing(MissReason.UNIDENTIFIED_MODEL, owner.reason)
         try:
             return store.match(owner.fingerprint, packed, limit=limit)
         except StoreError as error:
             if self._saver.disk is not None:  # else it was closed by us while it was asked
                 self._saver.failed(error)
-            return Match(0, reason=str(error))
+            return nothing(MissReason.DISK_ERROR, str(error))
 
     def take(self, owner: Owner, packed: bytes, limit: int, *, on_disk: Match) -> Taken:
         """Give away the best cache in memory, unless the disk's is worth reading instead.

@@ -41,11 +41,6 @@ class Owner:
     reason: str = field(default="", compare=False)
     load: int | None = field(default=None, compare=False)
 
-    @property
-    def why_memory_only(self) -> str:
-        """Why what they compute is not kept on disk, when they have no fingerprint."""
-        return f"this model is kept in memory only: {self.reason}"
-
     def is_same_load(self, other: Owner) -> bool:
         """Whether both are the same weights, though one may be from before they were identified."""
         return self == other or (

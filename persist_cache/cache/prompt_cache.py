@@ -23,14 +23,13 @@ from persist_cache.cache.owners import Owners
 from persist_cache.cache.saver import Saver
 from persist_cache.cache.stats import Fetch, PromptCacheStats, RecentFetch, Tally
 from persist_cache.codec import Codec
-from persist_cache.entry import TIER_LABELS, Tier
+from persist_cache.entry import TIER_LABELS, MissReason, Tier
 from persist_cache.errors import StoreError
 from persist_cache.fingerprint.identifier import Identifier
 from persist_cache.fingerprint.loads import Unidentified
 from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.prefill.clock import Prefills
-from persist_cache.store.kin import STORED_OTHERWISE
-from persist_cache.store.reasons import kind_of_reason
+from persist_cache.store.reasons import kind_of_reason, sentence
 from persist_cache.store.store import Store
 from persist_cache.tokens import TOKEN_BYTES, pack_tokens
 
@@ -260,7 +259,8 @@ class PromptCache:
         except Exception as error:
             log.exception("a look-up failed; the prompt is computed anew")
             self._tally.problem(f"fetch_failed:{type(error).__name__}")
-            cache, fetch = None, Fetch("miss", 0, "the look-up failed")
+            why = MissReason.LOOK_UP_FAILED
+            cache, fetch = None, Fetch("miss", 0, sentence(why), why=why)
         fetch = replace(fetch, seconds=time.monotonic() - started)
         if counted:
             try:
@@ -485,7 +485,7 @@ class PromptCache:
         if store is None:
             return
         if fetch.source == "miss":
-            self._tell_of_kin(fetch.reason)
+            self._tell_of_kin(fetch)
             store.count(f"misses:{kind_of_reason(fetch.reason)}")
         elif fetch.reason:
             store.count(f"partial:{kind_of_reason(fetch.reason)}")
@@ -495,8 +495,8 @@ class PromptCache:
         store.count("tokens_reused", fetch.num_tokens)
         store.count("tokens_asked", num_tokens)
 
-    def _tell_of_kin(self, reason: str) -> None:
+    def _tell_of_kin(self, fetch: Fetch) -> None:
         """Say once in the log that what is stored for a model cannot be used as it is now."""
-        if reason.startswith(STORED_OTHERWISE) and reason not in self._told:
-            self._told.add(reason)
-            log.warning("prompts of this model are on disk, but %s", reason)
+        if fetch.why is MissReason.OTHER_IDENTITY and fetch.reason not in self._told:
+            self._told.add(fetch.reason)
+            log.warning("prompts of this model are on disk, but %s", fetch.reason)

@@ -20,13 +20,14 @@ from persist_cache.cache.owners import Owner
 from persist_cache.cache.stats import Tally
 from persist_cache.cache.write_behind import WriteBehind
 from persist_cache.codec import Codec, Source
-from persist_cache.entry import Tier
+from persist_cache.entry import MissReason, Tier
 from persist_cache.errors import (
     StoreAccessError,
     StoreBusyError,
     StoreError,
     UnsupportedCacheError,
 )
+from persist_cache.store.reasons import sentence
 from persist_cache.store.store import Store
 
 log = logging.getLogger(__name__)
@@ -150,7 +151,9 @@ class Saver:
     def serves(self, owner: Owner) -> None:
         """Note whose KV is computed now: without a fingerprint, it stays in memory."""
         if self.disk is not None:
-            self._memory_only = "" if owner.fingerprint is not None else owner.why_memory_only
+            unknown = owner.fingerprint is None
+            why = MissReason.UNIDENTIFIED_MODEL if unknown else None
+            self._memory_only = sentence(why, owner.reason)
 
     # ---- what `PromptCache` tells it ----------------------------------------------------------
 

@@ -26,7 +26,7 @@ from persist_cache import fs
 from persist_cache.blobs.folder import BlobFolder
 from persist_cache.blobs.reader import BlobReader
 from persist_cache.codec import Source
-from persist_cache.entry import Entry, Match, Run, Tier
+from persist_cache.entry import Entry, Match, MissReason, Run, Tier
 from persist_cache.errors import (
     CorruptBlobError,
     DamagedIndexError,
@@ -50,7 +50,7 @@ from persist_cache.store.catalog import Catalog, StoreStats
 from persist_cache.store.check import Problem
 from persist_cache.store.compact import compact, merge_chains
 from persist_cache.store.evict import REQUESTED, Evictor
-from persist_cache.store.kin import NOTHING_STORED, Kin
+from persist_cache.store.kin import Kin
 from persist_cache.store.put import Insertion, PutResult
 from persist_cache.store.rebuild import rebuild
 from persist_cache.store.session import Disk
@@ -327,14 +327,14 @@ class Store:
         with self._disk.index.read() as txn:
             for _, namespace in txn.namespaces(fingerprint.digest):
                 found = _match_in(txn, namespace, packed, limit)
-                if found.reason != NOTHING_STORED and (
+                if found.why is not MissReason.NOTHING_STORED and (
                     best is None
                     or (found.num_tokens, found.common_tokens)
                     >= (best.num_tokens, best.common_tokens)
                 ):
                     best = found
             if best is None:
-                return Match(0, reason=self._kin.why_nothing(txn, fingerprint))
+                return self._kin.nothing(txn, fingerprint)
         return best
 
     def fetch(
@@ -834,17 +834,17 @@ def _checked_date(expires: float | None) -> float:
 def _match_in(txn: Reader, namespace: NamespaceRecord, packed: bytes, limit: int) -> Match:
     path = tree.walk(txn, namespace.root, packed)
     position, checkpoint = tree.resumable(txn, path, limit)
-    reason = ""
+    why: MissReason | None = None
     if path.common == 0:
         stored = txn.children(namespace.root, limit=1)
-        reason = reasons.OTHER_PROMPT if stored else NOTHING_STORED
+        why = MissReason.OTHER_PROMPT if stored else MissReason.NOTHING_STORED
     elif position < min(path.common, limit):
-        reason = reasons.NO_CHECKPOINT
+        why = MissReason.NO_CHECKPOINT
     elif position == path.common < len(packed) // TOKEN_BYTES:
         goes_on = path.node is None or txn.children(path.node, limit=1)
-        reason = reasons.DIVERGES if goes_on else reasons.ENDS
+        why = MissReason.DIVERGES if goes_on else MissReason.ENDS
     if position == 0:
-        return Match(0, common_tokens=path.common, reason=reason)
+        return Match(0, common_tokens=path.common, reason=reasons.sentence(why), why=why)
     runs: list[Run] = []
     nbytes = 0
     for step in path.steps:
@@ -868,7 +868,8 @@ def _match_in(txn: Reader, namespace: NamespaceRecord, packed: bytes, limit: int
         entries=tuple(entry_id(number) for number in used_entries),
         nbytes=nbytes + (0 if state is None else state.nbytes),
         saved_s=_saved_s(txn, used_entries, position),
-        reason=reason,
+        reason=reasons.sentence(why),
+        why=why,
     )
 
 
