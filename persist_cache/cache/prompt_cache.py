@@ -195,6 +195,17 @@ class PromptCache:
         return self._saver.disk_off
 
     @property
+    def eviction_paused(self) -> str:
+        """Why nothing is evicted for the free-space floor at present; "" when it may be."""
+        store = self._saver.disk
+        if store is None:
+            return ""
+        try:
+            return store.eviction_paused
+        except StoreError:
+            return ""  # which `disk_off` says
+
+    @property
     def last_fetch(self) -> Fetch:
         """How the calling thread's most recent `fetch_nearest_cache` was answered.
 

@@ -15,7 +15,6 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from persist_cache.server.guard import (
     is_loopback,
 )
 from persist_cache.server.launch import Parser, ServeOptions, open_disk, start_line
+from persist_cache.server.listening import NamelessServer
 from persist_cache.server.upstream import Generator, listen, main, place_in_group
 from persist_cache.store.store import Store, default_store_path
 from persist_cache.system import endings
@@ -172,7 +172,7 @@ def _listen(
     """Answer requests until the process is to end; `tell` is called once somebody can ask."""
     stop = generator.stop_and_join
 
-    class Listening(ThreadingHTTPServer):
+    class Listening(NamelessServer):
         def server_activate(self) -> None:
             super().server_activate()
             tell(self.server_address[1])
