@@ -89,3 +89,15 @@ class FakeCodec:
 
     def witness(self, cache: Sequence[Any]) -> FakeWitness:
         return FakeWitness(tuple(cache[0].tokens))
+
+
+class TokenCodec(FakeCodec):
+    """Restores what `tests.fakes.put` stored, whose layout names no weights."""
+
+    def source(self, cache: Sequence[Any], num_tokens: int) -> FakeSource:
+        return FakeSource(cache[0].tokens[:num_tokens])
+
+    def restore(
+        self, runs: Sequence[tuple[Blob, int]], checkpoint: Blob | None, num_tokens: int
+    ) -> list[FakeLayer]:
+        return [FakeLayer(range(num_tokens))]

@@ -17,6 +17,7 @@ from persist_cache.codec import Codec
 from persist_cache.entry import Match, MissReason, Tier
 from persist_cache.errors import StoreError
 from persist_cache.store.reasons import nothing, reason_of, why_no_more
+from persist_cache.store.trail import Trail
 
 _ENOUGH_GAIN_TOKENS = 32
 """Reading the disk beats a shorter cache in memory only for more than a few tokens."""
@@ -60,7 +61,12 @@ class Lookup:
         self._tally = tally
 
     def answer(
-        self, owner: Owner, packed: bytes, limit: int, counted: bool
+        self,
+        owner: Owner,
+        packed: bytes,
+        limit: int,
+        counted: bool,
+        trail: Trail | None = None,
     ) -> tuple[Any | None, Fetch]:
         """The longer of memory and disk, what it is, and why it is no more.
 
@@ -69,11 +75,12 @@ class Lookup:
             packed: The prompt.
             limit: Tokens that it may get at most.
             counted: Whether the use is to be noted in the store.
+            trail: Of the request; for any of these methods, None means that this is its only look.
 
         Returns:
             A cache that the caller owns, or None; and the outcome.
         """
-        match = self.match(owner, packed, limit)
+        match = self.match(owner, packed, limit, trail)
         asks_disk = self._saver.disk is not None and owner.fingerprint is not None
         taken = self.take(owner, packed, limit, on_disk=match)
         parting = taken.parting
@@ -104,21 +111,25 @@ class Lookup:
         reads_disk = in_memory == 0 or on_disk - in_memory >= _ENOUGH_GAIN_TOKENS
         return (max(on_disk, in_memory) if reads_disk else in_memory), in_memory
 
-    def known(self, owner: Owner, packed: bytes, limit: int) -> tuple[int, int]:
+    def known(
+        self, owner: Owner, packed: bytes, limit: int, trail: Trail | None = None
+    ) -> tuple[int, int]:
         """Tokens that can be served, and tokens shared with anything that is known."""
         with self._lock:
             candidate = self._resident.find(owner, packed, limit)
             common = self._resident.common_tokens(owner, packed)
         known = 0 if candidate is None else candidate.num_tokens
-        match = self.match(owner, packed, limit)
+        match = self.match(owner, packed, limit, trail)
         return max(known, match.num_tokens), max(common, match.common_tokens)
 
-    def read_ahead(self, owner: Owner, packed: bytes, limit: int) -> int:
+    def read_ahead(
+        self, owner: Owner, packed: bytes, limit: int, trail: Trail | None = None
+    ) -> int:
         """Have the system read what `answer` would; returns the bytes of the files."""
         store = self._saver.store
         if store is None:
             return 0
-        match = self.match(owner, packed, limit)
+        match = self.match(owner, packed, limit, trail)
         with self._lock:
             in_memory = self._resident.common_tokens(owner, packed)
         if match.num_tokens - in_memory < _ENOUGH_GAIN_TOKENS:
@@ -127,7 +138,7 @@ class Lookup:
         self._tally.read_ahead(nbytes)
         return nbytes
 
-    def match(self, owner: Owner, packed: bytes, limit: int) -> Match:
+    def match(self, owner: Owner, packed: bytes, limit: int, trail: Trail | None = None) -> Match:
         """What the disk has of a prompt; nothing, with the reason, when it cannot be asked."""
         store = self._saver.disk
         if store is None:
@@ -136,7 +147,7 @@ class Lookup:
         if owner.fingerprint is None:
             return nothing(MissReason.UNIDENTIFIED_MODEL, owner.reason)
         try:
-            return store.match(owner.fingerprint, packed, limit=limit)
+            return store.match(owner.fingerprint, packed, limit=limit, trail=trail)
         except StoreError as error:
             if self._saver.disk is not None:  # else it was closed by us while it was asked
                 self._saver.failed(error)

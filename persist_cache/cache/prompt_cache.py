@@ -31,6 +31,7 @@ from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.prefill.clock import Prefills
 from persist_cache.store.reasons import kind_of_reason, sentence
 from persist_cache.store.store import Store
+from persist_cache.store.trail import Trail
 from persist_cache.tokens import TOKEN_BYTES, pack_tokens
 
 log = logging.getLogger(__name__)
@@ -247,7 +248,12 @@ class PromptCache:
         return cache, rest
 
     def look_up(
-        self, model: Hashable, tokens: Sequence[int], *, counted: bool = True
+        self,
+        model: Hashable,
+        tokens: Sequence[int],
+        *,
+        counted: bool = True,
+        trail: Trail | None = None,
     ) -> tuple[Any | None, Sequence[int], Fetch]:
         """As `fetch_nearest_cache`, with its outcome.
 
@@ -255,6 +261,7 @@ class PromptCache:
             model: mlx-lm's model key.
             tokens: The prompt.
             counted: Whether it is a client's request. Others are in no statistics.
+            trail: Of the request, if it has other looks: the index is walked once for all.
 
         Returns:
             Cache and rest, and how the request was answered.
@@ -265,7 +272,7 @@ class PromptCache:
             if not hasattr(tokens, "__getitem__"):
                 tokens = list(tokens)  # what can be read only once
             packed = pack_tokens(tokens)
-            cache, fetch = self._fetch(model, packed, counted)
+            cache, fetch = self._fetch(model, packed, counted, trail)
             self._prefills.begun(model, packed, fetch.num_tokens, fetch.prefill_s)
         except Exception as error:
             log.exception("a look-up failed; the prompt is computed anew")
@@ -354,11 +361,18 @@ class PromptCache:
             return Unidentified(f"it cannot be identified: {type(error).__name__}: {error}")
         return found
 
-    def read_ahead(self, model: Hashable, tokens: Sequence[int]) -> int:
+    def read_ahead(
+        self, model: Hashable, tokens: Sequence[int], *, trail: Trail | None = None
+    ) -> int:
         """Have the system read what a fetch of this prompt would, for a request that waits.
 
         Runs no MLX operation and identifies no model, so any thread may call it, and counts
         nothing.
+
+        Args:
+            model: mlx-lm's model key.
+            tokens: The prompt.
+            trail: Of the request; as for `look_up`.
 
         Returns:
             Bytes of the files; 0 when memory serves the prompt, or nothing was asked of the model
@@ -368,7 +382,7 @@ class PromptCache:
             if self.store is None:
                 return 0
             owner = self._owners.of(model, may_read=False)
-            return self._lookup.read_ahead(owner, pack_tokens(tokens), len(tokens))
+            return self._lookup.read_ahead(owner, pack_tokens(tokens), len(tokens), trail)
         return 0
 
     def cut_answer(
@@ -407,7 +421,12 @@ class PromptCache:
         return 0, 0
 
     def branch_point(
-        self, model: Hashable, tokens: Sequence[int], *, min_gain_tokens: int = 1
+        self,
+        model: Hashable,
+        tokens: Sequence[int],
+        *,
+        min_gain_tokens: int = 1,
+        trail: Trail | None = None,
     ) -> int:
         """Where a prompt leaves what is known, if it cannot be resumed there; else 0.
 
@@ -418,18 +437,21 @@ class PromptCache:
             model: mlx-lm's model key.
             tokens: The prompt.
             min_gain_tokens: How far behind the last position that can be resumed it has to lie.
+            trail: Of the request; as for `look_up`.
         """
-        known, common = self._known(model, tokens)
+        known, common = self._known(model, tokens, trail)
         if common == 0:
             return 0
         common = min(common, len(tokens) - 1)
         return common if common - known >= min_gain_tokens else 0
 
-    def _known(self, model: Hashable, tokens: Sequence[int]) -> tuple[int, int]:
+    def _known(
+        self, model: Hashable, tokens: Sequence[int], trail: Trail | None = None
+    ) -> tuple[int, int]:
         """Tokens that can be served, and tokens shared with anything that is known."""
         with self._nothing_raised():
             owner = self._owners.of(model, may_read=self._saver.wants_disk)
-            return self._lookup.known(owner, pack_tokens(tokens), len(tokens))
+            return self._lookup.known(owner, pack_tokens(tokens), len(tokens), trail)
         return 0, 0
 
     @contextlib.contextmanager
@@ -479,13 +501,15 @@ class PromptCache:
 
     # ---- look up -----------------------------------------------------------------------------
 
-    def _fetch(self, model: Hashable, packed: bytes, counted: bool) -> tuple[Any | None, Fetch]:
+    def _fetch(
+        self, model: Hashable, packed: bytes, counted: bool, trail: Trail | None
+    ) -> tuple[Any | None, Fetch]:
         limit = max(0, len(packed) // TOKEN_BYTES - self._leave_tokens)
         self._saver.poke()
         self._computing_until = time.monotonic() + _LONGEST_ANSWER_S
         owner = self._keeper.owner(model)
         self._owners.asked(owner, packed)
-        cache, fetch = self._lookup.answer(owner, packed, limit, counted)
+        cache, fetch = self._lookup.answer(owner, packed, limit, counted, trail)
         if cache is not None:
             self._owners.gave(owner, cache)
         return cache, fetch
