@@ -25,6 +25,7 @@ from persist_cache.codec import Blob, Payload, Tensor
 from persist_cache.errors import CorruptBlobError
 from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.store.store import Store
+from persist_cache.store.trail import Trail
 from tests.fakes import fingerprint
 from tests.torture import broken
 
@@ -309,7 +310,12 @@ class Episode:
         prompt = self._prompt(dice)
         with self._loaded.computing() as (model, loads):
             cache = self._cache  # another one would not know what was asked of this one
-            kv, rest = cache.fetch_nearest_cache(MODEL, prompt)
+            trail = Trail()
+            if len(prompt) % 2:
+                # As a server does; others commit in between, and weights may be replaced.
+                cache.read_ahead(MODEL, prompt, trail=trail)
+                cache.branch_point(MODEL, prompt, trail=trail)
+            kv, rest, _ = cache.look_up(MODEL, prompt, trail=trail)
             if self._loaded.loads != loads:
                 return  # loaded in between: who knows which model was asked for
             layer = self._verified(kv, list(rest), prompt, model)
