@@ -121,6 +121,11 @@ class Budget:
                 f"Today's write budget of {daily} bytes is spent; writing goes on tomorrow (UTC)."
             )
 
+    @property
+    def tells_late(self) -> bool:
+        """Whether the file system tells only later what is free; see `FreeSpace`."""
+        return self._free.is_late
+
     def excess(self, txn: Reader, nbytes: int, num_tokens: int) -> int:
         """Bytes that must go before `nbytes` more may be written; 0 or less when they fit."""
         return max(self.lacks(txn, nbytes, num_tokens))
