@@ -20,7 +20,7 @@ import xxhash
 
 from persist_cache import __version__, fs
 from persist_cache.blobs.folder import SUFFIX
-from persist_cache.blobs.header import TOKENS, BlobHeader, Tensor, header_bytes, prefix_digest
+from persist_cache.blobs.header import TOKENS, BlobHeader, header_bytes, prefix_digest
 from persist_cache.blobs.reader import BlobReader
 from persist_cache.blobs.rows import Cut, StoredTensor, cut_runs, whole
 from persist_cache.bundle.container import (
@@ -38,6 +38,7 @@ from persist_cache.bundle.container import (
     member_header,
     padding,
 )
+from persist_cache.codec import Tensor
 from persist_cache.entry import Tier
 from persist_cache.errors import CorruptBlobError, StoreAccessError, StoreError
 from persist_cache.fingerprint.value import Fingerprint

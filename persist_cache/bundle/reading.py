@@ -17,7 +17,7 @@ import msgspec
 
 from persist_cache import fs
 from persist_cache.blobs.folder import SUFFIX
-from persist_cache.blobs.header import TOKENS, BlobHeader, Payload, prefix_digest
+from persist_cache.blobs.header import TOKENS, BlobHeader, prefix_digest
 from persist_cache.blobs.layout import Shapes
 from persist_cache.blobs.reader import BlobReader
 from persist_cache.blobs.rows import Span, join, rows_between, whole
@@ -40,6 +40,7 @@ from persist_cache.bundle.container import (
     padding,
     parse_manifest,
 )
+from persist_cache.codec import Payload
 from persist_cache.entry import Tier
 from persist_cache.errors import CorruptBlobError, StoreAccessError, StoreFormatError
 from persist_cache.fingerprint.value import LAYOUT_VERSION, Fingerprint

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
 from persist_cache import fs
-from persist_cache.blobs.header import TOKENS, BlobHeader, Payload, Tensor, prefix_digest
+from persist_cache.blobs.header import TOKENS, BlobHeader, prefix_digest
 from persist_cache.blobs.writer import BlobWriter, Written
+from persist_cache.codec import Payload, Source, Tensor
 from persist_cache.errors import StoreError, StoreFullError
 from persist_cache.index import tree
 from persist_cache.index.environment import Reader, Writer
@@ -41,27 +42,6 @@ if TYPE_CHECKING:
 _MAX_ATTEMPTS = 8
 _MAX_RUNS = 100
 """Files of one put, all open until its commit; macOS allows a process 256."""
-
-
-class Source(Protocol):
-    """What a put saves: a KV cache, seen as rows and state.
-
-    Its byte views must stay unchanged until the put returns.
-    """
-
-    @property
-    def layout(self) -> str:
-        """JSON of classes and geometry; only equal layouts share runs."""
-
-    @property
-    def complete(self) -> bool:
-        """Rows of every layer exist, so that any position can be resumed."""
-
-    def rows(self, start: int, end: int) -> Payload:
-        """The rows of tokens `[start, end)`."""
-
-    def checkpoint(self) -> Payload | None:
-        """State at the end of those layers whose rows may drop, or None if there are none."""
 
 
 class PutResult(Struct, frozen=True):

@@ -16,10 +16,11 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from persist_cache import fs
-from persist_cache.blobs.header import TOKENS, BlobHeader, EntryMark, Tensor
+from persist_cache.blobs.header import TOKENS, BlobHeader, EntryMark
 from persist_cache.blobs.reader import BlobReader
 from persist_cache.blobs.rows import ROW_AXIS, Cut, cut_runs
 from persist_cache.blobs.writer import BlobWriter, Written
+from persist_cache.codec import Tensor
 from persist_cache.errors import CorruptBlobError
 from persist_cache.index import tree
 from persist_cache.index.environment import Reader, Writer

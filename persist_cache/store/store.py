@@ -25,7 +25,8 @@ from msgspec import Struct
 from persist_cache import fs
 from persist_cache.blobs.folder import BlobFolder
 from persist_cache.blobs.reader import BlobReader
-from persist_cache.entry import Entry, Match, Run, Tier
+from persist_cache.codec import Blob, Source
+from persist_cache.entry import Entry, Match, MissReason, Run, Tier
 from persist_cache.errors import (
     CorruptBlobError,
     DamagedIndexError,
@@ -50,10 +51,11 @@ from persist_cache.store.catalog import Catalog, StoreStats
 from persist_cache.store.check import Problem
 from persist_cache.store.compact import compact, merge_chains
 from persist_cache.store.evict import REQUESTED, Evictor
-from persist_cache.store.kin import NOTHING_STORED, Kin
-from persist_cache.store.put import Insertion, PutResult, Source
+from persist_cache.store.kin import Kin
+from persist_cache.store.put import Insertion, PutResult
 from persist_cache.store.rebuild import rebuild
 from persist_cache.store.session import Disk
+from persist_cache.store.trail import Trail
 from persist_cache.tokens import TOKEN_BYTES, pack_tokens
 
 if TYPE_CHECKING:
@@ -325,6 +327,7 @@ class Store:
         tokens: Sequence[int] | bytes,
         *,
         limit: int | None = None,
+        trail: Trail | None = None,
     ) -> Match:
         """Find the longest stored prefix of `tokens` that can be resumed. Reads only.
 
@@ -332,6 +335,7 @@ class Store:
             fingerprint: Identity of the model.
             tokens: Prompt token ids, in order, or what `pack_tokens` made of them.
             limit: Use at most this many tokens; the whole prompt when None.
+            trail: Of the request, for which the index is walked once and not at each look.
 
         Returns:
             A Match; `num_tokens` is 0 on a miss, and `reason` says why it is no longer.
@@ -340,24 +344,26 @@ class Store:
         length = len(packed) // TOKEN_BYTES
         limit = length if limit is None else max(0, min(limit, length))
         best: Match | None = None
-        with self._disk.index.read() as txn:
-            for _, namespace in txn.namespaces(fingerprint.digest):
-                found = _match_in(txn, namespace, packed, limit)
-                if found.reason != NOTHING_STORED and (
+        trail = Trail() if trail is None else trail
+        disk = self._disk
+        with disk.index.read() as txn:
+            for namespace, path in trail.ways(txn, disk, fingerprint.digest, packed):
+                found = _match_along(txn, namespace, path, length, limit)
+                if found.why is not MissReason.NOTHING_STORED and (
                     best is None
                     or (found.num_tokens, found.common_tokens)
                     >= (best.num_tokens, best.common_tokens)
                 ):
                     best = found
             if best is None:
-                return Match(0, reason=self._kin.why_nothing(txn, fingerprint))
+                return self._kin.nothing(txn, fingerprint)
         return best
 
     def fetch(
         self,
         fingerprint: Fingerprint,
         tokens: Sequence[int] | bytes,
-        restore: Callable[[Sequence[tuple[BlobReader, int]], BlobReader | None, int], T],
+        restore: Callable[[Sequence[tuple[Blob, int]], Blob | None, int], T],
         *,
         limit: int | None = None,
         min_tokens: int = 1,
@@ -388,7 +394,7 @@ class Store:
         fingerprint: Fingerprint,
         tokens: Sequence[int] | bytes,
         match: Match,
-        restore: Callable[[Sequence[tuple[BlobReader, int]], BlobReader | None, int], T],
+        restore: Callable[[Sequence[tuple[Blob, int]], Blob | None, int], T],
         *,
         limit: int | None = None,
         min_tokens: int = 1,
@@ -847,20 +853,22 @@ def _checked_date(expires: float | None) -> float:
     return expires
 
 
-def _match_in(txn: Reader, namespace: NamespaceRecord, packed: bytes, limit: int) -> Match:
-    path = tree.walk(txn, namespace.root, packed)
+def _match_along(
+    txn: Reader, namespace: NamespaceRecord, path: tree.Walk, length: int, limit: int
+) -> Match:
+    """What can be resumed on the way of a prompt of `length` tokens, at most `limit` of them."""
     position, checkpoint = tree.resumable(txn, path, limit)
-    reason = ""
+    why: MissReason | None = None
     if path.common == 0:
         stored = txn.children(namespace.root, limit=1)
-        reason = reasons.OTHER_PROMPT if stored else NOTHING_STORED
+        why = MissReason.OTHER_PROMPT if stored else MissReason.NOTHING_STORED
     elif position < min(path.common, limit):
-        reason = reasons.NO_CHECKPOINT
-    elif position == path.common < len(packed) // TOKEN_BYTES:
+        why = MissReason.NO_CHECKPOINT
+    elif position == path.common < length:
         goes_on = path.node is None or txn.children(path.node, limit=1)
-        reason = reasons.DIVERGES if goes_on else reasons.ENDS
+        why = MissReason.DIVERGES if goes_on else MissReason.ENDS
     if position == 0:
-        return Match(0, common_tokens=path.common, reason=reason)
+        return Match(0, common_tokens=path.common, reason=reasons.sentence(why), why=why)
     runs: list[Run] = []
     nbytes = 0
     for step in path.steps:
@@ -884,7 +892,8 @@ def _match_in(txn: Reader, namespace: NamespaceRecord, packed: bytes, limit: int
         entries=tuple(entry_id(number) for number in used_entries),
         nbytes=nbytes + (0 if state is None else state.nbytes),
         saved_s=_saved_s(txn, used_entries, position),
-        reason=reason,
+        reason=reasons.sentence(why),
+        why=why,
     )
 
 

@@ -95,34 +95,32 @@ def _identified_late() -> None:
 
 def _two_looks() -> None:
     """A fetch tells the length of one cache, and gives away what a second look finds."""
+    from persist_cache.cache.lookup import Lookup, Taken
     from persist_cache.cache.owners import Owner
-    from persist_cache.cache.prompt_cache import PromptCache, _Taken
 
-    take = PromptCache._take
+    take = Lookup.take
 
     def look_and_take(
-        self: PromptCache, owner: Owner, packed: bytes, limit: int, *, on_disk: Match
-    ) -> _Taken:
-        with self._lock:
-            first = self._candidate(owner, packed, limit)
+        self: Lookup, owner: Owner, packed: bytes, limit: int, *, on_disk: Match
+    ) -> Taken:
+        first = self.outlook(owner, packed, limit)[1]
         given = take(self, owner, packed, limit, on_disk=on_disk)
-        return given if first is None else given._replace(num_tokens=first.num_tokens)
+        return given if first == 0 else given._replace(num_tokens=first)
 
-    PromptCache._take = look_and_take  # type: ignore[method-assign]
+    Lookup.take = look_and_take  # type: ignore[method-assign]
 
 
 def _only_lengths() -> None:
     """Of a cache that its former owner changed, only the length is compared."""
-    from persist_cache.cache.live_caches import Held
-    from persist_cache.cache.prompt_cache import PromptCache
+    from persist_cache.cache.live_caches import Held, Resident
 
-    is_unchanged = PromptCache._is_unchanged
+    is_unchanged = Resident.is_unchanged
 
-    def has_its_length(self: PromptCache, held: Held) -> bool:
+    def has_its_length(self: Resident, held: Held) -> bool:
         held.witness = None
         return is_unchanged(self, held)
 
-    PromptCache._is_unchanged = has_its_length  # type: ignore[method-assign]
+    Resident.is_unchanged = has_its_length  # type: ignore[method-assign]
 
 
 FOUND_BY = {
