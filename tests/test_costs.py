@@ -18,7 +18,7 @@ from mlx_lm.models.cache import KVCache
 
 from persist_cache import PromptCache, Store, fs, tensors
 from persist_cache.blobs.header import ALIGNMENT
-from persist_cache.index.environment import Reader
+from persist_cache.index.transaction import Reader
 from persist_cache.tokens import TOKEN_BYTES, pack_tokens
 from tests.fakes import FakeSource, fingerprint
 

@@ -22,8 +22,9 @@ from persist_cache.errors import (
     StoreReadOnlyError,
 )
 from persist_cache.filenames import SUSPECT_FILE
-from persist_cache.index.environment import Index, Writer
+from persist_cache.index.environment import Index
 from persist_cache.index.records import pack_counter
+from persist_cache.index.transaction import Writer
 from persist_cache.store import check
 from persist_cache.store.store import Store
 from tests.fakes import blob_files, fetched, files_in, put

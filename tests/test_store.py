@@ -13,7 +13,7 @@ import pytest
 
 from persist_cache.entry import Match
 from persist_cache.errors import CorruptBlobError, StoreError, StoreReadOnlyError
-from persist_cache.index.environment import Reader
+from persist_cache.index.transaction import Reader
 from persist_cache.store.store import Store, default_store_path
 from persist_cache.tokens import pack_tokens
 from tests.fakes import Clock, FakeSource, blob_files, fetched, fingerprint, put, restore

@@ -24,8 +24,8 @@ from persist_cache.errors import CorruptBlobError, DamagedIndexError, StoreBusyE
 from persist_cache.filenames import SUSPECT_FILE
 from persist_cache.index import tree
 from persist_cache.index.audit import broken_invariants
-from persist_cache.index.environment import Writer
 from persist_cache.index.records import BlobKind, SizedRecord
+from persist_cache.index.transaction import Writer
 from persist_cache.store import rebuild, testimony
 from persist_cache.store.evict import Evictor
 from persist_cache.store.session import Disk

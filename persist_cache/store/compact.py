@@ -16,7 +16,6 @@ from persist_cache.blobs.header import ALIGNMENT
 from persist_cache.entry import Tier
 from persist_cache.errors import CorruptBlobError, StoreFormatError, StoreFullError
 from persist_cache.index import tree
-from persist_cache.index.environment import Reader
 from persist_cache.index.records import (
     NO_ENTRY,
     BlobKind,
@@ -25,6 +24,7 @@ from persist_cache.index.records import (
     EntryRecord,
     edge_parent,
 )
+from persist_cache.index.transaction import Reader
 from persist_cache.store import check
 from persist_cache.store.evict import Evictor
 from persist_cache.store.rewrite import LivingRun, NotRewrittenError, living_run, rewrite

@@ -17,8 +17,8 @@ from persist_cache.blobs.folder import try_remove_orphan
 from persist_cache.entry import Tier
 from persist_cache.errors import StoreFullError
 from persist_cache.index import tree
-from persist_cache.index.environment import Reader, Writer
 from persist_cache.index.records import SizedRecord, entry_id, recency_key, unpack_number
+from persist_cache.index.transaction import Reader, Writer
 from persist_cache.store.relief import Relief
 from persist_cache.store.session import Disk
 from persist_cache.store.unreturned import WHY, Rounds

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from persist_cache.index.environment import Reader
+from persist_cache.index.transaction import Reader
 
 if TYPE_CHECKING:
     from persist_cache.fingerprint.value import FieldChange, Fingerprint

@@ -18,7 +18,6 @@ from persist_cache.blobs.header import TOKENS, BlobHeader, Payload, Tensor, pref
 from persist_cache.blobs.writer import BlobWriter, Written
 from persist_cache.errors import StoreError, StoreFullError
 from persist_cache.index import tree
-from persist_cache.index.environment import Reader, Writer
 from persist_cache.index.records import (
     NO_BLOB,
     NO_ENTRY,
@@ -30,6 +29,7 @@ from persist_cache.index.records import (
     entry_number,
     namespace_key,
 )
+from persist_cache.index.transaction import Reader, Writer
 from persist_cache.store.budget import WRITTEN_BYTES, blob_estimate, written_today
 from persist_cache.store.evict import Evictor
 from persist_cache.store.session import Disk

@@ -22,7 +22,6 @@ from persist_cache.blobs.rows import ROW_AXIS, Cut, cut_runs
 from persist_cache.blobs.writer import BlobWriter, Written
 from persist_cache.errors import CorruptBlobError
 from persist_cache.index import tree
-from persist_cache.index.environment import Reader, Writer
 from persist_cache.index.records import (
     NO_ENTRY,
     BlobKind,
@@ -31,6 +30,7 @@ from persist_cache.index.records import (
     EntryRecord,
     edge_parent,
 )
+from persist_cache.index.transaction import Reader, Writer
 from persist_cache.store.budget import WRITTEN_BYTES, blob_estimate, written_today
 from persist_cache.store.evict import Evictor
 from persist_cache.store.put import add_blob, undone

@@ -34,7 +34,6 @@ from persist_cache.errors import (
     StoreReadOnlyError,
 )
 from persist_cache.index import tree
-from persist_cache.index.environment import Reader, Writer
 from persist_cache.index.records import (
     END_OF_TIME_S,
     NO_BLOB,
@@ -44,6 +43,7 @@ from persist_cache.index.records import (
     entry_id,
 )
 from persist_cache.index.semaphores import Semaphores
+from persist_cache.index.transaction import Reader, Writer
 from persist_cache.store import catalog, check, opening, reasons
 from persist_cache.store.budget import Limits
 from persist_cache.store.catalog import Catalog, StoreStats
