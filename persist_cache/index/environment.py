@@ -1,19 +1,19 @@
-"""The LMDB environment: opening, locking, growing, and typed access within one transaction.
+"""The LMDB environment: opening, locking and growing it, and the transactions in it.
 
-This is the only module that imports lmdb. What the records mean together, the trie, is the
-business of `paths`.
+The only module that imports lmdb, and longer than others for that reason: opening, transactions,
+growing and what LMDB's errors mean all need it. What may be asked of a transaction is in
+`transaction`, the lock under which every change runs in `writer_lock`.
 
 Thread safety: an `Index` may be shared between threads. Reads run side by side; writes are
-serialised between threads by `_write_lock` and between processes by the `flock` of `writer.lock`.
+serialised by `WriterLock`. `_gate` counts the threads that are in a transaction, because LMDB
+resizes its map only while there is none.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import mmap
 import os
-import struct
 import sys
 import threading
 import time
@@ -27,14 +27,13 @@ from persist_cache import fs
 from persist_cache.errors import (
     DamagedIndexError,
     StoreAccessError,
-    StoreBusyError,
     StoreError,
     StoreFormatError,
     StoreFullError,
     StoreInUseError,
     StoreReadOnlyError,
 )
-from persist_cache.index import holders, lock_table, semaphores
+from persist_cache.index import data_file, lock_table, semaphores
 from persist_cache.index.ballast import Spare
 from persist_cache.index.records import (
     COUNTER_BYTES,
@@ -42,12 +41,10 @@ from persist_cache.index.records import (
     unpack_counter,
 )
 from persist_cache.index.transaction import DATABASES, Reader, Writer
+from persist_cache.index.writer_lock import LOCK_FILE, WriterLock
 from persist_cache.system import forked
 
 SCHEMA_VERSION = 1
-_META_MAGIC = 0xBEEFC0DE
-_META = struct.Struct("<16xI20xI")
-"""The head of `data.mdb`: after the page header LMDB's magic number, later its page size."""
 _DAMAGE = (
     lmdb.BadTxnError,
     lmdb.CorruptedError,
@@ -63,17 +60,10 @@ _NOTHING_TO_GIVE = (
     "space on it and try again. Nothing was changed."
 )
 _NO_ROOM_BYTES = 1 << 20
-PATIENCE_S = 10.0
-"""How long a change waits for other processes; a commit takes milliseconds."""
 _LEAST_BYTES_BEHIND = 64 << 10
 """XFS takes no less ahead; elsewhere a file may have some blocks for what says where others are."""
 _OPENING_PATIENCE_S = 2.0
 """How long to try to open an environment that others begin or close at the same moment."""
-_SOON_S = 2.0
-"""After so long it is said that something waits."""
-_MARKS = struct.Struct("<B7xQ")
-"""The head of `writer.lock`: whether somebody is inside, and the process that was last."""
-LOCK_FILE = "writer.lock"
 T = TypeVar("T")
 
 
@@ -112,31 +102,28 @@ class Index:
             StoreInUseError: This process has it open already.
         """
         self.root = root
-        self.data_path = root / "data.mdb"
+        self.data_path = root / data_file.FILE
         self.read_only = read_only
         self._pid = os.getpid()
         self._presence = presence
-        self._write_lock = threading.Lock()
+        self._writers = WriterLock(root)
         self._gate = threading.Condition()
         self._inside = 0
         self._growing = False
         self._closed = False
-        self._lock_fd = -1
         self._data_fd = -1
-        self._waits: dict[int, float] = {}
         self._terms = threading.local()
         self._map_bytes = map_bytes
         self._spare = Spare(root) if spare is None else spare
         self._env: lmdb.Environment
         self._is_open = False
-        self._owner: int | None = None
         self.semaphores: semaphores.Semaphores | None = None
         """LMDB's, where it has some."""
         try:
             if read_only:
                 self._open()
             else:
-                self._lock_fd = fs.open_shared(root / LOCK_FILE)
+                self._writers.open()
                 self._require_durability()
                 # Opening a table is a transaction that writes.
                 with self._alone():
@@ -148,16 +135,16 @@ class Index:
 
     def _open(self) -> None:
         """Open everything; where it may be written, under `writer.lock`."""
-        self._check_length()
+        data_file.check_length(self.data_path)
         self._env = self._open_environment()
         forked.register(self)
         self._check_last_page()
-        self._file = _identity(self.data_path)
+        self._file = data_file.identity(self.data_path)
         self.page_bytes = int(self._env.stat()["psize"])
         if not self.read_only:
             self._data_fd = os.open(self.data_path, os.O_RDWR | os.O_CLOEXEC)
             # LMDB creates its files under the umask, which may be any.
-            fs.restrict(self.root / "data.mdb", fs.FILE_MODE)
+            fs.restrict(self.root / data_file.FILE, fs.FILE_MODE)
             fs.restrict(self.root / lock_table.FILE, fs.FILE_MODE)
             self.reader_check()
         self._db = self._open_databases()
@@ -177,18 +164,15 @@ class Index:
         if self._closed or os.getpid() != self._pid:
             return True  # a forked child must not touch its parent's environment
         give_up = None if timeout_s is None else time.monotonic() + max(timeout_s, 0.0)
-        if not self._write_lock.acquire(timeout=-1 if give_up is None else _left(give_up)):
-            return False
-        try:
+        with self._writers.threads_kept_out(_left(give_up)) as are_out:
+            if not are_out:
+                return False
             with self._gate:
                 self._closed = True
-                left = None if give_up is None else _left(give_up)
-                if not self._gate.wait_for(lambda: not self._inside, left):
+                if not self._gate.wait_for(lambda: not self._inside, _left(give_up)):
                     return False
                 self._close_environment()
                 self._close_files()
-        finally:
-            self._write_lock.release()
         return True
 
     @property
@@ -201,10 +185,11 @@ class Index:
         self._close_files()
 
     def _close_files(self) -> None:
-        for fd in (self._lock_fd, self._data_fd, self._presence):
+        self._writers.close()
+        for fd in (self._data_fd, self._presence):
             if fd >= 0:
                 os.close(fd)
-        self._lock_fd = self._data_fd = self._presence = -1
+        self._data_fd = self._presence = -1
         if self.semaphores is not None:
             self.semaphores.let_go()
 
@@ -320,9 +305,9 @@ class Index:
             try:
                 return self._commit(change)
             except lmdb.MapFullError:
-                self._resize(self._larger_map(self._env.info()["map_size"]))
+                self._resize(data_file.larger_map(self._env.info()["map_size"]))
             except lmdb.MapResizedError:
-                self._resize(self._larger_map(self.data_path.stat().st_size))
+                self._resize(data_file.larger_map(self.data_path.stat().st_size))
             except lmdb.PanicError:
                 # A commit before this one failed while it wrote its last page.
                 if renewed:
@@ -377,18 +362,7 @@ class Index:
 
     def waits_for(self) -> str:
         """What keeps changes waiting at this moment, in a sentence; "" if nothing does."""
-        with self._gate:
-            since = min(self._waits.values(), default=None)
-        if since is None or time.monotonic() - since < _SOON_S:
-            return ""
-        return self._busy(time.monotonic() - since)
-
-    def _busy(self, waited_s: float) -> str:
-        path = self.root / LOCK_FILE
-        last = 0
-        with contextlib.suppress(OSError, struct.error):
-            last = _MARKS.unpack(os.pread(self._lock_fd, _MARKS.size, 0))[1]
-        return holders.sentence(path, holders.holders(path, last), waited_s)
+        return self._writers.waits_for()
 
     def _commit(self, change: Callable[[Writer], T]) -> T:
         self._enter()
@@ -415,7 +389,7 @@ class Index:
 
     def file_bytes(self) -> int:
         """Bytes the index takes on disk, as `du` counts."""
-        names = ("data.mdb", lock_table.FILE, LOCK_FILE)
+        names = (data_file.FILE, lock_table.FILE, LOCK_FILE)
         return sum(fs.disk_bytes(self.root / name) for name in names)
 
     def is_lost(self) -> bool:
@@ -424,7 +398,7 @@ class Index:
         A closed one has none: it was lost before, and its number may be another file's by now.
         """
         try:
-            return self._closed or _identity(self.data_path) != self._file
+            return self._closed or data_file.identity(self.data_path) != self._file
         except OSError:
             return True
 
@@ -470,7 +444,7 @@ class Index:
                     if isinstance(error, lmdb.PanicError):
                         self._renew()
                     else:
-                        self._resize(self._larger_map(self.data_path.stat().st_size))
+                        self._resize(data_file.larger_map(self.data_path.stat().st_size))
                 finally:
                     self._enter()
 
@@ -487,7 +461,7 @@ class Index:
 
     def _renew(self) -> None:
         """Open the environment again; LMDB wants that after it failed to write a meta page."""
-        is_alone = self.read_only or self._owner == threading.get_ident()
+        is_alone = self.read_only or self._writers.is_mine
         with contextlib.nullcontext() if is_alone else self._alone(), self._nobody_inside():
             if self._closed:
                 return
@@ -512,66 +486,16 @@ class Index:
                 self._growing = False
                 self._gate.notify_all()
 
-    def _larger_map(self, nbytes: int) -> int:
-        """A size for a map that is to be larger than `nbytes`, as far as the process may have it.
-
-        To be found out before: LMDB gives the old map up first, and cannot do without one.
-        """
-        for share in (1.0, 0.5, 0.125):
-            size = int(nbytes * (1 + share)) // mmap.PAGESIZE * mmap.PAGESIZE + (1 << 20)
-            try:
-                mmap.mmap(-1, size, mmap.MAP_PRIVATE, mmap.PROT_READ).close()
-            except (OSError, ValueError, OverflowError):
-                continue
-            return size
-        raise StoreFullError(
-            f"The index is full: its {nbytes} bytes cannot grow, because this process may not have "
-            "more address space; raise that limit (ulimit -v). Nothing was changed."
-        )
-
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """Hold `_write_lock` and `writer.lock`; byte 0 of that is 1 meanwhile."""
-        said: float | None = getattr(self._terms, "patience_s", None)
-        patience_s = PATIENCE_S if said is None else max(0.0, said)
-        me = threading.get_ident()
-        started = time.monotonic()
-        give_up = started + patience_s
-        with self._gate:
-            self._waits[me] = started
-        try:
-            if not self._write_lock.acquire(timeout=patience_s):
-                self._check_usable()
-                raise StoreBusyError(self._busy(patience_s))
-        except BaseException:
-            with self._gate:
-                self._waits.pop(me, None)
-            raise
-        try:
-            try:
-                self._check_usable()
-                if not fs.lock(self._lock_fd, _left(give_up)):
-                    raise StoreBusyError(self._busy(patience_s))
-            finally:
-                with self._gate:
-                    self._waits.pop(me, None)
-            try:
-                if self.semaphores is not None:
-                    self.semaphores.mend_writer()
-                self._mark(_MARKS.pack(1, self._pid))
-                self._owner = me
-                yield
-            finally:
-                self._owner = None
-                self._mark(b"\x00")
-                fs.unlock(self._lock_fd)
-        finally:
-            self._write_lock.release()
+        """Hold the lock of writers, with LMDB's semaphore for them free."""
+        patience_s: float | None = getattr(self._terms, "patience_s", None)
+        with self._writers.held(patience_s, self._check_usable, self._mend_writer):
+            yield
 
-    def _mark(self, marks: bytes) -> None:
-        # On a full disk the file's first byte may be refused; evicting has to work even then.
-        with contextlib.suppress(OSError):
-            os.pwrite(self._lock_fd, marks, 0)
+    def _mend_writer(self) -> None:
+        if self.semaphores is not None:
+            self.semaphores.mend_writer()
 
     def _reader_check(self) -> None:
         with contextlib.suppress(lmdb.PanicError):  # the transaction is told so, too
@@ -583,7 +507,7 @@ class Index:
 
     def _require_durability(self) -> None:
         """LMDB asks the system to make each commit durable, and has no other way (macOS)."""
-        if fs.syncs_fully(self._lock_fd):
+        if self._writers.syncs_fully:
             return
         raise StoreAccessError(
             f"{self.root} is on {fs.volume(self.root)}, a volume that cannot make a commit of the "
@@ -595,7 +519,7 @@ class Index:
         """Open it with as much address space as there is, up to what was asked for."""
         size = self._map_bytes
         if not self.read_only:
-            _create_empty(self.data_path)
+            data_file.create_empty(self.data_path)
         give_up = time.monotonic() + _OPENING_PATIENCE_S
         while True:
             try:
@@ -674,22 +598,6 @@ class Index:
             self._env.close()
         lock_table.closed(self._table)
 
-    def _check_length(self) -> None:
-        """A file shorter than its two meta pages kills the process that maps it (SIGBUS)."""
-        try:
-            with self.data_path.open("rb") as file:
-                head = file.read(_META.size)
-                size = os.fstat(file.fileno()).st_size
-        except FileNotFoundError:
-            return
-        if size == 0:
-            return
-        magic, page_bytes = _META.unpack(head.ljust(_META.size, b"\0"))
-        if magic != _META_MAGIC:
-            raise DamagedIndexError(f"{self.data_path} is not an LMDB file.")
-        if size < 2 * page_bytes:
-            raise DamagedIndexError(f"{self.data_path} is truncated to {size} bytes.")
-
     def _check_last_page(self) -> None:
         """A truncated file would raise SIGBUS at the first look-up beyond its end."""
         needed = (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
@@ -729,21 +637,6 @@ class Index:
             )
 
 
-def _create_empty(path: Path) -> None:
-    """Make the file that LMDB would make, unless it is there; LMDB fills one that is empty."""
-    with contextlib.suppress(FileExistsError):
-        fd = fs.create(path)
-        try:
-            fs.grow_exactly(fd)
-        finally:
-            os.close(fd)
-
-
-def _identity(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_dev, status.st_ino
-
-
 def _initialise(txn: Writer) -> None:
     if txn.meta("schema") is None:
         txn.add("schema", SCHEMA_VERSION)
@@ -751,8 +644,8 @@ def _initialise(txn: Writer) -> None:
         txn.add("created", int(time.time()))
 
 
-def _left(give_up: float) -> float:
-    return max(0.0, give_up - time.monotonic())
+def _left(give_up: float | None) -> float | None:
+    return None if give_up is None else max(0.0, give_up - time.monotonic())
 
 
 def _opened(

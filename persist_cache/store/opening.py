@@ -26,9 +26,10 @@ from persist_cache.errors import (
 )
 from persist_cache.filenames import PRESENCE_FILE, SUSPECT_FILE, TAG_FILE
 from persist_cache.index import ballast, holders, lock_table, semaphores
-from persist_cache.index.environment import PATIENCE_S, Index
+from persist_cache.index.environment import Index
 from persist_cache.index.records import pack_counter, unpack_counter
 from persist_cache.index.transaction import Writer
+from persist_cache.index.writer_lock import PATIENCE_S
 from persist_cache.store import exclusion, rebuild
 from persist_cache.store.budget import DEFAULT_MAX_BYTES, DEFAULT_MIN_FREE_BYTES, Limits
 from persist_cache.store.relief import UnseenSpare
