@@ -159,7 +159,7 @@ def test_quarantined_file_that_was_not_moved_is_moved_by_the_next_sweep(
     path = blob_files(store.root)[0]
     path.write_bytes(path.read_bytes()[:-1])
     with monkeypatch.context() as patch:
-        patch.setattr("persist_cache.store.check._move_to_quarantine", lambda *_: None)
+        patch.setattr("persist_cache.store.quarantine.move_aside", lambda *_: None)
         assert fetched(store, [1, 2, 3]) == 0
     assert path.exists()
 

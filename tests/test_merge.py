@@ -396,7 +396,7 @@ def test_budget_holds_while_the_old_files_are_still_there(
     merged = 0
     for room in range(100_000, 3_000_000, 200_000):
         with open_store(root, max_bytes=before + room) as store:
-            store._grown[int(leaf, 16)] = None
+            store._upkeep.note(int(leaf, 16))
             samples.clear()
             merged = store.merge_runs()
             assert max(samples) <= before + room
