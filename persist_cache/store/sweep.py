@@ -13,6 +13,7 @@ from persist_cache.errors import StoreBusyError, StoreError
 from persist_cache.index.transaction import Writer
 from persist_cache.store.evict import Evictor
 from persist_cache.store.quarantine import correct_sizes, is_quarantined, move_aside
+from persist_cache.store.reservation import release_abandoned
 from persist_cache.store.session import Disk
 
 
@@ -22,7 +23,7 @@ def sweep(disk: Disk, evictor: Evictor) -> None:
     Cheap enough for every start: it looks at what the index lists and at the folders for
     temporary and damaged files, never at all blobs.
     """
-    evictor.release_abandoned()
+    release_abandoned(disk)
     disk.folder.remove_strays()
     evictor.redate()
     with disk.index.read() as txn:
