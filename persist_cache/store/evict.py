@@ -42,23 +42,31 @@ class Evictor:
     def __init__(self, disk: Disk) -> None:
         self._disk = disk
 
-    def evict(self, numbers: Sequence[int], reason: str, to_bytes: int | None = None) -> int:
-        """Remove entries, and every file that nothing else needs.
-
-        Returns:
-            Bytes of the files that are gone; one that cannot be unlinked stays in the trash.
+    def evict(
+        self,
+        numbers: Sequence[int],
+        reason: str,
+        *,
+        to_bytes: int | None = None,
+        missing_ok: bool = False,
+    ) -> int:
+        """Remove entries, and every file that nothing else needs; see `Store.evict`.
 
         The ballast is made anew afterwards if it was given up, as far as the budget, or
         `to_bytes`, has room for it.
+
+        Returns:
+            Bytes of the files that are gone; one that cannot be unlinked stays in the trash.
 
         Raises:
             KeyError: One of them is not stored; nothing was removed.
         """
 
         def drop(txn: Writer) -> None:
-            for number in numbers:
-                if txn.entry(number) is None:
-                    raise KeyError(entry_id(number))
+            if not missing_ok:
+                for number in numbers:
+                    if txn.entry(number) is None:
+                        raise KeyError(f"no entry has the id {entry_id(number)}")
             self._drop(txn, numbers, "evicted", reason)
 
         freed = self._freed_by(drop)

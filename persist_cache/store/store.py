@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
@@ -28,7 +29,6 @@ from persist_cache.errors import (
 from persist_cache.index.records import (
     END_OF_TIME_S,
     EntryRecord,
-    entry_id,
 )
 from persist_cache.index.semaphores import Semaphores
 from persist_cache.index.transaction import Reader, Writer
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+_ID = re.compile("[0-9a-f]{16}")
 DEFAULT_RUN_TOKENS = 4096
 """Longest run written into one blob: large and sequential, yet a tail can be freed."""
 
@@ -263,11 +264,11 @@ class Store:
         """
         self._evictor.refuse_without_room(nbytes, num_tokens, protected, what)
 
-    def date_back(self, prefix: str, created: float) -> None:
+    def date_back(self, entry: str, created: float) -> None:
         """Say that an entry was computed at `created` (UTC seconds), if that is earlier."""
         with contextlib.suppress(KeyError):  # it was evicted meanwhile
             self._change(
-                prefix,
+                entry,
                 lambda record: record._replace(
                     created_us=min(int(created * 1e6), record.created_us)
                 ),
@@ -472,67 +473,69 @@ class Store:
         with self._disk.index.read(copies=True) as txn:
             return Catalog(txn).entries()
 
-    def get(self, prefix: str) -> Entry:
-        """The entry whose id begins with `prefix`.
+    def get(self, entry: str) -> Entry:
+        """The entry whose id is `entry`; `queries.ids` completes shortened ones.
 
         Raises:
-            KeyError: No entry, or more than one, has such an id.
+            KeyError: No entry has this id.
         """
-        number = self._number(prefix)
         with self._disk.index.read() as txn:
-            entry = catalog.load_entry(txn, number)
-        if entry is None:
-            raise KeyError(prefix)
-        return entry
+            found = catalog.load_entry(txn, _number(entry))
+        if found is None:
+            raise KeyError(f"no entry has the id {entry}")
+        return found
 
-    def pin(self, prefix: str, pinned: bool = True) -> None:
-        """Exempt an entry from eviction, or no longer.
+    def pin(self, entry: str, pinned: bool = True) -> None:
+        """Exempt the entry whose id is `entry` from eviction, or no longer.
 
         Raises:
-            KeyError: No entry, or more than one, has such an id.
+            KeyError: No entry has this id.
         """
-        self._change(prefix, lambda record: record._replace(pinned=pinned))
+        self._change(entry, lambda record: record._replace(pinned=pinned))
 
-    def expire_at(self, prefix: str, when: float | None) -> None:
-        """Let an entry expire at `when` (UTC seconds), or never.
+    def expire_at(self, entry: str, when: float | None) -> None:
+        """Let the entry whose id is `entry` expire at `when` (UTC seconds), or never.
 
         Raises:
-            KeyError: No entry, or more than one, has such an id.
+            KeyError: No entry has this id.
         """
         expires = _checked_date(when)
-        self._change(prefix, lambda record: record._replace(expires=expires))
+        self._change(entry, lambda record: record._replace(expires=expires))
 
-    def set_label(self, prefix: str, label: str) -> None:
-        """Name an entry.
+    def set_label(self, entry: str, label: str) -> None:
+        """Name the entry whose id is `entry`.
 
         Raises:
-            KeyError: No entry, or more than one, has such an id.
+            KeyError: No entry has this id.
         """
-        self._change(prefix, lambda record: record._replace(label=_text(label)))
+        self._change(entry, lambda record: record._replace(label=_text(label)))
 
     def evict(
         self,
-        prefixes: Sequence[str],
+        ids: Iterable[str],
         *,
         reason: str = REQUESTED,
         to_bytes: int | None = None,
+        missing_ok: bool = False,
     ) -> int:
         """Remove entries, and every file that nothing else needs; returns the bytes freed.
 
-        Rows shared with other entries stay for those, and rows that nothing needs stay as long as
-        their file does. A file that cannot be unlinked is tried again later, and not counted.
+        All of them go in one commit. Rows shared with other entries stay for those, and rows that
+        nothing needs stay as long as their file does. A file that cannot be unlinked is tried again
+        later, and not counted.
 
         Args:
-            prefixes: Ids, or beginnings of ids that are unique.
+            ids: Whole ids.
             reason: What `explain` is to say of them.
             to_bytes: What the store is to take afterwards, if that is what it is for: where only
                 the room that is kept back for a full disk is in the way, that goes as well.
+            missing_ok: Pass over entries that are not there, such as those that went meanwhile.
 
         Raises:
-            KeyError: An id is unknown or ambiguous; nothing was removed.
+            KeyError: An id is unknown; nothing was removed.
         """
-        numbers = list(dict.fromkeys(self._number(prefix) for prefix in prefixes))
-        return self._evictor.evict(numbers, reason, to_bytes)
+        numbers = list(dict.fromkeys(map(_number, ids)))
+        return self._evictor.evict(numbers, reason, to_bytes=to_bytes, missing_ok=missing_ok)
 
     def evict_to(self, max_bytes: int) -> int:
         """Evict in order until the store takes at most `max_bytes`, or the rest is pinned.
@@ -606,33 +609,23 @@ class Store:
         """
         return self._upkeep.gc()
 
-    def _number(self, prefix: str) -> int:
-        """The number of the one entry whose id begins with `prefix`."""
-        if not prefix or len(prefix) > 16 or any(c not in "0123456789abcdef" for c in prefix):
-            raise KeyError(f"{prefix!r} is not an entry id: use hex digits as `list` shows them")
-        low = int(prefix.ljust(16, "0"), 16)
-        with self._disk.index.read() as txn:
-            found: list[str] = []
-            for number in txn.entries_from(low):
-                if not entry_id(number).startswith(prefix) or len(found) == 2:
-                    break
-                found.append(entry_id(number))
-        if not found:
-            raise KeyError(f"no entry has an id that begins with {prefix!r}")
-        if len(found) > 1:
-            raise KeyError(f"several entries have an id that begins with {prefix!r}")
-        return int(found[0], 16)
-
-    def _change(self, prefix: str, change: Callable[[EntryRecord], EntryRecord]) -> None:
-        number = self._number(prefix)
+    def _change(self, entry: str, change: Callable[[EntryRecord], EntryRecord]) -> None:
+        number = _number(entry)
 
         def apply(txn: Writer) -> None:
             record = txn.entry(number)
             if record is None:
-                raise KeyError(f"no entry has an id that begins with {prefix!r}")
+                raise KeyError(f"no entry has the id {entry}")
             txn.put_entry(number, change(record))
 
         self._disk.index.update(apply)
+
+
+def _number(entry: str) -> int:
+    """The number of the entry whose id is `entry`."""
+    if not _ID.fullmatch(entry):
+        raise KeyError(f"{entry!r} is not an entry id: one has 16 hex digits")
+    return int(entry, 16)
 
 
 def _packed(tokens: Sequence[int] | bytes) -> bytes:
