@@ -45,8 +45,9 @@ if TYPE_CHECKING:
     from persist_cache.store.catalog import StoreStats
     from persist_cache.store.check import Problem
     from persist_cache.store.put import PutResult
-    from persist_cache.store.store import Collected, Store, default_store_path
+    from persist_cache.store.store import Store, default_store_path
     from persist_cache.store.trail import Trail
+    from persist_cache.store.upkeep import Collected
 
 __version__ = "0.1.0"
 
@@ -92,7 +93,7 @@ _HOME_OF = {
     "StoreStats": "store.catalog",
     "Problem": "store.check",
     "PutResult": "store.put",
-    "Collected": "store.store",
+    "Collected": "store.upkeep",
     "Store": "store.store",
     "default_store_path": "store.store",
     "Trail": "store.trail",

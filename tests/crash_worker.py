@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from persist_cache import fs
-from persist_cache.index.environment import Index, Writer
+from persist_cache.index.environment import Index
+from persist_cache.index.transaction import Writer
 from persist_cache.store.store import Store
 from tests.fakes import Clock, blob_files, disk_usage, fetched, put
 

@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 
 from persist_cache import fs
+from persist_cache.blobs.reader import BlobReader
 from persist_cache.entry import Tier
 from persist_cache.errors import StoreError
-from persist_cache.index.environment import Index, Writer
+from persist_cache.index.environment import Index
 from persist_cache.index.records import BlobRecord
+from persist_cache.index.transaction import Writer
+from persist_cache.store import lookup
 from persist_cache.store.store import Store
 from tests.fakes import Clock, blob_files, disk_usage, fetched, files_in, meanwhile, put, restore
 from tests.fakes import fingerprint as identity
@@ -273,17 +276,18 @@ def test_reader_of_the_old_file_reads_on(store: Store) -> None:
     assert found[0].equals(HEAD)
 
 
-def test_look_up_that_finds_the_old_name_looks_again(store: Store) -> None:
+def test_look_up_that_finds_the_old_name_looks_again(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     leave_dead_rows(store)
-    open_blob = store._open_blob
     compacted: list[int] = []
 
-    def compact_first(*found: Any) -> Any:
+    def compact_first(path: Path, **expected: Any) -> BlobReader:
         if not compacted:
             compacted.append(store.gc().compacted)
-        return open_blob(*found)
+        return BlobReader(path, **expected)
 
-    store._open_blob = compact_first  # type: ignore[assignment, method-assign]
+    monkeypatch.setattr(lookup, "BlobReader", compact_first)
 
     assert fetched(store, LONG) == len(HEAD)
     assert compacted == [1]

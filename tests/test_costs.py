@@ -10,6 +10,7 @@ import random
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from email.message import Message
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,11 +24,15 @@ from mlx_lm.server import ResponseGenerator
 from persist_cache import PromptCache, Store, fs, tensors
 from persist_cache.blobs.header import ALIGNMENT
 from persist_cache.index import tree
-from persist_cache.index.environment import Reader
+from persist_cache.index.environment import Index
+from persist_cache.index.transaction import Reader
+from persist_cache.server.admin import Admin
+from persist_cache.server.guard import Request
 from persist_cache.server.ticket import Ticket, TicketedCache
 from persist_cache.server.upstream import Generator
 from persist_cache.store.trail import Trail
 from persist_cache.tokens import TOKEN_BYTES, pack_tokens
+from tests.cli import Run, runner
 from tests.fakes import FakeSource, fingerprint, put
 from tests.live_fakes import MODEL, TokenCodec
 
@@ -70,6 +75,16 @@ def put_turns(store: Store, num_tokens: int, num_turns: int) -> list[int]:
     return tokens
 
 
+def put_prompts(store: Store, number: int) -> list[str]:
+    """Store short prompts that have nothing in common; returns their ids."""
+    return [put(store, [1_000 + one, *range(9)]) for one in range(number)]
+
+
+@pytest.fixture
+def run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Run:
+    return runner(tmp_path / "store", capfd)
+
+
 class Reads:
     """Every read of a file, by descriptor, and every file opened for it."""
 
@@ -110,6 +125,22 @@ class LookUps:
             if name == "tokens":
                 self.token_bytes += len(result)
             return result
+
+        return counted
+
+
+class Transactions:
+    """Transactions of the index that were begun, reading and writing ones."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun: Counter[str] = Counter()
+        for name in ("read", "update"):
+            monkeypatch.setattr(Index, name, self._counted(name, getattr(Index, name)))
+
+    def _counted(self, name: str, method: Any) -> Any:
+        def counted(*arguments: Any, **named: Any) -> Any:
+            self.begun[name] += 1
+            return method(*arguments, **named)
 
         return counted
 
@@ -401,3 +432,75 @@ def test_put_of_what_is_stored_writes_no_file(
 
     assert store.put(fingerprint(), list(range(100)), source).nbytes == 0
     assert sorted(os.listdir(store.root / "blobs")) == files
+
+
+@pytest.mark.parametrize("number", [2, 200])
+def test_evicting_many_entries_takes_no_more_transactions_than_evicting_two(
+    store: Store, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    ids = put_prompts(store, number + 2)[:number]
+    transactions = Transactions(monkeypatch)
+
+    store.evict(ids)
+
+    assert store.stats().entries == 2
+    # What goes and what is struck off the trash; what is in the trash before, after and in the
+    # end, and whether the ballast is there.
+    assert transactions.begun["update"] == 2
+    assert transactions.begun["read"] <= 4
+
+
+@pytest.mark.parametrize("number", [2, 200])
+def test_evict_command_takes_no_more_transactions_for_many_ids(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run, number: int
+) -> None:
+    with Store.open(tmp_path / "store", min_free_bytes=0) as store:
+        ids = put_prompts(store, number + 2)[:number]
+    assert run("list").status == 0
+    transactions = Transactions(monkeypatch)
+
+    assert run("evict", *ids, "--yes", "--json").status == 0
+
+    assert transactions.begun["update"] <= 4
+    assert transactions.begun["read"] <= 20
+
+
+def test_evicting_what_is_below_an_entry_over_http_takes_a_handful_of_transactions(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stem = put(store, [1, 2, 3], tier="system")
+    for number in range(60):
+        put(store, [1, 2, 3, 100 + number])
+    with PromptCache(store=store, leave_tokens=1) as cache:
+        transactions = Transactions(monkeypatch)
+
+        answer = Admin(cache, token="").answer(
+            Request("DELETE", f"/v1/cache/entries/{stem}?below=true", Message())
+        )
+
+        assert answer.status == 200
+        assert transactions.begun["update"] == 2
+        assert transactions.begun["read"] <= 10
+    assert store.entries() == []
+
+
+def test_evict_command_does_not_begin_again_for_each_entry_when_one_went_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
+    with Store.open(tmp_path / "store", min_free_bytes=0) as store:
+        put_prompts(store, 40)
+    evict = Store.evict
+
+    def evict_later(self: Store, ids: Sequence[str], **options: Any) -> int:
+        if len(ids) == 40:
+            evict(self, [ids[7]])
+        return evict(self, ids, **options)
+
+    monkeypatch.setattr(Store, "evict", evict_later)
+    transactions = Transactions(monkeypatch)
+
+    assert run("evict", "--all", "--yes").status == 0
+
+    with Store.open(tmp_path / "store", min_free_bytes=0) as store:
+        assert store.entries() == []
+    assert transactions.begun["update"] <= 8

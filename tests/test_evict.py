@@ -26,7 +26,7 @@ ROOM_FOR_FEW = 600_000 + 68 * (mmap.PAGESIZE - 4096)
 def evict_one(store: Store) -> set[str]:
     """Evict until one byte is freed; returns the ids that went."""
     before = {entry.id for entry in store.entries()}
-    store._disk.index.update(lambda txn: store._evictor._free(txn, 1, frozenset()))
+    store._disk.index.update(lambda txn: store._evictor.free(txn, 1, frozenset()))
     return before - {entry.id for entry in store.entries()}
 
 

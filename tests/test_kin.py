@@ -139,7 +139,7 @@ def test_answer_is_looked_up_once_for_each_state_of_the_index(
 def test_look_up_of_kin_reads_namespaces_and_no_prompts(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from persist_cache.index.environment import Reader
+    from persist_cache.index.transaction import Reader
 
     for number in range(20):
         put(store, identity(mlx_lm=f"0.31.{number}"), range(10 * number, 10 * number + 9))

@@ -16,8 +16,9 @@ import pytest
 from persist_cache import PromptCache, fs, tensors
 from persist_cache.entry import Tier
 from persist_cache.index import tree
-from persist_cache.index.environment import Index, Reader
+from persist_cache.index.environment import Index
 from persist_cache.index.records import Edge
+from persist_cache.index.transaction import Reader
 from persist_cache.store import compact
 from persist_cache.store.evict import Evictor
 from persist_cache.store.rebuild import rebuild
@@ -141,10 +142,10 @@ def test_merging_while_idle_needs_no_look_at_the_rest_of_the_store(
     put(store, [5, 5, 5])
     scans: list[str] = []
     monkeypatch.setattr(
-        "persist_cache.index.environment.Reader.edges", lambda _: scans.append("edges")
+        "persist_cache.index.transaction.Reader.edges", lambda _: scans.append("edges")
     )
     monkeypatch.setattr(
-        "persist_cache.index.environment.Reader.entries", lambda _: scans.append("entries")
+        "persist_cache.index.transaction.Reader.entries", lambda _: scans.append("entries")
     )
 
     assert store.merge_runs() == TURNS - 1
@@ -395,7 +396,7 @@ def test_budget_holds_while_the_old_files_are_still_there(
     merged = 0
     for room in range(100_000, 3_000_000, 200_000):
         with open_store(root, max_bytes=before + room) as store:
-            store._grown[int(leaf, 16)] = None
+            store._upkeep.note(int(leaf, 16))
             samples.clear()
             merged = store.merge_runs()
             assert max(samples) <= before + room

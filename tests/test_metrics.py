@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from persist_cache.cache.prompt_cache import PromptCache
 from persist_cache.cache.stats import PromptCacheStats
-from persist_cache.index.environment import Reader
+from persist_cache.index.transaction import Reader
 from persist_cache.server.metrics import CacheCollector, exposition
 from persist_cache.store.reasons import reason_of
 from persist_cache.store.store import Store

@@ -15,8 +15,8 @@ from persist_cache import tensors
 from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.index import tree
 from persist_cache.index.audit import was_given
-from persist_cache.index.environment import Writer
 from persist_cache.index.records import BlobKind
+from persist_cache.index.transaction import Writer
 from persist_cache.store.store import Store
 from persist_cache.tensors.layers import leaves
 from tests.fakes import blob_files, fetched, put

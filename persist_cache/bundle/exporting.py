@@ -43,8 +43,8 @@ from persist_cache.entry import Tier
 from persist_cache.errors import CorruptBlobError, StoreAccessError, StoreError
 from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.index import tree
-from persist_cache.index.environment import Reader
 from persist_cache.index.records import NO_BLOB, EntryRecord, NamespaceRecord, entry_id
+from persist_cache.index.transaction import Reader
 from persist_cache.store.catalog import identity_of, known_blob
 from persist_cache.store.store import Store
 from persist_cache.tokens import TOKEN_BYTES

@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 import xxhash
 
 from persist_cache.index.columns import BlobColumns, EdgeColumns, EntryColumns
-from persist_cache.index.environment import Reader
 from persist_cache.index.records import (
     END_OF_TIME_S,
     NO_BLOB,
@@ -26,6 +25,7 @@ from persist_cache.index.records import (
     entry_id,
     namespace_key,
 )
+from persist_cache.index.transaction import Reader
 from persist_cache.index.tree import BLOB_BYTES, NEXT_NODE
 
 V = TypeVar("V")

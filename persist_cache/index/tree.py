@@ -18,7 +18,6 @@ from itertools import islice, pairwise
 from msgspec import Struct
 
 from persist_cache.errors import StoreError
-from persist_cache.index.environment import Reader, Writer
 from persist_cache.index.records import (
     NO_BLOB,
     NO_ENTRY,
@@ -32,6 +31,7 @@ from persist_cache.index.records import (
     recency_key,
     unpack_number,
 )
+from persist_cache.index.transaction import Reader, Writer
 from persist_cache.tokens import TOKEN_BYTES, common_prefix_tokens
 
 BLOB_BYTES = "blob_bytes"

@@ -16,7 +16,8 @@ from persist_cache.blobs.folder import BlobFolder
 from persist_cache.blobs.header import ALIGNMENT
 from persist_cache.errors import StoreFullError
 from persist_cache.index.ballast import Ballast
-from persist_cache.index.environment import Index, Reader
+from persist_cache.index.environment import Index
+from persist_cache.index.transaction import Reader
 from persist_cache.index.tree import BLOB_BYTES
 from persist_cache.store.free_space import FreeSpace
 

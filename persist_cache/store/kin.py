@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from persist_cache.entry import Match, MissReason
-from persist_cache.index.environment import Reader
+from persist_cache.index.transaction import Reader
 from persist_cache.store.reasons import nothing, sentence
 
 if TYPE_CHECKING:

@@ -19,7 +19,6 @@ from persist_cache.blobs.writer import BlobWriter, Written
 from persist_cache.codec import Payload, Source, Tensor
 from persist_cache.errors import StoreError, StoreFullError
 from persist_cache.index import tree
-from persist_cache.index.environment import Reader, Writer
 from persist_cache.index.records import (
     NO_BLOB,
     NO_ENTRY,
@@ -31,6 +30,8 @@ from persist_cache.index.records import (
     entry_number,
     namespace_key,
 )
+from persist_cache.index.transaction import Reader, Writer
+from persist_cache.store import reservation
 from persist_cache.store.budget import WRITTEN_BYTES, blob_estimate, written_today
 from persist_cache.store.evict import Evictor
 from persist_cache.store.session import Disk
@@ -170,7 +171,7 @@ class Insertion:
             found = txn.namespaces(self._key)
             path = tree.walk(txn, found[0][1].root if found else tree.NO_ROOT, self._packed)
             protected = _nodes_extended(txn, path)
-        self._evictor.free_files(self._wanted_files(), protected)
+        reservation.free_files(self._disk, self._evictor, self._wanted_files(), protected)
 
     def _plan(self, txn: Reader, path: tree.Walk) -> _Plan:
         parent = ""
@@ -222,8 +223,8 @@ class Insertion:
             for part in parts
         )
         num_tokens = sum(part.end - part.start for part in parts)
-        self._evictor.reserve(names, nbytes, num_tokens, protected)
-        with undone(self._disk, self._evictor, writers):
+        reservation.reserve(self._disk, self._evictor, names, nbytes, num_tokens, protected)
+        with undone(self._disk, writers):
             yield
 
     def _write(
@@ -314,18 +315,18 @@ class Insertion:
 
 
 @contextlib.contextmanager
-def undone(disk: Disk, evictor: Evictor, writers: Sequence[BlobWriter]) -> Iterator[None]:
+def undone(disk: Disk, writers: Sequence[BlobWriter]) -> Iterator[None]:
     """If the block fails, remove the files and give the room back that is reserved for them."""
     try:
         yield
     except BaseException:
         # If this fails, the next sweep finds files and reservation without a living writer.
         with contextlib.suppress(StoreError):
-            _undo(disk, evictor, writers)
+            _undo(disk, writers)
         raise
 
 
-def _undo(disk: Disk, evictor: Evictor, writers: Sequence[BlobWriter]) -> None:
+def _undo(disk: Disk, writers: Sequence[BlobWriter]) -> None:
     names = [bytes.fromhex(writer.name) for writer in writers]
     with disk.index.read() as txn:
         committed = [txn.blob_number(name) is not None for name in names]
@@ -336,7 +337,7 @@ def _undo(disk: Disk, evictor: Evictor, writers: Sequence[BlobWriter]) -> None:
     # Files first: one without a reservation would be found by a full scan only.
     for writer in writers:
         writer.discard()
-    evictor.release([name for name, w in zip(names, writers, strict=True) if w.is_gone])
+    reservation.release(disk, [name for name, w in zip(names, writers, strict=True) if w.is_gone])
 
 
 def add_blob(

@@ -23,7 +23,6 @@ from persist_cache.blobs.writer import BlobWriter, Written
 from persist_cache.codec import Tensor
 from persist_cache.errors import CorruptBlobError
 from persist_cache.index import tree
-from persist_cache.index.environment import Reader, Writer
 from persist_cache.index.records import (
     NO_ENTRY,
     BlobKind,
@@ -32,6 +31,8 @@ from persist_cache.index.records import (
     EntryRecord,
     edge_parent,
 )
+from persist_cache.index.transaction import Reader, Writer
+from persist_cache.store import reservation
 from persist_cache.store.budget import WRITTEN_BYTES, blob_estimate, written_today
 from persist_cache.store.evict import Evictor
 from persist_cache.store.put import add_blob, undone
@@ -114,8 +115,8 @@ def rewrite(disk: Disk, evictor: Evictor, runs: Sequence[LivingRun]) -> None:
                 for reader, run in zip(readers, runs, strict=True)
             ]
         )
-        _reserve(evictor, writer, header, tensors, len(runs))
-        with undone(disk, evictor, [writer]):
+        _reserve(disk, evictor, writer, header, tensors, len(runs))
+        with undone(disk, [writer]):
             written = writer.write(header, tensors)
             writer.publish()
             disk.index.update(lambda txn: _commit(disk, txn, runs, written))
@@ -173,6 +174,7 @@ def _geometry(header: BlobHeader) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def _reserve(
+    disk: Disk,
     evictor: Evictor,
     writer: BlobWriter,
     header: BlobHeader,
@@ -186,7 +188,9 @@ def _reserve(
     )
     nbytes += num_runs * _PAGES_PER_RUN * mmap.PAGESIZE
     num_tokens = header.end - header.start
-    evictor.reserve([bytes.fromhex(writer.name)], nbytes, num_tokens, protected=None)
+    reservation.reserve(
+        disk, evictor, [bytes.fromhex(writer.name)], nbytes, num_tokens, protected=None
+    )
 
 
 def _commit(disk: Disk, txn: Writer, runs: Sequence[LivingRun], written: Written) -> None:

@@ -22,8 +22,8 @@ from persist_cache.blobs.reader import BlobReader
 from persist_cache.errors import StoreError
 from persist_cache.index import tree
 from persist_cache.index.audit import broken_invariants, misnumbered, stretches, too_small
-from persist_cache.index.environment import UNREADABLE, Reader, Writer
-from persist_cache.index.records import NO_BLOB, BlobKind, BlobRecord, namespace_key
+from persist_cache.index.records import NO_BLOB, UNREADABLE, BlobKind, BlobRecord, namespace_key
+from persist_cache.index.transaction import Reader, Writer
 from persist_cache.store import rebuild
 from persist_cache.store.session import Disk
 from persist_cache.tokens import TOKEN_BYTES

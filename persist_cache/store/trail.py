@@ -9,8 +9,8 @@ from __future__ import annotations
 from msgspec import Struct
 
 from persist_cache.index import tree
-from persist_cache.index.environment import Reader
 from persist_cache.index.records import NamespaceRecord
+from persist_cache.index.transaction import Reader
 
 Ways = tuple[tuple[NamespaceRecord, tree.Walk], ...]
 

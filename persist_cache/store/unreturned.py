@@ -16,8 +16,9 @@ from collections.abc import Callable
 
 from persist_cache import fs
 from persist_cache.errors import StoreError, StoreFullError
-from persist_cache.index.environment import Index, Reader, Writer
+from persist_cache.index.environment import Index
 from persist_cache.index.records import pack_counter, unpack_counter
+from persist_cache.index.transaction import Reader, Writer
 from persist_cache.store.budget import Budget
 
 FIRST_ROUND_BYTES = 16 * 1024

@@ -11,6 +11,7 @@ from persist_cache.blobs.reader import BlobReader
 from persist_cache.blobs.writer import BlobWriter
 from persist_cache.entry import Match
 from persist_cache.index.records import SizedRecord
+from persist_cache.store import reservation
 from persist_cache.store.evict import Evictor
 from persist_cache.store.put import Insertion, PutResult
 from persist_cache.store.session import Disk
@@ -51,8 +52,14 @@ def _budget_afterwards() -> None:
     """Room is made once the blob is there, not before."""
     run = Insertion.run
 
-    def reserve(self: Evictor, names: Sequence[bytes], nbytes: int, *_: Any, **__: Any) -> None:
-        disk: Disk = self._disk
+    def reserve(
+        disk: Disk,
+        evictor: Evictor,
+        names: Sequence[bytes],
+        nbytes: int,
+        num_tokens: int,
+        protected: frozenset[int] | None,
+    ) -> None:
         share = SizedRecord(nbytes // len(names) + 1, disk.clock())
 
         def note(txn: Any) -> None:
@@ -66,7 +73,7 @@ def _budget_afterwards() -> None:
         self._evictor.evict_to(self._disk.limits.max_bytes)
         return done
 
-    Evictor.reserve = reserve  # type: ignore[method-assign]
+    reservation.reserve = reserve
     Insertion.run = run_then_evict  # type: ignore[method-assign]
 
 

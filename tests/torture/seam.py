@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from persist_cache import fs
-from persist_cache.index.environment import Index, Writer
+from persist_cache.index.environment import Index
+from persist_cache.index.transaction import Writer
 
 CALLS = (
     "create",

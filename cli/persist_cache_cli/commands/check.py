@@ -14,7 +14,7 @@ import click
 from persist_cache import Problem, Store
 from persist_cache.errors import DamagedIndexError
 from persist_cache.queries.totals import Quarantined, quarantined
-from persist_cache.store.check import distrust
+from persist_cache.store.opening import distrust
 from persist_cache_cli.output import (
     format_bytes,
     painter,
