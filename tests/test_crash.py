@@ -139,6 +139,7 @@ print(puts, hits, counters.get("compacted", 0), counters.get("merged", 0))
 """
 
 
+@pytest.mark.on_disk
 def test_two_processes_share_a_store(tmp_path: Path) -> None:
     """SGLang #31926, mlx-vlm, vllm-mlx: two processes spoil one folder."""
     workers = [

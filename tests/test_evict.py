@@ -414,6 +414,7 @@ def test_free_space_floor(
         assert len(other.entries()) == before, "what there is would not have been enough"
 
 
+@pytest.mark.on_disk
 def test_du_never_exceeds_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sampled before and after every change of the disk, over hundreds of puts.
 

@@ -397,6 +397,7 @@ def test_server_outlives_a_disk_that_fills_and_eviction_relieves_it(
 # ---- the ballast ---------------------------------------------------------------------------------
 
 
+@pytest.mark.on_disk
 def test_ballast_is_allocated_counted_and_as_large_as_the_budget_says(tmp_path: Path) -> None:
     for max_bytes, wanted in ((1 << 30, 4 * MIB), (64 * MIB, MIB), (100_000, 0), (0, 0)):
         with opened(tmp_path, max_bytes) as store:
