@@ -44,7 +44,7 @@ def leave_dead_rows(store: Store) -> str:
 
 
 def blobs(store: Store) -> list[BlobRecord]:
-    with store._disk.index.read() as txn:
+    with store.read() as txn:
         return [record for _, record in txn.blobs()]
 
 

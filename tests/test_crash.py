@@ -221,7 +221,7 @@ with Store.open(sys.argv[1], min_free_bytes=0) as store:
     def forever(txn):
         print("inside", flush=True)
         time.sleep(60)
-    store._disk.index.update(forever)
+    forge.change(store, forever)
 """
     writer = subprocess.Popen(
         [sys.executable, "-c", stuck, str(tmp_path / "store")],

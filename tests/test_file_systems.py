@@ -69,7 +69,7 @@ def look_up_by_many(store: Store) -> bool:
     inside = threading.Barrier(100)
 
     def look() -> None:
-        with store._disk.index.read() as txn:
+        with store.read() as txn:
             txn.counts()
             inside.wait(60)
 
@@ -212,7 +212,7 @@ def test_sparse_table_is_read_by_many_on_a_full_disk_without_a_ballast(disk: Pat
 
             def one() -> None:
                 try:
-                    with store._disk.index.read() as txn:
+                    with store.read() as txn:
                         txn.counts()
                         inside.wait(5)
                 except threading.BrokenBarrierError:

@@ -22,6 +22,7 @@ from persist_cache.queries.details import details_of
 from persist_cache.queries.totals import Survey
 from persist_cache.store.store import Store
 from persist_cache.tokens import TOKEN_BYTES
+from tests import forge
 from tests.fakes import Clock, blob_files, fetched, fingerprint, put
 from tests.memory import fast_folder
 
@@ -174,7 +175,7 @@ def scribble(store: Store, table: str, key: bytes | None, value: bytes) -> None:
                 where = bytes(cursor.key())
         txn._txn.put(where or b"\0" * 8, value, db=database)
 
-    store._disk.index.update(change)
+    forge.change(store, change)
 
 
 @given(data=st.data(), table=st.sampled_from(TABLES))
@@ -268,7 +269,7 @@ def test_any_damage_to_sound_records(injuries: list[Any], order: list[int]) -> N
             for injury in injuries:
                 injure(txn, *injury)
 
-        store._disk.index.update(change)
+        forge.change(store, change)
         problems = store.check()
         try:
             survey = Survey(store)
@@ -308,7 +309,7 @@ def test_index_that_confuses_prompts_serves_none_of_them(store: Store) -> None:
         packed[TOKEN_BYTES : 2 * TOKEN_BYTES] = (4711).to_bytes(8, "little")
         txn.put_tokens(number, bytes(packed))
 
-    store._disk.index.update(confuse)
+    forge.change(store, confuse)
     assert store.match(fingerprint(), asked).num_tokens > 2, "the index does say so"
 
     assert fetched(store, asked) == 1, "the first token is the same"
@@ -327,7 +328,7 @@ def test_blob_of_another_model_is_not_served(store: Store) -> None:
         txn.put_blob(one, first._replace(name=second.name, digest=second.digest))
         txn.put_blob(other, second._replace(name=first.name, digest=first.digest))
 
-    store._disk.index.update(swap)
+    forge.change(store, swap)
 
     def models(runs: Any, checkpoint: Any, num_tokens: int) -> set[str]:
         return {reader.header.fingerprint for reader, _ in runs}

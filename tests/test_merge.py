@@ -20,7 +20,6 @@ from persist_cache.index.environment import Index, Reader
 from persist_cache.index.records import Edge
 from persist_cache.store import compact
 from persist_cache.store.evict import Evictor
-from persist_cache.store.rebuild import rebuild
 from persist_cache.store.rewrite import LivingRun, rewrite
 from persist_cache.store.session import Disk
 from persist_cache.store.store import Store
@@ -269,7 +268,7 @@ def test_nodes_that_nothing_needs_any_more_go(store: Store) -> None:
 
     assert sound(store)
     assert len(store.entries()) == TURNS - 15
-    with store._disk.index.read() as txn:
+    with store.read() as txn:
         assert sum(1 for _ in txn.edges()) == TURNS - 15
 
 
@@ -451,7 +450,7 @@ def test_chain_that_is_not_the_same_any_more_is_left_alone(
     def act() -> None:
         if what == "index":
             put(store, [9])
-            rebuild(store._disk.index, store._disk.folder)
+            store.rebuild_index()
         store.evict(ids[left:][::-1])
 
     meanwhile(monkeypatch, act)
@@ -467,7 +466,7 @@ def test_chain_that_is_not_the_same_any_more_is_left_alone(
 def test_damaged_run_is_put_aside_and_the_rest_stays(store: Store) -> None:
     talk(store)
     name = store.match(fingerprint(), conversation(TURNS)).runs[30].blob
-    path = store._disk.folder.path(name)
+    path = store.blob_path(name)
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
@@ -511,7 +510,7 @@ def test_long_runs_are_the_limit_of_a_file(tmp_path: Path) -> None:
     with open_store(tmp_path / "store", run_tokens=30) as store:
         talk(store)
         assert store.gc().merged == TURNS - 1
-        with store._disk.index.read() as txn:
+        with store.read() as txn:
             assert max(blob.num_tokens for _, blob in txn.blobs()) == 30
         assert fetched(store, conversation(TURNS)) == len(conversation(TURNS))
         assert sound(store)

@@ -19,6 +19,7 @@ from persist_cache.index.environment import Writer
 from persist_cache.index.records import BlobKind
 from persist_cache.store.store import Store
 from persist_cache.tensors.layers import leaves
+from tests import forge
 from tests.fakes import blob_files, fetched, put
 from tests.tiny_caches import Layer, feed, new_cache
 
@@ -191,7 +192,7 @@ def test_what_the_index_has_wrong_is_found_and_mended(
     store: Store, ids: dict[str, str], damage: Damage, read_data: bool
 ) -> None:
     before = marks(store)
-    store._disk.index.update(damage)
+    forge.change(store, damage)
 
     found = store.check(read_data=read_data)
     assert found
@@ -209,7 +210,7 @@ def test_a_sound_blob_is_not_given_up_for_a_wrong_index(
     store: Store, ids: dict[str, str], damage: Damage
 ) -> None:
     before, files = marks(store), blob_files(store.root)
-    store._disk.index.update(damage)
+    forge.change(store, damage)
 
     # A request for what the index says, and for what is there.
     changed = [*FIRST[:-2], FIRST[-2] ^ 0x40, FIRST[-1]]
@@ -228,7 +229,7 @@ def test_a_run_said_to_be_complete_is_not_given_up(store: Store) -> None:
     feed(cache, specs, 40, seed=1)
     model, tokens = Fingerprint.from_fields({"weights": "w"}), list(range(40))
     store.put(model, tokens, tensors.source(cache, tensors.prepare(cache, 40)))
-    store._disk.index.update(too_complete)
+    forge.change(store, too_complete)
 
     found = store.fetch(model, [*tokens, 1], tensors.restore)
 
