@@ -40,6 +40,8 @@ _FS_XFLAG_EXTSIZE = 0x800
 _AT_FDCWD, _AT_SYMLINK_FOLLOW = -100, 0x400  # Linux, <fcntl.h>
 _FS_NOCOW_FL = 0x00800000
 _LONGEST_NAP_S = 0.02
+_NOT_OFFERED = frozenset((errno.ENOTSUP, errno.ENOTTY, errno.EINVAL))
+"""What a file system says that knows no F_FULLFSYNC, such as exFAT."""
 _F_RDADVISE = 44  # macOS, <sys/fcntl.h>; Python does not name it
 _OF_THE_FILE = frozenset(
     (errno.EIO, errno.ENOENT, errno.ELOOP, errno.EISDIR, errno.EACCES, errno.EPERM)
@@ -226,12 +228,35 @@ def read_into(fd: int, offset: int, buffers: Sequence[memoryview]) -> int:
 
 
 def sync(fd: int) -> None:
-    """Make the file's bytes durable."""
+    """Make the file's bytes durable, as far as its file system can."""
+    if sys.platform != "darwin" or not syncs_fully(fd):
+        os.fsync(fd)
+
+
+def syncs_fully(fd: int) -> bool:
+    """Make the file's bytes durable on the platter itself (macOS); False if that is not offered.
+
+    Elsewhere `fsync` does so, and nothing happens here.
+
+    Raises:
+        OSError: It is, and failed.
+    """
     if sys.platform == "darwin":
-        with contextlib.suppress(OSError):  # not every file system knows F_FULLFSYNC
+        try:
             fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
-            return
-    os.fsync(fd)
+        except OSError as error:
+            if error.errno not in _NOT_OFFERED:
+                raise
+            return False
+    return True
+
+
+def volume(path: Path) -> str:
+    """The mount point of the file system that holds `path`."""
+    place = path.resolve()
+    while not os.path.ismount(place) and place != place.parent:
+        place = place.parent
+    return str(place)
 
 
 def sync_folder(path: Path) -> None:

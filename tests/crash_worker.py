@@ -10,6 +10,7 @@ what is left.
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import shutil
 import sys
@@ -28,7 +29,7 @@ SYSTEM = list(range(1, 20))
 OLD = [*SYSTEM, 50, 51, 52]
 RECURRENT = [*SYSTEM[:9], 60, 61]
 NEW = [*SYSTEM[:12], *range(70, 90)]
-MAX_BYTES = 600_000
+MAX_BYTES = 600_000 + 68 * (mmap.PAGESIZE - 4096)  # as in `test_evict`
 KILLED = 9
 STEPS = (
     "create",

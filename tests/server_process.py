@@ -194,7 +194,8 @@ def running(
 
 
 def main() -> None:
-    from persist_cache.server.run import ServeOptions, serve
+    from persist_cache.server.launch import ServeOptions
+    from persist_cache.server.run import serve
 
     job = json.loads(Path(sys.argv[1]).read_text())
     options = job["options"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import mmap
 import os
 import re
 import shlex
@@ -498,7 +499,7 @@ def test_gc_says_what_it_had_no_room_for(root: Path, run: Run) -> None:
     with Store.open(root) as store:
         usage = store.stats().usage
     # So small a budget has a small ballast.
-    Store.open(root, max_bytes=usage.total - usage.ballast + 1000).close()
+    Store.open(root, max_bytes=usage.total - usage.ballast + mmap.PAGESIZE).close()
 
     done = run("gc")
 

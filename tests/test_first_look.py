@@ -15,8 +15,8 @@ import pytest
 
 from persist_cache import Store
 from persist_cache.cache.stats import Fetch
-from persist_cache.server.run import Generator
 from persist_cache.server.ticket import Ticket
+from persist_cache.server.upstream import Generator
 from tests.computed import CountedServer, told
 from tests.tiny_models import build_model_dir
 

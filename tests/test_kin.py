@@ -155,7 +155,7 @@ def test_look_up_of_kin_reads_namespaces_and_no_prompts(
 def test_upgrade_is_counted_by_field_logged_once_and_told_in_the_header(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from persist_cache.server.run import cache_header
+    from persist_cache.server.ticket import cache_header
 
     with Store.open(tmp_path / "store", min_free_bytes=0) as store:
         put(store, identity())

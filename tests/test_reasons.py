@@ -13,7 +13,7 @@ from persist_cache import PromptCache, Store
 from persist_cache.cache.stats import Fetch
 from persist_cache.entry import Match
 from persist_cache.server.metrics import OTHER_REASON, CacheCollector, exposition, reason_label
-from persist_cache.server.run import cache_header
+from persist_cache.server.ticket import cache_header
 from persist_cache.store import reasons
 from persist_cache.store.kin import NOTHING_STORED
 from persist_cache.store.reasons import why_no_more

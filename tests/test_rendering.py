@@ -221,8 +221,8 @@ def test_a_request_is_rendered_as_the_generation_loop_renders_it(case: str, mode
     from types import SimpleNamespace
 
     from persist_cache.server.model import LoadedModel
-    from persist_cache.server.rendering import system_tokens
-    from persist_cache.server.run import Generator
+    from persist_cache.server.segments import system_tokens
+    from persist_cache.server.upstream import Generator
 
     tokenizer = load_tokenizer(str(model))
     options = SimpleNamespace(chat_template_args=json.loads(EFFORT))

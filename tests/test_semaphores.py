@@ -1,72 +1,47 @@
-"""The name of LMDB's writer semaphore is found, and the file it is read from stays open."""
+"""Where LMDB writes the names of its semaphores, and what is read of them.
+
+What is done with them is tested where LMDB has some: `scripts/test --darwin`.
+"""
 
 from __future__ import annotations
 
 import os
+import struct
 import sys
 from pathlib import Path
 
 import pytest
 
 from persist_cache.index import semaphores
+from persist_cache.store.store import Store
 
-NAME = b"/MDBwAb3_+z"
 
-
-def lock_file(path: Path, name: bytes) -> Path:
+def head(readers: bytes = b"/MDBrAb3_+z", writer: bytes = b"/MDBwAb3_+z") -> bytes:
     """The head of a `lock.mdb` as LMDB lays it out with POSIX semaphores."""
-    head = b"\xde\xc0\xef\xbe" + bytes(60) + b"/MDBrAb3_+z" + bytes(53) + name + bytes(53)
-    path.write_bytes(head.ljust(8192, b"\0"))
-    return path
+    txn = struct.pack("=II32sQI12x", 0xBEEFC0DE, 0x10001, readers, 7, 1)
+    return (txn + writer.ljust(64, b"\0")).ljust(256, b"\0")
 
 
-def test_writer_semaphore_is_told_from_the_readers(tmp_path: Path) -> None:
-    head = lock_file(tmp_path / "lock.mdb", NAME).read_bytes()
-
-    assert semaphores.writer_semaphore(head) == NAME
-    assert semaphores.writer_semaphore(bytes(4096)) is None
+def test_names_are_found_in_the_head_of_the_table() -> None:
+    assert semaphores.names(head()) == (b"/MDBrAb3_+z", b"/MDBwAb3_+z")
 
 
-def test_file_without_a_name_frees_nothing(tmp_path: Path) -> None:
-    assert not semaphores.release_abandoned(lock_file(tmp_path / "lock.mdb", b""))
+@pytest.mark.parametrize(
+    "bytes_", [b"", bytes(256), head(readers=b""), head(writer=b""), b"\0\0\0\0" + head()[4:]]
+)
+def test_table_of_another_kind_names_none(bytes_: bytes) -> None:
+    assert semaphores.names(bytes_) is None
 
 
-def test_lock_file_is_opened_once_and_kept_open(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    freed: list[bytes] = []
-
-    def free(name: bytes) -> bool:
-        freed.append(name)
-        return True
-
-    monkeypatch.setattr(semaphores, "_free", free)
-    path = lock_file(tmp_path / "lock.mdb", NAME)
-
-    assert semaphores.release_abandoned(path)
-    fd = semaphores._open_files[path.resolve()]
-    assert semaphores.release_abandoned(path)
-
-    assert freed == [NAME] * 2
-    assert semaphores._open_files[path.resolve()] == fd
-    assert os.fstat(fd).st_size == 8192
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere LMDB has semaphores")
+def test_store_has_none_where_mutexes_are_robust(store: Store) -> None:
+    assert store._disk.index.semaphores is None
+    assert semaphores.names((store.root / "lock.mdb").read_bytes()) is None
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ctypes cannot call the variadic sem_open")
-def test_taken_semaphore_is_freed_and_a_free_one_left() -> None:
-    import ctypes
+def test_names_are_given_up_only_where_there_are_some(tmp_path: Path) -> None:
+    semaphores.unlink(tmp_path)
+    (tmp_path / "lock.mdb").write_bytes(bytes(256))
+    semaphores.unlink(tmp_path)
 
-    libc = ctypes.CDLL(None)
-    libc.sem_open.restype = ctypes.c_void_p
-    libc.sem_open.argtypes = (ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_uint)
-    libc.sem_trywait.argtypes = libc.sem_close.argtypes = (ctypes.c_void_p,)
-    name = f"/MDBwtest{os.getpid()}".encode()
-    semaphore = libc.sem_open(name, os.O_CREAT | os.O_EXCL, 0o600, 1)
-    try:
-        assert not semaphores._free(name)
-        assert libc.sem_trywait(semaphore) == 0
-        assert semaphores._free(name)
-        assert not semaphores._free(name)
-    finally:
-        libc.sem_close(semaphore)
-        libc.sem_unlink(name)
+    assert os.listdir(tmp_path) == ["lock.mdb"]

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from mlx_lm import server as upstream
 
-from persist_cache.server import run
+from persist_cache.server import upstream as ours
 from persist_cache.server.ticket import TicketedCache
 
 CALLED_ON_HANDLER = ("do_GET", "do_POST", "do_OPTIONS", "_set_cors_headers", "handle_health_check")
@@ -28,7 +28,7 @@ def find(path: str) -> Any:
         found = inspect.getattr_static(found, part, None)
         if found is None:
             pytest.fail(
-                f"mlx_lm.server.{path} is gone: persist_cache/server/run.py builds on it; "
+                f"mlx_lm.server.{path} is gone: persist_cache/server/upstream.py builds on it; "
                 "see what took its place, then change SEAM."
             )
     return found
@@ -38,10 +38,10 @@ def parameters(path: str) -> tuple[str, ...]:
     return tuple(inspect.signature(find(path)).parameters)
 
 
-@pytest.mark.parametrize("path", run.SEAM)
+@pytest.mark.parametrize("path", ours.SEAM)
 def test_seam_has_the_parameters_that_we_know(path: str) -> None:
-    assert parameters(path) == run.SEAM[path], (
-        f"mlx_lm.server.{path} has other parameters than persist_cache/server/run.py expects; "
+    assert parameters(path) == ours.SEAM[path], (
+        f"mlx_lm.server.{path} has other parameters than persist_cache/server/upstream.py expects; "
         "adapt the override, then SEAM."
     )
 
@@ -54,10 +54,10 @@ def test_handler_methods_take_no_arguments(name: str) -> None:
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [
-        (run.Generator, upstream.ResponseGenerator),
-        (run.Batch, upstream.BatchGenerator),
-        (run.Provider, upstream.ModelProvider),
-        (run.Handler, upstream.APIHandler),
+        (ours.Generator, upstream.ResponseGenerator),
+        (ours.Batch, upstream.BatchGenerator),
+        (ours.Provider, upstream.ModelProvider),
+        (ours.Handler, upstream.APIHandler),
     ],
 )
 def test_our_overrides_take_what_theirs_take(ours: type, theirs: type) -> None:

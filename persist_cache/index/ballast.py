@@ -91,6 +91,22 @@ class Ballast:
             os.close(fd)
 
 
+class Spare:
+    """What a full disk can be relieved of before the index is open: here, the ballast alone."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.ballast = Ballast(root, 0)
+
+    def give_up(self) -> int:
+        """Free some of the disk; returns how many bytes."""
+        return self.ballast.release()
+
+    def can_give_up(self) -> bool:
+        """Whether `give_up` may free anything."""
+        return self.ballast.disk_bytes() > 0
+
+
 def _is_own(status: os.stat_result) -> bool:
     """Whether it may be resized: a file of ours that has no other name."""
     return stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and status.st_nlink == 1

@@ -14,6 +14,7 @@ import errno
 import mmap
 import os
 import struct
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +36,8 @@ from persist_cache.errors import (
     StoreInUseError,
     StoreReadOnlyError,
 )
-from persist_cache.index import holders, lock_table
+from persist_cache.index import holders, lock_table, semaphores
+from persist_cache.index.ballast import Spare
 from persist_cache.index.columns import BlobColumns, EdgeColumns, EntryColumns, Packed, Raw
 from persist_cache.index.records import (
     COUNTER_BYTES,
@@ -113,12 +115,18 @@ PATIENCE_S = 10.0
 """How long a change waits for other processes; a commit takes milliseconds."""
 _LEAST_BYTES_BEHIND = 64 << 10
 """XFS takes no less ahead; elsewhere a file may have some blocks for what says where others are."""
+_OPENING_PATIENCE_S = 2.0
+"""How long to try to open an environment that others begin or close at the same moment."""
 _SOON_S = 2.0
 """After so long it is said that something waits."""
 _MARKS = struct.Struct("<B7xQ")
 """The head of `writer.lock`: whether somebody is inside, and the process that was last."""
 LOCK_FILE = "writer.lock"
 T = TypeVar("T")
+
+
+class _TableInChangeError(Exception):
+    """Another process begins or closes the environment at this moment; try again."""
 
 
 def counter_name(name: str) -> str:
@@ -429,7 +437,13 @@ class Index:
     """One open LMDB environment."""
 
     def __init__(
-        self, root: Path, *, read_only: bool, map_bytes: int = 16 * _GIB, presence: int = -1
+        self,
+        root: Path,
+        *,
+        read_only: bool,
+        map_bytes: int = 16 * _GIB,
+        presence: int = -1,
+        spare: Spare | None = None,
     ) -> None:
         """Open the index in the folder `root`, creating it unless `read_only`.
 
@@ -438,6 +452,7 @@ class Index:
             read_only: Never write, and do not create it.
             map_bytes: Address space to begin with; it grows when the index does.
             presence: Descriptor whose lock says that the store is in use; closed with the index.
+            spare: What is given up where the disk has no room to open it; the ballast when None.
 
         Raises:
             DamagedIndexError: The file cannot be what LMDB wrote.
@@ -459,25 +474,42 @@ class Index:
         self._waits: dict[int, float] = {}
         self._terms = threading.local()
         self._map_bytes = map_bytes
-        self._check_length()
-        self._env = self._open_environment()
-        forked.register(self)
+        self._spare = Spare(root) if spare is None else spare
+        self._env: lmdb.Environment
+        self._is_open = False
+        self._owner: int | None = None
+        self.semaphores: semaphores.Semaphores | None = None
+        """LMDB's, where it has some."""
         try:
-            self._check_last_page()
-            self._file = _identity(self.data_path)
-            if not read_only:
+            if read_only:
+                self._open()
+            else:
                 self._lock_fd = fs.open_shared(root / LOCK_FILE)
-                self._data_fd = os.open(self.data_path, os.O_RDWR | os.O_CLOEXEC)
-                # LMDB creates its files under the umask, which may be any.
-                os.chmod(root / "data.mdb", fs.FILE_MODE)
-                os.chmod(root / lock_table.FILE, fs.FILE_MODE)
-                self._env.reader_check()
-            self._db = self._open_databases()
-            self._check_schema()
+                self._require_durability()
+                # Opening a table is a transaction that writes.
+                with self._alone():
+                    self._open()
         except BaseException:
             self.detach_presence()
             self.close()
             raise
+
+    def _open(self) -> None:
+        """Open everything; where it may be written, under `writer.lock`."""
+        self._check_length()
+        self._env = self._open_environment()
+        forked.register(self)
+        self._check_last_page()
+        self._file = _identity(self.data_path)
+        self.page_bytes = int(self._env.stat()["psize"])
+        if not self.read_only:
+            self._data_fd = os.open(self.data_path, os.O_RDWR | os.O_CLOEXEC)
+            # LMDB creates its files under the umask, which may be any.
+            os.chmod(self.root / "data.mdb", fs.FILE_MODE)
+            os.chmod(self.root / lock_table.FILE, fs.FILE_MODE)
+            self.reader_check()
+        self._db = self._open_databases()
+        self._check_schema()
 
     def detach_presence(self) -> None:
         """Leave the descriptor of `presence` to the caller, also when the index is closed."""
@@ -521,6 +553,8 @@ class Index:
             if fd >= 0:
                 os.close(fd)
         self._lock_fd = self._data_fd = self._presence = -1
+        if self.semaphores is not None:
+            self.semaphores.let_go()
 
     @contextlib.contextmanager
     def read(self, *, copies: bool = False) -> Iterator[Reader]:
@@ -724,7 +758,8 @@ class Index:
 
     def reader_check(self) -> int:
         """Free the slots of readers that died; returns how many there were."""
-        return int(self._env.reader_check())
+        with self._claiming():
+            return int(self._env.reader_check())
 
     def file_bytes(self) -> int:
         """Bytes the index takes on disk, as `du` counts."""
@@ -768,11 +803,12 @@ class Index:
         """Begin a transaction in a thread that `_enter` has counted."""
         while True:
             try:
-                if copies:
-                    return self._env.begin(buffers=False)
-                return self._env.begin(buffers=True)
+                if self.semaphores is None:
+                    return self._begun(copies)
+                with self.semaphores.claiming():
+                    return self._begun(copies)
             except lmdb.ReadersFullError:
-                if self._env.reader_check() == 0:
+                if self.reader_check() == 0:
                     raise
             except (lmdb.MapResizedError, lmdb.PanicError) as error:
                 # Uncounted meanwhile: two threads that get here together would each wait for
@@ -786,6 +822,11 @@ class Index:
                 finally:
                     self._enter()
 
+    def _begun(self, copies: bool) -> lmdb.Transaction:
+        if copies:
+            return self._env.begin(buffers=False)
+        return self._env.begin(buffers=True)
+
     def _resize(self, size: int) -> None:
         """Resize the map, which LMDB allows only while this process holds no transaction."""
         with self._nobody_inside():
@@ -794,7 +835,8 @@ class Index:
 
     def _renew(self) -> None:
         """Open the environment again; LMDB wants that after it failed to write a meta page."""
-        with self._nobody_inside():
+        is_alone = self.read_only or self._owner == threading.get_ident()
+        with contextlib.nullcontext() if is_alone else self._alone(), self._nobody_inside():
             if self._closed:
                 return
             self._close_environment()
@@ -862,11 +904,13 @@ class Index:
                 with self._gate:
                     self._waits.pop(me, None)
             try:
-                if os.pread(self._lock_fd, 1, 0) == b"\x01":
-                    self._repair_semaphore()
+                if self.semaphores is not None:
+                    self.semaphores.mend_writer()
                 self._mark(_MARKS.pack(1, self._pid))
+                self._owner = me
                 yield
             finally:
+                self._owner = None
                 self._mark(b"\x00")
                 fs.unlock(self._lock_fd)
         finally:
@@ -879,39 +923,103 @@ class Index:
 
     def _reader_check(self) -> None:
         with contextlib.suppress(lmdb.PanicError):  # the transaction is told so, too
-            self._env.reader_check()
+            self.reader_check()
 
-    def _repair_semaphore(self) -> None:
-        """A writer died inside its transaction. Robust mutexes (Linux) recover by themselves."""
-        import sys
+    def _claiming(self) -> contextlib.AbstractContextManager[None]:
+        """Hold while a slot in the table of readers may be claimed or freed."""
+        return contextlib.nullcontext() if self.semaphores is None else self.semaphores.claiming()
 
-        if sys.platform == "darwin":
-            from persist_cache.index import semaphores
-
-            semaphores.release_abandoned(self.root / lock_table.FILE)
+    def _require_durability(self) -> None:
+        """LMDB asks the system to make each commit durable, and has no other way (macOS)."""
+        if fs.syncs_fully(self._lock_fd):
+            return
+        raise StoreAccessError(
+            f"{self.root} is on {fs.volume(self.root)}, a volume that cannot make a commit of the "
+            "index durable (it has no F_FULLFSYNC, as exFAT volumes); use a folder on an APFS "
+            "volume (--store PATH)."
+        )
 
     def _open_environment(self) -> lmdb.Environment:
         """Open it with as much address space as there is, up to what was asked for."""
         size = self._map_bytes
         if not self.read_only:
             _create_empty(self.data_path)
-        with lock_table.opening(self.root, self.read_only) as readers:
-            while True:
-                try:
-                    environment = _opened(self.root, self.read_only, size, readers)
-                    break
-                except lmdb.MemoryError as error:
-                    size //= 4
-                    if size < _LEAST_MAP_BYTES:
-                        raise StoreError(
-                            f"The index at {self.root} cannot be mapped: this process may not have "
-                            "enough address space; raise that limit (ulimit -v)."
-                        ) from error
+        give_up = time.monotonic() + _OPENING_PATIENCE_S
+        while True:
+            try:
+                with lock_table.opening(self.root, self.read_only, self._spare) as readers:
+                    environment = self._opened(size, readers)
+                break
+            except lmdb.MemoryError as error:
+                size //= 4
+                if size < _LEAST_MAP_BYTES:
+                    raise StoreError(
+                        f"The index at {self.root} cannot be mapped: this process may not have "
+                        "enough address space; raise that limit (ulimit -v)."
+                    ) from error
+            except _TableInChangeError as error:
+                if time.monotonic() > give_up:
+                    raise StoreError(
+                        f"The index at {self.root} cannot be opened: {error}"
+                    ) from error
+                time.sleep(0.005)
         self._table = lock_table.key(self.root)
+        self._is_open = True
+        return environment
+
+    def _opened(self, map_bytes: int, readers: int) -> lmdb.Environment:
+        """Open it once."""
+        # A reader on a read-only file system cannot register itself in the lock file.
+        lockable = not self.read_only or os.access(self.root / lock_table.FILE, os.W_OK)
+        try:
+            if sys.platform == "linux" or not lockable:
+                return _opened(self.root, self.read_only, map_bytes, readers, lockable)
+            return self._opened_with_semaphores(map_bytes, readers)
+        except lmdb.MemoryError:
+            raise
+        except lmdb.InvalidError as error:
+            if lock_table.is_begun(self.root):
+                raise _TableInChangeError(f"{lock_table.FILE} is not LMDB's.") from error
+            raise DamagedIndexError(f"{self.data_path} is not an LMDB file.") from error
+        except lmdb.Error as error:
+            text = str(error)
+            if "already open" in text:
+                raise StoreInUseError(
+                    f"The store at {self.root} is open in this process already; share that object."
+                ) from error
+            if os.strerror(errno.ENOENT) in text and self.data_path.exists():
+                # Another process closed it, and its semaphores, at the same moment.
+                raise _TableInChangeError("its semaphores are missing.") from error
+            if _is_full(error) and sys.platform != "linux" and semaphores.are_exhausted():
+                raise StoreError(
+                    f"The index at {self.root} cannot be opened: this system has no room for "
+                    "another named semaphore (sysctl kern.posix.sem.max); end programs that keep "
+                    "them, or restart the computer."
+                ) from error
+            raise _translated(error) from error
+
+    def _opened_with_semaphores(self, map_bytes: int, readers: int) -> lmdb.Environment:
+        found = semaphores.Semaphores(self.root)
+        environment = None
+        try:
+            with found.opening():
+                environment = _opened(self.root, self.read_only, map_bytes, readers, True)
+            if not self.read_only:
+                found.mend_writer()
+        except BaseException:
+            if environment is not None:
+                environment.close()
+            found.close()
+            raise
+        self.semaphores = found
         return environment
 
     def _close_environment(self) -> None:
-        self._env.close()
+        if not self._is_open:
+            return
+        self._is_open = False
+        with contextlib.nullcontext() if self.semaphores is None else self.semaphores.closing():
+            self._env.close()
         lock_table.closed(self._table)
 
     def _check_length(self) -> None:
@@ -939,7 +1047,11 @@ class Index:
 
     def _open_databases(self) -> dict[bytes, Any]:
         try:
-            return {name: self._env.open_db(name, create=not self.read_only) for name in _DATABASES}
+            if self.read_only:
+                with self._claiming():
+                    return {name: self._env.open_db(name, create=False) for name in _DATABASES}
+            with self._env.begin(write=True) as txn:
+                return {name: self._env.open_db(name, txn=txn) for name in _DATABASES}
         except lmdb.NotFoundError:
             raise DamagedIndexError(f"{self.data_path} lacks tables of the index.") from None
         except lmdb.Error as error:
@@ -951,7 +1063,10 @@ class Index:
         if found is None:
             if self.read_only:
                 raise DamagedIndexError(f"{self.data_path} has no schema version.")
-            self.update(_initialise)
+            try:
+                self._committed(_initialise)
+            except lmdb.Error as error:
+                raise _translated(error) from error
         elif len(found) != COUNTER_BYTES:
             raise DamagedIndexError(f"{self.data_path} has no schema version.")
         elif unpack_counter(found) != SCHEMA_VERSION:
@@ -988,35 +1103,24 @@ def _left(give_up: float) -> float:
     return max(0.0, give_up - time.monotonic())
 
 
-def _opened(root: Path, read_only: bool, map_bytes: int, readers: int) -> lmdb.Environment:
+def _opened(
+    root: Path, read_only: bool, map_bytes: int, readers: int, lockable: bool
+) -> lmdb.Environment:
     # lib_version=0 fixes the engine: others read and write other file formats. metasync=False
     # saves half of the commit and loses at most the last one, never consistency.
-    # A reader on a read-only file system cannot register itself in the lock file.
-    lockable = not read_only or os.access(root / lock_table.FILE, os.W_OK)
-    try:
-        return lmdb.open(
-            os.fsencode(root),
-            lib_version=0,
-            map_size=map_bytes,
-            max_dbs=16,
-            max_readers=readers,
-            max_spare_txns=1,
-            metasync=False,
-            mode=fs.FILE_MODE,
-            readonly=read_only,
-            create=not read_only,
-            lock=lockable,
-        )
-    except lmdb.MemoryError:
-        raise
-    except lmdb.InvalidError as error:
-        raise DamagedIndexError(f"{root / 'data.mdb'} is not an LMDB file.") from error
-    except lmdb.Error as error:
-        if "already open" in str(error):
-            raise StoreInUseError(
-                f"The store at {root} is open in this process already; share that object."
-            ) from error
-        raise _translated(error) from error
+    return lmdb.open(
+        os.fsencode(root),
+        lib_version=0,
+        map_size=map_bytes,
+        max_dbs=16,
+        max_readers=readers,
+        max_spare_txns=1,
+        metasync=False,
+        mode=fs.FILE_MODE,
+        readonly=read_only,
+        create=not read_only,
+        lock=lockable,
+    )
 
 
 def _contradictory(error: Exception) -> StoreError:

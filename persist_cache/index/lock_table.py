@@ -14,18 +14,20 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from persist_cache import fs
 from persist_cache.errors import StoreFullError, StoreInUseError
-from persist_cache.store import relief
+from persist_cache.index.ballast import Spare
 from persist_cache.system.mounts import Mounts
 
 FILE = "lock.mdb"
 MAX_READERS = 512
 _SLOT_BYTES = 64
+_MAGIC = (0xBEEFC0DE).to_bytes(4, sys.byteorder)
 NBYTES = (-(-MAX_READERS * _SLOT_BYTES // 4096) + 1) * 4096
 """The readers, a cache line each, and the head of the table, whose length the platform decides."""
 _LEAST_BYTES = 4096
@@ -37,7 +39,7 @@ _open: set[tuple[int, int, int]] = set()
 
 
 @contextlib.contextmanager
-def opening(root: Path, read_only: bool) -> Iterator[int]:
+def opening(root: Path, read_only: bool, spare: Spare) -> Iterator[int]:
     """Hold while LMDB opens the environment in the folder `root`; `closed` undoes it.
 
     Yields the number of readers to ask LMDB for. It lengthens a table that is shorter than they
@@ -52,7 +54,7 @@ def opening(root: Path, read_only: bool) -> Iterator[int]:
             raise StoreInUseError(
                 f"The store at {root} is open in this process already; share that object."
             )
-        yield _prepare(root, read_only)
+        yield _prepare(root, read_only, spare)
         key = _key(root)
         if key is not None:
             _open.add(key)
@@ -62,6 +64,22 @@ def is_open(root: Path) -> bool:
     """Whether this process has the environment in the folder `root` open."""
     with _lock:
         return _key(root) in _open
+
+
+def is_begun(root: Path) -> bool:
+    """Whether the table has no head yet: the process that makes it is at it, or died.
+
+    For when opening the environment in the folder `root` failed.
+    """
+    with _lock, contextlib.suppress(OSError):
+        if _key(root) in _open:
+            return False
+        fd = fs.open_read(root / FILE)
+        try:
+            return os.pread(fd, 4, 0) != _MAGIC
+        finally:
+            os.close(fd)
+    return False
 
 
 def closed(key: tuple[int, int, int] | None) -> None:
@@ -84,28 +102,28 @@ def _key(root: Path) -> tuple[int, int, int] | None:
     return os.getpid(), status.st_dev, status.st_ino
 
 
-def _prepare(root: Path, read_only: bool) -> int:
+def _prepare(root: Path, read_only: bool, spare: Spare) -> int:
     """Have all of the table there, or make it as short as what is there; see `opening`."""
     path = root / FILE
     try:
         status = os.stat(path)
     except FileNotFoundError:
         if not read_only:  # LMDB makes none for a reader either
-            with _said_if_full(path):
-                _with_ballast(root, lambda: _create(path))
+            with _said_if_full(path, spare):
+                _with_spare(spare, lambda: _create(path))
         return MAX_READERS
     is_short = status.st_size < MAX_READERS * _SLOT_BYTES
     if not is_short and status.st_blocks * 512 >= status.st_size:
         return MAX_READERS
     try:
-        return _complete(root, is_short, read_only)
+        return _complete(root, is_short, read_only, spare)
     except _SharedTableError as error:
-        with _said_if_full(path, is_shared=True):
+        with _said_if_full(path, spare, is_shared=True):
             raise error.cause from error
     except OSError as error:
         if error.errno not in fs.FULL and read_only:
             return MAX_READERS  # LMDB does not lock what it may not write to
-        with _said_if_full(path):
+        with _said_if_full(path, spare):
             raise
 
 
@@ -117,7 +135,7 @@ class _SharedTableError(Exception):
         self.cause = cause
 
 
-def _complete(root: Path, is_short: bool, read_only: bool) -> int:
+def _complete(root: Path, is_short: bool, read_only: bool, spare: Spare) -> int:
     """Allocate what is missing of a table, or cut it to what there is of it."""
     fd = fs.open_shared(root / FILE)
     try:
@@ -135,7 +153,7 @@ def _complete(root: Path, is_short: bool, read_only: bool) -> int:
             if read_only:
                 allocate()
             else:
-                _with_ballast(root, allocate)
+                _with_spare(spare, allocate)
         except OSError as error:
             if error.errno not in fs.FULL:
                 raise
@@ -186,7 +204,7 @@ def _create(path: Path) -> None:
         os.close(fd)
 
 
-def _with_ballast(root: Path, act: Callable[[], None]) -> None:
+def _with_spare(spare: Spare, act: Callable[[], None]) -> None:
     """Do something that takes room; where there is none, once more without the ballast.
 
     Or, if there is none, without damaged files and those of dead writers.
@@ -197,19 +215,20 @@ def _with_ballast(root: Path, act: Callable[[], None]) -> None:
     try:
         act()
     except OSError as error:
-        if error.errno not in fs.FULL or not relief.give_up_unseen(root):
+        if error.errno not in fs.FULL or not spare.give_up():
             raise
         with contextlib.suppress(OSError):
-            fs.sync_folder(root)  # some file systems give the room back only then
+            fs.sync_folder(spare.root)  # some file systems give the room back only then
         act()
 
 
 @contextlib.contextmanager
-def _said_if_full(path: Path, *, is_shared: bool = False) -> Iterator[None]:
+def _said_if_full(path: Path, spare: Spare, *, is_shared: bool = False) -> Iterator[None]:
     """Say what helps where the disk has no room for the table.
 
     Args:
         path: The table.
+        spare: What may be given up.
         is_shared: Others have it mapped; once they have not, it can do with less.
     """
     try:
@@ -218,7 +237,7 @@ def _said_if_full(path: Path, *, is_shared: bool = False) -> Iterator[None]:
         if error.errno not in fs.FULL:
             raise
         said = f"The disk is full: the index needs {NBYTES} bytes for {path}; free some space"
-        if relief.can_give_up_unseen(path.parent):
+        if spare.can_give_up():
             said += ", or have `persist-cache evict` do so"
         elif is_shared:
             said += " on it, or end the other processes that use the store"
@@ -245,7 +264,7 @@ def is_copied_on_write(root: Path) -> bool:
     return False
 
 
-def make_anew(root: Path, read_only: bool) -> bool:
+def make_anew(root: Path, read_only: bool, spare: Spare) -> bool:
     """Begin the table anew, to be written in place; returns whether that was done.
 
     The caller holds `store.lock` exclusively, so that no writer is about to open it. Readers take
@@ -259,7 +278,7 @@ def make_anew(root: Path, read_only: bool) -> bool:
     with _lock:
         if _key(root) in _open:
             return False
-        _require_room(root, read_only)
+        _require_room(root, read_only, spare)
         fd = fs.open_shared(root / FILE)
         try:
             if not _is_alone(fd):
@@ -273,7 +292,7 @@ def make_anew(root: Path, read_only: bool) -> bool:
             os.close(fd)
 
 
-def require_room(root: Path, read_only: bool) -> None:
+def require_room(root: Path, read_only: bool, spare: Spare) -> None:
     """See that a table that is copied when it is written to can be written to at present.
 
     Raises:
@@ -281,15 +300,15 @@ def require_room(root: Path, read_only: bool) -> None:
             ballast.
     """
     with _lock:
-        _require_room(root, read_only)
+        _require_room(root, read_only, spare)
 
 
-def _require_room(root: Path, read_only: bool) -> None:
-    with _said_if_full(root / FILE):
+def _require_room(root: Path, read_only: bool, spare: Spare) -> None:
+    with _said_if_full(root / FILE, spare):
         if read_only:
             _find_room(root)
         else:
-            _with_ballast(root, lambda: _find_room(root))
+            _with_spare(spare, lambda: _find_room(root))
 
 
 def _find_room(root: Path) -> None:

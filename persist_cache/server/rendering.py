@@ -8,7 +8,6 @@ answers with, so that an explanation cannot speak of another prompt than the one
 from __future__ import annotations
 
 import copy
-import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from persist_cache.errors import ModelError
+from persist_cache.server.segments import system_end, system_tokens
 from persist_cache.server.validation import RefusedError, check_prompt
 
 log = logging.getLogger(__name__)
@@ -105,12 +105,9 @@ def render(
         RefusedError: The chat template refuses it; with what the template said.
     """
     # Here, because it takes MLX to be imported.
-    from mlx_lm.server import ResponseGenerator
+    from persist_cache.server.upstream import tokenize
 
     defaults = dict(template_args or {})
-    provider = SimpleNamespace(
-        processor=None, cli_args=SimpleNamespace(chat_template_args=defaults)
-    )
     asked = SimpleNamespace(
         request_type="chat" if request.messages else "text",
         prompt=request.text,
@@ -120,9 +117,7 @@ def render(
     )
     args = SimpleNamespace(chat_template_kwargs=dict(request.template_args))
     try:
-        tokens, segments, kinds, _, _ = ResponseGenerator._tokenize(
-            SimpleNamespace(model_provider=provider), tokenizer, asked, args
-        )
+        tokens, segments, kinds = tokenize(tokenizer, asked, args, defaults)
     except Exception as error:  # templates are programs of their own
         log.debug("a prompt could not be rendered", exc_info=True)
         raise RefusedError(
@@ -155,50 +150,6 @@ def render_chat(
         return render(tokenizer, asked, template_args=template_args)
     except RefusedError as refusal:
         raise ModelError(str(refusal)) from refusal
-
-
-def system_tokens(segments: Sequence[Sequence[int]], kinds: Sequence[str]) -> int:
-    """Length of the system part of a prompt that was cut into segments."""
-    system = itertools.takewhile(lambda one: one[1] == "system", zip(segments, kinds, strict=True))
-    return sum(len(segment) for segment, _ in system)
-
-
-def system_end(
-    tokenizer: Any,
-    messages: Sequence[Mapping[str, Any]],
-    tools: Sequence[Mapping[str, Any]] | None,
-    template_args: Mapping[str, Any],
-    prompt: Sequence[int],
-) -> int:
-    """Tokens of `prompt` that any conversation with the same system messages shares.
-
-    For a prompt that upstream does not cut, because its last message is no user's.
-
-    Args:
-        tokenizer: As mlx-lm loads it.
-        messages: Of the prompt, prepared for the template.
-        tools: Tool definitions, or None.
-        template_args: All arguments of the template.
-        prompt: The rendered prompt.
-    """
-    head = list(itertools.takewhile(lambda one: one.get("role") == "system", messages))
-    if not head or not tokenizer.has_chat_template:
-        return 0
-    try:
-        probe = tokenizer.apply_chat_template(
-            [*head, {"role": "user", "content": ""}],
-            tools=tools,
-            add_generation_prompt=False,
-            tokenize=True,
-            **template_args,
-        )
-    except Exception as error:  # a template is a program of its own
-        log.debug("no system part could be rendered: %s", error)
-        return 0
-    for index, (a, b) in enumerate(zip(probe, prompt, strict=False)):
-        if a != b:
-            return index
-    return 0
 
 
 def decode(tokenizer: Any, tokens: Sequence[int]) -> str:

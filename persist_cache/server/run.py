@@ -1,459 +1,49 @@
-"""`mlx_lm.server` with a `PromptCache`: the same API and flags, restartable.
+"""Running the server: from its options to its orderly end.
 
-Upstream's model provider, generation loop and HTTP handler do the work. What is added here: where
-prompts are cut (tool turns, checkpoints at branches), what an answer says about the cache, and an
-orderly end. This is the only importer of `mlx_lm.server` besides `rendering`; what is used of its
-private seam is listed in `SEAM` and checked by a test.
+Upstream's model provider, generation loop and HTTP handler do the work (`upstream`); here they are
+put together with a `PromptCache`, and ended so that nothing is lost.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import copy
-import dataclasses
 import errno
-import functools
-import json
 import logging
 import os
 import signal
 import socket
 import sys
-import threading
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from http.server import ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Literal
-
-import mlx.core as mx
-from mlx_lm import server as upstream
+from typing import Any
 
 from persist_cache.cache.prompt_cache import PromptCache
-from persist_cache.cache.stats import Fetch
 from persist_cache.errors import (
-    MissingDependencyError,
-    ModelError,
     PersistCacheError,
-    StoreError,
 )
 from persist_cache.fingerprint.identifier import Identifier
-from persist_cache.prefill import loading
 from persist_cache.prefill.clock import PrefillClock
-from persist_cache.prefill.loading import model_errors
 from persist_cache.server.admin import Admin
 from persist_cache.server.admin_token import AdminToken, Serving, announced
 from persist_cache.server.guard import (
     LOOPBACK_ORIGINS,
-    OUTCOME_HEADER,
     PAGE_PATH,
     ModelGuard,
     is_loopback,
 )
-from persist_cache.server.http import Front
-from persist_cache.server.rendering import system_end, system_tokens
-from persist_cache.server.ticket import Ticket, TicketedCache
-from persist_cache.store.opening import is_impossible
+from persist_cache.server.launch import Parser, ServeOptions, open_disk, start_line
+from persist_cache.server.upstream import Generator, listen, main, place_in_group
 from persist_cache.store.store import Store, default_store_path
 from persist_cache.system import endings
 
 log = logging.getLogger(__name__)
-
-SEAM = {
-    "run": ("host", "port", "model_provider", "server_class", "handler_class"),
-    "_run_http_server": ("host", "port", "response_generator", "server_class", "handler_class"),
-    "ResponseGenerator._tokenize": ("self", "tokenizer", "request", "args"),
-    "ResponseGenerator._serve_single": ("self", "request", "stream"),
-    "ResponseGenerator.generate": (
-        "self",
-        "request",
-        "generation_args",
-        "progress_callback",
-    ),
-    "ResponseGenerator.stop_and_join": ("self",),
-    "BatchGenerator.next": ("self",),
-    "ModelProvider.load_default": ("self",),
-    "ModelProvider._load": ("self", "model_path", "adapter_path", "draft_model_path"),
-    "APIHandler.handle_completion": ("self", "request", "stop_words"),
-    "APIHandler._set_completion_headers": ("self", "status_code"),
-    "APIHandler._set_stream_headers": ("self", "status_code"),
-}
-"""What of mlx_lm.server is replaced or called, with its parameters."""
-
-DEFAULT_GRACE_S = 20.0
 _LEAST_SAVE_S = 3.0
 """What saving gets when the requests took all of the grace."""
 _CLOSE_S = 1.0
 _stopped = 0.0
 """When the first signal to end came, by the monotonic clock; 0 before."""
-_MIN_BRANCH_TOKENS = 64
-"""A shared prefix beyond the last checkpoint is worth one of its own from this length on."""
-
-
-@dataclass(frozen=True, slots=True)
-class ServeOptions:
-    """What `persist-cache serve` adds to the flags of `mlx_lm.server`.
-
-    Attributes:
-        store: Folder of the store; None for the default one.
-        disk_bytes: Budget on disk, None as last set.
-        min_free_bytes: Free space to leave, None as last set.
-        daily_write_bytes: Written per UTC day at most, None for no limit.
-        memory_bytes: Bytes of live caches kept in memory, None for `--prompt-cache-bytes`.
-        persist: Labels of the tiers that go to disk.
-        grace_s: Seconds that running requests may take to end after SIGTERM.
-        admin_token: Secret that the admin API asks for, None for the store's own.
-        api_key: Secret that everything else asks for, None for none.
-        salt: Keeps this server's entries apart from others'.
-    """
-
-    store: str | None = None
-    disk_bytes: int | None = None
-    min_free_bytes: int | None = None
-    daily_write_bytes: int | None = None
-    memory_bytes: int | None = None
-    persist: tuple[str, ...] = ("system", "user", "assistant")
-    grace_s: float = DEFAULT_GRACE_S
-    admin_token: str | None = None
-    api_key: str | None = None
-    salt: str = ""
-
-
-class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
-    """Upstream's generation loop, cutting prompts where a restart will want to resume them."""
-
-    def __init__(self, model_provider: Any, prompt_cache: PromptCache) -> None:
-        self.cache = prompt_cache  # upstream deletes its own reference at the end
-        self._answering = threading.local()
-        self._serving = Ticket()
-        self._stream: Any = None
-        self._in_flight = 0
-        self._reader = ThreadPoolExecutor(1, "persist-cache-read-ahead")
-        self.admin: Admin | None = None
-        self.guard: ModelGuard | None = None
-        self.prefill_clock = PrefillClock()
-        self._changed = threading.Condition()
-        prompt_cache.is_busy = lambda: self._in_flight > 0
-        super().__init__(model_provider, TicketedCache(prompt_cache, self))
-
-    # ---- where prompts are cut ---------------------------------------------------------------
-
-    def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
-        prompt, segments, types, initial_state, vision = super()._tokenize(tokenizer, request, args)
-        if vision is None:
-            if len(segments) == 1 and types == ["assistant"] and request.request_type == "chat":
-                segments, types = self._cut_tool_turn(tokenizer, request, args, prompt)
-            segments, types = self._cut_at_branch(prompt, segments, types)
-        ticket = getattr(request, "ticket", None)
-        if ticket is not None:
-            self._serving = ticket
-            ticket.system_tokens = system_tokens(segments, types)
-            if ticket.part:
-                whole = ticket.part == "prompt"
-                end = len(prompt) - 1 if whole else ticket.system_tokens
-                self.cache.cut_answer(prompt, end, model=self.model_provider.model_key)
-        return prompt, segments, types, initial_state, vision
-
-    def _cut_tool_turn(
-        self, tokenizer: Any, request: Any, args: Any, prompt: list[int]
-    ) -> tuple[list[list[int]], list[str]]:
-        """Give a prompt that ends in a tool's result its system and user segments.
-
-        Upstream makes one `assistant` piece of it, so an agent's loop would leave no checkpoint.
-        """
-        end = self._system_end(tokenizer, request, args, prompt)
-        if 0 < end < len(prompt):
-            return [prompt[:end], prompt[end:]], ["system", "user"]
-        return [prompt], ["user"] if request.messages else ["assistant"]
-
-    def _system_end(self, tokenizer: Any, request: Any, args: Any, prompt: Sequence[int]) -> int:
-        """Tokens of `prompt` that any conversation with the same system messages shares."""
-        options = {**self.cli_args.chat_template_args, **(args.chat_template_kwargs or {})}
-        return system_end(tokenizer, request.messages, request.tools, options, prompt)
-
-    def _cut_at_branch(
-        self, prompt: Sequence[int], segments: list[list[int]], types: list[str]
-    ) -> tuple[list[list[int]], list[str]]:
-        """Place a checkpoint where this prompt leaves a stored one that cannot be cut there.
-
-        Then the next conversation that leaves it at the same point finds something to resume.
-        """
-        branch = self.cache.branch_point(
-            self.model_provider.model_key, prompt, min_gain_tokens=_MIN_BRANCH_TOKENS
-        )
-        if branch == 0:
-            return segments, types
-        start = 0
-        for index, segment in enumerate(segments):
-            end = start + len(segment)
-            if start < branch < end:
-                halves = [segment[: branch - start], segment[branch - start :]]
-                kind = types[index]
-                return (
-                    [*segments[:index], *halves, *segments[index + 1 :]],
-                    [*types[:index], kind, *types[index:]],
-                )
-            start = end
-        return segments, types
-
-    def _serve_single(self, request: Any, stream: Any) -> None:
-        """One request at a time: upstream knows no segments here."""
-        self._stream = stream
-        try:
-            super()._serve_single(request, stream)
-        finally:
-            self._stream = None
-            request[1].ticket.settle()
-
-    def now_serving(self) -> Ticket:
-        """The ticket of the request that was tokenized last."""
-        return self._serving
-
-    def complete(
-        self,
-        ticket: Ticket,
-        model: Hashable,
-        tokens: Sequence[int],
-        cache: Any | None,
-        rest: Sequence[int],
-        /,
-    ) -> tuple[Any | None, Sequence[int]]:
-        """Compute and keep a prompt's system part, where upstream's loop does not.
-
-        A draft model's cache lags behind, so with one the reply alone is kept.
-
-        Returns:
-            What is handed to upstream: the cache, and the tokens that it has not seen.
-        """
-        done, end = len(tokens) - len(rest), ticket.system_tokens
-        if self._stream is None or done >= end or self.model_provider.draft_model is not None:
-            return cache, rest
-        from persist_cache.prefill.run import KVQuantization, new_cache, prefill, snapshot
-
-        options = self.cli_args
-        quantize = None
-        if options.kv_bits is not None:
-            quantize = KVQuantization(
-                options.kv_bits, options.kv_group_size, options.quantized_kv_start
-            )
-        cache = new_cache(self.model_provider.model) if cache is None else cache
-        with mx.stream(self._stream), self.prefill_clock.running():
-            prefill(
-                self.model_provider.model,
-                cache,
-                tokens[done:end],
-                step_tokens=options.prefill_step_size,
-                quantize=quantize,
-            )
-        self.cache.insert_cache(model, tokens[:end], snapshot(cache), cache_type="system")
-        return cache, tokens[end:]
-
-    # ---- what an answer says -----------------------------------------------------------------
-
-    def generate(
-        self,
-        request: Any,
-        generation_args: Any,
-        progress_callback: Callable[[int, int], None] | None = None,
-    ) -> Any:
-        if not self.generation_available():
-            return super().generate(request, generation_args, progress_callback)  # which says so
-        ticket = vars(request).setdefault("ticket", self.new_ticket())
-        if self._in_flight > 1:
-            # Rendering a prompt changes its messages, so each thread has its own.
-            mine = dataclasses.replace(request, messages=copy.deepcopy(request.messages))
-            self._reader.submit(self._read_ahead, mine, generation_args)
-        ctx, response = super().generate(request, generation_args, progress_callback)
-        # When requests are served one at a time, the context is handed out before the look.
-        while not ticket.wait(1.0) and self.generation_available():
-            pass
-        if ticket.fetch is None:
-            # It failed before the look: asking for the answer raises why.
-            next(response, None)
-            raise RuntimeError("The request was answered without a look into the cache.")
-        return ctx, _told(ctx, response, ticket.fetch)
-
-    def new_ticket(self) -> Ticket:
-        """A ticket for the request that this thread is about to make."""
-        return Ticket(getattr(self._answering, "part", ""))
-
-    def _read_ahead(self, request: Any, args: Any) -> None:
-        """Have the disk read what a request needs while the loop still decodes for others.
-
-        It looks at new requests twice a second only. On a thread of its own, with a tokenizer of
-        its own; what fails here is left to upstream to say.
-        """
-        provider = self.model_provider
-        key, tokenizer = provider.model_key, getattr(provider, "spare_tokenizer", None)
-        wanted = args.model.model
-        if wanted == "default_model":
-            wanted = self.cli_args.model
-        if tokenizer is None or key is None or wanted != key[0]:
-            return
-        try:
-            if any(upstream._image_parts(request.messages)):
-                return
-            self.cache.read_ahead(key, super()._tokenize(tokenizer, request, args)[0])
-        except Exception as error:
-            log.debug("nothing was read ahead: %s", error)
-
-    @contextlib.contextmanager
-    def keeping_only(self, part: Literal["prompt", "system"]) -> Iterator[None]:
-        """Make requests of our own in this thread: they leave the cache of that part of theirs.
-
-        They are not counted among the clients' requests.
-        """
-        self._answering.part = part
-        try:
-            yield
-        finally:
-            self._answering.part = ""
-
-    @contextlib.contextmanager
-    def in_flight(self) -> Iterator[None]:
-        """Count a request that is being answered: the end of the server waits for it."""
-        with self._changed:
-            self._in_flight += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._in_flight -= 1
-                self._changed.notify_all()
-
-    # ---- the end -----------------------------------------------------------------------------
-
-    def drain(self, grace_s: float) -> bool:
-        """Wait for running requests; returns whether all of them ended in time."""
-        with self._changed:
-            return self._changed.wait_for(lambda: self._in_flight <= 0, grace_s)
-
-
-class Batch(upstream.BatchGenerator):  # type: ignore[misc]
-    """Upstream's batch, timing prefill alone: not the queue, nor decoding for others."""
-
-    def __init__(self, prefill_clock: PrefillClock, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._prefill_clock = prefill_clock
-
-    def next(self) -> Any:
-        with self.stats() as spent:
-            prompts, tokens = super().next()
-        computed = sum(not one.end_of_prompt for one in prompts)
-        if computed:
-            self._prefill_clock.add(spent.prompt_time, computed)
-        return prompts, tokens
-
-
-class Provider(upstream.ModelProvider):  # type: ignore[misc]
-    """Upstream's model provider; a model's identity is that of the files it was loaded from."""
-
-    identifier: Identifier | None = None
-    spare_tokenizer: Any = None
-    """For use beside the generation thread: not all tokenizers bear company."""
-    failed: ModelError | MissingDependencyError | None = None
-    """Why the model of the command line could not be loaded, which ends the server."""
-
-    def load_default(self) -> None:
-        try:
-            super().load_default()
-        except (ModelError, MissingDependencyError) as error:
-            self.failed = error
-            # This is the generation thread: without it upstream would listen on, and never answer.
-            # Not by SIGINT, which is ignored in what a shell's script starts in the background.
-            os.kill(os.getpid(), signal.SIGTERM)
-            raise SystemExit from None
-
-    def _load(
-        self, model_path: str, adapter_path: str | None = None, draft_model_path: str | None = None
-    ) -> None:
-        # The key is formed as upstream forms it when the model is loaded.
-        model_key = (model_path, adapter_path, draft_model_path)
-
-        def read() -> None:
-            super(Provider, self)._load(*model_key)
-            loading.evaluate(self.model, self.draft_model)
-
-        with model_errors(model_path) if model_path else contextlib.nullcontext():
-            if self.identifier is None or self.is_distributed:
-                # A rank loads a shard, which has no identity.
-                self.spare_tokenizer = None
-                super()._load(*model_key)
-            else:
-                for name in filter(None, (model_path, draft_model_path)):
-                    # What cannot be had costs the model in memory neither its place nor its name.
-                    loading.fetch(name)
-                self.spare_tokenizer = None
-                # The weights in memory go, and with them what is known of their files.
-                self.identifier.forget()
-                self.identifier.around_load(model_key, read)
-        self.spare_tokenizer = copy.deepcopy(self.tokenizer)
-
-
-class Handler(Front, upstream.APIHandler):  # type: ignore[misc]
-    """Upstream's HTTP handler behind our front, saying where the prompt's cache came from."""
-
-    _ticket: Ticket | None = None
-
-    def handle_completion(self, request: Any, stop_words: list[str]) -> None:
-        self._ticket = request.ticket = self.response_generator.new_ticket()
-        try:
-            with self.response_generator.in_flight():
-                super().handle_completion(request, stop_words)
-        finally:
-            self._ticket = None
-
-    def _set_completion_headers(self, status_code: int = 200) -> None:
-        super()._set_completion_headers(status_code)
-        self._say_cache(status_code)
-
-    def _set_stream_headers(self, status_code: int = 200) -> None:
-        super()._set_stream_headers(status_code)
-        self._say_cache(status_code)
-
-    def _say_cache(self, status_code: int) -> None:
-        if status_code == 200 and self._ticket is not None and self._ticket.fetch is not None:
-            self.send_header(OUTCOME_HEADER, cache_header(self._ticket.fetch))
-
-    def handle_health_check(self) -> None:
-        """Tell a sick disk from a sick model; only the latter makes the server unavailable."""
-        cache: PromptCache = self.response_generator.cache
-        healthy = self.response_generator.is_healthy
-        said = {
-            "status": "ok" if healthy else "unavailable",
-            "model": "ok" if healthy else "the generation thread died",
-            "disk": f"off: {cache.disk_off}" if cache.disk_off else "ok",
-        }
-        body = json.dumps(said).encode()
-        self._set_completion_headers(200 if healthy else 503)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-
-def _told(ctx: Any, response: Iterator[Any], fetch: Fetch) -> Iterator[Any]:
-    """The answer, with the usage of `ctx` corrected before it is read.
-
-    Upstream takes what it is handed for what was cached; that may have been computed just now.
-    """
-    for one in response:
-        ctx.prompt_cache_count = fetch.num_tokens
-        yield one
-
-
-def cache_header(fetch: Fetch) -> str:
-    """The value of `x-persist-cache`: `disk|memory|miss; tokens=N`, and why it is no more."""
-    value = f"{fetch.source}; tokens={fetch.num_tokens}"
-    if fetch.reason:
-        reason = (
-            fetch.reason.replace("→", "->").encode("ascii", "replace").decode().replace('"', "'")
-        )
-        value += f'; reason="{" ".join(reason.split())[:200]}"'
-    return value
 
 
 def serve(upstream_args: Sequence[str], options: ServeOptions) -> None:
@@ -472,44 +62,17 @@ def serve(upstream_args: Sequence[str], options: ServeOptions) -> None:
     def run(host: str, port: int, provider: Any, *_: Any) -> None:
         _run(host, port, provider, options, clock)
 
-    # Upstream parses, sets up logging, and calls `run` by its global name.
-    with (
-        _replaced(
-            upstream,
-            "argparse",
-            SimpleNamespace(**{**vars(argparse), "ArgumentParser": _Parser}),
-        ),
-        _replaced(upstream, "run", run),
-        _replaced(upstream, "ModelProvider", Provider),
-        _replaced(upstream, "BatchGenerator", functools.partial(Batch, clock)),
-        # Upstream's default lets every page in. What is given after it wins.
-        _replaced(
-            sys,
-            "argv",
-            ["persist-cache serve", "--allowed-origins", LOOPBACK_ORIGINS, *upstream_args],
-        ),
-    ):
-        upstream.main()
-
-
-class _Parser(argparse.ArgumentParser):
-    """Upstream's parser, with a help that is true here: we give some flags another default."""
-
-    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
-        if "--allowed-origins" in names:
-            options["help"] = (
-                "Web pages that may ask, by their origins, separated by commas; `loopback` for "
-                f"those of this machine, on any port, `*` for all (default: {LOOPBACK_ORIGINS})"
-            )
-        return super().add_argument(*names, **options)
+    # Upstream's default lets every page in. What is given after it wins.
+    main(["--allowed-origins", LOOPBACK_ORIGINS, *upstream_args], run, Parser, clock)
 
 
 def _run(
     host: str, port: int, provider: Any, options: ServeOptions, prefill_clock: PrefillClock
 ) -> None:
     args = provider.cli_args
-    alone = mx.distributed.init().size() == 1
-    if alone or mx.distributed.init().rank() == 0:
+    rank, ranks = place_in_group()
+    alone = ranks == 1
+    if rank == 0:
         # Before anything is loaded: threads of MLX that are cut short abort the process.
         _try_to_bind(host, port)
     identifier = Identifier(
@@ -519,7 +82,7 @@ def _run(
         salt=options.salt,
     )
     provider.identifier = identifier
-    store, why_off, open_store = _open_store(options, distributed=not alone)
+    store, why_off, open_store = open_disk(options, distributed=not alone)
     limits = (options.memory_bytes, args.prompt_cache_bytes, 1 << 63)
     memory_bytes = next(limit for limit in limits if limit is not None)  # 0 keeps nothing
     cache = PromptCache(
@@ -533,7 +96,7 @@ def _run(
         open_store=open_store,
         prefill_clock=prefill_clock,
     )
-    log.info("%s", _start_line(store, why_off, args.prompt_cache_size, memory_bytes, options))
+    log.info("%s", start_line(store, why_off, args.prompt_cache_size, memory_bytes, options))
     folder = store.root if store is not None else Path(options.store or default_store_path())
     token = AdminToken(folder, options.admin_token)
     if token.trouble:
@@ -554,7 +117,7 @@ def _run(
         generator.prefill_clock = prefill_clock
         generator.admin = Admin(cache, token=token, host=host, generator=generator)
         generator.guard = ModelGuard(args.allowed_origins, options.api_key)
-        if mx.distributed.init().rank() == 0:
+        if rank == 0:
             with contextlib.ExitStack() as told:
 
                 def tell(bound_port: int) -> None:
@@ -625,9 +188,7 @@ def _listen(
 
     generator.stop_and_join = drain_then_stop
     try:
-        upstream._run_http_server(
-            host, port, generator, server_class=Listening, handler_class=Handler
-        )
+        listen(host, port, generator, Listening)
     except KeyboardInterrupt:
         # Before it listened, or for the second time: whoever waits does so in vain.
         endings.arrived()
@@ -702,57 +263,6 @@ def page_url(host: str, port: int) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}{PAGE_PATH}"
 
 
-def _open_store(
-    options: ServeOptions, *, distributed: bool
-) -> tuple[Store | None, str, Callable[[], Store] | None]:
-    """The store, or why there is none: a server without its disk still answers.
-
-    Returns:
-        The store, why there is none, and how to open one later if that may help.
-
-    Raises:
-        StoreError: Its path can be none, now or later.
-    """
-    if not options.persist:
-        return None, "no store was given (--persist none)", None
-    if distributed:
-        return None, "several ranks share one model, and shards are not stored yet", None
-    open_store = functools.partial(
-        Store.open,
-        options.store,
-        max_bytes=options.disk_bytes,
-        min_free_bytes=options.min_free_bytes,
-        daily_write_bytes=options.daily_write_bytes,
-    )
-    try:
-        return open_store(), "", None
-    except StoreError as error:
-        place = default_store_path() if options.store is None else options.store
-        if is_impossible(error) and not os.path.lexists(place):
-            # No disk that comes back later will make a store of such a path.
-            raise
-        return None, str(error), open_store
-
-
-def _start_line(
-    store: Store | None, why_off: str, max_size: int, memory_bytes: int, options: ServeOptions
-) -> str:
-    memory = f"{max_size} caches"
-    if memory_bytes < 1 << 62:
-        memory += f", {_gib(memory_bytes)}"
-    if store is None:
-        return f"prompt cache: memory {memory}; disk off: {why_off}"
-    return (
-        f"prompt cache: memory {memory}; disk {store.root}, at most "
-        f"{_gib(store.limits.max_bytes)}, {_gib(store.limits.min_free_bytes)} left free, "
-        f"tiers {', '.join(options.persist)}"
-    )
-
-
-def _gib(nbytes: int) -> str:
-    return f"{nbytes / 2**30:,.2f} GiB"
-
-
 def _interrupt(signum: int, frame: Any) -> None:
     """SIGTERM and SIGHUP end the server as Ctrl-C does; a second SIGTERM ends it at once."""
     global _stopped
@@ -766,13 +276,3 @@ def _interrupt(signum: int, frame: Any) -> None:
 def _interrupt_again(signum: int, frame: Any) -> None:
     """Ctrl-C; each further one is heard as well."""
     endings.insist(KeyboardInterrupt)
-
-
-@contextlib.contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)

@@ -100,3 +100,14 @@ class TicketedCache:
         cache, rest, fetch = self._cache.look_up(model, tokens, counted=not ticket.part)
         ticket.looked(fetch)
         return self._desk.complete(ticket, model, tokens, cache, rest)
+
+
+def cache_header(fetch: Fetch) -> str:
+    """The value of `x-persist-cache`: `disk|memory|miss; tokens=N`, and why it is no more."""
+    value = f"{fetch.source}; tokens={fetch.num_tokens}"
+    if fetch.reason:
+        reason = (
+            fetch.reason.replace("→", "->").encode("ascii", "replace").decode().replace('"', "'")
+        )
+        value += f'; reason="{" ".join(reason.split())[:200]}"'
+    return value

@@ -24,8 +24,10 @@ DEFAULT_MAX_BYTES = 32 << 30
 DEFAULT_MIN_FREE_BYTES = 2 << 30
 WRITTEN_BYTES = "written_bytes"
 """Name of the counter of all bytes ever written to blobs."""
-_INDEX_SLACK = 128 * 1024
-"""Pages a commit may add to the index besides the tokens themselves."""
+_INDEX_SLACK_PAGES = 32
+"""Pages that recording a prompt may add to the index besides those of the tokens themselves."""
+_INDEX_TOKEN_BYTES = 16
+"""A token has 8 bytes, and a run has pages of its own, of which the last may be half empty."""
 _FILE_SLACK = 8 * 1024
 """A new blob may need a new folder, and its last block is filled up."""
 _METADATA_SLACK = 256 * 1024
@@ -108,7 +110,7 @@ class Budget:
         """
         fixed = self._index.file_bytes() + self._folder.overhead_bytes()
         fixed += self.ballast.disk_bytes()
-        if nbytes + index_growth(num_tokens) + fixed > self.limits.max_bytes:
+        if nbytes + self._index_growth(num_tokens) + fixed > self.limits.max_bytes:
             raise StoreFullError(
                 f"An entry of {nbytes} bytes is larger than the budget of "
                 f"{self.limits.max_bytes} bytes; raise it or keep shorter prompts."
@@ -121,7 +123,7 @@ class Budget:
 
     def excess(self, txn: Reader, nbytes: int, num_tokens: int) -> int:
         """Bytes that must go before `nbytes` more may be written; 0 or less when they fit."""
-        growth = nbytes + index_growth(num_tokens)
+        growth = nbytes + self._index_growth(num_tokens)
         over = self.usage(txn).total + growth - self.limits.max_bytes
         if self.limits.min_free_bytes == 0:
             return over
@@ -132,7 +134,7 @@ class Budget:
         if self.limits.min_free_bytes == 0:
             return
         with self._index.read() as txn:
-            wanted = self._wanted_free(txn, nbytes + index_growth(num_tokens))
+            wanted = self._wanted_free(txn, nbytes + self._index_growth(num_tokens))
             written, commits = txn.counter(WRITTEN_BYTES), txn.commit_id
         if after_removals:
             self._free.settle_removals(wanted)
@@ -156,6 +158,9 @@ class Budget:
                 nbytes = fs.disk_bytes(self._folder.temporary_path(name))
                 reserved -= nbytes or fs.disk_bytes(self._folder.path(name))
         return max(0, reserved)
+
+    def _index_growth(self, num_tokens: int) -> int:
+        return index_growth(num_tokens, self._index.page_bytes)
 
     def may_regain(self, txn: Reader, max_bytes: int) -> bool:
         """Whether the ballast may be made as large as it should be, within `max_bytes`.
@@ -193,9 +198,14 @@ def written_today(now: float) -> str:
     return time.strftime("written:%Y-%m-%d", time.gmtime(now))
 
 
-def index_growth(num_tokens: int) -> int:
-    """Upper estimate of what recording that many new tokens adds to the index."""
-    return num_tokens * 10 + _INDEX_SLACK
+def index_growth(num_tokens: int, page_bytes: int) -> int:
+    """Upper estimate of what recording that many new tokens adds to the index.
+
+    Args:
+        num_tokens: How many.
+        page_bytes: Of a page of the index: that of the machine that made it.
+    """
+    return num_tokens * _INDEX_TOKEN_BYTES + _INDEX_SLACK_PAGES * page_bytes
 
 
 def blob_estimate(tensor_bytes: int, num_tensors: int, text_bytes: int) -> int:

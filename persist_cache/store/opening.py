@@ -25,11 +25,12 @@ from persist_cache.errors import (
     StoreInUseError,
 )
 from persist_cache.filenames import PRESENCE_FILE, SUSPECT_FILE, TAG_FILE
-from persist_cache.index import ballast, holders, lock_table
+from persist_cache.index import ballast, holders, lock_table, semaphores
 from persist_cache.index.environment import PATIENCE_S, Index, Writer
 from persist_cache.index.records import pack_counter, unpack_counter
 from persist_cache.store import rebuild
 from persist_cache.store.budget import DEFAULT_MAX_BYTES, DEFAULT_MIN_FREE_BYTES, Limits
+from persist_cache.store.relief import UnseenSpare
 
 log = logging.getLogger(__name__)
 _PATIENCE_S = 5.0
@@ -185,7 +186,7 @@ def _open_to_read(root: Path) -> Index:
             os.close(presence)
     while True:
         try:
-            return Index(root, read_only=True)
+            return Index(root, read_only=True, spare=UnseenSpare(root))
         except DamagedIndexError:
             if time.monotonic() > give_up:
                 raise
@@ -202,14 +203,19 @@ def _open_present(root: Path, folder: BlobFolder, presence: int) -> Index:
         try:
             if (root / SUSPECT_FILE).exists():
                 raise DamagedIndexError(f"The index at {root} is damaged.")
-            index = Index(root, read_only=False, presence=presence)
+            index = Index(root, read_only=False, presence=presence, spare=UnseenSpare(root))
         except DamagedIndexError as error:
             damage = error
         else:
-            if not rebuild.is_due(index):
+            is_due = True
+            try:
+                is_due = rebuild.is_due(index)
+            finally:
+                if is_due:
+                    index.detach_presence()
+                    index.close()
+            if not is_due:
                 return index
-            index.detach_presence()
-            index.close()
         fs.unlock(presence)
         if fs.try_lock(presence):
             return _make_anew(root, folder, presence, damage)
@@ -229,9 +235,9 @@ def _write_table_in_place(root: Path, presence: int, read_only: bool) -> None:
         StoreFullError: There is no room for it, and so none to write to the one there is.
     """
     if fs.try_lock(presence):
-        lock_table.make_anew(root, read_only)
+        lock_table.make_anew(root, read_only, UnseenSpare(root))
     else:
-        lock_table.require_room(root, read_only)
+        lock_table.require_room(root, read_only, UnseenSpare(root))
 
 
 def _make_anew(root: Path, folder: BlobFolder, presence: int, damage: StoreError | None) -> Index:
@@ -239,10 +245,11 @@ def _make_anew(root: Path, folder: BlobFolder, presence: int, damage: StoreError
     if damage is not None:
         log.warning("%s It is rebuilt from the blobs.", damage)
         # Nothing in it can be trusted, and it holds prompts: what is evicted must be gone.
+        semaphores.unlink(root)
         for name in ("data.mdb", "lock.mdb"):
             with contextlib.suppress(FileNotFoundError):
                 fs.unlink(root / name)
-    index = Index(root, read_only=False, presence=presence)
+    index = Index(root, read_only=False, presence=presence, spare=UnseenSpare(root))
     try:
         placed = rebuild.rebuild(index, folder)
         with contextlib.suppress(FileNotFoundError):

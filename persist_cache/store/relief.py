@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from persist_cache import fs
 from persist_cache.blobs.folder import BlobFolder, try_remove_orphan
 from persist_cache.errors import StoreError
-from persist_cache.index.ballast import Ballast
+from persist_cache.index.ballast import Spare
 
 if TYPE_CHECKING:
     from persist_cache.store.session import Disk
@@ -113,28 +113,27 @@ class Relief:
             yield folder.quarantine_path(name.hex())
 
 
-def give_up_unseen(root: Path) -> int:
-    """Free some of a full disk before the index is open; returns how many bytes.
+class UnseenSpare(Spare):
+    """What can be given up without the index: what needs no record to be told from what is wanted.
 
-    Only what needs no record to be told from what is wanted: the ballast, else damaged files and
-    those of dead writers.
+    The ballast, else damaged files and those of dead writers.
     """
-    freed = Ballast(root, 0).release()
-    if freed:
-        return freed
-    folder = BlobFolder(root)
-    for _, path in list(folder.temporaries()):
-        nbytes = fs.disk_bytes(path)
-        # Nothing is recorded while it is here, and a living writer has it locked.
-        freed += nbytes if try_remove_orphan(path, lambda: False) else 0
-    return freed + sum(_unlinked(path for _, path in list(folder.in_quarantine())))
 
+    def give_up(self) -> int:
+        freed = super().give_up()
+        if freed:
+            return freed
+        folder = BlobFolder(self.root)
+        for _, path in list(folder.temporaries()):
+            nbytes = fs.disk_bytes(path)
+            # Nothing is recorded while it is here, and a living writer has it locked.
+            freed += nbytes if try_remove_orphan(path, lambda: False) else 0
+        return freed + sum(_unlinked(path for _, path in list(folder.in_quarantine())))
 
-def can_give_up_unseen(root: Path) -> bool:
-    """Whether `give_up_unseen` may free anything."""
-    folder = BlobFolder(root)
-    places = [path for found in (folder.temporaries(), folder.in_quarantine()) for _, path in found]
-    return any(fs.disk_bytes(path) for path in (Ballast(root, 0).path, *places))
+    def can_give_up(self) -> bool:
+        folder = BlobFolder(self.root)
+        found = (*folder.temporaries(), *folder.in_quarantine())
+        return super().can_give_up() or any(fs.disk_bytes(path) for _, path in found)
 
 
 def _unlinked(paths: Iterable[Path]) -> Iterator[int]:

@@ -258,7 +258,7 @@ def _live(
     swaps: bool,
     flags: list[str],
 ) -> None:
-    from persist_cache.server.run import ServeOptions
+    from persist_cache.server.launch import ServeOptions
     from tests.torture import serving, tiny
 
     dice = random.Random(seed)

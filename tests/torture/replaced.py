@@ -286,7 +286,7 @@ def _add_up(journal: Path, where: str, seen: Seen) -> None:
 
 
 def _live(home: Path, world: World, seed: int, journal: Path, seconds: float, breaks: str) -> None:
-    from persist_cache.server.run import ServeOptions
+    from persist_cache.server.launch import ServeOptions
     from tests.torture import serving, tiny
 
     broken.install(breaks)

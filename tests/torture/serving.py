@@ -22,6 +22,8 @@ from mlx_lm import server as upstream
 
 from persist_cache.cache.prompt_cache import PromptCache
 from persist_cache.server import run
+from persist_cache.server.launch import ServeOptions
+from persist_cache.server.upstream import Generator
 from persist_cache.store.store import Store
 from tests.torture.tiny import VOCABULARY
 
@@ -83,7 +85,7 @@ class Answer:
         return " ".join(VOCABULARY[token] for token in self.tokens if token != end)
 
 
-class _Recording(run.Generator):
+class _Recording(Generator):
     """Notes which model a request is answered by: a name says little where files are replaced."""
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
@@ -161,7 +163,7 @@ def _arguments(ask: Ask) -> Any:
 
 def serve(
     flags: Sequence[str],
-    options: run.ServeOptions,
+    options: ServeOptions,
     drive: Callable[[Session], None],
     *,
     idle_s: float = 2.0,

@@ -13,7 +13,8 @@ from typing import NoReturn
 import click
 
 from persist_cache.entry import TIER_LABELS
-from persist_cache.server.run import DEFAULT_GRACE_S, ServeOptions, serve
+from persist_cache.server.launch import DEFAULT_GRACE_S, ServeOptions
+from persist_cache.server.run import serve
 from persist_cache_cli.parse import SIZE
 
 
