@@ -1,15 +1,18 @@
 """What only damage makes: records with wrong fields, lost records, raw keys.
 
 The product has no words for it, so this is the one module of the tests that reaches into private
-parts of the store. Everything else asks what the product offers (`tests/test_walls.py`).
+parts of the product, also to look at the shape of a trie. Everything else uses public words
+(`tests/test_walls.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
 
 from persist_cache.blobs.folder import BlobFolder
+from persist_cache.cache.trie import PromptTrie
+from persist_cache.index import tree
 from persist_cache.index.environment import Index, Writer
 from persist_cache.store.store import Store
 
@@ -49,3 +52,28 @@ def delete(txn: Writer, table: bytes, key: bytes) -> None:
 def forget_order(txn: Writer, entry: int) -> None:
     """Lose an entry's places in the orders of eviction and of expiry."""
     txn._forget_order(entry)
+
+
+def unrefer(txn: Writer, blob: int) -> None:
+    """Let go of a blob that an entry still names."""
+    tree._unrefer(txn, blob, 0.0)
+
+
+def environment(index: Index) -> Any:
+    """LMDB's part of an index."""
+    return index._env
+
+
+def evict(store: Store, *, nbytes: int) -> None:
+    """Evict in order until so many bytes are freed; nothing of it is removed from the disk."""
+    change(store, lambda txn: store._evictor._free(txn, nbytes, frozenset()))
+
+
+def grow(store: Store, entry: str) -> None:
+    """Have an entry count as stored since runs were merged last."""
+    store._grown[int(entry, 16)] = None
+
+
+def roots(trie: PromptTrie[Any]) -> dict[Hashable, Any]:
+    """The root of each model in a trie, for a look at its shape."""
+    return trie._roots

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from persist_cache import PromptCache, Store, fs
+from persist_cache.cache.write_behind import WriteBehind
 from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.tokens import pack_tokens, prompt_digest
 from tests.fakes import fingerprint
@@ -398,17 +399,15 @@ def test_flush_is_not_misled_by_what_comes_meanwhile(
 ) -> None:
     cache = make()
     insert(cache, [1] * 50, "assistant")
-    writer = cache._writer
-    assert writer is not None
-    drain, newcomers = writer.drain, [[2] * 50]
+    drain, newcomers = WriteBehind.drain, [[2] * 50]
 
-    def busy(timeout_s: float | None = None) -> bool:
-        done = drain(timeout_s)
-        if not cache._waiting() and newcomers:
+    def busy(writer: WriteBehind, timeout_s: float | None = None) -> bool:
+        done = drain(writer, timeout_s)
+        if disk.entries() and newcomers:
             insert(cache, newcomers.pop(), "assistant")
         return done
 
-    monkeypatch.setattr(writer, "drain", busy)
+    monkeypatch.setattr(WriteBehind, "drain", busy)
 
     assert cache.flush()
     assert len(disk.entries()) == 2

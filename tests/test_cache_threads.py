@@ -14,7 +14,7 @@ import pytest
 
 from persist_cache import PromptCache, Store
 from persist_cache.fingerprint.value import Fingerprint
-from persist_cache.store import store
+from persist_cache.index import tree
 from tests.fakes import FakeSource, fingerprint, put
 from tests.live_fakes import MODEL, FakeCodec, FakeLayer
 
@@ -196,13 +196,13 @@ def test_fetch_walks_the_index_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with Store.open(tmp_path / "store", min_free_bytes=0) as disk:
         put(disk, range(100))
         walks: list[int] = []
-        match_in = store._match_in
+        walk = tree.walk
 
         def counted(*arguments: Any) -> Any:
             walks.append(1)
-            return match_in(*arguments)
+            return walk(*arguments)
 
-        monkeypatch.setattr(store, "_match_in", counted)
+        monkeypatch.setattr(tree, "walk", counted)
         with PromptCache(
             store=disk, identify=lambda model: fingerprint(), codec=LayoutFreeCodec()
         ) as cache:

@@ -110,12 +110,11 @@ def _wrong_blob(txn: Writer) -> None:
 
 
 def _lost_blob(txn: Writer) -> None:
-    txn._txn.delete(next(iter(txn._txn.cursor(db=txn._db[b"blobs"])))[0], db=txn._db[b"blobs"])
+    forge.delete(txn, b"blobs", forge.records(txn, b"blobs")[0][0])
 
 
 def _short_record(txn: Writer) -> None:
-    key = bytes(next(iter(txn._txn.cursor(db=txn._db[b"entries"])))[0])
-    forge.put(txn, b"entries", key, b"\1\2\3")
+    forge.put(txn, b"entries", forge.records(txn, b"entries")[0][0], b"\1\2\3")
 
 
 def _wrong_length(txn: Writer) -> None:
@@ -125,7 +124,7 @@ def _wrong_length(txn: Writer) -> None:
 
 def _lost_order(txn: Writer) -> None:
     number, record = next(iter(txn.entries()))
-    txn._forget_order(number)
+    forge.forget_order(txn, number)
     assert isinstance(record, EntryRecord)
 
 

@@ -273,20 +273,25 @@ def test_reader_of_the_old_file_reads_on(store: Store) -> None:
     assert found[0].equals(HEAD)
 
 
-def test_look_up_that_finds_the_old_name_looks_again(store: Store) -> None:
+def test_look_up_that_finds_the_old_name_looks_again(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     leave_dead_rows(store)
-    open_blob = store._open_blob
+    open_read = fs.open_read
+    begun: list[Path] = []
     compacted: list[int] = []
 
-    def compact_first(*found: Any) -> Any:
-        if not compacted:
+    def compact_first(path: Path) -> int:
+        if not begun:
+            begun.append(path)
             compacted.append(store.gc().compacted)
-        return open_blob(*found)
+        return open_read(path)
 
-    store._open_blob = compact_first  # type: ignore[assignment, method-assign]
+    monkeypatch.setattr(fs, "open_read", compact_first)
 
     assert fetched(store, LONG) == len(HEAD)
     assert compacted == [1]
+    assert not begun[0].exists()
     assert store.stats().counters.get("quarantined", 0) == 0
 
 

@@ -27,7 +27,7 @@ ROOM_FOR_FEW = 600_000 + 68 * (mmap.PAGESIZE - 4096)
 def evict_one(store: Store) -> set[str]:
     """Evict until one byte is freed; returns the ids that went."""
     before = {entry.id for entry in store.entries()}
-    forge.change(store, lambda txn: store._evictor._free(txn, 1, frozenset()))
+    forge.evict(store, nbytes=1)
     return before - {entry.id for entry in store.entries()}
 
 

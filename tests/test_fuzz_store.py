@@ -168,12 +168,9 @@ def scribble(store: Store, table: str, key: bytes | None, value: bytes) -> None:
     """Overwrite the record at or behind `key`, or add one."""
 
     def change(txn: Any) -> None:
-        database = txn._db[table.encode()]
-        where = key
-        with txn._txn.cursor(db=database) as cursor:
-            if where is None and cursor.first():
-                where = bytes(cursor.key())
-        txn._txn.put(where or b"\0" * 8, value, db=database)
+        there = forge.records(txn, table.encode())
+        where = there[0][0] if key is None and there else key
+        forge.put(txn, table.encode(), where or b"\0" * 8, value)
 
     forge.change(store, change)
 
@@ -222,9 +219,8 @@ INJURIES = st.lists(
 
 def injure(txn: Any, table: str, kind: str, which: int, bit: int) -> None:
     """Do to a sound record what a bad disk, or a bug, may do to it."""
-    database = txn._db[table.encode()]
-    with txn._txn.cursor(db=database) as cursor:
-        records = [(bytes(key), bytes(value)) for key, value in cursor]
+    name = table.encode()
+    records = forge.records(txn, name)
     if not records:
         return
 
@@ -235,19 +231,19 @@ def injure(txn: Any, table: str, kind: str, which: int, bit: int) -> None:
     key, value = records[which % len(records)]
     other, instead = records[bit % len(records)]
     if kind in ("delete", "move"):
-        txn._txn.delete(key, db=database)
+        forge.delete(txn, name, key)
     if kind in ("move", "repeat"):
-        txn._txn.put(flipped(key), value, db=database)
+        forge.put(txn, name, flipped(key), value)
     if kind == "swap":
-        txn._txn.put(other, value, db=database)
-        txn._txn.put(key, instead, db=database)
+        forge.put(txn, name, other, value)
+        forge.put(txn, name, key, instead)
     changed = {
         "flip": flipped(value),
         "clear": value[:1] + bytes(len(value))[1:],
         "cut": value[:-1],
     }
     if kind in changed:
-        txn._txn.put(key, changed[kind], db=database)
+        forge.put(txn, name, key, changed[kind])
 
 
 @given(injuries=INJURIES, order=st.permutations(range(9)))

@@ -196,7 +196,7 @@ def test_two_threads_both_told_that_the_map_was_resized(
                 raise lmdb.MapResizedError("made up")
             return env.begin(**options)
 
-    env = index._env
+    env = forge.environment(index)
     monkeypatch.setattr(index, "_env", Environment())
     done = []
 

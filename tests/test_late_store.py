@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from persist_cache import PromptCache
-from persist_cache.errors import StoreAccessError, StoreFullError
+from persist_cache.errors import StoreAccessError, StoreFullError, StoreInUseError
 from persist_cache.store.store import Store
 from tests.fakes import fingerprint
 from tests.live_fakes import MODEL, FakeCodec, FakeLayer
@@ -40,10 +40,8 @@ def opener(tmp_path: Path) -> Opener:
 
 
 def cache_of(opener: Opener, **options: Any) -> PromptCache:
-    options = {"idle_s": 60, "disk_off": "It is not there.", **options}
-    return PromptCache(
-        open_store=opener, identify=lambda model: fingerprint(), codec=FakeCodec(), **options
-    )
+    options = {"open_store": opener, "idle_s": 60, "disk_off": "It is not there.", **options}
+    return PromptCache(identify=lambda model: fingerprint(), codec=FakeCodec(), **options)
 
 
 def insert(cache: PromptCache, tokens: list[int], kind: str) -> None:
@@ -55,6 +53,15 @@ def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not come true in time"
         time.sleep(0.005)
+
+
+def can_be_opened(root: Path) -> bool:
+    """Whether nothing in this process has the store open."""
+    try:
+        Store.open(root).close()
+    except StoreInUseError:
+        return False
+    return True
 
 
 def stored(opener: Opener) -> set[int]:
@@ -128,15 +135,13 @@ def test_store_that_opens_when_the_cache_is_closed_already_is_closed(opener: Ope
         late.append(Store.open(opener.root, min_free_bytes=0))
         return late[0]
 
-    cache = cache_of(opener, idle_s=0.01)
-    cache._late._open_store = slow  # type: ignore[union-attr]
+    cache = cache_of(opener, idle_s=0.01, open_store=slow)
     assert asked.wait(30)
     cache.close(0)
     goes_on.set()
 
-    until(lambda: bool(late) and late[0]._closed)
+    until(lambda: bool(late) and can_be_opened(opener.root))
     assert cache.stats().store is None
-    Store.open(opener.root).close()
 
 
 def test_several_ranks_never_open_it(opener: Opener) -> None:

@@ -23,6 +23,7 @@ from persist_cache.store.evict import Evictor
 from persist_cache.store.rewrite import LivingRun, rewrite
 from persist_cache.store.session import Disk
 from persist_cache.store.store import Store
+from tests import forge
 from tests.fakes import Clock, blob_files, disk_usage, fetched, fingerprint, meanwhile, put, restore
 from tests.live_fakes import MODEL, FakeCodec, FakeLayer
 from tests.test_tensors import held
@@ -394,7 +395,7 @@ def test_budget_holds_while_the_old_files_are_still_there(
     merged = 0
     for room in range(100_000, 3_000_000, 200_000):
         with open_store(root, max_bytes=before + room) as store:
-            store._grown[int(leaf, 16)] = None
+            forge.grow(store, leaf)
             samples.clear()
             merged = store.merge_runs()
             assert max(samples) <= before + room

@@ -13,7 +13,6 @@ from msgspec.structs import replace
 
 from persist_cache import tensors
 from persist_cache.fingerprint.value import Fingerprint
-from persist_cache.index import tree
 from persist_cache.index.audit import was_given
 from persist_cache.index.environment import Writer
 from persist_cache.index.records import BlobKind
@@ -142,7 +141,7 @@ def lost_state(txn: Writer) -> None:
     """An entry is said to need no state, and nothing knows the file with it."""
     for number, entry in list(txn.entries()):
         if entry.checkpoint:
-            tree._unrefer(txn, entry.checkpoint, 0.0)
+            forge.unrefer(txn, entry.checkpoint)
             txn.put_entry(number, entry._replace(checkpoint=0))
     for name in txn.keys(b"trash"):
         txn.delete_sized(b"trash", name)
