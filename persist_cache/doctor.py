@@ -11,7 +11,6 @@ import os
 import platform
 import secrets
 import stat
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Literal
 from persist_cache import __version__, fs
 from persist_cache.fingerprint.versions import installed_version
 from persist_cache.prefill.clock import Rate
+from persist_cache.system import volumes
 from persist_cache.system.mounts import Mounts
 
 if TYPE_CHECKING:
@@ -30,12 +30,14 @@ if TYPE_CHECKING:
 
 PACKAGES = ("mlx", "mlx-lm", "lmdb", "safetensors", "msgspec", "xxhash", "click")
 PROBE_BYTES = 8 << 20
-_ENOUGH_FILES = 512
+MLX_LM_OPEN_FILES = (2048, 4096)
+"""Soft and hard limit of open files that mlx-lm sets when it is imported."""
 _SYNCS = 5
 _MAX_EXAMINED = 64
 _NETWORK = frozenset(
     {"nfs", "nfs4", "cifs", "smb3", "smbfs", "afpfs", "webdav", "9p", "ceph", "glusterfs", "lustre"}
 )
+_WITHOUT_MODES = frozenset({"exfat", "msdos", "vfat"})
 _VOLATILE = frozenset({"tmpfs", "ramfs"})
 
 
@@ -190,7 +192,7 @@ def look_at_folder(path: Path) -> Folder:
         place = place.parent
     status = place.stat()
     exists = place == path and stat.S_ISDIR(status.st_mode)
-    space = os.statvfs(place)
+    space = volumes.space(place)
     may_write = os.access(place, os.W_OK | os.X_OK) and stat.S_ISDIR(status.st_mode)
     return Folder(
         path=str(path),
@@ -199,10 +201,10 @@ def look_at_folder(path: Path) -> Folder:
         owner=_user(status.st_uid),
         is_ours=status.st_uid == os.geteuid(),
         mode=stat.S_IMODE(status.st_mode) if exists else None,
-        writable=may_write and not space.f_flag & os.ST_RDONLY,
+        writable=may_write and not space.read_only,
         file_system=Mounts().kind(place),
-        free_bytes=space.f_bavail * space.f_frsize,
-        total_bytes=space.f_blocks * space.f_frsize,
+        free_bytes=space.free_bytes,
+        total_bytes=space.total_bytes,
     )
 
 
@@ -239,12 +241,13 @@ def measure_disk(root: Path, nbytes: int = PROBE_BYTES) -> DiskSpeed:
     fd = fs.create(path)
     try:
         fs.unlink(path)
+        fs.bypass_cache(fd)
         fs.allocate(fd, len(content))
         started = time.perf_counter()
         fs.write_all(fd, [content])
         fs.sync(fd)
         written = time.perf_counter() - started
-        _forget_pages(fd)
+        fs.drop_cache(fd)
         buffer = memoryview(bytearray(len(content)))
         started = time.perf_counter()
         fs.read_into(fd, 0, [buffer])
@@ -253,16 +256,6 @@ def measure_disk(root: Path, nbytes: int = PROBE_BYTES) -> DiskSpeed:
     finally:
         os.close(fd)
     return DiskSpeed(len(content), len(content) / written, len(content) / read, syncs[_SYNCS // 2])
-
-
-def _forget_pages(fd: int) -> None:
-    """Have the next read come from the disk."""
-    if sys.platform == "linux":
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    elif sys.platform == "darwin":
-        import fcntl
-
-        fcntl.fcntl(fd, fcntl.F_NOCACHE, 1)
 
 
 def _time_sync(fd: int) -> float:
@@ -396,10 +389,16 @@ def _judge(
     elif not folder.writable:
         yield Finding("problem", f"{where}cannot be written; mend its rights, or use --store PATH.")
     if folder.exists and folder.mode is not None and folder.mode & 0o077:
+        mend = f"chmod 700 {folder.path}"
+        if folder.file_system in _WITHOUT_MODES:
+            mend = (
+                f"{folder.file_system} keeps no permissions, so use a folder on another disk "
+                "(--store PATH) where others may use this one"
+            )
         yield Finding(
             "note",
             f"{folder.path} is open to other users ({folder.mode:o}), and KV reveals prompts: "
-            f"chmod 700 {folder.path}.",
+            f"{mend}.",
         )
     if folder.file_system in _NETWORK or folder.file_system.startswith("fuse.sshfs"):
         yield Finding(
@@ -414,13 +413,28 @@ def _judge(
             "use --store PATH to keep what is stored.",
         )
     yield from _judge_space(folder, max_bytes, min_free_bytes, used_bytes)
-    soft, _ = limits
-    if 0 <= soft < _ENOUGH_FILES:
-        yield Finding(
-            "note",
-            f"Only {soft} files may be open at once; run `ulimit -n 2048` before the server, "
-            "because long prompts are read from many.",
+    if packages["mlx-lm"]:
+        yield from judge_open_files(limits)
+
+
+def judge_open_files(limits: tuple[int, int]) -> list[Finding]:
+    """Say whether mlx-lm can be imported under these limits, soft and hard.
+
+    It sets both when it is imported. The soft limit is therefore its own business; but only root
+    may raise a hard limit, and `ulimit -n N` lowers the hard one as well.
+    """
+    _, hard = limits
+    wanted = MLX_LM_OPEN_FILES[1]
+    if not 0 <= hard < wanted or os.geteuid() == 0:
+        return []
+    return [
+        Finding(
+            "problem",
+            f"At most {hard} files may be open at once, and mlx-lm fails when it is imported "
+            f"where it cannot set that limit to {wanted}; raise the hard limit (`ulimit -Hn` "
+            "prints it; `ulimit -n` without -S lowers it).",
         )
+    ]
 
 
 def _judge_space(

@@ -9,6 +9,8 @@ import re
 
 TAG_FILE = "CACHEDIR.TAG"
 """Tells backup programs to leave the folder out."""
+UNSEARCHED_FILE = ".metadata_never_index"
+"""Tells Spotlight to leave the folder out."""
 PRESENCE_FILE = "store.lock"
 """Locked shared by every process that has the store open."""
 SUSPECT_FILE = "index.suspect"
@@ -26,7 +28,15 @@ STRAY_PROBE = re.compile(r"doctor\.[0-9a-f]{16}")
 STRAY_MEMO = re.compile(r"\." + re.escape(MEMO_FILE) + r"\.[0-9a-f]{16}\.tmp")
 """A memo of which the writer was killed."""
 
-_SMALL = {TAG_FILE, PRESENCE_FILE, SUSPECT_FILE, MEMO_FILE, TOKEN_FILE, NEW_TOKEN_FILE}
+_SMALL = {
+    TAG_FILE,
+    UNSEARCHED_FILE,
+    PRESENCE_FILE,
+    SUSPECT_FILE,
+    MEMO_FILE,
+    TOKEN_FILE,
+    NEW_TOKEN_FILE,
+}
 
 
 def is_small(name: str) -> bool:

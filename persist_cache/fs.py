@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from persist_cache.errors import StoreAccessError, StoreError, StoreFullError
+from persist_cache.system import volumes
 
 FILE_MODE = 0o600
 FOLDER_MODE = 0o700
@@ -47,6 +48,8 @@ _OF_THE_FILE = frozenset(
     (errno.EIO, errno.ENOENT, errno.ELOOP, errno.EISDIR, errno.EACCES, errno.EPERM)
 )
 
+_NO_MODES = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """What a file system says that has no room, or none for us."""
 FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
@@ -56,7 +59,7 @@ FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 def create(path: Path) -> int:
     """Create `path`, which must not exist, for its owner alone; returns a descriptor."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
-    os.fchmod(fd, FILE_MODE)  # the umask may have taken the owner's rights as well
+    restrict(fd, FILE_MODE)  # the umask may have taken the owner's rights as well
     return fd
 
 
@@ -69,7 +72,7 @@ def create_nameless(folder: Path) -> int:
     if sys.platform != "linux":
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
     fd = os.open(folder, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, FILE_MODE)
-    os.fchmod(fd, FILE_MODE)
+    restrict(fd, FILE_MODE)
     return fd
 
 
@@ -289,7 +292,20 @@ def make_folder(path: Path) -> None:
         os.mkdir(path, FOLDER_MODE)
     except FileExistsError:
         return
-    os.chmod(path, FOLDER_MODE)
+    restrict(path, FOLDER_MODE)
+
+
+def restrict(target: Path | int, mode: int) -> bool:
+    """Give a file or folder of ours this mode; returns whether other users are kept out now.
+
+    A file system without permissions (exFAT) refuses or, on macOS, ignores that.
+    """
+    try:
+        os.chmod(target, mode)
+    except OSError as error:
+        if error.errno not in _NO_MODES:
+            raise
+    return not os.stat(target).st_mode & 0o077
 
 
 def try_lock(fd: int) -> bool:
@@ -352,16 +368,43 @@ def read_ahead(path: Path) -> int:
         os.close(fd)
 
 
+def bypass_cache(fd: int) -> None:
+    """Have what is written and read through `fd` from now on leave nothing in the page cache.
+
+    macOS: it does not remove what is there, so say it before the first byte is written.
+    Elsewhere `drop_cache` is enough.
+    """
+    if sys.platform == "darwin":
+        fcntl.fcntl(fd, fcntl.F_NOCACHE, 1)
+
+
+def drop_cache(fd: int) -> None:
+    """Have the next read of a synced file come from the disk, where the system can be asked."""
+    if sys.platform == "linux":
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def settle(path: Path) -> None:
+    """Have the file system of `path` do what it put off: some count free blocks only then."""
+    if sys.platform == "linux":
+        import ctypes
+
+        with contextlib.suppress(OSError):
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                ctypes.CDLL(None).syncfs(fd)
+            finally:
+                os.close(fd)
+
+
 def free_bytes(path: Path) -> int:
     """Bytes that an unprivileged process may still write to the file system of `path`."""
-    status = os.statvfs(path)
-    return status.f_bavail * status.f_frsize
+    return volumes.space(path).free_bytes
 
 
 def free_files(path: Path) -> int | None:
     """Files that may still be made on the file system of `path`; None where there is no limit."""
-    status = os.statvfs(path)
-    return status.f_favail if status.f_files else None
+    return volumes.space(path).free_files
 
 
 def disk_bytes(path: Path) -> int:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from persist_cache import Store, doctor
+from persist_cache import Store, doctor, fs
 from persist_cache.doctor import Finding, Folder, ModelCache
 from persist_cache.index.records import pack_counter
 from persist_cache.tensors.live import LayerStatus
@@ -240,10 +243,12 @@ def folder(**changes: Any) -> Folder:
     return Folder(**{**plain, **changes})
 
 
-def judge(place: Folder, soft: int = 2048, packages: dict[str, str] = PACKAGES) -> list[Finding]:
+def judge(
+    place: Folder, limits: tuple[int, int] = (2048, -1), packages: dict[str, str] = PACKAGES
+) -> list[Finding]:
     return doctor.judge(
         place,
-        limits=(soft, -1),
+        limits=limits,
         packages=packages,
         max_bytes=32 << 30,
         min_free_bytes=2 << 30,
@@ -259,6 +264,7 @@ def judge(place: Folder, soft: int = 2048, packages: dict[str, str] = PACKAGES) 
         (folder(writable=False, exists=False), "problem", "The place for /s"),
         (folder(is_taken=True, exists=False), "problem", "not a folder"),
         (folder(mode=0o755), "note", "chmod 700 /s"),
+        (folder(mode=0o777, file_system="exfat"), "note", "exfat keeps no permissions"),
         (folder(file_system="nfs4"), "problem", "use a local folder"),
         (folder(file_system="tmpfs"), "note", "restart"),
         (folder(free_bytes=1), "problem", "The disk is off"),
@@ -275,10 +281,91 @@ def test_findings_about_the_folder(place: Folder, level: str, says: str) -> None
 
 def test_findings_about_the_rest() -> None:
     assert judge(folder()) == []
-    (few,) = judge(folder(), soft=256)
-    assert "ulimit -n 2048" in few.message
-    assert judge(folder(), soft=-1) == []
     assert [one.level for one in judge(folder(), packages={"mlx": "", "mlx-lm": "1"})] == ["note"]
+
+
+def test_a_soft_limit_that_mlx_lm_raises_itself_is_no_finding() -> None:
+    """A Mac has 256 of unlimited; `ulimit -n 2048` there would set the hard limit as well."""
+    for limits in ((256, -1), (256, 4096), (1024, 1 << 20), (-1, -1)):
+        assert judge(folder(), limits=limits) == [], limits
+
+
+def test_a_hard_limit_that_mlx_lm_cannot_be_imported_under_is_a_problem(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 501)
+
+    (few,) = judge(folder(), limits=(2048, 2048))
+
+    assert few.level == "problem"
+    assert "mlx-lm" in few.message
+    assert "4096" in few.message
+    assert "2048" in few.message
+
+
+IMPORT_UNDER = """
+import os, resource, sys
+from persist_cache import doctor
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]), int(sys.argv[2])))
+if os.geteuid() == 0:
+    os.setuid(65534)
+found = environment.judge_open_files(environment.open_files_limit())
+try:
+    resource.setrlimit(resource.RLIMIT_NOFILE, environment.MLX_LM_OPEN_FILES)
+    works = True
+except ValueError:
+    works = False
+print(works, [one.level for one in found])
+"""
+
+
+@pytest.mark.parametrize(
+    ("limits", "says"),
+    [((256, 4096), "True []"), ((2048, 2048), "False ['problem']"), ((64, 4096), "True []")],
+)
+def test_what_is_said_of_open_files_is_what_the_kernel_does(
+    limits: tuple[int, int], says: str
+) -> None:
+    soft, hard = map(str, limits)
+
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT_UNDER, soft, hard], capture_output=True, text=True
+    )
+
+    assert done.stdout.strip() == says, done.stderr
+
+
+def test_the_limits_are_those_that_mlx_lm_sets() -> None:
+    """Read in its source: importing it takes seconds and raises them in this process."""
+    import importlib.util
+
+    spec = importlib.util.find_spec("mlx_lm")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    source = (Path(spec.submodule_search_locations[0]) / "utils.py").read_text()
+
+    assert f"setrlimit(resource.RLIMIT_NOFILE, {doctor.MLX_LM_OPEN_FILES})" in source
+
+
+def test_the_probe_is_kept_out_of_the_page_cache_from_its_first_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """macOS: F_NOCACHE set after the write leaves what was written in the cache."""
+    steps: list[str] = []
+
+    def noted(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def step(*arguments: Any) -> Any:
+            steps.append(name)
+            return call(*arguments)
+
+        return step
+
+    for name in ("bypass_cache", "write_all", "read_into"):
+        monkeypatch.setattr(fs, name, noted(name, getattr(fs, name)))
+
+    doctor.measure_disk(tmp_path)
+
+    assert steps == ["bypass_cache", "write_all", "read_into"]
 
 
 def test_a_cache_class_that_is_not_known_is_named() -> None:

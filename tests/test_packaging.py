@@ -29,7 +29,7 @@ BENCHMARKS = sorted(
     if "\ndef run(context" in path.read_text()
 )
 SCRIPTS = sorted(
-    path for path in (ROOT / "scripts").iterdir() if path.is_file() and path.name != "_venv"
+    path for path in (ROOT / "scripts").iterdir() if path.is_file() and path.name[0] != "_"
 )
 
 CONSUMER = """

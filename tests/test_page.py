@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +23,7 @@ from persist_cache.cache.prompt_cache import PromptCache
 from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.server.admin import Admin
 from persist_cache.server.http import Front
+from persist_cache.server.listening import NamelessServer
 from persist_cache.server.validation import RefusedError
 from persist_cache.store.store import Store
 from tests.bulk_store import Prompt, conversations, fill
@@ -103,7 +104,7 @@ class PageServer:
         self.store: Any = store
         cache = PromptCache(store=store)
         generator = SimpleNamespace(admin=Admin(cache, token=token))
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), partial(Pages, generator))
+        self._http = NamelessServer(("127.0.0.1", 0), partial(Pages, generator))
         self.url = f"http://127.0.0.1:{self._http.server_port}"
         threading.Thread(target=self._http.serve_forever, daemon=True).start()
 
@@ -545,7 +546,7 @@ def test_a_page_of_another_origin_can_neither_read_nor_change_nor_compute(
 
     before = state()
     entry = before[2][0][0]
-    elsewhere = ThreadingHTTPServer(("127.0.0.1", 0), Foreign)
+    elsewhere = NamelessServer(("127.0.0.1", 0), Foreign)
     threading.Thread(target=elsewhere.serve_forever, daemon=True).start()
     # Chromium takes every name below `localhost` for this machine, but for another site.
     browser.get(f"http://evil.localhost:{elsewhere.server_port}/")

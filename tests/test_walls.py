@@ -7,6 +7,7 @@ broken on purpose in a copy. What the linter cannot see is looked for in the syn
 from __future__ import annotations
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -110,6 +111,29 @@ def test_mlx_lm_server_is_imported_by_one_module() -> None:
     ]
 
     assert importers == ["persist_cache/server/upstream.py"]
+
+
+def test_design_shows_the_rooms_and_nothing_else() -> None:
+    text = (ROOT / "docs" / "design.md").read_text()
+    tree = text.partition("\npersist_cache/\n")[2].partition("\ncli/")[0]
+    drawn = {line[3:].split()[0].rstrip("/") for line in tree.splitlines()}
+    there = {
+        path.stem
+        for path in (ROOT / "persist_cache").iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+
+    assert drawn == there - {"__init__"}
+
+
+@pytest.mark.parametrize("page", ["walk.md", "design.md"])
+def test_files_that_documents_name_are_there(page: str) -> None:
+    text = (ROOT / "docs" / page).read_text()
+    named = set(re.findall(r"`((?:[a-z_]+/)+[a-z_]+\.py)`", text))
+    places = (ROOT, ROOT / "persist_cache")
+
+    assert named
+    assert [one for one in sorted(named) if not any((at / one).exists() for at in places)] == []
 
 
 # ---- tests use public words --------------------------------------------------------------------

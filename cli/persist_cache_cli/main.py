@@ -54,6 +54,7 @@ _COMMANDS = {
     "export": _Place("Write entries into one file, for another machine.", "export"),
     "import": _Place("Add the entries of such a file.", "import_"),
     "doctor": _Place("Look at versions, disk, limits, and a model's caches.", "doctor"),
+    "selftest": _Place("Check that disk, locks, device and server work here.", "selftest"),
 }
 
 

@@ -240,6 +240,16 @@ class PromptCache:
         return self._memory_only if error is None else str(error)
 
     @property
+    def eviction_paused(self) -> str:
+        """Why nothing is evicted for the free-space floor at present; "" when it may be."""
+        if self._store is None or self._closed:
+            return ""
+        try:
+            return self._store.eviction_paused
+        except StoreError:
+            return ""  # which `disk_off` says
+
+    @property
     def last_fetch(self) -> Fetch:
         """How the calling thread's most recent `fetch_nearest_cache` was answered.
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple, TypedDict
 
 from persist_cache.system.mounts import Mounts
+from persist_cache.system.volumes import lasting_device
 
 MEMO_VERSION = 1
 MEMO_RECORDS = 1024
@@ -47,7 +48,10 @@ class ChangedMeanwhile(CannotIdentify):
 
 
 class Stamp(NamedTuple):
-    """What the file system changes whenever it changes a file."""
+    """What the file system changes whenever it changes a file.
+
+    The device is that of `stat`, or in the memo the volume's lasting number.
+    """
 
     device: int
     inode: int
@@ -183,7 +187,7 @@ class Contents:
                 unread.append((path, record))
         known |= self._read_all(unread)
         self._memo.learn(
-            record
+            record._replace(stamp=_lasting(path, record.stamp))
             for path, record in known.items()
             if record.identity and path not in unproven and _settled(record.stamp, asked_ns)
         )
@@ -210,9 +214,11 @@ class Contents:
         if self._paranoid or not proves:
             # A blob's name is believed once, and without a stamp this may be the second time.
             return algorithm, proves
-        record = self._memo.get(stamp, algorithm)
-        if record is not None and record.stamp == stamp:
-            return record, proves
+        lasting = _lasting(path, stamp)
+        # Builds before this one noted the device that `stat` gives.
+        record = self._memo.get(lasting, algorithm) or self._memo.get(stamp, algorithm)
+        if record is not None and record.stamp in (lasting, stamp):
+            return record._replace(stamp=stamp), proves
         if record is None and blob_name:
             return _Record(stamp, f"{_SHA256}:{blob_name}"), proves
         # A blob is written once and renamed; if its stamp moved, its name proves nothing.
@@ -283,6 +289,11 @@ def read_regular(path: Path) -> bytes:
 
 def _settled(stamp: Stamp, asked_ns: int) -> bool:
     return asked_ns - max(stamp.mtime_ns, stamp.ctime_ns) >= SETTLED_NS
+
+
+def _lasting(path: Path, stamp: Stamp) -> Stamp:
+    """The same stamp, by a device number that a restart of the machine does not change."""
+    return stamp._replace(device=lasting_device(path, stamp.device))
 
 
 def _read_identity(path: Path, algorithm: str) -> _Record:

@@ -505,8 +505,8 @@ class Index:
         if not self.read_only:
             self._data_fd = os.open(self.data_path, os.O_RDWR | os.O_CLOEXEC)
             # LMDB creates its files under the umask, which may be any.
-            os.chmod(self.root / "data.mdb", fs.FILE_MODE)
-            os.chmod(self.root / lock_table.FILE, fs.FILE_MODE)
+            fs.restrict(self.root / "data.mdb", fs.FILE_MODE)
+            fs.restrict(self.root / lock_table.FILE, fs.FILE_MODE)
             self.reader_check()
         self._db = self._open_databases()
         self._check_schema()

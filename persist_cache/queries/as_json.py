@@ -336,6 +336,7 @@ def store_json(
         ],
         "quarantine": quarantine_json(damaged),
         "disk_off": disk_off,
+        "eviction_paused": stats.eviction_paused,
         "counters": dict(stats.counters),
     }
 

@@ -347,18 +347,30 @@ class Handler(Front, upstream.APIHandler):  # type: ignore[misc]
 
     def handle_health_check(self) -> None:
         """Tell a sick disk from a sick model; only the latter makes the server unavailable."""
-        cache: PromptCache = self.response_generator.cache
         healthy = self.response_generator.is_healthy
-        said = {
-            "status": "ok" if healthy else "unavailable",
-            "model": "ok" if healthy else "the generation thread died",
-            "disk": f"off: {cache.disk_off}" if cache.disk_off else "ok",
-        }
+        said = health_said(self.response_generator.cache, healthy=healthy)
         body = json.dumps(said).encode()
         self._set_completion_headers(200 if healthy else 503)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
+
+
+def health_said(cache: PromptCache, *, healthy: bool) -> dict[str, str]:
+    """What `/health` answers.
+
+    Args:
+        cache: The server's.
+        healthy: The generation thread lives.
+    """
+    said = {
+        "status": "ok" if healthy else "unavailable",
+        "model": "ok" if healthy else "the generation thread died",
+        "disk": f"off: {cache.disk_off}" if cache.disk_off else "ok",
+    }
+    if paused := cache.eviction_paused:
+        said["eviction"] = f"paused: {paused}"
+    return said
 
 
 def _told(ctx: Any, response: Iterator[Any], fetch: Fetch) -> Iterator[Any]:

@@ -123,11 +123,18 @@ class Budget:
 
     def excess(self, txn: Reader, nbytes: int, num_tokens: int) -> int:
         """Bytes that must go before `nbytes` more may be written; 0 or less when they fit."""
+        return max(self.lacks(txn, nbytes, num_tokens))
+
+    def lacks(self, txn: Reader, nbytes: int, num_tokens: int) -> tuple[int, int]:
+        """What `nbytes` more lack of the budget, and of the disk above its floor; 0 or less: none.
+
+        The first goes by what the store takes, the second by what the disk says is free.
+        """
         growth = nbytes + self._index_growth(num_tokens)
         over = self.usage(txn).total + growth - self.limits.max_bytes
         if self.limits.min_free_bytes == 0:
-            return over
-        return max(over, self._wanted_free(txn, growth) - self.free_bytes())
+            return over, over
+        return over, self._wanted_free(txn, growth) - self.free_bytes()
 
     def settle(self, nbytes: int, num_tokens: int, *, after_removals: bool = False) -> None:
         """See that what the file system says is free is right, if `excess` depends on it."""

@@ -53,6 +53,7 @@ class StoreStats(Struct, frozen=True):
         written_today: Bytes written on this UTC day.
         written_bytes: Bytes written in the store's life.
         counters: Hits, misses by reason, evictions, quarantined, and so on, over its life.
+        eviction_paused: Why nothing is evicted for the free-space floor at present, or "".
     """
 
     path: str
@@ -66,6 +67,7 @@ class StoreStats(Struct, frozen=True):
     written_today: int
     written_bytes: int
     counters: Mapping[str, int] = {}
+    eviction_paused: str = ""
 
 
 class Catalog:
@@ -299,6 +301,7 @@ def store_stats(disk: Disk) -> StoreStats:
         number_of_entries = txn.size_of(b"entries")
         number_of_blobs = txn.size_of(b"blobs")
         today = txn.counter(written_today(disk.clock()))
+        paused = disk.unreturned.said(txn)
     return StoreStats(
         path=str(disk.root),
         entries=number_of_entries,
@@ -311,4 +314,5 @@ def store_stats(disk: Disk) -> StoreStats:
         written_today=today,
         written_bytes=written_bytes,
         counters=dict(sorted(counters.items())),
+        eviction_paused=paused,
     )

@@ -21,6 +21,7 @@ from persist_cache.index.environment import Reader, Writer
 from persist_cache.index.records import SizedRecord, entry_id, recency_key, unpack_number
 from persist_cache.store.relief import Relief
 from persist_cache.store.session import Disk
+from persist_cache.store.unreturned import WHY, Rounds
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -34,8 +35,13 @@ _COMMIT_BYTES = 64 * 1024
 """What the commit of an eviction may add to the index, however little is evicted …"""
 _AHEAD_US = 60 * 1_000_000
 """Clocks are set back by a little now and then."""
+_FUTILE_ROUNDS = 1
 _ENTRY_BYTES = 512
 """… and for each entry that goes: it is remembered for a while, and pages are copied."""
+
+
+class _Feasible(Exception):
+    """All that a put needs could be evicted: a part of it may be, to see whether that helps."""
 
 
 class Evictor:
@@ -71,9 +77,15 @@ class Evictor:
         now = self._disk.clock()
         budget.settle(nbytes, num_tokens)
 
+        rounds = Rounds(self._disk.unreturned, budget, self._disk.index)
+        unlinked = 0
+
         def attempt(txn: Writer) -> bool:
+            nonlocal unlinked
+            unlinked = 0
             budget.refuse_impossible(txn, nbytes, num_tokens)
-            excess = budget.excess(txn, nbytes, num_tokens)
+            over, missing = budget.lacks(txn, nbytes, num_tokens)
+            excess = max(over, missing)
             if excess <= 0:
                 for name in names:
                     txn.put_sized(b"pending", name, SizedRecord(share, now))
@@ -82,6 +94,12 @@ class Evictor:
                 return True
             usage = budget.usage(txn)
             hopeless = excess > usage.blobs + usage.quarantine
+            for_floor = missing > max(over, 0)
+            if for_floor and rounds.is_feasible:
+                # More than the budget asks for only as far as that is seen to help.
+                part = max(over, rounds.begin(missing))
+                unlinked = self._free(txn, part, protected or frozenset())
+                return True
             if protected is None or hopeless or self._make_room(txn, excess, protected) < 0:
                 # Raising undoes the evictions: they would have been for nothing.
                 raise StoreFullError(
@@ -89,9 +107,18 @@ class Evictor:
                     "use. Unpin or evict something, free some disk space, or raise the budget "
                     f"(now {self._disk.limits.max_bytes} bytes)."
                 )
+            if for_floor:
+                self._disk.unreturned.refuse_during_pause(txn)
+                raise _Feasible
             return True
 
-        while self._disk.index.update(attempt):
+        while True:
+            try:
+                if not self._disk.index.update(attempt):
+                    return
+            except _Feasible:
+                rounds.is_feasible = True
+                continue
             if not swept:
                 # Nothing useful goes for what a dead writer reserved and will not write.
                 self.release_abandoned()
@@ -105,6 +132,7 @@ class Evictor:
             else:
                 # Else what is useful would go for room that is there, but told late.
                 budget.settle(nbytes, num_tokens, after_removals=True)
+            rounds.judge(unlinked)
 
     def free_files(self, wanted: int, protected: frozenset[int]) -> None:
         """Evict until the file system has room for `wanted` files, whatever their bytes.
@@ -114,11 +142,18 @@ class Evictor:
         """
         self.release_abandoned()
         self.empty_trash()
+        before, futile = -1, 0
         while True:
             free = self._disk.budget.free_files()
             if free is None or free >= wanted:
                 return
-            missing = wanted - free
+            futile = futile + 1 if free <= before else 0
+            if futile > _FUTILE_ROUNDS:
+                raise StoreFullError(
+                    "The disk has no room for another file (its number of files is limited, "
+                    f"df -i), and evicting gave nothing back, because {WHY}."
+                )
+            before, missing = free, wanted - free
 
             def drop(txn: Writer, missing: int = missing) -> None:
                 start = len(txn.sized(b"trash"))

@@ -28,7 +28,7 @@ from persist_cache.filenames import PRESENCE_FILE, SUSPECT_FILE, TAG_FILE
 from persist_cache.index import ballast, holders, lock_table, semaphores
 from persist_cache.index.environment import PATIENCE_S, Index, Writer
 from persist_cache.index.records import pack_counter, unpack_counter
-from persist_cache.store import rebuild
+from persist_cache.store import exclusion, rebuild
 from persist_cache.store.budget import DEFAULT_MAX_BYTES, DEFAULT_MIN_FREE_BYTES, Limits
 from persist_cache.store.relief import UnseenSpare
 
@@ -41,6 +41,8 @@ _UNLIMITED = (1 << 63) - 1
 _IMPOSSIBLE = frozenset(
     (errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 )
+_said_open: set[Path] = set()
+"""Stores of this process that no permissions protect, and of which that was said."""
 _CACHEDIR_TAG = (
     b"Signature: 8a477f597d28d172789f06886806bc55\n"
     b"# This folder is a cache of persist-cache; backups may leave it out.\n"
@@ -64,8 +66,7 @@ def prepare_folder(root: Path, folder: BlobFolder, read_only: bool) -> None:
         if read_only:
             return
         if status.st_mode & 0o077:
-            log.warning("%s was open to other users; it is yours alone now", root)
-            root.chmod(fs.FOLDER_MODE)
+            _close_to_others(root)
         folder.create()
         with contextlib.suppress(FileExistsError):
             fd = fs.create(root / TAG_FILE)
@@ -73,6 +74,7 @@ def prepare_folder(root: Path, folder: BlobFolder, read_only: bool) -> None:
                 fs.write_all(fd, [memoryview(_CACHEDIR_TAG)])
             finally:
                 os.close(fd)
+        exclusion.exclude(root)
     except FileNotFoundError as error:
         if read_only:
             raise StoreAccessError(f"There is no store at {root}.") from error
@@ -84,6 +86,19 @@ def prepare_folder(root: Path, folder: BlobFolder, read_only: bool) -> None:
         raise StoreAccessError(f"{_no_folder(root)} is not a folder.") from error
     except OSError as error:
         raise StoreAccessError(f"{root} cannot be used ({error.strerror}).") from error
+
+
+def _close_to_others(root: Path) -> None:
+    """Take the rights of other users away, or say once that the file system knows none."""
+    if fs.restrict(root, fs.FOLDER_MODE):
+        log.warning("%s was open to other users; it is yours alone now", root)
+    elif root not in _said_open:
+        _said_open.add(root)
+        log.warning(
+            "%s is on a file system that keeps no permissions: whoever can read this disk can "
+            "read the prompts in it",
+            root,
+        )
 
 
 def is_impossible(error: StoreError) -> bool:

@@ -20,6 +20,7 @@ from persist_cache.errors import StoreError
 from persist_cache.index.environment import UNREADABLE, Index, Reader, Writer, counter_name
 from persist_cache.index.records import LAST_DATE_S, MAX_HITS
 from persist_cache.store.budget import Budget, Limits
+from persist_cache.store.unreturned import Unreturned
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ class Disk:
         self.clock = _sane(clock)
         self.budget = Budget(limits, index, folder, self.clock)
         self.ballast = self.budget.ballast
+        self.unreturned = Unreturned(index, self.budget, self.clock)
         self._lock = threading.Lock()
         self._uses: dict[int, _Use] = {}
         self._counts: Counter[str] = Counter()

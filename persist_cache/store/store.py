@@ -43,6 +43,7 @@ from persist_cache.index.records import (
     NamespaceRecord,
     entry_id,
 )
+from persist_cache.index.semaphores import Semaphores
 from persist_cache.store import catalog, check, opening, reasons
 from persist_cache.store.budget import Limits
 from persist_cache.store.catalog import Catalog, StoreStats
@@ -179,6 +180,12 @@ class Store:
         return "" if self._closed else self._disk.index.waits_for()
 
     @property
+    def eviction_paused(self) -> str:
+        """Why nothing is evicted for the free-space floor at present; "" when it may be."""
+        with self._disk.index.read() as txn:
+            return self._disk.unreturned.said(txn)
+
+    @property
     def is_lost(self) -> bool:
         """Whether the folder was removed or replaced while the store was open."""
         return not self._closed and self._disk.index.is_lost()
@@ -226,6 +233,16 @@ class Store:
         """Number of the last commit, by any process; whatever was read before may have changed."""
         with self.read() as txn:
             return txn.commit_id
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page of the index: what the machine has that it was made on."""
+        return self._disk.index.page_bytes
+
+    @property
+    def semaphores(self) -> Semaphores | None:
+        """The semaphores that LMDB locks with, where it has some; for `selftest`."""
+        return self._disk.index.semaphores
 
     def catalog(self) -> Catalog:
         """All entries with their sizes, as of now."""

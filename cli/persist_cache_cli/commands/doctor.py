@@ -307,6 +307,8 @@ def _measure(store: str | None, root: Path, report: _Report) -> None:
 
 def _look_into(store: Store, report: _Report, given: str | None) -> None:
     report.stats = store.stats()
+    if why := report.stats.eviction_paused:
+        report.findings.append(Finding("note", f"{why[0].upper()}{why[1:]}."))
     aside = quarantined(store)
     if aside:
         report.findings.append(

@@ -136,6 +136,11 @@ class _Report:
                     f"{format_bytes(stats.min_free_bytes)} are left alone",
                 ),
                 ("disk", paint(f"off: {self.disk_off}", "bad") if self.disk_off else "on"),
+                *(
+                    [("eviction", paint(f"paused: {stats.eviction_paused}", "bad"))]
+                    if stats.eviction_paused
+                    else []
+                ),
                 ("writing", f"{format_bytes(usage.pending)} under way" if usage.pending else ""),
                 (
                     "written",
