@@ -21,6 +21,7 @@ from persist_cache.index.transaction import Writer
 from persist_cache.store.put import add_blob, place_entry
 from persist_cache.store.store import Store
 from persist_cache.tokens import pack_tokens
+from tests import forge
 
 LAYOUT = '{"fake":1}'
 
@@ -69,14 +70,13 @@ def conversations(
 
 def fill(store: Store, prompts: Iterator[Prompt], *, bytes_per_token: int = 1024) -> None:
     """Put `prompts` into `store` in one commit, parents before children."""
-    disk = store._disk
-    now = disk.clock()
+    now = store.clock()
 
     def put_all(txn: Writer) -> None:
         for prompt in prompts:
             _put(txn, store.root, prompt, now, bytes_per_token)
 
-    disk.index.update(put_all)
+    forge.change(store, put_all)
 
 
 def _put(txn: Writer, root: Path, prompt: Prompt, now: float, bytes_per_token: int) -> None:

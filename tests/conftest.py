@@ -39,6 +39,18 @@ def _home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.fixture
+def tmp_path(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory, where there is room; on a disk for a test marked `on_disk`."""
+    if request.node.get_closest_marker("on_disk") is None:
+        yield tmp_path
+        return
+    with memory.disk_folder() as folder:
+        if folder is None:
+            pytest.skip("NOT TESTED HERE: no folder whose files are on a disk")
+        yield folder
+
+
+@pytest.fixture
 def clock() -> Clock:
     return Clock()
 

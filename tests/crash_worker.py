@@ -23,6 +23,7 @@ from persist_cache import fs
 from persist_cache.index.environment import Index
 from persist_cache.index.transaction import Writer
 from persist_cache.store.store import Store
+from tests import forge
 from tests.fakes import Clock, blob_files, disk_usage, fetched, put
 
 SYSTEM = list(range(1, 20))
@@ -135,7 +136,7 @@ def quarantine(store: Store) -> None:
 
 
 def rebuild(store: Store) -> None:
-    store._disk.index.update(lambda txn: txn.add("blob_bytes", 1))
+    forge.change(store, lambda txn: txn.add("blob_bytes", 1))
     store.check(repair=True)
 
 

@@ -1,7 +1,8 @@
 """Folders in memory: a test spends most of its time in fsync, and need not wait for a disk.
 
 `use_for_temporary_folders` makes memory the place of all temporary folders of a test run, also of
-the processes that it starts. Tests that need a file system of some kind mount an image of it.
+the processes that it starts. A test marked `on_disk` gets its `tmp_path` from `disk_folder`, and
+tests that need a file system of some kind mount an image of it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from persist_cache.system.mounts import Mounts
+
 _MEMORY = "/dev/shm"
+_KINDS_IN_MEMORY = ("tmpfs", "ramfs")
 _ENOUGH_BYTES = 4 << 30
 """Free bytes without which the tests stay on the disk: containers often have 64 MiB."""
 
@@ -26,6 +30,18 @@ def fast_folder() -> Iterator[Path]:
         yield Path(folder)
     finally:
         shutil.rmtree(folder)
+
+
+@contextmanager
+def disk_folder() -> Iterator[Path | None]:
+    """A new folder whose files are on a disk; None where no place for one is known."""
+    mounts = Mounts()
+    for place in (Path("/tmp"), Path("/var/tmp"), Path(__file__).parent):
+        if os.access(place, os.W_OK) and mounts.kind(place) not in _KINDS_IN_MEMORY:
+            with tempfile.TemporaryDirectory(prefix="on-disk-", dir=place) as folder:
+                yield Path(folder)
+            return
+    yield None
 
 
 def use_for_temporary_folders() -> str:

@@ -11,6 +11,7 @@ from persist_cache.index import tree
 from persist_cache.index.records import BlobKind, pack_number
 from persist_cache.index.transaction import Writer
 from persist_cache.store.store import Store
+from tests import forge
 from tests.fakes import fetched, put
 
 STEM = [1, 2, 3, 4]
@@ -56,22 +57,22 @@ def bare_leaf(txn: Writer) -> None:
 def lost_way_back(txn: Writer) -> None:
     key, edge = first_edge(txn)
     txn.delete_edge(key, edge.node)
-    txn._txn.put(key, edge.pack(), db=txn._db[b"edges"])
+    forge.put(txn, b"edges", key, edge.pack())
 
 
 def unreachable(txn: Writer) -> None:
     key, _ = first_edge(txn)
-    txn._txn.delete(key, db=txn._db[b"edges"])
+    forge.delete(txn, b"edges", key)
 
 
 def lost_recency(txn: Writer) -> None:
     key = next(txn.recency_keys())
-    txn._txn.delete(key, db=txn._db[b"recency"])
+    forge.delete(txn, b"recency", key)
 
 
 def lost_expiry(txn: Writer) -> None:
     key = min(txn.keys(b"expiry"))
-    txn._txn.delete(key, db=txn._db[b"expiry"])
+    forge.delete(txn, b"expiry", key)
 
 
 def foreign_checkpoint(txn: Writer) -> None:
@@ -80,7 +81,7 @@ def foreign_checkpoint(txn: Writer) -> None:
 
 
 def lost_name(txn: Writer) -> None:
-    txn._txn.delete(first_blob(txn)[1].name, db=txn._db[b"names"])
+    forge.delete(txn, b"names", first_blob(txn)[1].name)
 
 
 def wrong_total(txn: Writer) -> None:
@@ -109,7 +110,7 @@ def wrong_token(txn: Writer) -> None:
 
 def two_ways_to_a_node(txn: Writer) -> None:
     key, edge = first_edge(txn)
-    txn._txn.put(key[:-1] + b"\1", edge.pack(), db=txn._db[b"edges"])
+    forge.put(txn, b"edges", key[:-1] + b"\1", edge.pack())
 
 
 def above_the_root(txn: Writer) -> None:
@@ -119,7 +120,7 @@ def above_the_root(txn: Writer) -> None:
 
 
 def extra_way_back(txn: Writer) -> None:
-    txn._txn.put(pack_number(77), first_edge(txn)[0], db=txn._db[b"parents"])
+    forge.put(txn, b"parents", pack_number(77), first_edge(txn)[0])
 
 
 def wandering_entry(txn: Writer) -> None:
@@ -142,12 +143,12 @@ def entry_at_two_nodes(txn: Writer) -> None:
 def wrong_turn(txn: Writer) -> None:
     """The order of eviction lists as many entries as there are, one with another last use."""
     key = next(txn.recency_keys())
-    txn._txn.delete(key, db=txn._db[b"recency"])
-    txn._txn.put(key[:1] + b"\1" + key[2:], b"", db=txn._db[b"recency"])
+    forge.delete(txn, b"recency", key)
+    forge.put(txn, b"recency", key[:1] + b"\1" + key[2:], b"")
 
 
 def extra_name(txn: Writer) -> None:
-    txn._txn.put(b"\1" * 16, pack_number(1), db=txn._db[b"names"])
+    forge.put(txn, b"names", b"\1" * 16, pack_number(1))
 
 
 def checkpoint_elsewhere(txn: Writer) -> None:
@@ -159,7 +160,7 @@ def checkpoint_elsewhere(txn: Writer) -> None:
 
 
 def damaged_key_of_tokens(txn: Writer) -> None:
-    txn._txn.put(b"\0" * 9, b"\1" * 8, db=txn._db[b"tokens"])
+    forge.put(txn, b"tokens", b"\0" * 9, b"\1" * 8)
 
 
 def unknown_namespace(txn: Writer) -> None:
@@ -170,7 +171,7 @@ def unknown_namespace(txn: Writer) -> None:
 def no_date(txn: Writer) -> None:
     number, record = first_entry(txn)
     raw = record._replace(expires=math.nan).pack()
-    txn._txn.put(pack_number(number), raw, db=txn._db[b"entries"])
+    forge.put(txn, b"entries", pack_number(number), raw)
 
 
 def date_after_all_time(txn: Writer) -> None:
@@ -219,7 +220,7 @@ def test_damage_is_named_and_mended(
         put(store, prompt, expires=2e9)
     assert store.check() == []
 
-    store._disk.index.update(damage)
+    forge.change(store, damage)
 
     found = store.check()
     assert {problem.kind for problem in found} == {"index"}
@@ -242,7 +243,7 @@ def test_entry_of_another_model_is_seen(store: Store) -> None:
         changed = record._replace(namespace=one + other - record.namespace)
         txn.put_entry(number, changed)
 
-    store._disk.index.update(confuse)
+    forge.change(store, confuse)
 
     (problem,) = store.check()
     assert "below whose root it does not lie" in problem.message
@@ -262,6 +263,6 @@ def test_unmerged_edges_are_seen(store: Store) -> None:
         txn.delete_entry(int(long, 16))
         tree.set_entry(txn, record.node, 0)
 
-    store._disk.index.update(forget)
+    forge.change(store, forget)
 
     assert "merged" in store.check()[0].message

@@ -401,8 +401,8 @@ def test_flush_is_not_misled_by_what_comes_meanwhile(
     insert(cache, [1] * 50, "assistant")
     drain, newcomers = WriteBehind.drain, [[2] * 50]
 
-    def busy(self: WriteBehind, timeout_s: float | None = None) -> bool:
-        done = drain(self, timeout_s)
+    def busy(writer: WriteBehind, timeout_s: float | None = None) -> bool:
+        done = drain(writer, timeout_s)
         if disk.entries() and newcomers:
             insert(cache, newcomers.pop(), "assistant")
         return done

@@ -145,7 +145,7 @@ def test_offset_and_rest_make_up_the_prompt_whatever_happens_at_once(
 
 def assert_owned(disk: Store, hex_digest: str) -> None:
     """Check that what is stored under an identity was computed by its weights."""
-    with disk._disk.index.read() as txn:
+    with disk.read() as txn:
         for _, namespace in txn.namespaces(bytes.fromhex(hex_digest)):
             identity = Fingerprint.from_json(namespace.identity.encode())
             assert f'"{identity.fields["weights"]}"' in namespace.layout

@@ -15,6 +15,7 @@ from persist_cache.index.records import EntryRecord, SizedRecord
 from persist_cache.index.transaction import Writer
 from persist_cache.index.tree import BLOB_BYTES
 from persist_cache.store.store import Store
+from tests import forge
 from tests.cli import Done, runner, script
 from tests.fakes import blob_files, fetched, put
 from tests.torture import damage
@@ -109,12 +110,11 @@ def _wrong_blob(txn: Writer) -> None:
 
 
 def _lost_blob(txn: Writer) -> None:
-    txn._txn.delete(next(iter(txn._txn.cursor(db=txn._db[b"blobs"])))[0], db=txn._db[b"blobs"])
+    forge.delete(txn, b"blobs", forge.records(txn, b"blobs")[0][0])
 
 
 def _short_record(txn: Writer) -> None:
-    key = bytes(next(iter(txn._txn.cursor(db=txn._db[b"entries"])))[0])
-    txn._txn.put(key, b"\1\2\3", db=txn._db[b"entries"])
+    forge.put(txn, b"entries", forge.records(txn, b"entries")[0][0], b"\1\2\3")
 
 
 def _wrong_length(txn: Writer) -> None:
@@ -124,7 +124,7 @@ def _wrong_length(txn: Writer) -> None:
 
 def _lost_order(txn: Writer) -> None:
     number, record = next(iter(txn.entries()))
-    txn._forget_order(number)
+    forge.forget_order(txn, number)
     assert isinstance(record, EntryRecord)
 
 
@@ -159,7 +159,7 @@ def test_damage_to_the_index(
     root = tmp_path / "store"
     filled(root)
     with Store.open(root) as store:
-        store._disk.index.update(harm)
+        forge.change(store, harm)
     if and_a_file:
         path = blob_files(root)[-1]
         path.write_bytes(path.read_bytes()[:-1] + b"\xee")

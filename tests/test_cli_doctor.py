@@ -17,6 +17,7 @@ from persist_cache.doctor.facts import Folder, ModelCache
 from persist_cache.doctor.judgement import Finding
 from persist_cache.index.records import pack_counter
 from persist_cache.tensors.live import LayerStatus
+from tests import forge
 from tests.cli import Run, contents, fill, runner, script
 from tests.test_cli_docs import fields, section
 
@@ -177,7 +178,7 @@ def test_a_file_instead_of_a_store(root: Path, run: Run) -> None:
 
 def test_a_store_of_an_unknown_version(root: Path, ids: dict[str, str], run: Run) -> None:
     with Store.open(root) as store:
-        store._disk.index.update(lambda txn: txn.set_meta("schema", pack_counter(99)))
+        forge.change(store, lambda txn: txn.set_meta("schema", pack_counter(99)))
 
     done = run("doctor")
 

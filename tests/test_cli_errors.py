@@ -21,6 +21,7 @@ from persist_cache.index import tree
 from persist_cache.index.records import pack_counter
 from persist_cache.index.transaction import Writer
 from persist_cache.queries.explain import explain
+from tests import forge
 from tests.bulk_store import conversations
 from tests.bulk_store import fill as fill_bulk
 from tests.cli import SCRIPT, Done, Run, contents, fill, runner, script
@@ -152,7 +153,7 @@ def test_a_store_of_an_unknown_schema_version(
     root: Path, ids: dict[str, str], run: Run, name: str
 ) -> None:
     with Store.open(root) as store:
-        store._disk.index.update(lambda txn: txn.set_meta("schema", pack_counter(99)))
+        forge.change(store, lambda txn: txn.set_meta("schema", pack_counter(99)))
 
     failing(root, run, ids, name, "schema version 99")
 
@@ -226,7 +227,7 @@ def test_an_index_that_contradicts_itself(
         txn.put_entry(number, record._replace(checkpoint=7777))
 
     with Store.open(root) as store:
-        store._disk.index.update(confuse)
+        forge.change(store, confuse)
     before = contents(root)
 
     done = run(*line.format(id=ids["reply"]).split())
@@ -254,7 +255,7 @@ def test_export_from_an_index_that_contradicts_itself(
         txn.put_entry(int(ids["reply"], 16), record._replace(**change))
 
     with Store.open(root) as store:
-        store._disk.index.update(confuse)
+        forge.change(store, confuse)
 
     done = run("export", ids["reply"], tmp_path / "bundle")
 
@@ -271,7 +272,7 @@ def test_a_model_whose_identity_cannot_be_read(
             txn.put_namespace(key, msgspec.structs.replace(record, identity="{"))
 
     with Store.open(root) as store:
-        store._disk.index.update(confuse)
+        forge.change(store, confuse)
 
         with pytest.raises(StoreError, match="the identity of a model"):
             explain(store, fingerprint(weights="other"), [1, 2, 3])
@@ -285,7 +286,7 @@ def test_stats_of_a_store_whose_counter_is_damaged(
     root: Path, ids: dict[str, str], run: Run
 ) -> None:
     with Store.open(root) as store:
-        store._disk.index.update(lambda txn: txn.add(tree.BLOB_BYTES, -(1 << 60)))
+        forge.change(store, lambda txn: txn.add(tree.BLOB_BYTES, -(1 << 60)))
 
     done = run("stats")
 

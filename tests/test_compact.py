@@ -9,13 +9,11 @@ from typing import Any
 import pytest
 
 from persist_cache import fs
-from persist_cache.blobs.reader import BlobReader
 from persist_cache.entry import Tier
 from persist_cache.errors import StoreError
 from persist_cache.index.environment import Index
 from persist_cache.index.records import BlobRecord
 from persist_cache.index.transaction import Writer
-from persist_cache.store import lookup
 from persist_cache.store.store import Store
 from tests.fakes import Clock, blob_files, disk_usage, fetched, files_in, meanwhile, put, restore
 from tests.fakes import fingerprint as identity
@@ -47,7 +45,7 @@ def leave_dead_rows(store: Store) -> str:
 
 
 def blobs(store: Store) -> list[BlobRecord]:
-    with store._disk.index.read() as txn:
+    with store.read() as txn:
         return [record for _, record in txn.blobs()]
 
 
@@ -280,17 +278,21 @@ def test_look_up_that_finds_the_old_name_looks_again(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     leave_dead_rows(store)
+    open_read = fs.open_read
+    begun: list[Path] = []
     compacted: list[int] = []
 
-    def compact_first(path: Path, **expected: Any) -> BlobReader:
-        if not compacted:
+    def compact_first(path: Path) -> int:
+        if not begun:
+            begun.append(path)
             compacted.append(store.gc().compacted)
-        return BlobReader(path, **expected)
+        return open_read(path)
 
-    monkeypatch.setattr(lookup, "BlobReader", compact_first)
+    monkeypatch.setattr(fs, "open_read", compact_first)
 
     assert fetched(store, LONG) == len(HEAD)
     assert compacted == [1]
+    assert not begun[0].exists()
     assert store.stats().counters.get("quarantined", 0) == 0
 
 

@@ -102,7 +102,7 @@ class Auditor:
         """Send requests, all at once, and check what is said of them."""
         prompts = [prompt_of(self.tokenizer, body) for body in bodies]
         with ThreadPoolExecutor(len(bodies)) as clients:
-            answers = list(clients.map(self._post, bodies))
+            answers = list(clients.map(self.post, bodies))
         said = [told(answer) for answer in answers]
         self.sent += said
 
@@ -118,7 +118,7 @@ class Auditor:
         self._check_counters(said)
         return said
 
-    def _post(self, body: dict[str, Any]) -> Any:
+    def post(self, body: dict[str, Any]) -> Any:
         path = "/v1/completions" if "prompt" in body else "/v1/chat/completions"
         return self.server.request("POST", path, json=body, timeout=300)
 
@@ -358,7 +358,7 @@ def test_what_is_said_of_recorded_requests_is_what_the_model_computed(
             if body.get("stream"):
                 body["stream_options"] = {"include_usage": True}
             if file.name in WITH_IMAGES:
-                assert auditor._post(body).status_code != 200
+                assert auditor.post(body).status_code != 200
                 continue
             known = auditor.explained(body)
             by_command = auditor.explained_by_command(body)

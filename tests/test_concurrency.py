@@ -15,6 +15,7 @@ import pytest
 
 from persist_cache import fs
 from persist_cache.store.store import Store
+from tests import forge
 from tests.fakes import blob_files, fetched, fingerprint, put, restore
 
 REPOSITORY = Path(__file__).parent.parent
@@ -131,13 +132,14 @@ def test_writer_killed_in_its_transaction_has_changed_nothing(tmp_path: Path) ->
 import sys
 from persist_cache.index.records import SizedRecord
 from persist_cache.store.store import Store
+from tests import forge
 with Store.open(sys.argv[1], min_free_bytes=0) as store:
     def half(txn):
         for number, record in list(txn.entries()):
             txn.delete_entry(number)
         print("inside", flush=True)
         sys.stdin.readline()
-    store._disk.index.update(half)
+    forge.change(store, half)
 """
     with Store.open(tmp_path / "store", min_free_bytes=0) as store:
         put(store, PROMPT)
@@ -162,7 +164,7 @@ def test_slot_of_a_dead_reader_does_not_keep_old_pages(tmp_path: Path) -> None:
 import sys
 from persist_cache.store.store import Store
 store = Store.open(sys.argv[1], min_free_bytes=0)
-with store._disk.index.read() as txn:
+with store.read() as txn:
     print(txn.size_of(b"entries"), flush=True)
     sys.stdin.readline()
 """
@@ -172,12 +174,12 @@ with store._disk.index.read() as txn:
         assert told(reader) == "1"
         reader.kill()
         reader.wait()
-        size = store._disk.index.file_bytes()
+        size = forge.index(store).file_bytes()
 
         for n in range(150):
             store.set_label(store.entries()[0].id, f"label {n}")
 
-        assert store._disk.index.file_bytes() <= size + 64 * 1024
+        assert forge.index(store).file_bytes() <= size + 64 * 1024
 
 
 @pytest.mark.parametrize("threads", [8])
@@ -216,11 +218,12 @@ def test_folder_that_another_process_finds_empty_is_made_again(
     original = getattr(os, before)
     removed: list[str] = []
 
-    def beaten(source: str | Path, *rest: Any) -> None:
-        folder = Path(source) if before == "chmod" else Path(rest[0]).parent
-        if len(removed) < 5 and folder.parent.name == "blobs":
-            folder.rmdir()
-            removed.append(folder.name)
+    def beaten(source: Any, *rest: Any) -> None:
+        if not isinstance(source, int):  # an open file
+            folder = Path(source) if before == "chmod" else Path(rest[0]).parent
+            if len(removed) < 5 and folder.parent.name == "blobs":
+                folder.rmdir()
+                removed.append(folder.name)
         original(source, *rest)
 
     with Store.open(tmp_path / "store", min_free_bytes=0) as store:

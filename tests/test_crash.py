@@ -139,6 +139,7 @@ print(puts, hits, counters.get("compacted", 0), counters.get("merged", 0))
 """
 
 
+@pytest.mark.on_disk
 def test_two_processes_share_a_store(tmp_path: Path) -> None:
     """SGLang #31926, mlx-vlm, vllm-mlx: two processes spoil one folder."""
     workers = [
@@ -216,11 +217,12 @@ def test_killed_writer_blocks_nobody(tmp_path: Path) -> None:
     stuck = """
 import sys, time
 from persist_cache.store.store import Store
+from tests import forge
 with Store.open(sys.argv[1], min_free_bytes=0) as store:
     def forever(txn):
         print("inside", flush=True)
         time.sleep(60)
-    store._disk.index.update(forever)
+    forge.change(store, forever)
 """
     writer = subprocess.Popen(
         [sys.executable, "-c", stuck, str(tmp_path / "store")],

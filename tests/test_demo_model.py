@@ -326,9 +326,9 @@ def test_demo_prompt_holds_every_tool() -> None:
 @pytest.fixture
 def fresh_openblas() -> Iterator[None]:
     """Forget what was found before and after the test."""
-    openblas._find.cache_clear()
+    openblas.find.cache_clear()
     yield
-    openblas._find.cache_clear()
+    openblas.find.cache_clear()
 
 
 @pytest.mark.usefixtures("fresh_openblas")

@@ -17,6 +17,7 @@ from persist_cache.blobs.writer import BlobWriter
 from persist_cache.errors import StoreFullError
 from persist_cache.index.records import SizedRecord
 from persist_cache.store.store import Store
+from tests import forge
 from tests.fakes import Clock, blob_files, disk_usage, fetched, files_in, fingerprint, put, restore
 
 ROOM_FOR_FEW = 600_000 + 68 * (mmap.PAGESIZE - 4096)
@@ -26,7 +27,7 @@ ROOM_FOR_FEW = 600_000 + 68 * (mmap.PAGESIZE - 4096)
 def evict_one(store: Store) -> set[str]:
     """Evict until one byte is freed; returns the ids that went."""
     before = {entry.id for entry in store.entries()}
-    store._disk.index.update(lambda txn: store._evictor.free(txn, 1, frozenset()))
+    forge.evict(store, nbytes=1)
     return before - {entry.id for entry in store.entries()}
 
 
@@ -63,10 +64,10 @@ def test_nothing_goes_for_what_a_dead_writer_reserved(tmp_path: Path, clock: Clo
     ) as small:
         kept = put(small, [1, 2, 3])
         name = bytes(range(16))
-        left_behind = small._disk.folder.temporary_path(name.hex())
+        left_behind = forge.folder(small).temporary_path(name.hex())
         left_behind.write_bytes(b"half a blob")
         reserved = SizedRecord(ROOM_FOR_FEW, clock())
-        small._disk.index.update(lambda txn: txn.put_sized(b"pending", name, reserved))
+        forge.change(small, lambda txn: txn.put_sized(b"pending", name, reserved))
 
         put(small, [4, 5, 6])
 
@@ -79,11 +80,11 @@ def test_what_a_living_writer_reserved_is_not_given_away(tmp_path: Path, clock: 
     with Store.open(
         tmp_path / "s", max_bytes=ROOM_FOR_FEW, min_free_bytes=0, run_tokens=8, clock=clock
     ) as small:
-        folder = small._disk.folder
+        folder = forge.folder(small)
         with BlobWriter(folder) as writer:
             name = bytes.fromhex(writer.name)
             reserved = SizedRecord(ROOM_FOR_FEW, clock())
-            small._disk.index.update(lambda txn: txn.put_sized(b"pending", name, reserved))
+            forge.change(small, lambda txn: txn.put_sized(b"pending", name, reserved))
 
             with pytest.raises(StoreFullError):
                 put(small, [4, 5, 6])
@@ -213,11 +214,12 @@ def test_prefix_that_is_extended_is_not_evicted_for_it(small: Store, clock: Cloc
     fill(small)
     assert stem not in {entry.id for entry in small.entries()}, "it is the oldest"
     stem = put(small, [1, 2, 3, 4])
-    small._disk.index.update(
+    forge.change(
+        small,
         lambda txn: txn.put_entry(
             int(stem, 16),
             txn.entry(int(stem, 16))._replace(last_use_us=1),  # type: ignore[union-attr]
-        )
+        ),
     )
 
     longer = put(small, [1, 2, 3, 4, 5, 6])
@@ -358,7 +360,7 @@ def test_put_that_no_eviction_makes_room_for_evicts_nothing(
         with Store.open(root, **options) as tight, contextlib.ExitStack() as stack:
             before = tight.entries()
             if beside == "a reader":
-                stack.enter_context(tight._disk.index.read())
+                stack.enter_context(tight.read())
             try:
                 put(tight, [-1] * new_tokens, complete=False)
                 enough = options["max_bytes"]
@@ -416,6 +418,7 @@ def test_free_space_floor(
         assert len(other.entries()) == before, "what there is would not have been enough"
 
 
+@pytest.mark.on_disk
 def test_du_never_exceeds_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sampled before and after every change of the disk, over hundreds of puts.
 

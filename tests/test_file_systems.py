@@ -70,7 +70,7 @@ def look_up_by_many(store: Store) -> bool:
     inside = threading.Barrier(100)
 
     def look() -> None:
-        with store._disk.index.read() as txn:
+        with store.read() as txn:
             txn.counts()
             inside.wait(60)
 
@@ -213,7 +213,7 @@ def test_sparse_table_is_read_by_many_on_a_full_disk_without_a_ballast(disk: Pat
 
             def one() -> None:
                 try:
-                    with store._disk.index.read() as txn:
+                    with store.read() as txn:
                         txn.counts()
                         inside.wait(5)
                 except threading.BrokenBarrierError:
@@ -398,6 +398,7 @@ def test_server_outlives_a_disk_that_fills_and_eviction_relieves_it(
 # ---- the ballast ---------------------------------------------------------------------------------
 
 
+@pytest.mark.on_disk
 def test_ballast_is_allocated_counted_and_as_large_as_the_budget_says(tmp_path: Path) -> None:
     for max_bytes, wanted in ((1 << 30, 4 * MIB), (64 * MIB, MIB), (100_000, 0), (0, 0)):
         with opened(tmp_path, max_bytes) as store:

@@ -22,6 +22,7 @@ from persist_cache.queries.details import details_of
 from persist_cache.queries.totals import Survey
 from persist_cache.store.store import Store
 from persist_cache.tokens import TOKEN_BYTES
+from tests import forge
 from tests.fakes import Clock, blob_files, fetched, fingerprint, put
 from tests.memory import fast_folder
 
@@ -167,14 +168,11 @@ def scribble(store: Store, table: str, key: bytes | None, value: bytes) -> None:
     """Overwrite the record at or behind `key`, or add one."""
 
     def change(txn: Any) -> None:
-        database = txn._db[table.encode()]
-        where = key
-        with txn._txn.cursor(db=database) as cursor:
-            if where is None and cursor.first():
-                where = bytes(cursor.key())
-        txn._txn.put(where or b"\0" * 8, value, db=database)
+        there = forge.records(txn, table.encode())
+        where = there[0][0] if key is None and there else key
+        forge.put(txn, table.encode(), where or b"\0" * 8, value)
 
-    store._disk.index.update(change)
+    forge.change(store, change)
 
 
 @given(data=st.data(), table=st.sampled_from(TABLES))
@@ -221,9 +219,8 @@ INJURIES = st.lists(
 
 def injure(txn: Any, table: str, kind: str, which: int, bit: int) -> None:
     """Do to a sound record what a bad disk, or a bug, may do to it."""
-    database = txn._db[table.encode()]
-    with txn._txn.cursor(db=database) as cursor:
-        records = [(bytes(key), bytes(value)) for key, value in cursor]
+    name = table.encode()
+    records = forge.records(txn, name)
     if not records:
         return
 
@@ -234,19 +231,19 @@ def injure(txn: Any, table: str, kind: str, which: int, bit: int) -> None:
     key, value = records[which % len(records)]
     other, instead = records[bit % len(records)]
     if kind in ("delete", "move"):
-        txn._txn.delete(key, db=database)
+        forge.delete(txn, name, key)
     if kind in ("move", "repeat"):
-        txn._txn.put(flipped(key), value, db=database)
+        forge.put(txn, name, flipped(key), value)
     if kind == "swap":
-        txn._txn.put(other, value, db=database)
-        txn._txn.put(key, instead, db=database)
+        forge.put(txn, name, other, value)
+        forge.put(txn, name, key, instead)
     changed = {
         "flip": flipped(value),
         "clear": value[:1] + bytes(len(value))[1:],
         "cut": value[:-1],
     }
     if kind in changed:
-        txn._txn.put(key, changed[kind], db=database)
+        forge.put(txn, name, key, changed[kind])
 
 
 @given(injuries=INJURIES, order=st.permutations(range(9)))
@@ -268,7 +265,7 @@ def test_any_damage_to_sound_records(injuries: list[Any], order: list[int]) -> N
             for injury in injuries:
                 injure(txn, *injury)
 
-        store._disk.index.update(change)
+        forge.change(store, change)
         problems = store.check()
         try:
             survey = Survey(store)
@@ -308,7 +305,7 @@ def test_index_that_confuses_prompts_serves_none_of_them(store: Store) -> None:
         packed[TOKEN_BYTES : 2 * TOKEN_BYTES] = (4711).to_bytes(8, "little")
         txn.put_tokens(number, bytes(packed))
 
-    store._disk.index.update(confuse)
+    forge.change(store, confuse)
     assert store.match(fingerprint(), asked).num_tokens > 2, "the index does say so"
 
     assert fetched(store, asked) == 1, "the first token is the same"
@@ -327,7 +324,7 @@ def test_blob_of_another_model_is_not_served(store: Store) -> None:
         txn.put_blob(one, first._replace(name=second.name, digest=second.digest))
         txn.put_blob(other, second._replace(name=first.name, digest=first.digest))
 
-    store._disk.index.update(swap)
+    forge.change(store, swap)
 
     def models(runs: Any, checkpoint: Any, num_tokens: int) -> set[str]:
         return {reader.header.fingerprint for reader, _ in runs}

@@ -12,6 +12,7 @@ import pytest
 from persist_cache.errors import StoreFullError
 from persist_cache.store.budget import index_growth
 from persist_cache.store.store import Store
+from tests import forge
 from tests.fakes import Clock, disk_usage, put
 
 
@@ -30,7 +31,7 @@ def test_put_grows_the_index_by_no_more_than_is_reckoned_with(
         run_tokens=run_tokens,
         clock=Clock(),
     ) as store:
-        index = store._disk.index
+        index = forge.index(store)
         for _ in range(puts):
             length = dice.randint(longest // 2, longest)
             before = index.file_bytes()

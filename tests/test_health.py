@@ -11,6 +11,7 @@ import pytest
 from persist_cache.index.environment import Index
 from persist_cache.index.transaction import Writer
 from persist_cache.store.store import Store
+from tests import forge
 from tests.fakes import Clock, blob_files, fetched, put
 
 
@@ -78,7 +79,7 @@ def test_damaged_entry_goes_when_its_turn_has_come_not_when_damage_was_seen(
 
     assert fetched(store, [1, 2, 3]) == 0
 
-    with store._disk.index.read() as txn:
+    with store.read() as txn:
         departed = txn.departed(int(entry, 16))
     assert departed is not None
     assert departed.since > put_at
@@ -141,7 +142,7 @@ def test_contradictory_index_is_rebuilt_in_place(store: Store) -> None:
         key, edge = next(iter(txn.edges()))
         txn.put_edge(key, edge._replace(blob=77))
 
-    store._disk.index.update(damage)
+    forge.change(store, damage)
     assert "index" in kinds(store)
 
     store.check(repair=True)
@@ -179,6 +180,6 @@ def test_gc_applies_expiry_and_forgets_empty_models(store: Store, clock: Clock) 
     assert [entry.expires for entry in store.entries()] == [None]
     store.evict([store.entries()[0].id])
     store.gc()
-    with store._disk.index.read() as txn:
+    with store.read() as txn:
         assert txn.namespaces() == []
     assert store.check() == []

@@ -27,6 +27,7 @@ from persist_cache.index.records import pack_counter
 from persist_cache.index.transaction import Writer
 from persist_cache.store import opening, sweep
 from persist_cache.store.store import Store
+from tests import forge
 from tests.fakes import blob_files, fetched, files_in, put
 
 REPOSITORY = Path(__file__).parent.parent
@@ -43,7 +44,7 @@ def closed(tmp_path: Path) -> Path:
 
 def test_unknown_schema_version_is_refused(closed: Path) -> None:
     with Store.open(closed, min_free_bytes=0) as store:
-        store._disk.index.update(lambda txn: txn.set_meta("schema", pack_counter(99)))
+        forge.change(store, lambda txn: txn.set_meta("schema", pack_counter(99)))
 
     with pytest.raises(StoreFormatError, match="99"):
         Store.open(closed, min_free_bytes=0)
@@ -54,7 +55,7 @@ def test_unknown_schema_version_is_refused(closed: Path) -> None:
 
 def test_schema_version_that_is_no_number_has_the_index_rebuilt(closed: Path) -> None:
     with Store.open(closed, min_free_bytes=0) as store:
-        store._disk.index.update(lambda txn: txn.set_meta("schema", b"\1"))
+        forge.change(store, lambda txn: txn.set_meta("schema", b"\1"))
 
     with pytest.raises(StoreError, match="schema version"):
         Store.open(closed, read_only=True)
@@ -196,7 +197,7 @@ def test_two_threads_both_told_that_the_map_was_resized(
                 raise lmdb.MapResizedError("made up")
             return env.begin(**options)
 
-    env = index._env
+    env = forge.environment(index)
     monkeypatch.setattr(index, "_env", Environment())
     done = []
 
@@ -402,7 +403,7 @@ def test_repair_that_lmdb_refuses_asks_for_a_new_index(
         raise DamagedIndexError("a page of the wrong type")
 
     with Store.open(closed, min_free_bytes=0) as store:
-        store._disk.index.update(lambda txn: txn.add("blob_bytes", 1))
+        forge.change(store, lambda txn: txn.add("blob_bytes", 1))
         monkeypatch.setattr("persist_cache.store.rebuild.rebuild", refused)
         with pytest.raises(StoreError, match="made anew"):
             store.check(repair=True)

@@ -53,7 +53,7 @@ def test_serve_comes_up_without_looking_its_own_name_up(no_names: list[str]) -> 
         raise KeyboardInterrupt  # it could answer by now
 
     port = free_port()
-    run._listen("127.0.0.1", port, generator, 0.0, tell)
+    run.answer_until_ended("127.0.0.1", port, generator, 0.0, tell)
 
     assert (bound, ended, no_names) == ([port], ["stopped"], [])
 

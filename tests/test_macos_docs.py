@@ -8,7 +8,7 @@ from pathlib import Path
 
 from persist_cache.selftest import CHECKS
 from persist_cache.server.launch import DEFAULT_GRACE_S
-from persist_cache.server.run import _CLOSE_S, _LEAST_SAVE_S
+from persist_cache.server.run import CLOSE_S, LEAST_SAVE_S
 from persist_cache_cli.main import cli
 
 ROOT = Path(__file__).parent.parent
@@ -24,7 +24,7 @@ def test_launchd_waits_longer_than_a_server_takes_to_end() -> None:
     grace_s = float(arguments[arguments.index("--grace") + 1])
     assert arguments[1] in cli.commands or arguments[1] == "serve"
     for least in (grace_s, DEFAULT_GRACE_S):
-        assert job["ExitTimeOut"] >= least + _LEAST_SAVE_S + 2 * _CLOSE_S
+        assert job["ExitTimeOut"] >= least + LEAST_SAVE_S + 2 * CLOSE_S
 
 
 def test_every_check_is_described() -> None:

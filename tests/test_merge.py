@@ -21,10 +21,10 @@ from persist_cache.index.records import Edge
 from persist_cache.index.transaction import Reader
 from persist_cache.store import compact
 from persist_cache.store.evict import Evictor
-from persist_cache.store.rebuild import rebuild
 from persist_cache.store.rewrite import LivingRun, rewrite
 from persist_cache.store.session import Disk
 from persist_cache.store.store import Store
+from tests import forge
 from tests.fakes import Clock, blob_files, disk_usage, fetched, fingerprint, meanwhile, put, restore
 from tests.live_fakes import MODEL, FakeCodec, FakeLayer
 from tests.test_tensors import held
@@ -270,7 +270,7 @@ def test_nodes_that_nothing_needs_any_more_go(store: Store) -> None:
 
     assert sound(store)
     assert len(store.entries()) == TURNS - 15
-    with store._disk.index.read() as txn:
+    with store.read() as txn:
         assert sum(1 for _ in txn.edges()) == TURNS - 15
 
 
@@ -396,7 +396,7 @@ def test_budget_holds_while_the_old_files_are_still_there(
     merged = 0
     for room in range(100_000, 3_000_000, 200_000):
         with open_store(root, max_bytes=before + room) as store:
-            store._upkeep.note(int(leaf, 16))
+            forge.grow(store, leaf)
             samples.clear()
             merged = store.merge_runs()
             assert max(samples) <= before + room
@@ -452,7 +452,7 @@ def test_chain_that_is_not_the_same_any_more_is_left_alone(
     def act() -> None:
         if what == "index":
             put(store, [9])
-            rebuild(store._disk.index, store._disk.folder)
+            store.rebuild_index()
         store.evict(ids[left:][::-1])
 
     meanwhile(monkeypatch, act)
@@ -468,7 +468,7 @@ def test_chain_that_is_not_the_same_any_more_is_left_alone(
 def test_damaged_run_is_put_aside_and_the_rest_stays(store: Store) -> None:
     talk(store)
     name = store.match(fingerprint(), conversation(TURNS)).runs[30].blob
-    path = store._disk.folder.path(name)
+    path = store.blob_path(name)
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
@@ -512,7 +512,7 @@ def test_long_runs_are_the_limit_of_a_file(tmp_path: Path) -> None:
     with open_store(tmp_path / "store", run_tokens=30) as store:
         talk(store)
         assert store.gc().merged == TURNS - 1
-        with store._disk.index.read() as txn:
+        with store.read() as txn:
             assert max(blob.num_tokens for _, blob in txn.blobs()) == 30
         assert fetched(store, conversation(TURNS)) == len(conversation(TURNS))
         assert sound(store)

@@ -271,3 +271,8 @@ def test_file_systems_on_linux(place: str, expected: str) -> None:
 def test_file_systems_on_macos(place: str, expected: str) -> None:
     assert Mounts(parse_mount_command(MOUNT)).kind(Path(place)) == expected
     assert Mounts([]).kind(Path(place)) == ""
+
+
+@pytest.mark.on_disk
+def test_files_of_a_test_marked_on_disk_are_on_one(tmp_path: Path) -> None:
+    assert Mounts().kind(tmp_path) not in ("tmpfs", "ramfs")

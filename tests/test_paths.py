@@ -14,12 +14,12 @@ STEM = [1, 2, 3, 4]
 
 def shape(store: Store) -> list[tuple[int, int]]:
     """First row and rows of every edge."""
-    with store._disk.index.read() as txn:
+    with store.read() as txn:
         return sorted((edge.first_row, edge.rows) for _, edge in txn.edges())
 
 
 def references(store: Store) -> list[int]:
-    with store._disk.index.read() as txn:
+    with store.read() as txn:
         return sorted(record.references for _, record in txn.blobs())
 
 
@@ -70,7 +70,7 @@ def test_evicting_the_last_user_removes_the_whole_path(store: Store) -> None:
 
 def test_walk_stops_at_the_first_other_token(store: Store) -> None:
     put(store, list(range(20)))
-    with store._disk.index.read() as txn:
+    with store.read() as txn:
         (root,) = [record.root for _, record in txn.namespaces()]
         whole = tree.walk(txn, root, pack_tokens(list(range(20))))
         part = tree.walk(txn, root, pack_tokens([*range(11), 99, 12]))
@@ -89,7 +89,7 @@ def test_notes_on_departed_entries_are_bounded(
     for entry in ids:
         store.evict([entry])
 
-    with store._disk.index.read() as txn:
+    with store.read() as txn:
         assert txn.size_of(b"departed") <= 8
         note = txn.departed(int(ids[-1], 16))
     assert note is not None

@@ -212,7 +212,7 @@ def work(store: Store, promise: Callable[[str, list[int]], None]) -> None:
     promise("w0", [*SYSTEM[:12], *range(70, 90)])
     put(store, [*SYSTEM[:9], 60], complete=False, model="w1")
     store.evict([reply])
-    other = put(store, [7, 7, 7], expires=store._disk.clock() - 1)
+    other = put(store, [7, 7, 7], expires=store.clock() - 1)
     store.gc()
     assert other not in {entry.id for entry in store.entries()}
     long = put(store, [6, 1, 2, 3, 4, 5])

@@ -22,7 +22,7 @@ from persist_cache.codec import Tensor
 from persist_cache.errors import StoreError
 from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.store.store import Store
-from tests import test_testimony
+from tests import forge, test_testimony
 from tests.bundles import Parts
 from tests.fakes import fingerprint, put
 from tests.reader import (
@@ -157,7 +157,7 @@ def compare(root: Path, made: Maker, dice: random.Random) -> int:
     with Store.open(root, min_free_bytes=0) as store:
         assert {problem.kind for problem in store.check()} <= {"orphan"}
         assert {one.kind for one in store.check(read_data=True)} <= {"orphan", "damaged"}
-        with store._disk.index.read() as txn:
+        with store.read() as txn:
             entries = {
                 number: (
                     record.tier.label,
@@ -251,7 +251,7 @@ def test_both_see_what_an_index_has_wrong(tmp_path: Path, damage: Any, found: se
     assert problems(root) == set()
 
     with Store.open(root, min_free_bytes=0) as store:
-        store._disk.index.update(damage)
+        forge.change(store, damage)
         assert store.check(read_data=True)
     assert problems(root) == found
 

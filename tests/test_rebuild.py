@@ -14,8 +14,8 @@ from persist_cache.blobs.header import EntryMark
 from persist_cache.blobs.reader import BlobReader
 from persist_cache.blobs.rows import whole
 from persist_cache.blobs.writer import BlobWriter
-from persist_cache.store import rebuild
 from persist_cache.store.store import Store
+from tests import forge
 from tests.fakes import blob_files, fetched, fingerprint, put
 
 SYSTEM = list(range(1, 20))
@@ -82,7 +82,7 @@ def test_rebuild_twice_is_rebuild_once(root: Path) -> None:
     with open_store(root) as store:
         before = everything(store)
         for _ in range(2):
-            rebuild.rebuild(store._disk.index, store._disk.folder)
+            store.rebuild_index()
         assert everything(store) == before
         assert store.check(read_data=True) == []
 
@@ -114,7 +114,7 @@ def test_blob_of_a_dead_writer_does_not_take_the_place_of_one_that_others_hang_o
 def test_blob_without_its_parent_is_left_out_and_its_bytes_are_freed(root: Path) -> None:
     with open_store(root) as store:
         first = store.match(fingerprint(weights="w0"), SYSTEM).runs[0].blob
-        store._disk.folder.path(first).unlink()
+        store.blob_path(first).unlink()
     forget_index(root)
 
     with open_store(root) as store:
@@ -194,8 +194,8 @@ def test_sealed_nonsense_does_not_stop_it(root: Path, changes: dict[str, Any]) -
         before = everything(store)
         put(store, [41, 42, 43])
         (run,) = store.match(fingerprint(), [41, 42, 43]).runs
-        path = store._disk.folder.path(run.blob)
-        with BlobReader(path) as reader, BlobWriter(store._disk.folder) as writer:
+        path = store.blob_path(run.blob)
+        with BlobReader(path) as reader, BlobWriter(forge.folder(store)) as writer:
             tensors = [whole(reader, tensor) for tensor in reader.header.tensors]
             writer.write(msgspec.structs.replace(reader.header, tensors={}, **changes), tensors)
             writer.publish()
@@ -212,7 +212,5 @@ def test_sealed_nonsense_does_not_stop_it(root: Path, changes: dict[str, Any]) -
 def test_progress_is_told(root: Path) -> None:
     seen: list[tuple[int, int]] = []
     with open_store(root) as store:
-        rebuild.rebuild(
-            store._disk.index, store._disk.folder, lambda done, total: seen.append((done, total))
-        )
+        store.rebuild_index(lambda done, total: seen.append((done, total)))
     assert seen[-1] == (len(seen), len(blob_files(root)))

@@ -107,6 +107,7 @@ def test_changed_weights_are_a_miss_and_restoring_them_gives_the_hit_back(tmp_pa
     assert (same["source"], same["cached"]) == ("disk", len(SYSTEM))
 
 
+@pytest.mark.on_disk
 def test_flipped_bit_is_a_miss_and_the_next_request_stores_it_anew(tmp_path: Path) -> None:
     model = build_model_dir(tmp_path / "model")
     store = tmp_path / "store"

@@ -14,6 +14,7 @@ import pytest
 
 from persist_cache.index import semaphores
 from persist_cache.store.store import Store
+from tests import forge
 
 
 def head(readers: bytes = b"/MDBrAb3_+z", writer: bytes = b"/MDBwAb3_+z") -> bytes:
@@ -35,7 +36,7 @@ def test_table_of_another_kind_names_none(bytes_: bytes) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere LMDB has semaphores")
 def test_store_has_none_where_mutexes_are_robust(store: Store) -> None:
-    assert store._disk.index.semaphores is None
+    assert forge.index(store).semaphores is None
     assert semaphores.names((store.root / "lock.mdb").read_bytes()) is None
 
 

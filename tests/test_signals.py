@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -239,7 +241,29 @@ def test_worker_of_the_demo_ends_when_the_demo_is_killed(model: Path, tmp_path: 
         assert time.monotonic() < deadline, "it outlived the demo"
 
 
-def test_signal_is_raised_at_the_end_of_what_is_not_to_be_cut_short() -> None:
+@pytest.fixture
+def alarms() -> Iterator[Callable[[int], None]]:
+    """Waits until so many alarms have come, by which a signal is raised again."""
+    ours, systems = os.pipe()
+    os.set_blocking(systems, False)
+    signal.set_wakeup_fd(systems, warn_on_full_buffer=False)
+
+    def wait(number: int) -> None:
+        deadline = time.monotonic() + 30
+        while number:
+            ready, _, _ = select.select([ours], [], [], max(0.0, deadline - time.monotonic()))
+            assert ready, "no alarm came"
+            number -= os.read(ours, 1) == bytes([signal.SIGALRM])
+
+    yield wait
+    signal.set_wakeup_fd(-1)
+    os.close(ours)
+    os.close(systems)
+
+
+def test_signal_is_raised_at_the_end_of_what_is_not_to_be_cut_short(
+    alarms: Callable[[int], None],
+) -> None:
     done: list[str] = []
 
     def work() -> None:
@@ -247,7 +271,7 @@ def test_signal_is_raised_at_the_end_of_what_is_not_to_be_cut_short() -> None:
             os.kill(os.getpid(), signal.SIGUSR1)
             with endings.deferred():
                 done.append("inner")
-            time.sleep(3 * endings._AGAIN_S)
+            alarms(2)
             done.append("outer")
         done.append("never")
 
@@ -262,22 +286,24 @@ def test_signal_is_raised_at_the_end_of_what_is_not_to_be_cut_short() -> None:
     assert done == ["inner", "outer"]
 
 
-def test_signal_is_not_raised_again_while_its_first_is_cleaned_up_after() -> None:
+def test_signal_is_not_raised_again_while_its_first_is_cleaned_up_after(
+    alarms: Callable[[int], None],
+) -> None:
     done: list[str] = []
     before = signal.signal(signal.SIGUSR1, lambda *_: endings.insist(KeyboardInterrupt))
     try:
         try:
             os.kill(os.getpid(), signal.SIGUSR1)
-            time.sleep(5)
+            alarms(1)  # at the latest
         finally:
             try:
                 raise ValueError
             except ValueError:
-                time.sleep(3 * endings._AGAIN_S)
+                alarms(2)
                 done.append("cleaned up")
     except KeyboardInterrupt:
         endings.arrived()
-        time.sleep(3 * endings._AGAIN_S)
+        assert signal.getitimer(signal.ITIMER_REAL) == (0, 0), "it would be raised again"
         done.append("ended")
     finally:
         endings.arrived()

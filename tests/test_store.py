@@ -493,7 +493,7 @@ def put_result(store: Store, tokens: list[int]):  # type: ignore[no-untyped-def]
 
 
 def blob_records(store: Store):  # type: ignore[no-untyped-def]
-    with store._disk.index.read() as txn:
+    with store.read() as txn:
         return [record for _, record in txn.blobs()]
 
 

@@ -29,6 +29,7 @@ from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.index import tree
 from persist_cache.store.store import Store
 from persist_cache.tokens import unpack_tokens
+from tests import forge
 from tests.fakes import Clock, blob_files, disk_usage, eager_gc, fetched, fingerprint, put
 
 IMAGE = -(1 << 59) - 7
@@ -190,7 +191,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.known[key].checkpoint = self.has_checkpoint(key)
 
     def has_checkpoint(self, key: Key) -> bool:
-        with self.opened._disk.index.read() as txn:
+        with self.opened.read() as txn:
             record = txn.entry(int(self.known[key].id, 16))
         assert record is not None
         return record.checkpoint != 0
@@ -242,7 +243,7 @@ class StoreMachine(RuleBasedStateMachine):
         before = self.ids()
         collected = self.opened.gc()
         if not collected.without_room:
-            with self.opened._disk.index.read() as txn:
+            with self.opened.read() as txn:
                 living = sum(edge.rows for _, edge in txn.edges())
                 assert living == sum(blob.num_tokens for _, blob in txn.blobs()), "dead rows stay"
         gone = before - self.ids()
@@ -286,7 +287,7 @@ class StoreMachine(RuleBasedStateMachine):
         users = set()
         for (model, tokens), known in self.known.items():
             match = self.opened.match(fingerprint_of(model), tokens)
-            with self.opened._disk.index.read() as txn:
+            with self.opened.read() as txn:
                 record = txn.entry(int(known.id, 16))
                 number = txn.blob_number(bytes.fromhex(blob))
             assert record is not None
@@ -307,7 +308,7 @@ class StoreMachine(RuleBasedStateMachine):
         data = self.folder / "store" / "data.mdb"
         if how == "repair":
             pinned = {known.id for known in self.known.values() if known.pinned}
-            self.opened._disk.index.update(lambda txn: txn.add("blob_bytes", 1))
+            forge.change(self.opened, lambda txn: txn.add("blob_bytes", 1))
             assert [problem.kind for problem in self.opened.check()] == ["index"]
             self.opened.check(repair=True)
             assert all(entry.pinned for entry in self.opened.entries() if entry.id in pinned)
@@ -338,7 +339,7 @@ class StoreMachine(RuleBasedStateMachine):
             self.known[key].checkpoint = self.has_checkpoint(key)
 
     def key_of(self, entry: str) -> Key:
-        with self.opened._disk.index.read() as txn:
+        with self.opened.read() as txn:
             record = txn.entry(int(entry, 16))
             assert record is not None
             tokens = unpack_tokens(tree.tokens_of(txn, record.node))

@@ -18,6 +18,7 @@ import pytest
 from persist_cache import PromptCache, Store, fs
 from persist_cache.errors import StoreBusyError
 from persist_cache.index import holders, writer_lock
+from tests import forge
 from tests.cli import runner
 from tests.fakes import Clock, fetched, fingerprint, put
 from tests.live_fakes import FakeCodec
@@ -243,7 +244,7 @@ def test_child_of_a_killed_writer_holds_nothing_up(tmp_path: Path, clock: Clock)
                 os._exit(0)
             os.kill(os.getpid(), signal.SIGKILL)
 
-        store._disk.index.update(fork_and_die)
+        forge.change(store, fork_and_die)
 
     parent = os.fork()
     if parent == 0:

@@ -19,6 +19,7 @@ from persist_cache.queries.details import details_of
 from persist_cache.queries.ids import short_id, short_ids
 from persist_cache.queries.select import Filters
 from persist_cache.queries.totals import Survey
+from tests import forge
 from tests.bulk_store import conversations, fill
 from tests.fakes import FakeSource, fingerprint, put
 
@@ -57,7 +58,7 @@ def test_details_agree_with_the_whole_index(store: Store) -> None:
         assert sum(run.num_tokens for run in details.runs) == entry.num_tokens
         users: dict[str, int] = {}
         place = catalog.places[catalog.table.nodes[catalog.rows[int(entry.id, 16)]]]
-        with store._disk.index.read() as txn:
+        with store.read() as txn:
             while place >= catalog.first:
                 blob = txn.blob(catalog.blobs[place])
                 assert blob is not None
@@ -117,22 +118,22 @@ def spoil(txn: Writer, damage: Any) -> None:
     )
     ((key, below), *_) = txn.children(record.node, limit=1)
     if damage == "forget the entry":
-        txn._txn.delete(pack_number(inner), db=txn._db[b"entries"])
+        forge.delete(txn, b"entries", pack_number(inner))
     elif "blob" in damage:
-        txn._txn.put(key, below._replace(**damage).pack(), db=txn._db[b"edges"])
+        forge.put(txn, b"edges", key, below._replace(**damage).pack())
     elif damage.keys() & {"kind", "start"}:
         blob = txn.blob(below.blob)
         assert blob is not None
         raw = pack_number(below.blob), blob._replace(**damage).pack()
-        txn._txn.put(*raw, db=txn._db[b"blobs"])
+        forge.put(txn, b"blobs", *raw)
     else:
         raw = pack_number(inner), record._replace(**damage).pack()
-        txn._txn.put(*raw, db=txn._db[b"entries"])
+        forge.put(txn, b"entries", *raw)
 
 
 @pytest.mark.parametrize(("message", "damage"), DAMAGES.items(), ids=list(DAMAGES))
 def test_index_that_contradicts_itself_is_refused(store: Store, message: str, damage: Any) -> None:
-    store._disk.index.update(lambda txn: spoil(txn, damage))
+    forge.change(store, lambda txn: spoil(txn, damage))
 
     with pytest.raises(StoreError, match=message):
         Survey(store)

@@ -13,12 +13,12 @@ from msgspec.structs import replace
 
 from persist_cache import tensors
 from persist_cache.fingerprint.value import Fingerprint
-from persist_cache.index import tree
 from persist_cache.index.audit import was_given
 from persist_cache.index.records import BlobKind
 from persist_cache.index.transaction import Writer
 from persist_cache.store.store import Store
 from persist_cache.tensors.layers import leaves
+from tests import forge
 from tests.fakes import blob_files, fetched, put
 from tests.tiny_caches import Layer, feed, new_cache
 
@@ -141,7 +141,7 @@ def lost_state(txn: Writer) -> None:
     """An entry is said to need no state, and nothing knows the file with it."""
     for number, entry in list(txn.entries()):
         if entry.checkpoint:
-            tree._unrefer(txn, entry.checkpoint, 0.0)
+            forge.unrefer(txn, entry.checkpoint)
             txn.put_entry(number, entry._replace(checkpoint=0))
     for name in txn.keys(b"trash"):
         txn.delete_sized(b"trash", name)
@@ -191,7 +191,7 @@ def test_what_the_index_has_wrong_is_found_and_mended(
     store: Store, ids: dict[str, str], damage: Damage, read_data: bool
 ) -> None:
     before = marks(store)
-    store._disk.index.update(damage)
+    forge.change(store, damage)
 
     found = store.check(read_data=read_data)
     assert found
@@ -209,7 +209,7 @@ def test_a_sound_blob_is_not_given_up_for_a_wrong_index(
     store: Store, ids: dict[str, str], damage: Damage
 ) -> None:
     before, files = marks(store), blob_files(store.root)
-    store._disk.index.update(damage)
+    forge.change(store, damage)
 
     # A request for what the index says, and for what is there.
     changed = [*FIRST[:-2], FIRST[-2] ^ 0x40, FIRST[-1]]
@@ -228,7 +228,7 @@ def test_a_run_said_to_be_complete_is_not_given_up(store: Store) -> None:
     feed(cache, specs, 40, seed=1)
     model, tokens = Fingerprint.from_fields({"weights": "w"}), list(range(40))
     store.put(model, tokens, tensors.source(cache, tensors.prepare(cache, 40)))
-    store._disk.index.update(too_complete)
+    forge.change(store, too_complete)
 
     found = store.fetch(model, [*tokens, 1], tensors.restore)
 

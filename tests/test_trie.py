@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import persist_cache.cache.trie
 from persist_cache.cache.trie import PromptTrie, TrieMatch
 from persist_cache.tokens import TOKEN_BYTES, common_prefix_tokens, pack_tokens
+from tests import forge
 
 MODEL = ("model", None, None)
 
@@ -54,7 +55,7 @@ def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
 def check_structure(trie: PromptTrie[int]) -> None:
     """Assert that no node is left over and that every shortcut points to a shortest leaf."""
     num_values = 0
-    for root in trie._roots.values():
+    for root in forge.roots(trie).values():
         assert root.leaf is not None or root.children
         stack = [(root, b"")]
         while stack:
@@ -167,7 +168,7 @@ def test_popping_everything_leaves_nothing_behind(
         check_structure(trie)
 
     assert len(trie) == 0
-    assert trie._roots == {}
+    assert forge.roots(trie) == {}
 
 
 def test_unknown_model_is_a_miss() -> None:
@@ -267,7 +268,7 @@ def test_refused_add_changes_nothing() -> None:
         trie.add(MODEL, pack_tokens([1]), None)
 
     assert len(trie) == 0
-    assert trie._roots == {}
+    assert forge.roots(trie) == {}
 
 
 def test_hundred_thousand_tokens() -> None:
@@ -282,7 +283,7 @@ def test_hundred_thousand_tokens() -> None:
     assert match.shorter == (60_000, "part")
     assert match.longer == (100_000, "whole")
     trie.pop(MODEL, pack_tokens(tokens[:60_000]))
-    (child,) = trie._roots[MODEL].children.values()
+    (child,) = forge.roots(trie)[MODEL].children.values()
     assert len(child.edge) == 100_000 * TOKEN_BYTES
 
 
@@ -362,7 +363,7 @@ def test_thousand_entries_with_one_common_prefix() -> None:
     assert match.longer == (10_101, 500)
     assert trie.search(MODEL, pack_tokens(SYSTEM)).common_prefix == 10_000
     # The common prefix is kept once: the root, it, and one node per entry.
-    (common,) = trie._roots[MODEL].children.values()
+    (common,) = forge.roots(trie)[MODEL].children.values()
     assert common.edge == pack_tokens(SYSTEM)
     assert len(common.children) == 1_000
     check_structure(trie)

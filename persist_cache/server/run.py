@@ -39,9 +39,9 @@ from persist_cache.store.store import Store, default_store_path
 from persist_cache.system import endings
 
 log = logging.getLogger(__name__)
-_LEAST_SAVE_S = 3.0
+LEAST_SAVE_S = 3.0
 """What saving gets when the requests took all of the grace."""
-_CLOSE_S = 1.0
+CLOSE_S = 1.0
 _stopped = 0.0
 """When the first signal to end came, by the monotonic clock; 0 before."""
 
@@ -123,7 +123,7 @@ def _run(
                 def tell(bound_port: int) -> None:
                     cache.on_disk = told.enter_context(_page_told(host, bound_port, folder, token))
 
-                _listen(host, port, generator, options.grace_s, tell)
+                answer_until_ended(host, port, generator, options.grace_s, tell)
         else:
             generator.join()
     except KeyboardInterrupt:
@@ -153,7 +153,7 @@ def _close(cache: PromptCache, store: Store | None, stopped: float, grace_s: flo
         grace_s: What the end may take, as far as it is in our hands.
     """
     now = time.monotonic()
-    give_up = max(stopped + grace_s - 2 * _CLOSE_S, now + min(grace_s, _LEAST_SAVE_S))
+    give_up = max(stopped + grace_s - 2 * CLOSE_S, now + min(grace_s, LEAST_SAVE_S))
     saves = cache.stats().saves
     while not cache.flush(max(0.0, give_up - time.monotonic())):
         done = cache.stats().saves
@@ -161,12 +161,12 @@ def _close(cache: PromptCache, store: Store | None, stopped: float, grace_s: flo
             log.warning("not everything was saved: %s", cache.disk_off or "it took too long")
             break
         saves, give_up = done, time.monotonic() + grace_s
-    cache.close(_CLOSE_S)
+    cache.close(CLOSE_S)
     if store is not None:
-        store.close(_CLOSE_S)
+        store.close(CLOSE_S)
 
 
-def _listen(
+def answer_until_ended(
     host: str, port: int, generator: Generator, grace_s: float, tell: Callable[[int], None]
 ) -> None:
     """Answer requests until the process is to end; `tell` is called once somebody can ask."""

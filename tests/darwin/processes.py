@@ -21,6 +21,7 @@ _OPEN = """
 import sys
 from pathlib import Path
 from persist_cache.store.store import Store
+from tests import forge
 from tests.fakes import Clock, fetched, put
 
 def opened(folder, **options):
@@ -31,7 +32,7 @@ folder, *arguments = sys.argv[1:]
 """
 _KEEP = """
 with opened(folder) as store:
-    with store._disk.index.read():
+    with store.read():
         pass
     print("open", flush=True)
     sys.stdin.read()

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from persist_cache.store.store import Store
+from tests import forge
 from tests.darwin import processes
 from tests.fakes import Clock, fetched, put
 
@@ -18,13 +19,13 @@ assert mmap.PAGESIZE == 4096
 with opened(folder) as store:
     for number in range(30):
         put(store, [number, 2, 3])
-    assert store._disk.index.page_bytes == int(arguments[0])
+    assert forge.index(store).page_bytes == int(arguments[0])
 """
 _CHECK = """
 import mmap
 assert mmap.PAGESIZE == 4096
 with opened(folder) as store:
-    assert store._disk.index.page_bytes == int(arguments[0])
+    assert forge.index(store).page_bytes == int(arguments[0])
     for number in range(60):
         assert fetched(store, [number, 2, 3]) == 3
     assert store.check(read_data=True) == []
@@ -42,7 +43,7 @@ def test_index_of_small_pages_is_used_where_they_are_large(tmp_path: Path) -> No
     processes.run(_MAKE, folder, str(OTHERS), env=_ELSEWHERE)
 
     with open_store(folder) as store:
-        assert store._disk.index.page_bytes == OTHERS
+        assert forge.index(store).page_bytes == OTHERS
         for number in range(30, 60):
             put(store, [number, 2, 3])
         # Both at once: the table of readers, too, is as it was made.
@@ -54,7 +55,7 @@ def test_index_of_small_pages_is_used_where_they_are_large(tmp_path: Path) -> No
 def test_index_of_large_pages_is_used_where_they_are_small(tmp_path: Path) -> None:
     folder = tmp_path / "store"
     with open_store(folder) as store:
-        assert store._disk.index.page_bytes == OURS
+        assert forge.index(store).page_bytes == OURS
         for number in range(60):
             put(store, [number, 2, 3])
         processes.run(_CHECK, folder, str(OURS), env=_ELSEWHERE)

@@ -17,13 +17,14 @@ import pytest
 from persist_cache import Store, fs
 from persist_cache.errors import StoreBusyError, StoreError
 from persist_cache.index import semaphores
+from tests import forge
 from tests.darwin import processes
 from tests.darwin.processes import abandon, exists, give, kept, names, unlink, use, value
 from tests.fakes import Clock, fetched, put
 
 _INSIDE = """
 with opened(folder) as store:
-    locks = store._disk.index.semaphores
+    locks = forge.index(store).semaphores
     with locks.claiming():
         assert locks.take_readers()
         print("open", flush=True)
@@ -71,7 +72,7 @@ with opened(folder) as store:
     for name in arguments:
         abandon(name)
     assert fetched(store, [4, 5, 6]) == 3
-    with store._disk.index.read(), store._disk.index._begin_read(False):
+    with store.read(), forge.index(store)._begin_read(False):
         pass
 """
     processes.run(script, folder, *both)
@@ -109,11 +110,11 @@ def set_back(folder: Path) -> None:
 
 def test_number_of_the_last_commit_is_where_it_is_looked_for(folder: Path) -> None:
     with open_store(folder) as store:
-        locks = store._disk.index.semaphores
+        locks = forge.index(store).semaphores
         assert locks is not None
         before = locks.commits()
         put(store, [4, 5, 6])
-        with store._disk.index.read() as txn:
+        with store.read() as txn:
             commit = txn.commit_id
         after = locks.commits()
 

@@ -13,14 +13,15 @@ import pytest
 
 from persist_cache import fs
 from persist_cache.store.store import Store
+from tests import forge
 
 
 def test_lmdb_has_semaphores_and_large_pages(store: Store) -> None:
-    locks = store._disk.index.semaphores
+    locks = forge.index(store).semaphores
 
     assert locks is not None
     assert locks.names is not None
-    assert store._disk.index.page_bytes == mmap.PAGESIZE == 16384
+    assert forge.index(store).page_bytes == mmap.PAGESIZE == 16384
 
 
 def test_modules_of_this_repository_see_a_mac_and_others_do_not() -> None:

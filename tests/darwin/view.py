@@ -155,8 +155,8 @@ class _Finder:
             spec = None if finder is self else finder.find_spec(name, path, target)
             if spec is not None:
                 loader: Any = spec.loader
-                if loader is not None and not getattr(loader, "_has_view", False):
-                    loader._has_view = True
+                if loader is not None and not getattr(loader, "has_darwin_view", False):
+                    loader.has_darwin_view = True
                     loader.exec_module = wrap(loader.exec_module)
                 return spec
         return None
@@ -169,7 +169,7 @@ class _Finder:
             execute(module)
             hook = module.AssertionRewritingHook
             run = hook.exec_module
-            hook._has_view = True
+            hook.has_darwin_view = True
             hook.exec_module = lambda self, one: _with_view(lambda same: run(self, same))(one)
 
         return executed

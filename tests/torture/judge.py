@@ -238,7 +238,7 @@ class Judge:
             self._journal.note("evict", id=number)
 
     def _excuse_or_find(self, store: Store, number: str, promise: _Promise, found: int) -> None:
-        with store._disk.index.read() as txn:
+        with store.read() as txn:
             departed = txn.departed(int(number, 16))
         reason = "" if departed is None else departed.note
         if departed is not None and not self._setting.jumps and departed.since < promise.wall:
@@ -297,7 +297,7 @@ ROOMY = 1 << 29
 def _stored(store: Store) -> list[tuple[str, list[int]]]:
     """Model and tokens of every entry, by what the index itself says."""
     digests = {fingerprint(weights=model).digest: model for model in MODELS}
-    with store._disk.index.read() as txn:
+    with store.read() as txn:
         models = {record.number: digests.get(key[:32], "?") for key, record in txn.namespaces()}
         return [
             (models[record.namespace], unpack_tokens(tree.tokens_of(txn, record.node)))
@@ -309,7 +309,7 @@ def _stored(store: Store) -> list[tuple[str, list[int]]]:
 def users_of(store: Store, blob: str) -> set[str]:
     """Ids of all entries that lose by the loss of a blob, in any way."""
     found = set()
-    with store._disk.index.read() as txn:
+    with store.read() as txn:
         number = txn.blob_number(bytes.fromhex(blob))
         for entry, record in txn.entries():
             on_path = {edge.blob for _, edge in tree.path_of(txn, record.node)}

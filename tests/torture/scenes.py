@@ -18,7 +18,7 @@ from persist_cache.codec import Payload, Tensor
 from persist_cache.errors import StoreError, StoreFormatError, StoreFullError
 from persist_cache.index.records import pack_counter
 from persist_cache.store.store import Store
-from tests import disks
+from tests import disks, forge
 from tests.fakes import fetched, fingerprint, put
 from tests.torture import broken
 from tests.torture.judge import bytes_below
@@ -68,7 +68,7 @@ def unknown_schema(folder: Path, report: Report) -> None:
     def act() -> bool:
         with Store.open(root, min_free_bytes=0) as store:
             put(store, [1, 2, 3])
-            store._disk.index.update(lambda txn: txn.set_meta("schema", pack_counter(99)))
+            forge.change(store, lambda txn: txn.set_meta("schema", pack_counter(99)))
         before = (root / "data.mdb").read_bytes()
         try:
             Store.open(root, min_free_bytes=0).close()

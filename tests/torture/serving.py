@@ -190,7 +190,9 @@ def serve(
         stores.append(store)
         return PromptCache(*sizes, store=store, idle_s=idle_s, **more)
 
-    with mock.patch.multiple(run, _listen=listen, Generator=_Recording, PromptCache=prompt_cache):
+    with mock.patch.multiple(
+        run, answer_until_ended=listen, Generator=_Recording, PromptCache=prompt_cache
+    ):
         run.serve(["--log-level", "CRITICAL", *flags], options)
 
 

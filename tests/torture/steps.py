@@ -15,6 +15,7 @@ from pathlib import Path
 
 from persist_cache.errors import StoreError
 from persist_cache.store.store import Store
+from tests import forge
 from tests.fakes import Clock, blob_files, eager_gc, fetched, put
 from tests.torture.judge import bytes_below, users_of
 from tests.torture.seam import ERRORS, Seam, at_step
@@ -90,7 +91,7 @@ class Bed:
         self.known = dict(self._base)
 
     def _ids(self) -> list[str]:
-        with self.store._disk.index.read() as txn:
+        with self.store.read() as txn:
             return [f"{number:016x}" for number, _ in txn.entries()]
 
     def verify(self, lost: Callable[[str], bool]) -> None:
@@ -106,7 +107,7 @@ class Bed:
             except AssertionError as error:
                 raise Broken(f"wrong bytes for {tokens}") from error
             if found < len(tokens) and number not in self.doomed:
-                with store._disk.index.read() as txn:
+                with store.read() as txn:
                     departed = txn.departed(int(number, 16))
                 reason = departed.note if departed else ""
                 if not lost(reason):
@@ -243,7 +244,7 @@ def _repair(bed: Bed) -> None:
 
 
 def _contradict(bed: Bed) -> None:
-    bed.store._disk.index.update(lambda txn: txn.add("blob_bytes", 1))
+    forge.change(bed.store, lambda txn: txn.add("blob_bytes", 1))
 
 
 def _repair_index(bed: Bed) -> None:

@@ -46,7 +46,7 @@ sys.exit(list(product) != wanted)
 
 def find_openblas() -> Path | None:
     """Return an OpenBLAS that a child process can preload, or None (always on other systems)."""
-    found = _find()
+    found = find()
     return found[0] if found else None
 
 
@@ -55,12 +55,12 @@ def preload_env() -> dict[str, str]:
 
     `subprocess.run(command, env=os.environ | preload_env())`.
     """
-    found = _find()
+    found = find()
     return dict(found[1]) if found else {}
 
 
 @functools.cache
-def _find() -> tuple[Path, dict[str, str]] | None:
+def find() -> tuple[Path, dict[str, str]] | None:
     if sys.platform != "linux":
         return None
     for library in _candidates():
