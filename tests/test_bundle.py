@@ -35,7 +35,7 @@ from persist_cache.bundle.container import (
     member_size,
     parse_manifest,
 )
-from persist_cache.bundle.exporting import portable
+from persist_cache.bundle.planning import portable
 from persist_cache.codec import Payload, Tensor
 from persist_cache.entry import Tier
 from persist_cache.errors import (

@@ -147,7 +147,7 @@ def test_a_pause_that_cannot_be_recorded_is_one_all_the_same(
     update = Index.update
 
     def refuse(index: Index, change: Callable[[Writer], Any]) -> Any:
-        if change.__qualname__.startswith("Unreturned.note"):
+        if change.__qualname__.startswith("Unreturned.note."):
             raise StoreFullError("The disk is full.")
         return update(index, change)
 

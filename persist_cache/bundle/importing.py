@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from persist_cache.bundle.reading import BundledEntry
+from persist_cache.bundle.entries import BundledEntry
 from persist_cache.entry import Tier
 from persist_cache.errors import StoreError
 from persist_cache.fingerprint.value import FieldChange, Fingerprint

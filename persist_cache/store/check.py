@@ -55,7 +55,7 @@ def check(
     try:
         with disk.index.read(copies=True) as txn:
             blobs = txn.blob_columns()
-            problems = [Problem("index", message) for message in broken_invariants(txn, blobs)]
+            problems = [Problem("index", message) for message in broken_invariants(txn)]
             pending = set(txn.sized(b"pending"))
             trash = set(txn.sized(b"trash"))
             for database in (b"quarantine", b"departed"):

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from persist_cache.entry import Tier
 from persist_cache.errors import StoreFullError
-from persist_cache.index import tree
+from persist_cache.index import order, tree
 from persist_cache.index.records import SizedRecord, entry_id, recency_key, unpack_number
 from persist_cache.index.transaction import Reader, Writer
 from persist_cache.store.relief import Relief
@@ -130,7 +130,7 @@ class Evictor:
             if usage.without_entries > max_bytes:
                 excess -= usage.ballast  # it goes as well
             if excess > 0:
-                for number in tree.victims(txn, protected):
+                for number in order.victims(txn, protected):
                     tree.drop_entry(txn, number, "", disk.clock())
                     chosen.append(entry_id(number))
                     if start - txn.counter(tree.BLOB_BYTES) >= excess:
@@ -284,7 +284,7 @@ class Evictor:
 
         def victims() -> Iterator[int]:
             nonlocal dropped
-            for number in tree.victims(txn, shielded):
+            for number in order.victims(txn, shielded):
                 if left() >= 0:
                     return
                 dropped += 1

@@ -21,19 +21,18 @@ from persist_cache.errors import StoreError, StoreFullError
 from persist_cache.index import tree
 from persist_cache.index.records import (
     NO_BLOB,
-    NO_ENTRY,
     BlobKind,
-    BlobRecord,
     EntryRecord,
     NamespaceRecord,
     entry_id,
-    entry_number,
     namespace_key,
 )
 from persist_cache.index.transaction import Reader, Writer
 from persist_cache.store import reservation
 from persist_cache.store.budget import WRITTEN_BYTES, blob_estimate, written_today
 from persist_cache.store.evict import Evictor
+from persist_cache.store.recording import add_blob, place_entry
+from persist_cache.store.reservation import undone
 from persist_cache.store.session import Disk
 from persist_cache.tokens import TOKEN_BYTES
 
@@ -312,95 +311,6 @@ class Insertion:
         """Make the entry end at `node`, keeping what an older entry there had earned."""
         wanted = self._wanted._replace(namespace=namespace.number, node=node, checkpoint=checkpoint)
         return place_entry(txn, self._key, self._packed, wanted)
-
-
-@contextlib.contextmanager
-def undone(disk: Disk, writers: Sequence[BlobWriter]) -> Iterator[None]:
-    """If the block fails, remove the files and give the room back that is reserved for them."""
-    try:
-        yield
-    except BaseException:
-        # If this fails, the next sweep finds files and reservation without a living writer.
-        with contextlib.suppress(StoreError):
-            _undo(disk, writers)
-        raise
-
-
-def _undo(disk: Disk, writers: Sequence[BlobWriter]) -> None:
-    names = [bytes.fromhex(writer.name) for writer in writers]
-    with disk.index.read() as txn:
-        committed = [txn.blob_number(name) is not None for name in names]
-    if any(committed):  # after all
-        for writer in writers:
-            writer.keep()
-        return
-    # Files first: one without a reservation would be found by a full scan only.
-    for writer in writers:
-        writer.discard()
-    reservation.release(disk, [name for name, w in zip(names, writers, strict=True) if w.is_gone])
-
-
-def add_blob(
-    txn: Writer, one: Written, *, kind: BlobKind, created: float, start: int, packed: bytes
-) -> int:
-    """Record a published file, with its tokens and as yet without references."""
-    number = txn.add("next_blob", 1)
-    record = BlobRecord(
-        kind=kind,
-        references=0,
-        num_tokens=len(packed) // TOKEN_BYTES,
-        start=start,
-        nbytes=one.nbytes,
-        disk_bytes=one.disk_bytes,
-        created=created,
-        name=bytes.fromhex(one.name),
-        digest=one.digest,
-    )
-    txn.put_blob(number, record)
-    if kind == BlobKind.RUN:
-        txn.put_tokens(number, packed)
-    txn.add(tree.BLOB_BYTES, one.disk_bytes)
-    txn.delete_sized(b"pending", record.name)
-    return number
-
-
-def place_entry(txn: Writer, key: bytes, packed: bytes, wanted: EntryRecord) -> int:
-    """Make an entry end at `wanted.node`, or merge `wanted` into the one that is there.
-
-    The higher tier, the pin, the uses and the label of an older entry stay. `wanted.checkpoint`
-    must have been added by `add_blob`; it gets its reference here. Two checkpoints of one
-    position hold the same state: the caller makes sure that there is none yet.
-
-    Returns:
-        The entry's number.
-    """
-    edge_at = txn.parent_key(wanted.node)
-    edge = None if edge_at is None else txn.edge(edge_at)
-    if edge is None:
-        raise tree.damaged("entries end below the root")
-    if wanted.checkpoint != NO_BLOB:
-        tree.refer_checkpoint(txn, wanted.checkpoint)
-    old = txn.entry(edge.entry) if edge.entry != NO_ENTRY else None
-    if old is not None:
-        txn.put_entry(
-            edge.entry,
-            old._replace(
-                tier=max(old.tier, wanted.tier),
-                pinned=old.pinned or wanted.pinned,
-                checkpoint=old.checkpoint or wanted.checkpoint,
-                last_use_us=max(old.last_use_us, wanted.last_use_us),
-                prefill_s=wanted.prefill_s or old.prefill_s,
-                expires=wanted.expires or old.expires,
-                label=wanted.label or old.label,
-            ),
-        )
-        return edge.entry
-    number = entry_number(key, packed)
-    while txn.entry(number) is not None:  # another path has the same 64-bit digest
-        number = number + 1 & (1 << 64) - 1 or 1
-    txn.put_entry(number, wanted)
-    tree.set_entry(txn, wanted.node, number)
-    return number
 
 
 def _nodes_extended(txn: Reader, path: tree.Walk) -> frozenset[int]:

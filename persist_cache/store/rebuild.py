@@ -33,7 +33,7 @@ from persist_cache.index.records import (
     namespace_key,
 )
 from persist_cache.index.transaction import Reader, Writer
-from persist_cache.store.put import add_blob, place_entry
+from persist_cache.store.recording import add_blob, place_entry
 from persist_cache.tokens import TOKEN_BYTES
 
 log = logging.getLogger(__name__)

@@ -7,11 +7,13 @@ died are found by their files, which nobody holds locked any more.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 from persist_cache.blobs.folder import try_remove_orphan
-from persist_cache.errors import StoreFullError
+from persist_cache.blobs.writer import BlobWriter
+from persist_cache.errors import StoreError, StoreFullError
 from persist_cache.index.records import SizedRecord
 from persist_cache.index.transaction import Writer
 from persist_cache.store.evict import Evictor
@@ -184,3 +186,29 @@ def _is_abandoned(disk: Disk, name: bytes) -> bool:
     return all(
         try_remove_orphan(path, partial(disk.is_recorded, name)) for path in places if path.exists()
     )
+
+
+@contextlib.contextmanager
+def undone(disk: Disk, writers: Sequence[BlobWriter]) -> Iterator[None]:
+    """If the block fails, remove the files and give the room back that is reserved for them."""
+    try:
+        yield
+    except BaseException:
+        # If this fails, the next sweep finds files and reservation without a living writer.
+        with contextlib.suppress(StoreError):
+            _undo(disk, writers)
+        raise
+
+
+def _undo(disk: Disk, writers: Sequence[BlobWriter]) -> None:
+    names = [bytes.fromhex(writer.name) for writer in writers]
+    with disk.index.read() as txn:
+        committed = [txn.blob_number(name) is not None for name in names]
+    if any(committed):  # after all
+        for writer in writers:
+            writer.keep()
+        return
+    # Files first: one without a reservation would be found by a full scan only.
+    for writer in writers:
+        writer.discard()
+    release(disk, [name for name, w in zip(names, writers, strict=True) if w.is_gone])

@@ -35,7 +35,8 @@ from persist_cache.index.transaction import Reader, Writer
 from persist_cache.store import reservation
 from persist_cache.store.budget import WRITTEN_BYTES, blob_estimate, written_today
 from persist_cache.store.evict import Evictor
-from persist_cache.store.put import add_blob, undone
+from persist_cache.store.recording import add_blob
+from persist_cache.store.reservation import undone
 from persist_cache.store.session import Disk
 from persist_cache.tokens import TOKEN_BYTES
 

@@ -24,7 +24,7 @@ from persist_cache.index.records import (
     namespace_key,
 )
 from persist_cache.index.transaction import Writer
-from persist_cache.store.put import add_blob, place_entry
+from persist_cache.store.recording import add_blob, place_entry
 from persist_cache.tokens import TOKEN_BYTES, pack_tokens
 from scripts.benchmarks.kv import FINGERPRINT, TOKENS_IN_VOCABULARY
 
