@@ -27,8 +27,15 @@ KINDS = (*ERRORS, "short", "slow")
 STRIDE = {"import": 4}
 """An import is a long row of puts, whose every step is cut already."""
 LONG_ROWS = {
-    **{"import": 5, "merge": 4, "compact": 3, "gc": 3, "make room": 3, "rebuild": 3},
-    **{"put into a full store": 3, "check and repair": 3, "load what is damaged": 2},
+    "import": 5,
+    "merge": 4,
+    "compact": 3,
+    "gc": 3,
+    "make room": 3,
+    "rebuild": 3,
+    "put into a full store": 3,
+    "check and repair": 3,
+    "load what is damaged": 2,
 }
 """Operations of a hundred steps or more: every so many of them, unless all tests are run."""
 
