@@ -135,13 +135,13 @@ with Store.open(sys.argv[1], min_free_bytes=0) as store:
 
 def test_killed_writer_blocks_nobody(tmp_path: Path) -> None:
     stuck = """
-import sys, time
+import signal, sys
 from persist_cache.store.store import Store
 from tests import forge
 with Store.open(sys.argv[1], min_free_bytes=0) as store:
     def forever(txn):
         print("inside", flush=True)
-        time.sleep(60)
+        signal.pause()
     forge.change(store, forever)
 """
     writer = subprocess.Popen(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from persist_cache.errors import StoreAccessError, StoreFullError, StoreInUseErr
 from persist_cache.store.store import Store
 from tests.fakes import fingerprint
 from tests.live_fakes import MODEL, FakeCodec, FakeLayer
+from tests.waiting import until
 
 PROMPT = list(range(50))
 
@@ -46,13 +45,6 @@ def cache_of(opener: Opener, **options: Any) -> PromptCache:
 
 def insert(cache: PromptCache, tokens: list[int], kind: str) -> None:
     cache.insert_cache(MODEL, tokens, [FakeLayer(tokens)], cache_type=kind)
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come true in time"
-        time.sleep(0.005)
 
 
 def can_be_opened(root: Path) -> bool:
