@@ -10,8 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from persist_cache.cache.prompt_cache import PromptCache
-    from persist_cache.cache.stats import Fetch, PromptCacheStats
-    from persist_cache.entry import Entry, Match, Run, Tier
+    from persist_cache.cache.stats import Fetch, PromptCacheStats, RecentFetch
+    from persist_cache.codec import (
+        Blob,
+        BlobInfo,
+        Codec,
+        LiveCaches,
+        Payload,
+        Source,
+        Tensor,
+        TensorInfo,
+        Witness,
+    )
+    from persist_cache.entry import Entry, Match, MissReason, Run, Tier
     from persist_cache.errors import (
         CorruptBlobError,
         MissingDependencyError,
@@ -26,24 +37,37 @@ if TYPE_CHECKING:
         StoreReadOnlyError,
         UnsupportedCacheError,
     )
-    from persist_cache.fingerprint.identifier import Identifier, identify
+    from persist_cache.fingerprint.identifier import Identifier, IdentifyOptions, identify
     from persist_cache.fingerprint.loads import Unidentified
-    from persist_cache.fingerprint.value import Fingerprint
+    from persist_cache.fingerprint.value import FieldChange, Fingerprint
     from persist_cache.prefill.loading import load
+    from persist_cache.store.budget import Usage
     from persist_cache.store.catalog import StoreStats
     from persist_cache.store.check import Problem
-    from persist_cache.store.put import PutResult, Source
+    from persist_cache.store.put import PutResult
     from persist_cache.store.store import Store, default_store_path
+    from persist_cache.store.trail import Trail
+    from persist_cache.store.upkeep import Collected
 
 __version__ = "0.1.0"
 
 _HOME_OF = {
-    "Fetch": "cache.stats",
     "PromptCache": "cache.prompt_cache",
+    "Fetch": "cache.stats",
     "PromptCacheStats": "cache.stats",
-    "StoreStats": "store.catalog",
+    "RecentFetch": "cache.stats",
+    "Blob": "codec",
+    "BlobInfo": "codec",
+    "Codec": "codec",
+    "LiveCaches": "codec",
+    "Payload": "codec",
+    "Source": "codec",
+    "Tensor": "codec",
+    "TensorInfo": "codec",
+    "Witness": "codec",
     "Entry": "entry",
     "Match": "entry",
+    "MissReason": "entry",
     "Run": "entry",
     "Tier": "entry",
     "CorruptBlobError": "errors",
@@ -58,32 +82,47 @@ _HOME_OF = {
     "StoreInUseError": "errors",
     "StoreReadOnlyError": "errors",
     "UnsupportedCacheError": "errors",
-    "Fingerprint": "fingerprint.value",
     "Identifier": "fingerprint.identifier",
-    "Unidentified": "fingerprint.loads",
+    "IdentifyOptions": "fingerprint.identifier",
     "identify": "fingerprint.identifier",
+    "Unidentified": "fingerprint.loads",
+    "FieldChange": "fingerprint.value",
+    "Fingerprint": "fingerprint.value",
+    "load": "prefill.loading",
+    "Usage": "store.budget",
+    "StoreStats": "store.catalog",
     "Problem": "store.check",
     "PutResult": "store.put",
-    "Source": "store.put",
-    "load": "prefill.loading",
+    "Collected": "store.upkeep",
     "Store": "store.store",
     "default_store_path": "store.store",
+    "Trail": "store.trail",
 }
 
 __all__ = [
+    "Blob",
+    "BlobInfo",
+    "Codec",
+    "Collected",
     "CorruptBlobError",
     "Entry",
     "Fetch",
+    "FieldChange",
     "Fingerprint",
     "Identifier",
+    "IdentifyOptions",
+    "LiveCaches",
     "Match",
+    "MissReason",
     "MissingDependencyError",
     "ModelError",
+    "Payload",
     "PersistCacheError",
     "Problem",
     "PromptCache",
     "PromptCacheStats",
     "PutResult",
+    "RecentFetch",
     "Run",
     "Source",
     "Store",
@@ -95,9 +134,14 @@ __all__ = [
     "StoreInUseError",
     "StoreReadOnlyError",
     "StoreStats",
+    "Tensor",
+    "TensorInfo",
     "Tier",
+    "Trail",
     "Unidentified",
     "UnsupportedCacheError",
+    "Usage",
+    "Witness",
     "default_store_path",
     "identify",
     "load",

@@ -40,6 +40,33 @@ TIER_LABELS = tuple(tier.name.lower() for tier in Tier)
 """`("assistant", "user", "system")`: eviction order, as in mlx-lm's `CacheOrder`."""
 
 
+class MissReason(enum.Enum):
+    """Why no more of a prompt was found; `store.reasons` puts it into words.
+
+    The values are the labels of `/metrics`.
+    """
+
+    NOTHING_STORED = "nothing_stored"
+    OTHER_IDENTITY = "other_identity"
+    """The model's prompts were stored by another version of it, or with other options."""
+    OTHER_PROMPT = "other_prompt"
+    UNKNOWN_PROMPT = "unknown_prompt"
+    NO_CHECKPOINT = "no_checkpoint"
+    """More is shared, but cannot be resumed where the prompts part."""
+    ENDS = "ends"
+    DIVERGES = "diverges"
+    FEW_MORE = "few_more"
+    """Memory serves it, though the disk has a little more."""
+    UNIDENTIFIED_MODEL = "unidentified_model"
+    NO_STORE = "no_store"
+    LOOK_UP_FAILED = "look_up_failed"
+    UNREADABLE = "unreadable"
+    CHANGED_IN_MEMORY = "changed_in_memory"
+    """In counters of earlier versions only."""
+    DISK_ERROR = "disk_error"
+    """The sentence is that of an error from the store, or says why there is none."""
+
+
 class Entry(Struct, frozen=True):
     """One stored prompt prefix that can be resumed.
 
@@ -104,6 +131,7 @@ class Match(Struct, frozen=True):
         nbytes: Bytes that reading it takes.
         saved_s: Seconds that computing its tokens takes, 0 when nobody measured.
         reason: Why it is no longer, in words for `explain` and `stats`.
+        why: The same for programs; None when it is as long as it may be.
     """
 
     num_tokens: int
@@ -114,3 +142,4 @@ class Match(Struct, frozen=True):
     nbytes: int = 0
     saved_s: float = 0.0
     reason: str = ""
+    why: MissReason | None = None

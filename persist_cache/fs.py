@@ -189,17 +189,18 @@ def trim(fd: int) -> None:
 def sync_file_system(path: Path) -> None:
     """Have the file system of `path` finish what it postponed, such as to free what was removed.
 
-    Where the system has no such call, nothing happens.
+    Where the system has no such call, or it fails, nothing happens.
     """
     if sys.platform != "linux":
         return
     import ctypes
 
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        ctypes.CDLL(None).syncfs(fd)
-    finally:
-        os.close(fd)
+    with contextlib.suppress(OSError):
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            ctypes.CDLL(None).syncfs(fd)
+        finally:
+            os.close(fd)
 
 
 def write_all(fd: int, buffers: Sequence[memoryview]) -> int:
@@ -382,19 +383,6 @@ def drop_cache(fd: int) -> None:
     """Have the next read of a synced file come from the disk, where the system can be asked."""
     if sys.platform == "linux":
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def settle(path: Path) -> None:
-    """Have the file system of `path` do what it put off: some count free blocks only then."""
-    if sys.platform == "linux":
-        import ctypes
-
-        with contextlib.suppress(OSError):
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                ctypes.CDLL(None).syncfs(fd)
-            finally:
-                os.close(fd)
 
 
 def free_bytes(path: Path) -> int:

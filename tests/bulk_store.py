@@ -16,9 +16,9 @@ from persist_cache.blobs.writer import Written
 from persist_cache.entry import Tier
 from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.index import tree
-from persist_cache.index.environment import Writer
 from persist_cache.index.records import BlobKind, EntryRecord, NamespaceRecord, namespace_key
-from persist_cache.store.put import add_blob, place_entry
+from persist_cache.index.transaction import Writer
+from persist_cache.store.recording import add_blob, place_entry
 from persist_cache.store.store import Store
 from persist_cache.tokens import pack_tokens
 from tests import forge

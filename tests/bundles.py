@@ -11,9 +11,10 @@ from typing import Any
 import xxhash
 from msgspec.structs import replace
 
-from persist_cache.blobs.header import BlobHeader, Tensor, header_bytes
+from persist_cache.blobs.header import BlobHeader, header_bytes
 from persist_cache.blobs.reader import BlobReader
 from persist_cache.bundle.container import END, checksum_text, member_header, padding
+from persist_cache.codec import Tensor
 
 Member = tuple[str, bytes]
 

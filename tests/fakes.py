@@ -17,8 +17,7 @@ from unittest import mock
 import numpy as np
 
 from persist_cache import fs
-from persist_cache.blobs.header import Payload, Tensor
-from persist_cache.blobs.reader import BlobReader
+from persist_cache.codec import Blob, Payload, Tensor
 from persist_cache.errors import CorruptBlobError
 from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.index.records import BlobRecord
@@ -120,9 +119,7 @@ class Restored:
         return bool(right)
 
 
-def restore(
-    runs: Sequence[tuple[BlobReader, int]], checkpoint: BlobReader | None, num_tokens: int
-) -> Restored:
+def restore(runs: Sequence[tuple[Blob, int]], checkpoint: Blob | None, num_tokens: int) -> Restored:
     """Read a match back, as a codec would."""
     parts = []
     for reader, used in runs:

@@ -2,7 +2,7 @@
 
 The product has no words for it, so this is the one module of the tests that reaches into private
 parts of the product, also to look at the shape of a trie. Everything else uses public words
-(`tests/test_walls.py`).
+(`tests/test_forge.py`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 from persist_cache.blobs.folder import BlobFolder
 from persist_cache.cache.trie import PromptTrie
 from persist_cache.index import tree
-from persist_cache.index.environment import Index, Writer
+from persist_cache.index.environment import Index
+from persist_cache.index.transaction import Writer
 from persist_cache.store.store import Store
 
 T = TypeVar("T")
@@ -66,12 +67,12 @@ def environment(index: Index) -> Any:
 
 def evict(store: Store, *, nbytes: int) -> None:
     """Evict in order until so many bytes are freed; nothing of it is removed from the disk."""
-    change(store, lambda txn: store._evictor._free(txn, nbytes, frozenset()))
+    change(store, lambda txn: store._evictor.free(txn, nbytes, frozenset()))
 
 
 def grow(store: Store, entry: str) -> None:
     """Have an entry count as stored since runs were merged last."""
-    store._grown[int(entry, 16)] = None
+    store._upkeep.note(int(entry, 16))
 
 
 def roots(trie: PromptTrie[Any]) -> dict[Hashable, Any]:

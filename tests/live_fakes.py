@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from persist_cache import UnsupportedCacheError
-from persist_cache.blobs.reader import BlobReader
-from persist_cache.store.put import Source
+from persist_cache.codec import Blob, Source
 from tests.fakes import FakeSource, restore
 
 MODEL = ("model", None, None)
@@ -60,8 +59,8 @@ class FakeCodec:
 
     def restore(
         self,
-        runs: Sequence[tuple[BlobReader, int]],
-        checkpoint: BlobReader | None,
+        runs: Sequence[tuple[Blob, int]],
+        checkpoint: Blob | None,
         num_tokens: int,
     ) -> list[FakeLayer]:
         restored = restore(runs, checkpoint, num_tokens)
@@ -90,3 +89,15 @@ class FakeCodec:
 
     def witness(self, cache: Sequence[Any]) -> FakeWitness:
         return FakeWitness(tuple(cache[0].tokens))
+
+
+class TokenCodec(FakeCodec):
+    """Restores what `tests.fakes.put` stored, whose layout names no weights."""
+
+    def source(self, cache: Sequence[Any], num_tokens: int) -> FakeSource:
+        return FakeSource(cache[0].tokens[:num_tokens])
+
+    def restore(
+        self, runs: Sequence[tuple[Blob, int]], checkpoint: Blob | None, num_tokens: int
+    ) -> list[FakeLayer]:
+        return [FakeLayer(range(num_tokens))]

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from persist_cache.index import tree
-from persist_cache.index.environment import Writer
 from persist_cache.index.records import BlobKind, pack_number
+from persist_cache.index.transaction import Writer
 from persist_cache.store.store import Store
 from tests import forge
 from tests.fakes import fetched, put

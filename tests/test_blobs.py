@@ -11,9 +11,10 @@ import safetensors
 
 from persist_cache import fs
 from persist_cache.blobs.folder import SUFFIX, BlobFolder, is_blob_file, try_remove_orphan
-from persist_cache.blobs.header import ALIGNMENT, TOKENS, BlobHeader, Tensor, header_bytes
+from persist_cache.blobs.header import ALIGNMENT, TOKENS, BlobHeader, header_bytes
 from persist_cache.blobs.reader import BlobReader
 from persist_cache.blobs.writer import BlobWriter, Written
+from persist_cache.codec import Tensor
 from persist_cache.errors import CorruptBlobError, StoreFormatError
 from persist_cache.store.store import Store
 from persist_cache.tokens import pack_tokens

@@ -25,7 +25,7 @@ from msgspec.structs import replace
 
 from persist_cache import fs
 from persist_cache.blobs.folder import SUFFIX
-from persist_cache.blobs.header import BlobHeader, Payload, Tensor
+from persist_cache.blobs.header import BlobHeader
 from persist_cache.bundle import Bundle, export, load, preview, usability
 from persist_cache.bundle.container import (
     MANIFEST,
@@ -35,7 +35,8 @@ from persist_cache.bundle.container import (
     member_size,
     parse_manifest,
 )
-from persist_cache.bundle.exporting import portable
+from persist_cache.bundle.planning import portable
+from persist_cache.codec import Payload, Tensor
 from persist_cache.entry import Tier
 from persist_cache.errors import (
     CorruptBlobError,

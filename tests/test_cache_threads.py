@@ -6,17 +6,16 @@ import itertools
 import random
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from persist_cache import PromptCache, Store
+from persist_cache.cache import prompt_cache
 from persist_cache.fingerprint.value import Fingerprint
-from persist_cache.index import tree
-from tests.fakes import FakeSource, fingerprint, put
-from tests.live_fakes import MODEL, FakeCodec, FakeLayer
+from tests.fakes import fingerprint, put
+from tests.live_fakes import MODEL, FakeCodec, FakeLayer, TokenCodec
 
 THREADS, TURNS = 6, 250
 
@@ -175,6 +174,9 @@ class Busy:
 
 def test_cache_that_is_chosen_is_the_one_that_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another thread inserted a longer prompt between the two looks of one fetch."""
+    others: list[Callable[[], object]] = []
+    busy = Busy(lambda: [act() for act in others])
+    monkeypatch.setattr(prompt_cache, "RLock", lambda: busy)
     with PromptCache(codec=FakeCodec()) as cache:
         lengths = itertools.count(50)
 
@@ -183,44 +185,13 @@ def test_cache_that_is_chosen_is_the_one_that_is_given(monkeypatch: pytest.Monke
             cache.insert_cache(MODEL, tokens, [FakeLayer(tokens)], cache_type="system")
 
         insert()
-        monkeypatch.setattr(cache, "_lock", Busy(insert))
+        others.append(insert)
         kv, rest = cache.fetch_nearest_cache(MODEL, list(range(100)))
-        monkeypatch.undo()
+        others.clear()
 
     assert kv is not None
     assert kv[0].tokens + list(rest) == list(range(100))
     assert cache.last_fetch.num_tokens == len(kv[0].tokens)
-
-
-def test_fetch_walks_the_index_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Store.open(tmp_path / "store", min_free_bytes=0) as disk:
-        put(disk, range(100))
-        walks: list[int] = []
-        walk = tree.walk
-
-        def counted(*arguments: Any) -> Any:
-            walks.append(1)
-            return walk(*arguments)
-
-        monkeypatch.setattr(tree, "walk", counted)
-        with PromptCache(
-            store=disk, identify=lambda model: fingerprint(), codec=LayoutFreeCodec()
-        ) as cache:
-            kv, _ = cache.fetch_nearest_cache(MODEL, list(range(110)))
-
-            assert kv is not None
-            assert cache.last_fetch.source == "disk"
-            assert len(walks) == 1
-
-
-class LayoutFreeCodec(FakeCodec):
-    """Restores what `tests.fakes.put` stored, whose layout names no weights."""
-
-    def source(self, cache: Sequence[Any], num_tokens: int) -> FakeSource:
-        return FakeSource(cache[0].tokens[:num_tokens])
-
-    def restore(self, runs: Any, checkpoint: Any, num_tokens: int) -> list[FakeLayer]:
-        return [FakeLayer(range(num_tokens))]
 
 
 def test_blob_that_is_bad_leaves_the_shorter_hit_and_its_length(tmp_path: Path) -> None:
@@ -233,7 +204,7 @@ def test_blob_that_is_bad_leaves_the_shorter_hit_and_its_length(tmp_path: Path) 
         path.write_bytes(bytes(path.stat().st_size))
 
         with PromptCache(
-            store=disk, identify=lambda model: fingerprint(), codec=LayoutFreeCodec()
+            store=disk, identify=lambda model: fingerprint(), codec=TokenCodec()
         ) as cache:
             kv, rest = cache.fetch_nearest_cache(MODEL, list(range(210)))
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from persist_cache.index.environment import Writer
 from persist_cache.index.records import EntryRecord, SizedRecord
+from persist_cache.index.transaction import Writer
 from persist_cache.index.tree import BLOB_BYTES
 from persist_cache.store.store import Store
 from tests import forge

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
-from persist_cache import Store, doctor, fs
-from persist_cache.doctor import Finding, Folder, ModelCache
+from persist_cache import Store, fs
+from persist_cache.doctor import facts, judgement
+from persist_cache.doctor.facts import Folder, ModelCache
+from persist_cache.doctor.judgement import Finding
 from persist_cache.index.records import pack_counter
 from persist_cache.tensors.live import LayerStatus
 from tests import forge
@@ -190,7 +192,7 @@ def test_a_disk_that_cannot_be_written(
     def refuse(*arguments: object) -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(doctor, "measure_disk", refuse)
+    monkeypatch.setattr(facts, "measure_disk", refuse)
 
     done = run("doctor", "-q")
 
@@ -223,7 +225,7 @@ def test_the_probe_is_removed_even_when_it_fails(
     monkeypatch.setattr("persist_cache.fs.sync", refuse)
 
     with pytest.raises(OSError, match="No space"):
-        doctor.measure_disk(tmp_path)
+        facts.measure_disk(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -246,7 +248,7 @@ def folder(**changes: Any) -> Folder:
 def judge(
     place: Folder, limits: tuple[int, int] = (2048, -1), packages: dict[str, str] = PACKAGES
 ) -> list[Finding]:
-    return doctor.judge(
+    return judgement.judge(
         place,
         limits=limits,
         packages=packages,
@@ -305,13 +307,13 @@ def test_a_hard_limit_that_mlx_lm_cannot_be_imported_under_is_a_problem(
 
 IMPORT_UNDER = """
 import os, resource, sys
-from persist_cache import doctor
+from persist_cache.doctor import facts, judgement
 resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]), int(sys.argv[2])))
 if os.geteuid() == 0:
     os.setuid(65534)
-found = environment.judge_open_files(environment.open_files_limit())
+found = judgement.judge_open_files(facts.open_files_limit())
 try:
-    resource.setrlimit(resource.RLIMIT_NOFILE, environment.MLX_LM_OPEN_FILES)
+    resource.setrlimit(resource.RLIMIT_NOFILE, facts.MLX_LM_OPEN_FILES)
     works = True
 except ValueError:
     works = False
@@ -344,7 +346,7 @@ def test_the_limits_are_those_that_mlx_lm_sets() -> None:
     assert spec.submodule_search_locations is not None
     source = (Path(spec.submodule_search_locations[0]) / "utils.py").read_text()
 
-    assert f"setrlimit(resource.RLIMIT_NOFILE, {doctor.MLX_LM_OPEN_FILES})" in source
+    assert f"setrlimit(resource.RLIMIT_NOFILE, {facts.MLX_LM_OPEN_FILES})" in source
 
 
 def test_the_probe_is_kept_out_of_the_page_cache_from_its_first_byte(
@@ -363,7 +365,7 @@ def test_the_probe_is_kept_out_of_the_page_cache_from_its_first_byte(
     for name in ("bypass_cache", "write_all", "read_into"):
         monkeypatch.setattr(fs, name, noted(name, getattr(fs, name)))
 
-    doctor.measure_disk(tmp_path)
+    facts.measure_disk(tmp_path)
 
     assert steps == ["bypass_cache", "write_all", "read_into"]
 
@@ -372,7 +374,7 @@ def test_a_cache_class_that_is_not_known_is_named() -> None:
     layers = (LayerStatus("KVCache", "rows"), LayerStatus("LayerCache", "unsupported"))
     found = ModelCache("m", "f" * 64, "", layers)
 
-    (finding,) = doctor.judge_model(found)
+    (finding,) = judgement.judge_model(found)
 
     assert not found.storable
     assert "LayerCache cannot be saved" in finding.message

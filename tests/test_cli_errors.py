@@ -18,8 +18,8 @@ import pytest
 from persist_cache import Store
 from persist_cache.errors import StoreError
 from persist_cache.index import tree
-from persist_cache.index.environment import Writer
 from persist_cache.index.records import pack_counter
+from persist_cache.index.transaction import Writer
 from persist_cache.queries.explain import explain
 from tests import forge
 from tests.bulk_store import conversations

@@ -11,8 +11,9 @@ import pytest
 from persist_cache import fs
 from persist_cache.entry import Tier
 from persist_cache.errors import StoreError
-from persist_cache.index.environment import Index, Writer
+from persist_cache.index.environment import Index
 from persist_cache.index.records import BlobRecord
+from persist_cache.index.transaction import Writer
 from persist_cache.store.store import Store
 from tests.fakes import Clock, blob_files, disk_usage, fetched, files_in, meanwhile, put, restore
 from tests.fakes import fingerprint as identity

@@ -6,23 +6,36 @@ A slower machine does not fail these; a second reading of the same bytes does.
 from __future__ import annotations
 
 import os
+import random
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from email.message import Message
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import KVCache
+from mlx_lm.server import ResponseGenerator
 
 from persist_cache import PromptCache, Store, fs, tensors
 from persist_cache.blobs.header import ALIGNMENT
-from persist_cache.index.environment import Reader
+from persist_cache.index import tree
+from persist_cache.index.environment import Index
+from persist_cache.index.transaction import Reader
+from persist_cache.server.admin import Admin
+from persist_cache.server.guard import Request
+from persist_cache.server.ticket import Ticket, TicketedCache
+from persist_cache.server.upstream import Generator
+from persist_cache.store.trail import Trail
 from persist_cache.tokens import TOKEN_BYTES, pack_tokens
-from tests.fakes import FakeSource, fingerprint
+from tests.cli import Run, runner
+from tests.fakes import FakeSource, fingerprint, put
+from tests.live_fakes import MODEL, TokenCodec
 
-MODEL = ("model", None, None)
 HEADS, DIM, LAYERS = 2, 64, 3
 BYTES_PER_TOKEN = HEADS * DIM * 2 * 2 * LAYERS
 
@@ -60,6 +73,16 @@ def put_turns(store: Store, num_tokens: int, num_turns: int) -> list[int]:
     for turn in range(1, num_turns + 1):
         store.put(fingerprint(), tokens[: num_tokens * turn // num_turns], source)
     return tokens
+
+
+def put_prompts(store: Store, number: int) -> list[str]:
+    """Store short prompts that have nothing in common; returns their ids."""
+    return [put(store, [1_000 + one, *range(9)]) for one in range(number)]
+
+
+@pytest.fixture
+def run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Run:
+    return runner(tmp_path / "store", capfd)
 
 
 class Reads:
@@ -106,6 +129,22 @@ class LookUps:
         return counted
 
 
+class Transactions:
+    """Transactions of the index that were begun, reading and writing ones."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun: Counter[str] = Counter()
+        for name in ("read", "update"):
+            monkeypatch.setattr(Index, name, self._counted(name, getattr(Index, name)))
+
+    def _counted(self, name: str, method: Any) -> Any:
+        def counted(*arguments: Any, **named: Any) -> Any:
+            self.begun[name] += 1
+            return method(*arguments, **named)
+
+        return counted
+
+
 @pytest.mark.parametrize("others", [0, 40])
 def test_match_reads_each_run_of_the_prompt_once_whatever_else_is_stored(
     store: Store, monkeypatch: pytest.MonkeyPatch, others: int
@@ -139,6 +178,159 @@ def test_a_miss_looks_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> Non
     assert store.match(fingerprint(), list(range(9, 30_000))).num_tokens == 0
     assert looked.calls == {"edge": 1, "children": 1}
     assert looked.token_bytes == 0
+
+
+@pytest.fixture
+def walks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by the length of the prompt at each walk through the tree of the index."""
+    walked: list[int] = []
+    walk = tree.walk
+
+    def counted(txn: Reader, root: int, packed: bytes) -> tree.Walk:
+        walked.append(len(packed) // TOKEN_BYTES)
+        return walk(txn, root, packed)
+
+    monkeypatch.setattr(tree, "walk", counted)
+    return walked
+
+
+@pytest.fixture
+def cache(store: Store) -> Iterator[PromptCache]:
+    """A cache as a server has it, over a store that nothing is saved to meanwhile."""
+    with PromptCache(
+        store=store,
+        identify=lambda _: fingerprint(),
+        codec=TokenCodec(),
+        leave_tokens=1,
+        idle_s=60,
+    ) as made:
+        yield made
+
+
+def test_a_fetch_from_disk_walks_the_index_once(
+    store: Store, cache: PromptCache, walks: list[int]
+) -> None:
+    put(store, range(100))
+    walks.clear()
+
+    kv, _ = cache.fetch_nearest_cache(MODEL, list(range(110)))
+
+    assert kv is not None
+    assert cache.last_fetch.source == "disk"
+    assert walks == [110]
+
+
+class Rendered(Generator):
+    """A server's generator without its loop and its model: requests are prompts."""
+
+    def __init__(self, cache: PromptCache) -> None:
+        self.cache = cache
+        self._stream = None
+        self.model_provider = SimpleNamespace(
+            model_key=MODEL, spare_tokenizer=object(), draft_model=None
+        )
+
+    def receive(self, request: Any) -> tuple[list[Any] | None, Sequence[int]]:
+        """What upstream's loop does with a request that waited for others."""
+        args = SimpleNamespace(model=SimpleNamespace(model=MODEL[0]))
+        self.read_ahead(request, args, request.ticket.trail)
+        prompt = self._tokenize(object(), request, args)[0]
+        return TicketedCache(self.cache, self).fetch_nearest_cache(MODEL, prompt)
+
+
+@pytest.fixture
+def generator(cache: PromptCache, monkeypatch: pytest.MonkeyPatch) -> Rendered:
+    def tokenize(self: Any, tokenizer: Any, request: Any, args: Any) -> Any:
+        return request.prompt, [request.prompt], ["user"], "normal", None
+
+    monkeypatch.setattr(ResponseGenerator, "_tokenize", tokenize)
+    return Rendered(cache)
+
+
+def request(prompt: Sequence[int]) -> Any:
+    return SimpleNamespace(prompt=list(prompt), messages=[], request_type="text", ticket=Ticket())
+
+
+def test_a_request_of_a_server_walks_the_index_once(
+    store: Store, generator: Rendered, walks: list[int]
+) -> None:
+    put(store, range(100))
+    asked = request(range(110))
+    walks.clear()
+
+    kv, rest = generator.receive(asked)
+
+    assert kv is not None
+    assert (len(kv[0].tokens), rest) == (100, list(range(100, 110)))
+    assert asked.ticket.fetch.source == "disk"
+    assert generator.cache.stats().read_ahead_bytes > 0
+    assert walks == [110]
+
+
+def test_a_request_walks_again_when_something_was_committed(
+    store: Store, generator: Rendered, walks: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(store, range(100))
+    asked = request(range(210))
+    branch_point = PromptCache.branch_point
+
+    def then_commit(*arguments: Any, **named: Any) -> int:
+        point = branch_point(*arguments, **named)
+        put(store, range(200))
+        walks.clear()
+        return point
+
+    monkeypatch.setattr(PromptCache, "branch_point", then_commit)
+    kv, rest = generator.receive(asked)
+
+    assert kv is not None
+    assert (len(kv[0].tokens), rest) == (200, list(range(200, 210)))
+    assert walks == [210]
+
+
+def test_a_trail_is_believed_of_nothing_but_what_it_was_found_for(
+    store: Store, tmp_path: Path
+) -> None:
+    trail = Trail()
+    for number in range(3):
+        put(store, [number, *range(50)], model="w0")
+        put(store, [number, *range(40)], model="w1")
+    with Store.open(tmp_path / "other", min_free_bytes=0) as other:
+        for number in range(3):
+            put(other, [number, *range(30)], model="w0")
+            put(other, [number, *range(20)], model="w1")
+        looks = [
+            (place, model, first, limit)
+            for place in (store, other)
+            for model in ("w0", "w1")
+            for first in range(3)
+            for limit in (None, 7)
+        ]
+        random.Random(0).shuffle(looks)
+        for place, model, first, limit in looks * 2:
+            prompt = [first, *range(60)]
+            identity = fingerprint(weights=model)
+
+            found = place.match(identity, prompt, limit=limit, trail=trail)
+
+            assert found == place.match(identity, prompt, limit=limit)
+        assert other.commit_id() == store.commit_id()
+
+
+def test_a_trail_of_a_store_that_was_lost_is_not_believed(tmp_path: Path) -> None:
+    """Its successor counts its commits from the start."""
+    root, trail = tmp_path / "lost", Trail()
+    with Store.open(root, min_free_bytes=0) as lost:
+        put(lost, range(100))
+        assert lost.match(fingerprint(), list(range(110)), trail=trail).num_tokens == 100
+        before = lost.commit_id()
+        shutil.rmtree(root)
+        assert lost.is_lost
+        lost.reopen()
+        put(lost, range(50))
+        assert lost.commit_id() == before
+
+        assert lost.match(fingerprint(), list(range(110)), trail=trail).num_tokens == 50
 
 
 @pytest.mark.parametrize("turns", [1, 7])
@@ -240,3 +432,75 @@ def test_put_of_what_is_stored_writes_no_file(
 
     assert store.put(fingerprint(), list(range(100)), source).nbytes == 0
     assert sorted(os.listdir(store.root / "blobs")) == files
+
+
+@pytest.mark.parametrize("number", [2, 200])
+def test_evicting_many_entries_takes_no_more_transactions_than_evicting_two(
+    store: Store, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    ids = put_prompts(store, number + 2)[:number]
+    transactions = Transactions(monkeypatch)
+
+    store.evict(ids)
+
+    assert store.stats().entries == 2
+    # What goes and what is struck off the trash; what is in the trash before, after and in the
+    # end, and whether the ballast is there.
+    assert transactions.begun["update"] == 2
+    assert transactions.begun["read"] <= 4
+
+
+@pytest.mark.parametrize("number", [2, 200])
+def test_evict_command_takes_no_more_transactions_for_many_ids(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run, number: int
+) -> None:
+    with Store.open(tmp_path / "store", min_free_bytes=0) as store:
+        ids = put_prompts(store, number + 2)[:number]
+    assert run("list").status == 0
+    transactions = Transactions(monkeypatch)
+
+    assert run("evict", *ids, "--yes", "--json").status == 0
+
+    assert transactions.begun["update"] <= 4
+    assert transactions.begun["read"] <= 20
+
+
+def test_evicting_what_is_below_an_entry_over_http_takes_a_handful_of_transactions(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stem = put(store, [1, 2, 3], tier="system")
+    for number in range(60):
+        put(store, [1, 2, 3, 100 + number])
+    with PromptCache(store=store, leave_tokens=1) as cache:
+        transactions = Transactions(monkeypatch)
+
+        answer = Admin(cache, token="").answer(
+            Request("DELETE", f"/v1/cache/entries/{stem}?below=true", Message())
+        )
+
+        assert answer.status == 200
+        assert transactions.begun["update"] == 2
+        assert transactions.begun["read"] <= 10
+    assert store.entries() == []
+
+
+def test_evict_command_does_not_begin_again_for_each_entry_when_one_went_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
+    with Store.open(tmp_path / "store", min_free_bytes=0) as store:
+        put_prompts(store, 40)
+    evict = Store.evict
+
+    def evict_later(self: Store, ids: Sequence[str], **options: Any) -> int:
+        if len(ids) == 40:
+            evict(self, [ids[7]])
+        return evict(self, ids, **options)
+
+    monkeypatch.setattr(Store, "evict", evict_later)
+    transactions = Transactions(monkeypatch)
+
+    assert run("evict", "--all", "--yes").status == 0
+
+    with Store.open(tmp_path / "store", min_free_bytes=0) as store:
+        assert store.entries() == []
+    assert transactions.begun["update"] <= 8

@@ -246,7 +246,7 @@ def test_carrier_of_a_prefix_without_entry_is_not_evicted_for_it(
 
 
 def source_of(tokens: list[int]):  # type: ignore[no-untyped-def]
-    from persist_cache.blobs.header import Payload
+    from persist_cache.codec import Payload
     from tests.fakes import FakeSource
 
     class Watched(FakeSource):

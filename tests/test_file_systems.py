@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from persist_cache import doctor, fs
+from persist_cache import fs
 from persist_cache.bundle import export
+from persist_cache.doctor import facts
 from persist_cache.errors import StoreAccessError, StoreError, StoreFullError
 from persist_cache.index import lock_table
 from persist_cache.index.ballast import wanted_bytes
@@ -499,7 +500,7 @@ def test_doctor_that_is_killed_leaves_no_bytes(
 
     monkeypatch.setattr(fs, "sync", die)
     with pytest.raises(ChildDied):
-        in_child(lambda: doctor.measure_disk(root))
+        in_child(lambda: facts.measure_disk(root))
 
     assert disk_usage(root) == before
 

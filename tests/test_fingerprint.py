@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from persist_cache.fingerprint import contents
+from persist_cache.fingerprint import memo as memo_module
 from persist_cache.fingerprint import value as module
 from persist_cache.fingerprint.identifier import Identifier, identify, identify_or_reason
 from persist_cache.fingerprint.loads import Unidentified
@@ -859,7 +860,7 @@ def test_a_memo_that_cannot_be_written_costs_time_only(tmp_path: Path, reads: li
 def test_memo_keeps_the_newest_records(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: list[str]
 ) -> None:
-    monkeypatch.setattr(contents, "MEMO_RECORDS", 2)
+    monkeypatch.setattr(memo_module, "MEMO_RECORDS", 2)
     models = [write_model(tmp_path / str(number), seed=number) for number in range(3)]
     for model in models:
         known(model)

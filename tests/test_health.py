@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from persist_cache.index.environment import Index, Writer
+from persist_cache.index.environment import Index
+from persist_cache.index.transaction import Writer
 from persist_cache.store.store import Store
 from tests import forge
 from tests.fakes import Clock, blob_files, fetched, put
@@ -159,7 +160,7 @@ def test_quarantined_file_that_was_not_moved_is_moved_by_the_next_sweep(
     path = blob_files(store.root)[0]
     path.write_bytes(path.read_bytes()[:-1])
     with monkeypatch.context() as patch:
-        patch.setattr("persist_cache.store.check._move_to_quarantine", lambda *_: None)
+        patch.setattr("persist_cache.store.quarantine.move_aside", lambda *_: None)
         assert fetched(store, [1, 2, 3]) == 0
     assert path.exists()
 

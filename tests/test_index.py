@@ -22,9 +22,10 @@ from persist_cache.errors import (
     StoreReadOnlyError,
 )
 from persist_cache.filenames import SUSPECT_FILE
-from persist_cache.index.environment import Index, Writer
+from persist_cache.index.environment import Index
 from persist_cache.index.records import pack_counter
-from persist_cache.store import check
+from persist_cache.index.transaction import Writer
+from persist_cache.store import opening, sweep
 from persist_cache.store.store import Store
 from tests import forge
 from tests.fakes import blob_files, fetched, files_in, put
@@ -373,7 +374,7 @@ def test_close_waits_for_transactions_of_other_threads(tmp_path: Path) -> None:
 
 def test_index_that_is_suspect_is_made_anew(closed: Path) -> None:
     """A repair that LMDB itself refuses, its pages being damaged, leaves a mark."""
-    check.distrust(closed)
+    opening.distrust(closed)
 
     with Store.open(closed, min_free_bytes=0) as store:
         assert fetched(store, PROMPT) == 30
@@ -383,13 +384,13 @@ def test_index_that_is_suspect_is_made_anew(closed: Path) -> None:
 def test_damage_that_comes_up_while_the_store_is_opened_is_mended(
     closed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sweep = check.sweep
+    real_sweep = sweep.sweep
 
     def damaged_once(*arguments: Any) -> None:
-        monkeypatch.setattr(check, "sweep", sweep)
+        monkeypatch.setattr(sweep, "sweep", real_sweep)
         raise DamagedIndexError("found by LMDB")
 
-    monkeypatch.setattr(check, "sweep", damaged_once)
+    monkeypatch.setattr(sweep, "sweep", damaged_once)
 
     with Store.open(closed, min_free_bytes=0) as store:
         assert fetched(store, PROMPT) == 30

@@ -12,8 +12,7 @@ from persist_cache import PromptCache, Store
 from persist_cache.fingerprint.identifier import Identifier
 from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.queries.explain import explain
-from persist_cache.server.metrics import reason_label
-from persist_cache.store.reasons import kind_of_reason
+from persist_cache.store.reasons import kind_of_reason, reason_of
 from tests.fakes import Clock, FakeSource
 from tests.live_fakes import MODEL, FakeCodec
 
@@ -140,7 +139,7 @@ def test_answer_is_looked_up_once_for_each_state_of_the_index(
 def test_look_up_of_kin_reads_namespaces_and_no_prompts(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from persist_cache.index.environment import Reader
+    from persist_cache.index.transaction import Reader
 
     for number in range(20):
         put(store, identity(mlx_lm=f"0.31.{number}"), range(10 * number, 10 * number + 9))
@@ -171,7 +170,7 @@ def test_upgrade_is_counted_by_field_logged_once_and_told_in_the_header(
     assert counters["misses:stored under another mlx-lm"] == 3
     assert header == 'miss; tokens=0; reason="stored under another mlx-lm: 0.32.1 -> 0.32.2"'
     assert sum("0.32.1 → 0.32.2" in one.getMessage() for one in caplog.records) == 1
-    assert {reason_label(one) for one in stats.misses} == {"other_identity"}
+    assert {reason_of(one).value for one in stats.misses} == {"other_identity"}
     assert kind_of_reason("stored under another salt") == "stored under another salt"
 
 

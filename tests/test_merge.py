@@ -16,8 +16,9 @@ import pytest
 from persist_cache import PromptCache, fs, tensors
 from persist_cache.entry import Tier
 from persist_cache.index import tree
-from persist_cache.index.environment import Index, Reader
+from persist_cache.index.environment import Index
 from persist_cache.index.records import Edge
+from persist_cache.index.transaction import Reader
 from persist_cache.store import compact
 from persist_cache.store.evict import Evictor
 from persist_cache.store.rewrite import LivingRun, rewrite
@@ -142,10 +143,10 @@ def test_merging_while_idle_needs_no_look_at_the_rest_of_the_store(
     put(store, [5, 5, 5])
     scans: list[str] = []
     monkeypatch.setattr(
-        "persist_cache.index.environment.Reader.edges", lambda _: scans.append("edges")
+        "persist_cache.index.transaction.Reader.edges", lambda _: scans.append("edges")
     )
     monkeypatch.setattr(
-        "persist_cache.index.environment.Reader.entries", lambda _: scans.append("entries")
+        "persist_cache.index.transaction.Reader.entries", lambda _: scans.append("entries")
     )
 
     assert store.merge_runs() == TURNS - 1

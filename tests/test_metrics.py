@@ -10,8 +10,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from persist_cache.cache.prompt_cache import PromptCache
 from persist_cache.cache.stats import PromptCacheStats
-from persist_cache.index.environment import Reader
-from persist_cache.server.metrics import CacheCollector, exposition, reason_label
+from persist_cache.index.transaction import Reader
+from persist_cache.server.metrics import CacheCollector, exposition
+from persist_cache.store.reasons import reason_of
 from persist_cache.store.store import Store
 from tests.bulk_store import conversations, fill
 from tests.fakes import Clock, blob_files, fetched, fingerprint, put
@@ -143,6 +144,8 @@ def test_labels_stay_few_whatever_the_reasons_are() -> None:
 def test_reasons_that_the_store_gives_have_labels(store: Store, words: tuple[str, ...]) -> None:
     if words:
         put(store, [1, 2, 3])
-    reason = store.match(fingerprint(), [9, 9]).reason
+    match = store.match(fingerprint(), [9, 9])
 
-    assert reason_label(reason) == ("other_prompt" if words else "nothing_stored")
+    assert match.why is not None
+    assert reason_of(match.reason) is match.why
+    assert match.why.value == ("other_prompt" if words else "nothing_stored")

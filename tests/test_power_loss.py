@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 
 from persist_cache import fs
-from persist_cache.index.environment import Index, Writer
+from persist_cache.index.environment import Index
+from persist_cache.index.transaction import Writer
 from persist_cache.store.store import Store
 from tests.fakes import Clock, blob_files, eager_gc, fetched, put
 from tests.memory import fast_folder

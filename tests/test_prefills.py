@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from persist_cache import PromptCache, Store
-from persist_cache.doctor import DiskSpeed, break_even
+from persist_cache.doctor.facts import DiskSpeed, break_even
 from persist_cache.entry import Tier
 from persist_cache.prefill.clock import PrefillClock, Prefills, Rate
 from persist_cache.queries.totals import Survey

@@ -15,9 +15,10 @@ import xxhash
 from msgspec.structs import replace
 
 from persist_cache import tensors
-from persist_cache.blobs.header import BlobHeader, Tensor
+from persist_cache.blobs.header import BlobHeader
 from persist_cache.blobs.layout import Shapes
 from persist_cache.bundle import Bundle, export
+from persist_cache.codec import Tensor
 from persist_cache.errors import StoreError
 from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.store.store import Store

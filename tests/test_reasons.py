@@ -11,18 +11,17 @@ import pytest
 
 from persist_cache import PromptCache, Store
 from persist_cache.cache.stats import Fetch
-from persist_cache.entry import Match
-from persist_cache.server.metrics import OTHER_REASON, CacheCollector, exposition, reason_label
+from persist_cache.entry import Match, MissReason
+from persist_cache.server.metrics import CacheCollector, exposition
 from persist_cache.server.ticket import cache_header
-from persist_cache.store import reasons
-from persist_cache.store.kin import NOTHING_STORED
-from persist_cache.store.reasons import why_no_more
+from persist_cache.store.reasons import kind_of_reason, nothing, reason_of, sentence, why_no_more
 from tests.cli import runner
 from tests.fakes import blob_files, fingerprint
 from tests.live_fakes import MODEL, FakeCodec, FakeLayer
 
 Make = Callable[..., PromptCache]
 STORED = list(range(100))
+DIVERGES = sentence(MissReason.DIVERGES)
 
 
 @pytest.fixture
@@ -51,9 +50,15 @@ def insert(cache: PromptCache, tokens: Sequence[int], *, trimmable: bool = True)
     cache.insert_cache(MODEL, list(tokens), layers, cache_type="user")
 
 
+def hit(num_tokens: int, common_tokens: int, why: MissReason | None) -> Match:
+    reason = sentence(why)
+    return Match(num_tokens, common_tokens=common_tokens, reason=reason, why=why)
+
+
 def look(cache: PromptCache, tokens: Sequence[int]) -> tuple[str, int, str]:
     _, rest, fetch = cache.look_up(MODEL, list(tokens))
     assert len(rest) == len(tokens) - fetch.num_tokens
+    assert fetch.why is (reason_of(fetch.reason) if fetch.reason else None)
     return fetch.source, fetch.num_tokens, fetch.reason
 
 
@@ -65,8 +70,8 @@ def test_reuse_ends_for_the_reason_that_is_true(make: Make, source: str) -> None
         cache.close()
         cache = make()
 
-    assert look(cache, [*STORED[:60], 7, 7]) == (source, 60, reasons.DIVERGES)
-    assert look(cache, [*STORED, 7, 7]) == (source, 100, reasons.ENDS)
+    assert look(cache, [*STORED[:60], 7, 7]) == (source, 60, DIVERGES)
+    assert look(cache, [*STORED, 7, 7]) == (source, 100, sentence(MissReason.ENDS))
 
 
 @pytest.mark.parametrize("source", ["memory", "disk"])
@@ -90,14 +95,14 @@ def test_missing_checkpoint_is_the_reason_wherever_more_is_shared(make: Make, so
         cache.close()
         cache = make()
 
-    assert look(cache, [*STORED[:60], 7, 7]) == (source, 40, reasons.NO_CHECKPOINT)
+    assert look(cache, [*STORED[:60], 7, 7]) == (source, 40, sentence(MissReason.NO_CHECKPOINT))
 
 
 def test_memory_alone_says_why_reuse_ends_not_why_there_is_no_disk(make: Make) -> None:
     cache = make(store=None)
     insert(cache, STORED)
 
-    assert look(cache, [*STORED[:60], 7, 7]) == ("memory", 60, reasons.DIVERGES)
+    assert look(cache, [*STORED[:60], 7, 7]) == ("memory", 60, DIVERGES)
     assert look(cache, [7, 7, 7])[2] == "no store was given"
 
 
@@ -107,7 +112,7 @@ def test_few_more_tokens_on_disk_are_told(make: Make) -> None:
     cache = make()
     insert(cache, STORED[:90])
 
-    assert look(cache, [*STORED, 7, 7]) == ("memory", 90, reasons.FEW_MORE)
+    assert look(cache, [*STORED, 7, 7]) == ("memory", 90, sentence(MissReason.FEW_MORE))
 
 
 def test_unreadable_disk_is_told_though_memory_has_a_part(make: Make, disk: Store) -> None:
@@ -118,7 +123,7 @@ def test_unreadable_disk_is_told_though_memory_has_a_part(make: Make, disk: Stor
     for path in blob_files(disk.root):
         path.write_bytes(path.read_bytes()[:-1])
 
-    assert look(cache, [*STORED, 7, 7]) == ("memory", 20, reasons.UNREADABLE)
+    assert look(cache, [*STORED, 7, 7]) == ("memory", 20, sentence(MissReason.UNREADABLE))
 
 
 def test_requests_partial_hits_and_tokens_are_counted_once(make: Make, disk: Store) -> None:
@@ -131,10 +136,10 @@ def test_requests_partial_hits_and_tokens_are_counted_once(make: Make, disk: Sto
     stats, counters = cache.stats(), disk.stats().counters
 
     assert (sum(stats.hits.values()), sum(stats.misses.values())) == (2, 1)
-    assert stats.partial == {reasons.DIVERGES: 1}
+    assert stats.partial == {DIVERGES: 1}
     assert (sum(stats.tokens.values()), stats.asked) == (3 + 99, 926 + 100 + 2)
     assert counters["hits_memory"] == 2
-    assert counters[f"partial:{reasons.DIVERGES}"] == 1
+    assert counters[f"partial:{DIVERGES}"] == 1
     assert (counters["tokens_reused"], counters["tokens_asked"]) == (102, 1028)
     text = exposition(CacheCollector(lambda: stats)).decode()
     assert 'persist_cache_partial_hits_total{reason="diverges"} 1.0' in text
@@ -158,38 +163,110 @@ def test_look_up_that_is_not_counted_is_no_use_of_an_entry(make: Make, disk: Sto
 @pytest.mark.parametrize(
     ("found", "on_disk", "in_memory", "asked_disk", "why"),
     [
-        (9, Match(0, reason=NOTHING_STORED), (9, False), True, ""),
-        (5, Match(0, reason=NOTHING_STORED), (5, False), True, reasons.ENDS),
-        (5, Match(0, reason=reasons.OTHER_PROMPT), (5, True), True, reasons.DIVERGES),
-        (5, Match(0, reason="the disk is on fire"), (5, True), True, "the disk is on fire"),
-        (5, Match(0, reason="no store was given"), (5, True), False, reasons.DIVERGES),
-        (0, Match(0, reason="no store was given"), (0, False), False, "no store was given"),
-        (0, Match(0, reason="no store was given"), (4, True), False, reasons.NO_CHECKPOINT),
-        (5, Match(5, common_tokens=5, reason=reasons.ENDS), (3, True), True, reasons.ENDS),
-        (5, Match(5, common_tokens=5, reason=reasons.ENDS), (5, True), True, reasons.DIVERGES),
-        (5, Match(3, common_tokens=3, reason=reasons.DIVERGES), (5, False), True, reasons.ENDS),
-        (5, Match(7, common_tokens=7, reason=reasons.ENDS), (5, False), True, reasons.FEW_MORE),
-        (5, Match(5, common_tokens=8, reason=""), (5, False), True, reasons.NO_CHECKPOINT),
+        (9, nothing(MissReason.NOTHING_STORED), (9, False), True, None),
+        (5, nothing(MissReason.NOTHING_STORED), (5, False), True, MissReason.ENDS),
+        (5, nothing(MissReason.OTHER_IDENTITY, "salt"), (5, False), True, MissReason.ENDS),
+        (5, nothing(MissReason.OTHER_PROMPT), (5, True), True, MissReason.DIVERGES),
+        (5, nothing(MissReason.DISK_ERROR, "it burns"), (5, True), True, MissReason.DISK_ERROR),
+        (5, nothing(MissReason.NO_STORE), (5, True), False, MissReason.DIVERGES),
+        (0, nothing(MissReason.NO_STORE), (0, False), False, MissReason.NO_STORE),
+        (0, nothing(MissReason.NO_STORE), (4, True), False, MissReason.NO_CHECKPOINT),
+        (5, hit(5, 5, MissReason.ENDS), (3, True), True, MissReason.ENDS),
+        (5, hit(5, 5, MissReason.ENDS), (5, True), True, MissReason.DIVERGES),
+        (5, hit(3, 3, MissReason.DIVERGES), (5, False), True, MissReason.ENDS),
+        (5, hit(7, 7, MissReason.ENDS), (5, False), True, MissReason.FEW_MORE),
+        (5, hit(5, 8, None), (5, False), True, MissReason.NO_CHECKPOINT),
     ],
 )
 def test_one_reason_for_memory_and_disk(
-    found: int, on_disk: Match, in_memory: tuple[int, bool], asked_disk: bool, why: str
+    found: int,
+    on_disk: Match,
+    in_memory: tuple[int, bool],
+    asked_disk: bool,
+    why: MissReason | None,
 ) -> None:
-    assert why_no_more(found, 9, on_disk, in_memory, asked_disk=asked_disk) == why
+    answer, said = why_no_more(found, 9, on_disk, in_memory, asked_disk=asked_disk)
+
+    assert answer is why
+    assert said == ("it burns" if why is MissReason.DISK_ERROR else sentence(why))
 
 
-@pytest.mark.parametrize(
-    "reason", [value for name, value in vars(reasons).items() if name.isupper()]
-)
-def test_each_reason_has_a_label_of_its_own(reason: str | tuple[str, ...]) -> None:
-    if isinstance(reason, str):
-        assert reason_label(reason) != OTHER_REASON
+@pytest.mark.parametrize("why", list(MissReason))
+def test_each_reason_is_read_back_from_its_sentence_and_its_counter(why: MissReason) -> None:
+    said = sentence(why, "of: some detail")
+
+    assert reason_of(said) is why
+    assert reason_of(kind_of_reason(said)) is why
+
+
+OLD_COUNTERS = {
+    "nothing is stored for this model": "nothing_stored",
+    "stored under another mlx-lm": "other_identity",
+    "stored under another salt and kv_bits": "other_identity",
+    "no stored prompt begins with the first token": "other_prompt",
+    "nothing is known of this prompt": "unknown_prompt",
+    "no checkpoint there": "no_checkpoint",
+    "what is stored ends here": "ends",
+    "what is stored goes on differently": "diverges",
+    "the disk has a few tokens more": "few_more",
+    "this model is kept in memory only": "unidentified_model",
+    "no store was given": "no_store",
+    "the look-up failed": "look_up_failed",
+    "what was stored could not be read": "unreadable",
+    "the cache in memory was changed": "changed_in_memory",
+    "The folder /Volumes/Models/store was removed.": "disk_error",
+}
+"""Reasons as the builds before `MissReason` counted them, and their labels in `/metrics`."""
+
+
+def test_counters_of_an_older_store_are_read_by_their_sentences(
+    tmp_path: Path, disk: Store, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for number, said in enumerate(OLD_COUNTERS, 1):
+        disk.count(f"misses:{said}", number)
+        disk.count(f"partial:{said}", 100 + number)
+    disk.close()
+
+    told = runner(tmp_path / "store", capfd)("stats", "--json").json
+
+    numbers = {said: number for number, said in enumerate(OLD_COUNTERS, 1)}
+    assert told["miss_reasons"] == numbers
+    assert told["partial_reasons"] == {said: 100 + one for said, one in numbers.items()}
+    assert {said: reason_of(said).value for said in told["miss_reasons"]} == OLD_COUNTERS
+
+
+def test_reasons_are_counted_under_the_names_of_older_stores(make: Make, disk: Store) -> None:
+    cache = make()
+    look(cache, STORED)
+    insert(cache, STORED[:40], trimmable=False)
+    look(cache, [*STORED[:20], 7, 7])
+    look(cache, [*STORED[:40], 7, 7])
+    cache.flush()
+
+    counters = disk.stats().counters
+    kept = {name: one for name, one in counters.items() if name.startswith(("misses:", "partial:"))}
+    assert kept == {
+        "misses:nothing is stored for this model": 1,
+        "misses:no checkpoint there": 1,
+        "partial:what is stored ends here": 1,
+    }
+
+
+@pytest.mark.parametrize(("said", "label"), OLD_COUNTERS.items())
+def test_metrics_label_the_reasons_of_old_and_new_counters(
+    make: Make, said: str, label: str
+) -> None:
+    stats = replace(make().stats(), misses={said: 7})
+
+    text = exposition(CacheCollector(lambda: stats)).decode()
+
+    assert f'persist_cache_misses_total{{reason="{label}"}} 7.0' in text
 
 
 def test_header_of_a_partial_hit_tells_the_reason() -> None:
-    fetch = Fetch("disk", 1904, reasons.DIVERGES)
+    fetch = Fetch("disk", 1904, DIVERGES)
 
-    assert cache_header(fetch) == f'disk; tokens=1904; reason="{reasons.DIVERGES}"'
+    assert cache_header(fetch) == f'disk; tokens=1904; reason="{DIVERGES}"'
     assert cache_header(replace(fetch, reason="")) == "disk; tokens=1904"
 
 
@@ -207,10 +284,10 @@ def test_stats_shows_tokens_reused_beside_the_hits(
     said, text = run("stats", "--json").json, run("stats").out
 
     assert (said["tokens_reused"], said["tokens_asked"]) == (3, 926)
-    assert said["partial_reasons"] == {reasons.DIVERGES: 1}
+    assert said["partial_reasons"] == {DIVERGES: 1}
     assert "1 of 1 request " in text
     assert "3 of 926 prompt tokens (0.3%)" in text
-    assert reasons.DIVERGES in text
+    assert DIVERGES in text
 
 
 def test_stats_of_an_older_store_gives_no_share_of_tokens(

@@ -11,7 +11,8 @@ import pytest
 from persist_cache import fs
 from persist_cache.cache.prompt_cache import PromptCache
 from persist_cache.errors import StoreFullError
-from persist_cache.index.environment import Index, Writer
+from persist_cache.index.environment import Index
+from persist_cache.index.transaction import Writer
 from persist_cache.server.upstream import health_said
 from persist_cache.store import unreturned
 from persist_cache.store.store import Store
@@ -146,7 +147,7 @@ def test_a_pause_that_cannot_be_recorded_is_one_all_the_same(
     update = Index.update
 
     def refuse(index: Index, change: Callable[[Writer], Any]) -> Any:
-        if "note" in change.__qualname__:
+        if change.__qualname__.startswith("Unreturned.note."):
             raise StoreFullError("The disk is full.")
         return update(index, change)
 

@@ -17,7 +17,7 @@ import pytest
 
 from persist_cache import PromptCache, Store, fs
 from persist_cache.errors import StoreBusyError
-from persist_cache.index import environment, holders
+from persist_cache.index import holders, writer_lock
 from tests import forge
 from tests.cli import runner
 from tests.fakes import Clock, fetched, fingerprint, put
@@ -60,7 +60,7 @@ def held(path: Path, *, stopped: bool = True) -> Iterator[subprocess.Popen[str]]
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(writer_lock, "PATIENCE_S", 0.3)
 
 
 def test_options_of_the_process_are_not_told(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_close_and_flush_keep_their_time(tmp_path: Path) -> None:
             cache.close(0.5)
             took = time.monotonic() - started
 
-    assert took < environment.PATIENCE_S / 2
+    assert took < writer_lock.PATIENCE_S / 2
 
 
 def test_close_in_a_forked_child_returns(tmp_path: Path) -> None:

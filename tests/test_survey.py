@@ -13,8 +13,8 @@ from persist_cache import Store
 from persist_cache.entry import Entry
 from persist_cache.errors import StoreError
 from persist_cache.fingerprint.value import Fingerprint
-from persist_cache.index.environment import Reader, Writer
 from persist_cache.index.records import BlobRecord, EntryRecord, pack_number
+from persist_cache.index.transaction import Reader, Writer
 from persist_cache.queries.details import details_of
 from persist_cache.queries.ids import short_id, short_ids
 from persist_cache.queries.select import Filters

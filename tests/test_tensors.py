@@ -32,9 +32,10 @@ from mlx_lm.models.cache import (
 
 from persist_cache import fs, tensors
 from persist_cache.blobs.folder import BlobFolder
-from persist_cache.blobs.header import DTYPE_BYTES, BlobHeader, Payload
+from persist_cache.blobs.header import DTYPE_BYTES, BlobHeader
 from persist_cache.blobs.reader import BlobReader
 from persist_cache.blobs.writer import BlobWriter
+from persist_cache.codec import Payload
 from persist_cache.errors import CorruptBlobError, MissingDependencyError, UnsupportedCacheError
 from persist_cache.tensors import pool
 from persist_cache.tensors.empty import empty

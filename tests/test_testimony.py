@@ -14,8 +14,8 @@ from msgspec.structs import replace
 from persist_cache import tensors
 from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.index.audit import was_given
-from persist_cache.index.environment import Writer
 from persist_cache.index.records import BlobKind
+from persist_cache.index.transaction import Writer
 from persist_cache.store.store import Store
 from persist_cache.tensors.layers import leaves
 from tests import forge

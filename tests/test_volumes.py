@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from persist_cache import doctor, fs
-from persist_cache.fingerprint import contents
+from persist_cache import fs
+from persist_cache.doctor import facts
+from persist_cache.fingerprint import contents, memo
 from persist_cache.fingerprint.identifier import identify_or_reason
 from persist_cache.store.store import Store
 from persist_cache.system import volumes
@@ -72,13 +73,13 @@ class Mac:
 
     def restart(self, by: int = 7) -> None:
         """From now on `stat` gives another device number for every file."""
-        stamp_of = contents.Stamp.of.__func__  # type: ignore[attr-defined]
+        stamp_of = memo.Stamp.of.__func__  # type: ignore[attr-defined]
 
-        def moved(cls: type, status: os.stat_result) -> contents.Stamp:
-            stamp: contents.Stamp = stamp_of(cls, status)
+        def moved(cls: type, status: os.stat_result) -> memo.Stamp:
+            stamp: memo.Stamp = stamp_of(cls, status)
             return stamp._replace(device=stamp.device + by)
 
-        self._monkeypatch.setattr(contents.Stamp, "of", classmethod(moved))
+        self._monkeypatch.setattr(memo.Stamp, "of", classmethod(moved))
 
 
 @pytest.fixture
@@ -109,7 +110,7 @@ def test_a_volume_of_more_blocks_than_32_bits_count_is_seen_in_full(
     mac.raw = statfs(block=block, total=40 * TIB, free=32 * TIB)  # 0 modulo 2**32 blocks
 
     assert fs.free_bytes(tmp_path) == 32 * TIB
-    assert doctor.look_at_folder(tmp_path).total_bytes == 40 * TIB
+    assert facts.look_at_folder(tmp_path).total_bytes == 40 * TIB
 
 
 def test_the_floor_is_not_hit_on_a_large_volume(tmp_path: Path, mac: Mac) -> None:
@@ -133,7 +134,7 @@ def test_files_without_a_limit_have_none(tmp_path: Path, mac: Mac) -> None:
 def test_a_read_only_volume_is_seen(tmp_path: Path, mac: Mac, flags: int) -> None:
     mac.raw = statfs(flags=flags)
 
-    assert doctor.look_at_folder(tmp_path).writable is not bool(flags)
+    assert facts.look_at_folder(tmp_path).writable is not bool(flags)
 
 
 def test_elsewhere_statvfs_is_asked(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import click
 
 from persist_cache import Store, default_store_path
 from persist_cache.errors import StoreAccessError
-from persist_cache.queries.ids import find_departed, find_ids, short_ids
+from persist_cache.queries.ids import find_departed, find_each, short_ids
 from persist_cache_cli.output import format_age
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -128,11 +128,13 @@ def resolve(store: Store | None, prefixes: Sequence[str]) -> list[str]:
         NothingFound: One of them names no entry.
         click.ClickException: One of them names several.
     """
-    return list(dict.fromkeys(_resolve_one(store, prefix) for prefix in prefixes))
+    found = [[] for _ in prefixes] if store is None else find_each(store, prefixes)
+    ids = (_only_one(store, prefix, one) for prefix, one in zip(prefixes, found, strict=True))
+    return list(dict.fromkeys(ids))
 
 
-def _resolve_one(store: Store | None, prefix: str) -> str:
-    found = [] if store is None else find_ids(store, prefix)
+def _only_one(store: Store | None, prefix: str, found: Sequence[str]) -> str:
+    """The id in `found`, which has those that begin with `prefix`."""
     if len(found) == 1:
         return found[0]
     if found:

@@ -14,6 +14,7 @@ import msgspec
 import xxhash
 from msgspec import Struct
 
+from persist_cache.codec import Tensor, TensorInfo
 from persist_cache.errors import CorruptBlobError, StoreFormatError
 
 FORMAT_VERSION = "1"
@@ -28,58 +29,6 @@ DTYPE_BYTES = {
     **dict.fromkeys(("U32", "I32", "F32"), 4),
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
 }
-
-
-class Tensor(Struct, frozen=True):
-    """A tensor to be written: its bytes, in pieces, in file order.
-
-    Attributes:
-        name: Unique in its blob.
-        dtype: safetensors name, such as `BF16`.
-        shape: Row-major shape of the pieces joined.
-        pieces: Flat byte views; the writer reads them and nothing else, so whoever made them
-            keeps the memory unchanged until the write has ended.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    pieces: Sequence[memoryview]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(len(piece) for piece in self.pieces)
-
-
-class Payload(Struct, frozen=True):
-    """What a codec puts into one blob: tensors, and a note to itself.
-
-    Attributes:
-        tensors: The KV rows of a run, or the state at a position.
-        detail: JSON by which the codec reads them back; opaque to the store.
-    """
-
-    tensors: Sequence[Tensor]
-    detail: str = "{}"
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors)
-
-
-class TensorInfo(Struct, frozen=True, gc=False):
-    """Where a stored tensor lies, and the digest of its bytes."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
-    xxh3: str
-
-    @property
-    def end(self) -> int:
-        """Position in the file behind its last byte."""
-        return self.offset + self.nbytes
 
 
 class _Place(Struct, frozen=True, gc=False):

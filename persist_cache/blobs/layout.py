@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
 
-from persist_cache.blobs.header import DTYPE_BYTES, TOKENS, BlobHeader, TensorInfo
+from persist_cache.blobs.header import DTYPE_BYTES, TOKENS, BlobHeader
+from persist_cache.codec import TensorInfo
 
 MAX_LAG = 16
 """Tokens by which a layer may be behind its cache's key; a draft model's layers are 1 behind."""

@@ -12,8 +12,9 @@ from typing import overload
 
 from msgspec import Struct
 
-from persist_cache.blobs.header import TOKENS, BlobHeader, Tensor, TensorInfo
+from persist_cache.blobs.header import TOKENS, BlobHeader
 from persist_cache.blobs.reader import BlobReader
+from persist_cache.codec import Tensor, TensorInfo
 from persist_cache.errors import CorruptBlobError
 
 ROW_AXIS = 2

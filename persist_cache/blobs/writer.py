@@ -11,7 +11,8 @@ from msgspec import Struct
 
 from persist_cache import fs
 from persist_cache.blobs.folder import BlobFolder, is_same_file, new_name
-from persist_cache.blobs.header import BlobHeader, Tensor, header_bytes
+from persist_cache.blobs.header import BlobHeader, header_bytes
+from persist_cache.codec import Tensor
 from persist_cache.system import forked
 
 

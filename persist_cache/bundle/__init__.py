@@ -8,9 +8,10 @@ The checksums find damage, not malice: KV that was computed for another text, or
 cannot be told from the right one. Import only what you would run.
 """
 
+from persist_cache.bundle.entries import BundledEntry
 from persist_cache.bundle.exporting import Exported, export
 from persist_cache.bundle.importing import Imported, Usability, load, preview, usability
-from persist_cache.bundle.reading import Bundle, BundledEntry
+from persist_cache.bundle.reading import Bundle
 
 __all__ = [
     "Bundle",

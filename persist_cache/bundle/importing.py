@@ -11,14 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from persist_cache.bundle.reading import BundledEntry
+from persist_cache.bundle.entries import BundledEntry
 from persist_cache.entry import Tier
 from persist_cache.errors import StoreError
 from persist_cache.fingerprint.value import FieldChange, Fingerprint
 from persist_cache.fingerprint.versions import installed_version
 from persist_cache.index import tree
-from persist_cache.index.environment import Reader
 from persist_cache.index.records import NO_ENTRY
+from persist_cache.index.transaction import Reader
 from persist_cache.store.catalog import identity_of
 from persist_cache.store.evict import UNDONE
 from persist_cache.store.store import Store

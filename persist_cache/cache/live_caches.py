@@ -1,4 +1,4 @@
-"""The live caches in memory: which one serves a prompt, and which one goes first.
+"""The live caches in memory: which one serves a prompt, whose it is, and which one goes first.
 
 A trie finds them and a tiered LRU orders them, to the contract of mlx-lm's `LRUPromptCache`.
 Caches are opaque here; a codec knows how to copy and trim them.
@@ -8,37 +8,16 @@ Thread safety: none of its own; `PromptCache` holds its lock around every call.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from persist_cache.cache.lru import TieredLRU
 from persist_cache.cache.owners import Owner
+from persist_cache.cache.stats import Tally
 from persist_cache.cache.trie import PromptTrie
+from persist_cache.codec import LiveCaches, Witness
 from persist_cache.tokens import TOKEN_BYTES
-
-
-class LiveCaches(Protocol):
-    """What must be known of a model's cache to keep it in memory; `tensors` provides it."""
-
-    def can_trim(self, cache: Sequence[Any], /) -> bool: ...
-
-    def trim(self, cache: Sequence[Any], num_tokens: int, /) -> int: ...
-
-    def nbytes(self, cache: Sequence[Any], /) -> int: ...
-
-    def copy_cache(self, cache: Any, /) -> Any: ...
-
-    def num_tokens(self, cache: Sequence[Any], /) -> int | None: ...
-
-
-class Witness(Protocol):
-    """What a codec's `witness(cache)` gives, if it has one: tells whether a cache was changed.
-
-    It may make the next write to the cache expensive, so it is dropped before a cache is lent.
-    """
-
-    def fits(self, cache: Sequence[Any], /) -> bool: ...
 
 
 @dataclass(eq=False, slots=True)
@@ -83,10 +62,21 @@ class Candidate:
 class Resident:
     """All live caches."""
 
-    def __init__(self, codec: LiveCaches, max_size: int, max_bytes: int) -> None:
+    def __init__(self, codec: LiveCaches, max_size: int, max_bytes: int, tally: Tally) -> None:
+        """Hold none yet.
+
+        Args:
+            codec: Measures and trims caches.
+            max_size: Caches to keep.
+            max_bytes: Bytes of caches to keep.
+            tally: Counts caches that were changed by their former owner.
+        """
         self.max_size = max_size
         self.max_bytes = max_bytes
         self._codec = codec
+        self._tally = tally
+        self._current: dict[Hashable, Owner] = {}
+        """Per model key, whose KV is computed now."""
         self._trie: PromptTrie[Held] = PromptTrie()
         self._lru: TieredLRU[Held] = TieredLRU()
 
@@ -133,6 +123,48 @@ class Resident:
                 if 0 < num_tokens <= limit:
                     return Candidate(held, num_tokens)
         return best
+
+    def find(self, owner: Owner, packed: bytes, limit: int) -> Candidate | None:
+        """As `search`, among caches that are as they were inserted; lets go of the others."""
+        while True:
+            candidate = self.search(owner, packed, limit)
+            if candidate is None or self.is_unchanged(candidate.held):
+                return candidate
+
+    def is_unchanged(self, held: Held) -> bool:
+        """Whether a cache is as it was inserted; lets go of one that is not.
+
+        Its former owner may have decoded on, or trimmed it and computed other tokens.
+        """
+        counted = self._codec.num_tokens(held.cache)
+        has_length = counted is None or counted == held.num_tokens
+        if has_length and (held.witness is None or held.witness.fits(held.cache)):
+            return True
+        held.wanted = False
+        self.remove(held)
+        self._tally.problem("changed_after_insert")
+        return False
+
+    def now_computed_by(self, owner: Owner) -> bool:
+        """Note whose KV a model key stands for from now on.
+
+        Returns:
+            Whether it was another's before. False, too, when that one was loaded later: then the
+            calling thread was overtaken by a load, and nothing is noted.
+        """
+        former = self._current.get(owner.model, owner)
+        if former != owner and owner.is_older(former):
+            return False
+        self._current[owner.model] = owner
+        return former != owner
+
+    def is_current(self, owner: Owner) -> bool:
+        """Whether its model key stands for no other weights than these."""
+        return self._current.get(owner.model, owner) == owner
+
+    def of_former_owners(self) -> list[Held]:
+        """Caches of weights that their model key stands for no more."""
+        return [held for held in self.held() if not self.is_current(held.owner)]
 
     def common_tokens(self, owner: Owner, packed: bytes) -> int:
         """Leading tokens shared with any cache, whether it can be resumed there or not."""

@@ -7,6 +7,7 @@ from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from persist_cache.entry import MissReason
 from persist_cache.store.catalog import StoreStats
 from persist_cache.store.reasons import kind_of_reason
 from persist_cache.tokens import prompt_digest
@@ -25,6 +26,7 @@ class Fetch:
         seconds: Time the look-up took, reading included.
         nbytes: Bytes read from disk.
         prefill_s: Seconds that computing those tokens took, 0 when nobody measured.
+        why: The reason for programs; None when there is none.
     """
 
     source: str
@@ -33,6 +35,7 @@ class Fetch:
     seconds: float = 0.0
     nbytes: int = 0
     prefill_s: float = 0.0
+    why: MissReason | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +60,7 @@ class PromptCacheStats:
     Attributes:
         memory: Sequences and bytes per tier label.
         hits: Requests served, by source.
-        misses: Requests that found nothing, by reason.
+        misses: Requests that found nothing, by reason in words (`store.reasons.reason_of`).
         tokens: Tokens that were not computed, by source.
         restore_s: Seconds spent in loading from disk.
         restored_bytes: Bytes loaded from disk.

@@ -6,24 +6,20 @@ such notes, taken before and after, tell whether a model was changed while it wa
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
-import io
 import os
 import re
 import stat
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple
 
+from persist_cache.fingerprint.memo import Memo, Record, Stamp
+from persist_cache.fingerprint.reading import CannotIdentify, open_regular, printable
 from persist_cache.system.mounts import Mounts
 from persist_cache.system.volumes import lasting_device
-
-MEMO_VERSION = 1
-MEMO_RECORDS = 1024
-"""Bounds the memo to about 150 KiB; the largest models have some 160 weights files."""
 
 SETTLED_NS = 2_000_000_000
 """A file changed again within the tick of its file system's clock keeps its stamp.
@@ -33,53 +29,13 @@ Only a stamp older than this is remembered, or stands for the content: git's "ra
 
 _HASH_THREADS = 4
 _MOST_LINKS = 40
-_IDENTITY = re.compile(r"sha256:[0-9a-f]{64}|xxh3-128:[0-9a-f]{32}")
 
 _SHA256 = "sha256"
 _XXH3 = "xxh3-128"
 
 
-class CannotIdentify(Exception):
-    """Carries a reason from where it is found to `Identifier`, which makes a value of it."""
-
-
 class ChangedMeanwhile(CannotIdentify):
     """A file was changed while it was looked at; it may be all right the next time."""
-
-
-class Stamp(NamedTuple):
-    """What the file system changes whenever it changes a file.
-
-    The device is that of `stat`, or in the memo the volume's lasting number.
-    """
-
-    device: int
-    inode: int
-    size: int
-    mtime_ns: int
-    ctime_ns: int
-
-    @classmethod
-    def of(cls, status: os.stat_result) -> Stamp:
-        return cls(
-            status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-        )
-
-
-class _Record(NamedTuple):
-    """The identity (`algorithm:hex`) that a file had when it had this stamp."""
-
-    stamp: Stamp
-    identity: str
-
-    @property
-    def slot(self) -> tuple[int, int, str]:
-        return self.stamp.device, self.stamp.inode, self.identity.partition(":")[0]
-
-
-class _MemoFile(TypedDict):
-    version: int
-    records: list[_Record]
 
 
 class Look(NamedTuple):
@@ -107,7 +63,7 @@ class Contents:
     ) -> None:
         self.only_look = only_look
         self.code: dict[str, str] = {}
-        self._memo = _Memo(memo_path)
+        self._memo = Memo(memo_path)
         self._paranoid = paranoid
         self._mounts = Mounts()
         self.looks: dict[str, Look] = {}
@@ -135,7 +91,7 @@ class Contents:
             CannotIdentify: It is no regular file, or changes while it is read.
         """
         self._note_way(path)
-        with _open_regular(path) as file:
+        with open_regular(path) as file:
             stamp = Stamp.of(os.fstat(file.fileno()))
             content = file.readall() or b""
             if Stamp.of(os.fstat(file.fileno())) != stamp:
@@ -172,7 +128,7 @@ class Contents:
     def identify_each(self, paths: Sequence[Path], *, note: bool = True) -> dict[Path, str]:
         """Return the identity of each file; raises as `identify` does."""
         asked_ns = time.time_ns()
-        known: dict[Path, _Record] = {}
+        known: dict[Path, Record] = {}
         unread: list[tuple[Path, str]] = []
         unproven: set[Path] = set()
         for path in paths:
@@ -181,7 +137,7 @@ class Contents:
             record, proves = self._recall(path, asked_ns)
             if not proves:
                 unproven.add(path)
-            if isinstance(record, _Record):
+            if isinstance(record, Record):
                 known[path] = record
             else:
                 unread.append((path, record))
@@ -196,7 +152,7 @@ class Contents:
                 self.looks[os.fspath(path)] = Look(record.stamp, record.identity)
         return {path: known[path].identity for path in paths}
 
-    def _recall(self, path: Path, asked_ns: int) -> tuple[_Record | str, bool]:
+    def _recall(self, path: Path, asked_ns: int) -> tuple[Record | str, bool]:
         """Return what is known of the file, or the algorithm to read it with.
 
         The second value tells whether the file's stamp can stand for its content.
@@ -207,7 +163,7 @@ class Contents:
         stamp = Stamp.of(status)
         proves = self._mounts.ctime_proves(path, status)
         if self.only_look and proves and _settled(stamp, asked_ns):
-            return _Record(stamp, ""), proves
+            return Record(stamp, ""), proves
         blob_name = _hub_blob_name(path)
         # The algorithm follows from the file alone, never from what the memo happens to hold.
         algorithm = _SHA256 if blob_name or self._paranoid else _XXH3
@@ -220,11 +176,11 @@ class Contents:
         if record is not None and record.stamp in (lasting, stamp):
             return record._replace(stamp=stamp), proves
         if record is None and blob_name:
-            return _Record(stamp, f"{_SHA256}:{blob_name}"), proves
+            return Record(stamp, f"{_SHA256}:{blob_name}"), proves
         # A blob is written once and renamed; if its stamp moved, its name proves nothing.
         return algorithm, proves
 
-    def _read_all(self, files: Sequence[tuple[Path, str]]) -> dict[Path, _Record]:
+    def _read_all(self, files: Sequence[tuple[Path, str]]) -> dict[Path, Record]:
         if len(files) < 2:
             return {path: _read_identity(path, algorithm) for path, algorithm in files}
         from concurrent.futures import ThreadPoolExecutor
@@ -254,39 +210,6 @@ def blake2b(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=32).hexdigest()
 
 
-def printable(text: str | os.PathLike[str]) -> str:
-    """Make a text storable: paths and JSON may hold what is not valid Unicode."""
-    return os.fspath(text).encode("utf-8", "backslashreplace").decode()
-
-
-def default_memo_path() -> Path | None:
-    """Return `weights.json` in `$PERSIST_CACHE_HOME`, or else in the user's cache folder.
-
-    None for a user without a home folder.
-    """
-    import platformdirs
-
-    try:
-        if home := os.environ.get("PERSIST_CACHE_HOME"):
-            return Path(home).expanduser() / "weights.json"
-        return Path(platformdirs.user_cache_dir("persist-cache", appauthor=False)) / "weights.json"
-    except RuntimeError:
-        return None
-
-
-def _open_regular(path: Path) -> io.FileIO:
-    # Opening a FIFO would block the caller for ever.
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise CannotIdentify(f"{printable(path)} is not a file")
-    return io.FileIO(path)
-
-
-def read_regular(path: Path) -> bytes:
-    """Return the bytes of a small file; raises as `Contents.read` does, and notes nothing."""
-    with _open_regular(path) as file:
-        return file.readall() or b""
-
-
 def _settled(stamp: Stamp, asked_ns: int) -> bool:
     return asked_ns - max(stamp.mtime_ns, stamp.ctime_ns) >= SETTLED_NS
 
@@ -296,7 +219,7 @@ def _lasting(path: Path, stamp: Stamp) -> Stamp:
     return stamp._replace(device=lasting_device(path, stamp.device))
 
 
-def _read_identity(path: Path, algorithm: str) -> _Record:
+def _read_identity(path: Path, algorithm: str) -> Record:
     import xxhash
 
     with path.open("rb", buffering=0) as file:
@@ -306,7 +229,7 @@ def _read_identity(path: Path, algorithm: str) -> _Record:
         )
         if Stamp.of(os.fstat(file.fileno())) != stamp:
             raise ChangedMeanwhile(f"{printable(path)} was changed while it was read")
-    return _Record(stamp, f"{algorithm}:{digest.hexdigest()}")
+    return Record(stamp, f"{algorithm}:{digest.hexdigest()}")
 
 
 # The way to a file -------------------------------------------------------------------------
@@ -375,67 +298,3 @@ def _hub_blob_name(path: Path) -> str | None:
         ):
             return link.name
     return None
-
-
-class _Memo:
-    """Identities of files by stamp, in one JSON file.
-
-    A hint that saves reading: when it is missing, damaged or read-only, files are read again.
-    Processes share it without a lock: it is replaced whole, and what the last writer
-    overwrites is only learnt again.
-    """
-
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
-        self._records: dict[tuple[int, int, str], _Record] | None = None
-
-    def get(self, stamp: Stamp, algorithm: str) -> _Record | None:
-        """Return the record of the same inode; its stamp may be an older one."""
-        if self._records is None:
-            self._records = self._load()
-        return self._records.get((stamp.device, stamp.inode, algorithm))
-
-    def learn(self, records: Iterable[_Record]) -> None:
-        """Remember `records`, the newest `MEMO_RECORDS` of all; writes only what is new."""
-        learnt = {record.slot: record for record in records}
-        if not learnt or learnt.items() <= (self._records or {}).items():
-            return
-        older = {slot: record for slot, record in self._load().items() if slot not in learnt}
-        newest = [*older.values(), *learnt.values()][-MEMO_RECORDS:]
-        self._records = {record.slot: record for record in newest}
-        self._store(newest)
-
-    def _load(self) -> dict[tuple[int, int, str], _Record]:
-        import msgspec
-
-        if self._path is None:
-            return {}
-        try:
-            memo = msgspec.json.decode(read_regular(self._path), type=_MemoFile)
-        except (OSError, msgspec.MsgspecError, ValueError, RecursionError, CannotIdentify):
-            return {}
-        if memo["version"] != MEMO_VERSION:
-            return {}
-        return {
-            record.slot: record
-            for record in memo["records"]
-            if _IDENTITY.fullmatch(record.identity)
-        }
-
-    def _store(self, records: list[_Record]) -> None:
-        import msgspec
-
-        if self._path is None:
-            return
-        encoded = msgspec.json.encode(_MemoFile(version=MEMO_VERSION, records=records))
-        temporary = self._path.with_name(f".{self._path.name}.{os.urandom(8).hex()}.tmp")
-        try:
-            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            # Not synced: a memo torn by a power cut is read as none.
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(encoded)
-            temporary.replace(self._path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                temporary.unlink()

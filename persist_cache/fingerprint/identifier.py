@@ -28,16 +28,17 @@ from pathlib import Path
 from typing import NamedTuple, TypedDict, TypeVar, Unpack
 
 from persist_cache.fingerprint import loads
-from persist_cache.fingerprint.contents import CannotIdentify, blake2b, printable
+from persist_cache.fingerprint.contents import blake2b
 from persist_cache.fingerprint.loads import LOAD_NUMBERS, Description, Files, Load, Unidentified
 from persist_cache.fingerprint.model_files import ModelKey, Parts, split_model_key
+from persist_cache.fingerprint.reading import CannotIdentify, printable
 from persist_cache.fingerprint.value import Fingerprint, Scalar, canonical_fields
 from persist_cache.fingerprint.versions import installed_version
 
 T = TypeVar("T")
 
 
-class Options(TypedDict, total=False):
+class IdentifyOptions(TypedDict, total=False):
     """The keywords of `Identifier`, for functions that pass them on."""
 
     kv_bits: int | None
@@ -337,7 +338,7 @@ def _together(described: Sequence[Description | Unidentified]) -> Description | 
 
 
 def identify_or_reason(
-    model_key: ModelKey | None, **options: Unpack[Options]
+    model_key: ModelKey | None, **options: Unpack[IdentifyOptions]
 ) -> Fingerprint | Unidentified:
     """Identify a model by its files, or say why that cannot be done.
 
@@ -348,7 +349,7 @@ def identify_or_reason(
     return Identifier(**options).look_up(model_key)
 
 
-def identify(model_key: ModelKey | None, **options: Unpack[Options]) -> Fingerprint | None:
+def identify(model_key: ModelKey | None, **options: Unpack[IdentifyOptions]) -> Fingerprint | None:
     """Identify a model by its files; None when it cannot be identified.
 
     Args:

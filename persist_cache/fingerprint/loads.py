@@ -18,14 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from persist_cache.fingerprint.contents import (
-    CannotIdentify,
-    ChangedMeanwhile,
-    Contents,
-    default_memo_path,
-    printable,
-)
+from persist_cache.fingerprint.contents import ChangedMeanwhile, Contents
+from persist_cache.fingerprint.memo import default_memo_path
 from persist_cache.fingerprint.model_files import Parts, describe
+from persist_cache.fingerprint.reading import CannotIdentify, printable
 
 log = logging.getLogger(__name__)
 

@@ -12,15 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from persist_cache.fingerprint.contents import (
-    CannotIdentify,
-    Contents,
-    blake2b,
-    one_identity,
-    pack,
-    printable,
-    read_regular,
-)
+from persist_cache.fingerprint.contents import Contents, blake2b, one_identity, pack
+from persist_cache.fingerprint.reading import CannotIdentify, printable, read_regular
 
 ModelKey: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str] | None]
 """What `mlx_lm.server` uses: `(model, adapter or None, draft model or None)`, or just a model."""

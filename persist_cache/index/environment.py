@@ -1,99 +1,50 @@
-"""The LMDB environment: opening, locking, growing, and typed access within one transaction.
+"""The LMDB environment: opening, locking and growing it, and the transactions in it.
 
-This is the only module that imports lmdb. What the records mean together, the trie, is the
-business of `paths`.
+The only module that imports lmdb, and longer than others for that reason: opening, transactions,
+growing and what LMDB's errors mean all need it. What may be asked of a transaction is in
+`transaction`, the lock under which every change runs in `writer_lock`.
 
 Thread safety: an `Index` may be shared between threads. Reads run side by side; writes are
-serialised between threads by `_write_lock` and between processes by the `flock` of `writer.lock`.
+serialised by `WriterLock`. `_gate` counts the threads that are in a transaction, because LMDB
+resizes its map only while there is none.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import mmap
 import os
-import struct
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import lmdb
-import msgspec
-import xxhash
 
 from persist_cache import fs
 from persist_cache.errors import (
     DamagedIndexError,
     StoreAccessError,
-    StoreBusyError,
     StoreError,
     StoreFormatError,
     StoreFullError,
     StoreInUseError,
     StoreReadOnlyError,
 )
-from persist_cache.index import holders, lock_table, semaphores
+from persist_cache.index import data_file, lock_table, semaphores
 from persist_cache.index.ballast import Spare
-from persist_cache.index.columns import BlobColumns, EdgeColumns, EntryColumns, Packed, Raw
 from persist_cache.index.records import (
     COUNTER_BYTES,
-    EXPIRY_KEY,
-    MAX_COUNTER,
-    NUMBER,
-    RECENCY_KEY,
-    BlobRecord,
-    Edge,
-    EntryRecord,
-    NamespaceRecord,
-    SizedRecord,
-    expiry_key,
-    pack_counter,
-    pack_number,
-    recency_key,
+    UNREADABLE,
     unpack_counter,
-    unpack_number,
 )
+from persist_cache.index.transaction import DATABASES, Reader, Writer
+from persist_cache.index.writer_lock import LOCK_FILE, WriterLock
 from persist_cache.system import forked
 
 SCHEMA_VERSION = 1
-_DATABASES = (
-    b"meta",
-    b"namespaces",
-    b"edges",
-    b"parents",
-    b"tokens",
-    b"blobs",
-    b"names",
-    b"entries",
-    b"recency",
-    b"expiry",
-    b"trash",
-    b"pending",
-    b"quarantine",
-    b"departed",
-)
-_META_MAGIC = 0xBEEFC0DE
-_META = struct.Struct("<16xI20xI")
-"""The head of `data.mdb`: after the page header LMDB's magic number, later its page size."""
-_TREE = (
-    b"namespaces",
-    b"edges",
-    b"parents",
-    b"tokens",
-    b"blobs",
-    b"names",
-    b"entries",
-    b"recency",
-    b"expiry",
-)
-"""What a rebuild makes anew from the blobs."""
-_COUNTED = b"count:"
-"""Prefix of the counters that people see; all others are the store's own."""
-_MAX_NAME_BYTES = 400
 _DAMAGE = (
     lmdb.BadTxnError,
     lmdb.CorruptedError,
@@ -101,8 +52,6 @@ _DAMAGE = (
     lmdb.PageNotFoundError,
     lmdb.PanicError,
 )
-UNREADABLE = (struct.error, UnicodeDecodeError, msgspec.MsgspecError)
-"""What unpacking a damaged record raises."""
 _GIB = 1 << 30
 _LEAST_MAP_BYTES = 64 << 20
 _FULL = "The disk is full; nothing was changed in the index."
@@ -111,17 +60,10 @@ _NOTHING_TO_GIVE = (
     "space on it and try again. Nothing was changed."
 )
 _NO_ROOM_BYTES = 1 << 20
-PATIENCE_S = 10.0
-"""How long a change waits for other processes; a commit takes milliseconds."""
 _LEAST_BYTES_BEHIND = 64 << 10
 """XFS takes no less ahead; elsewhere a file may have some blocks for what says where others are."""
 _OPENING_PATIENCE_S = 2.0
 """How long to try to open an environment that others begin or close at the same moment."""
-_SOON_S = 2.0
-"""After so long it is said that something waits."""
-_MARKS = struct.Struct("<B7xQ")
-"""The head of `writer.lock`: whether somebody is inside, and the process that was last."""
-LOCK_FILE = "writer.lock"
 T = TypeVar("T")
 
 
@@ -129,308 +71,8 @@ class _TableInChangeError(Exception):
     """Another process begins or closes the environment at this moment; try again."""
 
 
-def counter_name(name: str) -> str:
-    """A counter's name as a key can hold it: LMDB's have 511 bytes; the rest becomes a digest."""
-    raw = name.encode("utf-8", "replace")
-    if len(raw) <= _MAX_NAME_BYTES:
-        return raw.decode()
-    head = raw[: _MAX_NAME_BYTES - 33].decode("utf-8", "ignore")
-    return f"{head}~{xxhash.xxh3_128_hexdigest(raw)}"
-
-
 class _UndoError(Exception):
     """Ends a transaction without a commit."""
-
-
-class Reader:
-    """Typed look-ups in one read transaction; valid inside its `with` block only."""
-
-    def __init__(self, txn: lmdb.Transaction, databases: dict[bytes, Any]) -> None:
-        self._txn = txn
-        self._db = databases
-
-    @property
-    def commit_id(self) -> int:
-        """Number of the commit that is seen; a higher one may have changed anything."""
-        return int(self._txn.id())
-
-    def counter(self, name: str) -> int:
-        raw = self._txn.get(name.encode(), db=self._db[b"meta"])
-        return 0 if raw is None else unpack_counter(raw)
-
-    def counts(self) -> dict[str, int]:
-        """Everything that was ever counted with `Writer.count`."""
-        found: dict[str, int] = {}
-        with self._txn.cursor(db=self._db[b"meta"]) as cursor:
-            if cursor.set_range(_COUNTED):
-                for key, value in cursor:
-                    name = bytes(key)
-                    if not name.startswith(_COUNTED):
-                        break
-                    found[name.removeprefix(_COUNTED).decode()] = unpack_counter(value)
-        return found
-
-    def meta(self, name: str) -> bytes | None:
-        raw = self._txn.get(name.encode(), db=self._db[b"meta"])
-        return None if raw is None else bytes(raw)
-
-    def namespaces(self, prefix: bytes = b"") -> list[tuple[bytes, NamespaceRecord]]:
-        """All namespaces whose key begins with `prefix`: one per layout of a fingerprint."""
-        found = []
-        with self._txn.cursor(db=self._db[b"namespaces"]) as cursor:
-            if cursor.set_range(prefix):
-                for key, value in cursor:
-                    if not bytes(key).startswith(prefix):
-                        break
-                    found.append((bytes(key), NamespaceRecord.unpack(value)))
-        return found
-
-    def edge(self, key: bytes) -> Edge | None:
-        raw = self._txn.get(key, db=self._db[b"edges"])
-        return None if raw is None else Edge.unpack(raw)
-
-    def children(self, node: int, limit: int | None = None) -> list[tuple[bytes, Edge]]:
-        """Edges below `node` in the order of their first tokens' bytes."""
-        prefix = pack_number(node)
-        found: list[tuple[bytes, Edge]] = []
-        with self._txn.cursor(db=self._db[b"edges"]) as cursor:
-            if cursor.set_range(prefix):
-                for key, value in cursor:
-                    if bytes(key[:8]) != prefix or (limit is not None and len(found) >= limit):
-                        break
-                    found.append((bytes(key), Edge.unpack(value)))
-        return found
-
-    def edges(self) -> Iterator[tuple[bytes, Edge]]:
-        keys, values = self._table(b"edges")
-        return zip(map(bytes, keys), Edge.unpack_all(values), strict=True)
-
-    def edge_columns(self) -> EdgeColumns:
-        return EdgeColumns(*self._table(b"edges"))
-
-    def parent_key(self, node: int) -> bytes | None:
-        """Key of the edge that leads to `node`; None for a root."""
-        raw = self._txn.get(pack_number(node), db=self._db[b"parents"])
-        return None if raw is None else bytes(raw)
-
-    def parents(self) -> tuple[Sequence[int], Raw]:
-        """All nodes but the roots, and the key of the edge that leads to each."""
-        keys, values = self._table(b"parents")
-        return Packed(NUMBER, keys).field(0), values
-
-    def blob(self, number: int) -> BlobRecord | None:
-        raw = self._txn.get(pack_number(number), db=self._db[b"blobs"])
-        return None if raw is None else BlobRecord.unpack(raw)
-
-    def blobs(self) -> Iterator[tuple[int, BlobRecord]]:
-        keys, values = self._table(b"blobs")
-        return zip(Packed(NUMBER, keys).field(0), BlobRecord.unpack_all(values), strict=True)
-
-    def blob_columns(self) -> BlobColumns:
-        return BlobColumns(*self._table(b"blobs"))
-
-    def blob_number(self, name: bytes) -> int | None:
-        raw = self._txn.get(name, db=self._db[b"names"])
-        return None if raw is None else unpack_number(raw)
-
-    def names(self) -> tuple[Raw, Sequence[int]]:
-        """The names of all blobs, and their numbers."""
-        keys, values = self._table(b"names")
-        return keys, Packed(NUMBER, values).field(0)
-
-    def tokens(self, blob: int, first_row: int, rows: int) -> bytes:
-        """Packed tokens of rows `[first_row, first_row + rows)` of a blob."""
-        raw = self._txn.get(pack_number(blob), db=self._db[b"tokens"])
-        return b"" if raw is None else bytes(raw[first_row * 8 : (first_row + rows) * 8])
-
-    def first_tokens(self) -> dict[int, bytes]:
-        """The first packed token of every run, by the blob's number."""
-        keys: list[bytes] = []
-        tokens: list[bytes] = []
-        with self._txn.cursor(db=self._db[b"tokens"]) as cursor:
-            # Not as a table: that would be all tokens at once.
-            for key, value in cursor:
-                keys.append(bytes(key))
-                tokens.append(bytes(value[:8]))
-        return dict(zip(Packed(NUMBER, keys).field(0), tokens, strict=True))
-
-    def entry(self, number: int) -> EntryRecord | None:
-        raw = self._txn.get(pack_number(number), db=self._db[b"entries"])
-        return None if raw is None else EntryRecord.unpack(raw)
-
-    def entries(self) -> Iterator[tuple[int, EntryRecord]]:
-        keys, values = self._table(b"entries")
-        return zip(Packed(NUMBER, keys).field(0), EntryRecord.unpack_all(values), strict=True)
-
-    def entry_columns(self) -> EntryColumns:
-        return EntryColumns(*self._table(b"entries"))
-
-    def entries_from(self, low: int) -> Iterator[int]:
-        """Entry numbers from `low` upwards: how a short id is completed."""
-        with self._txn.cursor(db=self._db[b"entries"]) as cursor:
-            if cursor.set_range(pack_number(low)):
-                for key in cursor.iternext(values=False):
-                    yield unpack_number(key)
-
-    def recency_keys(self, after: bytes = b"") -> Iterator[bytes]:
-        """Keys of all entries behind the key `after`: by tier, then the least recently used."""
-        with self._txn.cursor(db=self._db[b"recency"]) as cursor:
-            if cursor.set_range(after):
-                for key in cursor.iternext(values=False):
-                    raw = bytes(key)
-                    if raw != after:
-                        yield raw
-
-    def recency_columns(self) -> list[Sequence[int]]:
-        """Tier, last use in microseconds and number of all entries that are evicted in turn."""
-        keys = Packed(RECENCY_KEY, self._keys(b"recency"))
-        return [keys.field(place) for place in range(3)]
-
-    def expiry_columns(self) -> list[Sequence[int]]:
-        """Expiry in microseconds and number of all entries that expire."""
-        keys = Packed(EXPIRY_KEY, self._keys(b"expiry"))
-        return [keys.field(place) for place in range(2)]
-
-    def expired(self, now: float) -> list[int]:
-        """Entries whose time has come, the longest expired first."""
-        found: list[int] = []
-        limit = expiry_key(now, (1 << 64) - 1)
-        with self._txn.cursor(db=self._db[b"expiry"]) as cursor:
-            for key in cursor.iternext(values=False):
-                raw = bytes(key)
-                if raw > limit:
-                    break
-                found.append(unpack_number(raw[8:]))
-        return found
-
-    def sized(self, database: bytes) -> dict[bytes, SizedRecord]:
-        """All records of `trash`, `pending`, `quarantine`: name (16 bytes) to record."""
-        with self._txn.cursor(db=self._db[database]) as cursor:
-            return {bytes(key): SizedRecord.unpack(value) for key, value in cursor}
-
-    def keys(self, database: bytes) -> set[bytes]:
-        """All keys of a sub-database, whatever their records say."""
-        return set(map(bytes, self._keys(database)))
-
-    def in_database(self, database: bytes, key: bytes) -> bool:
-        return self._txn.get(key, db=self._db[database]) is not None
-
-    def departed(self, entry: int) -> SizedRecord | None:
-        """Why an entry is no longer here, if that is remembered."""
-        raw = self._txn.get(pack_number(entry), db=self._db[b"departed"])
-        return None if raw is None else SizedRecord.unpack(raw)
-
-    def _keys(self, database: bytes) -> Raw:
-        """All keys of a sub-database; valid until something is written."""
-        with self._txn.cursor(db=self._db[database]) as cursor:
-            return list(cursor.iternext(values=False))
-
-    def _table(self, database: bytes) -> tuple[Raw, Raw]:
-        """All keys and all values of a sub-database; valid until something is written."""
-        with self._txn.cursor(db=self._db[database]) as cursor:
-            keys, values = tuple(zip(*cursor, strict=True)) or ((), ())
-        return keys, values
-
-    def size_of(self, database: bytes) -> int:
-        """Number of records in a sub-database."""
-        return int(self._txn.stat(self._db[database])["entries"])
-
-
-class Writer(Reader):
-    """Typed changes in one write transaction; they all happen at its commit or not at all."""
-
-    def discard_unreadable(self) -> None:
-        """Remove damaged records from what a rebuild does not make anew."""
-        for database in (b"trash", b"pending", b"quarantine", b"departed"):
-            with self._txn.cursor(db=self._db[database]) as cursor:
-                records = [(bytes(key), bytes(value)) for key, value in cursor]
-            for key, value in records:
-                try:
-                    SizedRecord.unpack(value)
-                    sound = len(key) == (8 if database == b"departed" else 16)
-                except (StoreFormatError, *UNREADABLE):
-                    sound = False
-                if not sound:
-                    self._txn.delete(key, db=self._db[database])
-        with self._txn.cursor(db=self._db[b"meta"]) as cursor:
-            sizes = [(bytes(key), len(value)) for key, value in cursor]
-        for key, size in sizes:
-            if size != (16 if key == b"store_id" else 8):
-                self._txn.delete(key, db=self._db[b"meta"])
-
-    def set_meta(self, name: str, value: bytes) -> None:
-        self._txn.put(name.encode(), value, db=self._db[b"meta"])
-
-    def add(self, name: str, amount: int) -> int:
-        """Add to a counter and return its new value."""
-        value = max(-MAX_COUNTER, min(self.counter(name) + amount, MAX_COUNTER))
-        self._txn.put(name.encode(), pack_counter(value), db=self._db[b"meta"])
-        return value
-
-    def count(self, name: str, amount: int = 1) -> None:
-        """Add to a counter that people see."""
-        self.add(_COUNTED.decode() + counter_name(name), amount)
-
-    def clear_tree(self) -> None:
-        """Forget all prompts and blobs; what is in the trash or counted stays."""
-        for database in _TREE:
-            self._txn.drop(self._db[database], delete=False)
-
-    def put_namespace(self, key: bytes, record: NamespaceRecord) -> None:
-        self._txn.put(key, record.pack(), db=self._db[b"namespaces"])
-
-    def delete_namespace(self, key: bytes) -> None:
-        self._txn.delete(key, db=self._db[b"namespaces"])
-
-    def put_edge(self, key: bytes, edge: Edge) -> None:
-        """Write an edge and the way back from its node."""
-        self._txn.put(key, edge.pack(), db=self._db[b"edges"])
-        self._txn.put(pack_number(edge.node), key, db=self._db[b"parents"])
-
-    def delete_edge(self, key: bytes, node: int | None) -> None:
-        """Remove an edge, and the way back unless `node` has moved to another edge."""
-        self._txn.delete(key, db=self._db[b"edges"])
-        if node is not None:
-            self._txn.delete(pack_number(node), db=self._db[b"parents"])
-
-    def put_blob(self, number: int, record: BlobRecord) -> None:
-        self._txn.put(pack_number(number), record.pack(), db=self._db[b"blobs"])
-        self._txn.put(record.name, pack_number(number), db=self._db[b"names"])
-
-    def put_tokens(self, blob: int, packed: bytes) -> None:
-        self._txn.put(pack_number(blob), packed, db=self._db[b"tokens"])
-
-    def delete_blob(self, number: int, name: bytes) -> None:
-        self._txn.delete(pack_number(number), db=self._db[b"blobs"])
-        self._txn.delete(pack_number(number), db=self._db[b"tokens"])
-        self._txn.delete(name, db=self._db[b"names"])
-
-    def put_entry(self, number: int, record: EntryRecord) -> None:
-        """Write an entry and move it to its place in the order of eviction."""
-        self._forget_order(number)
-        self._txn.put(pack_number(number), record.pack(), db=self._db[b"entries"])
-        key = recency_key(record.tier, record.last_use_us, number)
-        self._txn.put(key, b"", db=self._db[b"recency"])
-        if record.expires:
-            self._txn.put(expiry_key(record.expires, number), b"", db=self._db[b"expiry"])
-
-    def delete_entry(self, number: int) -> None:
-        self._forget_order(number)
-        self._txn.delete(pack_number(number), db=self._db[b"entries"])
-
-    def _forget_order(self, number: int) -> None:
-        old = self.entry(number)
-        if old is not None:
-            key = recency_key(old.tier, old.last_use_us, number)
-            self._txn.delete(key, db=self._db[b"recency"])
-            if old.expires:
-                self._txn.delete(expiry_key(old.expires, number), db=self._db[b"expiry"])
-
-    def put_sized(self, database: bytes, key: bytes, record: SizedRecord) -> None:
-        self._txn.put(key, record.pack(), db=self._db[database])
-
-    def delete_sized(self, database: bytes, key: bytes) -> bool:
-        return bool(self._txn.delete(key, db=self._db[database]))
 
 
 class Index:
@@ -460,31 +102,28 @@ class Index:
             StoreInUseError: This process has it open already.
         """
         self.root = root
-        self.data_path = root / "data.mdb"
+        self.data_path = root / data_file.FILE
         self.read_only = read_only
         self._pid = os.getpid()
         self._presence = presence
-        self._write_lock = threading.Lock()
+        self._writers = WriterLock(root)
         self._gate = threading.Condition()
         self._inside = 0
         self._growing = False
         self._closed = False
-        self._lock_fd = -1
         self._data_fd = -1
-        self._waits: dict[int, float] = {}
         self._terms = threading.local()
         self._map_bytes = map_bytes
         self._spare = Spare(root) if spare is None else spare
         self._env: lmdb.Environment
         self._is_open = False
-        self._owner: int | None = None
         self.semaphores: semaphores.Semaphores | None = None
         """LMDB's, where it has some."""
         try:
             if read_only:
                 self._open()
             else:
-                self._lock_fd = fs.open_shared(root / LOCK_FILE)
+                self._writers.open()
                 self._require_durability()
                 # Opening a table is a transaction that writes.
                 with self._alone():
@@ -496,16 +135,16 @@ class Index:
 
     def _open(self) -> None:
         """Open everything; where it may be written, under `writer.lock`."""
-        self._check_length()
+        data_file.check_length(self.data_path)
         self._env = self._open_environment()
         forked.register(self)
         self._check_last_page()
-        self._file = _identity(self.data_path)
+        self._file = data_file.identity(self.data_path)
         self.page_bytes = int(self._env.stat()["psize"])
         if not self.read_only:
             self._data_fd = os.open(self.data_path, os.O_RDWR | os.O_CLOEXEC)
             # LMDB creates its files under the umask, which may be any.
-            fs.restrict(self.root / "data.mdb", fs.FILE_MODE)
+            fs.restrict(self.root / data_file.FILE, fs.FILE_MODE)
             fs.restrict(self.root / lock_table.FILE, fs.FILE_MODE)
             self.reader_check()
         self._db = self._open_databases()
@@ -525,18 +164,15 @@ class Index:
         if self._closed or os.getpid() != self._pid:
             return True  # a forked child must not touch its parent's environment
         give_up = None if timeout_s is None else time.monotonic() + max(timeout_s, 0.0)
-        if not self._write_lock.acquire(timeout=-1 if give_up is None else _left(give_up)):
-            return False
-        try:
+        with self._writers.threads_kept_out(_left(give_up)) as are_out:
+            if not are_out:
+                return False
             with self._gate:
                 self._closed = True
-                left = None if give_up is None else _left(give_up)
-                if not self._gate.wait_for(lambda: not self._inside, left):
+                if not self._gate.wait_for(lambda: not self._inside, _left(give_up)):
                     return False
                 self._close_environment()
                 self._close_files()
-        finally:
-            self._write_lock.release()
         return True
 
     @property
@@ -549,10 +185,11 @@ class Index:
         self._close_files()
 
     def _close_files(self) -> None:
-        for fd in (self._lock_fd, self._data_fd, self._presence):
+        self._writers.close()
+        for fd in (self._data_fd, self._presence):
             if fd >= 0:
                 os.close(fd)
-        self._lock_fd = self._data_fd = self._presence = -1
+        self._data_fd = self._presence = -1
         if self.semaphores is not None:
             self.semaphores.let_go()
 
@@ -668,9 +305,9 @@ class Index:
             try:
                 return self._commit(change)
             except lmdb.MapFullError:
-                self._resize(self._larger_map(self._env.info()["map_size"]))
+                self._resize(data_file.larger_map(self._env.info()["map_size"]))
             except lmdb.MapResizedError:
-                self._resize(self._larger_map(self.data_path.stat().st_size))
+                self._resize(data_file.larger_map(self.data_path.stat().st_size))
             except lmdb.PanicError:
                 # A commit before this one failed while it wrote its last page.
                 if renewed:
@@ -725,18 +362,7 @@ class Index:
 
     def waits_for(self) -> str:
         """What keeps changes waiting at this moment, in a sentence; "" if nothing does."""
-        with self._gate:
-            since = min(self._waits.values(), default=None)
-        if since is None or time.monotonic() - since < _SOON_S:
-            return ""
-        return self._busy(time.monotonic() - since)
-
-    def _busy(self, waited_s: float) -> str:
-        path = self.root / LOCK_FILE
-        last = 0
-        with contextlib.suppress(OSError, struct.error):
-            last = _MARKS.unpack(os.pread(self._lock_fd, _MARKS.size, 0))[1]
-        return holders.sentence(path, holders.holders(path, last), waited_s)
+        return self._writers.waits_for()
 
     def _commit(self, change: Callable[[Writer], T]) -> T:
         self._enter()
@@ -763,7 +389,7 @@ class Index:
 
     def file_bytes(self) -> int:
         """Bytes the index takes on disk, as `du` counts."""
-        names = ("data.mdb", lock_table.FILE, LOCK_FILE)
+        names = (data_file.FILE, lock_table.FILE, LOCK_FILE)
         return sum(fs.disk_bytes(self.root / name) for name in names)
 
     def is_lost(self) -> bool:
@@ -772,7 +398,7 @@ class Index:
         A closed one has none: it was lost before, and its number may be another file's by now.
         """
         try:
-            return self._closed or _identity(self.data_path) != self._file
+            return self._closed or data_file.identity(self.data_path) != self._file
         except OSError:
             return True
 
@@ -818,7 +444,7 @@ class Index:
                     if isinstance(error, lmdb.PanicError):
                         self._renew()
                     else:
-                        self._resize(self._larger_map(self.data_path.stat().st_size))
+                        self._resize(data_file.larger_map(self.data_path.stat().st_size))
                 finally:
                     self._enter()
 
@@ -835,7 +461,7 @@ class Index:
 
     def _renew(self) -> None:
         """Open the environment again; LMDB wants that after it failed to write a meta page."""
-        is_alone = self.read_only or self._owner == threading.get_ident()
+        is_alone = self.read_only or self._writers.is_mine
         with contextlib.nullcontext() if is_alone else self._alone(), self._nobody_inside():
             if self._closed:
                 return
@@ -860,66 +486,16 @@ class Index:
                 self._growing = False
                 self._gate.notify_all()
 
-    def _larger_map(self, nbytes: int) -> int:
-        """A size for a map that is to be larger than `nbytes`, as far as the process may have it.
-
-        To be found out before: LMDB gives the old map up first, and cannot do without one.
-        """
-        for share in (1.0, 0.5, 0.125):
-            size = int(nbytes * (1 + share)) // mmap.PAGESIZE * mmap.PAGESIZE + (1 << 20)
-            try:
-                mmap.mmap(-1, size, mmap.MAP_PRIVATE, mmap.PROT_READ).close()
-            except (OSError, ValueError, OverflowError):
-                continue
-            return size
-        raise StoreFullError(
-            f"The index is full: its {nbytes} bytes cannot grow, because this process may not have "
-            "more address space; raise that limit (ulimit -v). Nothing was changed."
-        )
-
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """Hold `_write_lock` and `writer.lock`; byte 0 of that is 1 meanwhile."""
-        said: float | None = getattr(self._terms, "patience_s", None)
-        patience_s = PATIENCE_S if said is None else max(0.0, said)
-        me = threading.get_ident()
-        started = time.monotonic()
-        give_up = started + patience_s
-        with self._gate:
-            self._waits[me] = started
-        try:
-            if not self._write_lock.acquire(timeout=patience_s):
-                self._check_usable()
-                raise StoreBusyError(self._busy(patience_s))
-        except BaseException:
-            with self._gate:
-                self._waits.pop(me, None)
-            raise
-        try:
-            try:
-                self._check_usable()
-                if not fs.lock(self._lock_fd, _left(give_up)):
-                    raise StoreBusyError(self._busy(patience_s))
-            finally:
-                with self._gate:
-                    self._waits.pop(me, None)
-            try:
-                if self.semaphores is not None:
-                    self.semaphores.mend_writer()
-                self._mark(_MARKS.pack(1, self._pid))
-                self._owner = me
-                yield
-            finally:
-                self._owner = None
-                self._mark(b"\x00")
-                fs.unlock(self._lock_fd)
-        finally:
-            self._write_lock.release()
+        """Hold the lock of writers, with LMDB's semaphore for them free."""
+        patience_s: float | None = getattr(self._terms, "patience_s", None)
+        with self._writers.held(patience_s, self._check_usable, self._mend_writer):
+            yield
 
-    def _mark(self, marks: bytes) -> None:
-        # On a full disk the file's first byte may be refused; evicting has to work even then.
-        with contextlib.suppress(OSError):
-            os.pwrite(self._lock_fd, marks, 0)
+    def _mend_writer(self) -> None:
+        if self.semaphores is not None:
+            self.semaphores.mend_writer()
 
     def _reader_check(self) -> None:
         with contextlib.suppress(lmdb.PanicError):  # the transaction is told so, too
@@ -931,7 +507,7 @@ class Index:
 
     def _require_durability(self) -> None:
         """LMDB asks the system to make each commit durable, and has no other way (macOS)."""
-        if fs.syncs_fully(self._lock_fd):
+        if self._writers.syncs_fully:
             return
         raise StoreAccessError(
             f"{self.root} is on {fs.volume(self.root)}, a volume that cannot make a commit of the "
@@ -943,7 +519,7 @@ class Index:
         """Open it with as much address space as there is, up to what was asked for."""
         size = self._map_bytes
         if not self.read_only:
-            _create_empty(self.data_path)
+            data_file.create_empty(self.data_path)
         give_up = time.monotonic() + _OPENING_PATIENCE_S
         while True:
             try:
@@ -1022,22 +598,6 @@ class Index:
             self._env.close()
         lock_table.closed(self._table)
 
-    def _check_length(self) -> None:
-        """A file shorter than its two meta pages kills the process that maps it (SIGBUS)."""
-        try:
-            with self.data_path.open("rb") as file:
-                head = file.read(_META.size)
-                size = os.fstat(file.fileno()).st_size
-        except FileNotFoundError:
-            return
-        if size == 0:
-            return
-        magic, page_bytes = _META.unpack(head.ljust(_META.size, b"\0"))
-        if magic != _META_MAGIC:
-            raise DamagedIndexError(f"{self.data_path} is not an LMDB file.")
-        if size < 2 * page_bytes:
-            raise DamagedIndexError(f"{self.data_path} is truncated to {size} bytes.")
-
     def _check_last_page(self) -> None:
         """A truncated file would raise SIGBUS at the first look-up beyond its end."""
         needed = (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
@@ -1049,9 +609,9 @@ class Index:
         try:
             if self.read_only:
                 with self._claiming():
-                    return {name: self._env.open_db(name, create=False) for name in _DATABASES}
+                    return {name: self._env.open_db(name, create=False) for name in DATABASES}
             with self._env.begin(write=True) as txn:
-                return {name: self._env.open_db(name, txn=txn) for name in _DATABASES}
+                return {name: self._env.open_db(name, txn=txn) for name in DATABASES}
         except lmdb.NotFoundError:
             raise DamagedIndexError(f"{self.data_path} lacks tables of the index.") from None
         except lmdb.Error as error:
@@ -1077,21 +637,6 @@ class Index:
             )
 
 
-def _create_empty(path: Path) -> None:
-    """Make the file that LMDB would make, unless it is there; LMDB fills one that is empty."""
-    with contextlib.suppress(FileExistsError):
-        fd = fs.create(path)
-        try:
-            fs.grow_exactly(fd)
-        finally:
-            os.close(fd)
-
-
-def _identity(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_dev, status.st_ino
-
-
 def _initialise(txn: Writer) -> None:
     if txn.meta("schema") is None:
         txn.add("schema", SCHEMA_VERSION)
@@ -1099,8 +644,8 @@ def _initialise(txn: Writer) -> None:
         txn.add("created", int(time.time()))
 
 
-def _left(give_up: float) -> float:
-    return max(0.0, give_up - time.monotonic())
+def _left(give_up: float | None) -> float | None:
+    return None if give_up is None else max(0.0, give_up - time.monotonic())
 
 
 def _opened(

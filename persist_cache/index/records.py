@@ -40,6 +40,8 @@ _TIERS = {int(tier): tier for tier in Tier}
 _SIZED = struct.Struct("<BxxxxxxxQd")
 _COUNTER = struct.Struct("<q")
 COUNTER_BYTES = _COUNTER.size
+UNREADABLE = (struct.error, UnicodeDecodeError, msgspec.MsgspecError)
+"""What unpacking a damaged record raises."""
 
 
 class BlobKind(enum.IntEnum):

@@ -12,13 +12,12 @@ keep these invariants, which `audit` checks:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from itertools import islice, pairwise
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 from msgspec import Struct
 
 from persist_cache.errors import StoreError
-from persist_cache.index.environment import Reader, Writer
 from persist_cache.index.records import (
     NO_BLOB,
     NO_ENTRY,
@@ -29,9 +28,8 @@ from persist_cache.index.records import (
     edge_key,
     edge_parent,
     pack_number,
-    recency_key,
-    unpack_number,
 )
+from persist_cache.index.transaction import Reader, Writer
 from persist_cache.tokens import TOKEN_BYTES, common_prefix_tokens
 
 BLOB_BYTES = "blob_bytes"
@@ -40,8 +38,7 @@ NEXT_NODE = "next_node"
 NO_ROOT = 0
 """A node that never exists: a walk from it finds nothing."""
 MAX_ROWS = (1 << 32) - 1
-_VICTIMS_AT_ONCE = 256
-_MAX_DEPTH = 1 << 20
+MAX_DEPTH = 1 << 20
 """More edges than any path has; only in a damaged index does one lead round in a circle."""
 
 
@@ -156,7 +153,7 @@ def entries_used(txn: Reader, path: Walk, position: int) -> list[int]:
 
 def carrier(txn: Reader, edge: Edge) -> int:
     """An entry at the lower end of `edge` or below: while it stays, so does the edge."""
-    for _ in range(_MAX_DEPTH):
+    for _ in range(MAX_DEPTH):
         if edge.entry != NO_ENTRY:
             return edge.entry
         below = txn.children(edge.node, limit=1)
@@ -175,7 +172,7 @@ def path_of(txn: Reader, node: int) -> list[tuple[bytes, Edge]]:
         if edge is None:
             raise damaged("a node's way back names no edge")
         found.append((key, edge))
-        if len(found) > _MAX_DEPTH:
+        if len(found) > MAX_DEPTH:
             raise damaged("the way back from a node has no end")
         key = txn.parent_key(edge_parent(key))
     return found[::-1]
@@ -419,48 +416,3 @@ def remember_departed(txn: Writer, number: int, reason: str, now: float) -> None
         for key, _ in oldest[: _MAX_DEPARTED // 4]:
             txn.delete_sized(b"departed", key)
     txn.put_sized(b"departed", pack_number(number), SizedRecord(0, now, reason))
-
-
-def victims(txn: Reader, protected: Collection[int]) -> Iterator[int]:
-    """Entries in the order of eviction; the caller drops each before asking for the next.
-
-    By tier, inside a tier by last use, but a leaf before its parents: an entry that others hang
-    on waits until they are gone, and is then the next if its own turn has passed. An entry with
-    a checkpoint of its own need not wait, because those below do without it.
-
-    Args:
-        txn: The transaction in which the caller drops them.
-        protected: Nodes whose entries must stay.
-    """
-    turn = b""
-    while keys := list(islice(txn.recency_keys(turn), _VICTIMS_AT_ONCE)):
-        for turn in keys:
-            number = unpack_number(turn[9:])
-            while number != NO_ENTRY:
-                record = txn.entry(number)
-                if record is None or not _may_go(txn, record, protected):
-                    break
-                if recency_key(record.tier, record.last_use_us, number) > turn:
-                    break  # its own turn comes later
-                above = _entry_above(txn, record.node)
-                yield number
-                number = above
-
-
-def _may_go(txn: Reader, record: EntryRecord, protected: Collection[int]) -> bool:
-    if record.pinned or record.node in protected:
-        return False
-    return record.checkpoint != NO_BLOB or not txn.children(record.node, limit=1)
-
-
-def _entry_above(txn: Reader, node: int) -> int:
-    """The nearest entry that is a prefix of the one at `node`."""
-    key = txn.parent_key(node)
-    for _ in range(_MAX_DEPTH):
-        if key is None:
-            return NO_ENTRY
-        key = txn.parent_key(edge_parent(key))
-        edge = None if key is None else txn.edge(key)
-        if edge is not None and edge.entry != NO_ENTRY:
-            return edge.entry
-    raise damaged("the way back from a node has no end")

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 from persist_cache.errors import MissingDependencyError, ModelError
-from persist_cache.fingerprint.contents import printable
 from persist_cache.fingerprint.identifier import Identifier
 from persist_cache.fingerprint.loads import Description, Files, Unidentified, around_load, remember
 from persist_cache.fingerprint.model_files import digest_json, is_folder
+from persist_cache.fingerprint.reading import printable
 from persist_cache.prefill import loading
 
 

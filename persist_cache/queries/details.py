@@ -6,8 +6,8 @@ from msgspec import Struct
 
 from persist_cache.entry import Entry
 from persist_cache.index import tree
-from persist_cache.index.environment import Reader
 from persist_cache.index.records import NO_BLOB, NO_ENTRY, BlobRecord, entry_id
+from persist_cache.index.transaction import Reader
 from persist_cache.queries.models import Model, as_model
 from persist_cache.store.catalog import known_blob, load_entry, namespace_of
 from persist_cache.store.store import Store

@@ -13,8 +13,8 @@ from msgspec import Struct
 from persist_cache.entry import Match
 from persist_cache.fingerprint.value import FieldChange, Fingerprint
 from persist_cache.index import tree
-from persist_cache.index.environment import Reader
 from persist_cache.index.records import NO_ENTRY, entry_number
+from persist_cache.index.transaction import Reader
 from persist_cache.store.catalog import identity_of
 from persist_cache.store.evict import REPLACED
 from persist_cache.store.kin import is_same_model, told

@@ -10,6 +10,7 @@ from operator import eq
 from msgspec import Struct
 
 from persist_cache.index.records import entry_id, unpack_number
+from persist_cache.index.transaction import Reader
 from persist_cache.queries.models import Model
 from persist_cache.queries.totals import Survey
 from persist_cache.store.store import Store
@@ -57,12 +58,21 @@ def short_ids(ids: Sequence[str], at_least: int = SHORT_ID_DIGITS) -> dict[str, 
 
 def find_ids(store: Store, prefix: str, limit: int = 8) -> list[str]:
     """Ids that begin with `prefix`, in order, at most `limit` of them."""
-    found: list[str] = []
+    return find_each(store, [prefix], limit)[0]
+
+
+def find_each(store: Store, prefixes: Sequence[str], limit: int = 8) -> list[list[str]]:
+    """For each of `prefixes` what `find_ids` gives, all as of one moment."""
     with store.read() as txn:
-        for number in txn.entries_from(int(prefix.ljust(_ID_DIGITS, "0"), 16)):
-            if len(found) == limit or not entry_id(number).startswith(prefix):
-                break
-            found.append(entry_id(number))
+        return [_beginning_with(txn, prefix, limit) for prefix in prefixes]
+
+
+def _beginning_with(txn: Reader, prefix: str, limit: int) -> list[str]:
+    found: list[str] = []
+    for number in txn.entries_from(int(prefix.ljust(_ID_DIGITS, "0"), 16)):
+        if len(found) == limit or not entry_id(number).startswith(prefix):
+            break
+        found.append(entry_id(number))
     return found
 
 

@@ -11,7 +11,8 @@ import sys
 import time
 from pathlib import Path
 
-from persist_cache import doctor, fs
+from persist_cache import fs
+from persist_cache.doctor import facts
 from persist_cache.selftest.checks import Failed, NotApplicable, Result, Setting
 from persist_cache.system.mounts import Mounts
 
@@ -133,7 +134,7 @@ def space_returns(setting: Setting) -> Result:
     for number in range(3):  # other programs write, too
         before = fs.free_bytes(setting.folder)
         path = _written(setting.folder / f"space-{number}", nbytes)
-        fs.settle(setting.folder)
+        fs.sync_file_system(setting.folder)
         full = fs.free_bytes(setting.folder)
         path.unlink()
         returned_s, returned = _returned(setting.folder, full, nbytes)
@@ -163,7 +164,7 @@ def _returned(folder: Path, full: int, nbytes: int) -> tuple[float, int]:
         passed = time.monotonic() - started
         if returned >= nbytes * 9 // 10 or passed > _SPACE_PATIENCE_S:
             return passed, returned
-        fs.settle(folder)
+        fs.sync_file_system(folder)
         time.sleep(0.01)
 
 
@@ -173,7 +174,7 @@ def reads_come_from_the_disk(setting: Setting) -> Result:
     share = _resident(path)
     if share > 0.1:
         raise _still_cached(setting.folder, share)
-    speed = doctor.measure_disk(setting.folder)
+    speed = facts.measure_disk(setting.folder)
     return Result(
         f"{speed.read_bytes_per_s / MIB:,.0f} MiB/s read past the cache, "
         f"{speed.write_bytes_per_s / MIB:,.0f} MiB/s written and synced",

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from persist_cache import doctor
+from persist_cache.doctor import facts
 from persist_cache.filenames import UNSEARCHED_FILE
 from persist_cache.selftest import material, parts
 from persist_cache.selftest.checks import Failed, NotApplicable, Number, Result, Setting
@@ -46,9 +46,9 @@ class Facts(NamedTuple):
 
 def platform_is_supported(setting: Setting) -> Result:
     """Look at system, architecture, and versions."""
-    versions = doctor.versions()
+    versions = facts.versions()
     system = platform.system()
-    facts = Facts(
+    here = Facts(
         system,
         platform.machine(),
         platform.mac_ver()[0],
@@ -56,17 +56,17 @@ def platform_is_supported(setting: Setting) -> Result:
         sys.version_info[:2],
         tuple(name for name, version in versions.items() if not version),
     )
-    if why := unsupported(facts):
+    if why := unsupported(here):
         raise Failed(why)
     import mlx.core as mx
 
-    chip = _sysctl("machdep.cpu.brand_string") or facts.machine
-    found = doctor.machine()
+    chip = _sysctl("machdep.cpu.brand_string") or here.machine
+    found = facts.machine()
     kind = volumes.kind(setting.folder) or Mounts().kind(setting.folder)
     numbers: dict[str, Number] = {
         "system": system,
-        "release": facts.macos or platform.release(),
-        "machine": facts.machine,
+        "release": here.macos or platform.release(),
+        "machine": here.machine,
         "chip": chip,
         "cpus": found.cpus,
         "memory_bytes": found.memory_bytes,
@@ -77,7 +77,7 @@ def platform_is_supported(setting: Setting) -> Result:
         **versions,
     }
     return Result(
-        f"{system} {facts.macos or platform.release()}, {chip}, {kind}, MLX {versions['mlx']} on "
+        f"{system} {here.macos or platform.release()}, {chip}, {kind}, MLX {versions['mlx']} on "
         f"{numbers['device']}, Python {versions['python']}",
         numbers,
     )
@@ -167,10 +167,10 @@ def descriptors_suffice(setting: Setting) -> Result:
 
 def count_files(folder: Path) -> None:
     """Part: print the limits of open files before and after mlx-lm is imported."""
-    before = doctor.open_files_limit()
+    before = facts.open_files_limit()
     import mlx_lm.utils  # noqa: F401
 
-    after = doctor.open_files_limit()
+    after = facts.open_files_limit()
     in_use = len(os.listdir("/dev/fd"))
     opened: list[int] = []
     try:

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from persist_cache import Store
-from persist_cache.blobs.header import Payload, Tensor
 from persist_cache.blobs.layout import Layout, RowGeometry, encode_layout
-from persist_cache.blobs.reader import BlobReader
+from persist_cache.codec import Blob, Payload, Tensor
 from persist_cache.errors import CorruptBlobError
 from persist_cache.fingerprint.value import Fingerprint
 
@@ -70,9 +69,7 @@ def put(store: Store, prompt: Sequence[int]) -> None:
 def is_whole(store: Store, prompt: Sequence[int]) -> bool:
     """Whether a prompt is there, and comes back byte for byte."""
 
-    def restore(
-        runs: Sequence[tuple[BlobReader, int]], checkpoint: BlobReader | None, num_tokens: int
-    ) -> bool:
+    def restore(runs: Sequence[tuple[Blob, int]], checkpoint: Blob | None, num_tokens: int) -> bool:
         start = 0
         for reader, used in runs:
             for side in _SIDES:

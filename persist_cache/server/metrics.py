@@ -14,38 +14,14 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from persist_cache.cache.stats import PromptCacheStats
-from persist_cache.entry import TIER_LABELS
+from persist_cache.entry import TIER_LABELS, MissReason
 from persist_cache.store.catalog import StoreStats
+from persist_cache.store.reasons import reason_of
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-_REASONS = (
-    ("nothing is stored for this model", "nothing_stored"),
-    ("stored under another", "other_identity"),
-    ("no stored prompt begins with", "other_prompt"),
-    ("nothing is known of this prompt", "unknown_prompt"),
-    ("no checkpoint there", "no_checkpoint"),
-    ("what is stored ends here", "ends"),
-    ("what is stored goes on differently", "diverges"),
-    ("the disk has a few tokens more", "few_more"),
-    ("this model is kept in memory only", "unidentified_model"),
-    ("no store was given", "no_store"),
-    ("the look-up failed", "look_up_failed"),
-    ("what was stored could not be read", "unreadable"),
-    ("the cache in memory was changed", "changed_in_memory"),
-)
-OTHER_REASON = "disk_error"
-"""Any other reason is the sentence of an error from the store."""
 SOURCES = ("memory", "disk")
 _TROUBLES = {"StoreFullError": "full", "StoreAccessError": "not_writable"}
-
-
-def reason_label(reason: str) -> str:
-    """The label for a reason that a miss gave; one of a dozen."""
-    for beginning, label in _REASONS:
-        if reason.startswith(beginning):
-            return label
-    return OTHER_REASON
 
 
 class CacheCollector(Collector):
@@ -118,9 +94,10 @@ def _requests(stats: PromptCacheStats) -> Iterator[CounterMetricFamily]:
 
 
 def _by_label(reasons: Mapping[str, int]) -> Counter[str]:
-    counts: Counter[str] = Counter({label: 0 for _, label in _REASONS})
+    known = (one.value for one in MissReason if one is not MissReason.DISK_ERROR)
+    counts: Counter[str] = Counter(dict.fromkeys(known, 0))
     for reason, count in reasons.items():
-        counts[reason_label(reason)] += count
+        counts[reason_of(reason).value] += count
     return counts
 
 

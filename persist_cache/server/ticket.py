@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 
 from persist_cache.cache.prompt_cache import PromptCache
 from persist_cache.cache.stats import Fetch
+from persist_cache.store.trail import Trail
 
 Part = Literal["", "prompt", "system"]
 
@@ -27,12 +28,14 @@ class Ticket:
             counted and leaves all of it.
         system_tokens: Length of the prompt's system part; known once it is tokenized.
         fetch: What the first look found; None before, and for a request that failed before.
+        trail: The prompt's way through the store's index, for all looks of the request.
     """
 
     def __init__(self, part: Part = "") -> None:
         self.part: Part = part
         self.system_tokens = 0
         self.fetch: Fetch | None = None
+        self.trail = Trail()
         self._settled = threading.Event()
 
     def __reduce__(self) -> tuple[type[Ticket], tuple[Part]]:
@@ -97,7 +100,10 @@ class TicketedCache:
     ) -> tuple[Any | None, Sequence[int]]:
         """The one look of a request; what is computed beforehand is no part of what it found."""
         ticket = self._desk.now_serving()
-        cache, rest, fetch = self._cache.look_up(model, tokens, counted=not ticket.part)
+        cache, rest, fetch = self._cache.look_up(
+            model, tokens, counted=not ticket.part, trail=ticket.trail
+        )
+        ticket.trail.forget()
         ticket.looked(fetch)
         return self._desk.complete(ticket, model, tokens, cache, rest)
 

@@ -39,6 +39,7 @@ from persist_cache.server.guard import OUTCOME_HEADER, ModelGuard
 from persist_cache.server.http import Front
 from persist_cache.server.segments import cut_at, system_end, system_tokens
 from persist_cache.server.ticket import Ticket, TicketedCache, cache_header
+from persist_cache.store.trail import Trail
 
 log = logging.getLogger(__name__)
 
@@ -87,11 +88,12 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
         prompt, segments, types, initial_state, vision = super()._tokenize(tokenizer, request, args)
+        ticket: Ticket | None = getattr(request, "ticket", None)
         if vision is None:
             if len(segments) == 1 and types == ["assistant"] and request.request_type == "chat":
                 segments, types = self._cut_tool_turn(tokenizer, request, args, prompt)
-            segments, types = self._cut_at_branch(prompt, segments, types)
-        ticket = getattr(request, "ticket", None)
+            trail = None if ticket is None else ticket.trail
+            segments, types = self._cut_at_branch(prompt, segments, types, trail)
         if ticket is not None:
             self._serving = ticket
             ticket.system_tokens = system_tokens(segments, types)
@@ -115,14 +117,18 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
         return [prompt], ["user"] if request.messages else ["assistant"]
 
     def _cut_at_branch(
-        self, prompt: Sequence[int], segments: list[list[int]], types: list[str]
+        self,
+        prompt: Sequence[int],
+        segments: list[list[int]],
+        types: list[str],
+        trail: Trail | None,
     ) -> tuple[list[list[int]], list[str]]:
         """Place a checkpoint where this prompt leaves a stored one that cannot be cut there.
 
         Then the next conversation that leaves it at the same point finds something to resume.
         """
         branch = self.cache.branch_point(
-            self.model_provider.model_key, prompt, min_gain_tokens=_MIN_BRANCH_TOKENS
+            self.model_provider.model_key, prompt, min_gain_tokens=_MIN_BRANCH_TOKENS, trail=trail
         )
         return cut_at(branch, segments, types)
 
@@ -192,7 +198,7 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
         if self._in_flight > 1:
             # Rendering a prompt changes its messages, so each thread has its own.
             mine = dataclasses.replace(request, messages=copy.deepcopy(request.messages))
-            self._reader.submit(self._read_ahead, mine, generation_args)
+            self._reader.submit(self.read_ahead, mine, generation_args, ticket.trail)
         ctx, response = super().generate(request, generation_args, progress_callback)
         # When requests are served one at a time, the context is handed out before the look.
         while not ticket.wait(1.0) and self.generation_available():
@@ -207,7 +213,7 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
         """A ticket for the request that this thread is about to make."""
         return Ticket(getattr(self._answering, "part", ""))
 
-    def _read_ahead(self, request: Any, args: Any) -> None:
+    def read_ahead(self, request: Any, args: Any, trail: Trail) -> None:
         """Have the disk read what a request needs while the loop still decodes for others.
 
         It looks at new requests twice a second only. On a thread of its own, with a tokenizer of
@@ -223,7 +229,8 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
         try:
             if any(upstream._image_parts(request.messages)):
                 return
-            self.cache.read_ahead(key, super()._tokenize(tokenizer, request, args)[0])
+            prompt = super()._tokenize(tokenizer, request, args)[0]
+            self.cache.read_ahead(key, prompt, trail=trail)
         except Exception as error:
             log.debug("nothing was read ahead: %s", error)
 

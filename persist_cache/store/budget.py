@@ -16,7 +16,8 @@ from persist_cache.blobs.folder import BlobFolder
 from persist_cache.blobs.header import ALIGNMENT
 from persist_cache.errors import StoreFullError
 from persist_cache.index.ballast import Ballast
-from persist_cache.index.environment import Index, Reader
+from persist_cache.index.environment import Index
+from persist_cache.index.transaction import Reader
 from persist_cache.index.tree import BLOB_BYTES
 from persist_cache.store.free_space import FreeSpace
 
@@ -120,6 +121,11 @@ class Budget:
             raise StoreFullError(
                 f"Today's write budget of {daily} bytes is spent; writing goes on tomorrow (UTC)."
             )
+
+    @property
+    def tells_late(self) -> bool:
+        """Whether the file system tells only later what is free; see `FreeSpace`."""
+        return self._free.is_late
 
     def excess(self, txn: Reader, nbytes: int, num_tokens: int) -> int:
         """Bytes that must go before `nbytes` more may be written; 0 or less when they fit."""

@@ -18,7 +18,6 @@ from msgspec import Struct
 from persist_cache.entry import Entry
 from persist_cache.index import tree
 from persist_cache.index.columns import BlobColumns, EdgeColumns
-from persist_cache.index.environment import Reader
 from persist_cache.index.records import (
     NO_BLOB,
     NO_ENTRY,
@@ -29,6 +28,7 @@ from persist_cache.index.records import (
     entry_ids,
     tiers_of,
 )
+from persist_cache.index.transaction import Reader
 from persist_cache.store.budget import WRITTEN_BYTES, Usage, written_today
 from persist_cache.store.session import Disk
 

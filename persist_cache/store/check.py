@@ -1,36 +1,25 @@
-"""Keeping a store sound: sweep after dead writers, quarantine what is damaged, check everything.
-
-`check` compares the index with the files both ways; `repair` mends what it found without ever
-removing a file whose writer lives.
-"""
+"""Comparing a store's index with its files, both ways, and mending what that finds."""
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
 from collections.abc import Callable, Iterable
-from functools import partial
 from itertools import compress, count, repeat
 from operator import add, ne
-from pathlib import Path
 
 from msgspec import Struct
 
 from persist_cache import fs
-from persist_cache.blobs.folder import SUFFIX, is_blob_file, try_remove_orphan
+from persist_cache.blobs.folder import SUFFIX, is_blob_file
 from persist_cache.blobs.reader import BlobReader
-from persist_cache.errors import CorruptBlobError, DamagedIndexError, StoreBusyError, StoreError
-from persist_cache.filenames import SUSPECT_FILE
-from persist_cache.index import tree
+from persist_cache.errors import CorruptBlobError, DamagedIndexError, StoreError
 from persist_cache.index.audit import broken_invariants
-from persist_cache.index.environment import Writer
-from persist_cache.index.records import BlobKind, SizedRecord
 from persist_cache.store import rebuild, testimony
 from persist_cache.store.evict import Evictor
+from persist_cache.store.opening import distrust
+from persist_cache.store.quarantine import quarantine
 from persist_cache.store.session import Disk
-
-log = logging.getLogger(__name__)
+from persist_cache.store.sweep import is_expected, remove_orphans, sweep
 
 
 class Problem(Struct, frozen=True):
@@ -45,131 +34,6 @@ class Problem(Struct, frozen=True):
     kind: str
     message: str
     blob: str = ""
-
-
-def sweep(disk: Disk, evictor: Evictor) -> None:
-    """Finish what dead processes left behind: reservations, temporary files, trash.
-
-    Cheap enough for every start: it looks at what the index lists and at the folders for
-    temporary and damaged files, never at all blobs.
-    """
-    evictor.release_abandoned()
-    disk.folder.remove_strays()
-    evictor.redate()
-    with disk.index.read() as txn:
-        quarantined = txn.sized(b"quarantine")
-    for name_hex, path in list(disk.folder.temporaries()):
-        try_remove_orphan(path, partial(_is_pending, disk, bytes.fromhex(name_hex)))
-    for name, record in quarantined.items():
-        # Whoever put it there may have died before the file was moved.
-        if not disk.folder.quarantine_path(name.hex()).exists():
-            _move_to_quarantine(disk, name, record)
-    for name_hex, path in list(disk.folder.in_quarantine()):
-        if bytes.fromhex(name_hex) not in quarantined:
-            try_remove_orphan(path, partial(_is_quarantined, disk, bytes.fromhex(name_hex)))
-    _measure_quarantine(disk)
-    evictor.empty_trash()
-    disk.index.reader_check()
-
-
-def _measure_quarantine(disk: Disk) -> None:
-    """Correct the sizes of damaged files that could not be told when they were put aside."""
-    with disk.index.read() as txn:
-        recorded = txn.sized(b"quarantine")
-    found: dict[bytes, int] = {}
-    for name, record in recorded.items():
-        with contextlib.suppress(OSError):
-            nbytes = fs.disk_bytes(disk.folder.quarantine_path(name.hex()))
-            if nbytes != record.nbytes:
-                found[name] = nbytes
-
-    def correct(txn: Writer) -> None:
-        for name, record in txn.sized(b"quarantine").items():
-            if name in found:
-                txn.put_sized(b"quarantine", name, record._replace(nbytes=found[name]))
-
-    if found:
-        disk.index.update(correct)
-
-
-def remove_orphans(disk: Disk) -> int:
-    """Remove published files that no record names and whose writer is dead; scans all folders."""
-    removed = 0
-    for name_hex, path in list(disk.folder.names()):
-        is_known = partial(_is_expected, disk, bytes.fromhex(name_hex), path)
-        if not is_known():
-            removed += try_remove_orphan(path, is_known)
-    disk.folder.remove_empty()
-    return removed
-
-
-def quarantine(disk: Disk, name_hex: str, reason: str, *, is_unreadable: bool = False) -> bool:
-    """Take a bad blob out of service: its records and all that hangs on them go, the file moves.
-
-    Unless it is sound and the index is wrong about it: then that is set right.
-
-    Args:
-        disk: The store.
-        name_hex: The blob.
-        reason: What is wrong, for people.
-        is_unreadable: The disk gave an error, so it is not to be read again.
-
-    Returns:
-        Whether it went; False when somebody else was first, or the index was at fault.
-    """
-    if not is_unreadable and testimony.set_right(disk, name_hex):
-        return False  # the index was at fault
-    name = bytes.fromhex(name_hex)
-    nbytes: int | None = None
-    with contextlib.suppress(OSError):  # damage may have changed its size as well
-        nbytes = fs.disk_bytes(disk.folder.path(name_hex))
-
-    def expel(txn: Writer) -> SizedRecord | None:
-        # Not before: while this waits for its turn, others may still be told that they are stored.
-        now = disk.clock()
-        number = txn.blob_number(name)
-        record = None if number is None else txn.blob(number)
-        if number is None or record is None:
-            return None
-        why = f"quarantined: {reason}"
-        if record.kind == BlobKind.RUN:
-            # All other edges of a blob hang on the one with its first row.
-            for key in [
-                key for key, edge in txn.edges() if edge.blob == number and edge.first_row == 0
-            ]:
-                tree.drop_subtree(txn, key, why, now)
-        else:
-            for entry, resumed in list(txn.entries()):
-                if resumed.checkpoint == number:
-                    tree.drop_entry(txn, entry, why, now)
-        txn.delete_sized(b"trash", name)
-        waste = SizedRecord(record.disk_bytes if nbytes is None else nbytes, now, reason)
-        txn.put_sized(b"quarantine", name, waste)
-        txn.count("quarantined")
-        return waste
-
-    waste = disk.index.update(expel)
-    if waste is None:
-        return False
-    log.warning("blob %s was put into quarantine: %s", name_hex, reason)
-    _move_to_quarantine(disk, name, waste)
-    return True
-
-
-def _move_to_quarantine(disk: Disk, name: bytes, record: SizedRecord) -> None:
-    """Move a damaged file aside; where it will not move, leave it to the trash."""
-    disk.index.sync()  # else a power cut could take back the records' removal, but not the move
-    try:
-        if disk.folder.quarantine(name.hex()):
-            return
-    except OSError as error:
-        log.warning("blob %s cannot be moved: %s", name.hex(), error)
-
-    def discard(txn: Writer) -> None:
-        if txn.delete_sized(b"quarantine", name):
-            txn.put_sized(b"trash", name, record)
-
-    disk.index.update(discard)
 
 
 def check(
@@ -191,7 +55,7 @@ def check(
     try:
         with disk.index.read(copies=True) as txn:
             blobs = txn.blob_columns()
-            problems = [Problem("index", message) for message in broken_invariants(txn, blobs)]
+            problems = [Problem("index", message) for message in broken_invariants(txn)]
             pending = set(txn.sized(b"pending"))
             trash = set(txn.sized(b"trash"))
             for database in (b"quarantine", b"departed"):
@@ -224,7 +88,7 @@ def check(
         if not is_blob_file(file):
             continue
         name, path = file.removesuffix(SUFFIX), disk.folder.blobs / fan / file
-        if not _is_expected(disk, bytes.fromhex(name), path) and os.path.lexists(path):
+        if not is_expected(disk, bytes.fromhex(name), path) and os.path.lexists(path):
             problems.append(Problem("orphan", "no record names this file", name))
     problems += [
         Problem("trash", "this file was evicted but is still there", name)
@@ -263,12 +127,6 @@ def repair(disk: Disk, evictor: Evictor, problems: list[Problem]) -> None:
             quarantine(disk, problem.blob, problem.message)
     sweep(disk, evictor)
     remove_orphans(disk)
-
-
-def distrust(root: Path) -> None:
-    """Have the index made anew by whoever opens the store next."""
-    with contextlib.suppress(FileExistsError):
-        os.close(fs.create(root / SUSPECT_FILE))
 
 
 def _contradictions(disk: Disk, said: dict[str, testimony.Testimony]) -> list[Problem]:
@@ -315,49 +173,3 @@ def _check_blob(
             raise fs.translated(error, "while a blob was checked") from error
         return Problem("damaged", f"it cannot be read ({error.strerror})", name)
     return None
-
-
-def _is_expected(disk: Disk, name: bytes, path: Path) -> bool:
-    """Whether somebody answers for the file `path`: a record, a writer, the trash."""
-    if path != disk.folder.path(name.hex()):
-        return False
-    with disk.index.read() as txn:
-        return txn.blob_number(name) is not None or any(
-            txn.in_database(database, name) for database in (b"pending", b"trash", b"quarantine")
-        )
-
-
-def _is_quarantined(disk: Disk, name: bytes) -> bool:
-    with disk.index.read() as txn:
-        return txn.in_database(b"quarantine", name)
-
-
-def _is_pending(disk: Disk, name: bytes) -> bool:
-    with disk.index.read() as txn:
-        return txn.in_database(b"pending", name)
-
-
-def forget_empty_namespaces(disk: Disk, older_than_s: float) -> int:
-    """Drop models of which nothing is left; returns how many.
-
-    Raises:
-        StoreBusyError: Another process does not end its transaction; what follows waits as long.
-    """
-    limit = disk.clock() - older_than_s
-
-    def forget(txn: Writer) -> int:
-        gone = [
-            key
-            for key, record in txn.namespaces()
-            if record.created < limit and not txn.children(record.root, limit=1)
-        ]
-        for key in gone:
-            txn.delete_namespace(key)
-        return len(gone)
-
-    try:
-        return disk.index.update(forget)
-    except StoreBusyError:
-        raise
-    except StoreError:
-        return 0

@@ -16,7 +16,6 @@ from persist_cache.blobs.header import ALIGNMENT
 from persist_cache.entry import Tier
 from persist_cache.errors import CorruptBlobError, StoreFormatError, StoreFullError
 from persist_cache.index import tree
-from persist_cache.index.environment import Reader
 from persist_cache.index.records import (
     NO_ENTRY,
     BlobKind,
@@ -25,8 +24,9 @@ from persist_cache.index.records import (
     EntryRecord,
     edge_parent,
 )
-from persist_cache.store import check
+from persist_cache.index.transaction import Reader
 from persist_cache.store.evict import Evictor
+from persist_cache.store.quarantine import quarantine
 from persist_cache.store.rewrite import LivingRun, NotRewrittenError, living_run, rewrite
 from persist_cache.store.session import Disk
 
@@ -120,7 +120,7 @@ def _try_rewrite(disk: Disk, evictor: Evictor, runs: Sequence[LivingRun]) -> boo
     except StoreFormatError as error:
         log.warning("blob %s is left as it is: %s", runs[-1].record.name.hex(), error)
     except CorruptBlobError as error:
-        check.quarantine(disk, error.path.stem, error.reason, is_unreadable=error.is_unreadable)
+        quarantine(disk, error.path.stem, error.reason, is_unreadable=error.is_unreadable)
     finally:
         evictor.empty_trash()
     return False

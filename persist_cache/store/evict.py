@@ -1,4 +1,4 @@
-"""Making room: what goes, in which order, and the trash through which it goes.
+"""Eviction: what goes, in which order, and the trash through which it goes.
 
 One commit removes the records and lists the files in `trash`; only then are they unlinked; the
 next commit strikes them from the list. A file that cannot be unlinked stays listed, and counted.
@@ -10,18 +10,15 @@ import contextlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from functools import partial
 from typing import TypeVar
 
-from persist_cache.blobs.folder import try_remove_orphan
 from persist_cache.entry import Tier
 from persist_cache.errors import StoreFullError
-from persist_cache.index import tree
-from persist_cache.index.environment import Reader, Writer
+from persist_cache.index import order, tree
 from persist_cache.index.records import SizedRecord, entry_id, recency_key, unpack_number
+from persist_cache.index.transaction import Reader, Writer
 from persist_cache.store.relief import Relief
 from persist_cache.store.session import Disk
-from persist_cache.store.unreturned import WHY, Rounds
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -33,15 +30,10 @@ UNDONE = "removed again because its import failed"
 
 _COMMIT_BYTES = 64 * 1024
 """What the commit of an eviction may add to the index, however little is evicted …"""
-_AHEAD_US = 60 * 1_000_000
-"""Clocks are set back by a little now and then."""
-_FUTILE_ROUNDS = 1
 _ENTRY_BYTES = 512
 """… and for each entry that goes: it is remembered for a while, and pages are copied."""
-
-
-class _Feasible(Exception):
-    """All that a put needs could be evicted: a part of it may be, to see whether that helps."""
+_AHEAD_US = 60 * 1_000_000
+"""Clocks are set back by a little now and then."""
 
 
 class Evictor:
@@ -50,178 +42,31 @@ class Evictor:
     def __init__(self, disk: Disk) -> None:
         self._disk = disk
 
-    def reserve(
+    def evict(
         self,
-        names: Sequence[bytes],
-        nbytes: int,
-        num_tokens: int,
-        protected: frozenset[int] | None,
-    ) -> None:
-        """Make room for files called `names`, and note in the index that the room is taken.
-
-        Args:
-            names: Blob names, 16 bytes each; their temporary files exist and are locked.
-            nbytes: Upper estimate of what they will take together.
-            num_tokens: New tokens, for the growth of the index.
-            protected: Nodes whose entries must stay: the path that is being extended. None:
-                nothing is to be evicted for it.
-
-        Raises:
-            StoreFullError: There is not enough that may go; nothing was evicted.
-        """
-        self._disk.flush()
-        self.empty_trash()
-        budget = self._disk.budget
-        swept = False
-        share = nbytes // len(names) + 1
-        now = self._disk.clock()
-        budget.settle(nbytes, num_tokens)
-
-        rounds = Rounds(self._disk.unreturned, budget, self._disk.index)
-        unlinked = 0
-
-        def attempt(txn: Writer) -> bool:
-            nonlocal unlinked
-            unlinked = 0
-            budget.refuse_impossible(txn, nbytes, num_tokens)
-            over, missing = budget.lacks(txn, nbytes, num_tokens)
-            excess = max(over, missing)
-            if excess <= 0:
-                for name in names:
-                    txn.put_sized(b"pending", name, SizedRecord(share, now))
-                return False
-            if not swept:
-                return True
-            usage = budget.usage(txn)
-            hopeless = excess > usage.blobs + usage.quarantine
-            for_floor = missing > max(over, 0)
-            if for_floor and rounds.is_feasible:
-                # More than the budget asks for only as far as that is seen to help.
-                part = max(over, rounds.begin(missing))
-                unlinked = self._free(txn, part, protected or frozenset())
-                return True
-            if protected is None or hopeless or self._make_room(txn, excess, protected) < 0:
-                # Raising undoes the evictions: they would have been for nothing.
-                raise StoreFullError(
-                    "There is no room left: what may go is too little, the rest is pinned or in "
-                    "use. Unpin or evict something, free some disk space, or raise the budget "
-                    f"(now {self._disk.limits.max_bytes} bytes)."
-                )
-            if for_floor:
-                self._disk.unreturned.refuse_during_pause(txn)
-                raise _Feasible
-            return True
-
-        while True:
-            try:
-                if not self._disk.index.update(attempt):
-                    return
-            except _Feasible:
-                rounds.is_feasible = True
-                continue
-            if not swept:
-                # Nothing useful goes for what a dead writer reserved and will not write.
-                self.release_abandoned()
-                swept = True
-            elif not self.empty_trash():
-                # Files that stay would have us evict everything, one round after the other.
-                raise StoreFullError(
-                    "There is no room left: evicted files cannot be removed from the store's "
-                    "folder; look at its permissions."
-                )
-            else:
-                # Else what is useful would go for room that is there, but told late.
-                budget.settle(nbytes, num_tokens, after_removals=True)
-            rounds.judge(unlinked)
-
-    def free_files(self, wanted: int, protected: frozenset[int]) -> None:
-        """Evict until the file system has room for `wanted` files, whatever their bytes.
-
-        Raises:
-            StoreFullError: There is not enough that may go; nothing was evicted.
-        """
-        self.release_abandoned()
-        self.empty_trash()
-        before, futile = -1, 0
-        while True:
-            free = self._disk.budget.free_files()
-            if free is None or free >= wanted:
-                return
-            futile = futile + 1 if free <= before else 0
-            if futile > _FUTILE_ROUNDS:
-                raise StoreFullError(
-                    "The disk has no room for another file (its number of files is limited, "
-                    f"df -i), and evicting gave nothing back, because {WHY}."
-                )
-            before, missing = free, wanted - free
-
-            def drop(txn: Writer, missing: int = missing) -> None:
-                start = len(txn.sized(b"trash"))
-                left = self._drop_until(
-                    txn,
-                    lambda freed, dropped: len(txn.sized(b"trash")) - start - missing,
-                    protected,
-                )
-                if left < 0:
-                    raise StoreFullError(
-                        "The disk has no room for another file (its number of files is limited, "
-                        "df -i), and what may go is too little. Unpin or evict something, or "
-                        "remove files there; nothing was changed."
-                    )
-
-            self._update(drop)
-            if not self.empty_trash():
-                raise StoreFullError(
-                    "The disk has no room for another file, and evicted files cannot be removed "
-                    "from the store's folder; look at its permissions."
-                )
-            self._disk.folder.remove_empty()
-
-    def release(self, names: Sequence[bytes]) -> None:
-        """Give a reservation back."""
-
-        def forget(txn: Writer) -> None:
-            for name in names:
-                txn.delete_sized(b"pending", name)
-
-        self._disk.index.update(forget)
-
-    def release_abandoned(self) -> None:
-        """Give back what dead writers reserved, and remove the files that they left."""
-        with self._disk.index.read() as txn:
-            pending = list(txn.sized(b"pending"))
-        dead = [name for name in pending if self._is_abandoned(name)]
-        if dead:
-            self.release(dead)
-
-    def _is_abandoned(self, name: bytes) -> bool:
-        """Whether nothing is left of a reserved file, its writer being dead; removes what is."""
-        folder = self._disk.folder
-        # A writer renames from the first place to the second, so in this order none is missed.
-        places = (folder.temporary_path(name.hex()), folder.path(name.hex()))
-        return all(
-            try_remove_orphan(path, partial(self._disk.is_recorded, name))
-            for path in places
-            if path.exists()
-        )
-
-    def evict(self, numbers: Sequence[int], reason: str, to_bytes: int | None = None) -> int:
-        """Remove entries, and every file that nothing else needs.
-
-        Returns:
-            Bytes of the files that are gone; one that cannot be unlinked stays in the trash.
+        numbers: Sequence[int],
+        reason: str,
+        *,
+        to_bytes: int | None = None,
+        missing_ok: bool = False,
+    ) -> int:
+        """Remove entries, and every file that nothing else needs; see `Store.evict`.
 
         The ballast is made anew afterwards if it was given up, as far as the budget, or
         `to_bytes`, has room for it.
+
+        Returns:
+            Bytes of the files that are gone; one that cannot be unlinked stays in the trash.
 
         Raises:
             KeyError: One of them is not stored; nothing was removed.
         """
 
         def drop(txn: Writer) -> None:
-            for number in numbers:
-                if txn.entry(number) is None:
-                    raise KeyError(entry_id(number))
+            if not missing_ok:
+                for number in numbers:
+                    if txn.entry(number) is None:
+                        raise KeyError(f"no entry has the id {entry_id(number)}")
             self._drop(txn, numbers, "evicted", reason)
 
         freed = self._freed_by(drop)
@@ -239,7 +84,7 @@ class Evictor:
             trash = txn.sized(b"trash")
             return {name: trash[name] for name in trash.keys() - before}
 
-        doomed = self._update(commit)
+        doomed = self.update(commit)
         self.empty_trash()
         with self._disk.index.read() as txn:
             left = txn.keys(b"trash")
@@ -261,10 +106,10 @@ class Evictor:
             usage = budget.usage(txn)
             # If it was given up so that this can be committed, it is to come back.
             excess = usage.total - usage.ballast + ballast - max_bytes
-            return self._free(txn, excess, frozenset()) if excess > 0 else 0
+            return self.free(txn, excess, frozenset()) if excess > 0 else 0
 
         # The index may grow a little while it notes what went, so look again.
-        while self._update(shrink) and self.empty_trash():
+        while self.update(shrink) and self.empty_trash():
             pass
         self._disk.regain_ballast(min(max_bytes, self._disk.limits.max_bytes))
         with self._disk.index.read() as txn:
@@ -285,7 +130,7 @@ class Evictor:
             if usage.without_entries > max_bytes:
                 excess -= usage.ballast  # it goes as well
             if excess > 0:
-                for number in tree.victims(txn, protected):
+                for number in order.victims(txn, protected):
                     tree.drop_entry(txn, number, "", disk.clock())
                     chosen.append(entry_id(number))
                     if start - txn.counter(tree.BLOB_BYTES) >= excess:
@@ -303,7 +148,7 @@ class Evictor:
         def attempt(txn: Writer) -> None:
             budget.refuse_impossible(txn, nbytes, num_tokens)
             excess = budget.excess(txn, nbytes, num_tokens)
-            if excess > 0 and self._free(txn, excess, protected) < excess:
+            if excess > 0 and self.free(txn, excess, protected) < excess:
                 raise StoreFullError(
                     f"There is no room for {what}: what remains is pinned or in use. Unpin or "
                     "evict something, free some disk space, or raise the budget (now "
@@ -325,7 +170,7 @@ class Evictor:
         self._disk.index.alone(self._disk.ballast.release)
         return 0
 
-    def _update(self, change: Callable[[Writer], T]) -> T:
+    def update(self, change: Callable[[Writer], T]) -> T:
         """Commit what is to free some of the disk, also when the disk is full.
 
         Raises:
@@ -357,7 +202,7 @@ class Evictor:
         with self._disk.index.read() as txn:
             if not txn.expired(self._disk.clock()):
                 return 0
-        dropped = self._update(lambda txn: self._drop_expired(txn, set()))
+        dropped = self.update(lambda txn: self._drop_expired(txn, set()))
         self.empty_trash()
         return dropped
 
@@ -396,10 +241,10 @@ class Evictor:
                 for name in gone:
                     txn.delete_sized(b"trash", name)
 
-            self._update(strike)
+            self.update(strike)
         return bool(gone) or not doomed
 
-    def _make_room(self, txn: Writer, excess: int, protected: frozenset[int]) -> int:
+    def make_room(self, txn: Writer, excess: int, protected: frozenset[int]) -> int:
         """Drop entries for `excess` bytes and for what the commit of that takes itself.
 
         Else a put could be refused in the end for whose sake something was evicted.
@@ -407,18 +252,18 @@ class Evictor:
         Returns:
             Bytes freed beyond those; fewer than 0 if nothing more may go.
         """
-        return self._drop_until(
+        return self.drop_until(
             txn,
             lambda freed, dropped: freed - excess - _COMMIT_BYTES - dropped * _ENTRY_BYTES,
             protected,
         )
 
-    def _free(self, txn: Writer, excess: int, protected: frozenset[int]) -> int:
+    def free(self, txn: Writer, excess: int, protected: frozenset[int]) -> int:
         """Drop entries until `excess` bytes are freed or nothing may go; returns bytes freed."""
-        surplus = self._drop_until(txn, lambda freed, _: freed - excess, protected)
+        surplus = self.drop_until(txn, lambda freed, _: freed - excess, protected)
         return surplus + excess
 
-    def _drop_until(
+    def drop_until(
         self, txn: Writer, surplus: Callable[[int, int], int], protected: frozenset[int]
     ) -> int:
         """Drop what is worth least until the surplus is 0 or nothing may go; returns the surplus.
@@ -439,7 +284,7 @@ class Evictor:
 
         def victims() -> Iterator[int]:
             nonlocal dropped
-            for number in tree.victims(txn, shielded):
+            for number in order.victims(txn, shielded):
                 if left() >= 0:
                     return
                 dropped += 1

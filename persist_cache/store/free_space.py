@@ -6,7 +6,6 @@ floor of free space it has to do that before it is asked.
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 
 from persist_cache import fs
@@ -58,14 +57,10 @@ class FreeSpace:
             untold = more_written + more_commits * _COMMIT_BYTES
             if self.now() - untold >= wanted:
                 return
-        self._sync()
+        fs.sync_file_system(self._root)
         self._settled = written, commits
 
     def settle_removals(self, wanted: int) -> None:
         """See that `now` is right after files were removed, if it is less than what is wanted."""
         if self.is_late and self.now() < wanted:
-            self._sync()
-
-    def _sync(self) -> None:
-        with contextlib.suppress(OSError):
             fs.sync_file_system(self._root)

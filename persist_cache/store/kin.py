@@ -12,14 +12,12 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from persist_cache.index.environment import Reader
+from persist_cache.entry import Match, MissReason
+from persist_cache.index.transaction import Reader
+from persist_cache.store.reasons import nothing, sentence
 
 if TYPE_CHECKING:
     from persist_cache.fingerprint.value import FieldChange, Fingerprint
-
-NOTHING_STORED = "nothing is stored for this model"
-STORED_OTHERWISE = "stored under another "
-"""How a reason begins that names the fields; they follow, then a colon and their values."""
 
 _FOLLOW_KV_BITS = frozenset({"kv_group_size", "quantized_kv_start"})
 _TOLD = _FOLLOW_KV_BITS | {"kv_bits", "layout", "max_kv_size", "mlx_lm", "model_type"}
@@ -31,18 +29,20 @@ class Kin:
     """Answers for a store, remembered until the index changes."""
 
     def __init__(self) -> None:
-        self._known: dict[bytes, tuple[int, str]] = {}
+        self._known: dict[bytes, tuple[int, Match]] = {}
 
-    def why_nothing(self, txn: Reader, fingerprint: Fingerprint) -> str:
-        """Why nothing is stored for a model, as the reason of a miss."""
-        commit, reason = self._known.get(fingerprint.digest, (-1, ""))
-        if commit != txn.commit_id:
+    def nothing(self, txn: Reader, fingerprint: Fingerprint) -> Match:
+        """The match of a model for which nothing is stored, with the reason."""
+        commit, match = self._known.get(fingerprint.digest, (-1, None))
+        if match is None or commit != txn.commit_id:
             changes = nearest_changes(txn, fingerprint)
-            reason = told(changes) if changes else NOTHING_STORED
+            match = nothing(MissReason.NOTHING_STORED)
+            if changes:
+                match = nothing(MissReason.OTHER_IDENTITY, _fields(changes))
             if len(self._known) >= _MAX_REMEMBERED:
                 self._known.clear()
-            self._known[fingerprint.digest] = txn.commit_id, reason
-        return reason
+            self._known[fingerprint.digest] = txn.commit_id, match
+        return match
 
 
 def nearest_changes(txn: Reader, fingerprint: Fingerprint) -> list[FieldChange]:
@@ -90,6 +90,10 @@ def is_same_model(
 
 def told(changes: Sequence[FieldChange]) -> str:
     """Changed fields as the reason of a miss, their values where those tell people something."""
+    return sentence(MissReason.OTHER_IDENTITY, _fields(changes))
+
+
+def _fields(changes: Sequence[FieldChange]) -> str:
     toggled = any(one.name == "kv_bits" and _unset(one.old, one.new) for one in changes)
     shown = [one for one in changes if not (toggled and one.name in _FOLLOW_KV_BITS)]
     names = [_name(one) for one in shown]
@@ -101,7 +105,7 @@ def told(changes: Sequence[FieldChange]) -> str:
         if one.name in _TOLD
     ]
     listed = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
-    return STORED_OTHERWISE + listed + (f": {', '.join(values)}" if values else "")
+    return listed + (f": {', '.join(values)}" if values else "")
 
 
 def _name(change: FieldChange) -> str:

@@ -12,6 +12,7 @@ import logging
 import os
 import stat
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from persist_cache import fs
@@ -26,11 +27,15 @@ from persist_cache.errors import (
 )
 from persist_cache.filenames import PRESENCE_FILE, SUSPECT_FILE, TAG_FILE
 from persist_cache.index import ballast, holders, lock_table, semaphores
-from persist_cache.index.environment import PATIENCE_S, Index, Writer
+from persist_cache.index.environment import Index
 from persist_cache.index.records import pack_counter, unpack_counter
-from persist_cache.store import exclusion, rebuild
+from persist_cache.index.transaction import Writer
+from persist_cache.index.writer_lock import PATIENCE_S
+from persist_cache.store import exclusion, rebuild, sweep
 from persist_cache.store.budget import DEFAULT_MAX_BYTES, DEFAULT_MIN_FREE_BYTES, Limits
+from persist_cache.store.evict import Evictor
 from persist_cache.store.relief import UnseenSpare
+from persist_cache.store.session import Disk
 
 log = logging.getLogger(__name__)
 _PATIENCE_S = 5.0
@@ -325,3 +330,50 @@ def settle_limits(
         settle("min_free_bytes", DEFAULT_MIN_FREE_BYTES),
         daily_write_bytes,
     )
+
+
+def distrust(root: Path) -> None:
+    """Have the index made anew by whoever opens the store next."""
+    with contextlib.suppress(FileExistsError):
+        os.close(fs.create(root / SUSPECT_FILE))
+
+
+def open_disk(
+    root: Path,
+    limits: tuple[int | None, int | None, int | None],
+    *,
+    read_only: bool,
+    clock: Callable[[], float],
+) -> Disk:
+    """Open a store's parts, finish what dead processes left, and rebuild a damaged index.
+
+    Args:
+        root: Its folder.
+        limits: Budget, bytes to leave free, bytes a day; None for what was last set.
+        read_only: Change nothing.
+        clock: UTC seconds.
+    """
+    folder = BlobFolder(root)
+    prepare_folder(root, folder, read_only)
+    may_rebuild = not read_only
+    while True:
+        index = open_index(root, folder, read_only)
+        try:
+            settled = settle_limits(index, *limits)
+            disk = Disk(root, index, folder, settled, clock)
+            if not read_only:
+                # A full disk must not keep anybody from reading, or from evicting.
+                with contextlib.suppress(StoreFullError):
+                    sweep.sweep(disk, Evictor(disk))
+                disk.regain_ballast()
+            return disk
+        except DamagedIndexError:
+            index.close()
+            if not may_rebuild:
+                raise
+            # LMDB notices some damage only when it comes to the page.
+            may_rebuild = False
+            distrust(root)
+        except BaseException:
+            index.close()
+            raise

@@ -9,29 +9,30 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
 from persist_cache import fs
-from persist_cache.blobs.header import TOKENS, BlobHeader, Payload, Tensor, prefix_digest
+from persist_cache.blobs.header import TOKENS, BlobHeader, prefix_digest
 from persist_cache.blobs.writer import BlobWriter, Written
+from persist_cache.codec import Payload, Source, Tensor
 from persist_cache.errors import StoreError, StoreFullError
 from persist_cache.index import tree
-from persist_cache.index.environment import Reader, Writer
 from persist_cache.index.records import (
     NO_BLOB,
-    NO_ENTRY,
     BlobKind,
-    BlobRecord,
     EntryRecord,
     NamespaceRecord,
     entry_id,
-    entry_number,
     namespace_key,
 )
+from persist_cache.index.transaction import Reader, Writer
+from persist_cache.store import reservation
 from persist_cache.store.budget import WRITTEN_BYTES, blob_estimate, written_today
 from persist_cache.store.evict import Evictor
+from persist_cache.store.recording import add_blob, place_entry
+from persist_cache.store.reservation import undone
 from persist_cache.store.session import Disk
 from persist_cache.tokens import TOKEN_BYTES
 
@@ -41,27 +42,6 @@ if TYPE_CHECKING:
 _MAX_ATTEMPTS = 8
 _MAX_RUNS = 100
 """Files of one put, all open until its commit; macOS allows a process 256."""
-
-
-class Source(Protocol):
-    """What a put saves: a KV cache, seen as rows and state.
-
-    Its byte views must stay unchanged until the put returns.
-    """
-
-    @property
-    def layout(self) -> str:
-        """JSON of classes and geometry; only equal layouts share runs."""
-
-    @property
-    def complete(self) -> bool:
-        """Rows of every layer exist, so that any position can be resumed."""
-
-    def rows(self, start: int, end: int) -> Payload:
-        """The rows of tokens `[start, end)`."""
-
-    def checkpoint(self) -> Payload | None:
-        """State at the end of those layers whose rows may drop, or None if there are none."""
 
 
 class PutResult(Struct, frozen=True):
@@ -190,7 +170,7 @@ class Insertion:
             found = txn.namespaces(self._key)
             path = tree.walk(txn, found[0][1].root if found else tree.NO_ROOT, self._packed)
             protected = _nodes_extended(txn, path)
-        self._evictor.free_files(self._wanted_files(), protected)
+        reservation.free_files(self._disk, self._evictor, self._wanted_files(), protected)
 
     def _plan(self, txn: Reader, path: tree.Walk) -> _Plan:
         parent = ""
@@ -242,8 +222,8 @@ class Insertion:
             for part in parts
         )
         num_tokens = sum(part.end - part.start for part in parts)
-        self._evictor.reserve(names, nbytes, num_tokens, protected)
-        with undone(self._disk, self._evictor, writers):
+        reservation.reserve(self._disk, self._evictor, names, nbytes, num_tokens, protected)
+        with undone(self._disk, writers):
             yield
 
     def _write(
@@ -331,95 +311,6 @@ class Insertion:
         """Make the entry end at `node`, keeping what an older entry there had earned."""
         wanted = self._wanted._replace(namespace=namespace.number, node=node, checkpoint=checkpoint)
         return place_entry(txn, self._key, self._packed, wanted)
-
-
-@contextlib.contextmanager
-def undone(disk: Disk, evictor: Evictor, writers: Sequence[BlobWriter]) -> Iterator[None]:
-    """If the block fails, remove the files and give the room back that is reserved for them."""
-    try:
-        yield
-    except BaseException:
-        # If this fails, the next sweep finds files and reservation without a living writer.
-        with contextlib.suppress(StoreError):
-            _undo(disk, evictor, writers)
-        raise
-
-
-def _undo(disk: Disk, evictor: Evictor, writers: Sequence[BlobWriter]) -> None:
-    names = [bytes.fromhex(writer.name) for writer in writers]
-    with disk.index.read() as txn:
-        committed = [txn.blob_number(name) is not None for name in names]
-    if any(committed):  # after all
-        for writer in writers:
-            writer.keep()
-        return
-    # Files first: one without a reservation would be found by a full scan only.
-    for writer in writers:
-        writer.discard()
-    evictor.release([name for name, w in zip(names, writers, strict=True) if w.is_gone])
-
-
-def add_blob(
-    txn: Writer, one: Written, *, kind: BlobKind, created: float, start: int, packed: bytes
-) -> int:
-    """Record a published file, with its tokens and as yet without references."""
-    number = txn.add("next_blob", 1)
-    record = BlobRecord(
-        kind=kind,
-        references=0,
-        num_tokens=len(packed) // TOKEN_BYTES,
-        start=start,
-        nbytes=one.nbytes,
-        disk_bytes=one.disk_bytes,
-        created=created,
-        name=bytes.fromhex(one.name),
-        digest=one.digest,
-    )
-    txn.put_blob(number, record)
-    if kind == BlobKind.RUN:
-        txn.put_tokens(number, packed)
-    txn.add(tree.BLOB_BYTES, one.disk_bytes)
-    txn.delete_sized(b"pending", record.name)
-    return number
-
-
-def place_entry(txn: Writer, key: bytes, packed: bytes, wanted: EntryRecord) -> int:
-    """Make an entry end at `wanted.node`, or merge `wanted` into the one that is there.
-
-    The higher tier, the pin, the uses and the label of an older entry stay. `wanted.checkpoint`
-    must have been added by `add_blob`; it gets its reference here. Two checkpoints of one
-    position hold the same state: the caller makes sure that there is none yet.
-
-    Returns:
-        The entry's number.
-    """
-    edge_at = txn.parent_key(wanted.node)
-    edge = None if edge_at is None else txn.edge(edge_at)
-    if edge is None:
-        raise tree.damaged("entries end below the root")
-    if wanted.checkpoint != NO_BLOB:
-        tree.refer_checkpoint(txn, wanted.checkpoint)
-    old = txn.entry(edge.entry) if edge.entry != NO_ENTRY else None
-    if old is not None:
-        txn.put_entry(
-            edge.entry,
-            old._replace(
-                tier=max(old.tier, wanted.tier),
-                pinned=old.pinned or wanted.pinned,
-                checkpoint=old.checkpoint or wanted.checkpoint,
-                last_use_us=max(old.last_use_us, wanted.last_use_us),
-                prefill_s=wanted.prefill_s or old.prefill_s,
-                expires=wanted.expires or old.expires,
-                label=wanted.label or old.label,
-            ),
-        )
-        return edge.entry
-    number = entry_number(key, packed)
-    while txn.entry(number) is not None:  # another path has the same 64-bit digest
-        number = number + 1 & (1 << 64) - 1 or 1
-    txn.put_entry(number, wanted)
-    tree.set_entry(txn, wanted.node, number)
-    return number
 
 
 def _nodes_extended(txn: Reader, path: tree.Walk) -> frozenset[int]:

@@ -22,16 +22,18 @@ from persist_cache.blobs.writer import Written
 from persist_cache.entry import Tier
 from persist_cache.errors import CorruptBlobError, StoreError
 from persist_cache.index import tree
-from persist_cache.index.environment import UNREADABLE, Index, Reader, Writer
+from persist_cache.index.environment import Index
 from persist_cache.index.records import (
     END_OF_TIME_S,
     NO_BLOB,
+    UNREADABLE,
     BlobKind,
     EntryRecord,
     NamespaceRecord,
     namespace_key,
 )
-from persist_cache.store.put import add_blob, place_entry
+from persist_cache.index.transaction import Reader, Writer
+from persist_cache.store.recording import add_blob, place_entry
 from persist_cache.tokens import TOKEN_BYTES
 
 log = logging.getLogger(__name__)

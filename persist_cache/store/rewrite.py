@@ -16,13 +16,13 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from persist_cache import fs
-from persist_cache.blobs.header import TOKENS, BlobHeader, EntryMark, Tensor
+from persist_cache.blobs.header import TOKENS, BlobHeader, EntryMark
 from persist_cache.blobs.reader import BlobReader
 from persist_cache.blobs.rows import ROW_AXIS, Cut, cut_runs
 from persist_cache.blobs.writer import BlobWriter, Written
+from persist_cache.codec import Tensor
 from persist_cache.errors import CorruptBlobError
 from persist_cache.index import tree
-from persist_cache.index.environment import Reader, Writer
 from persist_cache.index.records import (
     NO_ENTRY,
     BlobKind,
@@ -31,9 +31,12 @@ from persist_cache.index.records import (
     EntryRecord,
     edge_parent,
 )
+from persist_cache.index.transaction import Reader, Writer
+from persist_cache.store import reservation
 from persist_cache.store.budget import WRITTEN_BYTES, blob_estimate, written_today
 from persist_cache.store.evict import Evictor
-from persist_cache.store.put import add_blob, undone
+from persist_cache.store.recording import add_blob
+from persist_cache.store.reservation import undone
 from persist_cache.store.session import Disk
 from persist_cache.tokens import TOKEN_BYTES
 
@@ -113,8 +116,8 @@ def rewrite(disk: Disk, evictor: Evictor, runs: Sequence[LivingRun]) -> None:
                 for reader, run in zip(readers, runs, strict=True)
             ]
         )
-        _reserve(evictor, writer, header, tensors, len(runs))
-        with undone(disk, evictor, [writer]):
+        _reserve(disk, evictor, writer, header, tensors, len(runs))
+        with undone(disk, [writer]):
             written = writer.write(header, tensors)
             writer.publish()
             disk.index.update(lambda txn: _commit(disk, txn, runs, written))
@@ -172,6 +175,7 @@ def _geometry(header: BlobHeader) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def _reserve(
+    disk: Disk,
     evictor: Evictor,
     writer: BlobWriter,
     header: BlobHeader,
@@ -185,7 +189,9 @@ def _reserve(
     )
     nbytes += num_runs * _PAGES_PER_RUN * mmap.PAGESIZE
     num_tokens = header.end - header.start
-    evictor.reserve([bytes.fromhex(writer.name)], nbytes, num_tokens, protected=None)
+    reservation.reserve(
+        disk, evictor, [bytes.fromhex(writer.name)], nbytes, num_tokens, protected=None
+    )
 
 
 def _commit(disk: Disk, txn: Writer, runs: Sequence[LivingRun], written: Written) -> None:

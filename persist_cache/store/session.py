@@ -17,8 +17,9 @@ from msgspec import Struct
 
 from persist_cache.blobs.folder import BlobFolder
 from persist_cache.errors import StoreError
-from persist_cache.index.environment import UNREADABLE, Index, Reader, Writer, counter_name
-from persist_cache.index.records import LAST_DATE_S, MAX_HITS
+from persist_cache.index.environment import Index
+from persist_cache.index.records import LAST_DATE_S, MAX_HITS, UNREADABLE
+from persist_cache.index.transaction import Reader, Writer, counter_name
 from persist_cache.store.budget import Budget, Limits
 from persist_cache.store.unreturned import Unreturned
 

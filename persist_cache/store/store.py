@@ -1,9 +1,9 @@
-"""The store: index and blobs kept consistent, within a budget, for any number of processes.
+"""The store's face: index and blobs kept consistent, within a budget, for any number of processes.
 
 It knows tokens, tiers and bytes, never models. A record never names a file that is missing or
 torn, because a file is durable before its record is committed, and its record is gone before it
-is unlinked. This module opens a store and finds and reads in it; `insert`, `evict`, `health` and
-`catalog` do the rest of its work.
+is unlinked. The work is done elsewhere: `opening`, `lookup`, `put`, `evict`, `check`, `upkeep`,
+`catalog`. Here is what callers have to know of it, which is why this module is long.
 
 Thread safety: a `Store` may be shared between threads. The index serialises writers; no lock is
 held while a file is read or written.
@@ -12,48 +12,38 @@ held while a file is read or written.
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
+import re
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from msgspec import Struct
-
-from persist_cache import fs
-from persist_cache.blobs.folder import BlobFolder
 from persist_cache.blobs.reader import BlobReader
-from persist_cache.entry import Entry, Match, Run, Tier
+from persist_cache.codec import Blob, Source
+from persist_cache.entry import Entry, Match, Tier
 from persist_cache.errors import (
-    CorruptBlobError,
-    DamagedIndexError,
     StoreError,
-    StoreFullError,
     StoreReadOnlyError,
 )
-from persist_cache.index import tree
-from persist_cache.index.environment import Reader, Writer
 from persist_cache.index.records import (
     END_OF_TIME_S,
-    NO_BLOB,
-    BlobRecord,
     EntryRecord,
-    NamespaceRecord,
-    entry_id,
 )
 from persist_cache.index.semaphores import Semaphores
-from persist_cache.store import catalog, check, opening, reasons
+from persist_cache.index.transaction import Reader, Writer
+from persist_cache.store import catalog, check, opening
 from persist_cache.store.budget import Limits
 from persist_cache.store.catalog import Catalog, StoreStats
 from persist_cache.store.check import Problem
-from persist_cache.store.compact import compact, merge_chains
 from persist_cache.store.evict import REQUESTED, Evictor
-from persist_cache.store.kin import NOTHING_STORED, Kin
-from persist_cache.store.put import Insertion, PutResult, Source
+from persist_cache.store.lookup import Lookup
+from persist_cache.store.put import Insertion, PutResult
 from persist_cache.store.rebuild import rebuild
 from persist_cache.store.session import Disk
+from persist_cache.store.trail import Trail
+from persist_cache.store.upkeep import Collected, Upkeep
 from persist_cache.tokens import TOKEN_BYTES, pack_tokens
 
 if TYPE_CHECKING:
@@ -62,12 +52,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+_ID = re.compile("[0-9a-f]{16}")
 DEFAULT_RUN_TOKENS = 4096
 """Longest run written into one blob: large and sequential, yet a tail can be freed."""
-_MAX_ATTEMPTS = 4
-_MAX_OPEN_FILES = 200
-_MAX_GROWN = 4096
-_NAMESPACE_MEMORY_S = 30 * 86400.0
 
 
 def default_store_path() -> Path:
@@ -80,22 +67,6 @@ def default_store_path() -> Path:
     return Path(platformdirs.user_cache_dir("persist-cache")) / "store"
 
 
-class Collected(Struct, frozen=True):
-    """What `Store.gc` did.
-
-    Attributes:
-        freed_bytes: By which the store takes less of the disk.
-        merged: Blobs that were merged with those before or behind them.
-        compacted: Blobs of mostly dead rows that were written anew.
-        without_room: Such blobs that stay, because a copy would exceed the budget.
-    """
-
-    freed_bytes: int
-    merged: int
-    compacted: int
-    without_room: int
-
-
 class Store:
     """A folder of blobs with its index; made by `Store.open`."""
 
@@ -106,9 +77,8 @@ class Store:
         self._disk = disk
         self._evictor = Evictor(disk)
         self._run_tokens = run_tokens
-        self._grown: dict[int, None] = {}
-        """Entries stored since runs were merged last, in their order."""
-        self._kin = Kin()
+        self._lookup = Lookup(disk, self._evictor)
+        self._upkeep = Upkeep(disk, self._evictor, run_tokens)
         self._closed = False
 
     @classmethod
@@ -148,7 +118,7 @@ class Store:
             raise ValueError(f"run_tokens must be at least 1, got {run_tokens}")
         root = Path(path) if path is not None else default_store_path()
         asked = (max_bytes, min_free_bytes, daily_write_bytes)
-        return cls(_open_disk(root, asked, read_only=read_only, clock=clock), run_tokens)
+        return cls(opening.open_disk(root, asked, read_only=read_only, clock=clock), run_tokens)
 
     def close(self, timeout_s: float | None = None) -> bool:
         """Write buffered uses and close the index. Further calls do nothing.
@@ -201,13 +171,15 @@ class Store:
         """
         self._disk.index.close()
         limits = self.limits
-        self._disk = _open_disk(
+        self._disk = opening.open_disk(
             self.root,
             (limits.max_bytes, limits.min_free_bytes, limits.daily_write_bytes),
             read_only=self.read_only,
             clock=self._disk.clock,
         )
         self._evictor = Evictor(self._disk)
+        self._lookup = Lookup(self._disk, self._evictor)
+        self._upkeep = Upkeep(self._disk, self._evictor, self._run_tokens)
 
     def __enter__(self) -> Store:
         return self
@@ -260,9 +232,7 @@ class Store:
             FileNotFoundError: It was evicted.
             CorruptBlobError: It is not what was written.
         """
-        with self.read() as txn:
-            record = _blob_record(txn, name)
-        return self._open_blob(name, record)
+        return self._lookup.open_blob(name)
 
     def serving(self, ids: Iterable[str]) -> contextlib.AbstractContextManager[None]:
         """Keep eviction in this process away from these entries, for the block."""
@@ -296,11 +266,11 @@ class Store:
         """
         self._evictor.refuse_without_room(nbytes, num_tokens, protected, what)
 
-    def date_back(self, prefix: str, created: float) -> None:
+    def date_back(self, entry: str, created: float) -> None:
         """Say that an entry was computed at `created` (UTC seconds), if that is earlier."""
         with contextlib.suppress(KeyError):  # it was evicted meanwhile
             self._change(
-                prefix,
+                entry,
                 lambda record: record._replace(
                     created_us=min(int(created * 1e6), record.created_us)
                 ),
@@ -325,6 +295,7 @@ class Store:
         tokens: Sequence[int] | bytes,
         *,
         limit: int | None = None,
+        trail: Trail | None = None,
     ) -> Match:
         """Find the longest stored prefix of `tokens` that can be resumed. Reads only.
 
@@ -332,32 +303,20 @@ class Store:
             fingerprint: Identity of the model.
             tokens: Prompt token ids, in order, or what `pack_tokens` made of them.
             limit: Use at most this many tokens; the whole prompt when None.
+            trail: Of the request, for which the index is walked once and not at each look.
 
         Returns:
             A Match; `num_tokens` is 0 on a miss, and `reason` says why it is no longer.
         """
-        packed = _packed(tokens)
-        length = len(packed) // TOKEN_BYTES
-        limit = length if limit is None else max(0, min(limit, length))
-        best: Match | None = None
-        with self._disk.index.read() as txn:
-            for _, namespace in txn.namespaces(fingerprint.digest):
-                found = _match_in(txn, namespace, packed, limit)
-                if found.reason != NOTHING_STORED and (
-                    best is None
-                    or (found.num_tokens, found.common_tokens)
-                    >= (best.num_tokens, best.common_tokens)
-                ):
-                    best = found
-            if best is None:
-                return Match(0, reason=self._kin.why_nothing(txn, fingerprint))
-        return best
+        return self._lookup.match(
+            fingerprint, _packed(tokens), limit, Trail() if trail is None else trail
+        )
 
     def fetch(
         self,
         fingerprint: Fingerprint,
         tokens: Sequence[int] | bytes,
-        restore: Callable[[Sequence[tuple[BlobReader, int]], BlobReader | None, int], T],
+        restore: Callable[[Sequence[tuple[Blob, int]], Blob | None, int], T],
         *,
         limit: int | None = None,
         min_tokens: int = 1,
@@ -388,7 +347,7 @@ class Store:
         fingerprint: Fingerprint,
         tokens: Sequence[int] | bytes,
         match: Match,
-        restore: Callable[[Sequence[tuple[BlobReader, int]], BlobReader | None, int], T],
+        restore: Callable[[Sequence[tuple[Blob, int]], Blob | None, int], T],
         *,
         limit: int | None = None,
         min_tokens: int = 1,
@@ -408,31 +367,9 @@ class Store:
         Returns:
             The value and the match that it was read by, or None on a miss.
         """
-        packed = _packed(tokens)
-        for attempt in range(_MAX_ATTEMPTS):
-            try:
-                if attempt:
-                    match = self.match(fingerprint, packed, limit=limit)
-                if match.num_tokens < max(1, min_tokens):
-                    return None
-                numbers = [int(entry, 16) for entry in match.entries]
-                with self._disk.serving(numbers), self._readers(match) as (runs, checkpoint):
-                    # Checksums prove that a file is whole, not that it is the right one.
-                    for run, (reader, used) in zip(match.runs, runs, strict=True):
-                        reader.check_place(fingerprint.hex, packed, run.start, used)
-                    if checkpoint is not None:
-                        checkpoint.check_place(fingerprint.hex, packed, match.num_tokens, 0)
-                    return restore(runs, checkpoint, match.num_tokens), match
-            except FileNotFoundError as error:
-                # Evicted meanwhile, unless its record is still there.
-                self._quarantine(Path(str(error.filename)).stem, "its file is missing")
-            except CorruptBlobError as error:
-                self._quarantine(error.path.stem, error.reason, error.is_unreadable)
-            except (OSError, StoreError) as error:
-                self.count("read_errors")
-                log.warning("a stored prompt could not be read: %s", error)
-                return None
-        return None
+        return self._lookup.load(
+            fingerprint, _packed(tokens), match, restore, limit=limit, min_tokens=min_tokens
+        )
 
     def read_ahead(self, match: Match) -> int:
         """Have the system read what `match` needs, so that a `fetch` soon after waits for less.
@@ -442,52 +379,7 @@ class Store:
         Returns:
             Bytes of the files.
         """
-        nbytes = 0
-        for name in (*(run.blob for run in match.runs), match.checkpoint):
-            if name is not None:
-                with contextlib.suppress(OSError):
-                    nbytes += fs.read_ahead(self._disk.folder.path(name))
-        return nbytes
-
-    @contextlib.contextmanager
-    def _readers(
-        self, match: Match
-    ) -> Iterator[tuple[list[tuple[BlobReader, int]], BlobReader | None]]:
-        names = [run.blob for run in match.runs]
-        if match.checkpoint is not None:
-            names.append(match.checkpoint)
-        with contextlib.ExitStack() as stack:
-            readers: list[BlobReader] = []
-            with self._disk.index.read() as txn:
-                records = [_blob_record(txn, name) for name in names]
-            for name, record in zip(names, records, strict=True):
-                reader = self._open_blob(name, record)
-                stack.callback(reader.close)
-                if len(readers) >= _MAX_OPEN_FILES:
-                    reader.release()
-                readers.append(reader)
-            checkpoint = None if match.checkpoint is None else readers.pop()
-            used = (run.num_tokens for run in match.runs)
-            yield list(zip(readers, used, strict=True)), checkpoint
-
-    def _open_blob(self, name: str, record: BlobRecord | None) -> BlobReader:
-        path = self._disk.folder.path(name)
-        if record is None:
-            raise FileNotFoundError(errno.ENOENT, "the blob was evicted", str(path))
-        return BlobReader(path, nbytes=record.nbytes, digest=record.digest)
-
-    def _quarantine(self, name: str, reason: str, is_unreadable: bool = False) -> None:
-        """Take a bad blob out of service, if the store may be changed; never fails."""
-        if self.read_only:
-            self.count("bad_reads")
-            log.warning("blob %s is bad: %s", name, reason)
-            return
-        try:
-            if check.quarantine(self._disk, name, reason, is_unreadable=is_unreadable):
-                self.count("bad_reads")
-            self._evictor.empty_trash()
-        except StoreError as error:
-            log.warning("blob %s is bad (%s) and could not be removed: %s", name, reason, error)
+        return self._lookup.read_ahead(match)
 
     # ---- write -------------------------------------------------------------------------------
 
@@ -538,8 +430,8 @@ class Store:
         done = Insertion(
             self._disk, self._evictor, fingerprint, packed, source, wanted, self._run_tokens
         ).run()
-        if done.entry is not None and done.nbytes and len(self._grown) < _MAX_GROWN:
-            self._grown[int(done.entry, 16)] = None
+        if done.entry is not None and done.nbytes:
+            self._upkeep.note(int(done.entry, 16))
         return done
 
     def touch(self, match: Match, *, num_tokens: int | None = None, spent_s: float = 0.0) -> None:
@@ -587,67 +479,69 @@ class Store:
         with self._disk.index.read(copies=True) as txn:
             return Catalog(txn).entries()
 
-    def get(self, prefix: str) -> Entry:
-        """The entry whose id begins with `prefix`.
+    def get(self, entry: str) -> Entry:
+        """The entry whose id is `entry`; `queries.ids` completes shortened ones.
 
         Raises:
-            KeyError: No entry, or more than one, has such an id.
+            KeyError: No entry has this id.
         """
-        number = self._number(prefix)
         with self._disk.index.read() as txn:
-            entry = catalog.load_entry(txn, number)
-        if entry is None:
-            raise KeyError(prefix)
-        return entry
+            found = catalog.load_entry(txn, _number(entry))
+        if found is None:
+            raise KeyError(f"no entry has the id {entry}")
+        return found
 
-    def pin(self, prefix: str, pinned: bool = True) -> None:
-        """Exempt an entry from eviction, or no longer.
+    def pin(self, entry: str, pinned: bool = True) -> None:
+        """Exempt the entry whose id is `entry` from eviction, or no longer.
 
         Raises:
-            KeyError: No entry, or more than one, has such an id.
+            KeyError: No entry has this id.
         """
-        self._change(prefix, lambda record: record._replace(pinned=pinned))
+        self._change(entry, lambda record: record._replace(pinned=pinned))
 
-    def expire_at(self, prefix: str, when: float | None) -> None:
-        """Let an entry expire at `when` (UTC seconds), or never.
+    def expire_at(self, entry: str, when: float | None) -> None:
+        """Let the entry whose id is `entry` expire at `when` (UTC seconds), or never.
 
         Raises:
-            KeyError: No entry, or more than one, has such an id.
+            KeyError: No entry has this id.
         """
         expires = _checked_date(when)
-        self._change(prefix, lambda record: record._replace(expires=expires))
+        self._change(entry, lambda record: record._replace(expires=expires))
 
-    def set_label(self, prefix: str, label: str) -> None:
-        """Name an entry.
+    def set_label(self, entry: str, label: str) -> None:
+        """Name the entry whose id is `entry`.
 
         Raises:
-            KeyError: No entry, or more than one, has such an id.
+            KeyError: No entry has this id.
         """
-        self._change(prefix, lambda record: record._replace(label=_text(label)))
+        self._change(entry, lambda record: record._replace(label=_text(label)))
 
     def evict(
         self,
-        prefixes: Sequence[str],
+        ids: Iterable[str],
         *,
         reason: str = REQUESTED,
         to_bytes: int | None = None,
+        missing_ok: bool = False,
     ) -> int:
         """Remove entries, and every file that nothing else needs; returns the bytes freed.
 
-        Rows shared with other entries stay for those, and rows that nothing needs stay as long as
-        their file does. A file that cannot be unlinked is tried again later, and not counted.
+        All of them go in one commit. Rows shared with other entries stay for those, and rows that
+        nothing needs stay as long as their file does. A file that cannot be unlinked is tried again
+        later, and not counted.
 
         Args:
-            prefixes: Ids, or beginnings of ids that are unique.
+            ids: Whole ids.
             reason: What `explain` is to say of them.
             to_bytes: What the store is to take afterwards, if that is what it is for: where only
                 the room that is kept back for a full disk is in the way, that goes as well.
+            missing_ok: Pass over entries that are not there, such as those that went meanwhile.
 
         Raises:
-            KeyError: An id is unknown or ambiguous; nothing was removed.
+            KeyError: An id is unknown; nothing was removed.
         """
-        numbers = list(dict.fromkeys(self._number(prefix) for prefix in prefixes))
-        return self._evictor.evict(numbers, reason, to_bytes)
+        numbers = list(dict.fromkeys(map(_number, ids)))
+        return self._evictor.evict(numbers, reason, to_bytes=to_bytes, missing_ok=missing_ok)
 
     def evict_to(self, max_bytes: int) -> int:
         """Evict in order until the store takes at most `max_bytes`, or the rest is pinned.
@@ -711,20 +605,7 @@ class Store:
         Raises:
             StoreError: The disk failed; what was done until then stays done.
         """
-        grown, self._grown = self._grown, {}
-        if self.limits.daily_write_bytes is not None:
-            return 0
-        merged = 0
-        try:
-            while grown and keep_on():
-                number = next(iter(grown))
-                del grown[number]
-                merged += merge_chains(self._disk, self._evictor, number, self._run_tokens, keep_on)
-                if not keep_on():
-                    grown[number] = None
-        finally:
-            self._grown = grown | self._grown
-        return merged
+        return self._upkeep.merge_runs(keep_on)
 
     def gc(self) -> Collected:
         """Finish dead writers' work, apply expiry and budget, merge and compact blobs.
@@ -732,97 +613,25 @@ class Store:
         Raises:
             StoreError: The disk failed; what was done until then stays done.
         """
-        disk = self._disk
-        with disk.index.read() as txn:
-            before = disk.budget.usage(txn).total
-        check.sweep(disk, self._evictor)
-        check.remove_orphans(disk)
-        self._evictor.expire()
-        check.forget_empty_namespaces(disk, _NAMESPACE_MEMORY_S)
-        self._evictor.evict_to(self.limits.max_bytes)
-        with disk.index.read() as txn:
-            entries = [number for number, _ in txn.entries()]
-        merged = sum(
-            merge_chains(disk, self._evictor, entry, self._run_tokens) for entry in entries
-        )
-        blobs, without_room = compact(disk, self._evictor)
-        with disk.index.read() as txn:
-            freed = before - disk.budget.usage(txn).total
-        return Collected(max(0, freed), merged, blobs, without_room)
+        return self._upkeep.gc()
 
-    def _number(self, prefix: str) -> int:
-        """The number of the one entry whose id begins with `prefix`."""
-        if not prefix or len(prefix) > 16 or any(c not in "0123456789abcdef" for c in prefix):
-            raise KeyError(f"{prefix!r} is not an entry id: use hex digits as `list` shows them")
-        low = int(prefix.ljust(16, "0"), 16)
-        with self._disk.index.read() as txn:
-            found: list[str] = []
-            for number in txn.entries_from(low):
-                if not entry_id(number).startswith(prefix) or len(found) == 2:
-                    break
-                found.append(entry_id(number))
-        if not found:
-            raise KeyError(f"no entry has an id that begins with {prefix!r}")
-        if len(found) > 1:
-            raise KeyError(f"several entries have an id that begins with {prefix!r}")
-        return int(found[0], 16)
-
-    def _change(self, prefix: str, change: Callable[[EntryRecord], EntryRecord]) -> None:
-        number = self._number(prefix)
+    def _change(self, entry: str, change: Callable[[EntryRecord], EntryRecord]) -> None:
+        number = _number(entry)
 
         def apply(txn: Writer) -> None:
             record = txn.entry(number)
             if record is None:
-                raise KeyError(f"no entry has an id that begins with {prefix!r}")
+                raise KeyError(f"no entry has the id {entry}")
             txn.put_entry(number, change(record))
 
         self._disk.index.update(apply)
 
 
-def _open_disk(
-    root: Path,
-    limits: tuple[int | None, int | None, int | None],
-    *,
-    read_only: bool,
-    clock: Callable[[], float],
-) -> Disk:
-    """Open a store's parts, finish what dead processes left, and rebuild a damaged index.
-
-    Args:
-        root: Its folder.
-        limits: Budget, bytes to leave free, bytes a day; None for what was last set.
-        read_only: Change nothing.
-        clock: UTC seconds.
-    """
-    folder = BlobFolder(root)
-    opening.prepare_folder(root, folder, read_only)
-    may_rebuild = not read_only
-    while True:
-        index = opening.open_index(root, folder, read_only)
-        try:
-            settled = opening.settle_limits(index, *limits)
-            disk = Disk(root, index, folder, settled, clock)
-            if not read_only:
-                # A full disk must not keep anybody from reading, or from evicting.
-                with contextlib.suppress(StoreFullError):
-                    check.sweep(disk, Evictor(disk))
-                disk.regain_ballast()
-            return disk
-        except DamagedIndexError:
-            index.close()
-            if not may_rebuild:
-                raise
-            # LMDB notices some damage only when it comes to the page.
-            may_rebuild = False
-            check.distrust(root)
-        except BaseException:
-            index.close()
-            raise
-
-
-def _blob_record(txn: Reader, name: str) -> BlobRecord | None:
-    number = txn.blob_number(bytes.fromhex(name))
-    return None if number is None else txn.blob(number)
+def _number(entry: str) -> int:
+    """The number of the entry whose id is `entry`."""
+    if not _ID.fullmatch(entry):
+        raise KeyError(f"{entry!r} is not an entry id: one has 16 hex digits")
+    return int(entry, 16)
 
 
 def _packed(tokens: Sequence[int] | bytes) -> bytes:
@@ -845,72 +654,3 @@ def _checked_date(expires: float | None) -> float:
     if not 0 < expires < END_OF_TIME_S:
         raise ValueError(f"an expiry is a date in UTC seconds, got {expires}")
     return expires
-
-
-def _match_in(txn: Reader, namespace: NamespaceRecord, packed: bytes, limit: int) -> Match:
-    path = tree.walk(txn, namespace.root, packed)
-    position, checkpoint = tree.resumable(txn, path, limit)
-    reason = ""
-    if path.common == 0:
-        stored = txn.children(namespace.root, limit=1)
-        reason = reasons.OTHER_PROMPT if stored else NOTHING_STORED
-    elif position < min(path.common, limit):
-        reason = reasons.NO_CHECKPOINT
-    elif position == path.common < len(packed) // TOKEN_BYTES:
-        goes_on = path.node is None or txn.children(path.node, limit=1)
-        reason = reasons.DIVERGES if goes_on else reasons.ENDS
-    if position == 0:
-        return Match(0, common_tokens=path.common, reason=reason)
-    runs: list[Run] = []
-    nbytes = 0
-    for step in path.steps:
-        if step.start >= position:
-            break
-        record = _known(txn, step.edge.blob)
-        used = min(step.used, position - step.start)
-        name = record.name.hex()
-        if runs and runs[-1].blob == name:
-            runs[-1] = Run(name, runs[-1].start, runs[-1].num_tokens + used)
-        else:
-            runs.append(Run(name, step.start, used))
-            nbytes += record.nbytes
-    state = None if checkpoint == NO_BLOB else _known(txn, checkpoint)
-    used_entries = tree.entries_used(txn, path, position)
-    return Match(
-        num_tokens=position,
-        runs=tuple(runs),
-        checkpoint=None if state is None else state.name.hex(),
-        common_tokens=path.common,
-        entries=tuple(entry_id(number) for number in used_entries),
-        nbytes=nbytes + (0 if state is None else state.nbytes),
-        saved_s=_saved_s(txn, used_entries, position),
-        reason=reason,
-    )
-
-
-def _saved_s(txn: Reader, entries: Sequence[int], position: int) -> float:
-    """Seconds that computing `position` tokens takes, by what was measured for `entries`.
-
-    That is the cost of the last one measured there or above. The tokens behind it have their
-    part of what the entry below, whose rows they are, costs beyond it. A dear tail says nothing
-    of the prompt before it.
-    """
-    start, end, cost, cost_below = 0, 0, 0.0, 0.0
-    for number in reversed(entries):
-        record = txn.entry(number)
-        if record is None or record.prefill_s <= 0:
-            continue
-        if record.num_tokens <= position:
-            start, cost = record.num_tokens, record.prefill_s
-            break
-        end, cost_below = record.num_tokens, record.prefill_s
-    if start == position or end == 0:
-        return cost
-    return cost + max(0.0, cost_below - cost) * (position - start) / (end - start)
-
-
-def _known(txn: Reader, blob: int) -> BlobRecord:
-    record = txn.blob(blob)
-    if record is None:
-        raise tree.damaged("the index names a blob without record")
-    return record

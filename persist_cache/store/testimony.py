@@ -21,9 +21,9 @@ from persist_cache.blobs.header import TOKENS
 from persist_cache.blobs.reader import BlobReader
 from persist_cache.errors import StoreError
 from persist_cache.index import tree
-from persist_cache.index.audit import broken_invariants, misnumbered, stretches, too_small
-from persist_cache.index.environment import UNREADABLE, Reader, Writer
-from persist_cache.index.records import NO_BLOB, BlobKind, BlobRecord, namespace_key
+from persist_cache.index.audit import Records, broken_invariants, misnumbered, stretches, too_small
+from persist_cache.index.records import NO_BLOB, UNREADABLE, BlobKind, BlobRecord, namespace_key
+from persist_cache.index.transaction import Reader, Writer
 from persist_cache.store import rebuild
 from persist_cache.store.session import Disk
 from persist_cache.tokens import TOKEN_BYTES
@@ -130,21 +130,20 @@ def contradictions(txn: Reader, said: Mapping[str, Testimony]) -> Iterator[tuple
             yield "the index gives this blob another kind or start than it has", name
         elif txn.tokens(number, 0, tree.MAX_ROWS) != one.packed:
             yield "the index has other tokens than this blob", name
-    edges = txn.edge_columns()
-    spaces = txn.namespaces()
-    states = {number: record.checkpoint for number, record in txn.entries()}
-    for at, key, before, after in stretches(txn, edges, spaces, lambda _: xxhash.xxh3_128()):
-        found = known.get(edges.blobs[at])
+    records = Records.of(txn)
+    states = {number: record.checkpoint for number, record in records.entries.items()}
+    for edge, key, before, after in stretches(txn, records, lambda _: xxhash.xxh3_128()):
+        found = known.get(edge.blob)
         if found is not None:
             name, one = found
-            if bool(edges.flags[at] & 1) != one.complete:
+            if edge.complete != one.complete:
                 yield "the index is wrong about whether this blob has the rows of all layers", name
-            if not edges.first_rows[at] and (key, before.hexdigest()) != (
+            if not edge.first_row and (key, before.hexdigest()) != (
                 one.namespace,
                 one.prefix,
             ):
                 yield "the index puts this blob below another prompt than its own", name
-        state = known.get(states.get(edges.entries[at], NO_BLOB))
+        state = known.get(states.get(edge.entry, NO_BLOB))
         if state is not None:
             name, one = state
             if (key, after.hexdigest()) != (one.namespace, one.prefix):
@@ -222,8 +221,7 @@ def mend(disk: Disk, names: Iterable[str]) -> bool:
     """
     with contextlib.suppress(StoreError, _UndoError):
         with disk.index.read() as txn:
-            edges, spaces = txn.edge_columns(), txn.namespaces()
-            numbers = [number for number, _ in misnumbered(txn, edges, spaces)]
+            numbers = [number for number, _ in misnumbered(txn, Records.of(txn))]
             # Its number is that of its tokens: those may be what is wrong.
             suspects = [*names, *chain.from_iterable(_runs_of(txn, number) for number in numbers)]
         said = {}
@@ -247,10 +245,10 @@ def _mend_numbers(txn: Writer, said: Mapping[str, Testimony]) -> None:
     Raises:
         _UndoError: There is.
     """
-    edges, spaces = txn.edge_columns(), txn.namespaces()
-    for counter, least in list(too_small(txn, edges, txn.blob_columns(), spaces)):
+    found = Records.of(txn)
+    for counter, least in list(too_small(txn, found)):
         txn.add(counter, least - txn.counter(counter))
-    for number, right in list(misnumbered(txn, edges, spaces)):
+    for number, right in list(misnumbered(txn, found)):
         record = txn.entry(number)
         if record is not None and txn.entry(right) is None:
             txn.delete_entry(number)
@@ -259,7 +257,7 @@ def _mend_numbers(txn: Writer, said: Mapping[str, Testimony]) -> None:
     for database in (b"trash", b"pending", b"quarantine", b"departed"):
         txn.sized(database)  # a record that cannot be read is something, too
     txn.counts()
-    if broken_invariants(txn, txn.blob_columns()) or any(contradictions(txn, said)):
+    if broken_invariants(txn) or any(contradictions(txn, said)):
         raise _UndoError
 
 

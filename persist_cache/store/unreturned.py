@@ -16,11 +16,14 @@ from collections.abc import Callable
 
 from persist_cache import fs
 from persist_cache.errors import StoreError, StoreFullError
-from persist_cache.index.environment import Index, Reader, Writer
+from persist_cache.index.environment import Index
 from persist_cache.index.records import pack_counter, unpack_counter
+from persist_cache.index.transaction import Reader, Writer
 from persist_cache.store.budget import Budget
 
 FIRST_ROUND_BYTES = 16 * 1024
+_FIRST_LATE_ROUND_BYTES = 1 << 20
+"""Where the file system tells late, and takes and gives by larger pieces."""
 LONGEST_PAUSE_S = 3600.0
 PATIENCE_S = 1.0
 """Some file systems free blocks in the background: how long to wait for them."""
@@ -110,7 +113,7 @@ class Rounds:
         self._unreturned = unreturned
         self._budget = budget
         self._index = index
-        self._step = FIRST_ROUND_BYTES
+        self._step = _FIRST_LATE_ROUND_BYTES if budget.tells_late else FIRST_ROUND_BYTES
         self._futile = 0
         self._before = (0, 0)
         self.is_feasible = False
@@ -118,6 +121,8 @@ class Rounds:
 
     def begin(self, missing: int) -> int:
         """Bytes that the next round may evict, of those that are missing."""
+        if self._budget.tells_late:
+            fs.sync_file_system(self._index.root)
         self._before = self._now()
         return min(missing, self._step)
 
@@ -154,7 +159,7 @@ class Rounds:
             left_s = give_up - time.monotonic()
             if left_s <= 0:
                 return False
-            fs.settle(self._index.root)
+            fs.sync_file_system(self._index.root)
             time.sleep(min(nap_s, left_s))
             nap_s = min(2 * nap_s, 0.1)
 

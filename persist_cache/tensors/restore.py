@@ -18,7 +18,7 @@ import msgspec
 
 from persist_cache.blobs.header import DTYPE_BYTES
 from persist_cache.blobs.layout import Layout, RowGeometry, encode_layout, layout_leaves
-from persist_cache.blobs.reader import BlobReader
+from persist_cache.codec import Blob
 from persist_cache.errors import CorruptBlobError, UnsupportedCacheError
 from persist_cache.tensors import pool
 from persist_cache.tensors._mlx import mlx_cache
@@ -55,7 +55,7 @@ class _Fill(NamedTuple):
         total: Rows that are stored; all are read, because the checksum is over all.
     """
 
-    reader: BlobReader
+    reader: Blob
     name: str
     first: int
     used: int
@@ -130,8 +130,8 @@ class _Plan:
 
     def __init__(
         self,
-        runs: Sequence[tuple[BlobReader, int]],
-        checkpoint: BlobReader | None,
+        runs: Sequence[tuple[Blob, int]],
+        checkpoint: Blob | None,
         num_tokens: int,
     ) -> None:
         self.runs = runs
@@ -283,8 +283,8 @@ class _Plan:
 
 
 def restore(
-    runs: Sequence[tuple[BlobReader, int]],
-    checkpoint: BlobReader | None,
+    runs: Sequence[tuple[Blob, int]],
+    checkpoint: Blob | None,
     num_tokens: int,
     *,
     threads: int | None = None,
@@ -336,7 +336,7 @@ def _allocate(buffers: Sequence[_Buffer]) -> None:
 
 def _tasks(buffers: Sequence[_Buffer], threads: int) -> Iterator[Callable[[], None]]:
     """What fills allocated buffers: every byte is written once, by rows or by zeros."""
-    wanted: dict[BlobReader, list[tuple[_Buffer, _Fill]]] = {}
+    wanted: dict[Blob, list[tuple[_Buffer, _Fill]]] = {}
     for buffer in buffers:
         yield buffer.clear_rest
         for fill in buffer.fills:
@@ -363,7 +363,7 @@ def _tasks(buffers: Sequence[_Buffer], threads: int) -> Iterator[Callable[[], No
         yield partial(_read, reader, group)
 
 
-def _read(reader: BlobReader, group: Sequence[tuple[_Buffer, _Fill]]) -> None:
+def _read(reader: Blob, group: Sequence[tuple[_Buffer, _Fill]]) -> None:
     reader.read_adjacent([(fill.name, buffer.places(fill)) for buffer, fill in group])
 
 
@@ -390,7 +390,7 @@ def _row_buffer(geometry: RowGeometry, capacity: int, fills: list[_Fill]) -> _Bu
     return _Buffer(geometry.dtype, shape, fills, heads=heads, num_rows=capacity)
 
 
-def _check_stored(reader: BlobReader, name: str, geometry: RowGeometry, num_rows: int) -> None:
+def _check_stored(reader: Blob, name: str, geometry: RowGeometry, num_rows: int) -> None:
     """Check that `reader` holds `num_rows` rows of `geometry` under `name`."""
     info = reader.header.tensors.get(name)
     if info is None:
@@ -403,7 +403,7 @@ def _check_stored(reader: BlobReader, name: str, geometry: RowGeometry, num_rows
         )
 
 
-def _num_state_rows(reader: BlobReader, place: str, layout: Layout) -> int:
+def _num_state_rows(reader: Blob, place: str, layout: Layout) -> int:
     info = reader.header.tensors.get(f"layers.{place}.state.keys")
     if info is None or len(info.shape) != 4:
         raise CorruptBlobError(reader.path, f"lacks the state of layer {place}")

@@ -9,8 +9,8 @@ from typing import Any
 
 import msgspec
 
-from persist_cache.blobs.header import Payload, Tensor
 from persist_cache.blobs.layout import encode_layout
+from persist_cache.codec import Payload, Tensor
 from persist_cache.errors import UnsupportedCacheError
 from persist_cache.tensors.layers import (
     DTYPES,

@@ -14,7 +14,6 @@ from persist_cache import Store
 from persist_cache.blobs.writer import Written
 from persist_cache.entry import Tier
 from persist_cache.index import tree
-from persist_cache.index.environment import Writer
 from persist_cache.index.records import (
     NO_ENTRY,
     BlobKind,
@@ -24,7 +23,8 @@ from persist_cache.index.records import (
     edge_key,
     namespace_key,
 )
-from persist_cache.store.put import add_blob, place_entry
+from persist_cache.index.transaction import Writer
+from persist_cache.store.recording import add_blob, place_entry
 from persist_cache.tokens import TOKEN_BYTES, pack_tokens
 from scripts.benchmarks.kv import FINGERPRINT, TOKENS_IN_VOCABULARY
 

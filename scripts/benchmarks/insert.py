@@ -204,10 +204,8 @@ def decode_beside(folder: str, blocks: int) -> dict[str, list[float]]:
             for number in range(2):
                 new = kv.prompt(2048, seed=10 * block + number)
                 cache.insert_cache("model", new, _cut(saved, 2048), cache_type="user")
-            writer = cache._writer
-            assert writer is not None
             # Not `stats()`, which also reads the store: between the steps it slowed them down.
-            while writer.waiting()[0]:
+            while cache.queued_jobs:
                 beside.append(step())
             store.evict([entry.id for entry in store.entries()])
             thread = threading.Thread(target=write_raw)

@@ -11,6 +11,7 @@ from persist_cache.blobs.reader import BlobReader
 from persist_cache.blobs.writer import BlobWriter
 from persist_cache.entry import Match
 from persist_cache.index.records import SizedRecord
+from persist_cache.store import reservation
 from persist_cache.store.evict import Evictor
 from persist_cache.store.put import Insertion, PutResult
 from persist_cache.store.session import Disk
@@ -51,8 +52,14 @@ def _budget_afterwards() -> None:
     """Room is made once the blob is there, not before."""
     run = Insertion.run
 
-    def reserve(self: Evictor, names: Sequence[bytes], nbytes: int, *_: Any, **__: Any) -> None:
-        disk: Disk = self._disk
+    def reserve(
+        disk: Disk,
+        evictor: Evictor,
+        names: Sequence[bytes],
+        nbytes: int,
+        num_tokens: int,
+        protected: frozenset[int] | None,
+    ) -> None:
         share = SizedRecord(nbytes // len(names) + 1, disk.clock())
 
         def note(txn: Any) -> None:
@@ -66,7 +73,7 @@ def _budget_afterwards() -> None:
         self._evictor.evict_to(self._disk.limits.max_bytes)
         return done
 
-    Evictor.reserve = reserve  # type: ignore[method-assign]
+    reservation.reserve = reserve
     Insertion.run = run_then_evict  # type: ignore[method-assign]
 
 
@@ -95,34 +102,32 @@ def _identified_late() -> None:
 
 def _two_looks() -> None:
     """A fetch tells the length of one cache, and gives away what a second look finds."""
+    from persist_cache.cache.lookup import Lookup, Taken
     from persist_cache.cache.owners import Owner
-    from persist_cache.cache.prompt_cache import PromptCache, _Taken
 
-    take = PromptCache._take
+    take = Lookup.take
 
     def look_and_take(
-        self: PromptCache, owner: Owner, packed: bytes, limit: int, *, on_disk: Match
-    ) -> _Taken:
-        with self._lock:
-            first = self._candidate(owner, packed, limit)
+        self: Lookup, owner: Owner, packed: bytes, limit: int, *, on_disk: Match
+    ) -> Taken:
+        first = self.outlook(owner, packed, limit)[1]
         given = take(self, owner, packed, limit, on_disk=on_disk)
-        return given if first is None else given._replace(num_tokens=first.num_tokens)
+        return given if first == 0 else given._replace(num_tokens=first)
 
-    PromptCache._take = look_and_take  # type: ignore[method-assign]
+    Lookup.take = look_and_take  # type: ignore[method-assign]
 
 
 def _only_lengths() -> None:
     """Of a cache that its former owner changed, only the length is compared."""
-    from persist_cache.cache.live_caches import Held
-    from persist_cache.cache.prompt_cache import PromptCache
+    from persist_cache.cache.live_caches import Held, Resident
 
-    is_unchanged = PromptCache._is_unchanged
+    is_unchanged = Resident.is_unchanged
 
-    def has_its_length(self: PromptCache, held: Held) -> bool:
+    def has_its_length(self: Resident, held: Held) -> bool:
         held.witness = None
         return is_unchanged(self, held)
 
-    PromptCache._is_unchanged = has_its_length  # type: ignore[method-assign]
+    Resident.is_unchanged = has_its_length  # type: ignore[method-assign]
 
 
 FOUND_BY = {

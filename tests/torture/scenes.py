@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from persist_cache.blobs.header import Payload, Tensor
+from persist_cache.codec import Payload, Tensor
 from persist_cache.errors import StoreError, StoreFormatError, StoreFullError
 from persist_cache.index.records import pack_counter
 from persist_cache.store.store import Store

@@ -16,7 +16,8 @@ from functools import partial
 from typing import Any
 
 from persist_cache import fs
-from persist_cache.index.environment import Index, Writer
+from persist_cache.index.environment import Index
+from persist_cache.index.transaction import Writer
 
 CALLS = (
     "create",

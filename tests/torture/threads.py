@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from persist_cache.blobs.header import Payload, Tensor
-from persist_cache.blobs.reader import BlobReader
 from persist_cache.cache.prompt_cache import PromptCache
+from persist_cache.codec import Blob, Payload, Tensor
 from persist_cache.errors import CorruptBlobError
 from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.store.store import Store
+from persist_cache.store.trail import Trail
 from tests.fakes import fingerprint
 from tests.torture import broken
 
@@ -87,8 +87,8 @@ class Codec:
 
     def restore(
         self,
-        runs: Sequence[tuple[BlobReader, int]],
-        checkpoint: BlobReader | None,
+        runs: Sequence[tuple[Blob, int]],
+        checkpoint: Blob | None,
         num_tokens: int,
     ) -> list[Layer]:
         if checkpoint is not None:
@@ -129,7 +129,7 @@ class _Witness:
         return cache[0].rows is self.rows
 
 
-def _read(reader: BlobReader, name: str) -> np.ndarray:
+def _read(reader: Blob, name: str) -> np.ndarray:
     data = np.empty(reader.header.tensors[name].shape, dtype=np.int64)
     reader.read(name, [data.data.cast("B")])
     return data.reshape(-1)
@@ -310,7 +310,12 @@ class Episode:
         prompt = self._prompt(dice)
         with self._loaded.computing() as (model, loads):
             cache = self._cache  # another one would not know what was asked of this one
-            kv, rest = cache.fetch_nearest_cache(MODEL, prompt)
+            trail = Trail()
+            if len(prompt) % 2:
+                # As a server does; others commit in between, and weights may be replaced.
+                cache.read_ahead(MODEL, prompt, trail=trail)
+                cache.branch_point(MODEL, prompt, trail=trail)
+            kv, rest, _ = cache.look_up(MODEL, prompt, trail=trail)
             if self._loaded.loads != loads:
                 return  # loaded in between: who knows which model was asked for
             layer = self._verified(kv, list(rest), prompt, model)

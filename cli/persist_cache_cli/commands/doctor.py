@@ -10,8 +10,10 @@ from typing import Any
 
 import click
 
-from persist_cache import Store, StoreStats, doctor
-from persist_cache.doctor import BreakEven, DiskSpeed, Finding, Folder, ModelCache
+from persist_cache import Store, StoreStats
+from persist_cache.doctor import facts, judgement
+from persist_cache.doctor.facts import BreakEven, DiskSpeed, Folder, ModelCache
+from persist_cache.doctor.judgement import Finding
 from persist_cache.errors import StoreError
 from persist_cache.queries.totals import Survey, quarantined
 from persist_cache.store.budget import DEFAULT_MAX_BYTES, DEFAULT_MIN_FREE_BYTES
@@ -73,9 +75,9 @@ class _Report:
     model: ModelCache | None = None
     break_even: list[BreakEven] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
-    versions: dict[str, str] = field(default_factory=doctor.versions)
-    open_files: tuple[int, int] = field(default_factory=doctor.open_files_limit)
-    machine: doctor.Machine = field(default_factory=doctor.machine)
+    versions: dict[str, str] = field(default_factory=facts.versions)
+    open_files: tuple[int, int] = field(default_factory=facts.open_files_limit)
+    machine: facts.Machine = field(default_factory=facts.machine)
 
     @property
     def problems(self) -> list[Finding]:
@@ -242,7 +244,7 @@ class _Report:
 def _examine(store: str | None, choice: ModelChoice | None) -> _Report:
     """Look at everything; what goes wrong becomes a finding."""
     root = store_path(store)
-    report = _Report(doctor.look_at_folder(root))
+    report = _Report(facts.look_at_folder(root))
     failures: list[str] = []
     if report.folder.exists and report.folder.is_ours:
         try:
@@ -257,12 +259,12 @@ def _examine(store: str | None, choice: ModelChoice | None) -> _Report:
             failures.append(str(error))
         except OSError as error:
             failures.append(
-                f"A file of {format_bytes(doctor.PROBE_BYTES)} cannot be written to "
+                f"A file of {format_bytes(facts.PROBE_BYTES)} cannot be written to "
                 f"{root} ({error.strerror}); free some space, or use --store PATH."
             )
     max_bytes, min_free_bytes = report.limits
     report.findings += [Finding("problem", one) for one in failures]
-    report.findings += doctor.judge(
+    report.findings += judgement.judge(
         report.folder,
         limits=report.open_files,
         packages=report.versions,
@@ -272,7 +274,7 @@ def _examine(store: str | None, choice: ModelChoice | None) -> _Report:
     )
     if choice is not None:
         report.model = _look_at_model(choice)
-        report.findings += doctor.judge_model(report.model)
+        report.findings += judgement.judge_model(report.model)
     return report
 
 
@@ -287,22 +289,22 @@ def _measure(store: str | None, root: Path, report: _Report) -> None:
     if not report.folder.writable:
         return
     if stats is not None and (
-        stats.usage.total + doctor.PROBE_BYTES > stats.max_bytes
-        or stats.free_bytes - doctor.PROBE_BYTES < stats.min_free_bytes
+        stats.usage.total + facts.PROBE_BYTES > stats.max_bytes
+        or stats.free_bytes - facts.PROBE_BYTES < stats.min_free_bytes
     ):
         report.findings.append(
             Finding(
                 "note",
                 "The speed of the disk was not measured: the store has no room for "
-                f"{format_bytes(doctor.PROBE_BYTES)} within its limits.",
+                f"{format_bytes(facts.PROBE_BYTES)} within its limits.",
             )
         )
         return
-    report.speed = doctor.measure_disk(root)
+    report.speed = facts.measure_disk(root)
     if stats is not None:
         with reading(store) as opened:
             if opened is not None:
-                report.break_even = doctor.break_even(opened, Survey(opened), report.speed)
+                report.break_even = facts.break_even(opened, Survey(opened), report.speed)
 
 
 def _look_into(store: Store, report: _Report, given: str | None) -> None:
@@ -328,4 +330,4 @@ def _look_at_model(choice: ModelChoice) -> ModelCache:
     found = identifier(choice.key)
     if found is None:
         return ModelCache(choice.model, "", identifier.reason(choice.key))
-    return doctor.look_at_model(choice.model, Path(found.info["path"]), found.hex)
+    return facts.look_at_model(choice.model, Path(found.info["path"]), found.hex)

@@ -353,14 +353,7 @@ def _evict(store: Store, plan: _Plan, everything: bool, to_bytes: int | None) ->
     """Evict what was planned; what others evicted meanwhile is fine."""
     freed = 0
     if plan.rows:
-        try:
-            freed = store.evict(plan.ids, to_bytes=to_bytes)
-        except KeyError:
-            for one in plan.ids:
-                try:
-                    freed += store.evict([one], to_bytes=to_bytes)
-                except KeyError:
-                    continue
+        freed = store.evict(plan.ids, to_bytes=to_bytes, missing_ok=True)
     if everything:
         freed += store.purge_quarantine()
     return freed

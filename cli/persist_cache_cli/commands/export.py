@@ -8,9 +8,9 @@ from pathlib import Path
 import click
 
 from persist_cache import bundle
-from persist_cache_cli.bars import bar
 from persist_cache_cli.output import format_bytes, plural, print_json, printable
 from persist_cache_cli.parse import ENTRY_ID
+from persist_cache_cli.progress import bar
 from persist_cache_cli.store_access import NothingFound, common_options, reading, resolve
 
 
@@ -42,7 +42,7 @@ def command(
         full = resolve(opened, ids)
         assert opened is not None, "without a store there are no ids"
         try:
-            with bar("Exporting", silent=quiet or as_json) as progress:
+            with bar("Exporting", silent=quiet or as_json, unit="bytes") as progress:
                 done = bundle.export(opened, full, file, force=force, progress=progress)
         except FileExistsError:
             raise click.ClickException(f"{file} exists already; --force replaces it.") from None

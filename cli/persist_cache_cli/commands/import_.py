@@ -22,8 +22,8 @@ from persist_cache.bundle import (
 from persist_cache.errors import ModelError
 from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.queries.models import Model
-from persist_cache_cli.bars import bar
 from persist_cache_cli.output import format_bytes, plural, print_json, printable
+from persist_cache_cli.progress import bar
 from persist_cache_cli.prompts import choose_model, model_options
 from persist_cache_cli.store_access import changing, common_options, store_path
 
@@ -64,7 +64,7 @@ def command(
     """
     silent = quiet or as_json
     here = None if model is None else _identify(model, **model_choice)
-    with bar("Verifying", silent=silent) as progress:
+    with bar("Verifying", silent=silent, unit="bytes") as progress:
         bundle = Bundle(file, progress)
     with bundle:
         entries = [one for one in bundle.entries if here is None or _is_same(one, here)]
@@ -111,7 +111,7 @@ def _import(
     with Store.open(store_path(store)) as opened:
         # Before, because afterwards the store has entries of all these models.
         models = judge(opened)
-        with bar("Storing", silent=silent, in_bytes=False) as progress:
+        with bar("Storing", silent=silent) as progress:
             return models, load(opened, entries, here=here, progress=progress)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from persist_cache.server.rendering import PromptRequest, system_only
 from persist_cache.warm import WARM_STEP_TOKENS, Warmed, warm
 from persist_cache_cli.output import format_bytes, print_json
 from persist_cache_cli.parse import DURATION, parse_duration
+from persist_cache_cli.progress import bar
 from persist_cache_cli.prompts import (
     ManifestPrompt,
     ModelChoice,
@@ -334,10 +337,10 @@ class _Run:
             raise _unidentified(choice, fingerprint.reason)
         return self._model[1], fingerprint
 
-    def _progress(self, job: Job, total: int) -> Any:
-        from persist_cache_cli.progress import token_bar
-
-        return token_bar(_name(job), total, quiet=self._quiet)
+    @contextlib.contextmanager
+    def _progress(self, job: Job, total: int) -> Iterator[Callable[[int], None] | None]:
+        with bar(_name(job), silent=self._quiet, unit="tokens", total=total) as draw:
+            yield None if draw is None else lambda done: draw(done, total)
 
     def _say(self, text: str) -> None:
         if not self._quiet:

@@ -1,0 +1,153 @@
+"""What memory keeps: caches that are inserted, and for which weights.
+
+A cache is kept for the weights that computed it. When a model is loaded again, what the former
+weights computed leaves memory, and what they had begun is kept for nobody.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+from persist_cache.cache.live_caches import Held, Resident
+from persist_cache.cache.owners import Owner, Owners
+from persist_cache.cache.saver import Saver
+from persist_cache.cache.stats import Tally
+from persist_cache.codec import Codec
+from persist_cache.entry import Tier
+from persist_cache.errors import UnsupportedCacheError
+from persist_cache.prefill.clock import Prefills
+from persist_cache.tokens import TOKEN_BYTES, pack_tokens
+
+log = logging.getLogger(__name__)
+
+
+class Keeper:
+    """Takes caches over and keeps them in memory.
+
+    Thread safety: may be shared between threads, except that a cache is inserted on the thread
+    that computed it. `lock` is the `PromptCache`'s, and guards the caches in memory.
+    """
+
+    def __init__(
+        self,
+        codec: Codec,
+        resident: Resident,
+        lock: threading.RLock,
+        owners: Owners,
+        saver: Saver,
+        prefills: Prefills,
+        tally: Tally,
+    ) -> None:
+        """Keep in `resident`, and have the saver save.
+
+        Args:
+            codec: Prepares, measures and trims caches.
+            resident: The caches in memory.
+            lock: Guards them.
+            owners: Tells whose KV a cache is.
+            saver: Saves what is to be on disk.
+            prefills: Tells what computing a cache cost.
+            tally: Counts what is not kept.
+        """
+        self._codec = codec
+        self._resident = resident
+        self._lock = lock
+        self._owners = owners
+        self._saver = saver
+        self._prefills = prefills
+        self._tally = tally
+        self._cuts: deque[tuple[Owner | None, bytes, int]] = deque(maxlen=16)
+
+    def owner(self, model: Hashable) -> Owner:
+        """Whose KV a model computes now; what others left under its key goes."""
+        owner = self._owners.of(model, may_read=self._saver.wants_disk)
+        self._saver.serves(owner)
+        with self._lock:
+            if self._resident.now_computed_by(owner):
+                self._saver.let_go_of_former()
+        return owner
+
+    def cut_answer(self, owner: Owner | None, packed: bytes, num_tokens: int) -> None:
+        """Of the next answer to a prompt, keep the cache of its first `num_tokens` and no more.
+
+        Args:
+            owner: Whose answer; any when None.
+            packed: The prompt.
+            num_tokens: How much of it to keep.
+        """
+        with self._lock:
+            self._cuts.append((owner, packed, num_tokens))
+
+    def insert(
+        self, model: Hashable, tokens: Sequence[int], cache: Any, tier: Tier, prefill_s: float
+    ) -> None:
+        """Keep a cache, and have it saved if it is to be on disk.
+
+        Args:
+            model: mlx-lm's model key.
+            tokens: What the cache has seen; copied.
+            cache: The cache, which is taken over.
+            tier: Role class.
+            prefill_s: Seconds that computing all of it takes; added up here when 0.
+        """
+        try:
+            num_tokens = self._codec.prepare(cache, len(tokens))
+        except UnsupportedCacheError as error:
+            self._tally.problem(f"unsupported:{error.class_name}")
+            log.warning("a prompt is not kept: %s", error)
+            return
+        packed = pack_tokens(tokens)
+        owner = self.owner(model)
+        ends = tier == Tier.ASSISTANT
+        if self._owners.is_of_another(owner, packed, cache, ends=ends):
+            # Begun before the model was loaded again, it is neither's.
+            self._tally.problem("computed_before_reload")
+            log.warning("a prompt is not kept: its model was loaded again while it was computed")
+            return
+        surplus = num_tokens - self._kept_tokens(owner, packed, num_tokens)
+        seen = packed[: num_tokens * TOKEN_BYTES]
+        prefill_s = prefill_s or self._prefills.ended(model, seen, tier)
+        if surplus:
+            if not self._codec.can_trim(cache) or self._codec.trim(cache, surplus) != surplus:
+                return
+            prefill_s *= 1 - surplus / num_tokens
+            num_tokens -= surplus
+        packed = packed[: num_tokens * TOKEN_BYTES]
+        nbytes = self._codec.nbytes(cache)
+        held = Held(owner, packed, cache, nbytes, tier.label, prefill_s)
+        witness = getattr(self._codec, "witness", None)
+        held.witness = None if witness is None else witness(cache)
+        self._saver.try_late_store_soon()
+        with self._lock:
+            held.wanted = self._saver.is_for_disk(held)
+            if not self._resident.is_current(owner):
+                # Another thread has seen a later load meanwhile.
+                self._saver.spill([held])
+                return
+            at_once = held.wanted and tier != Tier.ASSISTANT
+            if at_once:
+                self._saver.save_later(held)
+            if nbytes > self._resident.max_bytes:
+                # Keeping it would flush everything else, and then itself.
+                self._tally.problem("too_large_for_memory")
+                self._saver.spill([held])
+                return
+            self._saver.spill(self._resident.add(held))
+
+    def _kept_tokens(self, owner: Owner, packed: bytes, num_tokens: int) -> int:
+        """How much of a cache is to be kept: all of it, or as `cut_answer` said."""
+        with self._lock:
+            for cut in self._cuts:
+                wanted, prompt, kept = cut
+                if wanted is not None and not wanted.is_same_load(owner):
+                    continue
+                if packed.startswith(prompt) or prompt.startswith(packed):
+                    if len(packed) > len(prompt):
+                        # With the reply the answer has ended.
+                        self._cuts.remove(cut)
+                    return min(kept, num_tokens)
+        return num_tokens

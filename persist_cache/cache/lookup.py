@@ -1,0 +1,229 @@
+"""What a prompt gets: the longer of what memory and the disk have of it, and why it is no more.
+
+`answer` gives a cache away; the other methods only look.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any, NamedTuple
+
+from persist_cache.cache.live_caches import Candidate, Resident
+from persist_cache.cache.owners import Owner
+from persist_cache.cache.saver import Saver
+from persist_cache.cache.stats import Fetch, Tally
+from persist_cache.codec import Codec
+from persist_cache.entry import Match, MissReason, Tier
+from persist_cache.errors import StoreError
+from persist_cache.store.reasons import nothing, reason_of, why_no_more
+from persist_cache.store.trail import Trail
+
+_ENOUGH_GAIN_TOKENS = 32
+"""Reading the disk beats a shorter cache in memory only for more than a few tokens."""
+
+
+class Taken(NamedTuple):
+    """What memory gave for a prompt: a cache, if it is to be used, its length and its cost.
+
+    `parting` is what `Resident.parting` said before it was given away.
+    """
+
+    cache: Any | None
+    num_tokens: int
+    parting: tuple[int, bool]
+    prefill_s: float = 0.0
+
+
+class Lookup:
+    """Looks into memory and on the disk.
+
+    Thread safety: may be shared between threads. `lock` is the `PromptCache`'s: a cache is chosen
+    and given away within one hold of it, and it is not held while the disk is asked.
+    """
+
+    def __init__(
+        self, codec: Codec, resident: Resident, lock: threading.RLock, saver: Saver, tally: Tally
+    ) -> None:
+        """Look into `resident` and, for what the saver has on disk, into its store.
+
+        Args:
+            codec: Copies and trims caches, and restores them from bytes.
+            resident: The caches in memory.
+            lock: Guards them.
+            saver: Has the store, and saves what has to leave memory.
+            tally: Counts what goes wrong.
+        """
+        self._codec = codec
+        self._resident = resident
+        self._lock = lock
+        self._saver = saver
+        self._tally = tally
+
+    def answer(
+        self,
+        owner: Owner,
+        packed: bytes,
+        limit: int,
+        counted: bool,
+        trail: Trail | None = None,
+    ) -> tuple[Any | None, Fetch]:
+        """The longer of memory and disk, what it is, and why it is no more.
+
+        Args:
+            owner: Whose KV it is to be.
+            packed: The prompt.
+            limit: Tokens that it may get at most.
+            counted: Whether the use is to be noted in the store.
+            trail: Of the request; for any of these methods, None means that this is its only look.
+
+        Returns:
+            A cache that the caller owns, or None; and the outcome.
+        """
+        match = self.match(owner, packed, limit, trail)
+        asks_disk = self._saver.disk is not None and owner.fingerprint is not None
+        taken = self.take(owner, packed, limit, on_disk=match)
+        parting = taken.parting
+        if taken.cache is None and match.num_tokens:
+            found = self._load(owner, packed, match, limit, taken.num_tokens + 1, counted)
+            if found is not None:
+                cache, match = found
+                used = match.num_tokens
+                why, said = why_no_more(used, limit, match, parting, asked_disk=asks_disk)
+                return cache, Fetch("disk", used, said, 0.0, match.nbytes, match.saved_s, why)
+            match = nothing(MissReason.UNREADABLE)
+            taken = self.take(owner, packed, limit, on_disk=match)
+        used = 0 if taken.cache is None else taken.num_tokens
+        why, said = why_no_more(used, limit, match, parting, asked_disk=asks_disk)
+        if taken.cache is None:
+            return None, Fetch("miss", 0, said, why=why)
+        store = self._saver.store
+        if counted and store is not None and match.num_tokens:
+            store.touch(match, num_tokens=used)
+        return taken.cache, Fetch("memory", used, said, prefill_s=taken.prefill_s, why=why)
+
+    def outlook(self, owner: Owner, packed: bytes, limit: int) -> tuple[int, int]:
+        """Tokens that would not be computed, and how many memory alone would serve."""
+        with self._lock:
+            candidate = self._resident.find(owner, packed, limit)
+        in_memory = 0 if candidate is None else candidate.num_tokens
+        on_disk = self.match(owner, packed, limit).num_tokens
+        reads_disk = in_memory == 0 or on_disk - in_memory >= _ENOUGH_GAIN_TOKENS
+        return (max(on_disk, in_memory) if reads_disk else in_memory), in_memory
+
+    def known(
+        self, owner: Owner, packed: bytes, limit: int, trail: Trail | None = None
+    ) -> tuple[int, int]:
+        """Tokens that can be served, and tokens shared with anything that is known."""
+        with self._lock:
+            candidate = self._resident.find(owner, packed, limit)
+            common = self._resident.common_tokens(owner, packed)
+        known = 0 if candidate is None else candidate.num_tokens
+        match = self.match(owner, packed, limit, trail)
+        return max(known, match.num_tokens), max(common, match.common_tokens)
+
+    def read_ahead(
+        self, owner: Owner, packed: bytes, limit: int, trail: Trail | None = None
+    ) -> int:
+        """Have the system read what `answer` would; returns the bytes of the files."""
+        store = self._saver.store
+        if store is None:
+            return 0
+        match = self.match(owner, packed, limit, trail)
+        with self._lock:
+            in_memory = self._resident.common_tokens(owner, packed)
+        if match.num_tokens - in_memory < _ENOUGH_GAIN_TOKENS:
+            return 0
+        nbytes = store.read_ahead(match)
+        self._tally.read_ahead(nbytes)
+        return nbytes
+
+    def match(self, owner: Owner, packed: bytes, limit: int, trail: Trail | None = None) -> Match:
+        """What the disk has of a prompt; nothing, with the reason, when it cannot be asked."""
+        store = self._saver.disk
+        if store is None:
+            said = self._saver.disk_off  # as the caller of `PromptCache` says it, or the disk
+            return Match(0, reason=said, why=reason_of(said))
+        if owner.fingerprint is None:
+            return nothing(MissReason.UNIDENTIFIED_MODEL, owner.reason)
+        try:
+            return store.match(owner.fingerprint, packed, limit=limit, trail=trail)
+        except StoreError as error:
+            if self._saver.disk is not None:  # else it was closed by us while it was asked
+                self._saver.failed(error)
+            return nothing(MissReason.DISK_ERROR, str(error))
+
+    def take(self, owner: Owner, packed: bytes, limit: int, *, on_disk: Match) -> Taken:
+        """Give away the best cache in memory, unless the disk's is worth reading instead.
+
+        Returns:
+            The cache and its length; without a cache, the length of the one that stays behind.
+        """
+        with self._lock:
+            while (candidate := self._resident.find(owner, packed, limit)) is not None:
+                used, parting = candidate.num_tokens, self._resident.parting(owner, packed)
+                gain = on_disk.num_tokens - used
+                if on_disk.num_tokens and (used <= 0 or gain >= _ENOUGH_GAIN_TOKENS):
+                    return Taken(None, used, parting)
+                cache = self._give(candidate)
+                if cache is not None:
+                    return Taken(cache, used, parting, _cost(candidate, on_disk))
+                self._tally.problem("trim_failed")
+                self._resident.remove(candidate.held)
+                self._saver.spill([candidate.held])
+            return Taken(None, 0, self._resident.parting(owner, packed))
+
+    def _give(self, candidate: Candidate) -> Any | None:
+        """Give a cache away, or a copy of it; the caller holds the lock.
+
+        A cache that is on disk is lent: decoding on a copy would copy all of it at the first
+        token. Prompts that many conversations share stay, and are copied.
+
+        Returns:
+            The cache, cut to the candidate's length; None if that cannot be done.
+        """
+        held, used = candidate.held, candidate.num_tokens
+        if held.saved and used == held.num_tokens and held.tier != Tier.SYSTEM.label:
+            self._resident.remove(held)
+            held.witness = None  # with its references, the next token would copy all of it
+            return held.cache
+        self._resident.touch(held)
+        cache = self._codec.copy_cache(held.cache)
+        surplus = held.num_tokens - used
+        if surplus and self._codec.trim(cache, surplus) != surplus:
+            return None
+        return cache
+
+    def _load(
+        self,
+        owner: Owner,
+        packed: bytes,
+        match: Match,
+        limit: int,
+        min_tokens: int,
+        counted: bool,
+    ) -> tuple[Any, Match] | None:
+        """Read what was found on the disk, or what is there by now; None if that is too little."""
+        store = self._saver.store
+        if store is None or owner.fingerprint is None:
+            return None
+        started = time.monotonic()
+        found = store.load(
+            owner.fingerprint,
+            packed,
+            match,
+            self._codec.restore,
+            limit=limit,
+            min_tokens=min_tokens,
+        )
+        if found is not None and counted:
+            store.touch(found[1], spent_s=time.monotonic() - started)
+        return found
+
+
+def _cost(candidate: Candidate, match: Match) -> float:
+    """Seconds that computing what memory serves took; 0 when nobody measured."""
+    used, held = candidate.num_tokens, candidate.held
+    if match.num_tokens == used and match.saved_s:
+        return match.saved_s  # the disk knows each entry on the way
+    return held.prefill_s * used / held.num_tokens if used else 0.0

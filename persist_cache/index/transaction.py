@@ -1,0 +1,367 @@
+"""Typed look-ups and changes within one transaction of the index.
+
+`Reader` and `Writer` know the sub-databases and the records in them, and nothing of how a
+transaction begins or ends, which is the business of `environment`. What the records mean together,
+the trie, is that of `tree`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import xxhash
+
+from persist_cache.errors import StoreFormatError
+from persist_cache.index.columns import BlobColumns, EdgeColumns, EntryColumns, Packed, Raw
+from persist_cache.index.records import (
+    EXPIRY_KEY,
+    MAX_COUNTER,
+    NUMBER,
+    RECENCY_KEY,
+    UNREADABLE,
+    BlobRecord,
+    Edge,
+    EntryRecord,
+    NamespaceRecord,
+    SizedRecord,
+    expiry_key,
+    pack_counter,
+    pack_number,
+    recency_key,
+    unpack_counter,
+    unpack_number,
+)
+
+DATABASES = (
+    b"meta",
+    b"namespaces",
+    b"edges",
+    b"parents",
+    b"tokens",
+    b"blobs",
+    b"names",
+    b"entries",
+    b"recency",
+    b"expiry",
+    b"trash",
+    b"pending",
+    b"quarantine",
+    b"departed",
+)
+_TREE = (
+    b"namespaces",
+    b"edges",
+    b"parents",
+    b"tokens",
+    b"blobs",
+    b"names",
+    b"entries",
+    b"recency",
+    b"expiry",
+)
+"""What a rebuild makes anew from the blobs."""
+_COUNTED = b"count:"
+"""Prefix of the counters that people see; all others are the store's own."""
+_MAX_NAME_BYTES = 400
+
+
+def counter_name(name: str) -> str:
+    """A counter's name as a key can hold it: LMDB's have 511 bytes; the rest becomes a digest."""
+    raw = name.encode("utf-8", "replace")
+    if len(raw) <= _MAX_NAME_BYTES:
+        return raw.decode()
+    head = raw[: _MAX_NAME_BYTES - 33].decode("utf-8", "ignore")
+    return f"{head}~{xxhash.xxh3_128_hexdigest(raw)}"
+
+
+class Reader:
+    """Typed look-ups in one read transaction; valid inside its `with` block only."""
+
+    # LMDB's transaction and databases; `environment` alone imports their classes.
+    def __init__(self, txn: Any, databases: dict[bytes, Any]) -> None:
+        self._txn = txn
+        self._db = databases
+
+    @property
+    def commit_id(self) -> int:
+        """Number of the commit that is seen; a higher one may have changed anything."""
+        return int(self._txn.id())
+
+    def counter(self, name: str) -> int:
+        raw = self._txn.get(name.encode(), db=self._db[b"meta"])
+        return 0 if raw is None else unpack_counter(raw)
+
+    def counts(self) -> dict[str, int]:
+        """Everything that was ever counted with `Writer.count`."""
+        found: dict[str, int] = {}
+        with self._txn.cursor(db=self._db[b"meta"]) as cursor:
+            if cursor.set_range(_COUNTED):
+                for key, value in cursor:
+                    name = bytes(key)
+                    if not name.startswith(_COUNTED):
+                        break
+                    found[name.removeprefix(_COUNTED).decode()] = unpack_counter(value)
+        return found
+
+    def meta(self, name: str) -> bytes | None:
+        raw = self._txn.get(name.encode(), db=self._db[b"meta"])
+        return None if raw is None else bytes(raw)
+
+    def namespaces(self, prefix: bytes = b"") -> list[tuple[bytes, NamespaceRecord]]:
+        """All namespaces whose key begins with `prefix`: one per layout of a fingerprint."""
+        found = []
+        with self._txn.cursor(db=self._db[b"namespaces"]) as cursor:
+            if cursor.set_range(prefix):
+                for key, value in cursor:
+                    if not bytes(key).startswith(prefix):
+                        break
+                    found.append((bytes(key), NamespaceRecord.unpack(value)))
+        return found
+
+    def edge(self, key: bytes) -> Edge | None:
+        raw = self._txn.get(key, db=self._db[b"edges"])
+        return None if raw is None else Edge.unpack(raw)
+
+    def children(self, node: int, limit: int | None = None) -> list[tuple[bytes, Edge]]:
+        """Edges below `node` in the order of their first tokens' bytes."""
+        prefix = pack_number(node)
+        found: list[tuple[bytes, Edge]] = []
+        with self._txn.cursor(db=self._db[b"edges"]) as cursor:
+            if cursor.set_range(prefix):
+                for key, value in cursor:
+                    if bytes(key[:8]) != prefix or (limit is not None and len(found) >= limit):
+                        break
+                    found.append((bytes(key), Edge.unpack(value)))
+        return found
+
+    def edges(self) -> Iterator[tuple[bytes, Edge]]:
+        keys, values = self._table(b"edges")
+        return zip(map(bytes, keys), Edge.unpack_all(values), strict=True)
+
+    def edge_columns(self) -> EdgeColumns:
+        return EdgeColumns(*self._table(b"edges"))
+
+    def parent_key(self, node: int) -> bytes | None:
+        """Key of the edge that leads to `node`; None for a root."""
+        raw = self._txn.get(pack_number(node), db=self._db[b"parents"])
+        return None if raw is None else bytes(raw)
+
+    def parents(self) -> tuple[Sequence[int], Raw]:
+        """All nodes but the roots, and the key of the edge that leads to each."""
+        keys, values = self._table(b"parents")
+        return Packed(NUMBER, keys).field(0), values
+
+    def blob(self, number: int) -> BlobRecord | None:
+        raw = self._txn.get(pack_number(number), db=self._db[b"blobs"])
+        return None if raw is None else BlobRecord.unpack(raw)
+
+    def blobs(self) -> Iterator[tuple[int, BlobRecord]]:
+        keys, values = self._table(b"blobs")
+        return zip(Packed(NUMBER, keys).field(0), BlobRecord.unpack_all(values), strict=True)
+
+    def blob_columns(self) -> BlobColumns:
+        return BlobColumns(*self._table(b"blobs"))
+
+    def blob_number(self, name: bytes) -> int | None:
+        raw = self._txn.get(name, db=self._db[b"names"])
+        return None if raw is None else unpack_number(raw)
+
+    def names(self) -> tuple[Raw, Sequence[int]]:
+        """The names of all blobs, and their numbers."""
+        keys, values = self._table(b"names")
+        return keys, Packed(NUMBER, values).field(0)
+
+    def tokens(self, blob: int, first_row: int, rows: int) -> bytes:
+        """Packed tokens of rows `[first_row, first_row + rows)` of a blob."""
+        raw = self._txn.get(pack_number(blob), db=self._db[b"tokens"])
+        return b"" if raw is None else bytes(raw[first_row * 8 : (first_row + rows) * 8])
+
+    def first_tokens(self) -> dict[int, bytes]:
+        """The first packed token of every run, by the blob's number."""
+        keys: list[bytes] = []
+        tokens: list[bytes] = []
+        with self._txn.cursor(db=self._db[b"tokens"]) as cursor:
+            # Not as a table: that would be all tokens at once.
+            for key, value in cursor:
+                keys.append(bytes(key))
+                tokens.append(bytes(value[:8]))
+        return dict(zip(Packed(NUMBER, keys).field(0), tokens, strict=True))
+
+    def entry(self, number: int) -> EntryRecord | None:
+        raw = self._txn.get(pack_number(number), db=self._db[b"entries"])
+        return None if raw is None else EntryRecord.unpack(raw)
+
+    def entries(self) -> Iterator[tuple[int, EntryRecord]]:
+        keys, values = self._table(b"entries")
+        return zip(Packed(NUMBER, keys).field(0), EntryRecord.unpack_all(values), strict=True)
+
+    def entry_columns(self) -> EntryColumns:
+        return EntryColumns(*self._table(b"entries"))
+
+    def entries_from(self, low: int) -> Iterator[int]:
+        """Entry numbers from `low` upwards: how a short id is completed."""
+        with self._txn.cursor(db=self._db[b"entries"]) as cursor:
+            if cursor.set_range(pack_number(low)):
+                for key in cursor.iternext(values=False):
+                    yield unpack_number(key)
+
+    def recency_keys(self, after: bytes = b"") -> Iterator[bytes]:
+        """Keys of all entries behind the key `after`: by tier, then the least recently used."""
+        with self._txn.cursor(db=self._db[b"recency"]) as cursor:
+            if cursor.set_range(after):
+                for key in cursor.iternext(values=False):
+                    raw = bytes(key)
+                    if raw != after:
+                        yield raw
+
+    def recency_columns(self) -> list[Sequence[int]]:
+        """Tier, last use in microseconds and number of all entries that are evicted in turn."""
+        keys = Packed(RECENCY_KEY, self._keys(b"recency"))
+        return [keys.field(place) for place in range(3)]
+
+    def expiry_columns(self) -> list[Sequence[int]]:
+        """Expiry in microseconds and number of all entries that expire."""
+        keys = Packed(EXPIRY_KEY, self._keys(b"expiry"))
+        return [keys.field(place) for place in range(2)]
+
+    def expired(self, now: float) -> list[int]:
+        """Entries whose time has come, the longest expired first."""
+        found: list[int] = []
+        limit = expiry_key(now, (1 << 64) - 1)
+        with self._txn.cursor(db=self._db[b"expiry"]) as cursor:
+            for key in cursor.iternext(values=False):
+                raw = bytes(key)
+                if raw > limit:
+                    break
+                found.append(unpack_number(raw[8:]))
+        return found
+
+    def sized(self, database: bytes) -> dict[bytes, SizedRecord]:
+        """All records of `trash`, `pending`, `quarantine`: name (16 bytes) to record."""
+        with self._txn.cursor(db=self._db[database]) as cursor:
+            return {bytes(key): SizedRecord.unpack(value) for key, value in cursor}
+
+    def keys(self, database: bytes) -> set[bytes]:
+        """All keys of a sub-database, whatever their records say."""
+        return set(map(bytes, self._keys(database)))
+
+    def in_database(self, database: bytes, key: bytes) -> bool:
+        return self._txn.get(key, db=self._db[database]) is not None
+
+    def departed(self, entry: int) -> SizedRecord | None:
+        """Why an entry is no longer here, if that is remembered."""
+        raw = self._txn.get(pack_number(entry), db=self._db[b"departed"])
+        return None if raw is None else SizedRecord.unpack(raw)
+
+    def _keys(self, database: bytes) -> Raw:
+        """All keys of a sub-database; valid until something is written."""
+        with self._txn.cursor(db=self._db[database]) as cursor:
+            return list(cursor.iternext(values=False))
+
+    def _table(self, database: bytes) -> tuple[Raw, Raw]:
+        """All keys and all values of a sub-database; valid until something is written."""
+        with self._txn.cursor(db=self._db[database]) as cursor:
+            keys, values = tuple(zip(*cursor, strict=True)) or ((), ())
+        return keys, values
+
+    def size_of(self, database: bytes) -> int:
+        """Number of records in a sub-database."""
+        return int(self._txn.stat(self._db[database])["entries"])
+
+
+class Writer(Reader):
+    """Typed changes in one write transaction; they all happen at its commit or not at all."""
+
+    def discard_unreadable(self) -> None:
+        """Remove damaged records from what a rebuild does not make anew."""
+        for database in (b"trash", b"pending", b"quarantine", b"departed"):
+            with self._txn.cursor(db=self._db[database]) as cursor:
+                records = [(bytes(key), bytes(value)) for key, value in cursor]
+            for key, value in records:
+                try:
+                    SizedRecord.unpack(value)
+                    sound = len(key) == (8 if database == b"departed" else 16)
+                except (StoreFormatError, *UNREADABLE):
+                    sound = False
+                if not sound:
+                    self._txn.delete(key, db=self._db[database])
+        with self._txn.cursor(db=self._db[b"meta"]) as cursor:
+            sizes = [(bytes(key), len(value)) for key, value in cursor]
+        for key, size in sizes:
+            if size != (16 if key == b"store_id" else 8):
+                self._txn.delete(key, db=self._db[b"meta"])
+
+    def set_meta(self, name: str, value: bytes) -> None:
+        self._txn.put(name.encode(), value, db=self._db[b"meta"])
+
+    def add(self, name: str, amount: int) -> int:
+        """Add to a counter and return its new value."""
+        value = max(-MAX_COUNTER, min(self.counter(name) + amount, MAX_COUNTER))
+        self._txn.put(name.encode(), pack_counter(value), db=self._db[b"meta"])
+        return value
+
+    def count(self, name: str, amount: int = 1) -> None:
+        """Add to a counter that people see."""
+        self.add(_COUNTED.decode() + counter_name(name), amount)
+
+    def clear_tree(self) -> None:
+        """Forget all prompts and blobs; what is in the trash or counted stays."""
+        for database in _TREE:
+            self._txn.drop(self._db[database], delete=False)
+
+    def put_namespace(self, key: bytes, record: NamespaceRecord) -> None:
+        self._txn.put(key, record.pack(), db=self._db[b"namespaces"])
+
+    def delete_namespace(self, key: bytes) -> None:
+        self._txn.delete(key, db=self._db[b"namespaces"])
+
+    def put_edge(self, key: bytes, edge: Edge) -> None:
+        """Write an edge and the way back from its node."""
+        self._txn.put(key, edge.pack(), db=self._db[b"edges"])
+        self._txn.put(pack_number(edge.node), key, db=self._db[b"parents"])
+
+    def delete_edge(self, key: bytes, node: int | None) -> None:
+        """Remove an edge, and the way back unless `node` has moved to another edge."""
+        self._txn.delete(key, db=self._db[b"edges"])
+        if node is not None:
+            self._txn.delete(pack_number(node), db=self._db[b"parents"])
+
+    def put_blob(self, number: int, record: BlobRecord) -> None:
+        self._txn.put(pack_number(number), record.pack(), db=self._db[b"blobs"])
+        self._txn.put(record.name, pack_number(number), db=self._db[b"names"])
+
+    def put_tokens(self, blob: int, packed: bytes) -> None:
+        self._txn.put(pack_number(blob), packed, db=self._db[b"tokens"])
+
+    def delete_blob(self, number: int, name: bytes) -> None:
+        self._txn.delete(pack_number(number), db=self._db[b"blobs"])
+        self._txn.delete(pack_number(number), db=self._db[b"tokens"])
+        self._txn.delete(name, db=self._db[b"names"])
+
+    def put_entry(self, number: int, record: EntryRecord) -> None:
+        """Write an entry and move it to its place in the order of eviction."""
+        self._forget_order(number)
+        self._txn.put(pack_number(number), record.pack(), db=self._db[b"entries"])
+        key = recency_key(record.tier, record.last_use_us, number)
+        self._txn.put(key, b"", db=self._db[b"recency"])
+        if record.expires:
+            self._txn.put(expiry_key(record.expires, number), b"", db=self._db[b"expiry"])
+
+    def delete_entry(self, number: int) -> None:
+        self._forget_order(number)
+        self._txn.delete(pack_number(number), db=self._db[b"entries"])
+
+    def _forget_order(self, number: int) -> None:
+        old = self.entry(number)
+        if old is not None:
+            key = recency_key(old.tier, old.last_use_us, number)
+            self._txn.delete(key, db=self._db[b"recency"])
+            if old.expires:
+                self._txn.delete(expiry_key(old.expires, number), db=self._db[b"expiry"])
+
+    def put_sized(self, database: bytes, key: bytes, record: SizedRecord) -> None:
+        self._txn.put(key, record.pack(), db=self._db[database])
+
+    def delete_sized(self, database: bytes, key: bytes) -> bool:
+        return bool(self._txn.delete(key, db=self._db[database]))
