@@ -25,6 +25,7 @@ from tests.bulk_store import conversations, fill
 from tests.fakes import fingerprint, put
 from tests.server_process import ServerProcess
 from tests.tiny_models import build_model_dir
+from tests.waiting import until
 
 SYSTEM = "You are a helpful assistant. " * 12
 SECRET = "the capital of Atlantis"
@@ -556,9 +557,7 @@ def test_warm_leaves_what_was_asked_for_and_nothing_else(server: ServerProcess) 
     answer = server.chat(("system", system["content"]), ("user", user["content"]))
     reply = answer.json()["usage"]
     # The answer is sent before its cache is kept.
-    deadline = time.monotonic() + 10
-    while not (new := ids() - after_whole) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    new = until(lambda: ids() - after_whole)
 
     assert after_system - before == {warmed["id"]}
     assert held_after == min(held + 1, 10)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import json
 import random
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +21,7 @@ from persist_cache import Store
 from tests.cli import runner
 from tests.computed import CountedServer, Told, accounts_for, prompt_of, told
 from tests.tiny_models import build_model_dir
+from tests.waiting import until
 
 REQUESTS = sorted((Path(__file__).parent / "requests").glob("*.json"))
 WITH_IMAGES = {"llm-07.json"}
@@ -92,10 +92,7 @@ class Auditor:
             self.model, self.store, self._folder, min_free_bytes=0, flags=self.flags
         )
         self.server.start()
-        deadline = time.monotonic() + 60
-        while self.server.get("/v1/cache/stats")["model"] is None:
-            assert time.monotonic() < deadline, "no model is loaded"
-            time.sleep(0.05)
+        until(lambda: self.server.get("/v1/cache/stats")["model"] is not None, "no model is loaded")
         self._before = self._counters()
 
     def send(self, *bodies: dict[str, Any]) -> list[Told]:

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from persist_cache import Store
 from tests.cli import SCRIPT, script
 from tests.fakes import put
 from tests.tiny_models import build_model_dir
+from tests.waiting import until
 
 
 @pytest.fixture(scope="module")
@@ -102,11 +102,12 @@ def test_demo_that_is_told_to_end_leaves_no_store(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("persist-cache-demo-*/store/data.mdb")):
-        assert time.monotonic() < deadline, "it did not begin"
-        assert running.poll() is None, running.communicate()
-        time.sleep(0.01)
+    until(
+        lambda: (
+            list(tmp_path.glob("persist-cache-demo-*/store/data.mdb")) or running.poll() is not None
+        )
+    )
+    assert running.poll() is None, running.communicate()
 
     running.send_signal(ending)
 

@@ -28,9 +28,10 @@ from tests.cli import script
 from tests.disks import MIB
 from tests.fakes import Clock, disk_usage, fetched, put
 from tests.memory import fast_folder
-from tests.test_server_disk import ask, said, serve, until
+from tests.test_server_disk import ask, said, serve
 from tests.tiny_models import build_model_dir
 from tests.torture.storm import ChildDied, in_child
+from tests.waiting import until
 
 BUDGET = 64 * MIB
 PROMPTS = [[number, *range(40)] for number in range(100, 130)]

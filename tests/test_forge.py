@@ -1,4 +1,7 @@
-"""Tests use public words; what only damage makes is made in `tests/forge.py`, and nowhere else."""
+"""Tests use public words, and wait instead of sleeping; the exceptions are named here.
+
+`test_walls` says the same of the product.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-
 PUBLIC = {"_replace", "_asdict", "_fields", "_make", "_exit", "_getframe"}
 """Names of the standard library that anybody may use."""
 FORGES = {
@@ -68,3 +70,29 @@ def test_tests_reach_into_private_parts_in_their_forge_only() -> None:
 
     assert reaches == []
     assert {name: used.get(name) for name in SEAMS} == SEAMS, "an exception is not needed any more"
+
+
+SLEEPERS = {
+    "tests/waiting.py": "polls, with a deadline",
+    "tests/server_process.py": "polls, with a deadline, while the process lives",
+    "tests/test_page.py": "polls a page, whose errors mean that it is not there yet",
+    "tests/test_upstream.py": "polls in the place of a look-up",
+    "tests/test_tensors.py": "polls what the system counts; tasks of a pool that take their time",
+    "tests/test_admin.py": "a survey that takes its time, which is what is measured",
+    "tests/test_demo_model.py": "a conversion that takes its time, which others wait for",
+    "tests/test_merge.py": "an answer that takes longer than idleness",
+    "tests/test_server_disk.py": "a disk that stays away for several attempts",
+    "tests/test_selftest.py": "intervals of the selftest",
+}
+
+
+def test_tests_sleep_where_time_itself_is_the_subject_only() -> None:
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "tests").rglob("*.py")
+        if path.parent.name not in ("torture", "darwin")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and ast.unparse(node) == "time.sleep"
+    }
+
+    assert found == set(SLEEPERS)

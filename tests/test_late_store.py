@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from persist_cache.errors import StoreAccessError, StoreFullError, StoreInUseErr
 from persist_cache.store.store import Store
 from tests.fakes import fingerprint
 from tests.live_fakes import MODEL, FakeCodec, FakeLayer
+from tests.waiting import until
 
 PROMPT = list(range(50))
 
@@ -39,26 +38,17 @@ def opener(tmp_path: Path) -> Opener:
     return Opener(tmp_path / "store")
 
 
-def cache_of(opener: Callable[[], Store], **options: Any) -> PromptCache:
-    options = {"idle_s": 60, "disk_off": "It is not there.", **options}
-    return PromptCache(
-        open_store=opener, identify=lambda model: fingerprint(), codec=FakeCodec(), **options
-    )
+def cache_of(opener: Opener, **options: Any) -> PromptCache:
+    options = {"open_store": opener, "idle_s": 60, "disk_off": "It is not there.", **options}
+    return PromptCache(identify=lambda model: fingerprint(), codec=FakeCodec(), **options)
 
 
 def insert(cache: PromptCache, tokens: list[int], kind: str) -> None:
     cache.insert_cache(MODEL, tokens, [FakeLayer(tokens)], cache_type=kind)
 
 
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come true in time"
-        time.sleep(0.005)
-
-
 def can_be_opened(root: Path) -> bool:
-    """Whether nobody in this process has the store open."""
+    """Whether nothing in this process has the store open."""
     try:
         Store.open(root).close()
     except StoreInUseError:
@@ -137,7 +127,7 @@ def test_store_that_opens_when_the_cache_is_closed_already_is_closed(opener: Ope
         late.append(Store.open(opener.root, min_free_bytes=0))
         return late[0]
 
-    cache = cache_of(slow, idle_s=0.01)
+    cache = cache_of(opener, idle_s=0.01, open_store=slow)
     assert asked.wait(30)
     cache.close(0)
     goes_on.set()

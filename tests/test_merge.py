@@ -29,6 +29,7 @@ from tests.fakes import Clock, blob_files, disk_usage, fetched, fingerprint, mea
 from tests.live_fakes import MODEL, FakeCodec, FakeLayer
 from tests.test_tensors import held
 from tests.tiny_caches import CACHES, feed, new_cache
+from tests.waiting import until
 
 TURNS = compact.LONG_CHAIN + 12
 SYSTEM = list(range(1, 11))
@@ -603,10 +604,7 @@ def test_an_answer_that_takes_longer_is_no_idle_time(
         assert "merged" not in store.stats().counters
         reply = [*conversation(13), 5]
         cache.insert_cache(MODEL, reply, [FakeLayer(reply)])
-        end = time.monotonic() + 20
-        while "merged" not in store.stats().counters:
-            assert time.monotonic() < end
-            time.sleep(0.02)
+        until(lambda: "merged" in store.stats().counters)
     assert sound(store)
 
 
@@ -626,10 +624,7 @@ def test_server_merges_while_it_is_idle(store: Store, monkeypatch: pytest.Monkey
             prompt = conversation(number + 1)
             cache.insert_cache(MODEL, prompt, [FakeLayer(prompt)], cache_type="user")
         cache.flush()
-        end = time.monotonic() + 20
-        while not store.stats().counters.get("merged"):
-            assert time.monotonic() < end
-            time.sleep(0.02)
+        until(lambda: store.stats().counters.get("merged"))
         kv, rest = cache.fetch_nearest_cache(MODEL, [*conversation(12), 1])
         assert kv is not None
         assert rest == [1]

@@ -7,7 +7,6 @@ it used is in the `usage` of its answers.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from persist_cache.server.rendering import read_request, render
 from persist_cache.server.validation import RefusedError
 from tests import cli, tiny_models
 from tests.server_process import ServerProcess, running
+from tests.waiting import until
 
 REQUESTS = sorted((Path(__file__).parent / "requests").glob("*.json"))
 IMAGES = {"llm-07"}
@@ -113,13 +113,15 @@ def ask(server: ServerProcess, body: dict[str, Any]) -> tuple[int, int]:
 
 def explain_over_http(server: ServerProcess, body: dict[str, Any]) -> Any:
     """What the admin API says, once the server has loaded its model."""
-    deadline = time.monotonic() + 60
-    while True:
-        answer = server.request("POST", "/v1/cache/explain", json=body)
-        if answer.status_code != 409 or time.monotonic() > deadline:
-            assert answer.status_code == 200, answer.text
-            return answer.json()
-        time.sleep(0.05)
+    answers: list[Any] = []
+
+    def has_loaded() -> bool:
+        answers.append(server.request("POST", "/v1/cache/explain", json=body))
+        return bool(answers[-1].status_code != 409)
+
+    until(has_loaded, "no model is loaded")
+    assert answers[-1].status_code == 200, answers[-1].text
+    return answers[-1].json()
 
 
 @pytest.fixture(scope="module")

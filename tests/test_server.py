@@ -6,7 +6,6 @@ import random
 import re
 import signal
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +20,7 @@ from persist_cache.store import compact
 from tests import disks
 from tests.server_process import ServerProcess
 from tests.tiny_models import build_model_dir
+from tests.waiting import until
 
 SYSTEM = "You are a helpful assistant. Answer the question of the user in a short sentence. " * 6
 TOOLS = [
@@ -151,10 +151,7 @@ def test_request_that_waits_for_others_is_read_ahead(
         with _begin_stream(second, [("user", "Once upon a time")], 2000):
             answer = ask(second, ("system", SYSTEM), ("user", "What time is it?"))
             # It is advice, beside the request; nobody waits for it.
-            deadline = time.monotonic() + 10
-            while not (read := second.get("/v1/cache/stats")["server"]["read_ahead_bytes"]):
-                assert time.monotonic() < deadline, second.log.read_text()
-                time.sleep(0.05)
+            read = until(lambda: second.get("/v1/cache/stats")["server"]["read_ahead_bytes"])
         second.stop()
 
     why = "what is stored goes on differently"
@@ -277,10 +274,7 @@ def test_long_conversation_is_merged_while_idle_and_goes_on_the_same(
             said.append(("assistant", text(ask(first, *said, max_tokens=3))))
         last = (*said, ("user", "Which one was the first?"))
         right = ask(first, *last, max_tokens=8)
-        deadline = time.monotonic() + 60
-        while not _counters(store).get("merged"):
-            assert time.monotonic() < deadline, "an idle server merges"
-            time.sleep(0.2)
+        until(lambda: _counters(store).get("merged"), "an idle server merges")
         first.kill()
 
     with server(chosen, store, tmp_path) as second:

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from persist_cache import Store
 from tests.cli import script
 from tests.server_process import ServerProcess
 from tests.tiny_models import build_model_dir
+from tests.waiting import until
 
 SYSTEM = "You are a helpful assistant. Answer the question of the user in a short sentence. " * 6
 PATIENCE_S = 30.0
@@ -70,13 +71,6 @@ def said(running: ServerProcess) -> dict[str, str]:
         "stats": stats["server"]["disk_off"],
         "metrics": ",".join(reasons),
     }
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come true in time"
-        time.sleep(0.1)
 
 
 def ask(running: ServerProcess, who: str, *, source: str) -> None:

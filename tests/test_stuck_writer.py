@@ -23,9 +23,10 @@ from tests.cli import runner
 from tests.fakes import Clock, fetched, fingerprint, put
 from tests.live_fakes import FakeCodec
 from tests.test_cache import insert
-from tests.test_server_disk import ask, said, serve, until
+from tests.test_server_disk import ask, said, serve
 from tests.tiny_models import build_model_dir
 from tests.torture.storm import in_child
+from tests.waiting import until
 
 _HOLD = """
 import fcntl, os, sys

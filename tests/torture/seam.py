@@ -12,6 +12,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from persist_cache import fs
@@ -59,13 +60,20 @@ class Seam:
         self.names: list[str] = []
         self.injected: list[str] = []
 
-    def step(self, name: str) -> str | None:
-        """Suffer the fault of this step; returns its kind, for those the caller acts out."""
+    def step(self, name: str, begin: Callable[[], object] = lambda: None) -> str | None:
+        """Suffer the fault of this step; returns its kind, for those the caller acts out.
+
+        Args:
+            name: The step.
+            begin: Leaves behind what a step does that is cut short by an error or by death.
+        """
         self.names.append(name)
         kind = self._choose(len(self.names), name)
         if kind is None:
             return None
         self.injected.append(kind)
+        if kind in ERRORS or kind == "killed":
+            begin()
         if kind in ERRORS:
             raise OSError(ERRORS[kind], "made up")
         if kind == "slow":
@@ -75,7 +83,7 @@ class Seam:
         return kind
 
     @contextlib.contextmanager
-    def installed(self) -> Iterator[None]:
+    def installed(self) -> Iterator[Seam]:
         """Stand between the store and the disk."""
         originals: dict[str, Any] = {name: getattr(fs, name) for name in CALLS}
         update = Index.update
@@ -95,7 +103,7 @@ class Seam:
 
         Index.update = watched  # type: ignore[method-assign,assignment]
         try:
-            yield
+            yield self
         finally:
             for name, original in originals.items():
                 setattr(fs, name, original)
@@ -103,19 +111,8 @@ class Seam:
 
     def _wrapped(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
-            if name != "write_all":
-                if self.step(name) == "short":
-                    with _short_calls():
-                        return original(*args)
-                return original(*args)
-            # What fails in the midst of a write leaves a part of it behind.
-            descriptor, buffers = args
-            try:
-                kind = self.step(name)
-            except OSError:
-                _write_half(original, descriptor, buffers)
-                raise
-            if kind == "short":
+            begin = partial(_write_half, original, *args) if name == "write_all" else lambda: None
+            if self.step(name, begin) == "short":
                 with _short_calls():
                     return original(*args)
             return original(*args)

@@ -8,8 +8,10 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import signal
+import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -117,7 +119,15 @@ class Bed:
         problems = store.check()
         if problems:
             raise Broken(f"check: {problems}")
-        usage, du = store.stats().usage, bytes_below(self.root)
+        self.verify_sizes()
+
+    def verify_sizes(self) -> None:
+        """The store takes what it says, no more than it may, and nothing is on its way.
+
+        Raises:
+            Broken: It is not so.
+        """
+        usage, du = self.store.stats().usage, bytes_below(self.root)
         if usage.pending or usage.trash:
             raise Broken(f"left behind: {usage}")
         if usage.total != du:
@@ -239,6 +249,16 @@ def _delete(bed: Bed) -> None:
     _damaged(bed).unlink()
 
 
+def _cut(bed: Bed) -> None:
+    bed.store.purge_quarantine()  # or there are more steps each time
+    path = _damaged(bed)
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def _repair_by_size(bed: Bed) -> None:
+    bed.store.check(repair=True)
+
+
 def _repair(bed: Bed) -> None:
     bed.store.check(read_data=True, repair=True)
 
@@ -289,6 +309,7 @@ OPERATIONS: dict[str, tuple[Callable[[Bed], None], Callable[[Bed], None]]] = {
     "put with a state": (_want_state, _put),
     "put into a full store": (_want_room, _put),
     "evict": (_want_eviction, _evict),
+    "evict all": (_all_may_go, _evict),
     "make room": (_all_may_go, _make_room),
     "load": (_nothing, _load),
     "gc": (_want_collection, _collect),
@@ -296,13 +317,28 @@ OPERATIONS: dict[str, tuple[Callable[[Bed], None], Callable[[Bed], None]]] = {
     "merge": (_want_merging, _merge),
     "load what is damaged": (_flip, _load_all),
     "check and repair": (_delete, _repair),
+    "quarantine": (_cut, _repair_by_size),
     "rebuild": (_contradict, _repair_index),
     "open": (_shut, _open),
     "open without index": (_lose_index, _open),
     "import": (_want_import, _import),
 }
 _REBUILDS = ("rebuild", "open without index")
-_LOOKERS = ("check and repair", *_REBUILDS)
+_LOOKERS = ("check and repair", "quarantine", *_REBUILDS)
+_WORK_TO_REDO = {
+    "rebuild": _repair,
+    "quarantine": _repair,
+    "check and repair": _repair,
+    "load what is damaged": _load_all,
+}
+"""What makes good again what was bad before a death."""
+_DONE_BEFORE = {
+    "rebuild": "the counter says",
+    "quarantine": "damaged",
+    "load what is damaged": "damaged",
+    "check and repair": "missing",
+}
+"""What may still be found after a death, since it is no doing of the dead process."""
 
 
 def _may_be_lost(operation: str, kind: str, seam: Seam) -> Callable[[str], bool]:
@@ -355,11 +391,10 @@ def fail_at(bed: Bed, operation: str, kind: str, number: int, *, lasting: bool =
     return seam
 
 
-def die_at(bed: Bed, operation: str, number: int) -> bool:
-    """Run `operation` in a child that is killed at step `number`, and look at what is left.
+def deaths(bed: Bed, operation: str, stride: int = 1) -> Iterator[int]:
+    """Have a child killed at every `stride`-th step of `operation`, and look at what is left.
 
-    Returns:
-        Whether it got that far.
+    Each child finds the same store, and each yields the number of its step.
 
     Raises:
         Broken: A promise was broken.
@@ -368,6 +403,30 @@ def die_at(bed: Bed, operation: str, number: int) -> bool:
     bed.make_good()
     prepare(bed)
     bed.close()
+    template = bed.folder / "template"
+    shutil.copytree(bed.root, template)
+    try:
+        number = 1
+        while _dies_at(bed, act, number, where := f"{operation}, killed at step {number}"):
+            try:
+                _is_sound_once_opened(bed, operation)
+                _WORK_TO_REDO.get(operation, _nothing)(bed)
+                bed.verify_sizes()
+                bed.verify(lambda reason: False)
+                _works_on(bed)
+            except (Broken, StoreError, AssertionError) as error:
+                raise Broken(f"{where}: {error}") from error
+            yield number
+            number += stride
+            bed.close()
+            shutil.rmtree(bed.root)
+            shutil.copytree(template, bed.root)
+    finally:
+        shutil.rmtree(template)
+
+
+def _dies_at(bed: Bed, act: Callable[[Bed], None], number: int, where: str) -> bool:
+    """Run `act` in a child that is killed at step `number`, if it gets that far."""
     child = os.fork()
     if child == 0:
         try:
@@ -375,22 +434,35 @@ def die_at(bed: Bed, operation: str, number: int) -> bool:
             with Seam(at_step(number, "killed")).installed():
                 act(bed)
         except BaseException:
+            traceback.print_exc()
             os._exit(3)
         os._exit(0)
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
-    where = f"{operation}, killed at step {number}"
-    if code not in (0, -9):
+    if code not in (0, -signal.SIGKILL):
         raise Broken(f"{where}: the child ended with {code}")
-    try:
-        if operation == "rebuild":
-            _repair(bed)
-        if operation == "load what is damaged":
-            _load_all(bed)
-        bed.verify(lambda reason: False)
-    except (Broken, StoreError) as error:
-        raise Broken(f"{where}: {error}") from error
     return code != 0
+
+
+def _is_sound_once_opened(bed: Bed, operation: str) -> None:
+    """Opening the store is all that a death asks for, but what was bad before is bad.
+
+    Raises:
+        Broken: Something is.
+    """
+    known = _DONE_BEFORE.get(operation, "")
+    problems = bed.store.check(read_data=True)
+    problems = [one for one in problems if not known or known not in f"{one.kind} {one.message}"]
+    if problems:
+        raise Broken(f"opening leaves {problems}")
+
+
+def _works_on(bed: Bed) -> None:
+    """What is stored after a death is served."""
+    tokens = [6, 6, 6, *range(30)]
+    put(bed.store, tokens)
+    if fetched(bed.store, tokens) != len(tokens) or bed.store.check(read_data=True):
+        raise Broken("it does not work on")
 
 
 @dataclass
@@ -460,12 +532,10 @@ def run_deaths(folder: Path, seed: int, stride: int = 1) -> Tried:
     bed = Bed(folder, random.Random(seed))
     tried = Tried()
     for operation in OPERATIONS:
-        number = 1
         try:
-            while die_at(bed, operation, number):
+            for _ in deaths(bed, operation, stride):
                 tried.kills += 1
                 tried.operations[operation] += 1
-                number += stride
         except Broken as error:
             tried.findings.append(str(error))
             bed.close()
