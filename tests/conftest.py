@@ -22,6 +22,7 @@ hypothesis.settings.register_profile("ci", derandomize=True, print_blob=True)
 
 # A shell makes what it runs in the background ignore it, and the commands under test inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and nohup this one
 
 
 def pytest_configure() -> None:

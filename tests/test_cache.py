@@ -93,7 +93,8 @@ def test_system_and_user_are_on_disk_without_flush(
     insert(cache, range(90), "assistant")
 
     wait_until(lambda: {entry.tier.label for entry in disk.entries()} == {"system", "user"})
-    assert cache.stats().queued_jobs == 0
+    wait_until(lambda: cache.stats().queued_jobs == 0)
+    assert {entry.tier.label for entry in disk.entries()} == {"system", "user"}
 
 
 def test_assistant_is_saved_at_flush_close_idle_and_when_it_leaves_memory(

@@ -412,3 +412,26 @@ def test_repair_that_lmdb_refuses_asks_for_a_new_index(
     with Store.open(closed, min_free_bytes=0) as store:
         assert store.check(read_data=True) == []
         assert fetched(store, PROMPT) == 30
+
+
+def test_a_reader_waits_for_an_index_that_another_process_is_making(tmp_path: Path) -> None:
+    """Its file is there, and empty, before LMDB fills it."""
+    with Store.open(tmp_path / "made", min_free_bytes=0) as made:
+        put(made, [1, 2, 3])
+    whole = (tmp_path / "made" / "data.mdb").read_bytes()
+    place = tmp_path / "made" / "data.mdb"
+    place.write_bytes(b"")
+    filling = threading.Timer(0.2, place.write_bytes, [whole])
+    filling.start()
+
+    with Store.open(tmp_path / "made", read_only=True) as read:
+        assert len(read.entries()) == 1
+    filling.join()
+
+
+def test_an_index_that_stays_empty_cannot_be_read(tmp_path: Path) -> None:
+    Store.open(tmp_path / "store", min_free_bytes=0).close()
+    (tmp_path / "store" / "data.mdb").write_bytes(b"")
+
+    with pytest.raises(DamagedIndexError, match="is empty"):
+        Index(tmp_path / "store", read_only=True)

@@ -37,8 +37,12 @@ def identity(path: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def check_length(path: Path) -> None:
+def check_length(path: Path, *, read_only: bool) -> None:
     """Refuse a file shorter than its two meta pages: it kills the process that maps it (SIGBUS).
+
+    Args:
+        path: The file.
+        read_only: An empty one cannot be filled: another process is about to, or died before.
 
     Raises:
         DamagedIndexError: It is as short, or not LMDB's.
@@ -49,6 +53,8 @@ def check_length(path: Path) -> None:
             size = os.fstat(file.fileno()).st_size
     except FileNotFoundError:
         return
+    if size == 0 and read_only:
+        raise DamagedIndexError(f"{path} is empty.")
     if size == 0:
         return
     magic, page_bytes = _META.unpack(head.ljust(_META.size, b"\0"))

@@ -135,7 +135,7 @@ class Index:
 
     def _open(self) -> None:
         """Open everything; where it may be written, under `writer.lock`."""
-        data_file.check_length(self.data_path)
+        data_file.check_length(self.data_path, read_only=self.read_only)
         self._env = self._open_environment()
         forked.register(self)
         self._check_last_page()
