@@ -159,7 +159,8 @@ def as_json(outcomes: Sequence[Outcome], *, quick: bool) -> dict[str, Any]:
 def without_names(text: str) -> str:
     """Take paths, and the names of user and machine, out of a sentence."""
     text = re.sub(r"(?:(?<=[\s'\"(:=\[])|^)~?/[^\s'\"()]*", "<path>", text)
-    for name in _names():
+    # The longer one first: a host is named with and without its domain.
+    for name in sorted(_names(), key=len, reverse=True):
         text = re.sub(rf"(?<![\w-]){re.escape(name)}(?![\w-])", "<name>", text)
     return text
 
