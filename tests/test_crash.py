@@ -19,7 +19,7 @@ REPOSITORY = Path(__file__).parent.parent
 
 
 HAMMER = """
-import random, sys, time
+import mmap, random, sys, time
 from persist_cache.errors import StoreFullError
 from persist_cache.store.store import Store
 from tests.fakes import FakeSource, eager_gc, fetched, fingerprint, put
@@ -30,10 +30,11 @@ folder, seed, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
 dice = random.Random(seed)
 prompts = [[1, 2, 3, *range(10, 10 + n), 7 * k] for n in range(0, 12, 3) for k in range(3)]
 prompts += [[4, *range(20, 20 + n)] for n in range(6)]
+room = 2_000_000 + 200 * (mmap.PAGESIZE - 4096)  # the index grows by pages
 end = time.monotonic() + seconds
 puts = hits = 0
 while time.monotonic() < end:
-    with Store.open(folder, max_bytes=2_000_000, min_free_bytes=0, run_tokens=8) as store:
+    with Store.open(folder, max_bytes=room, min_free_bytes=0, run_tokens=8) as store:
         for _ in range(25):
             prompt = dice.choice(prompts)
             complete = dice.random() < 0.7

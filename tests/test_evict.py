@@ -441,7 +441,7 @@ def test_du_never_exceeds_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     for name in ("write_all", "unlink", "unlock"):
         monkeypatch.setattr(fs, name, sampled(name))
-    limit = 1_600_000
+    limit = 1_600_000 + 68 * (mmap.PAGESIZE - 4096)  # the index grows by pages
     with Store.open(root, max_bytes=limit, min_free_bytes=0, run_tokens=500) as store:
         for n in range(120):
             tokens = [n % 7, *(dice.randrange(50_000) for _ in range(dice.randrange(1, 700)))]
@@ -449,7 +449,7 @@ def test_du_never_exceeds_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert store.stats().counters["evicted"] > 20
         assert store.check() == []
 
-    assert 1_200_000 < worst <= limit
+    assert limit * 3 // 4 <= worst <= limit
 
 
 def test_leftovers_of_crashes_are_counted_and_removed(tmp_path: Path) -> None:
