@@ -13,7 +13,6 @@ from persist_cache.fingerprint.identifier import Identifier
 from persist_cache.fingerprint.loads import Description, Files, Unidentified, around_load, remember
 from persist_cache.fingerprint.model_files import digest_json, is_folder
 from persist_cache.fingerprint.reading import printable
-from persist_cache.prefill import loading
 
 
 @overload
@@ -161,16 +160,16 @@ def load_model(
     """
     with model_errors(model):
         if identifier is None:
-            return loading.load(model, adapter_path=adapter_path)
+            return load(model, adapter_path=adapter_path)
         import mlx_lm
 
         def read() -> tuple[Any, Any]:
             loaded = mlx_lm.load(model, adapter_path=adapter_path)
-            loading.evaluate(loaded[0])
+            evaluate(loaded[0])
             return loaded[0], loaded[1]
 
         # First, or a hub id that is not here yet would be loaded twice.
-        loading.fetch(model)
+        fetch(model)
         return identifier.around_load((model, adapter_path, None), read)
 
 
