@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -33,8 +34,11 @@ class Serve(ServerProcess):
         self._words = [str(SCRIPT), "serve", "--store", str(store), "--model", str(model)]
         self._words += ["--port", str(self.port), "--min-free", "0", *options]
 
-    def command(self) -> list[str]:
-        return self._words
+    def launch(self) -> subprocess.Popen[bytes]:
+        with self.log.open("ab") as log:
+            return subprocess.Popen(
+                self._words, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+            )
 
     def answer(self, asked: Asked) -> tuple[str, int, str]:
         """The greedy answer, the tokens that were cached, and where."""
