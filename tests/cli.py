@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import pytest
 
 from persist_cache import Store
 from persist_cache_cli.main import main
+from tests import prepared
 from tests.fakes import FakeSource, fingerprint
 from tests.torture.storm import in_child
 
@@ -72,6 +73,28 @@ def script(store: Path, *arguments: object, prefix: Sequence[str] = (), **option
         **options,
     )
     return Done(done.returncode, done.stdout, done.stderr)
+
+
+def prepared_script(
+    store: Path,
+    *arguments: object,
+    stdin: str = "",
+    env: Mapping[str, str] | None = None,
+    timeout: float = 120,
+) -> Done:
+    """As `script`, for a command that uses mlx-lm, where importing it is not the point."""
+    with tempfile.TemporaryDirectory() as folder:
+        given, out, err = (Path(folder, name) for name in ("in", "out", "err"))
+        given.write_text(stdin)
+        words = ["--store", str(store), *map(str, arguments)]
+        running = prepared.start(
+            "persist_cache_cli", words, out, errors=err, stdin=given, variables=env
+        )
+        try:
+            status = running.wait(timeout)
+        finally:
+            running.kill()
+        return Done(status, out.read_text(), err.read_text())
 
 
 def forked(store: Path, *arguments: object) -> Done:

@@ -77,7 +77,13 @@ class Program:
 
 
 def start(
-    module: str, arguments: Sequence[str], log: Path, variables: Mapping[str, str]
+    module: str,
+    arguments: Sequence[str],
+    log: Path,
+    *,
+    errors: Path | None = None,
+    stdin: Path | None = None,
+    variables: Mapping[str, str] | None = None,
 ) -> Program | subprocess.Popen[bytes]:
     """Run `python -m module arguments` in this checkout.
 
@@ -85,25 +91,33 @@ def start(
         module: What is run as `__main__`.
         arguments: Its `sys.argv[1:]`.
         log: Gets all that it prints, at its end.
+        errors: Gets what it prints on standard error, if that is to be told apart.
+        stdin: What it reads from standard input; nothing without.
         variables: Of its environment, beside those of this process.
     """
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **variables}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **(variables or {})}
+    files = (stdin or Path(os.devnull), log, errors or log)
     if sys.platform != "linux":  # a Mac's frameworks may not be used behind a fork
-        with log.open("ab") as output:
+        with files[0].open() as given, log.open("ab") as output, files[2].open("ab") as complaints:
             return subprocess.Popen(
                 [sys.executable, "-m", module, *arguments],
                 cwd=ROOT,
                 env=env,
-                stdin=subprocess.DEVNULL,
+                stdin=given,
                 stdout=output,
-                stderr=subprocess.STDOUT,
+                stderr=complaints,
             )
     early = {name: value for name, value in env.items() if name.startswith(AT_THE_START)}
     ours, theirs = socket.socketpair()
     with theirs:
         waiting = _waiting(tuple(sorted(early.items())))
         socket.send_fds(waiting, [b"one"], [theirs.fileno()])
-    job = {"module": module, "arguments": list(arguments), "log": str(log), "env": env}
+    job = {
+        "module": module,
+        "arguments": list(arguments),
+        "files": list(map(str, files)),
+        "env": env,
+    }
     ours.sendall(json.dumps(job).encode() + b"\n")
     return Program(ours)
 
@@ -165,12 +179,10 @@ def _become(job: dict[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(job["env"])
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    for source, target in ((nothing, 0), (log, 1), (log, 2)):
+    for target, place in enumerate(job["files"]):
+        source = os.open(place, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         os.dup2(source, target)
-    os.close(nothing)
-    os.close(log)
+        os.close(source)
     sys.argv[1:] = job["arguments"]
 
 

@@ -88,7 +88,7 @@ class ServerProcess:
 
     def launch(self) -> prepared.Program | subprocess.Popen[bytes]:
         """Start the process."""
-        return prepared.start(self._module, [str(self._job)], self.log, {})
+        return prepared.start(self._module, [str(self._job)], self.log)
 
     def start(self) -> None:
         """Start it and wait until it is healthy.

@@ -36,7 +36,7 @@ def run(
         )
     )
     log = tmp_path / (out.name + ".log")
-    status = prepared.start("tests.restart_worker", [str(job)], log, {}).wait()
+    status = prepared.start("tests.restart_worker", [str(job)], log).wait()
     assert status == 0, log.read_text()
     results = json.loads(out.read_text())
     with np.load(str(out) + ".npz") as arrays:
