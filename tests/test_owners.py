@@ -266,20 +266,15 @@ def test_answer_that_ended_does_not_stand_in_the_way_of_the_next_load(
     assert fetch(cache, range(50)) == "w1"
 
 
-def test_branch_point_and_cuts_are_those_of_the_weights(
-    cache: PromptCache, weights: Weights
-) -> None:
+def test_branch_point_is_that_of_the_weights(cache: PromptCache, weights: Weights) -> None:
     insert(cache, range(30), "w0", "system", trimmable=False)
     insert(cache, range(60), "w0", trimmable=False)
     prompt = [*range(45), 1000]
-    cache.cut_answer(range(40), 10, model=MODEL)
     assert cache.branch_point(MODEL, prompt) == 45
 
     weights.name = "w1"
 
     assert cache.branch_point(MODEL, prompt) == 0
-    insert(cache, range(40), "w1")
-    assert cache.known_tokens(MODEL, range(40)) == 40
 
 
 def test_read_ahead_is_of_the_weights_that_are_loaded(disk: Store, weights: Weights) -> None:
