@@ -115,7 +115,7 @@ def test_pop_balances_tiers_as_upstream_does() -> None:
 def test_candidates_are_what_pop_returns_in_order() -> None:
     lru: TieredLRU[int] = TieredLRU()
     for key in range(30):
-        lru.push(key, TIER_LABELS[key * key % 7 % 3], key)
+        lru.push(key, TIER_LABELS[key * key % 7 % 3], key, 10 ** (key % 4))
 
     expected = list(lru.candidates())
 
@@ -206,3 +206,66 @@ def test_unknown_tier_is_named_with_the_ones_there_are() -> None:
         lru.count("tool")
     with pytest.raises(ValueError, match="unknown tier"):
         lru.nbytes_of("tool")
+
+
+# ---- what is short beside the oldest -----------------------------------------------------------
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def filled(*entries: tuple[str, int], clock: Clock | None = None) -> TieredLRU[str]:
+    lru: TieredLRU[str] = TieredLRU(["only"], clock or Clock())
+    for key, num_tokens in entries:
+        lru.push(key, "only", 1, num_tokens)
+    return lru
+
+
+def test_entry_below_an_eighth_of_the_oldest_goes_before_it() -> None:
+    lru = filled(("conversation", 16_000), ("title", 1_999), ("other", 2_000))
+
+    assert [lru.pop() for _ in range(3)] == ["title", "conversation", "other"]
+
+
+def test_of_several_short_ones_the_oldest_goes_first() -> None:
+    lru = filled(("conversation", 16_000), ("first", 300), ("second", 300), ("third", 300))
+    lru.touch("first")
+
+    assert [lru.pop() for _ in range(4)] == ["second", "third", "first", "conversation"]
+
+
+def test_short_conversation_beside_a_long_one_outlives_what_is_short_beside_both() -> None:
+    lru = filled(("long", 160_000), ("short", 2_000), ("title", 200))
+
+    assert [lru.pop() for _ in range(3)] == ["title", "short", "long"]
+
+
+def test_short_one_that_is_oldest_goes_first_as_ever() -> None:
+    lru = filled(("title", 200), ("conversation", 16_000), ("newer", 300))
+
+    assert lru.pop() == "title"
+
+
+def test_length_says_nothing_across_tiers() -> None:
+    lru: TieredLRU[str] = TieredLRU(["low", "high"])
+    lru.push("long", "low", 1, 16_000)
+    lru.push("short", "high", 1, 100)
+
+    assert lru.pop() == "long"
+
+
+def test_conversation_unused_for_an_hour_yields_to_short_ones() -> None:
+    clock = Clock()
+    lru = filled(("yesterday", 16_000), ("today", 300), clock=clock)
+
+    clock.now = 3_599.0
+    assert next(lru.candidates()) == "today"
+    clock.now = 3_601.0
+    assert next(lru.candidates()) == "yesterday"
+    lru.touch("yesterday")
+    lru.touch("today")
+    assert next(lru.candidates()) == "today"

@@ -191,7 +191,7 @@ class Resident:
         if previous is not None:
             held.tier = max(previous.tier, held.tier, key=self._lru.tiers.index)
             self._lru.remove(previous)
-        self._lru.push(held, held.tier, held.nbytes)
+        self._lru.push(held, held.tier, held.nbytes, held.num_tokens)
         if self._codec.can_trim(held.cache):
             for _, prefix in self._trie.prefixes(held.owner, held.packed):
                 if not prefix.wanted or prefix.tier == self._lru.tiers[0]:
