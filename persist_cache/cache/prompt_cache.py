@@ -254,6 +254,7 @@ class PromptCache:
         *,
         counted: bool = True,
         trail: Trail | None = None,
+        to_copy: bool = False,
     ) -> tuple[Any | None, Sequence[int], Fetch]:
         """As `fetch_nearest_cache`, with its outcome.
 
@@ -262,6 +263,8 @@ class PromptCache:
             tokens: The prompt.
             counted: Whether it is a client's request. Others are in no statistics.
             trail: Of the request, if it has other looks: the index is walked once for all.
+            to_copy: The caller copies the cache before it writes to it, as a batch does: it stays
+                in memory, and so does one that is read from the disk.
 
         Returns:
             Cache and rest, and how the request was answered.
@@ -272,7 +275,7 @@ class PromptCache:
             if not hasattr(tokens, "__getitem__"):
                 tokens = list(tokens)  # what can be read only once
             packed = pack_tokens(tokens)
-            cache, fetch = self._fetch(model, packed, counted, trail)
+            cache, fetch = self._fetch(model, packed, counted, trail, to_copy)
             self._prefills.begun(model, packed, fetch.num_tokens, fetch.prefill_s)
         except Exception as error:
             log.exception("a look-up failed; the prompt is computed anew")
@@ -502,14 +505,14 @@ class PromptCache:
     # ---- look up -----------------------------------------------------------------------------
 
     def _fetch(
-        self, model: Hashable, packed: bytes, counted: bool, trail: Trail | None
+        self, model: Hashable, packed: bytes, counted: bool, trail: Trail | None, to_copy: bool
     ) -> tuple[Any | None, Fetch]:
         limit = max(0, len(packed) // TOKEN_BYTES - self._leave_tokens)
         self._saver.poke()
         self._computing_until = time.monotonic() + _LONGEST_ANSWER_S
         owner = self._keeper.owner(model)
         self._owners.asked(owner, packed)
-        cache, fetch = self._lookup.answer(owner, packed, limit, counted, trail)
+        cache, fetch = self._lookup.answer(owner, packed, limit, counted, trail, to_copy)
         if cache is not None:
             self._owners.gave(owner, cache)
         return cache, fetch

@@ -27,6 +27,7 @@ class Ticket:
         part: What a request of our own leaves in the cache; "" for one of a client's, which is
             counted and leaves all of it.
         system_tokens: Length of the prompt's system part; known once it is tokenized.
+        in_batch: It is computed in a batch, which copies the cache that it begins with.
         fetch: What the first look found; None before, and for a request that failed before.
         trail: The prompt's way through the store's index, for all looks of the request.
     """
@@ -34,6 +35,7 @@ class Ticket:
     def __init__(self, part: Part = "") -> None:
         self.part: Part = part
         self.system_tokens = 0
+        self.in_batch = False
         self.fetch: Fetch | None = None
         self.trail = Trail()
         self._settled = threading.Event()
@@ -101,7 +103,11 @@ class TicketedCache:
         """The one look of a request; what is computed beforehand is no part of what it found."""
         ticket = self._desk.now_serving()
         cache, rest, fetch = self._cache.look_up(
-            model, tokens, counted=not ticket.part, trail=ticket.trail
+            model,
+            tokens,
+            counted=not ticket.part,
+            trail=ticket.trail,
+            to_copy=ticket.in_batch,
         )
         ticket.trail.forget()
         ticket.looked(fetch)

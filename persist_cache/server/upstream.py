@@ -27,6 +27,7 @@ from typing import Any, Literal
 import mlx.core as mx
 from mlx_lm import server as upstream
 
+from persist_cache import tensors
 from persist_cache.cache.prompt_cache import PromptCache
 from persist_cache.cache.stats import Fetch
 from persist_cache.errors import MissingDependencyError, ModelError
@@ -96,6 +97,7 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
             segments, types = self._cut_at_branch(prompt, segments, types, trail)
         if ticket is not None:
             self._serving = ticket
+            ticket.in_batch = self._stream is None
             ticket.system_tokens = system_tokens(segments, types)
             if ticket.part:
                 whole = ticket.part == "prompt"
@@ -267,11 +269,17 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
 
 
 class Batch(upstream.BatchGenerator):  # type: ignore[misc]
-    """Upstream's batch, timing prefill alone: not the queue, nor decoding for others."""
+    """Upstream's batch, timing prefill alone: not the queue, nor decoding for others.
+
+    A sequence leaves it as views of the batch, of which `insert_cache` copies what is new.
+    """
 
     def __init__(self, prefill_clock: PrefillClock, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._prefill_clock = prefill_clock
+        # Upstream keeps these two as long as the batch, and moves sequences into and out of them.
+        for batch in (self._prompt_batch, self._generation_batch):
+            batch.extract_cache = functools.partial(_extract, batch)
 
     def next(self) -> Any:
         with self.stats() as spent:
@@ -280,6 +288,10 @@ class Batch(upstream.BatchGenerator):  # type: ignore[misc]
         if computed:
             self._prefill_clock.add(spent.prompt_time, computed)
         return prompts, tokens
+
+
+def _extract(batch: Any, index: int) -> list[Any]:
+    return tensors.extract(batch.prompt_cache, index)
 
 
 class Provider(upstream.ModelProvider):  # type: ignore[misc]
