@@ -269,3 +269,16 @@ def test_conversation_unused_for_an_hour_yields_to_short_ones() -> None:
     lru.touch("yesterday")
     lru.touch("today")
     assert next(lru.candidates()) == "today"
+
+
+def test_spared_key_goes_before_all_tiers_until_it_is_used() -> None:
+    lru: TieredLRU[str] = TieredLRU(["low", "high"])
+    lru.push("reply", "low", 1, 10)
+    lru.push("lent", "high", 1, 9_000)
+    lru.push("prompt", "high", 1, 300)
+
+    lru.spare("lent")
+    lru.spare("prompt")
+    assert list(lru.candidates()) == ["lent", "prompt", "reply"]
+    lru.touch("lent")
+    assert [lru.pop() for _ in range(3)] == ["prompt", "reply", "lent"]

@@ -447,3 +447,29 @@ def test_decoding_on_a_cache_that_another_shares_changes_neither() -> None:
     grow(list(found), 80, seed=3)
 
     assert kept(cache, tokens) == right
+
+
+@pytest.mark.parametrize("source", ["memory", "disk"])
+def test_what_a_batch_was_given_stays_only_while_its_room_is_not_needed(
+    source: str, tmp_path: Path
+) -> None:
+    """Without a batch it would be lent, and leave memory: it must not crowd out another one."""
+    prompts = [tokens_of(seed, 300) for seed in (1, 2)]
+    with (
+        Store.open(tmp_path / "store", min_free_bytes=0) as store,
+        PromptCache(2, store=store, identify=lambda model: fingerprint(), idle_s=60) as cache,
+    ):
+        for seed, tokens in enumerate(prompts):
+            insert(cache, tokens, batch_of(sequence(seed, 300), sequence(9, 10)), 0)
+        assert cache.flush()
+        if source == "disk":
+            cache.trim_to(n_sequences=0)
+            insert(cache, prompts[1], batch_of(sequence(1, 300), sequence(9, 10)), 0)
+
+        _, _, fetch = cache.look_up(MODEL, [*prompts[0], 1], to_copy=True)
+        assert fetch.source == source
+        assert len(cache) == 2
+        insert(cache, tokens_of(3, 100), batch_of(sequence(5, 100), sequence(9, 10)), 0)
+
+        assert cache.outlook(MODEL, [*prompts[0], 1])[1] < 300
+        assert cache.outlook(MODEL, [*prompts[1], 1])[1] == 300

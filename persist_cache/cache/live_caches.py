@@ -206,11 +206,19 @@ class Resident:
     def touch(self, held: Held) -> None:
         self._lru.touch(held)
 
-    def add(self, held: Held) -> list[Held]:
+    def spare(self, held: Held) -> None:
+        """Keep `held` only until its room is needed, or it is used again."""
+        self._lru.spare(held)
+
+    def add(self, held: Held, *, spare: bool = False) -> list[Held]:
         """Keep `held`, and let go of what it replaces or crowds out.
 
         A cache that can be trimmed serves all of its prefixes, so those go, but for one that marks
         more than a reply and waits for its save: the longer cache has its rows, not its tier.
+
+        Args:
+            held: The cache.
+            spare: Keep it only as long as nothing else needs its room.
 
         Returns:
             What was let go to keep within the limits, in that order; replaced ones are not in it.
@@ -224,6 +232,8 @@ class Resident:
             for _, prefix in self._trie.prefixes(held.owner, held.packed):
                 if not prefix.wanted or prefix.tier == self._lru.tiers[0]:
                     self.remove(prefix)
+        if spare:
+            self.spare(held)
         return self.trim_to(self.max_size, self.max_bytes)
 
     def remove(self, held: Held) -> None:

@@ -190,19 +190,22 @@ class Lookup:
         """Give a cache away, or a copy of it; the caller holds the lock.
 
         A cache that is on disk is lent: decoding on a copy would copy all of it at the first
-        token. Prompts that many conversations share stay, and are copied; so do those of a batch,
-        which copies them anyway.
+        token. Prompts that many conversations share stay, and are copied. So is what a batch is
+        given, which copies it anyway; it stays while there is room, and the next one of the same
+        conversation shares its rows.
 
         Returns:
             The cache, cut to the candidate's length; None if that cannot be done.
         """
         held, used = candidate.held, candidate.num_tokens
-        stays = to_copy or held.stays or held.tier == Tier.SYSTEM.label
-        if held.saved and used == held.num_tokens and not stays:
+        if not held.saved or used != held.num_tokens or held.tier == Tier.SYSTEM.label:
+            self._resident.touch(held)
+        elif to_copy or held.stays:
+            self._resident.spare(held)
+        else:
             self._resident.remove(held)
             held.witness = None  # with its references, the next token would copy all of it
             return held.cache
-        self._resident.touch(held)
         cache = self._codec.copy_cache(held.cache)
         surplus = held.num_tokens - used
         if surplus and self._codec.trim(cache, surplus) != surplus:
@@ -229,7 +232,7 @@ class Lookup:
         held.stays = True
         with self._lock:
             if nbytes <= self._resident.max_bytes and self._resident.is_current(owner):
-                self._saver.spill(self._resident.add(held))
+                self._saver.spill(self._resident.add(held, spare=True))
         return self._codec.copy_cache(cache)
 
     def _load(

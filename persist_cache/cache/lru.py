@@ -66,6 +66,7 @@ class TieredLRU(Generic[K]):
         # Per tier, oldest first.
         self._order: list[OrderedDict[K, _Entry]] = [OrderedDict() for _ in self._tiers]
         self._rank_of: dict[K, int] = {}
+        self._spare: dict[K, None] = {}
         self._nbytes = [0] * len(self._tiers)
 
     def __len__(self) -> int:
@@ -140,8 +141,18 @@ class TieredLRU(Generic[K]):
             KeyError: `key` is not here.
         """
         order = self._order[self._rank_of[key]]
+        self._spare.pop(key, None)
         order.move_to_end(key)
         order[key].used_at = self._clock()
+
+    def spare(self, key: K) -> None:
+        """Make `key` the next to go, before those of all tiers, until it is touched or pushed.
+
+        Raises:
+            KeyError: `key` is not here.
+        """
+        self.touch(key)
+        self._spare[key] = None
 
     def resize(self, key: K, nbytes: int) -> None:
         """Let `key` account for other bytes than before.
@@ -161,6 +172,7 @@ class TieredLRU(Generic[K]):
             KeyError: `key` is not here.
         """
         rank = self._rank_of.pop(key)
+        self._spare.pop(key, None)
         self._nbytes[rank] -= self._order[rank].pop(key).nbytes
 
     def pop(self) -> K:
@@ -171,7 +183,9 @@ class TieredLRU(Generic[K]):
         """
         if not self._rank_of:
             raise KeyError("nothing to evict: no tier holds a key")
-        key = self._next(self._order)
+        key = next(iter(self._spare), None)
+        if key is None:
+            key = self._next(self._order)
         self.remove(key)
         return key
 
@@ -181,8 +195,11 @@ class TieredLRU(Generic[K]):
         Nothing must change meanwhile: take the first that will do, then `remove` it.
         """
         left = [order.copy() for order in self._order]
+        spare = iter(list(self._spare))
         for _ in range(len(self)):
-            key = self._next(left)
+            key = next(spare, None)
+            if key is None:
+                key = self._next(left)
             del left[self._rank_of[key]][key]
             yield key
 
