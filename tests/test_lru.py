@@ -24,6 +24,7 @@ class LRUMachine(RuleBasedStateMachine):
         self.lru: TieredLRU[int] = TieredLRU()
         self.order: dict[str, deque[int]] = {tier: deque() for tier in TIER_LABELS}
         self.sizes: dict[int, int] = {}
+        self.spared: list[int] = []
 
     def tier_of(self, key: int) -> str:
         return next(tier for tier, keys in self.order.items() if key in keys)
@@ -31,6 +32,11 @@ class LRUMachine(RuleBasedStateMachine):
     def forget(self, key: int) -> None:
         self.order[self.tier_of(key)].remove(key)
         del self.sizes[key]
+        self.use(key)
+
+    def use(self, key: int) -> None:
+        if key in self.spared:
+            self.spared.remove(key)
 
     def upstream_pop(self) -> int:
         """`LRUPromptCache.CacheOrder.pop` of mlx-lm 0.32, three tiers."""
@@ -55,9 +61,17 @@ class LRUMachine(RuleBasedStateMachine):
                 self.lru.touch(key)
             return
         self.lru.touch(key)
+        self.use(key)
         keys = self.order[self.tier_of(key)]
         keys.remove(key)
         keys.append(key)
+
+    @rule(key=KEYS)
+    def spare(self, key: int) -> None:
+        self.touch(key)
+        if key in self.sizes:
+            self.lru.spare(key)
+            self.spared.append(key)
 
     @rule(key=KEYS)
     def remove(self, key: int) -> None:
@@ -71,7 +85,7 @@ class LRUMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.sizes)
     @rule()
     def pop(self) -> None:
-        expected = self.upstream_pop()
+        expected = self.spared[0] if self.spared else self.upstream_pop()
         assert self.lru.pop() == expected
         self.forget(expected)
 
