@@ -9,9 +9,8 @@ import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import openai
 import pytest
 import requests
 
@@ -21,6 +20,9 @@ from tests.fakes import disk_usage
 from tests.server_process import ServerProcess
 from tests.tiny_models import build_model_dir
 from tests.waiting import until
+
+if TYPE_CHECKING:
+    import openai
 
 SYSTEM = "You are a helpful assistant. Answer the question of the user in a short sentence. " * 6
 TOOLS = [
@@ -322,6 +324,8 @@ def test_second_server_on_the_same_store_finds_what_the_first_stored(
 @pytest.fixture
 def client(model: Path, store: Path, tmp_path: Path) -> Iterator[tuple[openai.OpenAI, Any]]:
     """The official client, and a function that restarts the server behind it."""
+    import openai  # a second of it, in every process that collects tests
+
     running = server(model, store, tmp_path)
     running.start()
 
