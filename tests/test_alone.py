@@ -240,3 +240,10 @@ def test_progress_of_a_prefill_is_told_from_its_start_to_its_end(
     assert answered.progress[-1] == (length, length)
     assert answered.progress == sorted(answered.progress)
     assert {total for _, total in answered.progress} == {length}
+
+
+def test_cache_that_cannot_be_quantized_is_said_in_a_sentence(model: Callable[..., Path]) -> None:
+    with Loop(model("sliding"), kv_bits=8) as loop:
+        for text in ("w1 w2", words(1, 60)):
+            with pytest.raises(ModelError, match=r"cannot be quantized .*without --kv-bits"):
+                loop.ask([SYSTEM, {"role": "user", "content": text}])

@@ -184,8 +184,8 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
     def tokenize_ahead(self, request: TicketedRequest, args: Any) -> None:
         """Tokenize a request before it is queued, if its model is the one that is loaded.
 
-        So the generation thread need not, and what it will want of the disk can be read while it
-        decodes for others. What fails here is left to that thread to say.
+        So the generation thread need not, what is wrong with it is said at once, and what it will
+        want of the disk can be read while others are answered.
         """
         provider, ticket = self.model_provider, request.ticket
         key, spare = provider.model_key, getattr(provider, "spare", None)
@@ -206,11 +206,10 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
                 prompt = self._cut(spare.tokenizer, mine, args)
             finally:
                 self._tokenizing.release()
-        except ConnectionError:
-            raise
-        except Exception as error:
-            log.debug("nothing was tokenized ahead: %s", error)
-            return
+        except Exception:
+            if ticket.is_over or provider.spare is spare:
+                raise
+            return  # another model was loaded meanwhile
         ticket.tokenized(dataclasses.replace(prompt, tokenizer=spare.of))
         if self._in_flight > 1:
             self._reader.submit(self.cache.read_ahead, key, prompt.tokens, trail=ticket.trail)
