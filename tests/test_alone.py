@@ -7,7 +7,6 @@ that is sent back is the same tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,15 @@ from persist_cache.errors import ModelError
 from persist_cache.prefill import loading
 from persist_cache.prefill.run import Computation, new_cache, prefill
 from persist_cache.server.ticket import Ticket
-from tests.loops import Loop, arguments, computed_of_new, make_provider, text_of, words
+from tests.loops import (
+    Loop,
+    arguments,
+    computed_of_new,
+    make_provider,
+    text_of,
+    words,
+    write_thinking_model,
+)
 from tests.torture.tiny import KINDS, write_model
 from tests.waiting import until
 
@@ -37,7 +44,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     def made(name: str, seed: int = 0, *, thinks: bool = False) -> Path:
         path = folder / f"{name}-{seed}-{thinks}"
         if not path.exists():
-            write_model(path, replace(KINDS[name], thinks=thinks), seed)
+            (write_thinking_model if thinks else write_model)(path, KINDS[name], seed)
         return path
 
     return made
