@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import requests
 
 from persist_cache import Store
+from persist_cache.server.streaming import Streaming
 from tests.computed import told
 from tests.server_process import ServerProcess
 from tests.tiny_models import CHAT_TEMPLATE, build_model_dir
@@ -124,6 +126,21 @@ def test_what_is_known_to_be_wrong_at_once_is_told_by_the_status(running: Server
     assert answer.status_code >= 400
     assert "the last word is forbidden" in answer.text
     assert still.startswith(b"data: ")
+
+
+def test_client_that_closed_its_connection_has_left() -> None:
+    ours, theirs = socket.socketpair()
+    handler = object.__new__(Streaming)
+    handler.connection = ours
+
+    assert not handler.has_left()
+    theirs.send(b"the next request")
+    assert not handler.has_left()
+    assert ours.recv(100) == b"the next request"
+    theirs.close()
+    assert handler.has_left()
+    ours.close()
+    assert handler.has_left()
 
 
 def test_texts_are_on_disk_soon_enough_for_a_kill(model: Path, tmp_path: Path) -> None:

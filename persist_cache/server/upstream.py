@@ -219,7 +219,7 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
         """The prompt of the ticket; tokenized here only if the model came later than it."""
         ticket: Ticket = request.ticket
-        if ticket.is_over:
+        if self._is_given_up(ticket):
             raise ConnectionAbortedError("The client is gone.")
         prompt = ticket.prompt
         if prompt is None or prompt.tokenizer is not tokenizer:
@@ -233,6 +233,11 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
         # Upstream takes pieces away from its lists.
         tokens = TicketTokens(prompt.tokens, ticket)
         return tokens, list(segments), list(kinds), prompt.initial_state, prompt.vision
+
+    def _is_given_up(self, ticket: Ticket) -> bool:
+        """Whether a request need not be computed any further."""
+        # Only one of several ranks knows, and the others would wait for it.
+        return not self._is_distributed and ticket.is_over
 
     def _cut(self, tokenizer: Any, request: Any, args: Any) -> CutPrompt:
         """Tokenize a request, and cut it into its system part and its turns."""
@@ -273,8 +278,7 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
         ticket.leave_tokens = tokens_looked_back_at(args.logits)
 
         def is_cut() -> bool:
-            # Only one of several ranks knows, and the others would wait for it.
-            return not self._is_distributed and (self._stop or ticket.is_over)
+            return (self._stop and not self._is_distributed) or self._is_given_up(ticket)
 
         self._alone = Alone(ticket, answers, self.model_provider, lambda: mx.stream(stream), is_cut)
         try:
