@@ -184,8 +184,8 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
     def tokenize_ahead(self, request: TicketedRequest, args: Any) -> None:
         """Tokenize a request before it is queued, if its model is the one that is loaded.
 
-        So the generation thread need not, and what it will want of the disk can be read while it
-        decodes for others. What fails here is left to that thread to say.
+        So the generation thread need not, what is wrong with it is said at once, and what it will
+        want of the disk can be read while others are answered.
         """
         provider, ticket = self.model_provider, request.ticket
         key, spare = provider.model_key, getattr(provider, "spare", None)
@@ -206,11 +206,10 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
                 prompt = self._cut(spare.tokenizer, mine, args)
             finally:
                 self._tokenizing.release()
-        except ConnectionError:
-            raise
-        except Exception as error:
-            log.debug("nothing was tokenized ahead: %s", error)
-            return
+        except Exception:
+            if ticket.is_over or provider.spare is spare:
+                raise
+            return  # another model was loaded meanwhile
         ticket.tokenized(dataclasses.replace(prompt, tokenizer=spare.of))
         if self._in_flight > 1:
             self._reader.submit(self.cache.read_ahead, key, prompt.tokens, trail=ticket.trail)
@@ -221,7 +220,7 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
         """The prompt of the ticket; tokenized here only if the model came later than it."""
         ticket: Ticket = request.ticket
         ticket.in_batch = self._alone is None
-        if ticket.is_over:
+        if self._is_given_up(ticket):
             raise ConnectionAbortedError("The client is gone.")
         prompt = ticket.prompt
         if prompt is None or prompt.tokenizer is not tokenizer:
@@ -235,6 +234,11 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
         # Upstream takes pieces away from its lists.
         tokens = TicketTokens(prompt.tokens, ticket)
         return tokens, list(segments), list(kinds), prompt.initial_state, prompt.vision
+
+    def _is_given_up(self, ticket: Ticket) -> bool:
+        """Whether a request need not be computed any further."""
+        # Only one of several ranks knows, and the others would wait for it.
+        return not self._is_distributed and ticket.is_over
 
     def _cut(self, tokenizer: Any, request: Any, args: Any) -> CutPrompt:
         """Tokenize a request, and cut it into its system part and its turns."""
@@ -275,8 +279,7 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
         ticket.leave_tokens = tokens_looked_back_at(args.logits)
 
         def is_cut() -> bool:
-            # Only one of several ranks knows, and the others would wait for it.
-            return not self._is_distributed and (self._stop or ticket.is_over)
+            return (self._stop and not self._is_distributed) or self._is_given_up(ticket)
 
         self._alone = Alone(ticket, answers, self.model_provider, lambda: mx.stream(stream), is_cut)
         try:
