@@ -131,7 +131,8 @@ class _Terminated(BaseException):
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:
-    signal.signal(signum, signal.SIG_DFL)  # a second one does not wait
+    # A second one does not wait, but a terminal that is closed may say so more than once.
+    signal.signal(signum, signal.SIG_IGN if signum == signal.SIGHUP else signal.SIG_DFL)
     endings.insist(_Terminated, signum)
 
 
