@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         for one in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(one) == signal.SIG_DFL:
                 signal.signal(one, _terminate)
-        if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        if signal.getsignal(signal.SIGINT) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(signal.SIGINT, _interrupt)
         status = _run_to_the_end()
     else:

@@ -36,6 +36,7 @@ from persist_cache.store.budget import DEFAULT_MAX_BYTES, DEFAULT_MIN_FREE_BYTES
 from persist_cache.store.evict import Evictor
 from persist_cache.store.relief import UnseenSpare
 from persist_cache.store.session import Disk
+from persist_cache.system import streams
 
 log = logging.getLogger(__name__)
 _PATIENCE_S = 5.0
@@ -371,6 +372,7 @@ def open_disk(
         clock: UTC seconds.
         before: Limits of the store that was in its place, for one that has none of its own.
     """
+    streams.occupy()
     folder = BlobFolder(root)
     prepare_folder(root, folder, read_only)
     may_rebuild = not read_only
