@@ -173,11 +173,15 @@ def test_a_server_is_found_though_a_command_looked_while_it_told_of_itself(
     create, wait = fs.create, fs.lock
     looks: list[threading.Thread] = []
 
+    def leave(looking: int) -> None:
+        tried.wait(30)
+        os.close(looking)
+
     def seen(path: Path) -> int:
         fd = create(path)
         looking = fs.open_read(path)
         assert fs.try_lock(looking)
-        looks.append(threading.Thread(target=lambda: (tried.wait(30), os.close(looking))))
+        looks.append(threading.Thread(target=leave, args=(looking,)))
         looks[-1].start()
         return fd
 
