@@ -57,7 +57,7 @@ class AdminToken:
                 fs.make_folder(folder)
                 self._last = _keep(folder, self._last)
             except (OSError, StoreAccessError) as error:
-                self.trouble = _reason(error)
+                self.trouble = _reason(error, folder)
 
     def __call__(self) -> str:
         """The secret as of now: the file may have been replaced, or lost with its folder."""
@@ -79,7 +79,7 @@ class AdminToken:
                 self._last = _keep(self._folder, self._last)
                 self.trouble = ""
             except (OSError, StoreAccessError) as error:
-                self.trouble = _reason(error)
+                self.trouble = _reason(error, self._folder)
 
 
 class Serving(msgspec.Struct, frozen=True):
@@ -124,8 +124,8 @@ class _Announcement:
                 self._trouble = ""
             except (OSError, StoreAccessError) as error:
                 self._close()
-                if _reason(error) != self._trouble:
-                    self._trouble = _reason(error)
+                if _reason(error, self._folder) != self._trouble:
+                    self._trouble = _reason(error, self._folder)
                     log.warning("commands cannot find this server: %s", self._trouble)
 
     def keep_looking(self) -> None:
@@ -163,7 +163,8 @@ class _Announcement:
             for dead, _ in _server_files(self._folder, living=False):
                 fs.unlink(dead)
             self._fd = fs.create(self._path)
-            fs.try_lock(self._fd)
+            # Whoever looks for servers at this moment may have it.
+            fs.lock(self._fd, _PATIENCE_S)
             fs.write_all(self._fd, [memoryview(msgspec.json.encode(self._serving))])
 
     def _close(self) -> None:
@@ -310,7 +311,7 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def _reason(error: OSError | StoreAccessError) -> str:
+def _reason(error: OSError | StoreAccessError, folder: Path) -> str:
     if isinstance(error, OSError):
-        return f"{error.filename} cannot be used ({error.strerror})."
+        return f"{error.filename or folder} cannot be used ({error.strerror})."
     return str(error)
