@@ -232,7 +232,7 @@ class Rendered(Generator):
 
     def receive(self, request: Any) -> tuple[list[Any] | None, Sequence[int]]:
         """What upstream's loop does with a request that waited for others."""
-        args = SimpleNamespace(model=SimpleNamespace(model=MODEL[0]))
+        args = SimpleNamespace(model=SimpleNamespace(model=MODEL[0]), max_tokens=4)
         self.read_ahead(request, args, request.ticket.trail)
         prompt = self._tokenize(object(), request, args)[0]
         return TicketedCache(self.cache, self).fetch_nearest_cache(MODEL, prompt)

@@ -143,7 +143,10 @@ def test_request_that_fails_before_its_look_raises_why() -> None:
     )
     generator._tokenize = lambda *_: ([1, 2], [[1, 2]], ["assistant"], "normal", None)
     generator._make_state_machine = lambda *_: (None, None)
-    request, args = SimpleNamespace(), SimpleNamespace(stop_words=[], seed="no number")
+    request, args = (
+        SimpleNamespace(),
+        SimpleNamespace(stop_words=[], seed="no number", max_tokens=4),
+    )
     loop = threading.Thread(
         target=lambda: generator._serve_single(generator.requests.get(timeout=10), None)
     )

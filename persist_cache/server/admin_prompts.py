@@ -16,6 +16,7 @@ from persist_cache.queries.explain import explain, with_memory
 from persist_cache.server.answers import Response, json_response
 from persist_cache.server.guard import Request
 from persist_cache.server.model import LoadedModel, Models
+from persist_cache.server.protocols.openai import lenient
 from persist_cache.server.rendering import read_request, system_only
 from persist_cache.server.validation import RefusedError, check_names, check_prompt, decode_object
 from persist_cache.server.view import Views
@@ -79,8 +80,9 @@ class Prompts:
         self._models = models
 
     def explain(self, request: Request) -> Response:
-        body = decode_object(request.body)
+        body = lenient(decode_object(request.body))
         check_prompt(body)
+        check_names(body)
         store = self._views.store()
         model = self._models.loaded(body)
         if model.fingerprint is None:
@@ -99,7 +101,7 @@ class Prompts:
         )
 
     def warm(self, request: Request, ask: Ask | None) -> Response:
-        body = decode_object(request.body)
+        body = lenient(decode_object(request.body))
         marks = Marks.of(body.pop("cache", None))
         whole = not system_only(read_request(body))
         check_names(body)

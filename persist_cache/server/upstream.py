@@ -12,7 +12,6 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import json
 import logging
 import os
 import signal
@@ -31,12 +30,18 @@ from persist_cache.cache.prompt_cache import PromptCache
 from persist_cache.cache.stats import Fetch
 from persist_cache.errors import MissingDependencyError, ModelError
 from persist_cache.fingerprint.identifier import Identifier
-from persist_cache.prefill import loading
+from persist_cache.fingerprint.model_files import folder_of
+from persist_cache.prefill import loadable, loading
 from persist_cache.prefill.clock import PrefillClock
 from persist_cache.prefill.loading import model_errors
 from persist_cache.server.admin import Admin
+from persist_cache.server.answers import json_response
 from persist_cache.server.guard import OUTCOME_HEADER, ModelGuard
 from persist_cache.server.http import Front
+from persist_cache.server.lengths import context_tokens, room
+from persist_cache.server.names import Names
+from persist_cache.server.protocols.openai import one_head
+from persist_cache.server.rendering import unrenderable
 from persist_cache.server.segments import cut_at, system_end, system_tokens
 from persist_cache.server.ticket import Ticket, TicketedCache, cache_header
 from persist_cache.store.trail import Trail
@@ -70,6 +75,11 @@ _MIN_BRANCH_TOKENS = 64
 class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
     """Upstream's generation loop, cutting prompts where a restart will want to resume them."""
 
+    names: Names | None = None
+    """Makes one key of all names of a model; without it they are taken as upstream takes them."""
+    strict = False
+    """Whether requests for what is not done are refused."""
+
     def __init__(self, model_provider: Any, prompt_cache: PromptCache) -> None:
         self.cache = prompt_cache  # upstream deletes its own reference at the end
         self._answering = threading.local()
@@ -87,7 +97,16 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
     # ---- where prompts are cut ---------------------------------------------------------------
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
-        prompt, segments, types, initial_state, vision = super()._tokenize(tokenizer, request, args)
+        tokenize = super()._tokenize
+        prompt, segments, types, initial_state, vision = _rendered(
+            request, lambda: tokenize(tokenizer, request, args)
+        )
+        args.max_tokens = room(
+            len(prompt),
+            args.max_tokens,
+            getattr(self.model_provider, "context", None),
+            param="messages" if request.request_type == "chat" else "prompt",
+        )
         ticket: Ticket | None = getattr(request, "ticket", None)
         if vision is None:
             if len(segments) == 1 and types == ["assistant"] and request.request_type == "chat":
@@ -194,6 +213,13 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
     ) -> Any:
         if not self.generation_available():
             return super().generate(request, generation_args, progress_callback)  # which says so
+        if self.names is not None:
+            asked = generation_args.model
+            key = self.names.key(asked.model, asked.adapter, asked.draft)
+            self.names.check(key)
+            # What is compared and loaded; the answer says what the client said.
+            generation_args.model = upstream.ModelDescription(key.model, key.draft, key.adapter)
+        only_fills = generation_args.max_tokens == 0
         ticket = vars(request).setdefault("ticket", self.new_ticket())
         if self._in_flight > 1:
             # Rendering a prompt changes its messages, so each thread has its own.
@@ -207,7 +233,8 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
             # It failed before the look: asking for the answer raises why.
             next(response, None)
             raise RuntimeError("The request was answered without a look into the cache.")
-        return ctx, _told(ctx, response, ticket.fetch)
+        told = _told(ctx, response, ticket.fetch)
+        return ctx, (one for one in told if not only_fills)
 
     def new_ticket(self) -> Ticket:
         """A ticket for the request that this thread is about to make."""
@@ -288,6 +315,10 @@ class Provider(upstream.ModelProvider):  # type: ignore[misc]
     identifier: Identifier | None = None
     spare_tokenizer: Any = None
     """For use beside the generation thread: not all tokenizers bear company."""
+    context: int | None = None
+    """Tokens that the loaded model was made for, if its configuration says so."""
+    context_given: int | None = None
+    """What counts instead; 0 for no limit."""
     failed: ModelError | MissingDependencyError | None = None
     """Why the model of the command line could not be loaded, which ends the server."""
 
@@ -317,13 +348,21 @@ class Provider(upstream.ModelProvider):  # type: ignore[misc]
                 self.spare_tokenizer = None
                 super()._load(*model_key)
             else:
+                # What cannot be had costs the model in memory neither its place nor its name.
                 for name in filter(None, (model_path, draft_model_path)):
-                    # What cannot be had costs the model in memory neither its place nor its name.
-                    loading.fetch(name)
+                    fetched = loading.fetch(name)
+                    if self.model is not None:
+                        adapter = adapter_path if name == model_path else None
+                        trusted = self.cli_args.trust_remote_code
+                        loadable.build(name, fetched, adapter, trust_remote_code=trusted)
                 self.spare_tokenizer = None
                 # The weights in memory go, and with them what is known of their files.
                 self.identifier.forget()
                 self.identifier.around_load(model_key, read)
+            self.context = self.context_given or None
+            folder = folder_of(model_path) if model_path else None
+            if self.context_given is None and folder is not None:
+                self.context = context_tokens(loadable.read_config(folder))
         self.spare_tokenizer = copy.deepcopy(self.tokenizer)
 
 
@@ -356,11 +395,7 @@ class Handler(Front, upstream.APIHandler):  # type: ignore[misc]
         """Tell a sick disk from a sick model; only the latter makes the server unavailable."""
         healthy = self.response_generator.is_healthy
         said = health_said(self.response_generator.cache, healthy=healthy)
-        body = json.dumps(said).encode()
-        self._set_completion_headers(200 if healthy else 503)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+        self._send(json_response(said, 200 if healthy else 503))
 
 
 def health_said(cache: PromptCache, *, healthy: bool) -> dict[str, str]:
@@ -445,10 +480,35 @@ def tokenize(
     provider = SimpleNamespace(
         processor=None, cli_args=SimpleNamespace(chat_template_args=dict(template_args))
     )
-    tokens, segments, kinds, _, _ = upstream.ResponseGenerator._tokenize(
-        SimpleNamespace(model_provider=provider), tokenizer, request, args
+    tokens, segments, kinds, _, _ = _rendered(
+        request,
+        lambda: upstream.ResponseGenerator._tokenize(
+            SimpleNamespace(model_provider=provider), tokenizer, request, args
+        ),
     )
     return tokens, segments, kinds
+
+
+def _rendered(request: Any, tokenize: Callable[[], Any]) -> Any:
+    """What `tokenize` makes of a request.
+
+    If the chat template refuses its messages, they are tried with a single system message at the
+    head, and kept so in the request.
+
+    Raises:
+        RefusedError: The template refuses that, too; with what it said.
+    """
+    try:
+        try:
+            return tokenize()
+        except Exception:
+            messages = one_head(request.messages)
+            if messages is None:
+                raise
+            request.messages = messages
+            return tokenize()
+    except Exception as error:  # templates are programs of their own
+        raise unrenderable(error) from error
 
 
 def place_in_group() -> tuple[int, int]:
