@@ -55,8 +55,11 @@ def check_adapter(folder: Path) -> None:
         raise ModelError(f"The adapter in {folder} cannot be loaded: {_said(error)}.") from error
 
 
-def build(name: str, folder: Path, adapter: str | None, *, trust_remote_code: bool) -> None:
+def build(name: str, folder: Path, adapter: str | None, *, trust_remote_code: bool) -> Any:
     """Put a model together as `mlx_lm.load` does, reading none of its weights.
+
+    Returns:
+        The model.
 
     Raises:
         ModelError: Its weights do not fit its configuration, or the adapter's do not fit it.
@@ -67,6 +70,7 @@ def build(name: str, folder: Path, adapter: str | None, *, trust_remote_code: bo
         model, _ = load_model(folder, lazy=True, trust_remote_code=trust_remote_code)
         if adapter is not None:
             load_adapters(model, adapter)
+        return model
 
 
 def stamps(*folders: Path) -> tuple[tuple[str, int, int, int], ...]:

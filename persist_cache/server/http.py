@@ -34,6 +34,7 @@ from persist_cache.server.guard import (
 )
 from persist_cache.server.names import Names, names_of
 from persist_cache.server.protocols.openai import error_body, ignored, lenient, refusal_of, served
+from persist_cache.server.ticket import Part
 from persist_cache.server.validation import (
     RefusedError,
     check_chat,
@@ -77,6 +78,10 @@ class Front(BaseHTTPRequestHandler):
     response_generator: Any
     created: int
     max_tokens: int
+    body_as_read = b""
+    """The body of the request that is answered, as the client sent it."""
+    keeps: Part = ""
+    """What a request of our own leaves in the cache; see `Ticket`."""
     _headers_buffer: list[bytes]
     _sent = False
     _body_left = False
@@ -164,7 +169,8 @@ class Front(BaseHTTPRequestHandler):
         """Hand a request to upstream once it is known to be sound."""
         if self.path not in _CHECKS:
             raise self._no_such_method()
-        body, is_chat = lenient(decode_object(self._read_body())), "chat" in self.path
+        self.body_as_read = self._read_body()
+        body, is_chat = lenient(decode_object(self.body_as_read)), "chat" in self.path
         check_names(body)
         _CHECKS[self.path](body, vocabulary=self._vocabulary(body))
         if is_chat and has_images(body["messages"]) and not self._sees(body):
@@ -257,6 +263,8 @@ class Front(BaseHTTPRequestHandler):
 
     def _set_completion_headers(self, status_code: int = 200) -> None:
         error = sys.exception()
+        if isinstance(error, ConnectionError):
+            raise error
         if status_code >= 400 and error is not None:
             # Upstream is about to tell it in a form of its own.
             raise refusal_of(error, status_code) from error
@@ -290,9 +298,13 @@ class Front(BaseHTTPRequestHandler):
             found = vars(generator).setdefault("admin", found)
         return found
 
-    def _ask(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        """Answer a request of our own as if it had come from outside."""
+    def _ask(self, body: dict[str, Any], keeps: Part) -> tuple[int, dict[str, Any]]:
+        """Answer a request of our own as if it had come from outside.
+
+        It leaves no more than `keeps` in the cache, and is not counted among the clients'.
+        """
         outside = self.path, self.wfile, self.headers
+        self.keeps = keeps
         kind = "chat/completions" if "messages" in body else "completions"
         self.path, self.headers = f"/v1/{kind}", Message()
         answer = io.BytesIO()
@@ -301,6 +313,7 @@ class Front(BaseHTTPRequestHandler):
             self._post(served(lenient(body), is_chat="messages" in body))
         finally:
             self.path, self.wfile, self.headers = outside
+            self.keeps = ""
             self._headers_buffer = []
             self._sent = False
         head, _, raw = answer.getvalue().partition(b"\r\n\r\n")
