@@ -25,7 +25,7 @@ from persist_cache.server.discovery import Serving, announced, running_servers
 from persist_cache.server.guard import Guard, ModelGuard, Request, is_loopback
 from persist_cache.server.validation import RefusedError
 from persist_cache.store.store import Store
-from tests.cli import runner, script
+from tests.cli import prepared_script, runner
 from tests.server_process import ServerProcess, free_port, running
 from tests.tiny_models import build_model_dir
 
@@ -521,7 +521,7 @@ def test_serving_beyond_loopback_without_a_key_is_warned_of(tmp_path: Path) -> N
 def test_secrets_that_no_header_can_carry_are_refused(
     option: str, secret: str, tmp_path: Path
 ) -> None:
-    done = script(tmp_path / "store", "serve", option, secret)
+    done = prepared_script(tmp_path / "store", "serve", option, secret)
 
     assert done.status == 2
     assert option in done.sentence

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import socket
-import time
 from collections.abc import Iterator
 from email.message import Message
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +22,7 @@ from persist_cache.server.guard import Request, owns
 from persist_cache.server.validation import RefusedError
 from persist_cache.store.store import Store
 from tests.bulk_store import conversations, fill
-from tests.fakes import fingerprint, put
+from tests.fakes import Clock, fingerprint, put
 from tests.server_process import ServerProcess, sentence_in
 from tests.tiny_models import build_model_dir
 from tests.waiting import until
@@ -326,14 +326,16 @@ def test_statistics_of_a_large_store_do_not_load_it_at_each_commit(
     cache: PromptCache, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = []
+    clock = Clock()
 
     class Large(Survey):
         def __init__(self, store: Store) -> None:
             loaded.append(store)
-            time.sleep(0.5)
+            clock.advance(0.5)
             super().__init__(store)
 
     monkeypatch.setattr("persist_cache.server.view.Survey", Large)
+    monkeypatch.setattr("persist_cache.server.view.time", SimpleNamespace(monotonic=clock))
     admin = Admin(cache, token=TOKEN)
     for number in range(3):
         put(store, [number, 2, 3])
@@ -342,6 +344,11 @@ def test_statistics_of_a_large_store_do_not_load_it_at_each_commit(
     assert len(loaded) == 1
     assert said["store"]["entries"] == 3
     assert len(ask(admin, "GET", "/v1/cache/entries")[1]["entries"]) == 3
+    assert len(loaded) == 2, "entries are those of now"
+    clock.advance(20)
+    put(store, [3, 2, 3])
+    ask(admin, "GET", "/v1/cache/stats")
+    assert len(loaded) == 3, "seldom is not never"
 
 
 def test_every_entry_of_a_large_store_is_reached_through_the_tree(

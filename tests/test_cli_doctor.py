@@ -248,7 +248,7 @@ def folder(**changes: Any) -> Folder:
 def judge(
     place: Folder, limits: tuple[int, int] = (2048, -1), packages: dict[str, str] = PACKAGES
 ) -> list[Finding]:
-    return judgement.judge(
+    found = judgement.judge(
         place,
         limits=limits,
         packages=packages,
@@ -256,6 +256,7 @@ def judge(
         min_free_bytes=2 << 30,
         used_bytes=0,
     )
+    return list(found)
 
 
 @pytest.mark.parametrize(

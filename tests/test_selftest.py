@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from persist_cache.system.mounts import Mounts
 from tests.cli import Run, runner
 from tests.test_exclusion import Attributes
 from tests.test_volumes import Mac
+from tests.waiting import until
 
 ROOT = Path(__file__).parent.parent
 NEEDS_DISK = ("read-ahead", "read-speed")
@@ -107,8 +107,12 @@ Index.semaphores = property(lambda self: Others(), lambda self, value: None)
     ),
     "the commit's number is elsewhere": (
         "index",
-        "import persist_cache.selftest.commits as c; c.print_number = lambda *a, **k: print(12345)",
-        "lock.mdb has 12345",
+        """
+from persist_cache.store.store import Store
+commit_id = Store.commit_id
+Store.commit_id = lambda self: commit_id(self) + 1000
+""",
+        "where the number of the last commit",
     ),
     "a kill leaves others waiting": (
         "kills",
@@ -217,15 +221,16 @@ fs.write_all = flipped
     "decoding is disturbed": (
         "writer",
         """
-import itertools
-from persist_cache.selftest import caches
-made, times = caches.made, itertools.count()
-def disturbed(kind, seed):
-    cache = made(kind, seed)
-    if next(times):
-        cache[0].keys = cache[0].keys * 1.01
-    return cache
-caches.made = disturbed
+from mlx_lm.models.cache import KVCache
+from persist_cache import fs
+write_all, update = fs.write_all, KVCache.update_and_fetch
+written = []
+def noted(fd, buffers):
+    written.append(fd)
+    return write_all(fd, buffers)
+def disturbed(self, keys, values):
+    return update(self, keys * 1.01 if written else keys, values)
+fs.write_all, KVCache.update_and_fetch = noted, disturbed
 """,
         "differs from what is decoded alone",
     ),
@@ -449,10 +454,7 @@ def test_nothing_stays_when_it_is_interrupted(tmp_path: Path, number: int) -> No
     process = subprocess.Popen(
         [*command, "--dir", str(tmp_path)], cwd=ROOT, stdout=subprocess.DEVNULL
     )
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("*/kills/store/blobs/*/*")):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: list(tmp_path.glob("*/kills/store/blobs/*/*")))
     (folder,) = tmp_path.iterdir()
 
     process.send_signal(number)

@@ -345,11 +345,12 @@ def print_json(value: Any) -> None:
         # A tenth of the time that `json` takes to indent.
         text = msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
     except RecursionError:  # the tree of a long conversation
-        text = "".join(_deep_json(value))
+        text = "".join(_deep_json(msgspec.to_builtins(value)))
     except (OverflowError, UnicodeEncodeError) as error:  # integers of more than 64 bits; names
         import json
 
         is_name = isinstance(error, UnicodeEncodeError)
+        value = msgspec.to_builtins(value)
         text = json.dumps(value, indent=2, ensure_ascii=is_name, allow_nan=False)
     click.echo(text)
 

@@ -41,19 +41,8 @@ def judge(
     max_bytes: int,
     min_free_bytes: int,
     used_bytes: int,
-) -> list[Finding]:
-    """Say what is wrong with the place, and what to do about it."""
-    return list(_judge(folder, limits, packages, max_bytes, min_free_bytes, used_bytes))
-
-
-def _judge(
-    folder: Folder,
-    limits: tuple[int, int],
-    packages: dict[str, str],
-    max_bytes: int,
-    min_free_bytes: int,
-    used_bytes: int,
 ) -> Iterator[Finding]:
+    """What is wrong with the place, and what to do about it."""
     for name in ("mlx", "mlx-lm"):
         if not packages[name]:
             yield Finding(

@@ -1,6 +1,6 @@
 """What the store knows, as JSON: the same objects from the command line and the admin API.
 
-Pure functions: values in, plain dictionaries out. Times are UTC seconds, sizes bytes.
+Pure functions: values in, objects of `schema` out.
 """
 
 from __future__ import annotations
@@ -9,13 +9,32 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType
+from msgspec.structs import asdict
 
 from persist_cache.entry import Entry, Tier
-from persist_cache.queries.details import Details, RunDetails
+from persist_cache.queries.details import Details
 from persist_cache.queries.ids import short_entry_ids
 from persist_cache.queries.lookalike import common_text, difference, escaped, shown_apart
 from persist_cache.queries.models import Model
+from persist_cache.queries.schema import (
+    BytesJson,
+    ChangeJson,
+    DetailsJson,
+    DivergenceJson,
+    EntryJson,
+    ExplanationJson,
+    IdentityJson,
+    LeftBehindJson,
+    ModelJson,
+    QuarantinedJson,
+    RemovalJson,
+    RemovedJson,
+    StoreJson,
+    Text,
+    TierJson,
+    VerdictJson,
+)
 from persist_cache.queries.totals import Amount, Quarantined, Removal, Survey
 from persist_cache.store.catalog import StoreStats
 
@@ -23,7 +42,7 @@ if TYPE_CHECKING:
     from persist_cache.queries.explain import Divergence, Explanation
 
 
-def entry_json(entry: Entry, model: Model, short: str) -> dict[str, Any]:
+def entry_json(entry: Entry, model: Model, short: str) -> EntryJson:
     """One entry.
 
     Args:
@@ -31,56 +50,45 @@ def entry_json(entry: Entry, model: Model, short: str) -> dict[str, Any]:
         model: Whose it is.
         short: Its short id.
     """
-    return {
-        "id": entry.id,
-        "short_id": short,
-        "fingerprint": entry.fingerprint,
-        "model": model.name,
-        "tier": entry.tier.label,
-        "num_tokens": entry.num_tokens,
-        "own_bytes": entry.own_bytes,
-        "shared_bytes": entry.shared_bytes,
-        "created": entry.created,
-        "last_use": entry.last_use,
-        "hits": entry.hits,
-        "saved_s": entry.saved_s,
-        "prefill_s": entry.prefill_s,
-        "pinned": entry.pinned,
-        "expires": entry.expires,
-        "label": entry.label,
-        "parent": entry.parent,
-    }
+    return EntryJson(
+        id=entry.id,
+        short_id=short,
+        fingerprint=entry.fingerprint,
+        model=model.name,
+        tier=entry.tier.label,
+        num_tokens=entry.num_tokens,
+        own_bytes=entry.own_bytes,
+        shared_bytes=entry.shared_bytes,
+        created=entry.created,
+        last_use=entry.last_use,
+        hits=entry.hits,
+        saved_s=entry.saved_s,
+        prefill_s=entry.prefill_s,
+        pinned=entry.pinned,
+        expires=entry.expires,
+        label=entry.label,
+        parent=entry.parent,
+    )
 
 
-def details_json(details: Details, short: str) -> dict[str, Any]:
-    """Everything about one entry; `short` is its short id."""
+def details_json(details: Details, short: str, *, text: Text = UNSET) -> DetailsJson:
+    """Everything about one entry.
+
+    Args:
+        details: What is known of it.
+        short: Its short id.
+        text: The prompt, if it was asked for.
+    """
     model = details.model
-    return {
-        **entry_json(details.entry, model, short),
-        "children": list(details.children),
-        "runs": [_run_json(run) for run in details.runs],
-        "checkpoint": None if details.checkpoint is None else _run_json(details.checkpoint),
-        "identity": {"fields": dict(model.fields), "info": dict(model.info)},
-        "layout": as_json_object(details.layout),
-    }
-
-
-def _run_json(run: RunDetails) -> dict[str, Any]:
-    return {
-        "blob": run.blob,
-        "path": run.path,
-        "start": run.start,
-        "num_tokens": run.num_tokens,
-        "blob_tokens": run.blob_tokens,
-        "nbytes": run.nbytes,
-        "entries": run.entries,
-        "created": run.created,
-    }
-
-
-def mark_json(entry: str, short: str, **marks: Any) -> dict[str, Any]:
-    """What a user said about an entry: `pinned`, `expires` or `label`."""
-    return {"id": entry, "short_id": short, **marks}
+    return DetailsJson(
+        **asdict(entry_json(details.entry, model, short)),
+        children=details.children,
+        runs=details.runs,
+        checkpoint=details.checkpoint,
+        identity=IdentityJson(fields=dict(model.fields), info=dict(model.info)),
+        layout=as_json_object(details.layout),
+        text=text,
+    )
 
 
 def removal_json(
@@ -93,7 +101,7 @@ def removal_json(
     unremoved_bytes: int = 0,
     skipped: Sequence[Entry] = (),
     reasons: Mapping[str, str] | None = None,
-) -> dict[str, Any]:
+) -> RemovalJson:
     """An eviction, done or only planned.
 
     Args:
@@ -107,67 +115,72 @@ def removal_json(
         reasons: Per fingerprint why its entries go, "" by default.
     """
     short = short_entry_ids(survey)
-    return {
-        "dry_run": dry_run,
-        "entries": [
-            {
-                **entry_json(entry, survey.model_of(entry), short[entry.id]),
-                "reason": (reasons or {}).get(entry.fingerprint, ""),
-            }
+    return RemovalJson(
+        dry_run=dry_run,
+        entries=[
+            RemovedJson(
+                **asdict(entry_json(entry, survey.model_of(entry), short[entry.id])),
+                reason=(reasons or {}).get(entry.fingerprint, ""),
+            )
             for entry in entries
         ],
-        "freed_bytes": freed_bytes,
-        "kept_bytes": removal.kept_bytes,
-        "kept_for": removal.kept_for,
-        "dead_bytes": removal.dead_bytes,
-        "unremoved_bytes": 0 if dry_run else unremoved_bytes,
-        "skipped_pinned": [entry.id for entry in skipped],
-    }
+        freed_bytes=freed_bytes,
+        kept_bytes=removal.kept_bytes,
+        kept_for=removal.kept_for,
+        dead_bytes=removal.dead_bytes,
+        unremoved_bytes=0 if dry_run else unremoved_bytes,
+        skipped_pinned=[entry.id for entry in skipped],
+    )
 
 
 def explanation_json(
-    found: Explanation, decode: Callable[[list[int]], str], *, show_stored: bool = True
-) -> dict[str, Any]:
+    found: Explanation,
+    decode: Callable[[list[int]], str],
+    *,
+    check: VerdictJson | UnsetType | None = UNSET,
+    known_tokens: int | UnsetType = UNSET,
+) -> ExplanationJson:
     """An explanation.
 
     Args:
         found: What `explain` said.
         decode: Tokens as text.
-        show_stored: Tell what the stored prompt says where it differs.
+        check: What `--check` found, where there is such an option; None without it.
+        known_tokens: Tokens that a server has of the prompt, memory included.
     """
     texts = None if found.divergence is None else divergence_texts(found.divergence, decode)
-    return {
-        "outcome": found.outcome,
-        "message": explanation_message(found, texts),
-        "num_tokens": found.num_tokens,
-        "cached_tokens": found.cached_tokens,
-        "common_tokens": found.common_tokens,
-        "id": found.entry,
-        "saved_s": found.saved_s,
-        "divergence": None
+    return ExplanationJson(
+        outcome=found.outcome,
+        message=explanation_message(found, texts),
+        num_tokens=found.num_tokens,
+        cached_tokens=found.cached_tokens,
+        common_tokens=found.common_tokens,
+        id=found.entry,
+        saved_s=found.saved_s,
+        divergence=None
         if found.divergence is None or texts is None
-        else _divergence_json(found.divergence, texts, show_stored),
-        "changes": [
-            {"field": change.name, "stored": change.old, "now": change.new}
+        else _divergence_json(found.divergence, texts),
+        changes=[
+            ChangeJson(field=change.name, stored=change.old, now=change.new)
             for change in found.changes
         ],
-        "now_tokens": found.now_tokens,
-        "memory_tokens": found.memory_tokens,
-    }
+        now_tokens=found.now_tokens,
+        memory_tokens=found.memory_tokens,
+        check=check,
+        known_tokens=known_tokens,
+    )
 
 
-def _divergence_json(
-    divergence: Divergence, texts: DivergenceTexts, show_stored: bool
-) -> dict[str, Any]:
-    return {
-        "position": divergence.position,
-        "before_text": texts.before,
-        "stored_text": texts.stored if show_stored else None,
-        "prompt_text": texts.prompt,
-        "stored_tokens": divergence.stored if show_stored else None,
-        "prompt_tokens": divergence.prompt,
-        "difference": texts.difference,
-    }
+def _divergence_json(divergence: Divergence, texts: DivergenceTexts) -> DivergenceJson:
+    return DivergenceJson(
+        position=divergence.position,
+        before_text=texts.before,
+        stored_text=texts.stored,
+        prompt_text=texts.prompt,
+        stored_tokens=divergence.stored,
+        prompt_tokens=divergence.prompt,
+        difference=texts.difference,
+    )
 
 
 class DivergenceTexts(Struct, frozen=True):
@@ -229,32 +242,6 @@ def _first_tokens(tokens: list[int]) -> str:
     return f"(tokens {', '.join(map(str, tokens[:4]))} …)"
 
 
-def warm_json(
-    *,
-    entry: str | None,
-    model: str,
-    label: str,
-    tier: str,
-    num_tokens: int,
-    found_tokens: int,
-    missing_tokens: int,
-    written_bytes: int,
-    prefill_s: float,
-) -> dict[str, Any]:
-    """What warming a prompt did."""
-    return {
-        "id": entry,
-        "model": model,
-        "label": label,
-        "tier": tier,
-        "num_tokens": num_tokens,
-        "found_tokens": found_tokens,
-        "missing_tokens": missing_tokens,
-        "written_bytes": written_bytes,
-        "prefill_s": prefill_s,
-    }
-
-
 def store_json(
     stats: StoreStats,
     survey: Survey | None,
@@ -262,7 +249,7 @@ def store_json(
     *,
     disk_off: str = "",
     exists: bool = True,
-) -> dict[str, Any]:
+) -> StoreJson:
     """Totals of a store.
 
     Args:
@@ -276,85 +263,82 @@ def store_json(
     by_tier = survey.by_tier if survey else {}
     by_model = survey.by_model if survey else {}
     models = survey.models if survey else {}
-    return {
-        "store": stats.path,
-        "exists": exists,
-        "entries": stats.entries,
-        "blobs": stats.blobs,
-        "bytes": {
-            "blobs": usage.blobs,
-            "index": usage.index,
-            "pending": usage.pending,
-            "trash": usage.trash,
-            "quarantine": usage.quarantine,
-            "folders": usage.folders,
-            "ballast": usage.ballast,
-            "total": usage.total,
-        },
-        "max_bytes": stats.max_bytes,
-        "min_free_bytes": stats.min_free_bytes,
-        "free_bytes": stats.free_bytes,
-        "daily_write_bytes": stats.daily_write_bytes,
-        "written_today_bytes": stats.written_today,
-        "written_bytes": stats.written_bytes,
-        "tiers": [
-            {"tier": tier.label, **_amount_json(by_tier.get(tier, Amount()))}
+    return StoreJson(
+        store=stats.path,
+        exists=exists,
+        entries=stats.entries,
+        blobs=stats.blobs,
+        bytes=BytesJson(
+            blobs=usage.blobs,
+            index=usage.index,
+            pending=usage.pending,
+            trash=usage.trash,
+            quarantine=usage.quarantine,
+            folders=usage.folders,
+            ballast=usage.ballast,
+            total=usage.total,
+        ),
+        max_bytes=stats.max_bytes,
+        min_free_bytes=stats.min_free_bytes,
+        free_bytes=stats.free_bytes,
+        daily_write_bytes=stats.daily_write_bytes,
+        written_today_bytes=stats.written_today,
+        written_bytes=stats.written_bytes,
+        tiers=[
+            TierJson(tier=tier.label, **_amount(by_tier.get(tier, Amount())))
             for tier in reversed(Tier)
         ],
-        "models": [
-            {
-                "fingerprint": fingerprint,
-                "model": models[fingerprint].name if fingerprint in models else "unnamed",
-                **_amount_json(amount),
-            }
+        models=[
+            ModelJson(
+                fingerprint=fingerprint,
+                model=models[fingerprint].name if fingerprint in models else "unnamed",
+                **_amount(amount),
+            )
             for fingerprint, amount in sorted(by_model.items(), key=lambda item: -item[1].nbytes)
         ],
-        "hits": {source: stats.counters.get(f"hits_{source}", 0) for source in ("memory", "disk")},
-        "misses": stats.counters.get("misses", 0),
-        "miss_reasons": {
-            name.removeprefix("misses:"): count
-            for name, count in stats.counters.items()
-            if name.startswith("misses:")
-        },
-        "partial_reasons": {
-            name.removeprefix("partial:"): count
-            for name, count in stats.counters.items()
-            if name.startswith("partial:")
-        },
-        "tokens_saved": stats.counters.get("tokens_saved", 0),
-        "tokens_reused": stats.counters.get("tokens_reused", 0),
-        "tokens_asked": stats.counters.get("tokens_asked", 0),
-        "saved_s": survey.saved_s if survey else 0.0,
-        "left_behind": [
-            {
-                "reason": one.reason,
-                "entries": one.entries,
-                "bytes": one.nbytes,
-                "pinned": one.pinned,
-            }
+        hits={source: stats.counters.get(f"hits_{source}", 0) for source in ("memory", "disk")},
+        misses=stats.counters.get("misses", 0),
+        miss_reasons=_counted(stats.counters, "misses:"),
+        partial_reasons=_counted(stats.counters, "partial:"),
+        tokens_saved=stats.counters.get("tokens_saved", 0),
+        tokens_reused=stats.counters.get("tokens_reused", 0),
+        tokens_asked=stats.counters.get("tokens_asked", 0),
+        saved_s=survey.saved_s if survey else 0.0,
+        left_behind=[
+            LeftBehindJson(
+                reason=one.reason, entries=one.entries, bytes=one.nbytes, pinned=one.pinned
+            )
             for one in (survey.left_behind if survey else [])
         ],
-        "quarantine": quarantine_json(damaged),
-        "disk_off": disk_off,
-        "eviction_paused": stats.eviction_paused,
-        "counters": dict(stats.counters),
-    }
+        quarantine=quarantine_json(damaged),
+        disk_off=disk_off,
+        eviction_paused=stats.eviction_paused,
+        counters=dict(stats.counters),
+    )
 
 
-def quarantine_json(damaged: Sequence[Quarantined]) -> list[dict[str, Any]]:
+def quarantine_json(damaged: Sequence[Quarantined]) -> list[QuarantinedJson]:
     """Blobs in quarantine."""
     return [
-        {"blob": one.blob, "bytes": one.nbytes, "since": one.since, "reason": one.reason}
+        QuarantinedJson(blob=one.blob, bytes=one.nbytes, since=one.since, reason=one.reason)
         for one in damaged
     ]
 
 
-def _amount_json(amount: Amount) -> dict[str, Any]:
+def _amount(amount: Amount) -> dict[str, Any]:
     return {
         "entries": amount.entries,
         "bytes": amount.nbytes,
         "hits": amount.hits,
         "saved_s": amount.saved_s,
+    }
+
+
+def _counted(counters: Mapping[str, int], prefix: str) -> dict[str, int]:
+    return {
+        name.removeprefix(prefix): count
+        for name, count in counters.items()
+        if name.startswith(prefix)
     }
 
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from msgspec import UNSET, Struct
+from msgspec.structs import asdict
+
 from persist_cache.entry import TIER_LABELS, Entry
-from persist_cache.queries.as_json import details_json, mark_json, removal_json
+from persist_cache.queries.as_json import details_json, removal_json
 from persist_cache.queries.details import details_of, tokens_of
 from persist_cache.queries.ids import find_departed, find_ids, short_id
+from persist_cache.queries.schema import EntryJson, MarkJson
 from persist_cache.queries.select import SORT_KEYS, Filters, order
 from persist_cache.queries.totals import left_in_trash
 from persist_cache.server.answers import Response, json_response
@@ -23,6 +27,37 @@ from persist_cache.server.view import View, Views
 DEFAULT_LIMIT = 100
 MAX_LIMIT = 1000
 _ID = re.compile("[0-9a-f]{1,16}")
+
+
+class _ChainedJson(EntryJson, frozen=True, kw_only=True):
+    """An entry of a branch, and what it added to the one before."""
+
+    added_bytes: int
+
+
+class _BelowJson(Struct, frozen=True, kw_only=True):
+    """Totals of a branch and of what goes on from it."""
+
+    entries: int
+    bytes: int
+    hits: int
+    saved_s: float
+    last_use: float
+    pinned: int
+
+
+class _BranchJson(EntryJson, frozen=True, kw_only=True):
+    """A branch of the tree of conversations: its first entry, and what it leads to."""
+
+    model_name: str
+    labels: Sequence[str]
+    last: str
+    last_pinned: bool
+    last_tier: str
+    last_tokens: int
+    num_entries: int
+    num_branches: int
+    below: _BelowJson
 
 
 class Entries:
@@ -84,10 +119,9 @@ class Entries:
             parent = chain[-1].id
             said["branch"] = first
             said["entries"] = [
-                {
-                    **view.entry_json(entry),
-                    "added_bytes": tree.added_bytes[entry.id],
-                }
+                _ChainedJson(
+                    **asdict(view.entry_json(entry)), added_bytes=tree.added_bytes[entry.id]
+                )
                 for entry in chain
             ]
         below = tree.under(parent)
@@ -97,28 +131,28 @@ class Entries:
         said |= {"total": len(below), "offset": offset, "limit": limit}
         return json_response(said, headers={"ETag": view.tag})
 
-    def _branch_json(self, view: View, first: str) -> dict[str, Any]:
+    def _branch_json(self, view: View, first: str) -> _BranchJson:
         branch = view.branches.branch(first)
         last, totals = branch.entries[-1], branch.totals
-        return {
-            **view.entry_json(branch.entries[0]),
-            "model_name": view.names.get(last.fingerprint, ""),
-            "labels": list(dict.fromkeys(one.label for one in branch.entries if one.label))[:3],
-            "last": last.id,
-            "last_pinned": last.pinned,
-            "last_tier": last.tier.label,
-            "last_tokens": last.num_tokens,
-            "num_entries": len(branch.entries),
-            "num_branches": branch.num_branches,
-            "below": {
-                "entries": totals.entries,
-                "bytes": totals.nbytes,
-                "hits": totals.hits,
-                "saved_s": totals.saved_s,
-                "last_use": totals.last_use,
-                "pinned": totals.pinned,
-            },
-        }
+        return _BranchJson(
+            **asdict(view.entry_json(branch.entries[0])),
+            model_name=view.names.get(last.fingerprint, ""),
+            labels=list(dict.fromkeys(one.label for one in branch.entries if one.label))[:3],
+            last=last.id,
+            last_pinned=last.pinned,
+            last_tier=last.tier.label,
+            last_tokens=last.num_tokens,
+            num_entries=len(branch.entries),
+            num_branches=branch.num_branches,
+            below=_BelowJson(
+                entries=totals.entries,
+                bytes=totals.nbytes,
+                hits=totals.hits,
+                saved_s=totals.saved_s,
+                last_use=totals.last_use,
+                pinned=totals.pinned,
+            ),
+        )
 
     def _resolve(self, given: str) -> str:
         """The full id that `given` begins.
@@ -155,10 +189,8 @@ class Entries:
         details = details_of(store, full)
         if details is None:
             raise self._gone(full)
-        said = details_json(details, short_id(store, full))
-        if flag(query, "text"):
-            said["text"] = self._text(details.entry)
-        return json_response(said)
+        text = self._text(details.entry) if flag(query, "text") else UNSET
+        return json_response(details_json(details, short_id(store, full), text=text))
 
     def _text(self, entry: Entry) -> str:
         model = self._models.loaded({})
@@ -177,7 +209,7 @@ class Entries:
         except KeyError:
             raise self._gone(full) from None
         return json_response(
-            mark_json(full, self._views.now().short.get(full, full), pinned=pinned)
+            MarkJson(id=full, short_id=self._views.now().short.get(full, full), pinned=pinned)
         )
 
     def evict(self, given: str, query: Mapping[str, str]) -> Response:

@@ -11,8 +11,9 @@ import msgspec
 
 from persist_cache.cache.prompt_cache import PromptCache
 from persist_cache.entry import Entry
-from persist_cache.queries.as_json import explanation_json, warm_json
+from persist_cache.queries.as_json import explanation_json
 from persist_cache.queries.explain import explain, with_memory
+from persist_cache.queries.schema import WarmJson
 from persist_cache.server.answers import Response, json_response
 from persist_cache.server.guard import Request
 from persist_cache.server.model import LoadedModel, Models
@@ -93,13 +94,7 @@ class Prompts:
         now, in_memory = self._cache.outlook(model.key, prompt.tokens)
         found = with_memory(found, now_tokens=now, memory_tokens=in_memory)
         known = self._cache.known_tokens(model.key, prompt.tokens[:-1])
-        return json_response(
-            {
-                **explanation_json(found, model.decode, show_stored=True),
-                # Memory included, which the command line cannot see.
-                "known_tokens": known,
-            }
-        )
+        return json_response(explanation_json(found, model.decode, known_tokens=known))
 
     def warm(self, request: Request, ask: Ask | None) -> Response:
         body = lenient(decode_object(request.body))
@@ -139,20 +134,18 @@ class Prompts:
         known = self._cache.known_tokens(model.key, wanted)
         after = self._cache.stats()
         return json_response(
-            {
-                **warm_json(
-                    entry=None if entry is None else entry.id,
-                    model=str(model.key[0]),
-                    label=marks.label,
-                    tier=("user" if whole else "system") if entry is None else entry.tier.label,
-                    num_tokens=len(wanted),
-                    found_tokens=min(int(cached), len(wanted)),
-                    missing_tokens=max(0, len(wanted) - known),
-                    written_bytes=after.written_bytes - before.written_bytes,
-                    prefill_s=spent,
-                ),
-                "disk_off": after.disk_off,
-            }
+            WarmJson(
+                id=None if entry is None else entry.id,
+                model=str(model.key[0]),
+                label=marks.label,
+                tier=("user" if whole else "system") if entry is None else entry.tier.label,
+                num_tokens=len(wanted),
+                found_tokens=min(int(cached), len(wanted)),
+                missing_tokens=max(0, len(wanted) - known),
+                written_bytes=after.written_bytes - before.written_bytes,
+                prefill_s=spent,
+                disk_off=after.disk_off,
+            )
         )
 
     def _settle(self, model: LoadedModel, wanted: list[int]) -> Entry | None:

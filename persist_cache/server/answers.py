@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from persist_cache.server.validation import RefusedError
 
 
@@ -23,8 +25,9 @@ class Response:
 def json_response(
     value: Any, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
-    # Not msgspec: counters may be larger than the 64 bits it knows.
-    return Response(status, json.dumps(value, allow_nan=False).encode(), headers=headers or {})
+    # Not by msgspec alone: counters may be larger than the 64 bits it knows.
+    body = json.dumps(msgspec.to_builtins(value), allow_nan=False)
+    return Response(status, body.encode(), headers=headers or {})
 
 
 def refusal_response(refusal: RefusedError) -> Response:

@@ -12,6 +12,7 @@ from persist_cache.entry import Entry, Tier
 from persist_cache.queries.as_json import entry_json
 from persist_cache.queries.conversations import Branches
 from persist_cache.queries.ids import short_entry_ids, short_model_names
+from persist_cache.queries.schema import EntryJson
 from persist_cache.queries.totals import Survey
 from persist_cache.server.answers import Response
 from persist_cache.server.guard import Request
@@ -79,7 +80,7 @@ class View:
         self.tag = f'"{_SESSION}-{version}"'
         self._branches: Branches | None = None
 
-    def entry_json(self, entry: Entry) -> dict[str, Any]:
+    def entry_json(self, entry: Entry) -> EntryJson:
         return entry_json(entry, self.survey.model_of(entry), self.short[entry.id])
 
     @property

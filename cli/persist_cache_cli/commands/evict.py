@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping, Sequence
 from itertools import compress
 from operator import not_
-from typing import Any
 
 import click
 
@@ -16,6 +15,7 @@ from persist_cache.errors import PersistCacheError
 from persist_cache.queries.as_json import removal_json
 from persist_cache.queries.details import tokens_of
 from persist_cache.queries.ids import short_entry_ids, short_model_names
+from persist_cache.queries.schema import RemovalJson
 from persist_cache.queries.select import Filters
 from persist_cache.queries.stale import stale_reason
 from persist_cache.queries.totals import Survey, left_in_trash, quarantined
@@ -152,7 +152,7 @@ class _Plan:
     def ids(self) -> list[str]:
         return [self.survey.ids[row] for row in self.rows]
 
-    def as_json(self, dry_run: bool) -> dict[str, Any]:
+    def as_json(self, dry_run: bool) -> RemovalJson:
         return removal_json(
             self.survey,
             self.survey.entries_at(self.rows),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import click
 from persist_cache.errors import ModelError
 from persist_cache.queries.as_json import divergence_texts, explanation_json, explanation_message
 from persist_cache.queries.explain import Explanation, explain
+from persist_cache.queries.schema import VerdictJson
 from persist_cache.server.rendering import decode
 from persist_cache_cli.output import format_duration, hanging, print_json, terminal_width
 from persist_cache_cli.prompts import (
@@ -108,48 +108,31 @@ def command(
             found = Explanation(len(ids), 0, 0, "nothing", no_store(store))
         else:
             found = explain(opened, fingerprint, ids, system_tokens=system_tokens)
-    verdict = _Verdict.of(found, _AT_LEAST if at_least is None else at_least) if check else None
+    verdict = _verdict(found, _AT_LEAST if at_least is None else at_least) if check else None
     if as_json:
-        said = explanation_json(found, partial(decode, tokenizer))
-        print_json({**said, "check": None if verdict is None else asdict(verdict)})
+        print_json(explanation_json(found, partial(decode, tokenizer), check=verdict))
     elif not quiet:
         _show(found, tokenizer)
         if verdict is not None:
-            click.echo(verdict.sentence)
+            click.echo(_sentence(verdict))
     if verdict is not None and not verdict.passed:
         sys.exit(3)
 
 
-@dataclass(frozen=True, slots=True)
-class _Verdict:
-    """What `--check` found.
+def _verdict(found: Explanation, at_least: float) -> VerdictJson:
+    can = max(1, found.num_tokens - 1)
+    # Finding nothing never passes, whatever is asked for.
+    passed = found.cached_tokens > 0 and 100 * found.cached_tokens >= at_least * can
+    return VerdictJson(percent=100 * found.cached_tokens / can, at_least=at_least, passed=passed)
 
-    Attributes:
-        percent: Of the tokens that can be found, those that would be; the last one of a prompt is
-            always computed.
-        at_least: What was asked for.
-        passed: Whether that is enough.
-    """
 
-    percent: float
-    at_least: float
-    passed: bool
-
-    @classmethod
-    def of(cls, found: Explanation, at_least: float) -> _Verdict:
-        can = max(1, found.num_tokens - 1)
-        # Finding nothing never passes, whatever is asked for.
-        passed = found.cached_tokens > 0 and 100 * found.cached_tokens >= at_least * can
-        return cls(100 * found.cached_tokens / can, at_least, passed)
-
-    @property
-    def sentence(self) -> str:
-        # Cut, not rounded: 89.96 % must not look like enough.
-        percent = f"{math.floor(10 * self.percent) / 10:g} %"
-        if self.passed:
-            return f"Check passed: {percent} of what can be found, at least {self.at_least:g} %."
-        least = f"less than {self.at_least:g} %" if self.percent < self.at_least else "nothing"
-        return f"Check failed: {percent} of what can be found, {least}."
+def _sentence(verdict: VerdictJson) -> str:
+    # Cut, not rounded: 89.96 % must not look like enough.
+    percent = f"{math.floor(10 * verdict.percent) / 10:g} %"
+    if verdict.passed:
+        return f"Check passed: {percent} of what can be found, at least {verdict.at_least:g} %."
+    least = f"less than {verdict.at_least:g} %" if verdict.percent < verdict.at_least else "nothing"
+    return f"Check failed: {percent} of what can be found, {least}."
 
 
 def _show(found: Explanation, tokenizer: Any) -> None:

@@ -10,10 +10,12 @@ from operator import sub
 from typing import Any
 
 import click
+from msgspec.structs import asdict
 
 from persist_cache.entry import Entry
 from persist_cache.queries.as_json import entry_json
 from persist_cache.queries.ids import short_entry_ids, short_model_names
+from persist_cache.queries.schema import EntryJson
 from persist_cache.queries.select import SORT_KEYS, Filters, order
 from persist_cache.queries.totals import Survey
 from persist_cache_cli.output import (
@@ -204,9 +206,9 @@ def _shown_parents(survey: Survey, shown: Sequence[Entry]) -> dict[str, str | No
     return parents
 
 
-def _nested(flat: list[dict[str, Any]], parents: Mapping[str, str | None]) -> list[dict[str, Any]]:
+def _nested(flat: list[EntryJson], parents: Mapping[str, str | None]) -> list[dict[str, Any]]:
     """The entries that nothing shown precedes, each with its `children`."""
-    by_id = {entry["id"]: {**entry, "children": []} for entry in flat}
+    by_id = {entry.id: {**asdict(entry), "children": []} for entry in flat}
     roots: list[dict[str, Any]] = []
     for entry in by_id.values():
         parent = parents[entry["id"]]

@@ -9,8 +9,8 @@ from typing import Any
 import click
 
 from persist_cache import Store
-from persist_cache.queries.as_json import mark_json
 from persist_cache.queries.ids import short_id
+from persist_cache.queries.schema import MarkJson
 from persist_cache_cli.output import format_duration, plural, print_json
 from persist_cache_cli.parse import ENTRY_ID, LABEL, LIFETIME
 from persist_cache_cli.store_access import NothingFound, changing, common_options, resolve
@@ -119,7 +119,7 @@ def _report(
     quiet: bool,
 ) -> None:
     if as_json:
-        print_json([mark_json(one, short, **fields) for one, short in changed])
+        print_json([MarkJson(id=one, short_id=short, **fields) for one, short in changed])
     elif not quiet:
         names = ", ".join(short for _, short in changed)
         click.echo(f"{plural(len(changed), 'entry', 'entries')} {done}: {names}")

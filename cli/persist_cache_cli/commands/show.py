@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 
 import click
+from msgspec import UNSET
 
 from persist_cache.queries.as_json import details_json
 from persist_cache.queries.details import Details, details_of, tokens_of
@@ -64,7 +65,7 @@ def command(store: str | None, *, entry_id: str, text: bool, as_json: bool, quie
 
         decoded = Decoder(details.model).text(tokens)
     if as_json:
-        print_json({**details_json(details, short[full]), **({"text": decoded} if text else {})})
+        print_json(details_json(details, short[full], text=decoded if text else UNSET))
         return
     if not quiet:
         click.echo("\n".join(_lines(details, short, painter())))

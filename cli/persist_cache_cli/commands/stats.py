@@ -15,6 +15,7 @@ from persist_cache import Store, StoreStats
 from persist_cache.fs import free_bytes
 from persist_cache.queries.as_json import store_json
 from persist_cache.queries.ids import short_model_names
+from persist_cache.queries.schema import ModelJson, StoreJson, TierJson
 from persist_cache.queries.totals import Quarantined, Survey, quarantined
 from persist_cache.store.budget import DEFAULT_MAX_BYTES, DEFAULT_MIN_FREE_BYTES, Usage
 from persist_cache_cli import left_behind
@@ -108,7 +109,7 @@ class _Report:
         self.stats = store.stats()
         self.disk_off = _why_off(self.stats)
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> StoreJson:
         return store_json(
             self.stats,
             self.survey,
@@ -121,7 +122,7 @@ class _Report:
         stats = self.stats
         usage = stats.usage
         said = self.as_json()
-        asked = sum(said["hits"].values()) + said["misses"]
+        asked = sum(said.hits.values()) + said.misses
         if not self.exists:
             return [f"There is no store at {stats.path} yet."]
         lines = pairs(
@@ -149,21 +150,21 @@ class _Report:
                 ),
                 (
                     "hits",
-                    f"{asked - said['misses']:,} of {plural(asked, 'request')}"
-                    f" ({said['hits']['memory']:,} from memory,"
-                    f" {said['hits']['disk']:,} from disk)",
+                    f"{asked - said.misses:,} of {plural(asked, 'request')}"
+                    f" ({said.hits['memory']:,} from memory,"
+                    f" {said.hits['disk']:,} from disk)",
                 ),
-                ("reused", _reused(said["tokens_reused"], said["tokens_asked"]) if asked else ""),
+                ("reused", _reused(said.tokens_reused, said.tokens_asked) if asked else ""),
                 (
                     "saved",
-                    f"{said['tokens_saved']:,} tokens"
-                    + (f", {format_duration(said['saved_s'])}" if said["saved_s"] else ""),
+                    f"{said.tokens_saved:,} tokens"
+                    + (f", {format_duration(said.saved_s)}" if said.saved_s else ""),
                 ),
             ],
             paint=paint,
         )
-        lines += self._reason_lines("misses", said["miss_reasons"], width, paint)
-        lines += self._reason_lines("partial", said["partial_reasons"], width, paint)
+        lines += self._reason_lines("misses", said.miss_reasons, width, paint)
+        lines += self._reason_lines("partial", said.partial_reasons, width, paint)
         lines += self._tables(said, width, paint)
         if self.survey is not None:
             for sentence in left_behind.sentences(self.survey, self.given):
@@ -172,15 +173,15 @@ class _Report:
             lines.append(paint("quarantine", "bad") + f"  {one.blob}: {printable(one.reason)}")
         return lines
 
-    def _tables(self, said: dict[str, Any], width: int | None, paint: Painter) -> list[str]:
-        def cells(row: dict[str, Any]) -> tuple[str, ...]:
-            saved = format_duration(row["saved_s"]) if row["saved_s"] else "–"
-            return f"{row['entries']:,}", format_bytes(row["bytes"]), f"{row['hits']:,}", saved
+    def _tables(self, said: StoreJson, width: int | None, paint: Painter) -> list[str]:
+        def cells(row: TierJson | ModelJson) -> tuple[str, ...]:
+            saved = format_duration(row.saved_s) if row.saved_s else "–"
+            return f"{row.entries:,}", format_bytes(row.bytes), f"{row.hits:,}", saved
 
         numbers = [Column(title, right=True) for title in ("entries", "bytes", "hits", "saved")]
         names = short_model_names(self.survey.models if self.survey else {})
-        tiers = [(row["tier"], *cells(row)) for row in said["tiers"]]
-        models = [(printable(names[row["fingerprint"]]), *cells(row)) for row in said["models"]]
+        tiers = [(row.tier, *cells(row)) for row in said.tiers]
+        models = [(printable(names[row.fingerprint]), *cells(row)) for row in said.models]
         lines = ["", *table([Column("tier"), *numbers], tiers, width=width, paint=paint)]
         if models:
             columns = [Column("model", least=16), *numbers]

@@ -19,7 +19,7 @@ from persist_cache.fingerprint.identifier import Identifier
 from persist_cache.fingerprint.loads import Unidentified
 from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.prefill.loading import load_model
-from persist_cache.queries.as_json import warm_json
+from persist_cache.queries.schema import WarmJson
 from persist_cache.server.rendering import PromptRequest, system_only
 from persist_cache.warm import WARM_STEP_TOKENS, Warmed, warm
 from persist_cache_cli.output import format_bytes, print_json
@@ -145,14 +145,14 @@ def command(
                 label=label,
             )
         ]
-    reports: list[dict[str, Any]] = []
+    reports: list[WarmJson] = []
     with Store.open(store_path(store)) as opened:
         run = _Run(opened, prefill_step_size, quiet=quiet or as_json)
         for job in jobs:
             reports.append(run.check(job) if check else run.warm(job))
     if as_json:
         print_json(reports)
-    if any(report["missing_tokens"] for report in reports):
+    if any(report.missing_tokens for report in reports):
         sys.exit(3)
 
 
@@ -227,7 +227,7 @@ class _Run:
         self._tokenizers: dict[tuple[str, str | None, bool], Any] = {}
         self._model: tuple[ModelChoice, Any, Identifier] | None = None
 
-    def check(self, job: Job) -> dict[str, Any]:
+    def check(self, job: Job) -> WarmJson:
         """Report what is there, changing nothing."""
         tokens, match = self._find(job)
         missing = len(tokens) - match.num_tokens
@@ -237,7 +237,7 @@ class _Run:
             self._say(f"{_name(job)}: all {len(tokens):,} tokens are stored.")
         return _report(job, match.entries[-1:], len(tokens), match.num_tokens, missing)
 
-    def warm(self, job: Job) -> dict[str, Any]:
+    def warm(self, job: Job) -> WarmJson:
         """Store what is missing."""
         expires = None if job.ttl_s is None else time.time() + job.ttl_s
         tokens, system_tokens = self._tokens(job)
@@ -374,9 +374,9 @@ def _report(
     found_tokens: int,
     missing_tokens: int,
     done: Warmed | None = None,
-) -> dict[str, Any]:
-    return warm_json(
-        entry=entries[-1] if entries else None,
+) -> WarmJson:
+    return WarmJson(
+        id=entries[-1] if entries else None,
         model=job.choice.model,
         label=job.label,
         tier=job.tier.label,
