@@ -228,6 +228,7 @@ class Rendered(Generator):
     def __init__(self, cache: PromptCache) -> None:
         self.cache = cache
         self._alone = None
+        self._is_distributed = False
         self._in_flight = 2
         self._tokenizing = threading.Lock()
         self._reader = ThreadPoolExecutor(1)

@@ -202,8 +202,8 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
     def tokenize_ahead(self, request: TicketedRequest, args: Any) -> None:
         """Tokenize a request before it is queued, if its model is the one that is loaded.
 
-        So the generation thread need not, and what it will want of the disk can be read while it
-        decodes for others. What else fails here is left to that thread to say.
+        So the generation thread need not, what is wrong with it is said at once, and what it will
+        want of the disk can be read while others are answered.
 
         Raises:
             RefusedError: It cannot be rendered, or is beyond the model's context.
@@ -229,11 +229,10 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
                 self._room(prompt, args)
             finally:
                 self._tokenizing.release()
-        except (ConnectionError, RefusedError):
-            raise
-        except Exception as error:
-            log.debug("nothing was tokenized ahead: %s", error)
-            return
+        except Exception:
+            if ticket.is_over or provider.spare is spare:
+                raise
+            return  # another model was loaded meanwhile
         ticket.tokenized(dataclasses.replace(prompt, tokenizer=spare.of))
         if self._in_flight > 1:
             self._reader.submit(self.cache.read_ahead, key, prompt.tokens, trail=ticket.trail)
@@ -243,7 +242,7 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
         """The prompt of the ticket; tokenized here only if the model came later than it."""
         ticket: Ticket = request.ticket
-        if ticket.is_over:
+        if self._is_given_up(ticket):
             raise ConnectionAbortedError("The client is gone.")
         prompt = ticket.prompt
         if prompt is None or prompt.tokenizer is not tokenizer:
@@ -258,6 +257,11 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
         # Upstream takes pieces away from its lists.
         tokens = TicketTokens(prompt.tokens, ticket)
         return tokens, list(segments), list(kinds), prompt.initial_state, prompt.vision
+
+    def _is_given_up(self, ticket: Ticket) -> bool:
+        """Whether a request need not be computed any further."""
+        # Only one of several ranks knows, and the others would wait for it.
+        return not self._is_distributed and ticket.is_over
 
     def _cut(self, tokenizer: Any, request: Any, args: Any) -> CutPrompt:
         """Tokenize a request, and cut it into its system part and its turns."""
@@ -311,8 +315,7 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
         ticket.leave_tokens = tokens_looked_back_at(args.logits)
 
         def is_cut() -> bool:
-            # Only one of several ranks knows, and the others would wait for it.
-            return not self._is_distributed and (self._stop or ticket.is_over)
+            return (self._stop and not self._is_distributed) or self._is_given_up(ticket)
 
         self._alone = Alone(ticket, answers, self.model_provider, lambda: mx.stream(stream), is_cut)
         try:
