@@ -159,8 +159,7 @@ def test_evict_of_what_a_server_is_reading(
                 # All at once, some of it, or the oldest, while others put them back.
                 which = (["--all"], ["--tier", "system"], ["--to", "200KB"])[turn % 3]
                 seen = len(answers)
-                while len(answers) < seen + 3:
-                    threading.Event().wait(0.01)
+                until(lambda seen=seen: len(answers) >= seen + 3)
                 statuses.append(script(store, "evict", *which, "--yes").status)
             with Store.open(store, min_free_bytes=0) as beside:
                 for _ in range(200):
