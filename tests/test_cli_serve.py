@@ -16,7 +16,7 @@ import pytest
 from persist_cache import Store
 from tests import prepared
 from tests.cli import SCRIPT, prepared_script, script
-from tests.server_process import ServerProcess
+from tests.server_process import ServerProcess, sentence_in
 from tests.tiny_models import build_model_dir
 from tests.waiting import until
 
@@ -244,7 +244,7 @@ def test_model_of_a_request_that_is_nowhere_is_one_sentence(model: Path, tmp_pat
     with Serve(model, tmp_path / "store", tmp_path) as server:
         done = server.chat(("user", "Hello!"), model=str(tmp_path / "nowhere"))
         assert done.status_code == 404
-        said = done.json()["error"]
+        said = sentence_in(done.json())
         assert "is no folder here" in said
         assert "\n" not in said
         assert server.chat(("user", "Are you there?"), max_tokens=2).status_code == 200
