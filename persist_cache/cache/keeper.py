@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
 from collections.abc import Hashable, Sequence
 from typing import Any
 
 from persist_cache.cache.live_caches import Held, Resident
+from persist_cache.cache.origin import Origin
 from persist_cache.cache.owners import Owner, Owners
 from persist_cache.cache.saver import Saver
 from persist_cache.cache.stats import Tally
-from persist_cache.codec import Codec
+from persist_cache.codec import Codec, sharing
 from persist_cache.entry import Tier
 from persist_cache.errors import UnsupportedCacheError
 from persist_cache.prefill.clock import Prefills
@@ -54,13 +54,13 @@ class Keeper:
             tally: Counts what is not kept.
         """
         self._codec = codec
+        self._sharing = sharing(codec)
         self._resident = resident
         self._lock = lock
         self._owners = owners
         self._saver = saver
         self._prefills = prefills
         self._tally = tally
-        self._cuts: deque[tuple[Owner | None, bytes, int]] = deque(maxlen=16)
 
     def owner(self, model: Hashable) -> Owner:
         """Whose KV a model computes now; what others left under its key goes."""
@@ -71,19 +71,16 @@ class Keeper:
                 self._saver.let_go_of_former()
         return owner
 
-    def cut_answer(self, owner: Owner | None, packed: bytes, num_tokens: int) -> None:
-        """Of the next answer to a prompt, keep the cache of its first `num_tokens` and no more.
-
-        Args:
-            owner: Whose answer; any when None.
-            packed: The prompt.
-            num_tokens: How much of it to keep.
-        """
-        with self._lock:
-            self._cuts.append((owner, packed, num_tokens))
-
     def insert(
-        self, model: Hashable, tokens: Sequence[int], cache: Any, tier: Tier, prefill_s: float
+        self,
+        model: Hashable,
+        tokens: Sequence[int],
+        cache: Any,
+        tier: Tier,
+        *,
+        prefill_s: float = 0.0,
+        keep_tokens: int | None = None,
+        origin: Origin | None = None,
     ) -> None:
         """Keep a cache, and have it saved if it is to be on disk.
 
@@ -93,26 +90,33 @@ class Keeper:
             cache: The cache, which is taken over.
             tier: Role class.
             prefill_s: Seconds that computing all of it takes; added up here when 0.
+            keep_tokens: How much of it to keep at most; all when None.
+            origin: Of the look-up that its computation began with; searched when None.
         """
+        origin = origin or Origin()
+        packed = pack_tokens(tokens)
+        owner = self.owner(model)
         try:
-            num_tokens = self._codec.prepare(cache, len(tokens))
+            num_tokens = self._prepare(owner, packed, cache)
         except UnsupportedCacheError as error:
             self._tally.problem(f"unsupported:{error.class_name}")
             log.warning("a prompt is not kept: %s", error)
             return
-        packed = pack_tokens(tokens)
-        owner = self.owner(model)
         ends = tier == Tier.ASSISTANT
-        if self._owners.is_of_another(owner, packed, cache, ends=ends):
+        if self._owners.is_of_another(owner, packed, cache, ends=ends, begun_for=origin.owner):
             # Begun before the model was loaded again, it is neither's.
             self._tally.problem("computed_before_reload")
             log.warning("a prompt is not kept: its model was loaded again while it was computed")
             return
-        surplus = num_tokens - self._kept_tokens(owner, packed, num_tokens)
+        surplus = 0 if keep_tokens is None else max(0, num_tokens - keep_tokens)
         seen = packed[: num_tokens * TOKEN_BYTES]
-        prefill_s = prefill_s or self._prefills.ended(model, seen, tier)
+        prefill_s = prefill_s or self._prefills.ended(model, seen, tier, origin.prefill)
         if surplus:
-            if not self._codec.can_trim(cache) or self._codec.trim(cache, surplus) != surplus:
+            if (
+                surplus == num_tokens
+                or not self._codec.can_trim(cache)
+                or self._codec.trim(cache, surplus) != surplus
+            ):
                 return
             prefill_s *= 1 - surplus / num_tokens
             num_tokens -= surplus
@@ -121,6 +125,7 @@ class Keeper:
         held = Held(owner, packed, cache, nbytes, tier.label, prefill_s)
         witness = getattr(self._codec, "witness", None)
         held.witness = None if witness is None else witness(cache)
+        held.stays = self._sharing is not None and self._sharing.is_pieced(cache)
         self._saver.try_late_store_soon()
         with self._lock:
             held.wanted = self._saver.is_for_disk(held)
@@ -138,16 +143,14 @@ class Keeper:
                 return
             self._saver.spill(self._resident.add(held))
 
-    def _kept_tokens(self, owner: Owner, packed: bytes, num_tokens: int) -> int:
-        """How much of a cache is to be kept: all of it, or as `cut_answer` said."""
-        with self._lock:
-            for cut in self._cuts:
-                wanted, prompt, kept = cut
-                if wanted is not None and not wanted.is_same_load(owner):
-                    continue
-                if packed.startswith(prompt) or prompt.startswith(packed):
-                    if len(packed) > len(prompt):
-                        # With the reply the answer has ended.
-                        self._cuts.remove(cut)
-                    return min(kept, num_tokens)
-        return num_tokens
+    def _prepare(self, owner: Owner, packed: bytes, cache: Any) -> int:
+        """Make a cache fit to be kept; returns the tokens that it stands for."""
+        num_tokens = len(packed) // TOKEN_BYTES
+        if self._sharing is None:
+            return self._codec.prepare(cache, num_tokens)
+
+        def find_known() -> Any | None:
+            with self._lock:
+                return self._resident.known_rows(owner, packed)
+
+        return self._sharing.prepare(cache, num_tokens, find_known)

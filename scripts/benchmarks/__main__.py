@@ -11,7 +11,10 @@ from pathlib import Path
 
 from scripts.benchmarks import common
 
-ALL = ("restore", "insert", "lookup", "growth", "ttft", "memory", "stall", "commands")
+ALL = (
+    *("restore", "insert", "lookup", "growth", "turns", "signs"),
+    *("ttft", "memory", "stall", "commands"),
+)
 """Modules of this package, in the order in which `all` runs them."""
 BENCHMARKS = (*ALL, "peers")
 
