@@ -24,7 +24,7 @@ SEAMS = {
         *("_tokenize", "_make_state_machine", "_serve_single"),
     },
     "tests/test_loads.py": {"_download"},
-    "tests/test_rendering.py": {"_tokenize"},
+    "tests/test_rendering.py": {"_is_distributed", "_tokenize"},
     "tests/test_server_seam.py": {"_generate"},
     "tests/test_tensors.py": {"_idx"},
     "tests/test_ticket.py": {"_tokenize"},
