@@ -20,7 +20,7 @@ SEAMS = {
     "tests/test_alone.py": {"_stop"},
     "tests/test_docs.py": {"_idx"},
     "tests/test_first_look.py": {
-        *("_in_flight", "_generation_failed", "_generation_thread"),
+        *("_in_flight", "_is_distributed", "_stop", "_generation_failed", "_generation_thread"),
         *("_tokenize", "_make_state_machine", "_serve_single"),
     },
     "tests/test_loads.py": {"_download"},
