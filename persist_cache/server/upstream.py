@@ -315,10 +315,14 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
         ticket: Ticket = asked.ticket
         ticket.leave_tokens = tokens_looked_back_at(args.logits)
 
-        def is_cut() -> bool:
-            return (self._stop and not self._is_distributed) or self._is_given_up(ticket)
-
-        self._alone = Alone(ticket, answers, self.model_provider, lambda: mx.stream(stream), is_cut)
+        self._alone = Alone(
+            ticket,
+            answers,
+            self.model_provider,
+            on_stream=lambda: mx.stream(stream),
+            is_given_up=lambda: self._is_given_up(ticket),
+            is_ending=lambda: self._stop and not self._is_distributed,
+        )
         try:
             super()._serve_single((self._alone, asked, args), stream)
         finally:
