@@ -234,10 +234,7 @@ def test_a_request_is_rendered_as_the_generation_loop_renders_it(case: str, mode
     generator.model_provider = SimpleNamespace(processor=None, cli_args=options, model_key=("m",))
     generator.cache = SimpleNamespace(branch_point=lambda *_, **__: 0)  # type: ignore[assignment]
     body = body_of(case)
-<<<<<<< HEAD
     asked = lenient(body)
-=======
->>>>>>> ticket
     request = TicketedRequest(
         request_type="chat" if "messages" in body else "text",
         prompt=asked.get("prompt", ""),
