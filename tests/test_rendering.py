@@ -230,7 +230,7 @@ def test_a_request_is_rendered_as_the_generation_loop_renders_it(case: str, mode
     tokenizer = load_tokenizer(str(model))
     options = SimpleNamespace(chat_template_args=json.loads(EFFORT))
     generator = Generator.__new__(Generator)
-    generator._is_distributed, generator._alone = False, None
+    generator._is_distributed = False
     generator.model_provider = SimpleNamespace(processor=None, cli_args=options, model_key=("m",))
     generator.cache = SimpleNamespace(branch_point=lambda *_, **__: 0)  # type: ignore[assignment]
     body = body_of(case)
