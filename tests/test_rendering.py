@@ -231,7 +231,6 @@ def test_a_request_is_rendered_as_the_generation_loop_renders_it(case: str, mode
     options = SimpleNamespace(chat_template_args=json.loads(EFFORT))
     generator = Generator.__new__(Generator)
     generator._is_distributed = False
-    generator._alone = None
     generator.model_provider = SimpleNamespace(processor=None, cli_args=options, model_key=("m",))
     generator.cache = SimpleNamespace(branch_point=lambda *_, **__: 0)  # type: ignore[assignment]
     body = body_of(case)

@@ -102,10 +102,11 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
     """Makes one key of all names of a model; without it they are taken as upstream takes them."""
     strict = False
     """Whether requests for what is not done are refused."""
+    _alone: Alone | None = None
+    """The request that is served alone."""
 
     def __init__(self, model_provider: Any, prompt_cache: PromptCache) -> None:
         self.cache = prompt_cache  # upstream deletes its own reference at the end
-        self._alone: Alone | None = None
         self._in_flight = 0
         self._tokenizing = threading.Lock()
         self._reader = ThreadPoolExecutor(1, "persist-cache-read-ahead")
