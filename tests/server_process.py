@@ -169,6 +169,12 @@ class ServerProcess:
         )
 
 
+def sentence_in(body: Mapping[str, Any]) -> str:
+    """What a decoded answer that refuses a request says, in either form of an error."""
+    said = body["error"]
+    return str(said["message"] if isinstance(said, dict) else said)
+
+
 def free_port() -> int:
     """A port that nobody listens on at the moment."""
     with socket.socket() as probe:

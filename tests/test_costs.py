@@ -241,7 +241,9 @@ class Rendered(Generator):
 
     def receive(self, request: Any) -> tuple[list[Any] | None, Sequence[int]]:
         """What is done with a request that waits for others."""
-        args = SimpleNamespace(model=SimpleNamespace(model=MODEL[0]), chat_template_kwargs=None)
+        args = SimpleNamespace(
+            model=SimpleNamespace(model=MODEL[0]), chat_template_kwargs=None, max_tokens=4
+        )
         self.tokenize_ahead(request, args)
         self._reader.shutdown()
         prompt = self._tokenize(self.model_provider.spare.of, request, args)[0]

@@ -107,7 +107,9 @@ def test_what_goes_wrong_in_a_stream_that_has_begun_is_an_event(
 
     assert answer.status_code == 200
     events = [json.loads(line[6:]) for line in rest if line.startswith(b"data: ")]
-    assert [event["error"]["message"] for event in events] == ["the last word is forbidden"]
+    (error,) = (event["error"] for event in events)
+    assert error["message"].endswith("the last word is forbidden.")
+    assert error["type"] == "invalid_request_error"
     with pytest.raises(openai.APIError, match="the last word is forbidden"):
         list(stream)
     assert running.get("/health")["status"] == "ok"
@@ -123,7 +125,7 @@ def test_what_is_known_to_be_wrong_at_once_is_told_by_the_status(running: Server
     still = next(first_lines)
     first.close()
 
-    assert answer.status_code >= 400
+    assert answer.status_code == 400
     assert "the last word is forbidden" in answer.text
     assert still.startswith(b"data: ")
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from persist_cache.cache.owners import Owner
-from persist_cache.prefill.clock import Prefill
+from typing import Any
 
 
 @dataclass(slots=True)
@@ -18,9 +16,9 @@ class Origin:
     Thread safety: used by one thread at a time.
 
     Attributes:
-        owner: Whose KV it was looked up for.
-        prefill: What computing it has cost so far.
+        owner: Whose KV it was looked up for (`cache.owners.Owner`); None before.
+        prefill: What computing it has cost so far (`prefill.clock.Prefill`); None before.
     """
 
-    owner: Owner | None = None
-    prefill: Prefill | None = None
+    owner: Any = None
+    prefill: Any = None

@@ -14,6 +14,7 @@ import time
 from http.server import BaseHTTPRequestHandler
 
 from persist_cache.server.guard import OUTCOME_HEADER
+from persist_cache.server.protocols.openai import error_object, refusal_of
 from persist_cache.server.ticket import Ticket, cache_header
 
 SIGN_S = 0.2
@@ -67,8 +68,8 @@ class Streaming(BaseHTTPRequestHandler):
     def say_error(self, error: Exception) -> None:
         """Say in a stream that has begun what went wrong; nothing follows it."""
         self.close_connection = True
-        said = {"message": str(error), "type": "server_error", "param": None, "code": None}
-        self._write(f"data: {json.dumps({'error': said})}\n\n")
+        said = error_object(refusal_of(error, 500))
+        self._write(f"data: {json.dumps(said)}\n\n")
 
     def has_left(self) -> bool:
         """Whether the client has closed its connection; any thread may ask."""

@@ -12,7 +12,6 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import json
 import logging
 import os
 import signal
@@ -34,14 +33,20 @@ from persist_cache import tensors
 from persist_cache.cache.prompt_cache import PromptCache
 from persist_cache.errors import MissingDependencyError, ModelError
 from persist_cache.fingerprint.identifier import Identifier
-from persist_cache.prefill import loading
+from persist_cache.fingerprint.model_files import folder_of
+from persist_cache.prefill import loadable, loading
 from persist_cache.prefill.clock import PrefillClock
 from persist_cache.prefill.loading import model_errors
 from persist_cache.prefill.run import even_out_draft
 from persist_cache.server.admin import Admin
 from persist_cache.server.alone import Alone, tokens_looked_back_at
+from persist_cache.server.answers import json_response
 from persist_cache.server.guard import ModelGuard
 from persist_cache.server.http import Front
+from persist_cache.server.lengths import context_tokens, room
+from persist_cache.server.names import Names
+from persist_cache.server.protocols.openai import one_head
+from persist_cache.server.rendering import unrenderable
 from persist_cache.server.segments import cut_at, cut_turn
 from persist_cache.server.streaming import SIGN_S, Streaming
 from persist_cache.server.ticket import CutPrompt, Ticket, TicketedCache, TicketTokens
@@ -93,6 +98,11 @@ class TicketedRequest(upstream.CompletionRequest):  # type: ignore[misc]
 class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
     """Upstream's generation loop, cutting prompts where a restart will want to resume them."""
 
+    names: Names | None = None
+    """Makes one key of all names of a model; without it they are taken as upstream takes them."""
+    strict = False
+    """Whether requests for what is not done are refused."""
+
     def __init__(self, model_provider: Any, prompt_cache: PromptCache) -> None:
         self.cache = prompt_cache  # upstream deletes its own reference at the end
         self._alone: Alone | None = None
@@ -122,6 +132,13 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
         """
         if not self.generation_available():
             raise RuntimeError("generation thread died")
+        if self.names is not None:
+            asked = generation_args.model
+            key = self.names.key(asked.model, asked.adapter, asked.draft)
+            self.names.check(key)
+            # What is compared and loaded; the answer says what the client said.
+            generation_args.model = upstream.ModelDescription(key.model, key.draft, key.adapter)
+        only_fills = generation_args.max_tokens == 0
         request = TicketedRequest.of(request)
         ticket = request.ticket
         answers = _Answers(ticket)
@@ -144,7 +161,8 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
             if not isinstance(error, Exception) or not ticket.has_begun():
                 raise
             return _failed(error)
-        return ctx, self._told(ctx, answers, ticket, progress_callback)
+        told = self._told(ctx, answers, ticket, progress_callback)
+        return ctx, (one for one in told if not only_fills)
 
     def _told(
         self,
@@ -186,6 +204,10 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
 
         So the generation thread need not, what is wrong with it is said at once, and what it will
         want of the disk can be read while others are answered.
+
+        Raises:
+            RefusedError: It cannot be rendered, or is beyond the model's context.
+            ConnectionError: The client is gone.
         """
         provider, ticket = self.model_provider, request.ticket
         key, spare = provider.model_key, getattr(provider, "spare", None)
@@ -204,6 +226,7 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
                 ticket.sign()
             try:
                 prompt = self._cut(spare.tokenizer, mine, args)
+                self._room(prompt, args)
             finally:
                 self._tokenizing.release()
         except Exception:
@@ -225,6 +248,7 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
         prompt = ticket.prompt
         if prompt is None or prompt.tokenizer is not tokenizer:
             prompt = self._cut(tokenizer, request, args)
+        args.max_tokens = self._room(prompt, args)
         segments, kinds = [list(one) for one in prompt.segments], list(prompt.kinds)
         if prompt.vision is None:
             segments, kinds = self._cut_at_branch(prompt.tokens, segments, kinds, ticket.trail)
@@ -242,10 +266,13 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
 
     def _cut(self, tokenizer: Any, request: Any, args: Any) -> CutPrompt:
         """Tokenize a request, and cut it into its system part and its turns."""
-        tokens, segments, kinds, initial_state, vision = super()._tokenize(tokenizer, request, args)
+        tokenize = super()._tokenize
+        tokens, segments, kinds, initial_state, vision = _rendered(
+            request, lambda: tokenize(tokenizer, request, args)
+        )
         if not tokens:
             # Upstream's generation thread does not survive it.
-            raise ValueError("The prompt has no tokens.")
+            raise RefusedError(400, "The prompt has no tokens.")
         if vision is None and kinds == ["assistant"]:
             options = {**self.cli_args.chat_template_args, **(args.chat_template_kwargs or {})}
             segments, kinds = cut_turn(
@@ -253,6 +280,16 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
             )
         messages = request.messages
         return CutPrompt(tokenizer, messages, tokens, segments, kinds, initial_state, vision)
+
+    def _room(self, prompt: CutPrompt, args: Any) -> int:
+        """Tokens that the answer may have, by the context of the model that is loaded.
+
+        Raises:
+            RefusedError: The prompt leaves no room for it.
+        """
+        context = getattr(self.model_provider, "context", None)
+        param = "messages" if prompt.messages else "prompt"
+        return room(len(prompt.tokens), args.max_tokens, context, param=param)
 
     def _cut_at_branch(
         self,
@@ -278,10 +315,14 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
         ticket: Ticket = asked.ticket
         ticket.leave_tokens = tokens_looked_back_at(args.logits)
 
-        def is_cut() -> bool:
-            return (self._stop and not self._is_distributed) or self._is_given_up(ticket)
-
-        self._alone = Alone(ticket, answers, self.model_provider, lambda: mx.stream(stream), is_cut)
+        self._alone = Alone(
+            ticket,
+            answers,
+            self.model_provider,
+            on_stream=lambda: mx.stream(stream),
+            is_given_up=lambda: self._is_given_up(ticket),
+            is_ending=lambda: self._stop and not self._is_distributed,
+        )
         try:
             super()._serve_single((self._alone, asked, args), stream)
         finally:
@@ -349,6 +390,24 @@ class Batch(upstream.BatchGenerator):  # type: ignore[misc]
         return prompts, tokens
 
 
+def _check_draft(model: Any) -> None:
+    """Refuse a draft model whose wrong guesses the cache of `model` could not take back.
+
+    Upstream notices for the classes that say so, with the first request; a sliding window says so
+    only when it has slid, and answers wrongly from then on.
+
+    Raises:
+        ValueError: They could not be.
+    """
+    layers = tensors.supported(make_prompt_cache(model))
+    names = sorted({layer.class_name for layer in layers if layer.storage != "rows"})
+    if names:
+        raise ValueError(
+            f"it cannot have a draft model: wrong guesses could not be taken back from its "
+            f"cache ({', '.join(names)}); leave the draft model out"
+        )
+
+
 def _extract(batch: Any, index: int) -> list[Any]:
     return tensors.extract(batch.prompt_cache, index)
 
@@ -371,6 +430,10 @@ class Provider(upstream.ModelProvider):  # type: ignore[misc]
     identifier: Identifier | None = None
     spare: Spare | None = None
     """Of what is loaded, for use beside the generation thread."""
+    context: int | None = None
+    """Tokens that the loaded model was made for, if its configuration says so."""
+    context_given: int | None = None
+    """What counts instead; 0 for no limit."""
     failed: ModelError | MissingDependencyError | None = None
     """Why the model of the command line could not be loaded, which ends the server."""
 
@@ -393,7 +456,6 @@ class Provider(upstream.ModelProvider):  # type: ignore[misc]
         def read() -> None:
             super(Provider, self)._load(*model_key)
             loading.evaluate(self.model, self.draft_model)
-            self._check_draft()
 
         with model_errors(model_path) if model_path else contextlib.nullcontext():
             if self.identifier is None or self.is_distributed:
@@ -401,34 +463,24 @@ class Provider(upstream.ModelProvider):  # type: ignore[misc]
                 self.spare = None
                 super()._load(*model_key)
             else:
+                # What cannot be had costs the model in memory neither its place nor its name.
                 for name in filter(None, (model_path, draft_model_path)):
-                    # What cannot be had costs the model in memory neither its place nor its name.
-                    loading.fetch(name)
+                    fetched = loading.fetch(name)
+                    if self.model is not None or draft_model_path is not None:
+                        adapter = adapter_path if name == model_path else None
+                        trusted = self.cli_args.trust_remote_code
+                        built = loadable.build(name, fetched, adapter, trust_remote_code=trusted)
+                        if draft_model_path is not None and name == model_path:
+                            _check_draft(built)
                 self.spare = None
                 # The weights in memory go, and with them what is known of their files.
                 self.identifier.forget()
                 self.identifier.around_load(model_key, read)
+            self.context = self.context_given or None
+            folder = folder_of(model_path) if model_path else None
+            if self.context_given is None and folder is not None:
+                self.context = context_tokens(loadable.read_config(folder))
         self.spare = Spare(self.tokenizer, copy.deepcopy(self.tokenizer))
-
-    def _check_draft(self) -> None:
-        """Refuse a draft model whose wrong guesses the model's cache could not take back.
-
-        Upstream notices for the classes that say so, with the first request; a sliding window
-        says so only when it has slid, and answers wrongly from then on.
-
-        Raises:
-            ModelError: It does not fit; nothing is loaded then.
-        """
-        if self.draft_model is None:
-            return
-        layers = tensors.supported(make_prompt_cache(self.model))
-        names = sorted({layer.class_name for layer in layers if layer.storage != "rows"})
-        if names:
-            self.reset()
-            raise ModelError(
-                f"it cannot have a draft model: wrong guesses could not be taken back from its "
-                f"cache ({', '.join(names)}); leave the draft model out"
-            )
 
 
 class Handler(Streaming, Front, upstream.APIHandler):  # type: ignore[misc]
@@ -443,8 +495,6 @@ class Handler(Streaming, Front, upstream.APIHandler):  # type: ignore[misc]
             raise
         except Exception as error:
             if not self.has_begun():
-                if isinstance(error, ModelError):
-                    raise RefusedError(400, str(error)) from error
                 raise
             log.error("a request failed in its stream: %s", type(error).__name__)
             log.debug("the failure", exc_info=True)
@@ -456,11 +506,7 @@ class Handler(Streaming, Front, upstream.APIHandler):  # type: ignore[misc]
         """Tell a sick disk from a sick model; only the latter makes the server unavailable."""
         healthy = self.response_generator.is_healthy
         said = health_said(self.response_generator.cache, healthy=healthy)
-        body = json.dumps(said).encode()
-        self._set_completion_headers(200 if healthy else 503)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+        self._send(json_response(said, 200 if healthy else 503))
 
 
 def health_said(cache: PromptCache, *, healthy: bool) -> dict[str, str]:
@@ -570,10 +616,35 @@ def tokenize(
     provider = SimpleNamespace(
         processor=None, cli_args=SimpleNamespace(chat_template_args=dict(template_args))
     )
-    tokens, segments, kinds, _, _ = upstream.ResponseGenerator._tokenize(
-        SimpleNamespace(model_provider=provider), tokenizer, request, args
+    tokens, segments, kinds, _, _ = _rendered(
+        request,
+        lambda: upstream.ResponseGenerator._tokenize(
+            SimpleNamespace(model_provider=provider), tokenizer, request, args
+        ),
     )
     return tokens, segments, kinds
+
+
+def _rendered(request: Any, tokenize: Callable[[], Any]) -> Any:
+    """What `tokenize` makes of a request.
+
+    If the chat template refuses its messages, they are tried with a single system message at the
+    head, and kept so in the request.
+
+    Raises:
+        RefusedError: The template refuses that, too; with what it said.
+    """
+    try:
+        try:
+            return tokenize()
+        except Exception:
+            messages = one_head(request.messages)
+            if messages is None:
+                raise
+            request.messages = messages
+            return tokenize()
+    except Exception as error:  # templates are programs of their own
+        raise unrenderable(error) from error
 
 
 def place_in_group() -> tuple[int, int]:
