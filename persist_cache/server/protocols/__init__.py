@@ -1,0 +1,1 @@
+"""What clients speak, as pure translations: bodies in, bodies and error objects out."""
