@@ -11,7 +11,17 @@ from pathlib import Path
 
 from scripts.benchmarks import common
 
-ALL = ("restore", "insert", "lookup", "growth", "ttft", "memory", "stall", "commands")
+ALL = (
+    "restore",
+    "insert",
+    "lookup",
+    "growth",
+    "ttft",
+    "memory",
+    "stall",
+    "commands",
+    "translation",
+)
 """Modules of this package, in the order in which `all` runs them."""
 BENCHMARKS = (*ALL, "peers")
 

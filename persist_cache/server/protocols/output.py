@@ -16,6 +16,8 @@ from typing import Any, Literal, Protocol
 
 log = logging.getLogger(__name__)
 
+Segments = list[tuple[str | None, str]]
+"""The states that a text passed through, and what each got of it."""
 ToolParser = Callable[[str, Any], Any]
 
 
@@ -24,7 +26,7 @@ class Machine(Protocol):
 
     def make_state(self, initial: str) -> Any: ...
 
-    def split(self, state: Any, text: str) -> tuple[Any, list[tuple[str | None, str]]]: ...
+    def split(self, state: Any, text: str) -> tuple[Any, Segments]: ...
 
     def flush(self, state: Any) -> tuple[Any, str, str | None]: ...
 
@@ -142,7 +144,8 @@ class OutputReader:
             longest = max(map(len, self._stop_words.values()))
             self._tokens = [*self._tokens, token][-max(longest, 1) :]
         whole = self._held + text
-        if (met := _first(self._stop_words, whole)) is not None:
+        met = _first(self._stop_words, whole) if self._stop_words else None
+        if met is not None:
             start, word = met
             return self._end(whole[:start], Finish("stop_word", word))
         if finish_reason is None:
@@ -174,19 +177,29 @@ class OutputReader:
         return _joined(parts)
 
     def _read(self, text: str) -> list[Part]:
-        # One character after the other, so that there is one mark at most, and its text is known.
         parts: list[Part] = []
+        if self._name is None or not text:
+            return parts
+        state, segments = self._machine.split(self._state, text)
+        if len(segments) == 1:
+            return self._advanced(state, text, segments)
+        # From the same state again (states are values), one character after the other: then there
+        # is one mark at a time, and its text is known.
         for character in text:
-            if self._name is None:
-                break
-            self._state, segments = self._machine.split(self._state, character)
-            self._pending += character
-            said = segments[0][1]
-            parts += self._said(said)
-            self._pending = self._pending[len(said) :]
-            if len(segments) > 1:
-                mark, self._pending = self._pending, ""
-                parts += self._passed(mark, segments[-1][0])
+            if self._name is not None:
+                state, segments = self._machine.split(self._state, character)
+                parts += self._advanced(state, character, segments)
+        return parts
+
+    def _advanced(self, state: Any, text: str, segments: Segments) -> list[Part]:
+        """Parts of what the machine made of a text, which holds one mark at most."""
+        self._state = state
+        self._pending += text
+        said = segments[0][1]
+        self._pending, parts = self._pending[len(said) :], self._said(said)
+        if len(segments) > 1:
+            mark, self._pending = self._pending, ""
+            parts += self._passed(mark, segments[-1][0])
         return parts
 
     def _said(self, text: str) -> list[Part]:
