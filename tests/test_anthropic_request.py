@@ -116,11 +116,9 @@ def test_tool_result_says_that_it_failed_once(content: Any, failed: Any, said: s
     assert found.messages == [{"role": "tool", "tool_call_id": "a", "content": said}]
 
 
-def test_thinking_goes_into_the_templates_own_field() -> None:
-    body = {
-        "model": "m",
-        "max_tokens": 8,
-        "messages": [
+def test_thinking_has_a_field_of_its_own_and_what_is_closed_is_named() -> None:
+    found = read(
+        messages=[
             {
                 "role": "assistant",
                 "content": [
@@ -130,12 +128,14 @@ def test_thinking_goes_into_the_templates_own_field() -> None:
                 ],
             },
             {"role": "user", "content": "Why?"},
-        ],
+        ]
+    )
+
+    assert found.messages[0] == {
+        "role": "assistant",
+        "content": "Yes.",
+        "reasoning_content": "Hm.",
     }
-
-    found = read_messages(body, thinking_field="thinking")
-
-    assert found.messages[0] == {"role": "assistant", "content": "Yes.", "thinking": "Hm."}
     assert found.ignored == ("redacted_thinking",)
 
 
@@ -197,15 +197,9 @@ def test_tool_choice_is_done_or_named_as_ignored(
 def test_thinking_and_effort_become_the_templates_options(
     body: dict[str, Any], args: dict[str, Any], ignored: tuple[str, ...]
 ) -> None:
-    whole = {"model": "m", "max_tokens": 8, "messages": [{"role": "user", "content": "a"}], **body}
+    found = read(**body)
 
-    known = read_messages(whole, template_options={"thinking_budget", "reasoning_effort"})
-    unknown = read_messages(whole)
-
-    assert (known.template_args, known.ignored) == (args, ignored)
-    lost = {"thinking_budget": "thinking.budget_tokens", "reasoning_effort": "output_config.effort"}
-    told = {lost[name] for name in args if name in lost}
-    assert set(unknown.ignored) == {*ignored, *told}
+    assert (found.template_args, found.ignored) == (args, ignored)
 
 
 def test_sampling_stop_sequences_and_limits() -> None:

@@ -117,7 +117,7 @@ def test_what_a_template_takes_is_found_out(template: str, expected: Abilities) 
 
 
 def test_what_a_template_takes_is_left_as_it_is() -> None:
-    found = fit(MESSAGES, [CLOCK], abilities(CHAT_TEMPLATE))
+    found = fit(MESSAGES, [CLOCK], {}, abilities(CHAT_TEMPLATE))
 
     assert found.messages == MESSAGES
     assert (found.tools, found.names, found.ignored) == ([CLOCK], (), ())
@@ -135,7 +135,7 @@ def test_what_a_template_takes_is_left_as_it_is() -> None:
 def test_nothing_that_was_said_is_lost_and_all_stays_in_its_place(
     template: str, names: tuple[str, ...]
 ) -> None:
-    found = fit(MESSAGES, None, abilities(template))
+    found = fit(MESSAGES, None, {}, abilities(template))
 
     prompt = render(template, found.messages)
     said = ["Be brief.", "What time", "I look.", "clock", "Bern", "Six.", "Plan mode.", "Thanks."]
@@ -145,7 +145,7 @@ def test_nothing_that_was_said_is_lost_and_all_stays_in_its_place(
 
 
 def test_system_message_that_becomes_the_users_says_what_it_was() -> None:
-    found = fit(MESSAGES, None, abilities(HEAD_ONLY))
+    found = fit(MESSAGES, None, {}, abilities(HEAD_ONLY))
 
     assert found.messages[4] == {
         "role": "user",
@@ -155,18 +155,32 @@ def test_system_message_that_becomes_the_users_says_what_it_was() -> None:
 
 
 def test_tools_that_a_template_does_not_know_are_named_as_ignored() -> None:
-    found = fit(MESSAGES, [CLOCK], abilities(HOISTING))
+    found = fit(MESSAGES, [CLOCK], {}, abilities(HOISTING))
 
     assert (found.tools, found.ignored) == (None, ("tools",))
 
 
 def test_short_ids_of_calls_and_results_belong_together() -> None:
-    found = fit(MESSAGES, [CLOCK], abilities(NINE))
+    found = fit(MESSAGES, [CLOCK], {}, abilities(NINE))
 
     call, result = found.messages[2]["tool_calls"][0]["id"], found.messages[3]["tool_call_id"]
     assert call == result
     assert len(call) == 9
     assert call.isalnum()
+
+
+def test_thinking_and_options_go_where_the_template_looks_for_them() -> None:
+    messages = [
+        {"role": "user", "content": "Well?"},
+        {"role": "assistant", "content": "Yes.", "reasoning_content": "Hm."},
+    ]
+    args = {"enable_thinking": True, "reasoning_effort": "low", "thinking_budget": 7}
+
+    found = fit(messages, None, args, abilities(HEAD_ONLY))
+
+    assert found.messages[1] == {"role": "assistant", "content": "Yes.", "reasoning": "Hm."}
+    assert found.template_args == {"enable_thinking": True, "reasoning_effort": "low"}
+    assert found.ignored == ("thinking.budget_tokens",)
 
 
 def test_template_that_refuses_everything_takes_nothing() -> None:

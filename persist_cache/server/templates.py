@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from persist_cache.server.protocols.anthropic_messages import THINKING_FIELD
 from persist_cache.stability.repairs import inline_system_as_user
 
 Message = Mapping[str, Any]
@@ -22,8 +23,9 @@ Render = Callable[[Sequence[Message], Sequence[Mapping[str, Any]] | None], str]
 SYSTEM_ROLE = "system-role"
 TOOL_CALLS = "tool-calls"
 TURNS = "turns"
-_THINKING_FIELDS = ("reasoning_content", "reasoning", "thinking")
-_OPTIONS = frozenset({"thinking_budget", "reasoning_effort"})
+_THINKING_FIELDS = (THINKING_FIELD, "reasoning", "thinking")
+OPTIONS = {"thinking_budget": "thinking.budget_tokens", "reasoning_effort": "output_config.effort"}
+"""Options that not all templates have, and what clients call them."""
 _SHORT_ID = 9
 """The length of call ids that templates of the Mistral kind insist on."""
 _BETWEEN = "\n\n"
@@ -50,7 +52,7 @@ class Abilities:
     tools: bool = True
     calls: bool = True
     short_ids: bool = False
-    thinking_field: str = _THINKING_FIELDS[0]
+    thinking_field: str = THINKING_FIELD
     options: frozenset[str] = frozenset()
 
 
@@ -61,12 +63,14 @@ class Fitted:
     Attributes:
         messages: The conversation.
         tools: Definitions, or None.
+        template_args: Options that the template has.
         names: Of what had to be said in another form.
         ignored: Of what could not be said at all.
     """
 
     messages: list[dict[str, Any]]
     tools: Sequence[Mapping[str, Any]] | None
+    template_args: dict[str, Any]
     names: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
 
@@ -122,17 +126,25 @@ def probe(render: Render, source: str = "") -> Abilities:
         tools=keeps("Tone", user, tools=[tool]),
         calls=any(calls),
         short_ids=calls == [False, True],
-        thinking_field=fields[0] if fields else _THINKING_FIELDS[0],
-        options=_OPTIONS & set(re.findall(r"\w+", source)),
+        thinking_field=fields[0] if fields else THINKING_FIELD,
+        options=frozenset(OPTIONS).intersection(re.findall(r"\w+", source)),
     )
 
 
 def fit(
     messages: Sequence[dict[str, Any]],
     tools: Sequence[Mapping[str, Any]] | None,
+    template_args: Mapping[str, Any],
     takes: Abilities,
 ) -> Fitted:
-    """Put a conversation in a form that the template takes, on copies."""
+    """Put a conversation in a form that the template takes, on copies.
+
+    Args:
+        messages: Content is text; thinking is in the field `reasoning_content`.
+        tools: Definitions, or None.
+        template_args: Options of the template.
+        takes: What `probe` found.
+    """
     said: list[Any] = list(messages)
     names: list[str] = []
     if not takes.calls:
@@ -154,8 +166,27 @@ def fit(
         merged = _in_turns(said)
         names += [TURNS] * (len(merged) < len(said))
         said = merged
-    ignored = ("tools",) if tools and not takes.tools else ()
-    return Fitted(said, None if ignored else tools, tuple(sorted(names)), ignored)
+    if takes.thinking_field != THINKING_FIELD:
+        said = [_renamed(message, takes.thinking_field) for message in said]
+    unknown = {name for name in template_args if name in OPTIONS and name not in takes.options}
+    ignored = [OPTIONS[name] for name in unknown]
+    if tools and not takes.tools:
+        tools = None
+        ignored.append("tools")
+    return Fitted(
+        said,
+        tools,
+        {name: value for name, value in template_args.items() if name not in unknown},
+        tuple(sorted(names)),
+        tuple(sorted(ignored)),
+    )
+
+
+def _renamed(message: Message, field: str) -> Message:
+    """A message with what the model thought in another field."""
+    if THINKING_FIELD not in message:
+        return message
+    return {field if name == THINKING_FIELD else name: message[name] for name in message}
 
 
 def _said(role: str, text: str) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from persist_cache.stability import repairs
 
 BETWEEN_BLOCKS = "\n\n"
 """What separates texts that the protocol keeps in blocks of their own."""
+THINKING_FIELD = "reasoning_content"
+"""What most templates call what the model thought."""
 _TTLS = {"5m": 300, "1h": 3600}
 _ERROR = "Error: "
 _SAYS_ERROR = ("error", "<tool_use_error>")
@@ -52,7 +54,6 @@ class Conversation:
         ignored: Names of what is not given to the model.
     """
 
-    thinking_field: str = "reasoning_content"
     messages: list[dict[str, Any]] = field(default_factory=list)
     marks: list[Mark] = field(default_factory=list)
     repaired: set[str] = field(default_factory=set)
@@ -170,7 +171,7 @@ class Conversation:
                 self._mark(index, characters, ttl_s)
         message: dict[str, Any] = {"role": "assistant", "content": said}
         if thought:
-            message[self.thinking_field] = thought
+            message[THINKING_FIELD] = thought
         if calls:
             message["tool_calls"] = calls
         self.messages.append(message)

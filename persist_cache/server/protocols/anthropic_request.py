@@ -7,7 +7,7 @@ fields that are not known are accepted; what is known and cannot be done is name
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,7 +41,7 @@ class MessagesRequest:
         model: As the client names it.
         messages: Of a chat, as templates take them; the system prompt is the first one.
         tools: Definitions of functions, or None.
-        template_args: Options of the chat template.
+        template_args: Options of the chat template, those that not all templates have among them.
         max_tokens: Of the answer; 0 only fills the cache.
         stream: The answer is wanted as events.
         stop_words: That end the answer.
@@ -72,17 +72,12 @@ def read_messages(
     body: Mapping[str, Any],
     *,
     counting: bool = False,
-    template_options: Collection[str] = (),
-    thinking_field: str = "reasoning_content",
 ) -> MessagesRequest:
     """Read the body of a request.
 
     Args:
         body: A JSON object.
         counting: It asks for the number of its tokens; there is no `max_tokens` then.
-        template_options: Names of the options that the model's chat template has, besides
-            `enable_thinking`.
-        thinking_field: Of a message, in which the template looks for what the model thought.
 
     Raises:
         RefusedError: It is malformed, or asks for what cannot be left out.
@@ -90,13 +85,13 @@ def read_messages(
     model = text_of(body, "model", "")
     if not model:
         raise wrong("model", "must not be empty.")
-    said = Conversation(thinking_field)
+    said = Conversation()
     ignored = {name for name, asks in _TOLD.items() if body.get(name) and asks(body[name])}
     tools = _tools(body.get("tools"), said, ignored)
     _read_conversation(body, said, counting=counting)
     may_call, one_call = _tool_choice(body.get("tool_choice"), tools, ignored)
     stream = _flag(body, "stream")
-    thinks, template_args = _thinking(body, template_options, ignored)
+    thinks, template_args = _thinking(body, ignored)
     _check_metadata(body.get("metadata"))
     return MessagesRequest(
         model=model,
@@ -190,9 +185,7 @@ def _tool_choice(choice: Any, tools: list[dict[str, Any]], ignored: set[str]) ->
     return bool(tools) and said != "none", bool(one)
 
 
-def _thinking(
-    body: Mapping[str, Any], options: Collection[str], ignored: set[str]
-) -> tuple[bool, dict[str, Any]]:
+def _thinking(body: Mapping[str, Any], ignored: set[str]) -> tuple[bool, dict[str, Any]]:
     """Whether thinking is asked for, and what the template is told about it."""
     found: dict[str, Any] = {}
     thinking = body.get("thinking")
@@ -208,10 +201,7 @@ def _thinking(
         budget = thinking.get("budget_tokens")
         if budget is not None or said == "enabled":
             _whole(budget, "thinking.budget_tokens", 1, MAX_NEW_TOKENS)
-            if said != "enabled" or "thinking_budget" not in options:
-                ignored.add("thinking.budget_tokens")
-            else:
-                found["thinking_budget"] = budget
+            found["thinking_budget"] = budget
     output = body.get("output_config")
     if output is not None:
         if not isinstance(output, dict):
@@ -222,10 +212,7 @@ def _thinking(
         if effort is not None:
             if not isinstance(effort, str) or effort not in _EFFORTS:
                 raise wrong("output_config.effort", f"must be one of {', '.join(_EFFORTS)}.")
-            if "reasoning_effort" in options:
-                found["reasoning_effort"] = _EFFORTS[effort]
-            else:
-                ignored.add("output_config.effort")
+            found["reasoning_effort"] = _EFFORTS[effort]
     return thinks, found
 
 
