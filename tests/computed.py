@@ -140,8 +140,9 @@ _HEADER = re.compile(r'(memory|disk|miss); tokens=(\d+)(?:; reason="([^"]+)")?')
 def told(answer: requests.Response) -> Told:
     """Read an answer of status 200, streamed or not; a stream has to include its usage."""
     assert answer.status_code == 200, answer.text
-    header = _HEADER.fullmatch(answer.headers.get("x-persist-cache", "none"))
-    assert header is not None, f"x-persist-cache: {answer.headers.get('x-persist-cache')}"
+    said = answer.headers.get("x-persist-cache") or comment(answer)
+    header = _HEADER.fullmatch(said)
+    assert header is not None, f"x-persist-cache: {said}"
     if answer.headers["Content-Type"].startswith("text/event-stream"):
         events = [
             json.loads(line.removeprefix(b"data: "))
@@ -152,8 +153,8 @@ def told(answer: requests.Response) -> Told:
     else:
         events = [answer.json()]
         usage = events[0]["usage"]
-    said = [choice for event in events for choice in event["choices"]]
-    texts = [one.get("text") or _content(one) for one in said]
+    choices = [choice for event in events for choice in event["choices"]]
+    texts = [one.get("text") or _content(one) for one in choices]
     return Told(
         source=header[1],
         num_tokens=int(header[2]),
@@ -162,6 +163,13 @@ def told(answer: requests.Response) -> Told:
         prompt_tokens=usage["prompt_tokens"],
         text="".join(texts),
     )
+
+
+def comment(answer: requests.Response) -> str:
+    """What a stream that began before its look says of the cache, in the place of its header."""
+    lines = answer.text.splitlines()
+    start = ": x-persist-cache: "
+    return next((one.removeprefix(start) for one in lines if one.startswith(start)), "")
 
 
 def _content(choice: dict[str, Any]) -> str:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from email.message import Message
 from itertools import pairwise
 from pathlib import Path
@@ -29,7 +31,7 @@ from persist_cache.index.transaction import Reader
 from persist_cache.server.admin import Admin
 from persist_cache.server.guard import Request
 from persist_cache.server.ticket import Ticket, TicketedCache
-from persist_cache.server.upstream import Generator
+from persist_cache.server.upstream import Generator, Spare, TicketedRequest
 from persist_cache.store.trail import Trail
 from persist_cache.tokens import TOKEN_BYTES, pack_tokens
 from tests.cli import Run, runner
@@ -225,16 +227,23 @@ class Rendered(Generator):
 
     def __init__(self, cache: PromptCache) -> None:
         self.cache = cache
-        self._stream = None
+        self._alone = None
+        self._in_flight = 2
+        self._tokenizing = threading.Lock()
+        self._reader = ThreadPoolExecutor(1)
         self.model_provider = SimpleNamespace(
-            model_key=MODEL, spare_tokenizer=object(), draft_model=None
+            model_key=MODEL,
+            spare=Spare(object(), SimpleNamespace(has_thinking=False)),
+            draft_model=None,
+            cli_args=SimpleNamespace(chat_template_args={}),
         )
 
     def receive(self, request: Any) -> tuple[list[Any] | None, Sequence[int]]:
-        """What upstream's loop does with a request that waited for others."""
-        args = SimpleNamespace(model=SimpleNamespace(model=MODEL[0]))
-        self.read_ahead(request, args, request.ticket.trail)
-        prompt = self._tokenize(object(), request, args)[0]
+        """What is done with a request that waits for others."""
+        args = SimpleNamespace(model=SimpleNamespace(model=MODEL[0]), chat_template_kwargs=None)
+        self.tokenize_ahead(request, args)
+        self._reader.shutdown()
+        prompt = self._tokenize(self.model_provider.spare.of, request, args)[0]
         return TicketedCache(self.cache, self).fetch_nearest_cache(MODEL, prompt)
 
 
@@ -248,7 +257,7 @@ def generator(cache: PromptCache, monkeypatch: pytest.MonkeyPatch) -> Rendered:
 
 
 def request(prompt: Sequence[int]) -> Any:
-    return SimpleNamespace(prompt=list(prompt), messages=[], request_type="text", ticket=Ticket())
+    return TicketedRequest("text", list(prompt), [], None, None, Ticket())
 
 
 def test_a_request_of_a_server_walks_the_index_once(

@@ -16,7 +16,7 @@ import pytest
 from persist_cache import Store
 from persist_cache.cache.stats import Fetch
 from persist_cache.server.ticket import Ticket
-from persist_cache.server.upstream import Generator
+from persist_cache.server.upstream import Generator, TicketedRequest
 from tests.computed import CountedServer, told
 from tests.tiny_models import build_model_dir
 
@@ -133,7 +133,6 @@ def test_request_that_fails_before_its_look_raises_why() -> None:
     """Served alone, its context is out before it looks; nobody may wait for that look."""
     generator: Any = object.__new__(Generator)
     generator.requests = Queue()
-    generator._answering = threading.local()
     generator._in_flight = 0
     generator._generation_failed = False
     generator._generation_thread = threading.current_thread()
@@ -143,7 +142,10 @@ def test_request_that_fails_before_its_look_raises_why() -> None:
     )
     generator._tokenize = lambda *_: ([1, 2], [[1, 2]], ["assistant"], "normal", None)
     generator._make_state_machine = lambda *_: (None, None)
-    request, args = SimpleNamespace(), SimpleNamespace(stop_words=[], seed="no number")
+    request = TicketedRequest("text", "", [], None, None)
+    logits = SimpleNamespace(repetition_penalty=0, presence_penalty=0, frequency_penalty=0)
+    model = SimpleNamespace(model="m")
+    args = SimpleNamespace(stop_words=[], seed="no number", logits=logits, model=model)
     loop = threading.Thread(
         target=lambda: generator._serve_single(generator.requests.get(timeout=10), None)
     )
@@ -177,9 +179,9 @@ def test_ticket_that_is_settled_lets_go_of_who_waits() -> None:
 
 
 def test_ticket_goes_to_other_ranks_with_its_request() -> None:
-    ticket = Ticket("system")
+    ticket = Ticket(b"what was read", keeps="system")
     ticket.looked(Fetch("memory", 9))
 
     there = pickle.loads(pickle.dumps(ticket))
 
-    assert (there.part, there.fetch) == ("system", None)
+    assert (there.keeps, there.fetch) == ("system", None)

@@ -17,15 +17,17 @@ FORGES = {
     "tests/torture/broken.py": "makes defects in the product, for the torture to find",
 }
 SEAMS = {
+    "tests/test_alone.py": {"_stop"},
     "tests/test_docs.py": {"_idx"},
     "tests/test_first_look.py": {
-        *("_answering", "_in_flight", "_generation_failed", "_generation_thread"),
+        *("_in_flight", "_generation_failed", "_generation_thread"),
         *("_tokenize", "_make_state_machine", "_serve_single"),
     },
     "tests/test_loads.py": {"_download"},
     "tests/test_rendering.py": {"_tokenize"},
-    "tests/test_server_seam.py": {"_generate", "_serve_single"},
+    "tests/test_server_seam.py": {"_generate"},
     "tests/test_tensors.py": {"_idx"},
+    "tests/test_ticket.py": {"_tokenize"},
 }
 """Private parts of mlx-lm that the product uses or takes the place of, by the test that does."""
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from persist_cache import PromptCache, Store
+from persist_cache.cache.origin import Origin
 from persist_cache.cache.owners import Owner, Owners
 from persist_cache.fingerprint.identifier import Identifier
 from persist_cache.fingerprint.loads import Unidentified
@@ -266,20 +267,46 @@ def test_answer_that_ended_does_not_stand_in_the_way_of_the_next_load(
     assert fetch(cache, range(50)) == "w1"
 
 
-def test_branch_point_and_cuts_are_those_of_the_weights(
-    cache: PromptCache, weights: Weights
-) -> None:
+def test_branch_point_is_that_of_the_weights(cache: PromptCache, weights: Weights) -> None:
     insert(cache, range(30), "w0", "system", trimmable=False)
     insert(cache, range(60), "w0", trimmable=False)
     prompt = [*range(45), 1000]
-    cache.cut_answer(range(40), 10, model=MODEL)
     assert cache.branch_point(MODEL, prompt) == 45
 
     weights.name = "w1"
 
     assert cache.branch_point(MODEL, prompt) == 0
-    insert(cache, range(40), "w1")
-    assert cache.known_tokens(MODEL, range(40)) == 40
+
+
+def test_insert_that_names_its_look_up_belongs_to_the_weights_of_that(
+    cache: PromptCache, weights: Weights
+) -> None:
+    """Two clients sent the same prompt, and the model was loaded again between their look-ups."""
+    former, latter = Origin(), Origin()
+    prompt = list(range(40))
+    cache.look_up(MODEL, prompt, origin=former)
+    weights.name = "w1"
+    cache.look_up(MODEL, prompt, origin=latter)
+
+    cache.insert_cache(MODEL, prompt, [FakeLayer(prompt, weights="w0")], origin=former)
+    assert cache.known_tokens(MODEL, prompt) == 0
+    cache.insert_cache(MODEL, prompt, [FakeLayer(prompt, weights="w1")], origin=latter)
+
+    assert fetch(cache, range(50)) == "w1"
+    assert cache.stats().problems["computed_before_reload"] == 1
+
+
+@pytest.mark.parametrize(
+    ("keep", "trimmable", "known"), [(30, True, 30), (30, False, 0), (0, True, 0), (70, True, 50)]
+)
+def test_no_more_is_kept_than_is_asked_for(
+    cache: PromptCache, keep: int, trimmable: bool, known: int
+) -> None:
+    layers = [FakeLayer(range(50), weights="w0", trimmable=trimmable)]
+
+    cache.insert_cache(MODEL, list(range(50)), layers, cache_type="user", keep_tokens=keep)
+
+    assert cache.known_tokens(MODEL, range(50)) == known
 
 
 def test_read_ahead_is_of_the_weights_that_are_loaded(disk: Store, weights: Weights) -> None:

@@ -280,6 +280,20 @@ def test_measuring_keeps_no_prompt() -> None:
     assert prefills.ended(MODEL, packed[:-8], Tier.USER) > 0
 
 
+def test_prefill_that_is_named_is_timed_whoever_computes_the_same_prompt() -> None:
+    now = Clock(0.0)
+    prefills = Prefills(now)
+    packed = pack_tokens(range(100))
+    first = prefills.begun(MODEL, packed, 0, 0.0, remember=False)
+    now.advance(3)
+    second = prefills.begun(MODEL, packed, 0, 0.0, remember=False)
+    now.advance(2)
+
+    assert prefills.ended(MODEL, packed, Tier.USER, first) == 5.0
+    assert prefills.ended(MODEL, packed, Tier.USER, second) == 2.0
+    assert prefills.ended(MODEL, packed, Tier.USER) == 0.0
+
+
 def test_warm_times_prefill_alone_and_adds_it_to_what_was_found(
     disk: Store, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
 from collections.abc import Hashable, Sequence
 from typing import Any
 
 from persist_cache.cache.live_caches import Held, Resident
+from persist_cache.cache.origin import Origin
 from persist_cache.cache.owners import Owner, Owners
 from persist_cache.cache.saver import Saver
 from persist_cache.cache.stats import Tally
@@ -60,7 +60,6 @@ class Keeper:
         self._saver = saver
         self._prefills = prefills
         self._tally = tally
-        self._cuts: deque[tuple[Owner | None, bytes, int]] = deque(maxlen=16)
 
     def owner(self, model: Hashable) -> Owner:
         """Whose KV a model computes now; what others left under its key goes."""
@@ -71,19 +70,16 @@ class Keeper:
                 self._saver.let_go_of_former()
         return owner
 
-    def cut_answer(self, owner: Owner | None, packed: bytes, num_tokens: int) -> None:
-        """Of the next answer to a prompt, keep the cache of its first `num_tokens` and no more.
-
-        Args:
-            owner: Whose answer; any when None.
-            packed: The prompt.
-            num_tokens: How much of it to keep.
-        """
-        with self._lock:
-            self._cuts.append((owner, packed, num_tokens))
-
     def insert(
-        self, model: Hashable, tokens: Sequence[int], cache: Any, tier: Tier, prefill_s: float
+        self,
+        model: Hashable,
+        tokens: Sequence[int],
+        cache: Any,
+        tier: Tier,
+        *,
+        prefill_s: float = 0.0,
+        keep_tokens: int | None = None,
+        origin: Origin | None = None,
     ) -> None:
         """Keep a cache, and have it saved if it is to be on disk.
 
@@ -93,7 +89,10 @@ class Keeper:
             cache: The cache, which is taken over.
             tier: Role class.
             prefill_s: Seconds that computing all of it takes; added up here when 0.
+            keep_tokens: How much of it to keep at most; all when None.
+            origin: Of the look-up that its computation began with; searched when None.
         """
+        origin = origin or Origin()
         try:
             num_tokens = self._codec.prepare(cache, len(tokens))
         except UnsupportedCacheError as error:
@@ -103,16 +102,20 @@ class Keeper:
         packed = pack_tokens(tokens)
         owner = self.owner(model)
         ends = tier == Tier.ASSISTANT
-        if self._owners.is_of_another(owner, packed, cache, ends=ends):
+        if self._owners.is_of_another(owner, packed, cache, ends=ends, begun_for=origin.owner):
             # Begun before the model was loaded again, it is neither's.
             self._tally.problem("computed_before_reload")
             log.warning("a prompt is not kept: its model was loaded again while it was computed")
             return
-        surplus = num_tokens - self._kept_tokens(owner, packed, num_tokens)
+        surplus = 0 if keep_tokens is None else max(0, num_tokens - keep_tokens)
         seen = packed[: num_tokens * TOKEN_BYTES]
-        prefill_s = prefill_s or self._prefills.ended(model, seen, tier)
+        prefill_s = prefill_s or self._prefills.ended(model, seen, tier, origin.prefill)
         if surplus:
-            if not self._codec.can_trim(cache) or self._codec.trim(cache, surplus) != surplus:
+            if (
+                surplus == num_tokens
+                or not self._codec.can_trim(cache)
+                or self._codec.trim(cache, surplus) != surplus
+            ):
                 return
             prefill_s *= 1 - surplus / num_tokens
             num_tokens -= surplus
@@ -137,17 +140,3 @@ class Keeper:
                 self._saver.spill([held])
                 return
             self._saver.spill(self._resident.add(held))
-
-    def _kept_tokens(self, owner: Owner, packed: bytes, num_tokens: int) -> int:
-        """How much of a cache is to be kept: all of it, or as `cut_answer` said."""
-        with self._lock:
-            for cut in self._cuts:
-                wanted, prompt, kept = cut
-                if wanted is not None and not wanted.is_same_load(owner):
-                    continue
-                if packed.startswith(prompt) or prompt.startswith(packed):
-                    if len(packed) > len(prompt):
-                        # With the reply the answer has ended.
-                        self._cuts.remove(cut)
-                    return min(kept, num_tokens)
-        return num_tokens

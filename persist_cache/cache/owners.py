@@ -121,19 +121,28 @@ class Owners:
         except (TypeError, LookupError):
             pass  # nothing that can be recognised
 
-    def is_of_another(self, owner: Owner, packed: bytes, cache: Any, *, ends: bool) -> bool:
+    def is_of_another(
+        self,
+        owner: Owner,
+        packed: bytes,
+        cache: Any,
+        *,
+        ends: bool,
+        begun_for: Owner | None = None,
+    ) -> bool:
         """Whether a cache was computed, or begun, by other weights than those of `owner`.
 
         A cache that was given away is recognised itself. One that was computed from the first
-        token on belongs to the weights that were there when its prompt was looked up: by the
-        calling thread or, if that did not ask for it, by any. Where several did, and not all of
-        the same weights, it may be another's.
+        token on belongs to the weights that were there when its prompt was looked up: for
+        `begun_for`, if that is known; else by the calling thread or, if that did not ask for it,
+        by any. Where several did, and not all of the same weights, it may be another's.
 
         Args:
             owner: Whose it would be now.
             packed: The tokens of the cache.
             cache: The cache.
             ends: It holds the whole answer, so nothing more is to come of that look-up.
+            begun_for: Whose it was when its prompt was looked up; searched when None.
         """
         given = None
         try:
@@ -141,8 +150,9 @@ class Owners:
                 given = self._given.get(cache[0])
         except (TypeError, LookupError):
             pass
-        origins = [] if given is None else [given]
-        origins += [one.owner for one in self._asked_for(owner.model, packed, forget=ends)]
+        origins = [one for one in (given, begun_for) if one is not None]
+        if begun_for is None:
+            origins += [one.owner for one in self._asked_for(owner.model, packed, forget=ends)]
         return any(not origin.is_same_load(owner) for origin in origins)
 
     def _asked_here(self) -> deque[_Asked]:

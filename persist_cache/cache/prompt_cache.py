@@ -19,6 +19,7 @@ from typing import Any
 from persist_cache.cache.keeper import Keeper
 from persist_cache.cache.live_caches import Resident
 from persist_cache.cache.lookup import Lookup
+from persist_cache.cache.origin import Origin
 from persist_cache.cache.owners import Owners
 from persist_cache.cache.saver import Saver
 from persist_cache.cache.stats import Fetch, PromptCacheStats, RecentFetch, Tally
@@ -254,6 +255,8 @@ class PromptCache:
         *,
         counted: bool = True,
         trail: Trail | None = None,
+        origin: Origin | None = None,
+        leave_tokens: int = 0,
     ) -> tuple[Any | None, Sequence[int], Fetch]:
         """As `fetch_nearest_cache`, with its outcome.
 
@@ -262,6 +265,9 @@ class PromptCache:
             tokens: The prompt.
             counted: Whether it is a client's request. Others are in no statistics.
             trail: Of the request, if it has other looks: the index is walked once for all.
+            origin: Of the request, for the inserts that follow; filled in.
+            leave_tokens: Tokens at the end of the prompt that are to be computed in any case, if
+                more than the cache leaves by itself.
 
         Returns:
             Cache and rest, and how the request was answered.
@@ -272,8 +278,14 @@ class PromptCache:
             if not hasattr(tokens, "__getitem__"):
                 tokens = list(tokens)  # what can be read only once
             packed = pack_tokens(tokens)
-            cache, fetch = self._fetch(model, packed, counted, trail)
-            self._prefills.begun(model, packed, fetch.num_tokens, fetch.prefill_s)
+            leave = max(leave_tokens, self._leave_tokens)
+            limit = max(0, len(packed) // TOKEN_BYTES - leave)
+            cache, fetch = self._fetch(model, packed, limit, counted, trail, origin)
+            prefill = self._prefills.begun(
+                model, packed, fetch.num_tokens, fetch.prefill_s, remember=origin is None
+            )
+            if origin is not None:
+                origin.prefill = prefill
         except Exception as error:
             log.exception("a look-up failed; the prompt is computed anew")
             self._tally.problem(f"fetch_failed:{type(error).__name__}")
@@ -295,6 +307,8 @@ class PromptCache:
         *,
         cache_type: str = "assistant",
         prefill_s: float = 0.0,
+        keep_tokens: int | None = None,
+        origin: Origin | None = None,
     ) -> None:
         """Keep the cache of a prompt, and save it behind the answer.
 
@@ -309,6 +323,10 @@ class PromptCache:
             prefill_s: Seconds that computing all of `tokens` takes, if known, from which `stats`
                 tells what a hit saves. Else it is added up: what was fetched cost when that was
                 computed, and the time since the fetch.
+            keep_tokens: How many leading tokens to keep at most; all when None. For a prompt that
+                is run to have its beginning computed. What cannot be cut there is not kept.
+            origin: What `look_up` was given for the request that computed it. Without one, it is
+                searched among the latest look-ups.
         """
         try:
             if not hasattr(tokens, "__getitem__"):
@@ -317,7 +335,15 @@ class PromptCache:
             self._saver.poke()
             if tier == Tier.ASSISTANT:
                 self._computing_until = 0.0
-            self._keeper.insert(model, tokens, prompt_cache, tier, prefill_s)
+            self._keeper.insert(
+                model,
+                tokens,
+                prompt_cache,
+                tier,
+                prefill_s=prefill_s,
+                keep_tokens=keep_tokens,
+                origin=origin,
+            )
         except Exception as error:
             log.exception("a prompt could not be kept")
             self._tally.problem(f"insert_failed:{type(error).__name__}")
@@ -384,24 +410,6 @@ class PromptCache:
             owner = self._owners.of(model, may_read=False)
             return self._lookup.read_ahead(owner, pack_tokens(tokens), len(tokens), trail)
         return 0
-
-    def cut_answer(
-        self, tokens: Sequence[int], num_tokens: int, *, model: Hashable | None = None
-    ) -> None:
-        """Of the next answer to a prompt, keep the cache of its first `num_tokens` and no more.
-
-        For a prompt that is run to have its beginning computed. What cannot be cut there is not
-        kept.
-
-        Args:
-            tokens: The prompt.
-            num_tokens: How much of it to keep.
-            model: mlx-lm's model key; answers of other weights are not cut. Any answer when None,
-                none when it cannot be told whose they are.
-        """
-        with self._nothing_raised():
-            owner = None if model is None else self._owners.of(model, may_read=False)
-            self._keeper.cut_answer(owner, pack_tokens(tokens), num_tokens)
 
     def known_tokens(self, model: Hashable, tokens: Sequence[int]) -> int:
         """Length of the longest prefix that a fetch would serve; looks only, counts nothing."""
@@ -502,13 +510,21 @@ class PromptCache:
     # ---- look up -----------------------------------------------------------------------------
 
     def _fetch(
-        self, model: Hashable, packed: bytes, counted: bool, trail: Trail | None
+        self,
+        model: Hashable,
+        packed: bytes,
+        limit: int,
+        counted: bool,
+        trail: Trail | None,
+        origin: Origin | None,
     ) -> tuple[Any | None, Fetch]:
-        limit = max(0, len(packed) // TOKEN_BYTES - self._leave_tokens)
         self._saver.poke()
         self._computing_until = time.monotonic() + _LONGEST_ANSWER_S
         owner = self._keeper.owner(model)
-        self._owners.asked(owner, packed)
+        if origin is None:
+            self._owners.asked(owner, packed)
+        else:
+            origin.owner = owner
         cache, fetch = self._lookup.answer(owner, packed, limit, counted, trail)
         if cache is not None:
             self._owners.gave(owner, cache)

@@ -112,8 +112,8 @@ def whole_s(
 
 
 @dataclass(slots=True)
-class _Request:
-    """A prompt that is being computed.
+class Prefill:
+    """A prompt that is being computed, and what that has cost so far.
 
     Attributes:
         model: mlx-lm's model key.
@@ -149,10 +149,18 @@ class Prefills:
         """
         self._clock = clock or (lambda: time.monotonic())
         self._lock = threading.Lock()
-        self._requests: deque[_Request] = deque(maxlen=_REMEMBERED)
+        self._requests: deque[Prefill] = deque(maxlen=_REMEMBERED)
         self._rates: dict[Hashable, Rate] = {}
 
-    def begun(self, model: Hashable, packed: bytes, num_tokens: int, known_s: float) -> None:
+    def begun(
+        self,
+        model: Hashable,
+        packed: bytes,
+        num_tokens: int,
+        known_s: float,
+        *,
+        remember: bool = True,
+    ) -> Prefill:
         """Note that the prefill of a prompt begins now.
 
         Args:
@@ -160,24 +168,35 @@ class Prefills:
             packed: The prompt.
             num_tokens: Leading tokens of it that were found.
             known_s: What computing those takes, 0 when nobody measured.
+            remember: For `ended` calls that do not name it.
         """
         length = len(packed) // TOKEN_BYTES
         digests = PrefixDigests.of(packed)
-        request = _Request(model, length, digests, num_tokens, known_s, 0.0)
+        request = Prefill(model, length, digests, num_tokens, known_s, 0.0)
         with self._lock:
             request.at = self._clock()
-            self._requests.append(request)
+            if remember:
+                self._requests.append(request)
+        return request
 
-    def ended(self, model: Hashable, packed: bytes, tier: Tier) -> float:
+    def ended(
+        self, model: Hashable, packed: bytes, tier: Tier, prefill: Prefill | None = None
+    ) -> float:
         """What computing a prefix took, which has been computed just now; 0 when unknown.
 
         Between the look-up of a request and the insert of its prompt lies its prefill. A reply's
         insert comes after decoding, so the reply is valued by the speed of prefills before it.
+
+        Args:
+            model: mlx-lm's model key.
+            packed: The prefix.
+            tier: Of what it ends with.
+            prefill: What it was computed in; searched by its tokens when None.
         """
         now = self._clock()
         length = len(packed) // TOKEN_BYTES
         with self._lock:
-            request = self._find(model, packed, length)
+            request = prefill or self._find(model, packed, length)
             if request is None:
                 return 0.0
             rate = self._rates.setdefault(model, Rate())
@@ -195,7 +214,7 @@ class Prefills:
             request.position, request.at = length, now
             return request.known_s
 
-    def _find(self, model: Hashable, packed: bytes, length: int) -> _Request | None:
+    def _find(self, model: Hashable, packed: bytes, length: int) -> Prefill | None:
         """The latest request that a prefix, or a prompt with its reply, is of.
 
         One that has not come as far goes first: alike prompts may be computed at once.

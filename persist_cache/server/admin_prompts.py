@@ -18,6 +18,7 @@ from persist_cache.server.answers import Response, json_response
 from persist_cache.server.guard import Request
 from persist_cache.server.model import LoadedModel, Models
 from persist_cache.server.rendering import read_request, system_only
+from persist_cache.server.ticket import Part
 from persist_cache.server.validation import RefusedError, check_names, check_prompt, decode_object
 from persist_cache.server.view import Views
 from persist_cache.store.store import Store
@@ -67,8 +68,8 @@ class Marks(msgspec.Struct, forbid_unknown_fields=True):
             store.expire_at(entry, store.clock() + self.ttl_s)
 
 
-Ask = Callable[[dict[str, Any]], tuple[int, dict[str, Any]]]
-"""Answers a chat request as if it had come from outside: status and decoded answer."""
+Ask = Callable[[dict[str, Any], Part], tuple[int, dict[str, Any]]]
+"""Answers a request as if it had come from outside, and keeps that part: status and answer."""
 
 
 class Prompts:
@@ -108,8 +109,8 @@ class Prompts:
             body["messages"] = [*body["messages"], message]
         before = self._cache.stats()
         started = time.monotonic()
-        with self._models.generator.keeping_only("prompt" if whole else "system"):
-            status, answer = ask({**body, "stream": False, "max_tokens": 1})
+        keeps: Part = "prompt" if whole else "system"
+        status, answer = ask({**body, "stream": False, "max_tokens": 1}, keeps)
         if status != 200:
             raise RefusedError(status, str(answer.get("error", "The model refused this prompt.")))
         spent = time.monotonic() - started

@@ -20,6 +20,7 @@ from typing import Any
 
 from persist_cache.server import admin, answers
 from persist_cache.server.guard import ModelGuard, Request, owns
+from persist_cache.server.ticket import Part
 from persist_cache.server.validation import (
     MAX_BODY_BYTES,
     RefusedError,
@@ -56,6 +57,10 @@ class Front(BaseHTTPRequestHandler):
     timeout = 60
     """Seconds that a request may take to arrive."""
     response_generator: Any
+    body_as_read = b""
+    """The body of the request that is answered, as the client sent it."""
+    keeps: Part = ""
+    """What a request of our own leaves in the cache; see `Ticket`."""
     _headers_buffer: list[bytes]
     _sent = False
     _body_left = False
@@ -105,7 +110,8 @@ class Front(BaseHTTPRequestHandler):
         """Hand a request to upstream once it is known to be sound."""
         if self.path not in _CHECKS:
             raise RefusedError(404, "There is no such path.")
-        body = decode_object(self._read_body())
+        self.body_as_read = self._read_body()
+        body = decode_object(self.body_as_read)
         _CHECKS[self.path](body, vocabulary=self._vocabulary(body))
         self._post(body)
 
@@ -173,9 +179,13 @@ class Front(BaseHTTPRequestHandler):
             found = vars(generator).setdefault("admin", found)
         return found
 
-    def _ask(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        """Answer a request of our own as if it had come from outside."""
+    def _ask(self, body: dict[str, Any], keeps: Part) -> tuple[int, dict[str, Any]]:
+        """Answer a request of our own as if it had come from outside.
+
+        It leaves no more than `keeps` in the cache, and is not counted among the clients'.
+        """
         outside = self.path, self.wfile, self.headers
+        self.keeps = keeps
         kind = "chat/completions" if "messages" in body else "completions"
         self.path, self.headers = f"/v1/{kind}", Message()
         answer = io.BytesIO()
@@ -184,6 +194,7 @@ class Front(BaseHTTPRequestHandler):
             self._post(body)
         finally:
             self.path, self.wfile, self.headers = outside
+            self.keeps = ""
             self._headers_buffer = []
             self._sent = False
         head, _, raw = answer.getvalue().partition(b"\r\n\r\n")

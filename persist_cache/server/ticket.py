@@ -1,51 +1,150 @@
-"""A ticket for each request of a server: what the cache had for it when it left the queue.
+"""A ticket for each request of a server: the one thing that travels with it.
 
-The thread that answers makes the ticket, the generation thread notes the first look on it, and the
-header and the usage of the answer say what it says, whatever the cache is asked for afterwards.
+The thread that answers makes the ticket and has it tokenized; the generation thread takes the
+prompt from it, notes the first look on it, and says by its ticket whose caches it inserts.
+Header, usage and counters say what the ticket says, whatever the cache is asked for afterwards.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, SupportsIndex, overload
 
+from persist_cache.cache.origin import Origin
 from persist_cache.cache.prompt_cache import PromptCache
 from persist_cache.cache.stats import Fetch
+from persist_cache.server.segments import system_tokens
 from persist_cache.store.trail import Trail
 
 Part = Literal["", "prompt", "system"]
 
 
-class Ticket:
-    """One request, from its arrival to its answer.
-
-    Thread safety: the generation thread calls `looked` and `settle`; any thread may `wait`, and
-    read `fetch` after that.
+@dataclass(frozen=True, slots=True)
+class CutPrompt:
+    """A request as the model will see it.
 
     Attributes:
-        part: What a request of our own leaves in the cache; "" for one of a client's, which is
-            counted and leaves all of it.
-        system_tokens: Length of the prompt's system part; known once it is tokenized.
-        fetch: What the first look found; None before, and for a request that failed before.
-        trail: The prompt's way through the store's index, for all looks of the request.
+        tokenizer: The one of the model that it is for, by which another load is told apart.
+        messages: As they were rendered; empty for a text completion.
+        tokens: Token ids.
+        segments: The pieces that the prompt is computed in.
+        kinds: The kind of each: `system`, `user`, or `assistant` for an open thought.
+        initial_state: What the reply begins with, by upstream's names.
+        vision: Upstream's images, or None.
     """
 
-    def __init__(self, part: Part = "") -> None:
-        self.part: Part = part
-        self.system_tokens = 0
-        self.fetch: Fetch | None = None
-        self.trail = Trail()
-        self._settled = threading.Event()
+    tokenizer: Any
+    messages: Sequence[Mapping[str, Any]]
+    tokens: Sequence[int]
+    segments: Sequence[Sequence[int]]
+    kinds: Sequence[str]
+    initial_state: str
+    vision: Any = None
 
-    def __reduce__(self) -> tuple[type[Ticket], tuple[Part]]:
+
+@dataclass(slots=True)
+class Times:
+    """When what happened to a request, by `time.monotonic`; None for what has not yet.
+
+    Attributes:
+        arrived: It was read.
+        tokenized: Its prompt was known.
+        looked: The cache was asked for it.
+        first_token: Its answer began.
+        ended: Its answer was complete.
+    """
+
+    arrived: float = field(default_factory=time.monotonic)
+    tokenized: float | None = None
+    looked: float | None = None
+    first_token: float | None = None
+    ended: float | None = None
+
+
+class Ticket:
+    """One request, from its arrival to the end of its answer.
+
+    Thread safety: each attribute is written by one thread; the generation thread calls `cut`,
+    `looked` and `settle`; any thread may `wait`, and read `fetch` after that.
+
+    Attributes:
+        body: The request as it was read, b"" when it did not come over HTTP.
+        keeps: What a request of our own leaves in the cache; "" for one of a client's, which is
+            counted and leaves all of it.
+        prompt: As it is computed; None until it is tokenized.
+        fetch: What the first look found; None before, and for a request that failed before.
+        origin: The first look, for the inserts that follow.
+        trail: The prompt's way through the store's index, for all looks of the request.
+        times: When what happened.
+        sign: Called while its answer is waited for, on the thread that answers. It raises a
+            `ConnectionError` when the client is gone.
+        computed: Tokens that have been computed for it, and how many there are to compute.
+        leave_tokens: Tokens at the end of the prompt that the loop has to compute itself, whatever
+            is known: those that sampling looks back at.
+        has_begun: Says whether the stream of its answer has begun, so that its status is told.
+        has_left: Says whether the client is gone; any thread may ask.
+    """
+
+    def __init__(self, body: bytes = b"", *, keeps: Part = "") -> None:
+        self.body = body
+        self.keeps: Part = keeps
+        self.prompt: CutPrompt | None = None
+        self.fetch: Fetch | None = None
+        self.origin = Origin()
+        self.trail = Trail()
+        self.times = Times()
+        self.computed = (0, 0)
+        self.leave_tokens = 0
+        self.sign: Callable[[], None] = lambda: None
+        self.has_begun: Callable[[], bool] = lambda: False
+        self.has_left: Callable[[], bool] = lambda: False
+        self._settled = threading.Event()
+        self._dropped = False
+        self._stop: Callable[[], None] = lambda: None
+
+    def __reduce__(self) -> tuple[type[Ticket], tuple[bytes], dict[str, Any]]:
         # The ranks of a distributed group send each other their requests.
-        return Ticket, (self.part,)
+        return Ticket, (b"",), {"keeps": self.keeps}
+
+    @property
+    def keep_tokens(self) -> int | None:
+        """How much of its prompt it leaves in the cache; None when all of it, and the reply."""
+        if not self.keeps or self.prompt is None:
+            return None
+        if self.keeps == "system":
+            return system_tokens(self.prompt.segments, self.prompt.kinds)
+        return len(self.prompt.tokens) - 1
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nobody waits for the answer any more."""
+        return self._dropped or self.has_left()
+
+    def drop(self) -> None:
+        """Note that nobody waits for the answer any more."""
+        self._dropped = True
+        self._stop()
+
+    def runs(self, stop: Callable[[], None]) -> None:
+        """Note what ends its computation, now that it has begun."""
+        self._stop = stop
+        if self._dropped:
+            stop()
+
+    def tokenized(self, prompt: CutPrompt) -> None:
+        """Note the prompt."""
+        self.prompt = prompt
+        self.computed = (0, len(prompt.tokens))
+        self.times.tokenized = time.monotonic()
 
     def looked(self, fetch: Fetch) -> None:
         """Note what the cache had. Only the first look counts."""
         if self.fetch is None:
             self.fetch = fetch
+            self.times.looked = time.monotonic()
         self._settled.set()
 
     def settle(self) -> None:
@@ -57,14 +156,39 @@ class Ticket:
         return self._settled.wait(timeout_s)
 
 
-class Desk(Protocol):
-    """Who knows which request is being served: a server's generator."""
+class TicketTokens(list[int]):
+    """Token ids that carry the ticket of their request through upstream's loop.
 
-    def now_serving(self) -> Ticket: ...
+    It copies them by slices, extends them by what it computes, and gives them back with the cache
+    that has seen them.
+    """
+
+    def __init__(self, tokens: Sequence[int], ticket: Ticket) -> None:
+        super().__init__(tokens)
+        self.ticket = ticket
+
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> int: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> TicketTokens: ...
+
+    def __getitem__(self, index: SupportsIndex | slice) -> int | TicketTokens:
+        if isinstance(index, slice):
+            return TicketTokens(super().__getitem__(index), self.ticket)
+        return super().__getitem__(index)
+
+
+class Desk(Protocol):
+    """Who knows how requests are served: a server's generator."""
 
     def complete(
-        self, ticket: Ticket, model: Hashable, tokens: Sequence[int], cache: Any, rest: Any, /
-    ) -> tuple[Any | None, Sequence[int]]: ...
+        self, model: Hashable, tokens: Sequence[int], cache: Any, rest: Any, /
+    ) -> tuple[Any | None, Sequence[int]]:
+        """Compute and keep what upstream's loop does not; returns the cache and what is left."""
+
+    def even_out(self, cache: Any, /) -> None:
+        """Bring a cache that upstream's loop has left into the form that others have."""
 
 
 class TicketedCache:
@@ -93,19 +217,44 @@ class TicketedCache:
     def insert_cache(
         self, model: Hashable, tokens: Sequence[int], cache: Any, *, cache_type: str = "assistant"
     ) -> None:
-        self._cache.insert_cache(model, tokens, cache, cache_type=cache_type)
+        """Keep what a request computed, as far as its ticket says."""
+        ticket = ticket_of(tokens)
+        if ticket is None:
+            self._cache.insert_cache(model, tokens, cache, cache_type=cache_type)
+            return
+        self._desk.even_out(cache)
+        self._cache.insert_cache(
+            model,
+            tokens,
+            cache,
+            cache_type=cache_type,
+            keep_tokens=ticket.keep_tokens,
+            origin=ticket.origin,
+        )
 
     def fetch_nearest_cache(
         self, model: Hashable, tokens: Sequence[int]
     ) -> tuple[Any | None, Sequence[int]]:
         """The one look of a request; what is computed beforehand is no part of what it found."""
-        ticket = self._desk.now_serving()
+        ticket = ticket_of(tokens)
+        if ticket is None:
+            return self._cache.fetch_nearest_cache(model, tokens)
         cache, rest, fetch = self._cache.look_up(
-            model, tokens, counted=not ticket.part, trail=ticket.trail
+            model,
+            tokens,
+            counted=not ticket.keeps,
+            trail=ticket.trail,
+            origin=ticket.origin,
+            leave_tokens=ticket.leave_tokens,
         )
         ticket.trail.forget()
         ticket.looked(fetch)
-        return self._desk.complete(ticket, model, tokens, cache, rest)
+        return self._desk.complete(model, tokens, cache, rest)
+
+
+def ticket_of(tokens: Sequence[int]) -> Ticket | None:
+    """The ticket that came with token ids; None for those of no request."""
+    return tokens.ticket if isinstance(tokens, TicketTokens) else None
 
 
 def cache_header(fetch: Fetch) -> str:

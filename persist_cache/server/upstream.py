@@ -18,27 +18,34 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.server import HTTPServer
+from queue import Empty, Queue
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx_lm import server as upstream
+from mlx_lm.models.cache import make_prompt_cache
 
+from persist_cache import tensors
 from persist_cache.cache.prompt_cache import PromptCache
-from persist_cache.cache.stats import Fetch
 from persist_cache.errors import MissingDependencyError, ModelError
 from persist_cache.fingerprint.identifier import Identifier
 from persist_cache.prefill import loading
 from persist_cache.prefill.clock import PrefillClock
 from persist_cache.prefill.loading import model_errors
+from persist_cache.prefill.run import even_out_draft
 from persist_cache.server.admin import Admin
-from persist_cache.server.guard import OUTCOME_HEADER, ModelGuard
+from persist_cache.server.alone import Alone, tokens_looked_back_at
+from persist_cache.server.guard import ModelGuard
 from persist_cache.server.http import Front
-from persist_cache.server.segments import cut_at, system_end, system_tokens
-from persist_cache.server.ticket import Ticket, TicketedCache, cache_header
+from persist_cache.server.segments import cut_at, cut_turn
+from persist_cache.server.streaming import SIGN_S, Streaming
+from persist_cache.server.ticket import CutPrompt, Ticket, TicketedCache, TicketTokens
+from persist_cache.server.validation import RefusedError
 from persist_cache.store.trail import Trail
 
 log = logging.getLogger(__name__)
@@ -48,6 +55,7 @@ SEAM = {
     "_run_http_server": ("host", "port", "response_generator", "server_class", "handler_class"),
     "ResponseGenerator._tokenize": ("self", "tokenizer", "request", "args"),
     "ResponseGenerator._serve_single": ("self", "request", "stream"),
+    "ResponseGenerator.generation_available": ("self",),
     "ResponseGenerator.generate": (
         "self",
         "request",
@@ -67,15 +75,29 @@ _MIN_BRANCH_TOKENS = 64
 """A shared prefix beyond the last checkpoint is worth one of its own from this length on."""
 
 
+@dataclasses.dataclass
+class TicketedRequest(upstream.CompletionRequest):  # type: ignore[misc]
+    """Upstream's request with its ticket: the generation thread gets nothing else of it."""
+
+    ticket: Ticket = dataclasses.field(default_factory=Ticket)
+
+    @classmethod
+    def of(cls, request: Any, ticket: Ticket | None = None) -> TicketedRequest:
+        """The same request with a ticket: its own, `ticket` or a new one."""
+        if isinstance(request, cls):
+            return request
+        values = {one.name: getattr(request, one.name) for one in dataclasses.fields(request)}
+        return cls(**values, ticket=ticket or Ticket())
+
+
 class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
     """Upstream's generation loop, cutting prompts where a restart will want to resume them."""
 
     def __init__(self, model_provider: Any, prompt_cache: PromptCache) -> None:
         self.cache = prompt_cache  # upstream deletes its own reference at the end
-        self._answering = threading.local()
-        self._serving = Ticket()
-        self._stream: Any = None
+        self._alone: Alone | None = None
         self._in_flight = 0
+        self._tokenizing = threading.Lock()
         self._reader = ThreadPoolExecutor(1, "persist-cache-read-ahead")
         self.admin: Admin | None = None
         self.guard: ModelGuard | None = None
@@ -84,44 +106,155 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
         prompt_cache.is_busy = lambda: self._in_flight > 0
         super().__init__(model_provider, TicketedCache(prompt_cache, self))
 
+    # ---- the thread that answers -------------------------------------------------------------
+
+    def generate(
+        self,
+        request: Any,
+        generation_args: Any,
+        progress_callback: Callable[[int, int], None] | None = None,
+    ) -> Any:
+        """As upstream's, which it replaces: the ticket is made and tokenized before the queue.
+
+        Raises:
+            Exception: What went wrong before the outcome was known. In a stream that has begun
+                meanwhile, asking for the answer raises it.
+        """
+        if not self.generation_available():
+            raise RuntimeError("generation thread died")
+        request = TicketedRequest.of(request)
+        ticket = request.ticket
+        answers = _Answers(ticket)
+        try:
+            self.tokenize_ahead(request, generation_args)
+            self.requests.put((answers, request, generation_args))
+            ctx = self._next_answer(answers, ticket)
+            if isinstance(ctx, Exception):
+                raise ctx
+            # When requests are served one at a time, the context is handed out before the look.
+            while not ticket.wait(SIGN_S) and self.generation_available():
+                ticket.sign()
+            if ticket.fetch is None:
+                failed = self._next_answer(answers, ticket)
+                if isinstance(failed, Exception):
+                    raise failed
+                raise RuntimeError("The request was answered without a look into the cache.")
+        except BaseException as error:
+            ticket.drop()
+            if not isinstance(error, Exception) or not ticket.has_begun():
+                raise
+            return _failed(error)
+        return ctx, self._told(ctx, answers, ticket, progress_callback)
+
+    def _told(
+        self,
+        ctx: Any,
+        answers: _Answers,
+        ticket: Ticket,
+        progress_callback: Callable[[int, int], None] | None,
+    ) -> Iterator[Any]:
+        """The answer, with the usage of `ctx` corrected before it is read.
+
+        Upstream takes what it is handed for what was cached; that may have been computed just now.
+        """
+        while (one := self._next_answer(answers, ticket)) is not None:
+            if isinstance(one, Exception):
+                raise one
+            if isinstance(one, tuple):
+                ticket.computed = one
+                if progress_callback is not None:
+                    progress_callback(*one)
+                continue
+            ticket.times.first_token = ticket.times.first_token or time.monotonic()
+            ctx.prompt_cache_count = 0 if ticket.fetch is None else ticket.fetch.num_tokens
+            yield one
+        ticket.times.ended = time.monotonic()
+
+    def _next_answer(self, answers: _Answers, ticket: Ticket) -> Any:
+        """What the generation thread says next; there are signs of life until it does."""
+        while True:
+            try:
+                return answers.get(timeout=SIGN_S)
+            except Empty:
+                # Wherever the request was when the thread died, nothing more will come.
+                if not self.generation_available():
+                    raise RuntimeError("generation thread died") from None
+                ticket.sign()
+
+    def tokenize_ahead(self, request: TicketedRequest, args: Any) -> None:
+        """Tokenize a request before it is queued, if its model is the one that is loaded.
+
+        So the generation thread need not, and what it will want of the disk can be read while it
+        decodes for others. What fails here is left to that thread to say.
+        """
+        provider, ticket = self.model_provider, request.ticket
+        key, spare = provider.model_key, getattr(provider, "spare", None)
+        wanted = args.model.model
+        if wanted == "default_model":
+            wanted = self.cli_args.model
+        if spare is None or key is None or wanted != key[0]:
+            return
+        # Rendering a prompt changes its messages.
+        mine = copy.copy(request)
+        mine.messages = copy.deepcopy(request.messages)
+        try:
+            if any(upstream._image_parts(mine.messages)):
+                return
+            while not self._tokenizing.acquire(timeout=SIGN_S):
+                ticket.sign()
+            try:
+                prompt = self._cut(spare.tokenizer, mine, args)
+            finally:
+                self._tokenizing.release()
+        except ConnectionError:
+            raise
+        except Exception as error:
+            log.debug("nothing was tokenized ahead: %s", error)
+            return
+        ticket.tokenized(dataclasses.replace(prompt, tokenizer=spare.of))
+        if self._in_flight > 1:
+            self._reader.submit(self.cache.read_ahead, key, prompt.tokens, trail=ticket.trail)
+
     # ---- where prompts are cut ---------------------------------------------------------------
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
-        prompt, segments, types, initial_state, vision = super()._tokenize(tokenizer, request, args)
-        ticket: Ticket | None = getattr(request, "ticket", None)
-        if vision is None:
-            if len(segments) == 1 and types == ["assistant"] and request.request_type == "chat":
-                segments, types = self._cut_tool_turn(tokenizer, request, args, prompt)
-            trail = None if ticket is None else ticket.trail
-            segments, types = self._cut_at_branch(prompt, segments, types, trail)
-        if ticket is not None:
-            self._serving = ticket
-            ticket.system_tokens = system_tokens(segments, types)
-            if ticket.part:
-                whole = ticket.part == "prompt"
-                end = len(prompt) - 1 if whole else ticket.system_tokens
-                self.cache.cut_answer(prompt, end, model=self.model_provider.model_key)
-        return prompt, segments, types, initial_state, vision
+        """The prompt of the ticket; tokenized here only if the model came later than it."""
+        ticket: Ticket = request.ticket
+        if ticket.is_over:
+            raise ConnectionAbortedError("The client is gone.")
+        prompt = ticket.prompt
+        if prompt is None or prompt.tokenizer is not tokenizer:
+            prompt = self._cut(tokenizer, request, args)
+        segments, kinds = [list(one) for one in prompt.segments], list(prompt.kinds)
+        if prompt.vision is None:
+            segments, kinds = self._cut_at_branch(prompt.tokens, segments, kinds, ticket.trail)
+        else:
+            prompt.vision.cache_key = TicketTokens(prompt.vision.cache_key, ticket)
+        ticket.tokenized(dataclasses.replace(prompt, segments=segments, kinds=kinds))
+        # Upstream takes pieces away from its lists.
+        tokens = TicketTokens(prompt.tokens, ticket)
+        return tokens, list(segments), list(kinds), prompt.initial_state, prompt.vision
 
-    def _cut_tool_turn(
-        self, tokenizer: Any, request: Any, args: Any, prompt: list[int]
-    ) -> tuple[list[list[int]], list[str]]:
-        """Give a prompt that ends in a tool's result its system and user segments.
-
-        Upstream makes one `assistant` piece of it, so an agent's loop would leave no checkpoint.
-        """
-        options = {**self.cli_args.chat_template_args, **(args.chat_template_kwargs or {})}
-        end = system_end(tokenizer, request.messages, request.tools, options, prompt)
-        if 0 < end < len(prompt):
-            return [prompt[:end], prompt[end:]], ["system", "user"]
-        return [prompt], ["user"] if request.messages else ["assistant"]
+    def _cut(self, tokenizer: Any, request: Any, args: Any) -> CutPrompt:
+        """Tokenize a request, and cut it into its system part and its turns."""
+        tokens, segments, kinds, initial_state, vision = super()._tokenize(tokenizer, request, args)
+        if not tokens:
+            # Upstream's generation thread does not survive it.
+            raise ValueError("The prompt has no tokens.")
+        if vision is None and kinds == ["assistant"]:
+            options = {**self.cli_args.chat_template_args, **(args.chat_template_kwargs or {})}
+            segments, kinds = cut_turn(
+                tokenizer, request.messages, request.tools, options, list(tokens)
+            )
+        messages = request.messages
+        return CutPrompt(tokenizer, messages, tokens, segments, kinds, initial_state, vision)
 
     def _cut_at_branch(
         self,
         prompt: Sequence[int],
         segments: list[list[int]],
-        types: list[str],
-        trail: Trail | None,
+        kinds: list[str],
+        trail: Trail,
     ) -> tuple[list[list[int]], list[str]]:
         """Place a checkpoint where this prompt leaves a stored one that cannot be cut there.
 
@@ -130,121 +263,45 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
         branch = self.cache.branch_point(
             self.model_provider.model_key, prompt, min_gain_tokens=_MIN_BRANCH_TOKENS, trail=trail
         )
-        return cut_at(branch, segments, types)
+        return cut_at(branch, segments, kinds)
+
+    # ---- requests that are served alone ------------------------------------------------------
 
     def _serve_single(self, request: Any, stream: Any) -> None:
-        """One request at a time: upstream knows no segments here."""
-        self._stream = stream
-        try:
-            super()._serve_single(request, stream)
-        finally:
-            self._stream = None
-            request[1].ticket.settle()
+        """One request at a time, where upstream knows no segments."""
+        answers, asked, args = request
+        ticket: Ticket = asked.ticket
+        ticket.leave_tokens = tokens_looked_back_at(args.logits)
 
-    def now_serving(self) -> Ticket:
-        """The ticket of the request that was tokenized last."""
-        return self._serving
+        def is_cut() -> bool:
+            # Only one of several ranks knows, and the others would wait for it.
+            return not self._is_distributed and (self._stop or ticket.is_over)
+
+        self._alone = Alone(ticket, answers, self.model_provider, lambda: mx.stream(stream), is_cut)
+        try:
+            super()._serve_single((self._alone, asked, args), stream)
+        finally:
+            self._alone = None
+            ticket.settle()
 
     def complete(
-        self,
-        ticket: Ticket,
-        model: Hashable,
-        tokens: Sequence[int],
-        cache: Any | None,
-        rest: Sequence[int],
-        /,
+        self, model: Hashable, tokens: Sequence[int], cache: Any | None, rest: Sequence[int], /
     ) -> tuple[Any | None, Sequence[int]]:
-        """Compute and keep a prompt's system part, where upstream's loop does not.
+        """Compute and keep what upstream's loop does not, when it serves a request alone.
 
-        A draft model's cache lags behind, so with one the reply alone is kept.
-
-        Returns:
-            What is handed to upstream: the cache, and the tokens that it has not seen.
+        It is called within the look, when the context of the answer is out: so the client sees
+        progress.
         """
-        done, end = len(tokens) - len(rest), ticket.system_tokens
-        if self._stream is None or done >= end or self.model_provider.draft_model is not None:
+        if self._alone is None:
             return cache, rest
-        from persist_cache.prefill.run import KVQuantization, new_cache, prefill, snapshot
+        return self._alone.complete(self.cache, self.prefill_clock, model, tokens, cache, rest)
 
-        options = self.cli_args
-        quantize = None
-        if options.kv_bits is not None:
-            quantize = KVQuantization(
-                options.kv_bits, options.kv_group_size, options.quantized_kv_start
-            )
-        cache = new_cache(self.model_provider.model) if cache is None else cache
-        with mx.stream(self._stream), self.prefill_clock.running():
-            prefill(
-                self.model_provider.model,
-                cache,
-                tokens[done:end],
-                step_tokens=options.prefill_step_size,
-                quantize=quantize,
-            )
-        self.cache.insert_cache(model, tokens[:end], snapshot(cache), cache_type="system")
-        return cache, tokens[end:]
+    def even_out(self, cache: Any, /) -> None:
+        """Bring a reply's draft layers to where those of prompts are."""
+        if self.model_provider.draft_model is not None:
+            even_out_draft(self.model_provider.model, cache)
 
-    # ---- what an answer says -----------------------------------------------------------------
-
-    def generate(
-        self,
-        request: Any,
-        generation_args: Any,
-        progress_callback: Callable[[int, int], None] | None = None,
-    ) -> Any:
-        if not self.generation_available():
-            return super().generate(request, generation_args, progress_callback)  # which says so
-        ticket = vars(request).setdefault("ticket", self.new_ticket())
-        if self._in_flight > 1:
-            # Rendering a prompt changes its messages, so each thread has its own.
-            mine = dataclasses.replace(request, messages=copy.deepcopy(request.messages))
-            self._reader.submit(self.read_ahead, mine, generation_args, ticket.trail)
-        ctx, response = super().generate(request, generation_args, progress_callback)
-        # When requests are served one at a time, the context is handed out before the look.
-        while not ticket.wait(1.0) and self.generation_available():
-            pass
-        if ticket.fetch is None:
-            # It failed before the look: asking for the answer raises why.
-            next(response, None)
-            raise RuntimeError("The request was answered without a look into the cache.")
-        return ctx, _told(ctx, response, ticket.fetch)
-
-    def new_ticket(self) -> Ticket:
-        """A ticket for the request that this thread is about to make."""
-        return Ticket(getattr(self._answering, "part", ""))
-
-    def read_ahead(self, request: Any, args: Any, trail: Trail) -> None:
-        """Have the disk read what a request needs while the loop still decodes for others.
-
-        It looks at new requests twice a second only. On a thread of its own, with a tokenizer of
-        its own; what fails here is left to upstream to say.
-        """
-        provider = self.model_provider
-        key, tokenizer = provider.model_key, getattr(provider, "spare_tokenizer", None)
-        wanted = args.model.model
-        if wanted == "default_model":
-            wanted = self.cli_args.model
-        if tokenizer is None or key is None or wanted != key[0]:
-            return
-        try:
-            if any(upstream._image_parts(request.messages)):
-                return
-            prompt = super()._tokenize(tokenizer, request, args)[0]
-            self.cache.read_ahead(key, prompt, trail=trail)
-        except Exception as error:
-            log.debug("nothing was read ahead: %s", error)
-
-    @contextlib.contextmanager
-    def keeping_only(self, part: Literal["prompt", "system"]) -> Iterator[None]:
-        """Make requests of our own in this thread: they leave the cache of that part of theirs.
-
-        They are not counted among the clients' requests.
-        """
-        self._answering.part = part
-        try:
-            yield
-        finally:
-            self._answering.part = ""
+    # ---- what is being answered --------------------------------------------------------------
 
     @contextlib.contextmanager
     def in_flight(self) -> Iterator[None]:
@@ -282,12 +339,24 @@ class Batch(upstream.BatchGenerator):  # type: ignore[misc]
         return prompts, tokens
 
 
+class Spare(NamedTuple):
+    """A copy of a tokenizer, to be used by one thread at a time: not all bear company.
+
+    Attributes:
+        of: What the generation thread uses.
+        tokenizer: The copy.
+    """
+
+    of: Any
+    tokenizer: Any
+
+
 class Provider(upstream.ModelProvider):  # type: ignore[misc]
     """Upstream's model provider; a model's identity is that of the files it was loaded from."""
 
     identifier: Identifier | None = None
-    spare_tokenizer: Any = None
-    """For use beside the generation thread: not all tokenizers bear company."""
+    spare: Spare | None = None
+    """Of what is loaded, for use beside the generation thread."""
     failed: ModelError | MissingDependencyError | None = None
     """Why the model of the command line could not be loaded, which ends the server."""
 
@@ -310,47 +379,64 @@ class Provider(upstream.ModelProvider):  # type: ignore[misc]
         def read() -> None:
             super(Provider, self)._load(*model_key)
             loading.evaluate(self.model, self.draft_model)
+            self._check_draft()
 
         with model_errors(model_path) if model_path else contextlib.nullcontext():
             if self.identifier is None or self.is_distributed:
                 # A rank loads a shard, which has no identity.
-                self.spare_tokenizer = None
+                self.spare = None
                 super()._load(*model_key)
             else:
                 for name in filter(None, (model_path, draft_model_path)):
                     # What cannot be had costs the model in memory neither its place nor its name.
                     loading.fetch(name)
-                self.spare_tokenizer = None
+                self.spare = None
                 # The weights in memory go, and with them what is known of their files.
                 self.identifier.forget()
                 self.identifier.around_load(model_key, read)
-        self.spare_tokenizer = copy.deepcopy(self.tokenizer)
+        self.spare = Spare(self.tokenizer, copy.deepcopy(self.tokenizer))
+
+    def _check_draft(self) -> None:
+        """Refuse a draft model whose wrong guesses the model's cache could not take back.
+
+        Upstream notices for the classes that say so, with the first request; a sliding window
+        says so only when it has slid, and answers wrongly from then on.
+
+        Raises:
+            ModelError: It does not fit; nothing is loaded then.
+        """
+        if self.draft_model is None:
+            return
+        layers = tensors.supported(make_prompt_cache(self.model))
+        names = sorted({layer.class_name for layer in layers if layer.storage != "rows"})
+        if names:
+            self.reset()
+            raise ModelError(
+                f"it cannot have a draft model: wrong guesses could not be taken back from its "
+                f"cache ({', '.join(names)}); leave the draft model out"
+            )
 
 
-class Handler(Front, upstream.APIHandler):  # type: ignore[misc]
+class Handler(Streaming, Front, upstream.APIHandler):  # type: ignore[misc]
     """Upstream's HTTP handler behind our front, saying where the prompt's cache came from."""
 
-    _ticket: Ticket | None = None
-
     def handle_completion(self, request: Any, stop_words: list[str]) -> None:
-        self._ticket = request.ticket = self.response_generator.new_ticket()
+        self.begin(Ticket(self.body_as_read, keeps=self.keeps))
         try:
             with self.response_generator.in_flight():
-                super().handle_completion(request, stop_words)
+                super().handle_completion(TicketedRequest.of(request, self.ticket), stop_words)
+        except ConnectionError:
+            raise
+        except Exception as error:
+            if not self.has_begun():
+                if isinstance(error, ModelError):
+                    raise RefusedError(400, str(error)) from error
+                raise
+            log.error("a request failed in its stream: %s", type(error).__name__)
+            log.debug("the failure", exc_info=True)
+            self.say_error(error)
         finally:
-            self._ticket = None
-
-    def _set_completion_headers(self, status_code: int = 200) -> None:
-        super()._set_completion_headers(status_code)
-        self._say_cache(status_code)
-
-    def _set_stream_headers(self, status_code: int = 200) -> None:
-        super()._set_stream_headers(status_code)
-        self._say_cache(status_code)
-
-    def _say_cache(self, status_code: int) -> None:
-        if status_code == 200 and self._ticket is not None and self._ticket.fetch is not None:
-            self.send_header(OUTCOME_HEADER, cache_header(self._ticket.fetch))
+            self.ticket = None
 
     def handle_health_check(self) -> None:
         """Tell a sick disk from a sick model; only the latter makes the server unavailable."""
@@ -380,14 +466,39 @@ def health_said(cache: PromptCache, *, healthy: bool) -> dict[str, str]:
     return said
 
 
-def _told(ctx: Any, response: Iterator[Any], fetch: Fetch) -> Iterator[Any]:
-    """The answer, with the usage of `ctx` corrected before it is read.
+class _Answers(Queue[Any]):
+    """What the generation thread has to say of a request.
 
-    Upstream takes what it is handed for what was cached; that may have been computed just now.
+    Its context comes first. From then on the ticket tells the loop that nobody waits any more.
     """
-    for one in response:
-        ctx.prompt_cache_count = fetch.num_tokens
-        yield one
+
+    def __init__(self, ticket: Ticket) -> None:
+        super().__init__()
+        self._ticket = ticket
+
+    def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
+        if isinstance(item, upstream.GenerationContext):
+            stop, item.stop = item.stop, self._ticket.drop
+            self._ticket.runs(stop)
+        super().put(item, block, timeout)
+
+
+def _failed(error: Exception) -> tuple[Any, Iterator[Any]]:
+    """An answer whose stream has begun, and which then fails."""
+
+    def answer() -> Iterator[Any]:
+        raise error
+        yield
+
+    context = upstream.GenerationContext(
+        has_tool_calling=False,
+        has_thinking=False,
+        tool_parser=None,
+        text_sm=upstream.TextStateMachine(),
+        initial_state="normal",
+        prompt=[],
+    )
+    return context, answer()
 
 
 def main(

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from scripts.benchmarks import common, growth, insert, lookup, memory, restore, ttft
+from scripts.benchmarks import common, growth, insert, lookup, memory, restore, ttft, turns
 from scripts.benchmarks.common import Context, Spread, Table
 
-NEEDED = ("restore", "insert", "lookup", "growth", "ttft", "memory", "commands")
+NEEDED = ("restore", "insert", "lookup", "growth", "turns", "ttft", "memory", "commands")
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,13 @@ def _lines(values: dict[str, Any]) -> Iterator[Line]:
     )
     ratio = growth.disk_ratio(values["growth"]["large"])
     yield Line("bytes on disk / live KV bytes", "≤ 1.01", f"{ratio:.3f}", ratio <= 1.01)
+    ratio = turns.worst(values["turns"])
+    yield Line(
+        "tokens computed / new tokens, over eight turns, however they are served",
+        "≤ 1.05",
+        f"{ratio:.3f} in the worst case",
+        ratio <= 1.05,
+    )
     yield from _lookup(values["lookup"])
     yield from _commands(values["commands"])
 

@@ -58,7 +58,7 @@ class Answer:
         text: The answer.
         prompt_tokens: Of the request.
         cached_tokens: Those of them that were not computed.
-        header: `x-persist-cache`; "" from a server without it.
+        header: `x-persist-cache`, or the comment in its place; "" from a server without it.
         first_token_s: Seconds until the first piece of text.
     """
 
@@ -275,8 +275,12 @@ def _chat(port: int, said: Sequence[Mapping[str, str]], max_tokens: int) -> Answ
         if response.status != 200:
             raise ServerError(f"status {response.status}: {response.read()[:500]!r}")
         text, usage, first_token_s = "", None, 0.0
+        outcome = response.headers.get("x-persist-cache", "")
         for line in response:
             name, _, data = line.decode().strip().partition(": ")
+            if not name and data.startswith("x-persist-cache: "):
+                # The stream began before the request left the queue.
+                outcome = data.removeprefix("x-persist-cache: ")
             if name != "data" or data == "[DONE]":
                 continue
             event = json.loads(data)
@@ -292,7 +296,7 @@ def _chat(port: int, said: Sequence[Mapping[str, str]], max_tokens: int) -> Answ
         text=text,
         prompt_tokens=usage["prompt_tokens"],
         cached_tokens=usage["prompt_tokens_details"]["cached_tokens"],
-        header=response.headers.get("x-persist-cache", ""),
+        header=outcome,
         first_token_s=first_token_s,
     )
 

@@ -23,7 +23,8 @@ from mlx_lm import server as upstream
 from persist_cache.cache.prompt_cache import PromptCache
 from persist_cache.server import run
 from persist_cache.server.launch import ServeOptions
-from persist_cache.server.upstream import Generator
+from persist_cache.server.ticket import Ticket
+from persist_cache.server.upstream import Generator, TicketedRequest
 from persist_cache.store.store import Store
 from tests.torture.tiny import VOCABULARY
 
@@ -107,18 +108,20 @@ class Session:
     def ask(self, ask: Ask) -> Answer:
         """Send a request and read its answer, or leave in the middle of it."""
         answer = Answer(ask)
-        request = upstream.CompletionRequest(
+        ticket = Ticket()
+        request = TicketedRequest(
             "chat" if ask.messages else "text",
             ask.prompt,
             [dict(message) for message in ask.messages],
             None,
             None,
+            ticket,
         )
-        ticket = request.ticket = self.generator.new_ticket()
         try:
             with self.generator.in_flight():
                 ctx, responses = self.generator.generate(request, _arguments(ask))
                 answer.prompt = list(ctx.prompt)
+                assert ticket.fetch is not None
                 answer.source, answer.reused = ticket.fetch.source, ticket.fetch.num_tokens
                 if ask.leave_after != 0:
                     for response in responses:

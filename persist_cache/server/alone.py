@@ -1,0 +1,150 @@
+"""Requests that are served alone, with a seed, `--kv-bits` or a draft model.
+
+Upstream's loop computes their prompts in one go, and says nothing of it until the end. Here they
+are computed as those of a batch are: piece by piece, with progress, kept after each piece, and
+only for as long as somebody waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager
+from queue import Queue
+from typing import Any
+
+from persist_cache.cache.prompt_cache import PromptCache
+from persist_cache.errors import ModelError
+from persist_cache.prefill.clock import PrefillClock
+from persist_cache.prefill.run import Computation, KVQuantization
+from persist_cache.server.segments import checkpoints
+from persist_cache.server.ticket import Ticket
+
+
+class Alone:
+    """One request while it is served alone; for upstream it is the queue of its answers.
+
+    Thread safety: for the generation thread alone.
+    """
+
+    def __init__(
+        self,
+        ticket: Ticket,
+        answers: Queue[Any],
+        provider: Any,
+        on_stream: Callable[[], AbstractContextManager[object]],
+        is_cut: Callable[[], bool],
+    ) -> None:
+        """Compute nothing yet.
+
+        Args:
+            ticket: Of the request.
+            answers: Where its client waits.
+            provider: Has the models, and the options of the server.
+            on_stream: Makes what is computed within it go to upstream's stream.
+            is_cut: Says, between two model calls, whether to stop.
+        """
+        self._ticket = ticket
+        self._answers = answers
+        self._provider = provider
+        self._on_stream = on_stream
+        self._is_cut = is_cut
+        self._done = 0
+
+    def put(self, answer: Any) -> None:
+        """Hand on what upstream says; it counts from where we have computed."""
+        if isinstance(answer, tuple):
+            answer = tuple(self._done + count for count in answer)
+        self._answers.put(answer)
+
+    def complete(
+        self,
+        keep: PromptCache,
+        clock: PrefillClock,
+        model: Hashable,
+        tokens: Sequence[int],
+        cache: Any | None,
+        rest: Sequence[int],
+    ) -> tuple[Any | None, Sequence[int]]:
+        """Compute the prompt and keep it after each of its pieces.
+
+        Args:
+            keep: Where to.
+            clock: Runs meanwhile.
+            model: mlx-lm's model key.
+            tokens: The prompt.
+            cache: What was found of it, or None.
+            rest: The tokens that this has not seen.
+
+        Returns:
+            What is handed to upstream: the cache, and the tokens that it has not seen.
+
+        Raises:
+            ConnectionAbortedError: It was cut. What was computed is kept.
+            ModelError: mlx-lm cannot quantize the cache.
+        """
+        prompt, provider, options = self._ticket.prompt, self._provider, self._provider.cli_args
+        if prompt is None or prompt.vision is not None:
+            return cache, rest
+        found = len(tokens) - len(rest)
+        places = checkpoints(prompt.segments, prompt.kinds, self._ticket.leave_tokens)
+        work = Computation(
+            provider.model,
+            provider.draft_model,
+            cache,
+            found,
+            step_tokens=options.prefill_step_size,
+            quantize=KVQuantization.of(options),
+        )
+        kept = found
+
+        def insert(kind: str) -> None:
+            nonlocal kept
+            if work.num_tokens > kept:
+                kept = work.num_tokens
+                keep.insert_cache(
+                    model,
+                    tokens[:kept],
+                    work.snapshot(),
+                    cache_type=kind,
+                    keep_tokens=self._ticket.keep_tokens,
+                    origin=self._ticket.origin,
+                )
+
+        def after() -> None:
+            self._done = work.num_tokens - found
+            self._answers.put((self._done, len(rest)))
+            if self._is_cut():
+                raise ConnectionAbortedError("The client is gone, or the server ends.")
+
+        with self._on_stream(), clock.running():
+            try:
+                after()
+                for end, kind in places:
+                    work.advance(tokens, end, after)
+                    insert(kind)
+            except ConnectionAbortedError:
+                insert("user")
+                raise
+            except NotImplementedError as error:
+                raise ModelError(
+                    f"The cache of this model cannot be quantized ({error}); start the server "
+                    "without --kv-bits."
+                ) from error
+            return work.finish(tokens), tokens[work.num_tokens :]
+
+
+def tokens_looked_back_at(logits: Any) -> int:
+    """Tokens of the prompt that the sampling of its answer takes into account.
+
+    Served alone, a request shows its sampler only those that upstream's loop computes itself.
+
+    Args:
+        logits: Upstream's `LogitsProcessorArguments`.
+    """
+    penalties = ("repetition", "presence", "frequency")
+    sizes = [
+        getattr(logits, f"{name}_context_size")
+        for name in penalties
+        if getattr(logits, f"{name}_penalty")
+    ]
+    return max(sizes, default=0)

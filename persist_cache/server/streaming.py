@@ -1,0 +1,114 @@
+"""Signs of life: a streamed answer shows that it is coming, whatever it waits for.
+
+Upstream sends the headers of a stream once the request has left the queue. A client that sees
+nothing until then gives up during another model's load or another request's prefill. So headers
+go out early, with comments after them; what they could not tell yet is a comment later on, and
+what goes wrong is an event.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from http.server import BaseHTTPRequestHandler
+
+from persist_cache.server.guard import OUTCOME_HEADER
+from persist_cache.server.ticket import Ticket, cache_header
+
+SIGN_S = 0.2
+"""How often a sign of life may be due."""
+_FIRST_S = 0.6
+"""After which a stream begins, whatever it waits for."""
+_PAUSE_S = 1.0
+"""Between two signs of life."""
+
+
+class Streaming(BaseHTTPRequestHandler):
+    """To be mixed in before upstream's handler, which sets `stream` and writes the events.
+
+    A subclass sets `ticket` for the time of a request.
+    """
+
+    stream: bool
+    ticket: Ticket | None = None
+    _has_begun = False
+    _headers_follow = True
+    _signed = 0.0
+
+    def begin(self, ticket: Ticket) -> None:
+        """Begin to answer a request, which may be one of many on its connection."""
+        self.ticket = ticket
+        self._has_begun, self._headers_follow, self._signed = False, True, 0.0
+        ticket.has_left, ticket.has_begun = self.has_left, self.has_begun
+        if self.stream:
+            ticket.sign = self.sign
+
+    def has_begun(self) -> bool:
+        """Whether the headers of a stream are out, so that what goes wrong is an event."""
+        return self._has_begun
+
+    def sign(self) -> None:
+        """Show that the answer is coming.
+
+        Raises:
+            ConnectionError: The client is gone.
+        """
+        ticket, now = self.ticket, time.monotonic()
+        if ticket is None or now < max(ticket.times.arrived + _FIRST_S, self._signed + _PAUSE_S):
+            return
+        if not self._has_begun:
+            self._set_stream_headers(200)
+            self.end_headers()
+        self._signed = now
+        done, total = ticket.computed
+        self._write(f": keepalive {done}/{total}\n\n")
+
+    def say_error(self, error: Exception) -> None:
+        """Say in a stream that has begun what went wrong; nothing follows it."""
+        self.close_connection = True
+        said = {"message": str(error), "type": "server_error", "param": None, "code": None}
+        self._write(f"data: {json.dumps({'error': said})}\n\n")
+
+    def has_left(self) -> bool:
+        """Whether the client has closed its connection; any thread may ask."""
+        try:
+            peeked = self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except (BlockingIOError, InterruptedError):
+            return False
+        except (OSError, ValueError):
+            return True
+        return not peeked
+
+    def _set_completion_headers(self, status_code: int = 200) -> None:
+        super()._set_completion_headers(status_code)  # type: ignore[misc]
+        self._say_outcome(status_code)
+
+    def _set_stream_headers(self, status_code: int = 200) -> None:
+        if not self._has_begun:
+            self._has_begun = True
+            super()._set_stream_headers(status_code)  # type: ignore[misc]
+            self._say_outcome(status_code)
+            return
+        self._headers_follow = False
+        if (said := self._outcome()) is not None:
+            self._write(f": {OUTCOME_HEADER}: {said}\n\n")
+
+    def end_headers(self) -> None:
+        if self._headers_follow:
+            super().end_headers()
+        self._headers_follow = True
+
+    def _say_outcome(self, status_code: int) -> None:
+        said = self._outcome()
+        if status_code == 200 and said is not None:
+            self.send_header(OUTCOME_HEADER, said)
+
+    def _outcome(self) -> str | None:
+        if self.ticket is None or self.ticket.fetch is None:
+            return None
+        return cache_header(self.ticket.fetch)
+
+    def _write(self, text: str) -> None:
+        self.wfile.write(text.encode())
+        self.wfile.flush()
