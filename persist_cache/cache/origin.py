@@ -20,7 +20,10 @@ class Origin:
     Attributes:
         owner: Whose KV it was looked up for.
         prefill: What computing it has cost so far.
+        queued_tokens: How much of the prompt is on its way to the disk, or was found there by a
+            save; 0 while nothing is to be written.
     """
 
     owner: Owner | None = None
     prefill: Prefill | None = None
+    queued_tokens: int = 0

@@ -93,7 +93,7 @@ class Front(BaseHTTPRequestHandler):
                 raise RefusedError(405, "This path knows no such method.", {"Allow": "GET, POST"})
             otherwise()
         except RefusedError as refusal:
-            self._send(answers.refusal_response(refusal))
+            self._refuse(refusal)
         except (ConnectionError, TimeoutError) as error:
             self.close_connection = True
             log.debug("a client went away: %s", error)
@@ -103,8 +103,7 @@ class Front(BaseHTTPRequestHandler):
             log.debug("the failure", exc_info=True)
             self.close_connection = True
             if not self._sent:
-                failed = RefusedError(500, "The request failed; the server's log says more.")
-                self._send(answers.refusal_response(failed))
+                self._refuse(RefusedError(500, "The request failed; the server's log says more."))
 
     def _checked_post(self) -> None:
         """Hand a request to upstream once it is known to be sound."""
@@ -200,6 +199,10 @@ class Front(BaseHTTPRequestHandler):
         head, _, raw = answer.getvalue().partition(b"\r\n\r\n")
         return int(head.split()[1]), json.loads(raw)
 
+    def _refuse(self, refusal: RefusedError) -> None:
+        """Send a refusal, in the form of the API that was asked."""
+        self._send(answers.refusal_response(refusal))
+
     def _send(self, response: answers.Response) -> None:
         """Send a whole answer, dropping headers of an unfinished one."""
         self._headers_buffer = []
@@ -246,8 +249,7 @@ class Front(BaseHTTPRequestHandler):
         self.close_connection = True
         # Nobody speaks 0.9, which has no status line; it is what nonsense is taken for.
         self.request_version = self.protocol_version
-        refusal = RefusedError(code, _MALFORMED.get(code, "The request cannot be understood."))
-        self._send(answers.refusal_response(refusal))
+        self._refuse(RefusedError(code, _MALFORMED.get(code, "The request cannot be understood.")))
 
     def handle(self) -> None:
         try:
