@@ -21,8 +21,8 @@ TOKEN_FILE = "admin.token"
 """The secret of the admin API."""
 NEW_TOKEN_FILE = "admin.token.new"
 """The secret while it is being written."""
-SERVER_FILE = re.compile(r"server\.[0-9a-f]{16}")
-"""Where a running server answers."""
+SERVER_FILE = re.compile(r"server\.[0-9a-f]{16}(\.new)?")
+"""Where a running server answers; the longer name is that of one that is being written."""
 STRAY_PROBE = re.compile(r"doctor\.[0-9a-f]{16}")
 """What `doctor` of earlier versions wrote to measure the disk, and left when it was killed."""
 STRAY_MEMO = re.compile(r"\." + re.escape(MEMO_FILE) + r"\.[0-9a-f]{16}\.tmp")

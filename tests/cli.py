@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ import pytest
 
 from persist_cache import Store
 from persist_cache_cli.main import main
+from tests import prepared
 from tests.fakes import FakeSource, fingerprint
+from tests.torture.storm import in_child
 
 SCRIPT = Path(sys.executable).with_name("persist-cache")
 Run = Callable[..., "Done"]
@@ -70,6 +73,54 @@ def script(store: Path, *arguments: object, prefix: Sequence[str] = (), **option
         **options,
     )
     return Done(done.returncode, done.stdout, done.stderr)
+
+
+def prepared_script(
+    store: Path,
+    *arguments: object,
+    stdin: str = "",
+    env: Mapping[str, str] | None = None,
+    timeout: float = 120,
+) -> Done:
+    """As `script`, for a command that uses mlx-lm, where importing it is not the point."""
+    with tempfile.TemporaryDirectory() as folder:
+        given, out, err = (Path(folder, name) for name in ("in", "out", "err"))
+        given.write_text(stdin)
+        words = ["--store", str(store), *map(str, arguments)]
+        running = prepared.start(
+            "persist_cache_cli", words, out, errors=err, stdin=given, variables=env
+        )
+        try:
+            status = running.wait(timeout)
+        finally:
+            running.kill()
+        return Done(status, out.read_text(), err.read_text())
+
+
+def forked(store: Path, *arguments: object) -> Done:
+    """Runs a command in a child of this process, for what may take it down; cheaper than `script`.
+
+    Raises:
+        ChildDied: Something did.
+    """
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+
+        def act() -> int:
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
+            with (
+                open(1, "w", closefd=False) as sys.stdout,
+                open(2, "w", closefd=False) as sys.stderr,
+                pytest.raises(SystemExit) as ended,
+            ):
+                main(["--store", str(store), *map(str, arguments)])
+            assert isinstance(ended.value.code, int)
+            return ended.value.code
+
+        status = in_child(act)
+        out.seek(0)
+        err.seek(0)
+        return Done(status, out.read().decode(), err.read().decode())
 
 
 def fill(root: Path) -> dict[str, str]:

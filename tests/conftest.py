@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import tempfile
 from collections.abc import Iterator
@@ -33,10 +34,19 @@ def pytest_report_header() -> str:
     return f"temporary folders: {tempfile.gettempdir()}"
 
 
+@pytest.fixture(scope="session")
+def _homes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Names of folders for one test each; a `mktemp` each would look at all those before it."""
+    folder = tmp_path_factory.mktemp("homes")
+    return (folder / str(number) for number in itertools.count())
+
+
 @pytest.fixture(autouse=True)
-def _home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def _home(_homes: Iterator[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """No test may touch the user's own store."""
-    monkeypatch.setenv("PERSIST_CACHE_HOME", str(tmp_path_factory.mktemp("home") / "store"))
+    home = next(_homes)
+    home.mkdir()
+    monkeypatch.setenv("PERSIST_CACHE_HOME", str(home / "store"))
 
 
 @pytest.fixture

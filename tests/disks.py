@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from persist_cache import fs
+
 MIB = 1 << 20
 KINDS = ("ext4", "xfs", "btrfs", "tmpfs")
 SMALLEST = {"ext4": 8 * MIB, "xfs": 304 * MIB, "btrfs": 112 * MIB, "tmpfs": 1 * MIB}
@@ -103,7 +105,7 @@ def fill(place: Path) -> int:
                 break
             finally:
                 os.close(fd)
-    os.sync()
+    fs.sync_file_system(place)
     return number
 
 
@@ -111,14 +113,4 @@ def unfill(place: Path) -> None:
     """Give all of that back."""
     for path in place.glob("filler-*"):
         path.unlink()
-    os.sync()
-
-
-def sample(place: Path) -> int:
-    """What `du` says."""
-    total = 0
-    for folder, _, names in os.walk(place):
-        for path in (folder, *(os.path.join(folder, name) for name in names)):
-            with contextlib.suppress(FileNotFoundError):
-                total += os.lstat(path).st_blocks * 512
-    return total
+    fs.sync_file_system(place)

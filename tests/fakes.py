@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -225,6 +226,14 @@ def blob_files(root: Path) -> list[Path]:
 
 
 def disk_usage(root: Path) -> int:
-    """What `du` says."""
-    paths = [root, *root.rglob("*")]
-    return sum(path.lstat().st_blocks * 512 for path in paths)
+    """What `du` says, also while others make and remove files there."""
+    blocks = os.lstat(root).st_blocks
+    pending = [str(root)]
+    while pending:
+        with contextlib.suppress(FileNotFoundError), os.scandir(pending.pop()) as found:
+            for one in found:
+                with contextlib.suppress(FileNotFoundError):
+                    blocks += one.stat(follow_symlinks=False).st_blocks
+                    if one.is_dir(follow_symlinks=False):
+                        pending.append(one.path)
+    return blocks * 512

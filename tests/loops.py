@@ -8,7 +8,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,7 +22,7 @@ from persist_cache.server.ticket import Ticket
 from persist_cache.server.upstream import Generator, Provider, TicketedRequest
 from persist_cache.tokens import common_prefix_tokens, pack_tokens
 from tests.computed import Call, count_calls
-from tests.torture.tiny import VOCABULARY
+from tests.torture.tiny import VOCABULARY, Kind, write_model
 
 DEFAULT = "default_model"
 
@@ -188,7 +188,7 @@ def computed_of_new(
     loop.count()
     loop.prefilled()
     messages = [
-        {"role": "system", "content": words(len(role), system_words)},
+        {"role": "system", "content": words(sum(map(ord, role)), system_words)},
         {"role": "user", "content": words(1, turn_words)},
     ]
     before: list[int] = []
@@ -204,6 +204,16 @@ def computed_of_new(
             {"role": role, "content": words(turn + 2, turn_words)},
         ]
     return computed / new
+
+
+def write_thinking_model(folder: Path, kind: Kind, seed: int) -> Path:
+    """A model whose prompts end in an open thought of two tokens, as those of Qwen 3.5 do."""
+    write_model(folder, replace(kind, thinks=True), seed)
+    template = folder / "chat_template.jinja"
+    text = template.read_text()
+    assert "<think> {" in text
+    template.write_text(text.replace("<think> {", "<think> w0 {"))
+    return folder
 
 
 def words(seed: int, count: int) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import signal
 import socket
@@ -21,7 +20,8 @@ from typing import Any, Self
 
 import requests
 
-ROOT = Path(__file__).parent.parent
+from tests import prepared
+
 START_S = 60.0
 STOP_S = 30.0
 
@@ -71,7 +71,7 @@ class ServerProcess:
             json.dumps({"flags": upstream, "options": {"store": str(store), **options}})
         )
         self._module = module
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: prepared.Program | subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
         self.start()
@@ -86,9 +86,9 @@ class ServerProcess:
         if self.process is not None and self.process.poll() is None:
             self.stop()
 
-    def command(self) -> list[str]:
-        """What is run."""
-        return [sys.executable, "-m", self._module, str(self._job)]
+    def launch(self) -> prepared.Program | subprocess.Popen[bytes]:
+        """Start the process."""
+        return prepared.start(self._module, [str(self._job)], self.log)
 
     def start(self) -> None:
         """Start it and wait until it is healthy.
@@ -96,15 +96,7 @@ class ServerProcess:
         Raises:
             RuntimeError: It ended, or is not healthy in time; with the end of its log.
         """
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                self.command(),
-                cwd=ROOT,
-                env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-            )
+        self.process = self.launch()
         deadline = time.monotonic() + START_S
         while time.monotonic() < deadline and self.process.poll() is None:
             with contextlib.suppress(requests.RequestException):
@@ -175,6 +167,12 @@ class ServerProcess:
         return self.request(
             "POST", "/v1/chat/completions", json={"messages": said, "max_tokens": 4, **body}
         )
+
+
+def sentence_in(body: Mapping[str, Any]) -> str:
+    """What a decoded answer that refuses a request says, in either form of an error."""
+    said = body["error"]
+    return str(said["message"] if isinstance(said, dict) else said)
 
 
 def free_port() -> int:

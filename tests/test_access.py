@@ -18,18 +18,14 @@ from typing import Any
 import pytest
 import requests
 
+from persist_cache import fs
 from persist_cache.filenames import TOKEN_FILE, is_small
-from persist_cache.server.admin_token import (
-    AdminToken,
-    Serving,
-    announced,
-    running_servers,
-    stored_token,
-)
+from persist_cache.server.admin_token import AdminToken, stored_token
+from persist_cache.server.discovery import Serving, announced, running_servers
 from persist_cache.server.guard import Guard, ModelGuard, Request, is_loopback
 from persist_cache.server.validation import RefusedError
 from persist_cache.store.store import Store
-from tests.cli import runner, script
+from tests.cli import prepared_script, runner
 from tests.server_process import ServerProcess, free_port, running
 from tests.tiny_models import build_model_dir
 
@@ -164,6 +160,39 @@ def test_only_servers_that_live_are_told_of(tmp_path: Path) -> None:
     assert urls == {"http://127.0.0.1:2/cache", "http://127.0.0.1:3/cache"}
     assert running_servers(tmp_path) == []
     assert os.listdir(tmp_path) == []
+
+
+def test_file_of_a_dead_server_is_not_believed_though_its_number_is_in_use(tmp_path: Path) -> None:
+    for name in ("server.0123456789abcdef", "server.0123456789abcdee.new"):
+        died = tmp_path / name
+        died.write_text(json.dumps({"url": "http://127.0.0.1:1/cache", "pid": os.getpid()}))
+        died.chmod(0o600)
+
+    assert running_servers(tmp_path) == []
+    with announced(tmp_path, Serving("http://127.0.0.1:2/cache", model="m", pid=5, started=7.5)):
+        assert running_servers(tmp_path) == [
+            Serving("http://127.0.0.1:2/cache", False, "m", 5, 7.5)
+        ]
+        assert len(os.listdir(tmp_path)) == 1
+
+
+def test_file_of_a_server_is_whole_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    rename = fs.rename
+
+    def renaming(old: Path, new: Path) -> None:
+        seen.append((running_servers(tmp_path), json.loads(old.read_text())["url"]))
+        assert old.stat().st_mode & 0o777 == 0o600
+        rename(old, new)
+
+    monkeypatch.setattr(fs, "rename", renaming)
+
+    with announced(tmp_path, Serving("http://127.0.0.1:2/cache")):
+        assert len(running_servers(tmp_path)) == 1
+
+    assert seen == [([], "http://127.0.0.1:2/cache")]
 
 
 def test_what_servers_leave_in_the_folder_counts_against_the_budget(store: Store) -> None:
@@ -342,13 +371,21 @@ def test_page_metrics_and_health_need_no_token_and_hold_none(server: ServerProce
 
 
 def test_page_command_prints_the_link_of_the_running_server(
-    server: ServerProcess, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    server: ServerProcess, model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run = runner(server.store, capfd)
     link = "#token=".join(printed_link(server))
 
     assert run("page").out == f"{link}\n"
-    assert run("page", "--json").json == [{"url": f"{server.url}/cache", "link": link}]
+    assert server.process is not None
+    assert run("page", "--json").json == [
+        {
+            "url": f"{server.url}/cache",
+            "link": link,
+            "model": str(model.resolve()),
+            "pid": server.process.pid,
+        }
+    ]
     elsewhere = run("page", "--url", "https://box.lan/cache").out
     assert elsewhere == f"https://box.lan/cache#token={server.token}\n"
     assert run("page", "--url", "box.lan").status == 2
@@ -388,7 +425,8 @@ def test_pages_of_this_machine_may_read_where_the_cache_came_from(server: Server
     assert "authorization" in preflight.headers["Access-Control-Allow-Headers"].lower()
     for said in (preflight, answer):
         assert said.headers["Access-Control-Allow-Origin"] == origin["Origin"]
-        assert said.headers["Access-Control-Expose-Headers"] == "x-persist-cache"
+        exposed = said.headers["Access-Control-Expose-Headers"]
+        assert exposed == "x-persist-cache, x-persist-cache-ignored"
     assert answer.headers["x-persist-cache"]
     assert server.request("POST", "/v1/chat/completions", json=CHAT).status_code == 200
 
@@ -483,7 +521,7 @@ def test_serving_beyond_loopback_without_a_key_is_warned_of(tmp_path: Path) -> N
 def test_secrets_that_no_header_can_carry_are_refused(
     option: str, secret: str, tmp_path: Path
 ) -> None:
-    done = script(tmp_path / "store", "serve", option, secret)
+    done = prepared_script(tmp_path / "store", "serve", option, secret)
 
     assert done.status == 2
     assert option in done.sentence

@@ -7,7 +7,6 @@ that is sent back is the same tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,15 @@ from persist_cache.errors import ModelError
 from persist_cache.prefill import loading
 from persist_cache.prefill.run import Computation, new_cache, prefill
 from persist_cache.server.ticket import Ticket
-from tests.loops import Loop, arguments, computed_of_new, make_provider, text_of, words
+from tests.loops import (
+    Loop,
+    arguments,
+    computed_of_new,
+    make_provider,
+    text_of,
+    words,
+    write_thinking_model,
+)
 from tests.torture.tiny import KINDS, write_model
 from tests.waiting import until
 
@@ -37,7 +44,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     def made(name: str, seed: int = 0, *, thinks: bool = False) -> Path:
         path = folder / f"{name}-{seed}-{thinks}"
         if not path.exists():
-            write_model(path, replace(KINDS[name], thinks=thinks), seed)
+            (write_thinking_model if thinks else write_model)(path, KINDS[name], seed)
         return path
 
     return made
@@ -240,3 +247,10 @@ def test_progress_of_a_prefill_is_told_from_its_start_to_its_end(
     assert answered.progress[-1] == (length, length)
     assert answered.progress == sorted(answered.progress)
     assert {total for _, total in answered.progress} == {length}
+
+
+def test_cache_that_cannot_be_quantized_is_said_in_a_sentence(model: Callable[..., Path]) -> None:
+    with Loop(model("sliding"), kv_bits=8) as loop:
+        for text in ("w1 w2", words(1, 60)):
+            with pytest.raises(ModelError, match=r"cannot be quantized .*without --kv-bits"):
+                loop.ask([SYSTEM, {"role": "user", "content": text}])

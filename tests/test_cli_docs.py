@@ -13,7 +13,7 @@ import pytest
 
 from persist_cache.server.guard import LOOPBACK_ORIGINS
 from persist_cache_cli.main import cli
-from tests.cli import Run, fill, runner, script
+from tests.cli import Run, fill, prepared_script, runner
 
 ROOT = Path(__file__).parents[1]
 CLI_MD = (ROOT / "docs" / "cli.md").read_text()
@@ -49,7 +49,7 @@ def options(name: str) -> set[str]:
 @cache
 def flags_of_serve() -> set[str]:
     """Its own options, and the flags of `mlx_lm.server`, as its help has them."""
-    own, upstream = script(ROOT, "serve", "--help").out.split("Flags of mlx_lm.server:")
+    own, upstream = prepared_script(ROOT, "serve", "--help").out.split("Flags of mlx_lm.server:")
     found = set(re.findall(r"--[a-z][a-z-]+", own))
     assert options("serve") <= found
     assert "--prompt-cache-size" in upstream
@@ -166,7 +166,7 @@ def test_fields_within_fields(run: Run, ids: dict[str, str]) -> None:
 
 
 def test_help_of_serve_says_one_default_of_allowed_origins_and_it_is_the_one_used() -> None:
-    said = " ".join(script(ROOT, "serve", "--help").out.split())
+    said = " ".join(prepared_script(ROOT, "serve", "--help").out.split())
     flag = re.findall(r"--allowed-origins ALLOWED_ORIGINS (?!\])(.*?) --draft-model", said)
 
     assert [re.findall(r"default: ([^)]*)", one) for one in flag] == [[LOOPBACK_ORIGINS]]

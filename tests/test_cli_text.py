@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from persist_cache import Fingerprint, Store
-from tests.cli import script
+from tests.cli import prepared_script, script
 from tests.fakes import FakeSource
 from tests.tiny_models import build_model_dir
 
@@ -51,13 +51,13 @@ def ids(root: Path, model: Path) -> dict[str, str]:
 
 
 def left(root: Path) -> set[str]:
-    return {entry["id"] for entry in script(root, "list", "--json").json}
+    return {entry["id"] for entry in prepared_script(root, "list", "--json").json}
 
 
 def test_show_text_is_the_prompt(root: Path, ids: dict[str, str]) -> None:
     shown = script(root, "show", ids["dragons"], "--text")
-    alone = script(root, "show", ids["dragons"], "--text", "-q")
-    as_json = script(root, "show", ids["dragons"], "--text", "--json")
+    alone = prepared_script(root, "show", ids["dragons"], "--text", "-q")
+    as_json = prepared_script(root, "show", ids["dragons"], "--text", "--json")
 
     assert shown.status == alone.status == as_json.status == 0
     assert shown.err == alone.err == as_json.err == ""
@@ -67,11 +67,15 @@ def test_show_text_is_the_prompt(root: Path, ids: dict[str, str]) -> None:
 
 
 def test_show_text_gives_a_terminal_no_orders(root: Path, ids: dict[str, str]) -> None:
-    shown = script(root, "show", ids["weather"], "--text")
+    shown = prepared_script(root, "show", ids["weather"], "--text")
 
     assert "\x1b" not in shown.out
     assert "What is the weather like — né?\n" in shown.out
-    assert script(root, "show", ids["weather"], "--text", "--json").json["text"].endswith("red")
+    assert (
+        prepared_script(root, "show", ids["weather"], "--text", "--json")
+        .json["text"]
+        .endswith("red")
+    )
 
 
 @pytest.mark.parametrize(
@@ -86,18 +90,18 @@ def test_evict_match_takes_prompts_with_that_text(
     root: Path, ids: dict[str, str], text: str, matching: set[str]
 ) -> None:
     gone = {ids[one] for one in matching}
-    planned = script(root, "evict", "--match", text, "--dry-run", "--json").json
+    planned = prepared_script(root, "evict", "--match", text, "--dry-run", "--json").json
     assert {entry["id"] for entry in planned["entries"]} == gone
     assert left(root) == set(ids.values())
 
-    done = script(root, "evict", "--match", text, "--yes")
+    done = prepared_script(root, "evict", "--match", text, "--yes")
 
     assert (done.status, done.err) == (0, "")
     assert left(root) == set(ids.values()) - gone
 
 
 def test_evict_match_of_nothing_evicts_nothing(root: Path, ids: dict[str, str]) -> None:
-    done = script(root, "evict", "--match", "submarine", "--yes")
+    done = prepared_script(root, "evict", "--match", "submarine", "--yes")
 
     assert done.status == 3
     assert done.sentence == "Error: Nothing matches; nothing was evicted."
@@ -107,13 +111,15 @@ def test_evict_match_of_nothing_evicts_nothing(root: Path, ids: dict[str, str]) 
 def test_evict_match_leaves_pinned_entries_and_obeys_the_other_filters(
     root: Path, ids: dict[str, str]
 ) -> None:
-    script(root, "pin", ids["dragons"])
-    script(root, "label", ids["weather"], "today")
+    prepared_script(root, "pin", ids["dragons"])
+    prepared_script(root, "label", ids["weather"], "today")
 
-    done = script(root, "evict", "--match", "librarian", "--label", "tod*", "--yes", "--json")
+    done = prepared_script(
+        root, "evict", "--match", "librarian", "--label", "tod*", "--yes", "--json"
+    )
 
     assert [entry["id"] for entry in done.json["entries"]] == [ids["weather"]]
-    script(root, "evict", "--match", "librarian", "--yes")
+    prepared_script(root, "evict", "--match", "librarian", "--yes")
     assert ids["dragons"] in left(root)
 
 
@@ -126,7 +132,7 @@ def test_model_that_is_gone_does_not_keep_others_from_matching(
         lost = Fingerprint.from_fields({"weights": "lost"}, {"name": "lost", "path": "/gone/lost"})
         store.put(lost, tokens, FakeSource(tokens))
 
-    done = script(root, "evict", "--match", "dragons", "--yes", "--json")
+    done = prepared_script(root, "evict", "--match", "dragons", "--yes", "--json")
 
     assert done.status == 0
     assert len(done.json["entries"]) == 2, "of both models that can be read"

@@ -14,6 +14,7 @@ import pytest
 
 from persist_cache import Store, StoreAccessError
 from persist_cache.warm import PARTIAL_LABEL
+from tests.cli import prepared_script
 from tests.tiny_models import build_model_dir
 
 SYSTEM = "You are a helpful assistant who answers in a short sentence. " * 4
@@ -34,10 +35,6 @@ def command(store: Path, *arguments: object) -> list[str]:
     return [*program, *(str(argument) for argument in arguments)]
 
 
-def run(store: Path, *arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(store, *arguments), capture_output=True, text=True, input=stdin)
-
-
 def request(path: Path, question: str, system: str = SYSTEM) -> Path:
     messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
     path.write_text(json.dumps({"messages": messages}))
@@ -45,28 +42,30 @@ def request(path: Path, question: str, system: str = SYSTEM) -> Path:
 
 
 def test_warm_then_explain_says_all_system_tokens(model: Path, store: Path, tmp_path: Path) -> None:
-    warmed = run(store, "warm", "--model", model, "--system", SYSTEM, "--label", "mine", "--json")
-    assert warmed.returncode == 0, warmed.stderr
-    (report,) = json.loads(warmed.stdout)
+    warmed = prepared_script(
+        store, "warm", "--model", model, "--system", SYSTEM, "--label", "mine", "--json"
+    )
+    assert warmed.status == 0, warmed.err
+    (report,) = json.loads(warmed.out)
     chat = request(tmp_path / "chat.json", "Hello!")
 
-    explained = run(store, "explain", "--model", model, "--messages", chat)
+    explained = prepared_script(store, "explain", "--model", model, "--messages", chat)
 
-    assert explained.returncode == 0, explained.stderr
-    assert f"all {report['num_tokens']:,} system tokens" in explained.stdout
-    assert report["id"] in explained.stdout
+    assert explained.status == 0, explained.err
+    assert f"all {report['num_tokens']:,} system tokens" in explained.out
+    assert report["id"] in explained.out
 
 
 def test_date_in_the_system_prompt_is_named_with_both_texts(
     model: Path, store: Path, tmp_path: Path
 ) -> None:
     """open-webui #28527, sglang #34553: 0 tokens reused, and nobody knows why."""
-    run(store, "warm", "--model", model, "--system", f"Today is Monday. {SYSTEM}")
+    prepared_script(store, "warm", "--model", model, "--system", f"Today is Monday. {SYSTEM}")
     chat = request(tmp_path / "chat.json", "Hello!", f"Today is Sunday. {SYSTEM}")
 
-    explained = run(store, "explain", "--model", model, "--messages", chat, "--json")
+    explained = prepared_script(store, "explain", "--model", model, "--messages", chat, "--json")
 
-    said = json.loads(explained.stdout)
+    said = json.loads(explained.out)
     assert said["outcome"] == "diverges"
     assert said["divergence"]["before_text"].endswith("Today is ")
     assert said["divergence"]["stored_text"].startswith("Mon")
@@ -74,38 +73,38 @@ def test_date_in_the_system_prompt_is_named_with_both_texts(
 
 
 def test_changed_model_option_is_named_by_field(model: Path, store: Path, tmp_path: Path) -> None:
-    run(store, "warm", "--model", model, "--system", SYSTEM)
+    prepared_script(store, "warm", "--model", model, "--system", SYSTEM)
     chat = request(tmp_path / "chat.json", "Hello!")
 
-    explained = run(
+    explained = prepared_script(
         store, "explain", "--model", model, "--messages", chat, "--kv-bits", 8, "--json"
     )
 
-    said = json.loads(explained.stdout)
+    said = json.loads(explained.out)
     assert said["outcome"] == "other_model"
     assert {"field": "kv_bits", "stored": "null", "now": "8"} in said["changes"]
 
 
 def test_evicted_prompt_is_explained_as_gone(model: Path, store: Path, tmp_path: Path) -> None:
-    run(store, "warm", "--model", model, "--system", SYSTEM)
+    prepared_script(store, "warm", "--model", model, "--system", SYSTEM)
     with Store.open(store) as opened:
         opened.evict([entry.id for entry in opened.entries()])
     chat = request(tmp_path / "chat.json", "Hello!")
 
-    explained = run(store, "explain", "--model", model, "--messages", chat, "--check")
+    explained = prepared_script(store, "explain", "--model", model, "--messages", chat, "--check")
 
-    assert explained.returncode == 3
-    assert "evicted by request" in explained.stdout
+    assert explained.status == 3
+    assert "evicted by request" in explained.out
 
 
 def test_warming_again_computes_nothing_and_sets_the_marks(model: Path, store: Path) -> None:
-    run(store, "warm", "--model", model, "--system", SYSTEM)
+    prepared_script(store, "warm", "--model", model, "--system", SYSTEM)
 
-    again = run(
+    again = prepared_script(
         store, "warm", "--model", model, "--system", SYSTEM, "--pin", "--label", "x", "--ttl", "7d"
     )
 
-    assert "stored already" in again.stdout
+    assert "stored already" in again.out
     with Store.open(store) as opened:
         (entry,) = opened.entries()
     assert (entry.pinned, entry.label) == (True, "x")
@@ -113,13 +112,13 @@ def test_warming_again_computes_nothing_and_sets_the_marks(model: Path, store: P
 
 
 def test_check_reports_and_changes_nothing(model: Path, store: Path) -> None:
-    missing = run(store, "warm", "--model", model, "--system", SYSTEM, "--check")
-    run(store, "warm", "--model", model, "--system", SYSTEM)
-    present = run(store, "warm", "--model", model, "--system", SYSTEM, "--check", "-q")
+    missing = prepared_script(store, "warm", "--model", model, "--system", SYSTEM, "--check")
+    prepared_script(store, "warm", "--model", model, "--system", SYSTEM)
+    present = prepared_script(store, "warm", "--model", model, "--system", SYSTEM, "--check", "-q")
 
-    assert (missing.returncode, present.returncode) == (3, 0)
-    assert "0 of" in missing.stdout
-    assert present.stdout == ""
+    assert (missing.status, present.status) == (3, 0)
+    assert "0 of" in missing.out
+    assert present.out == ""
 
 
 def test_tools_and_whole_conversations(model: Path, store: Path, tmp_path: Path) -> None:
@@ -128,13 +127,15 @@ def test_tools_and_whole_conversations(model: Path, store: Path, tmp_path: Path)
     tools.write_text(json.dumps([{"type": "function", "function": function}]))
     chat = request(tmp_path / "chat.json", "What time is it?")
 
-    done = run(store, "warm", "--model", model, "--messages", chat, "--tools", tools, "--json")
-    explained = run(
+    done = prepared_script(
+        store, "warm", "--model", model, "--messages", chat, "--tools", tools, "--json"
+    )
+    explained = prepared_script(
         store, "explain", "--model", model, "--messages", chat, "--tools", tools, "--json"
     )
 
-    (report,) = json.loads(done.stdout)
-    said = json.loads(explained.stdout)
+    (report,) = json.loads(done.out)
+    said = json.loads(explained.out)
     assert report["tier"] == "user"
     assert (said["outcome"], said["cached_tokens"]) == ("hit", report["num_tokens"])
 
@@ -147,13 +148,13 @@ def test_manifest_warms_several_prompts(model: Path, store: Path, tmp_path: Path
         f'[[prompt]]\nmodel = "{model}"\nsystem = "Another one. {SYSTEM}"\nttl = "1h"\n'
     )
 
-    before = run(store, "warm", "--manifest", manifest, "--check", "--json")
-    done = run(store, "warm", "--manifest", manifest, "--json")
-    after = run(store, "warm", "--manifest", manifest, "--check", "--json")
+    before = prepared_script(store, "warm", "--manifest", manifest, "--check", "--json")
+    done = prepared_script(store, "warm", "--manifest", manifest, "--json")
+    after = prepared_script(store, "warm", "--manifest", manifest, "--check", "--json")
 
-    assert done.returncode == 0, done.stderr
-    assert (before.returncode, after.returncode) == (3, 0)
-    assert [report["missing_tokens"] for report in json.loads(after.stdout)] == [0, 0]
+    assert done.status == 0, done.err
+    assert (before.status, after.status) == (3, 0)
+    assert [report["missing_tokens"] for report in json.loads(after.out)] == [0, 0]
     with Store.open(store) as opened:
         assert {entry.label for entry in opened.entries()} == {"one", ""}
 
@@ -176,9 +177,9 @@ def test_interrupted_warm_goes_on_where_the_last_step_ended(
     with Store.open(store) as opened:
         assert opened.check(read_data=True) == []
 
-    again = run(store, *arguments, "--json")
+    again = prepared_script(store, *arguments, "--json")
 
-    (report,) = json.loads(again.stdout)
+    (report,) = json.loads(again.out)
     assert partial <= report["found_tokens"] < report["num_tokens"]
     with Store.open(store) as opened:
         assert [entry.num_tokens for entry in opened.entries()] == [report["num_tokens"]]
@@ -255,13 +256,13 @@ def test_bad_input_is_one_sentence(
     }
     arguments, expected = BAD[name]
 
-    done = run(store, *(names.get(argument, argument) for argument in arguments))
+    done = prepared_script(store, *(names.get(argument, argument) for argument in arguments))
 
-    assert done.returncode in (1, 2)
-    assert "Traceback" not in done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.startswith("Error")]
-    assert len(lines) == 1, done.stderr
-    assert expected in " ".join(done.stderr.split())
+    assert done.status in (1, 2)
+    assert "Traceback" not in done.err
+    lines = [line for line in done.err.splitlines() if line.startswith("Error")]
+    assert len(lines) == 1, done.err
+    assert expected in " ".join(done.err.split())
 
 
 def test_warm_beside_a_process_that_reads(model: Path, store: Path, tmp_path: Path) -> None:
@@ -280,10 +281,12 @@ def test_warm_beside_a_process_that_reads(model: Path, store: Path, tmp_path: Pa
         stderr=subprocess.PIPE,
     )
 
-    done = run(store, "warm", "--model", model, "--system", SYSTEM * 4, "--prefill-step-size", 64)
+    done = prepared_script(
+        store, "warm", "--model", model, "--system", SYSTEM * 4, "--prefill-step-size", 64
+    )
 
     _, errors = reader.communicate(timeout=60)
-    assert (done.returncode, reader.returncode, errors) == (0, 0, b"")
+    assert (done.status, reader.returncode, errors) == (0, 0, b"")
 
 
 def test_warm_stores_under_the_identity_of_what_it_loaded(

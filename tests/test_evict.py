@@ -333,15 +333,22 @@ def test_folder_that_lets_nothing_go_does_not_cost_all_entries(
     small.close()
 
 
-@pytest.mark.parametrize("beside", ["nobody", "a reader"])
-@pytest.mark.parametrize(("entries", "new_tokens"), [(12, 96), (250, 40_000)])
+@pytest.mark.parametrize(
+    ("entries", "new_tokens", "beside"),
+    [
+        (12, 96, "nobody"),
+        (12, 96, "a reader"),
+        (250, 40_000, "a reader"),
+        pytest.param(250, 40_000, "nobody", marks=pytest.mark.long),
+    ],
+)
 def test_put_that_no_eviction_makes_room_for_evicts_nothing(
     tmp_path: Path,
     clock: Clock,
     monkeypatch: pytest.MonkeyPatch,
-    beside: str,
     entries: int,
     new_tokens: int,
+    beside: str,
 ) -> None:
     """The commit of the evictions takes room itself, most of all beside a reader."""
     monkeypatch.setattr(fs, "sync", lambda fd: None)
@@ -444,7 +451,7 @@ def test_du_never_exceeds_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyP
     limit = 1_600_000 + 68 * (mmap.PAGESIZE - 4096)  # the index grows by pages
     with Store.open(root, max_bytes=limit, min_free_bytes=0, run_tokens=500) as store:
         for n in range(120):
-            tokens = [n % 7, *(dice.randrange(50_000) for _ in range(dice.randrange(1, 700)))]
+            tokens = [n % 7, *dice.choices(range(50_000), k=dice.randrange(1, 700))]
             put(store, tokens, complete=n % 3 > 0)
         assert store.stats().counters["evicted"] > 20
         assert store.check() == []

@@ -1,7 +1,8 @@
-"""Every step of every operation is cut, by death and by a failing, short or slow call.
+"""Steps of every operation are cut, by death and by a failing, short or slow call.
 
-`scripts/torture` tries every fault at every step of every operation; here each step gets a death
-and one fault.
+`scripts/torture` tries every fault at every step of every operation. With all tests (`--all`) each
+step gets a death and one fault here, else of long operations only every so many do: many of their
+steps are those of others, met at another place.
 """
 
 from __future__ import annotations
@@ -24,20 +25,30 @@ from tests.torture import steps
 from tests.torture.seam import ERRORS, Seam, at_step
 
 KINDS = (*ERRORS, "short", "slow")
-STRIDE = {"import": 4}
-"""An import is a long row of puts, whose every step is cut already."""
-LONG_ROWS = {
-    "import": 5,
-    "merge": 4,
-    "compact": 3,
-    "gc": 3,
-    "make room": 3,
-    "rebuild": 3,
-    "put into a full store": 3,
-    "check and repair": 3,
-    "load what is damaged": 2,
+STRIDES = {
+    "put": 4,
+    "put with a state": 5,
+    "put into a full store": 5,
+    "evict all": 2,
+    "make room": 15,
+    "load": 2,
+    "gc": 8,
+    "compact": 9,
+    "merge": 13,
+    "load what is damaged": 4,
+    "check and repair": 4,
+    "rebuild": 8,
+    "open without index": 4,
+    "import": 16,
 }
-"""Operations of a hundred steps or more: every so many of them, unless all tests are run."""
+"""Operations of some thirty steps or more, and to which of them something happens.
+
+None is a multiple of the number of `KINDS`, so that every kind has its turn.
+"""
+EACH_STEP = [
+    *((one, STRIDES.get(one, 1)) for one in steps.OPERATIONS),
+    *(pytest.param(one, 1, marks=pytest.mark.long) for one in STRIDES),
+]
 
 
 @pytest.fixture
@@ -49,25 +60,19 @@ def bed() -> Iterator[steps.Bed]:
 
 
 @pytest.mark.parametrize("lasting", [False, True])
-@pytest.mark.parametrize("operation", steps.OPERATIONS)
-def test_any_step_may_fail(bed: steps.Bed, operation: str, lasting: bool) -> None:
+@pytest.mark.parametrize(("operation", "stride"), EACH_STEP)
+def test_any_step_may_fail(bed: steps.Bed, operation: str, stride: int, lasting: bool) -> None:
     number = 1
     while True:
         kind = KINDS[(number + 3 * lasting) % len(KINDS)]
         seam = steps.fail_at(bed, operation, kind, number, lasting=lasting)
         if len(seam.names) < number:
             break
-        number += STRIDE.get(operation, 1) * (4 if lasting else 1)
+        number += stride * (4 if lasting else 1)
     assert number > 3, "there were steps to fail at"
 
 
-@pytest.mark.parametrize(
-    ("operation", "stride"),
-    [
-        *((one, LONG_ROWS.get(one, 1)) for one in steps.OPERATIONS),
-        *(pytest.param(one, 1, marks=pytest.mark.long) for one in LONG_ROWS),
-    ],
-)
+@pytest.mark.parametrize(("operation", "stride"), EACH_STEP)
 def test_killed_at_every_step_it_recovers(bed: steps.Bed, operation: str, stride: int) -> None:
     """vllm-mlx 0.6.0: a crash in mid-save serves 900 tokens as 512."""
     died = list(steps.deaths(bed, operation, stride))

@@ -24,7 +24,7 @@ from persist_cache.index.ballast import wanted_bytes
 from persist_cache.index.environment import Index
 from persist_cache.store.store import Store
 from tests import disks
-from tests.cli import script
+from tests.cli import forked, script
 from tests.disks import MIB
 from tests.fakes import Clock, disk_usage, fetched, put
 from tests.memory import fast_folder
@@ -113,7 +113,7 @@ def test_old_table_of_readers_is_mended_before_the_disk_fills(disk: Path) -> Non
         table.unlink()
         with table.open("wb") as file:
             file.truncate(511 * 64 + 192)
-        os.sync()
+        fs.sync_file_system(disk)
 
     def serve() -> tuple[bool, int]:
         with opened(disk) as store:
@@ -180,7 +180,7 @@ def sparse_table(disk: Path, made_by: str) -> None:
             fs.write_in_place(file.fileno())
             file.write(b"x" * 4096)
             file.truncate(511 * 64 + 192)
-    os.sync()
+    fs.sync_file_system(disk)
 
 
 @pytest.mark.parametrize("made_by", ["earlier version", "nobody"])
@@ -191,12 +191,12 @@ def test_full_disk_with_no_table_of_readers_is_relieved_by_eviction(
     disks.fill(disk)
 
     for command in (["list"], ["stats"], ["check"]):
-        done = script(disk / "store", *command)
+        done = forked(disk / "store", *command)
         assert done.status == 0, (command, done.err)
-    done = script(disk / "store", "evict", "--all", "--yes")
+    done = forked(disk / "store", "evict", "--all", "--yes")
 
     assert done.status == 0, done.err
-    assert script(disk / "store", "list", "--json").json == []
+    assert forked(disk / "store", "list", "--json").json == []
 
 
 def test_sparse_table_is_read_by_many_on_a_full_disk_without_a_ballast(disk: Path) -> None:
@@ -251,7 +251,7 @@ def copied_table(place: Path) -> None:
     content = table.read_bytes()
     table.unlink()
     table.write_bytes(content)
-    os.sync()
+    fs.sync_file_system(place)
 
 
 def test_restored_table_is_refused_to_readers_on_a_full_disk_and_evict_mends_it(
@@ -262,13 +262,13 @@ def test_restored_table_is_refused_to_readers_on_a_full_disk_and_evict_mends_it(
         disks.fill(place)
 
         for command in (["list"], ["stats"], ["check"]):
-            done = script(place / "store", *command)
+            done = forked(place / "store", *command)
             assert done.status == 1, (command, done.status, done.err)
             assert "persist-cache evict" in done.sentence
-        done = script(place / "store", "evict", "--all", "--yes")
+        done = forked(place / "store", "evict", "--all", "--yes")
 
         assert done.status == 0, done.err
-        assert script(place / "store", "list", "--json").json == []
+        assert forked(place / "store", "list", "--json").json == []
 
 
 def test_reader_mends_a_restored_table_while_there_is_room(folder: Path) -> None:
@@ -281,7 +281,7 @@ def test_reader_mends_a_restored_table_while_there_is_room(folder: Path) -> None
                 return len(store.entries())
 
         assert in_child(look) == len(PROMPTS)
-        assert script(place / "store", "list").status == 0
+        assert forked(place / "store", "list").status == 0
 
 
 @pytest.mark.parametrize("how", ["by size", "all", "one"])
@@ -289,7 +289,7 @@ def test_full_disk_is_relieved_by_eviction(disk: Path, how: str) -> None:
     def act() -> tuple[int, int, int]:
         with opened(disk) as store:
             ids = [put(store, prompt) for prompt in PROMPTS]
-            before = disks.sample(store.root)
+            before = disk_usage(store.root)
             disks.fill(disk)
             if how == "by size":
                 store.evict_to(before - 400_000)
@@ -298,7 +298,7 @@ def test_full_disk_is_relieved_by_eviction(disk: Path, how: str) -> None:
             left = len(store.entries())
             assert store.check(read_data=True) == []
             usage = store.stats().usage
-            assert usage.total == disks.sample(store.root)
+            assert usage.total == disk_usage(store.root)
             return before - usage.total, left, usage.ballast
 
     freed, left, ballast = in_child(act)
@@ -327,7 +327,7 @@ def test_freed_room_that_another_program_takes_is_told(
 
             def and_take(path: Path) -> None:
                 unlink(path)
-                os.sync()
+                fs.sync_file_system(disk)
                 disks.fill(disk)
 
             monkeypatch.setattr(fs, "unlink", and_take)
@@ -381,11 +381,11 @@ def test_server_outlives_a_disk_that_fills_and_eviction_relieves_it(
             answers = list(pool.map(lambda _: said(running)["stats"], range(80)))
         assert all("full" in one for one in answers)
 
-        before = disks.sample(store)
+        before = disk_usage(store)
         done = script(store, "evict", "--to", before - 100_000, "--yes")
 
         assert done.status == 0, done.err
-        assert disks.sample(store) <= before - 100_000
+        assert disk_usage(store) <= before - 100_000
         ask(running, "Grace", source="memory")
         disks.unfill(disk)
         until(lambda: set(said(running).values()) == {""})
@@ -621,7 +621,7 @@ def test_du_never_exceeds_the_budget_on_any_file_system(
 
     def look() -> None:
         nonlocal worst
-        worst = max(worst, disks.sample(root))
+        worst = max(worst, disk_usage(root))
 
     with disk_of(kind, 96 * MIB, folder) as disk:
         root = disk / "store"
@@ -629,8 +629,8 @@ def test_du_never_exceeds_the_budget_on_any_file_system(
         with Store.open(root, max_bytes=limit, min_free_bytes=0, run_tokens=run_tokens) as store:
             for number in range(prompts):
                 length = dice.randrange(1, most_tokens)
-                put(store, [number, *(dice.randrange(50_000) for _ in range(length))])
-                assert store.stats().usage.total == disks.sample(root)
+                put(store, [number, *dice.choices(range(50_000), k=length)])
+                assert store.stats().usage.total == disk_usage(root)
             assert store.stats().counters["evicted"] > 5
             assert store.check() == []
 
@@ -686,9 +686,9 @@ def test_free_space_floor_holds_on_any_file_system(
         ) as store:
             for number in range(prompts):
                 length = dice.randrange(1, most_tokens)
-                put(store, [number, *(dice.randrange(50_000) for _ in range(length))])
+                put(store, [number, *dice.choices(range(50_000), k=length)])
                 if number % 3 == 0:
-                    os.sync()
+                    fs.sync_file_system(place)
                     look()
             assert store.stats().counters["evicted"] > 5
             assert store.stats().usage.total > 4 * MIB, "no more went than was needed"
@@ -722,7 +722,7 @@ def test_free_space_floor_is_kept_by_two_that_write_at_once(
         monkeypatch.setattr(fs, "allocate", and_another)
         with store:
             put(store, prompts[0])
-            os.sync()
+            fs.sync_file_system(disk)
             least = fs.free_bytes(disk)
             assert fetched(store, prompts[0]) == len(prompts[0])
 

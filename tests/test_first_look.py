@@ -145,7 +145,9 @@ def test_request_that_fails_before_its_look_raises_why() -> None:
     request = TicketedRequest("text", "", [], None, None)
     logits = SimpleNamespace(repetition_penalty=0, presence_penalty=0, frequency_penalty=0)
     model = SimpleNamespace(model="m")
-    args = SimpleNamespace(stop_words=[], seed="no number", logits=logits, model=model)
+    args = SimpleNamespace(
+        stop_words=[], seed="no number", logits=logits, model=model, max_tokens=4
+    )
     loop = threading.Thread(
         target=lambda: generator._serve_single(generator.requests.get(timeout=10), None)
     )

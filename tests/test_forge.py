@@ -77,14 +77,7 @@ def test_tests_reach_into_private_parts_in_their_forge_only() -> None:
 SLEEPERS = {
     "tests/waiting.py": "polls, with a deadline",
     "tests/server_process.py": "polls, with a deadline, while the process lives",
-    "tests/test_page.py": "polls a page, whose errors mean that it is not there yet",
     "tests/test_upstream.py": "polls in the place of a look-up",
-    "tests/test_tensors.py": "polls what the system counts; tasks of a pool that take their time",
-    "tests/test_admin.py": "a survey that takes its time, which is what is measured",
-    "tests/test_demo_model.py": "a conversion that takes its time, which others wait for",
-    "tests/test_merge.py": "an answer that takes longer than idleness",
-    "tests/test_server_disk.py": "a disk that stays away for several attempts",
-    "tests/test_selftest.py": "intervals of the selftest",
 }
 
 

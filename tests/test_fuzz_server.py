@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests.memory import fast_folder
-from tests.server_process import ServerProcess
+from tests.server_process import ServerProcess, sentence_in
 from tests.tiny_models import build_model_dir
 
 BOUNDED = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
@@ -57,8 +57,7 @@ def send(server: ServerProcess, method: str, path: str, body: bytes) -> None:
 
     assert answer.status_code < 500, (answer.status_code, answer.text)
     if answer.status_code >= 400 and method != "HEAD":
-        said = json.loads(answer.text)["error"]
-        sentence = said["message"] if isinstance(said, dict) else said
+        sentence = sentence_in(json.loads(answer.text))
         assert "\n" not in sentence, sentence
         assert len(sentence) < 500
     health = server.request("GET", "/health", timeout=10)

@@ -246,10 +246,24 @@ def injure(txn: Any, table: str, kind: str, which: int, bit: int) -> None:
         forge.put(txn, name, key, changed[kind])
 
 
-@given(injuries=INJURIES, order=st.permutations(range(9)))
-@BOUNDED
+ORDERS = st.permutations(range(9))
+
+
+@given(injuries=INJURIES, order=ORDERS)
+@settings(BOUNDED, max_examples=60)
 def test_any_damage_to_sound_records(injuries: list[Any], order: list[int]) -> None:
     """As above; besides, whoever refuses to read an index sees `check` complain of it, too."""
+    damage_and_mend(injuries, order)
+
+
+@pytest.mark.long
+@given(injuries=INJURIES, order=ORDERS)
+@settings(BOUNDED, max_examples=400)
+def test_any_damage_to_sound_records_at_length(injuries: list[Any], order: list[int]) -> None:
+    damage_and_mend(injuries, order)
+
+
+def damage_and_mend(injuries: list[Any], order: list[int]) -> None:
     talk = [*PROMPT, 30, 31]
     with (
         fast_folder() as folder,

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 import shutil
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -595,12 +594,22 @@ def test_an_answer_that_takes_longer_is_no_idle_time(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compact, "LONG_CHAIN", 4)
+    rounds: list[int] = []
+    merge = store.merge_runs
+
+    def counted(go_on: Callable[[], bool]) -> int:
+        rounds.append(merge(go_on))
+        return rounds[-1]
+
+    monkeypatch.setattr(store, "merge_runs", counted)
     with PromptCache(
         store=store, identify=lambda model: fingerprint(), codec=FakeCodec(), idle_s=0.05
     ) as cache:
         cache.fetch_nearest_cache(MODEL, conversation(13))
         talk(store, last=12)
-        time.sleep(1.0)
+        rounds.clear()
+        until(lambda: len(rounds) > 2)
+        assert not any(rounds)
         assert "merged" not in store.stats().counters
         reply = [*conversation(13), 5]
         cache.insert_cache(MODEL, reply, [FakeLayer(reply)])

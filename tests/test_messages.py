@@ -15,6 +15,7 @@ from persist_cache.prefill.loading import load_tokenizer
 from tests.anthropic_bodies import BILLING, COUNTDOWN, EPHEMERAL, agent_body
 from tests.computed import CountedServer
 from tests.scripted_model import SCRIPTS, THINKS, build_scripted_model
+from tests.tiny_models import build_model_dir
 
 SYSTEM = "You are a helpful assistant. Answer the question of the user in a short sentence. " * 4
 CLOCK: Any = {
@@ -36,8 +37,19 @@ def model(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(folder: Path, model: Path) -> Iterator[CountedServer]:
-    options = {"min_free_bytes": 0, "api_key": "secret"}
+def sliding(folder: Path) -> Path:
+    """A model whose cache can be resumed only where it was kept."""
+    options: Any = {"sliding_window": 32, "sliding_window_pattern": 2}
+    return build_model_dir(folder / "sliding", model_type="gemma3_text", **options)
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path, model: Path, sliding: Path) -> Iterator[CountedServer]:
+    options = {
+        "min_free_bytes": 0,
+        "api_key": "secret",
+        "aliases": {"claude-here": str(model), "other": str(sliding)},
+    }
     with CountedServer(model, folder / "store", folder, **options) as live:
         yield live
         assert live.stop() == 0
@@ -376,3 +388,115 @@ def test_agents_body_is_served_and_counted(server: CountedServer) -> None:
     names = ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
     assert sum(usage[name] for name in names) == counted
     assert EPHEMERAL in [one.get("cache_control") for one in body["system"]]
+
+
+def test_prompt_beyond_the_context_is_refused_in_the_words_that_clients_compact_on(
+    client: anthropic.Anthropic, server: CountedServer
+) -> None:
+    with pytest.raises(anthropic.BadRequestError) as refusal:
+        client.messages.create(**said("one " * 40_000))
+
+    assert re.search(r"prompt is too long: \d+ tokens > 32768 maximum", refusal.value.message)
+
+
+def test_answer_that_ends_with_the_context_says_so(client: anthropic.Anthropic) -> None:
+    counted = client.messages.count_tokens(model="m", messages=said("play long ")["messages"])
+    padding = "<|endoftext|>" * (32_768 - counted.input_tokens - 3)
+
+    found = client.messages.create(**said(f"play long {padding}"))
+
+    assert found.stop_reason == "model_context_window_exceeded"
+    assert found.usage.output_tokens == 3
+
+
+def test_other_methods_are_refused_in_the_protocols_form(server: CountedServer) -> None:
+    answer = server.request("GET", "/v1/messages", headers={"x-api-key": "secret"})
+
+    assert (answer.status_code, answer.headers["Allow"]) == (405, "POST")
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+# ---- models --------------------------------------------------------------------------------------
+
+
+def test_models_are_listed_for_the_official_client(client: anthropic.Anthropic) -> None:
+    found = [one.id for one in client.models.list()]
+
+    assert {"claude-here", "other"} <= set(found)
+    assert client.models.retrieve("claude-here").display_name == "claude-here"
+
+
+@pytest.mark.parametrize("name", ["claude-small-20990101", "claude-here", "default_model"])
+def test_any_name_of_no_model_means_the_one_of_the_command_line(
+    client: anthropic.Anthropic, name: str
+) -> None:
+    found = client.messages.create(**{**said("play hello"), "model": name})
+
+    assert found.model == name
+    assert blocks(found) == [("text", "Hello, I am here. ")]
+
+
+# ---- while it takes long -------------------------------------------------------------------------
+
+
+def test_stream_that_has_to_wait_begins_and_pings(server: CountedServer) -> None:
+    endless = {
+        "messages": [{"role": "user", "content": "play long"}],
+        "seed": 1,
+        "stream": True,
+        "max_tokens": 30_000,
+        "logit_bias": {"2": -100},
+    }
+    headers = {"x-api-key": "secret"}
+    first = server.request(
+        "POST", "/v1/chat/completions", json=endless, headers=headers, stream=True
+    )
+    assert next(line for line in first.iter_lines() if line.startswith(b"data: "))
+
+    second = server.request(
+        "POST", "/v1/messages", json=said("play hello", stream=True), headers=headers, stream=True
+    )
+    lines = filter(None, second.iter_lines(chunk_size=1))
+    names = [next(lines) for _ in range(4)][::2]
+    first.close()
+    rest = [line for line in lines if line.startswith((b"event: ", b": "))]
+
+    assert names == [b"event: message_start", b"event: ping"]
+    assert any(line.startswith(b": x-persist-cache: ") for line in rest)
+    assert rest[-1] == b"event: message_stop"
+    assert b"event: message_start" not in rest
+
+
+# ---- marks ---------------------------------------------------------------------------------------
+
+
+def test_mark_in_mid_conversation_is_where_the_next_request_goes_on(
+    sliding: Path, tmp_path: Path
+) -> None:
+    def ask(client: anthropic.Anthropic, text: str, *, marked: bool, name: str) -> Any:
+        mark = {"cache_control": {"type": "ephemeral"}} if marked else {}
+        content = [
+            {"type": "text", "text": f"{name}: {SYSTEM}", **mark},
+            {"type": "text", "text": text},
+        ]
+        body: Any = {"model": "m", "max_tokens": 1, "system": SYSTEM}
+        return client.messages.create(**body, messages=[{"role": "user", "content": content}]).usage
+
+    with CountedServer(sliding, tmp_path / "store", tmp_path, min_free_bytes=0) as server:
+        client = anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0)
+        tokenizer = load_tokenizer(str(sliding))
+        up_to_mark = tokenizer.apply_chat_template(
+            [
+                {"role": "system", "content": SYSTEM},
+                {"role": "user", "content": f"With: {SYSTEM}\n\n"},
+            ],
+            tokenize=False,
+        )
+        exact = len(tokenizer.encode(up_to_mark[: up_to_mark.rindex(SYSTEM) + len(SYSTEM)]))
+        ask(client, "Once upon a time", marked=True, name="With")
+        with_mark = ask(client, "The capital of France", marked=True, name="With")
+        ask(client, "Once upon a time", marked=False, name="Without")
+        without = ask(client, "The capital of France", marked=False, name="Without")
+
+    assert exact - 2 <= with_mark.cache_read_input_tokens <= exact
+    assert without.cache_read_input_tokens < exact - 40

@@ -26,6 +26,7 @@ from persist_cache.server.http import Front
 from persist_cache.server.listening import NamelessServer
 from persist_cache.server.validation import RefusedError
 from persist_cache.store.store import Store
+from tests import waiting
 from tests.bulk_store import Prompt, conversations, fill
 from tests.fakes import FakeSource
 from tests.server_process import ServerProcess, running
@@ -132,14 +133,13 @@ def relabelled(prompts: list[Prompt], label: str) -> list[Prompt]:
     return list(made.values())
 
 
-def until(condition: Callable[[], Any], timeout_s: float = 10) -> Any:
-    deadline = time.monotonic() + timeout_s
-    while True:
+def until(condition: Callable[[], Any], timeout_s: float = 60) -> Any:
+    def found() -> Any:
         with contextlib.suppress(selenium.common.exceptions.WebDriverException):
-            if found := condition():
-                return found
-        assert time.monotonic() < deadline, "the page did not get there"
-        time.sleep(0.03)
+            return condition()
+        return None
+
+    return waiting.until(found, "the page did not get there", timeout_s)
 
 
 def open_page(driver: Any, server: PageServer) -> None:

@@ -17,7 +17,7 @@ from persist_cache.index import lock_table
 from tests import disks
 from tests.cli import script
 from tests.disks import MIB
-from tests.fakes import fetched, put
+from tests.fakes import disk_usage, fetched, put
 from tests.memory import fast_folder
 from tests.test_file_systems import PROMPTS, disk_of, opened, sparse_table
 from tests.torture.storm import ChildDied, in_child
@@ -59,7 +59,7 @@ def test_full_disk_of_a_store_without_a_ballast_is_relieved_by_eviction(
     disk: Path, how: str
 ) -> None:
     ids = former_store(disk)
-    before = disks.sample(disk / "store")
+    before = disk_usage(disk / "store")
     words = {"one": ids[0], "by size": f"--to={before - 400_000}", "all": "--all"}
 
     done = script(disk / "store", "evict", words[how], "--yes")
@@ -152,7 +152,7 @@ def test_room_of_evicted_files_that_is_taken_at_once_is_told(disk: Path) -> None
 
             def and_take(path: Path) -> None:
                 unlink(path)
-                os.sync()
+                fs.sync_file_system(disk)
                 disks.fill(disk)
 
             fs.unlink = and_take

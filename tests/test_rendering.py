@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from persist_cache.prefill.loading import load_tokenizer
+from persist_cache.server.protocols.openai import lenient
 from persist_cache.server.rendering import read_request, render
 from persist_cache.server.validation import RefusedError
 from tests import cli, tiny_models
@@ -232,14 +233,15 @@ def test_a_request_is_rendered_as_the_generation_loop_renders_it(case: str, mode
     generator.model_provider = SimpleNamespace(processor=None, cli_args=options, model_key=("m",))
     generator.cache = SimpleNamespace(branch_point=lambda *_, **__: 0)  # type: ignore[assignment]
     body = body_of(case)
+    asked = lenient(body)
     request = SimpleNamespace(
         request_type="chat" if "messages" in body else "text",
-        prompt=body.get("prompt", ""),
-        messages=json.loads(json.dumps(body.get("messages", []))),
-        tools=body.get("tools") or None,
-        role_mapping=body.get("role_mapping"),
+        prompt=asked.get("prompt", ""),
+        messages=json.loads(json.dumps(asked.get("messages", []))),
+        tools=asked.get("tools") or None,
+        role_mapping=asked.get("role_mapping"),
     )
-    args = SimpleNamespace(chat_template_kwargs=body.get("chat_template_kwargs"))
+    args = SimpleNamespace(chat_template_kwargs=body.get("chat_template_kwargs"), max_tokens=4)
 
     prompt, segments, kinds, _, _ = generator._tokenize(tokenizer, request, args)
     found = LoadedModel(generator, ("m",), tokenizer, None, "").render(body)
@@ -402,7 +404,12 @@ def test_broken_arguments_of_a_tool_call_are_refused_before_anything_runs(
 
     assert answer.status_code == 400
     assert answer.json() == {
-        "error": "messages[2].tool_calls[0].function.arguments must be valid JSON."
+        "error": {
+            "message": "messages[2].tool_calls[0].function.arguments must be valid JSON.",
+            "type": "invalid_request_error",
+            "param": "messages[2].tool_calls[0].function.arguments",
+            "code": None,
+        }
     }
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +10,9 @@ import numpy as np
 import pytest
 
 from persist_cache import Store
+from tests import prepared
 from tests.tiny_models import build_model_dir
 
-ROOT = Path(__file__).parent.parent
 SYSTEM = [(7 * i) % 400 + 5 for i in range(150)]
 FIRST = [*SYSTEM, 11, 12, 13, 14, 15]
 SECOND = [*SYSTEM, 21, 22, 23]
@@ -38,14 +35,9 @@ def run(
             }
         )
     )
-    subprocess.run(
-        [sys.executable, "-m", "tests.restart_worker", str(job)],
-        check=True,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+    log = tmp_path / (out.name + ".log")
+    status = prepared.start("tests.restart_worker", [str(job)], log).wait()
+    assert status == 0, log.read_text()
     results = json.loads(out.read_text())
     with np.load(str(out) + ".npz") as arrays:
         return results, [arrays[str(index)] for index in range(len(results))]

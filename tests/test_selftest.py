@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from persist_cache.system.mounts import Mounts
 from tests.cli import Run, runner
 from tests.test_exclusion import Attributes
 from tests.test_volumes import Mac
+from tests.waiting import until
 
 ROOT = Path(__file__).parent.parent
 NEEDS_DISK = ("read-ahead", "read-speed")
@@ -454,10 +454,7 @@ def test_nothing_stays_when_it_is_interrupted(tmp_path: Path, number: int) -> No
     process = subprocess.Popen(
         [*command, "--dir", str(tmp_path)], cwd=ROOT, stdout=subprocess.DEVNULL
     )
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("*/kills/store/blobs/*/*")):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: list(tmp_path.glob("*/kills/store/blobs/*/*")))
     (folder,) = tmp_path.iterdir()
 
     process.send_signal(number)

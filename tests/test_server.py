@@ -17,7 +17,7 @@ import requests
 
 from persist_cache import Store
 from persist_cache.store import compact
-from tests import disks
+from tests.fakes import disk_usage
 from tests.server_process import ServerProcess
 from tests.tiny_models import build_model_dir
 from tests.waiting import until
@@ -397,7 +397,7 @@ def test_many_clients_and_restarts_answer_as_without_a_cache(
     def sample(running: ServerProcess) -> None:
         stats = running.get("/v1/cache/stats")
         seen = {
-            "disk": disks.sample(store),
+            "disk": disk_usage(store),
             "disk, as said": stats["store"]["bytes"]["total"],
             "memory": sum(tier["bytes"] for tier in stats["server"]["memory"]["tiers"]),
         }

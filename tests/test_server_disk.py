@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -183,7 +182,7 @@ def test_folder_that_is_removed_and_may_be_made_again(model: Path, tmp_path: Pat
         at_once = said(running)
         ask(running, "Grace", source="miss")
         ask(running, "Ada", source="memory")
-        time.sleep(3)
+        until(lambda: said(running)["health"] not in ("", at_once["health"]))
         ask(running, "Grace", source="memory")
         later = said(running)
         parent.unlink()

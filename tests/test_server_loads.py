@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -124,19 +125,49 @@ def test_model_that_does_not_exist_leaves_the_loaded_one_with_its_identity(
     assert provider.identifier.load_number(provider.model_key) == number
 
 
-def test_model_that_cannot_be_loaded_leaves_no_identity(
-    provider: Provider, tiny: Path, tmp_path: Path
+@pytest.mark.parametrize("part", ["configuration", "weights", "adapter", "draft model"])
+def test_model_that_does_not_fit_leaves_the_loaded_one_with_its_identity(
+    provider: Provider, tmp_path: Path, part: str
+) -> None:
+    provider.load("default_model")
+    assert provider.identifier is not None
+    before, model, key = settled(provider), provider.model, provider.model_key
+    number = provider.identifier.load_number(key)
+    broken = build_model_dir(tmp_path / "broken")
+    wanted: list[Any] = [str(broken), None, None]
+    if part == "adapter":
+        (broken / "adapter_config.json").write_text('{"fine_tune_type": "full"}')
+        mx.save_safetensors(str(broken / "adapters.safetensors"), {"nowhere": mx.zeros(2)})
+        wanted[1] = str(broken)
+    else:
+        config = json.loads((broken / "config.json").read_text())
+        change = {"model_type": "no such"} if part == "configuration" else {"hidden_size": 32}
+        (broken / "config.json").write_text(json.dumps({**config, **change}))
+        if part == "draft model":
+            wanted = [str(build_model_dir(tmp_path / "sound", seed=5)), None, str(broken)]
+
+    with pytest.raises(ModelError, match="broken"):
+        provider.load(*wanted)
+
+    assert provider.model is model
+    assert provider.model_key == key
+    assert settled(provider) == before
+    assert provider.identifier.load_number(key) == number
+
+
+def test_load_that_fails_in_the_middle_leaves_no_identity(
+    provider: Provider, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     provider.load("default_model")
     assert provider.identifier is not None
     key = provider.model_key
     number = provider.identifier.load_number(key)
-    broken = build_model_dir(tmp_path / "broken")
-    (broken / "config.json").write_text("{}")
+    other = build_model_dir(tmp_path / "other")
+    monkeypatch.setattr(upstream, "load", lambda *_, **__: 1 / 0)
 
     with pytest.raises(ModelError):
-        provider.load(str(broken))
+        provider.load(str(other))
 
     assert provider.identifier.settled(key) is None
-    assert provider.identifier.settled(str(broken)) is None
+    assert provider.identifier.settled(str(other)) is None
     assert provider.identifier.load_number(key) > number

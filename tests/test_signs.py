@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import requests
 
 from persist_cache import Store
+from persist_cache.server.streaming import Streaming
 from tests.computed import told
 from tests.server_process import ServerProcess
 from tests.tiny_models import CHAT_TEMPLATE, build_model_dir
@@ -29,6 +31,14 @@ NEVER_ENDING = {"stream": True, "max_tokens": 100_000, "temperature": 0, "logit_
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = build_model_dir(tmp_path_factory.mktemp("models") / "llama")
+    (folder / "chat_template.jinja").write_text(REFUSING + CHAT_TEMPLATE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that is not loaded, so that its template is asked when a request's turn comes."""
+    folder = build_model_dir(tmp_path_factory.mktemp("models") / "other", seed=1)
     (folder / "chat_template.jinja").write_text(REFUSING + CHAT_TEMPLATE)
     return folder
 
@@ -78,15 +88,17 @@ def test_stream_begins_while_another_request_is_served_alone(running: ServerProc
     assert rest[-1] == b"data: [DONE]"
 
 
-def test_what_goes_wrong_in_a_stream_that_has_begun_is_an_event(running: ServerProcess) -> None:
+def test_what_goes_wrong_in_a_stream_that_has_begun_is_an_event(
+    running: ServerProcess, other: Path
+) -> None:
     first, first_lines = begin(running, "Once upon a time", seed=1, **NEVER_ENDING)
     assert next(line for line in first_lines if line.startswith(b"data: "))
     client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
 
-    answer, lines = begin(running, "forbidden")
+    answer, lines = begin(running, "forbidden", model=str(other))
     assert next(lines).startswith(b": keepalive ")
     stream = client.chat.completions.create(
-        model="default_model",
+        model=str(other),
         messages=[{"role": "user", "content": "forbidden"}],
         stream=True,
     )
@@ -95,17 +107,42 @@ def test_what_goes_wrong_in_a_stream_that_has_begun_is_an_event(running: ServerP
 
     assert answer.status_code == 200
     events = [json.loads(line[6:]) for line in rest if line.startswith(b"data: ")]
-    assert [event["error"]["message"] for event in events] == ["the last word is forbidden"]
+    (error,) = (event["error"] for event in events)
+    assert error["message"].endswith("the last word is forbidden.")
+    assert error["type"] == "invalid_request_error"
     with pytest.raises(openai.APIError, match="the last word is forbidden"):
         list(stream)
     assert running.get("/health")["status"] == "ok"
 
 
-def test_what_goes_wrong_at_once_is_still_told_by_the_status(running: ServerProcess) -> None:
-    answer = running.chat(("user", "forbidden"), stream=True)
+def test_what_is_known_to_be_wrong_at_once_is_told_by_the_status(running: ServerProcess) -> None:
+    """Also while others are answered."""
+    running.chat(("user", "Load the default model again."))
+    first, first_lines = begin(running, "Once upon a time", seed=1, **NEVER_ENDING)
+    assert next(line for line in first_lines if line.startswith(b"data: "))
 
-    assert answer.status_code >= 400
+    answer = running.chat(("user", "forbidden"), stream=True)
+    still = next(first_lines)
+    first.close()
+
+    assert answer.status_code == 400
     assert "the last word is forbidden" in answer.text
+    assert still.startswith(b"data: ")
+
+
+def test_client_that_closed_its_connection_has_left() -> None:
+    ours, theirs = socket.socketpair()
+    handler = object.__new__(Streaming)
+    handler.connection = ours
+
+    assert not handler.has_left()
+    theirs.send(b"the next request")
+    assert not handler.has_left()
+    assert ours.recv(100) == b"the next request"
+    theirs.close()
+    assert handler.has_left()
+    ours.close()
+    assert handler.has_left()
 
 
 def test_texts_are_on_disk_soon_enough_for_a_kill(model: Path, tmp_path: Path) -> None:

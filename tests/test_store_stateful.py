@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from unittest import mock
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -441,10 +442,12 @@ def fingerprint_of(model: str) -> Fingerprint:
     return fingerprint(weights=model)
 
 
-StoreMachine.TestCase.settings = settings(
-    max_examples=40,
-    stateful_step_count=30,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-)
+class LongStoreMachine(StoreMachine):
+    """The same, tried ten times as often."""
+
+
+COMMON = settings(deadline=None, suppress_health_check=list(HealthCheck))
+StoreMachine.TestCase.settings = settings(COMMON, max_examples=12, stateful_step_count=30)
+LongStoreMachine.TestCase.settings = settings(COMMON, max_examples=120, stateful_step_count=50)
 TestStoreMachine = StoreMachine.TestCase
+TestStoreMachineLong = pytest.mark.long(LongStoreMachine.TestCase)

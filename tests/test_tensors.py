@@ -7,7 +7,6 @@ import json
 import os
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -42,6 +41,7 @@ from persist_cache.tensors.empty import empty
 from persist_cache.tensors.layers import DTYPES
 from tests import tiny_caches
 from tests.tiny_caches import CACHES, MODELS, feed, new_cache
+from tests.waiting import until
 
 
 class Disk:
@@ -501,12 +501,13 @@ def test_source_copies_nothing() -> None:
 
 def _num_os_threads(expected: int = 0) -> int:
     """Threads of this process; one that was joined may take a moment to disappear."""
-    deadline = time.monotonic() + 1
-    while True:
-        num_threads = sum(1 for _ in Path("/proc/self/task").iterdir())
-        if num_threads <= expected or not expected or time.monotonic() > deadline:
-            return num_threads
-        time.sleep(0.01)
+
+    def number() -> int:
+        return sum(1 for _ in Path("/proc/self/task").iterdir())
+
+    if expected:
+        until(lambda: number() <= expected, f"more than {expected} threads stay")
+    return number()
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads by /proc")
@@ -987,17 +988,19 @@ def test_what_memory_held_before_is_never_in_a_cache(disk: Disk) -> None:
 
 def test_pool_waits_for_its_tasks_before_it_raises() -> None:
     ended: list[str] = []
+    failed, raised = threading.Event(), threading.Event()
 
     def slow() -> None:
-        time.sleep(0.2)
-        ended.append("slow")
+        assert failed.wait(60)
+        ended.append("too late" if raised.wait(0.2) else "slow")
 
     def failing() -> None:
-        time.sleep(0.05)
+        failed.set()
         raise ValueError("first")
 
     with pytest.raises(ValueError, match="first"):
         pool.run([slow, failing, *[lambda: ended.append("late")] * 50], 2)
+    raised.set()
 
     assert ended == ["slow"]
     pool.run([lambda: ended.append("next")], 2)

@@ -17,6 +17,7 @@ from persist_cache import PromptCache
 from persist_cache.cache.origin import Origin
 from persist_cache.server.ticket import Ticket, TicketTokens, ticket_of
 from persist_cache.server.upstream import TicketedRequest
+from persist_cache.server.validation import RefusedError
 from tests.loops import Loop, arguments
 from tests.tiny_models import build_model_dir
 from tests.waiting import until
@@ -150,7 +151,7 @@ def test_prompt_without_tokens_is_an_error_of_its_request_alone(
     monkeypatch.setattr(upstream.ResponseGenerator, "_tokenize", nothing)
 
     for seed in (None, 1):
-        with pytest.raises(ValueError, match="has no tokens"):
+        with pytest.raises(RefusedError, match="has no tokens"):
             loop.ask(text="nothing", seed=seed)
 
     assert loop.ask(CHAT).reply

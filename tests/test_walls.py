@@ -149,6 +149,7 @@ SEAM = {
     "provider._adapter_map",
     "provider._draft_model_map",
     "mlx_lm.utils._download",
+    "mlx_lm.utils._get_classes",
 }
 """What is touched of others by name: named tuples, the end of a process, and mlx-lm's seam."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -81,6 +81,14 @@ def is_folder(name: str) -> bool:
     return Path(name).exists()
 
 
+def folder_of(name: str) -> Path | None:
+    """Return where a model's files are on this machine, as far as it has them; else None."""
+    try:
+        return _locate(name, read_regular)[0]
+    except (CannotIdentify, OSError, ValueError):
+        return None
+
+
 def _prefixed(prefix: str, fields: Mapping[str, str]) -> dict[str, str]:
     return {prefix + name: value for name, value in fields.items()}
 
@@ -91,7 +99,7 @@ def _describe_model(
     """Return the fields and the info of one model, as `mlx_lm.utils.load_model` reads it."""
     commit = ""
     if folder is None:
-        folder, commit = _locate(name, contents)
+        folder, commit = _locate(name, contents.read)
     elif folder.parent.name == "snapshots":
         commit = folder.name
     config = _read_config(folder / "config.json", contents)
@@ -229,7 +237,7 @@ def _code_in(root: Path) -> list[Path]:
 # The hub's cache ---------------------------------------------------------------------------
 
 
-def _locate(name: str, contents: Contents) -> tuple[Path, str]:
+def _locate(name: str, read: Callable[[Path], bytes]) -> tuple[Path, str]:
     """Return a model's folder and, for a hub id, its commit; by the rules of mlx-lm."""
     if is_folder(name):
         return Path(name), ""
@@ -239,7 +247,7 @@ def _locate(name: str, contents: Contents) -> tuple[Path, str]:
         raise CannotIdentify(f"{name}: models of ModelScope are identified by their folder only")
     repository = _hub_cache() / f"models--{name.replace('/', '--')}"
     try:
-        commit = contents.read(repository / "refs" / "main").decode().strip()
+        commit = read(repository / "refs" / "main").decode().strip()
     except FileNotFoundError:
         raise CannotIdentify(f"{name}: no such folder, and not in the Hugging Face cache") from None
     if not re.fullmatch(r"\w+", commit):

@@ -195,7 +195,7 @@ def model_errors(model: str) -> Iterator[None]:
     """mlx-lm, transformers and the hub raise whatever they like; the user gets one sentence."""
     try:
         yield
-    except MissingDependencyError:
+    except (MissingDependencyError, ModelError):
         raise
     except ImportError as error:
         raise MissingDependencyError(

@@ -17,6 +17,7 @@ from persist_cache.queries.schema import WarmJson
 from persist_cache.server.answers import Response, json_response
 from persist_cache.server.guard import Request
 from persist_cache.server.model import LoadedModel, Models
+from persist_cache.server.protocols.openai import lenient
 from persist_cache.server.rendering import read_request, system_only
 from persist_cache.server.ticket import Part
 from persist_cache.server.validation import RefusedError, check_names, check_prompt, decode_object
@@ -81,8 +82,9 @@ class Prompts:
         self._models = models
 
     def explain(self, request: Request) -> Response:
-        body = decode_object(request.body)
+        body = lenient(decode_object(request.body))
         check_prompt(body)
+        check_names(body)
         store = self._views.store()
         model = self._models.loaded(body)
         if model.fingerprint is None:
@@ -95,7 +97,7 @@ class Prompts:
         return json_response(explanation_json(found, model.decode, known_tokens=known))
 
     def warm(self, request: Request, ask: Ask | None) -> Response:
-        body = decode_object(request.body)
+        body = lenient(decode_object(request.body))
         marks = Marks.of(body.pop("cache", None))
         whole = not system_only(read_request(body))
         check_names(body)

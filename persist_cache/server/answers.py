@@ -1,4 +1,4 @@
-"""What the admin API sends back."""
+"""What is sent back as a whole."""
 
 from __future__ import annotations
 
@@ -31,12 +31,5 @@ def json_response(
 
 
 def refusal_response(refusal: RefusedError) -> Response:
-    said: Any = str(refusal)
-    if refusal.code:
-        said = {
-            "message": said,
-            "type": "invalid_request_error",
-            "param": None,
-            "code": refusal.code,
-        }
-    return json_response({"error": said}, refusal.status, refusal.headers)
+    """A refusal as the admin API tells it."""
+    return json_response({"error": str(refusal)}, refusal.status, refusal.headers)

@@ -20,7 +20,9 @@ PAGE_PATH = "/cache"
 METRICS_PATH = "/metrics"
 API_PATH = "/v1/cache"
 HEALTH_PATH = "/health"
+MODELS_PATH = "/v1/models"
 OUTCOME_HEADER = "x-persist-cache"
+IGNORED_HEADER = "x-persist-cache-ignored"
 LOOPBACK_ORIGINS = "loopback"
 """A word for `--allowed-origins`: pages of this machine, on any port."""
 _LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -184,7 +186,7 @@ class ModelGuard:
             "Access-Control-Allow-Methods": "*",
             # The asterisk does not stand for the first of them.
             "Access-Control-Allow-Headers": "Authorization, x-api-key, *",
-            "Access-Control-Expose-Headers": OUTCOME_HEADER,
+            "Access-Control-Expose-Headers": f"{OUTCOME_HEADER}, {IGNORED_HEADER}",
         }
 
 

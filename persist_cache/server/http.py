@@ -1,7 +1,8 @@
 """What stands before `mlx_lm.server`'s HTTP handler: checks, the admin API, errors as JSON.
 
-A mix-in: it answers for the admin API, the metrics and the page itself, and hands on what is sound
-of the rest. A request that cannot be understood gets one sentence, and no thread dies of it.
+A mix-in: it answers for the admin API, the metrics, the page and the list of models itself, and
+hands on what is sound of the rest. A request that cannot be understood gets one sentence, and no
+thread dies of it: as OpenAI's clients read it, or in the form of the admin API under its paths.
 """
 
 from __future__ import annotations
@@ -11,24 +12,38 @@ import io
 import json
 import logging
 import socket
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime
 from email.message import Message
 from http.server import BaseHTTPRequestHandler
 from typing import Any
+from urllib.parse import unquote
 
+from persist_cache.prefill import loadable
 from persist_cache.server import admin, answers
-from persist_cache.server.guard import ModelGuard, Request, owns
+from persist_cache.server.bodies import MAX_BODY_BYTES, has_body, read_body
+from persist_cache.server.guard import (
+    HEALTH_PATH,
+    IGNORED_HEADER,
+    MODELS_PATH,
+    ModelGuard,
+    Request,
+    owns,
+)
+from persist_cache.server.names import Names, names_of
+from persist_cache.server.protocols.openai import error_body, ignored, lenient, refusal_of, served
 from persist_cache.server.ticket import Part
 from persist_cache.server.validation import (
-    MAX_BODY_BYTES,
     RefusedError,
-    body_length,
     check_chat,
     check_completion,
+    check_names,
     decode_object,
-    read_body,
+    has_images,
+    refuse_parts,
 )
 
 log = logging.getLogger(__name__)
@@ -47,16 +62,23 @@ _MALFORMED = {
 }
 
 
+def _is_read(path: str) -> bool:
+    return path in (HEALTH_PATH, MODELS_PATH) or path.startswith(f"{MODELS_PATH}/")
+
+
 class Front(BaseHTTPRequestHandler):
     """To be mixed in before upstream's handler, whose methods answer what is handed on.
 
-    The generator that upstream's handler holds may have an `admin`, the `Admin` to ask, and a
-    `guard`, the `ModelGuard` of everything else. Without an `admin` nobody may ask that.
+    The generator that upstream's handler holds may have an `admin`, the `Admin` to ask, a `guard`,
+    the `ModelGuard` of everything else, the `names` of its models, and be `strict`: then it refuses
+    what is else ignored. Without an `admin` nobody may ask that.
     """
 
     timeout = 60
     """Seconds that a request may take to arrive."""
     response_generator: Any
+    created: int
+    max_tokens: int
     body_as_read = b""
     """The body of the request that is answered, as the client sent it."""
     keeps: Part = ""
@@ -64,9 +86,14 @@ class Front(BaseHTTPRequestHandler):
     _headers_buffer: list[bytes]
     _sent = False
     _body_left = False
+    _ignored: list[str]
+    """Fields of the request that are not done."""
 
     def do_GET(self) -> None:
-        self._dispatch(super().do_GET)  # type: ignore[misc]
+        self._dispatch(self._get)
+
+    def do_HEAD(self) -> None:
+        self._dispatch(self._get)
 
     def do_POST(self) -> None:
         self._dispatch(self._checked_post)
@@ -83,14 +110,17 @@ class Front(BaseHTTPRequestHandler):
     def _dispatch(self, otherwise: Callable[[], None] | None) -> None:
         """Answer, or let `otherwise` do it; whatever goes wrong costs this request only."""
         self._sent = False
-        self._body_left = self.headers.get("Content-Length", "0") != "0"
+        self._ignored = []
+        self._body_left = has_body(self.headers)
         try:
             if owns(self.path):
                 self._answer_admin()
                 return
+            # Some clients add a query to every path; none of these has a use for one.
+            self.path = self.path.partition("?")[0]
             self._guard().check(self._request())
             if otherwise is None:
-                raise RefusedError(405, "This path knows no such method.", {"Allow": "GET, POST"})
+                raise self._no_such_method()
             otherwise()
         except RefusedError as refusal:
             self._refuse(refusal)
@@ -105,30 +135,98 @@ class Front(BaseHTTPRequestHandler):
             if not self._sent:
                 self._refuse(RefusedError(500, "The request failed; the server's log says more."))
 
+    def _no_such_method(self) -> RefusedError:
+        if self.path in _CHECKS:
+            allowed = "POST"
+        elif _is_read(self.path):
+            allowed = "GET, HEAD"
+        else:
+            return RefusedError(404, "There is no such path.")
+        return RefusedError(405, "This path knows no such method.", {"Allow": allowed})
+
+    def _get(self) -> None:
+        if not _is_read(self.path):
+            raise self._no_such_method()
+        if self.path == HEALTH_PATH:
+            self.handle_health_check()  # type: ignore[attr-defined]
+        else:
+            self._send(answers.json_response(self._models()))
+
+    def _models(self) -> dict[str, Any]:
+        """The models that may be named, or one of them."""
+        names, wanted = self._names(), unquote(self.path.removeprefix(MODELS_PATH)[1:])
+        if wanted and not names.is_listed(wanted):
+            raise RefusedError(
+                404, f"The server lists no model {wanted!r}.", code="model_not_found", param="model"
+            )
+        at = datetime.fromtimestamp(self.created, UTC).isoformat()
+        said: list[dict[str, Any]] = [
+            {
+                "id": name,
+                "object": "model",
+                "created": self.created,
+                "owned_by": "local",
+                "type": "model",
+                "display_name": name,
+                "created_at": at,  # Anthropic's
+            }
+            for name in ([wanted] if wanted else names.listed())
+        ]
+        # One model is told as OpenAI does, and within a list, as upstream does.
+        if wanted:
+            return {**said[0], "data": said}
+        ends = {"first_id": said[0]["id"], "last_id": said[-1]["id"]} if said else {}
+        return {"object": "list", "data": said, "has_more": False, **ends}
+
     def _checked_post(self) -> None:
         """Hand a request to upstream once it is known to be sound."""
         if self.path not in _CHECKS:
-            raise RefusedError(404, "There is no such path.")
+            raise self._no_such_method()
         self.body_as_read = self._read_body()
-        body = decode_object(self.body_as_read)
+        body, is_chat = lenient(decode_object(self.body_as_read)), "chat" in self.path
+        check_names(body)
         _CHECKS[self.path](body, vocabulary=self._vocabulary(body))
-        self._post(body)
+        if is_chat and has_images(body["messages"]) and not self._sees(body):
+            # Before upstream fetches what is at their addresses.
+            refuse_parts(body["messages"], why="this model reads text only")
+        self._tell_ignored(ignored(body, is_chat=is_chat))
+        self._post(served(body, is_chat=is_chat))
+
+    def _tell_ignored(self, names: list[str]) -> None:
+        """Note what of a request is not done, for the headers of its answer.
+
+        Raises:
+            RefusedError: The server is strict.
+        """
+        self._ignored = names
+        if self._ignored and vars(self.response_generator).get("strict"):
+            raise RefusedError(
+                400,
+                f"This server does not do what is asked for by {', '.join(self._ignored)}, and was "
+                "started with --strict; leave that out.",
+                param=self._ignored[0],
+            )
 
     def _vocabulary(self, body: dict[str, Any]) -> int | None:
         """Token ids of the model that will answer, if it is the one that is loaded."""
         provider = self.response_generator.model_provider
         key, tokenizer = provider.model_key, provider.tokenizer
-        wanted = body.get("model", "default_model")
-        if wanted == "default_model":
-            wanted = provider.cli_args.model
-        if key is None or tokenizer is None or wanted != key[0]:
+        if key is None or tokenizer is None or self._names().of(body) != key:
             return None
         return len(tokenizer)
+
+    def _sees(self, body: dict[str, Any]) -> bool:
+        """Whether the model that will answer reads images."""
+        key, provider = self._names().of(body), self.response_generator.model_provider
+        if key == provider.model_key:
+            return provider.processor is not None
+        self._names().check(key)
+        return loadable.reads_images(key.model)
 
     def _post(self, body: dict[str, Any]) -> None:
         """Let upstream answer a request with this body."""
         raw = json.dumps(body).encode()
-        del self.headers["Content-Length"]
+        del self.headers["Content-Length"], self.headers["Transfer-Encoding"]
         self.headers["Content-Length"] = str(len(raw))
         stream, self.rfile = self.rfile, io.BufferedReader(io.BytesIO(raw))
         try:
@@ -137,7 +235,7 @@ class Front(BaseHTTPRequestHandler):
             self.rfile = stream
 
     def _read_body(self) -> bytes:
-        raw = read_body(self.rfile, body_length(self.headers))
+        raw = read_body(self.rfile, self.headers)
         self._body_left = False
         # From here on the answer may take as long as it takes.
         self.connection.settimeout(None)
@@ -147,6 +245,8 @@ class Front(BaseHTTPRequestHandler):
         """Answer for the admin API, whose answers must not be readable by other sites' pages."""
         api, request = self._admin(), self._request()
         api.check(request)
+        if self.command == "HEAD":
+            request = replace(request, method="GET")
         if self.command == "POST" and self._body_left:
             request = replace(request, body=self._read_body())
         self._send(api.answer(request, self._ask))
@@ -158,6 +258,47 @@ class Front(BaseHTTPRequestHandler):
     def _guard(self) -> ModelGuard:
         found: ModelGuard | None = vars(self.response_generator).get("guard")
         return _DEFAULT_GUARD if found is None else found
+
+    def _names(self) -> Names:
+        found: Names | None = vars(self.response_generator).get("names")
+        return names_of(self.response_generator.model_provider) if found is None else found
+
+    # ---- what upstream's handler asks ----------------------------------------------------------
+
+    def validate_model_parameters(self) -> None:
+        """As upstream, which knows no answer of no tokens."""
+        only_fills = self.max_tokens == 0
+        if only_fills:
+            self.max_tokens = 1
+        super().validate_model_parameters()  # type: ignore[misc]
+        if only_fills:
+            self.max_tokens = 0
+
+    def generate_response(
+        self, text: str, finish_reason: str | None, *args: Any, **more: Any
+    ) -> Any:
+        """As upstream; an answer of no tokens ends because of its length."""
+        if self.max_tokens == 0 and finish_reason is not None:
+            finish_reason = "length"
+        return super().generate_response(text, finish_reason, *args, **more)  # type: ignore[misc]
+
+    def _set_completion_headers(self, status_code: int = 200) -> None:
+        error = sys.exception()
+        if isinstance(error, ConnectionError):
+            raise error
+        if status_code >= 400 and error is not None:
+            # Upstream is about to tell it in a form of its own.
+            raise refusal_of(error, status_code) from error
+        super()._set_completion_headers(status_code)  # type: ignore[misc]
+        self._say_ignored(status_code)
+
+    def _set_stream_headers(self, status_code: int = 200) -> None:
+        super()._set_stream_headers(status_code)  # type: ignore[misc]
+        self._say_ignored(status_code)
+
+    def _say_ignored(self, status_code: int) -> None:
+        if status_code == 200 and self._ignored:
+            self.send_header(IGNORED_HEADER, ", ".join(self._ignored))
 
     def _set_cors_headers(self) -> None:
         """Let pages read an answer, where they may ask; in place of upstream's."""
@@ -190,7 +331,7 @@ class Front(BaseHTTPRequestHandler):
         answer = io.BytesIO()
         self.wfile = answer
         try:
-            self._post(body)
+            self._post(served(lenient(body), is_chat="messages" in body))
         finally:
             self.path, self.wfile, self.headers = outside
             self.keeps = ""
@@ -201,7 +342,11 @@ class Front(BaseHTTPRequestHandler):
 
     def _refuse(self, refusal: RefusedError) -> None:
         """Send a refusal, in the form of the API that was asked."""
-        self._send(answers.refusal_response(refusal))
+        if owns(getattr(self, "path", "")):
+            self._send(answers.refusal_response(refusal))
+        else:
+            raw = error_body(refusal)
+            self._send(answers.Response(refusal.status, raw, headers=refusal.headers))
 
     def _send(self, response: answers.Response) -> None:
         """Send a whole answer, dropping headers of an unfinished one."""
@@ -218,7 +363,8 @@ class Front(BaseHTTPRequestHandler):
                 # Upstream's clients may be pages of other sites; they should see what is wrong.
                 self._set_cors_headers()
             self.end_headers()
-            self.wfile.write(response.body)
+            if self.command != "HEAD":
+                self.wfile.write(response.body)
             self.wfile.flush()
             if self._body_left:
                 self._drain()

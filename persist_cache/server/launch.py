@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import functools
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from persist_cache.errors import StoreError
 from persist_cache.server.guard import LOOPBACK_ORIGINS
+from persist_cache.server.lengths import NO_LIMIT
 from persist_cache.store.opening import is_impossible
 from persist_cache.store.store import Store, default_store_path
 
@@ -32,6 +33,10 @@ class ServeOptions:
         admin_token: Secret that the admin API asks for, None for the store's own.
         api_key: Secret that everything else asks for, None for none.
         salt: Keeps this server's entries apart from others'.
+        aliases: Further names of models, and what they stand for.
+        strict: Refuse what is asked for and not done, instead of saying so.
+        context_tokens: Longest prompt and answer together, None for what the model's
+            configuration says, 0 for no limit.
     """
 
     store: str | None = None
@@ -44,6 +49,9 @@ class ServeOptions:
     admin_token: str | None = None
     api_key: str | None = None
     salt: str = ""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    strict: bool = False
+    context_tokens: int | None = None
 
 
 class Parser(argparse.ArgumentParser):
@@ -54,6 +62,12 @@ class Parser(argparse.ArgumentParser):
             options["help"] = (
                 "Web pages that may ask, by their origins, separated by commas; `loopback` for "
                 f"those of this machine, on any port, `*` for all (default: {LOOPBACK_ORIGINS})"
+            )
+        if "--max-tokens" in names:
+            options["default"] = NO_LIMIT
+            options["help"] = (
+                "Default maximum number of tokens to generate (default: to the end of the model's "
+                "context)"
             )
         return super().add_argument(*names, **options)
 

@@ -11,10 +11,9 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 
-from persist_cache.errors import PersistCacheError
 from persist_cache.server import answers
 from persist_cache.server.form import Form
-from persist_cache.server.guard import OUTCOME_HEADER
+from persist_cache.server.guard import IGNORED_HEADER, OUTCOME_HEADER
 from persist_cache.server.protocols.anthropic_answer import (
     Answer,
     Event,
@@ -25,6 +24,7 @@ from persist_cache.server.protocols.anthropic_answer import (
     ping,
 )
 from persist_cache.server.protocols.anthropic_request import MessagesRequest, read_messages
+from persist_cache.server.protocols.openai import refusal_of
 from persist_cache.server.protocols.output import Call, Finish, OutputReader
 from persist_cache.server.ticket import Ticket
 from persist_cache.server.validation import RefusedError, decode_object
@@ -33,7 +33,6 @@ log = logging.getLogger(__name__)
 
 MESSAGES_PATH = "/v1/messages"
 COUNT_PATH = f"{MESSAGES_PATH}/count_tokens"
-IGNORED_HEADER = "x-persist-cache-ignored"
 PATHS = (MESSAGES_PATH, COUNT_PATH)
 
 
@@ -49,13 +48,13 @@ class Messages(BaseHTTPRequestHandler):
     _is_told = False
 
     def _checked_post(self) -> None:
-        self.path = self.path.partition("?")[0]
         if self.path not in PATHS:
             super()._checked_post()  # type: ignore[misc]
             return
         self.body_as_read = self._read_body()  # type: ignore[attr-defined]
         counts = self.path == COUNT_PATH
         request = read_messages(decode_object(self.body_as_read), counting=counts)
+        self._tell_ignored(list(request.ignored))  # type: ignore[attr-defined]
         generator = self.response_generator
         form = Form(request, generator.templates, generator.cli_args.chat_template_args)
         ticket = Ticket(self.body_as_read, form=form)
@@ -77,25 +76,26 @@ class Messages(BaseHTTPRequestHandler):
         assert answer is not None
         try:
             context, pieces = self.response_generator.answer(request, ticket)
+            self.response_generator.cache.count_repairs(form.repaired)
             try:
                 reader = self._reader(request, ticket, context)
-                output = self._say(request, ticket, reader, pieces)
+                output = self._say(request, ticket, form, reader, pieces)
             finally:
                 context.stop()
             usage = _usage(request, ticket, output)
             rest = answer.say(reader.close())
-            finish = reader.finish or Finish("end")
-            if request.max_tokens == 0:
-                finish = Finish("length")
+            finish = reader.finish or Finish("end" if request.max_tokens else "length")
+            if finish.reason == "length" and output < request.max_tokens:
+                finish = Finish("context")
             if self.stream:
-                self._say_events([*rest, *answer.end(finish, usage)], usage)
+                self._say_events([*rest, *answer.end(finish, usage)], usage, form)
             else:
                 self._say_whole(answer.message(finish, usage), form)
         except ConnectionError:
             raise
         except Exception as error:
             if not self.has_begun():  # type: ignore[attr-defined]
-                raise _refusal(error) from error
+                raise refusal_of(error, 500) from error
             log.error("a request failed in its stream: %s", type(error).__name__)
             log.debug("the failure", exc_info=True)
             self.say_error(error)  # type: ignore[attr-defined]
@@ -110,14 +110,17 @@ class Messages(BaseHTTPRequestHandler):
         )
 
     def _say(
-        self, request: MessagesRequest, ticket: Ticket, reader: OutputReader, pieces: Iterator[Any]
+        self,
+        request: MessagesRequest,
+        ticket: Ticket,
+        form: Form,
+        reader: OutputReader,
+        pieces: Iterator[Any],
     ) -> int:
         """Hand on what the model says; returns how many tokens that were."""
         answer, output = self._answer, 0
         assert answer is not None
         for piece in pieces:
-            if request.max_tokens == 0:
-                continue
             output += 1
             parts = reader.feed(piece.text, piece.token, piece.finish_reason)
             if request.one_call:
@@ -125,7 +128,7 @@ class Messages(BaseHTTPRequestHandler):
                 parts = parts[: calls[0] + 1] if calls else parts
             events = answer.say(parts)
             if self.stream and (events or output == 1):
-                self._say_events(events, _usage(request, ticket, 0))
+                self._say_events(events, _usage(request, ticket, 0), form)
             if request.one_call and answer.calls:
                 break
             if reader.finish is not None and piece.finish_reason is None:
@@ -134,9 +137,10 @@ class Messages(BaseHTTPRequestHandler):
 
     # ---- on the wire -------------------------------------------------------------------------
 
-    def _say_events(self, events: list[Event], usage: Usage) -> None:
+    def _say_events(self, events: list[Event], usage: Usage, form: Form) -> None:
         if not self.has_begun() or not self._is_told:  # type: ignore[attr-defined]
             self._is_told = True
+            self._ignored = list(form.ignored)
             self._set_stream_headers(200)  # type: ignore[attr-defined]
             self.end_headers()
         self._write((self._start(usage) + as_bytes(events)).decode())  # type: ignore[attr-defined]
@@ -165,7 +169,12 @@ class Messages(BaseHTTPRequestHandler):
     def last_words(self, error: Exception) -> str:
         if self._answer is None:
             return str(super().last_words(error))  # type: ignore[misc]
-        return as_bytes([failed(_refusal(error))]).decode()
+        return as_bytes([failed(refusal_of(error, 500))]).decode()
+
+    def _no_such_method(self) -> RefusedError:
+        if self.path not in PATHS:
+            return super()._no_such_method()  # type: ignore[misc,no-any-return]
+        return RefusedError(405, "This path knows no such method.", {"Allow": "POST"})
 
     def _refuse(self, refusal: RefusedError) -> None:
         if getattr(self, "path", "").partition("?")[0] not in PATHS:
@@ -187,11 +196,3 @@ def _usage(request: MessagesRequest, ticket: Ticket, output: int) -> Usage:
         output=output,
         kept_s=max((mark.ttl_s for mark in request.marks), default=0),
     )
-
-
-def _refusal(error: Exception) -> RefusedError:
-    if isinstance(error, RefusedError):
-        return error
-    if isinstance(error, PersistCacheError):
-        return RefusedError(503, f"{error}.")
-    return RefusedError(500, f"The model failed: {error}.")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from persist_cache.fingerprint.value import Fingerprint
+from persist_cache.server.names import Names, names_of
 from persist_cache.server.rendering import Prompt, decode, read_request, render
 from persist_cache.server.validation import RefusedError
 
@@ -54,17 +55,11 @@ class Models:
         tokenizer = getattr(provider, "tokenizer", None)
         if provider is None or key is None or tokenizer is None:
             raise RefusedError(409, "No model is loaded yet; send a chat request first.")
-        wanted = body.get("model")
-        if wanted is None or wanted == "default_model":
-            wanted = provider.cli_args.model or key[0]
-        if wanted != key[0]:
+        names: Names | None = vars(self.generator).get("names")
+        wanted = (names_of(provider) if names is None else names).of(body)
+        if wanted.model != key[0]:
             raise RefusedError(409, f"Another model is loaded: {key[0]}.")
-        named = body.get("model") or "default_model"
-        # By upstream's maps: the adapter of a request counts only if it names the model, too.
-        adapter = getattr(provider, "_adapter_map", {}).get(named, body.get("adapters"))
-        draft = body.get("draft_model") or "default_model"
-        draft = getattr(provider, "_draft_model_map", {}).get(draft, draft)
-        if (adapter, draft) != (key[1], key[2]):
+        if wanted != key:
             raise RefusedError(409, "The model is loaded with another adapter or draft model.")
         if self._tokenizer is None or self._tokenizer[0] is not tokenizer:
             # The generation thread uses the other one; not all tokenizers bear company.

@@ -15,13 +15,16 @@ from types import SimpleNamespace
 from typing import Any
 
 from persist_cache.errors import ModelError
+from persist_cache.server.protocols.openai import lenient
 from persist_cache.server.segments import system_end, system_tokens
-from persist_cache.server.validation import RefusedError, check_prompt
+from persist_cache.server.validation import (
+    RefusedError,
+    check_prompt,
+    first_line,
+    refuse_parts,
+)
 
 log = logging.getLogger(__name__)
-
-_IMAGE_TYPES = frozenset({"image", "image_url", "input_image"})
-_MAX_SAID = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +68,11 @@ def read_request(body: Mapping[str, Any]) -> PromptRequest:
     Raises:
         RefusedError: The server would not understand it either, or it has images.
     """
+    body = lenient(body)
     check_prompt(body)
     if body.get("messages") is None:
         return PromptRequest([], text=body["prompt"])
-    for place, message in enumerate(body["messages"]):
-        _refuse_other_parts(message.get("content"), f"messages[{place}].content")
+    refuse_parts(body["messages"], why="only text can be explained or warmed")
     return PromptRequest(
         body["messages"],
         tools=body.get("tools") or None,
@@ -81,14 +84,6 @@ def read_request(body: Mapping[str, Any]) -> PromptRequest:
 def system_only(request: PromptRequest) -> bool:
     """Whether a request is nothing but the system part of others: its last message is no turn."""
     return bool(request.messages) and request.messages[-1].get("role") == "system"
-
-
-def _refuse_other_parts(content: Any, name: str) -> None:
-    types = {part["type"] for part in content} if isinstance(content, list) else set()
-    if types & _IMAGE_TYPES:
-        raise RefusedError(400, f"{name} has an image; only text can be explained or warmed.")
-    if types - {"text"}:
-        raise RefusedError(400, f"{name} has a part that is neither text nor an image.")
 
 
 def render(
@@ -116,13 +111,7 @@ def render(
         role_mapping=request.role_mapping,
     )
     args = SimpleNamespace(chat_template_kwargs=dict(request.template_args))
-    try:
-        tokens, segments, kinds = tokenize(tokenizer, asked, args, defaults)
-    except Exception as error:  # templates are programs of their own
-        log.debug("a prompt could not be rendered", exc_info=True)
-        raise RefusedError(
-            400, f"The chat template refuses these messages: {_said(error)}."
-        ) from error
+    tokens, segments, kinds = tokenize(tokenizer, asked, args, defaults)
     end = system_tokens(segments, kinds)
     if kinds == ["assistant"] and asked.messages:
         options = {**defaults, **request.template_args}
@@ -152,15 +141,14 @@ def render_chat(
         raise ModelError(str(refusal)) from refusal
 
 
+def unrenderable(error: Exception) -> RefusedError:
+    """What a client is told when its prompt could not be made into tokens."""
+    log.debug("a prompt could not be rendered", exc_info=error)
+    sentence = f"The chat template refuses these messages: {first_line(error)}."
+    return RefusedError(400, sentence, param="messages")
+
+
 def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
     """Tokens as text, to the letter; ids that stand for no text, such as images, are left out."""
     known = [token for token in tokens if 0 <= token < len(tokenizer)]
     return str(tokenizer.decode(known, clean_up_tokenization_spaces=False)) if known else ""
-
-
-def _said(error: Exception) -> str:
-    """The first line of an error, harmless in a terminal."""
-    lines = str(error).strip().splitlines()
-    text = lines[0].strip().rstrip(".") if lines else ""
-    text = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
-    return text[:_MAX_SAID] or type(error).__name__

@@ -25,7 +25,8 @@ from persist_cache.errors import (
 from persist_cache.fingerprint.identifier import Identifier
 from persist_cache.prefill.clock import PrefillClock
 from persist_cache.server.admin import Admin
-from persist_cache.server.admin_token import AdminToken, Serving, announced
+from persist_cache.server.admin_token import AdminToken
+from persist_cache.server.discovery import Serving, announced
 from persist_cache.server.guard import (
     LOOPBACK_ORIGINS,
     PAGE_PATH,
@@ -34,6 +35,7 @@ from persist_cache.server.guard import (
 )
 from persist_cache.server.launch import Parser, ServeOptions, open_disk, start_line
 from persist_cache.server.listening import NamelessServer
+from persist_cache.server.names import names_of, public_name
 from persist_cache.server.upstream import Generator, listen, main, place_in_group
 from persist_cache.store.store import Store, default_store_path
 from persist_cache.system import endings
@@ -54,7 +56,7 @@ def serve(upstream_args: Sequence[str], options: ServeOptions) -> None:
         options: What is not in it.
 
     Raises:
-        PersistCacheError: The port is taken, or the model cannot be loaded.
+        PersistCacheError: The port is taken, or the model, or that of an alias, cannot be loaded.
     """
 
     clock = PrefillClock()
@@ -82,6 +84,10 @@ def _run(
         salt=options.salt,
     )
     provider.identifier = identifier
+    provider.context_given = options.context_tokens
+    names = names_of(provider, options.aliases)
+    if rank == 0:
+        names.check_aliases()
     store, why_off, open_store = open_disk(options, distributed=not alone)
     limits = (options.memory_bytes, args.prompt_cache_bytes, 1 << 63)
     memory_bytes = next(limit for limit in limits if limit is not None)  # 0 keeps nothing
@@ -116,12 +122,15 @@ def _run(
         generator = Generator(provider, cache)  # which begins to load, and may say that it failed
         generator.prefill_clock = prefill_clock
         generator.admin = Admin(cache, token=token, host=host, generator=generator)
+        generator.names, generator.strict = names, options.strict
         generator.guard = ModelGuard(args.allowed_origins, options.api_key)
         if rank == 0:
             with contextlib.ExitStack() as told:
 
                 def tell(bound_port: int) -> None:
-                    cache.on_disk = told.enter_context(_page_told(host, bound_port, folder, token))
+                    cache.on_disk = told.enter_context(
+                        _page_told(host, bound_port, folder, token, args.model)
+                    )
 
                 answer_until_ended(host, port, generator, options.grace_s, tell)
         else:
@@ -229,7 +238,7 @@ def _cannot_listen(host: str, port: int, error: Exception) -> PersistCacheError:
 
 @contextlib.contextmanager
 def _page_told(
-    host: str, port: int, folder: Path, token: AdminToken
+    host: str, port: int, folder: Path, token: AdminToken, model: str | None
 ) -> Iterator[Callable[[], None]]:
     """Tell people and commands where the page is; nothing of this goes to the log.
 
@@ -251,7 +260,14 @@ def _page_told(
                 print(f"Page: {url}#token={told}", flush=True)
 
     tell()
-    with announced(folder, Serving(url, token.is_given), tell) as again:
+    serving = Serving(
+        url,
+        token.is_given,
+        model=None if model is None else public_name(model),
+        pid=os.getpid(),
+        started=time.time(),
+    )
+    with announced(folder, serving, tell) as again:
         yield again
 
 

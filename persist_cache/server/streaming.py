@@ -14,6 +14,7 @@ import time
 from http.server import BaseHTTPRequestHandler
 
 from persist_cache.server.guard import OUTCOME_HEADER
+from persist_cache.server.protocols.openai import error_object, refusal_of
 from persist_cache.server.ticket import Ticket, cache_header
 
 SIGN_S = 0.2
@@ -74,8 +75,7 @@ class Streaming(BaseHTTPRequestHandler):
 
     def last_words(self, error: Exception) -> str:
         """What a stream says of an error."""
-        said = {"message": str(error), "type": "server_error", "param": None, "code": None}
-        return f"data: {json.dumps({'error': said})}\n\n"
+        return f"data: {json.dumps(error_object(refusal_of(error, 500)))}\n\n"
 
     def has_left(self) -> bool:
         """Whether the client has closed its connection; any thread may ask."""

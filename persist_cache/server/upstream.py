@@ -12,7 +12,6 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import json
 import logging
 import os
 import signal
@@ -34,17 +33,23 @@ from persist_cache import tensors
 from persist_cache.cache.prompt_cache import PromptCache
 from persist_cache.errors import MissingDependencyError, ModelError, UnsupportedCacheError
 from persist_cache.fingerprint.identifier import Identifier
-from persist_cache.prefill import loading
+from persist_cache.fingerprint.model_files import folder_of
+from persist_cache.prefill import loadable, loading
 from persist_cache.prefill.clock import PrefillClock
 from persist_cache.prefill.loading import model_errors
 from persist_cache.prefill.run import even_out_draft
 from persist_cache.server.admin import Admin
 from persist_cache.server.alone import Alone, tokens_looked_back_at
+from persist_cache.server.answers import json_response
 from persist_cache.server.form import Templates
 from persist_cache.server.guard import ModelGuard
 from persist_cache.server.http import Front
+from persist_cache.server.lengths import context_tokens, room
 from persist_cache.server.messages import Messages
+from persist_cache.server.names import DEFAULT, Names
 from persist_cache.server.protocols.anthropic_request import MessagesRequest
+from persist_cache.server.protocols.openai import one_head
+from persist_cache.server.rendering import unrenderable
 from persist_cache.server.segments import as_system, cut_at, cut_turn, system_tokens
 from persist_cache.server.streaming import SIGN_S, Streaming
 from persist_cache.server.ticket import CutPrompt, Ticket, TicketedCache, TicketTokens
@@ -96,6 +101,11 @@ class TicketedRequest(upstream.CompletionRequest):  # type: ignore[misc]
 class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
     """Upstream's generation loop, cutting prompts where a restart will want to resume them."""
 
+    names: Names | None = None
+    """Makes one key of all names of a model; without it they are taken as upstream takes them."""
+    strict = False
+    """Whether requests for what is not done are refused."""
+
     def __init__(self, model_provider: Any, prompt_cache: PromptCache) -> None:
         self.cache = prompt_cache  # upstream deletes its own reference at the end
         self._alone: Alone | None = None
@@ -126,6 +136,13 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
         """
         if not self.generation_available():
             raise RuntimeError("generation thread died")
+        if self.names is not None:
+            asked = generation_args.model
+            key = self.names.key(asked.model, asked.adapter, asked.draft)
+            self.names.check(key)
+            # What is compared and loaded; the answer says what the client said.
+            generation_args.model = upstream.ModelDescription(key.model, key.draft, key.adapter)
+        only_fills = generation_args.max_tokens == 0
         request = TicketedRequest.of(request)
         ticket = request.ticket
         answers = _Answers(ticket)
@@ -148,7 +165,8 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
             if not isinstance(error, Exception) or not ticket.has_begun():
                 raise
             return _failed(error)
-        return ctx, self._told(ctx, answers, ticket, progress_callback)
+        told = self._told(ctx, answers, ticket, progress_callback)
+        return ctx, (one for one in told if not only_fills)
 
     def _told(
         self,
@@ -188,8 +206,12 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
     def tokenize_ahead(self, request: TicketedRequest, args: Any) -> None:
         """Tokenize a request before it is queued, if its model is the one that is loaded.
 
-        So the generation thread need not, and what it will want of the disk can be read while it
-        decodes for others. What fails here is left to that thread to say.
+        So the generation thread need not, what is wrong with it is said at once, and what it will
+        want of the disk can be read while others are answered.
+
+        Raises:
+            RefusedError: It cannot be rendered, or is beyond the model's context.
+            ConnectionError: The client is gone.
         """
         provider, ticket = self.model_provider, request.ticket
         key, spare = provider.model_key, getattr(provider, "spare", None)
@@ -202,11 +224,11 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
             if any(upstream._image_parts(request.messages)):
                 return
             prompt = self._cut_beside(spare, request, args)
-        except ConnectionError:
-            raise
-        except Exception as error:
-            log.debug("nothing was tokenized ahead: %s", error)
-            return
+            self._room(prompt, args)
+        except Exception:
+            if ticket.is_over or provider.spare is spare:
+                raise
+            return  # another model was loaded meanwhile
         if self._in_flight > 1:
             self._reader.submit(self.cache.read_ahead, key, prompt.tokens, trail=ticket.trail)
 
@@ -244,12 +266,17 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
             RefusedError: No model is loaded, or the template refuses the request.
         """
         request, args = self._as_upstreams(asked, ticket)
-        provider = self.model_provider
-        is_coming = self.cli_args.model is not None
-        while (spare := provider.spare) is None and is_coming and self.generation_available():
-            time.sleep(SIGN_S)
-        if spare is None:
-            raise RefusedError(503, "No model is loaded, so there is nothing to count with.")
+        provider, names = self.model_provider, self.names
+        key = None if names is None else names.key(args.model.model)
+        is_own = names is None or key == names.key(None)
+        while provider.spare is None and is_own and self.generation_available():
+            time.sleep(SIGN_S)  # it is being loaded
+        spare = provider.spare
+        if spare is None or key not in (None, provider.model_key):
+            if key is None:
+                raise RefusedError(503, "No model is loaded, so there is nothing to count with.")
+            other = loading.load_tokenizer(key.model)
+            return len(self._cut(other, request, args).tokens)
         return len(self._cut_beside(spare, request, args).tokens)
 
     def stop_tokens(self, words: Sequence[str], ticket: Ticket) -> dict[str, list[int]]:
@@ -264,19 +291,21 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
         self, asked: MessagesRequest, ticket: Ticket
     ) -> tuple[TicketedRequest, upstream.GenerationArguments]:
         cli, sampling = self.cli_args, asked.sampling
+        # Clients of this protocol ask for models of its maker, which stand for the one here.
+        is_known = self.names is not None and self.names.is_here(asked.model)
         args = upstream.GenerationArguments(
-            model=upstream.ModelDescription("default_model", "default_model", None),
+            model=upstream.ModelDescription(asked.model if is_known else DEFAULT, DEFAULT, None),
             sampling=upstream.SamplingArguments(
                 temperature=sampling.get("temperature", cli.temp),
                 top_p=sampling.get("top_p", cli.top_p),
-                top_k=sampling.get("top_k", cli.top_k),
+                top_k=self._top_k(sampling.get("top_k", cli.top_k)),
                 min_p=cli.min_p,
                 xtc_probability=0.0,
                 xtc_threshold=0.1,
             ),
             logits=upstream.LogitsProcessorArguments(None, 0.0, 20, 0.0, 20, 0.0, 20),
             stop_words=asked.stop_words,
-            max_tokens=max(1, asked.max_tokens),
+            max_tokens=asked.max_tokens,
             num_draft_tokens=cli.num_draft_tokens,
             logprobs=False,
             top_logprobs=-1,
@@ -292,16 +321,22 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
             ticket.form = None
         return request, args
 
+    def _top_k(self, top_k: int) -> int:
+        """No more than there are tokens, which mlx-lm would fail at; 0 takes all of them."""
+        tokenizer = self.model_provider.tokenizer
+        return 0 if tokenizer is None or top_k >= len(tokenizer) else top_k
+
     # ---- where prompts are cut ---------------------------------------------------------------
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
         """The prompt of the ticket; tokenized here only if the model came later than it."""
         ticket: Ticket = request.ticket
-        if ticket.is_over:
+        if self._is_given_up(ticket):
             raise ConnectionAbortedError("The client is gone.")
         prompt = ticket.prompt
         if prompt is None or prompt.tokenizer is not tokenizer:
             prompt = self._cut(tokenizer, request, args)
+        args.max_tokens = self._room(prompt, args)
         segments, kinds = [list(one) for one in prompt.segments], list(prompt.kinds)
         if prompt.vision is None:
             segments, kinds = self._cut_at_branch(prompt.tokens, segments, kinds, ticket.trail)
@@ -312,6 +347,11 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
         tokens = TicketTokens(prompt.tokens, ticket)
         return tokens, list(segments), list(kinds), prompt.initial_state, prompt.vision
 
+    def _is_given_up(self, ticket: Ticket) -> bool:
+        """Whether a request need not be computed any further."""
+        # Only one of several ranks knows, and the others would wait for it.
+        return not self._is_distributed and ticket.is_over
+
     def _cut(self, tokenizer: Any, request: Any, args: Any) -> CutPrompt:
         """Tokenize a request, and cut it into its system part and its turns."""
         form = request.ticket.form
@@ -319,10 +359,13 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
             fitted = form.fit(tokenizer)
             request.messages, request.tools = fitted.messages, fitted.tools
             args = dataclasses.replace(args, chat_template_kwargs=fitted.template_args)
-        tokens, segments, kinds, initial_state, vision = super()._tokenize(tokenizer, request, args)
+        tokenize = super()._tokenize
+        tokens, segments, kinds, initial_state, vision = _rendered(
+            request, lambda: tokenize(tokenizer, request, args)
+        )
         if not tokens:
             # Upstream's generation thread does not survive it.
-            raise ValueError("The prompt has no tokens.")
+            raise RefusedError(400, "The prompt has no tokens.")
         if vision is None and kinds == ["assistant"]:
             options = {**self.cli_args.chat_template_args, **(args.chat_template_kwargs or {})}
             segments, kinds = cut_turn(
@@ -337,6 +380,16 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
             kinds = as_system(head, segments, kinds)
         messages = request.messages
         return CutPrompt(tokenizer, messages, tokens, segments, kinds, initial_state, vision)
+
+    def _room(self, prompt: CutPrompt, args: Any) -> int:
+        """Tokens that the answer may have, by the context of the model that is loaded.
+
+        Raises:
+            RefusedError: The prompt leaves no room for it.
+        """
+        context = getattr(self.model_provider, "context", None)
+        param = "messages" if prompt.messages else "prompt"
+        return room(len(prompt.tokens), args.max_tokens, context, param=param)
 
     def _cut_at_branch(
         self,
@@ -363,8 +416,7 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
         ticket.leave_tokens = tokens_looked_back_at(args.logits)
 
         def is_cut() -> bool:
-            # Only one of several ranks knows, and the others would wait for it.
-            return not self._is_distributed and (self._stop or ticket.is_over)
+            return (self._stop and not self._is_distributed) or self._is_given_up(ticket)
 
         self._alone = Alone(ticket, answers, self.model_provider, lambda: mx.stream(stream), is_cut)
         try:
@@ -428,6 +480,24 @@ class Batch(upstream.BatchGenerator):  # type: ignore[misc]
         return prompts, tokens
 
 
+def _check_draft(model: Any) -> None:
+    """Refuse a draft model whose wrong guesses the cache of `model` could not take back.
+
+    Upstream notices for the classes that say so, with the first request; a sliding window says so
+    only when it has slid, and answers wrongly from then on.
+
+    Raises:
+        ValueError: They could not be.
+    """
+    layers = tensors.supported(make_prompt_cache(model))
+    names = sorted({layer.class_name for layer in layers if layer.storage != "rows"})
+    if names:
+        raise ValueError(
+            f"it cannot have a draft model: wrong guesses could not be taken back from its "
+            f"cache ({', '.join(names)}); leave the draft model out"
+        )
+
+
 class Spare(NamedTuple):
     """A copy of a tokenizer, to be used by one thread at a time: not all bear company.
 
@@ -448,6 +518,10 @@ class Provider(upstream.ModelProvider):  # type: ignore[misc]
     """The loaded model's cache can be resumed at any token."""
     spare: Spare | None = None
     """Of what is loaded, for use beside the generation thread."""
+    context: int | None = None
+    """Tokens that the loaded model was made for, if its configuration says so."""
+    context_given: int | None = None
+    """What counts instead; 0 for no limit."""
     failed: ModelError | MissingDependencyError | None = None
     """Why the model of the command line could not be loaded, which ends the server."""
 
@@ -470,7 +544,6 @@ class Provider(upstream.ModelProvider):  # type: ignore[misc]
         def read() -> None:
             super(Provider, self)._load(*model_key)
             loading.evaluate(self.model, self.draft_model)
-            self._check_draft()
 
         with model_errors(model_path) if model_path else contextlib.nullcontext():
             if self.identifier is None or self.is_distributed:
@@ -478,35 +551,25 @@ class Provider(upstream.ModelProvider):  # type: ignore[misc]
                 self.spare = None
                 super()._load(*model_key)
             else:
+                # What cannot be had costs the model in memory neither its place nor its name.
                 for name in filter(None, (model_path, draft_model_path)):
-                    # What cannot be had costs the model in memory neither its place nor its name.
-                    loading.fetch(name)
+                    fetched = loading.fetch(name)
+                    if self.model is not None or draft_model_path is not None:
+                        adapter = adapter_path if name == model_path else None
+                        trusted = self.cli_args.trust_remote_code
+                        built = loadable.build(name, fetched, adapter, trust_remote_code=trusted)
+                        if draft_model_path is not None and name == model_path:
+                            _check_draft(built)
                 self.spare = None
                 # The weights in memory go, and with them what is known of their files.
                 self.identifier.forget()
                 self.identifier.around_load(model_key, read)
+            self.context = self.context_given or None
+            folder = folder_of(model_path) if model_path else None
+            if self.context_given is None and folder is not None:
+                self.context = context_tokens(loadable.read_config(folder))
         self.is_trimmable = self.model is None or _is_trimmable(self.model)
         self.spare = Spare(self.tokenizer, copy.deepcopy(self.tokenizer))
-
-    def _check_draft(self) -> None:
-        """Refuse a draft model whose wrong guesses the model's cache could not take back.
-
-        Upstream notices for the classes that say so, with the first request; a sliding window
-        says so only when it has slid, and answers wrongly from then on.
-
-        Raises:
-            ModelError: It does not fit; nothing is loaded then.
-        """
-        if self.draft_model is None:
-            return
-        layers = tensors.supported(make_prompt_cache(self.model))
-        names = sorted({layer.class_name for layer in layers if layer.storage != "rows"})
-        if names:
-            self.reset()
-            raise ModelError(
-                f"it cannot have a draft model: wrong guesses could not be taken back from its "
-                f"cache ({', '.join(names)}); leave the draft model out"
-            )
 
 
 def _is_trimmable(model: Any) -> bool:
@@ -530,8 +593,6 @@ class Handler(Messages, Streaming, Front, upstream.APIHandler):  # type: ignore[
             raise
         except Exception as error:
             if not self.has_begun():
-                if isinstance(error, ModelError):
-                    raise RefusedError(400, str(error)) from error
                 raise
             log.error("a request failed in its stream: %s", type(error).__name__)
             log.debug("the failure", exc_info=True)
@@ -543,11 +604,7 @@ class Handler(Messages, Streaming, Front, upstream.APIHandler):  # type: ignore[
         """Tell a sick disk from a sick model; only the latter makes the server unavailable."""
         healthy = self.response_generator.is_healthy
         said = health_said(self.response_generator.cache, healthy=healthy)
-        body = json.dumps(said).encode()
-        self._set_completion_headers(200 if healthy else 503)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+        self._send(json_response(said, 200 if healthy else 503))
 
 
 def health_said(cache: PromptCache, *, healthy: bool) -> dict[str, str]:
@@ -657,10 +714,35 @@ def tokenize(
     provider = SimpleNamespace(
         processor=None, cli_args=SimpleNamespace(chat_template_args=dict(template_args))
     )
-    tokens, segments, kinds, _, _ = upstream.ResponseGenerator._tokenize(
-        SimpleNamespace(model_provider=provider), tokenizer, request, args
+    tokens, segments, kinds, _, _ = _rendered(
+        request,
+        lambda: upstream.ResponseGenerator._tokenize(
+            SimpleNamespace(model_provider=provider), tokenizer, request, args
+        ),
     )
     return tokens, segments, kinds
+
+
+def _rendered(request: Any, tokenize: Callable[[], Any]) -> Any:
+    """What `tokenize` makes of a request.
+
+    If the chat template refuses its messages, they are tried with a single system message at the
+    head, and kept so in the request.
+
+    Raises:
+        RefusedError: The template refuses that, too; with what it said.
+    """
+    try:
+        try:
+            return tokenize()
+        except Exception:
+            messages = one_head(request.messages)
+            if messages is None:
+                raise
+            request.messages = messages
+            return tokenize()
+    except Exception as error:  # templates are programs of their own
+        raise unrenderable(error) from error
 
 
 def place_in_group() -> tuple[int, int]:

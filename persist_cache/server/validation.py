@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from email.message import Message
-from io import BufferedIOBase
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-MAX_BODY_BYTES = 64 << 20
 MAX_NEW_TOKENS = 10_000_000
 MAX_STOP_WORDS = 64
 _MAX_DIGITS = 18
+_MAX_SAID = 200
 _MAX_TOP_LOGPROBS = 11
 _NUMBERS = (
     "frequency_context_size",
@@ -33,6 +31,7 @@ _NUMBERS = (
     "xtc_probability",
     "xtc_threshold",
 )
+_IMAGE_TYPES = frozenset({"image", "image_url", "input_image"})
 _MAX_FILE_NAME = 255
 """Bytes of one part of a path: what common file systems take."""
 _SAFE_VOCABULARY = 256
@@ -61,7 +60,8 @@ class RefusedError(Exception):
     Attributes:
         status: Of the answer.
         headers: To be sent with it.
-        code: What OpenAI's API calls it; then the answer has the shape of its errors.
+        code: What OpenAI's API calls it, or "".
+        param: The field of the body that is to blame, or "".
     """
 
     def __init__(
@@ -71,43 +71,26 @@ class RefusedError(Exception):
         headers: Mapping[str, str] | None = None,
         *,
         code: str = "",
+        param: str = "",
     ):
         super().__init__(sentence)
         self.status = status
         self.headers = dict(headers or {})
         self.code = code
+        self.param = param
 
 
-def body_length(headers: Message, *, limit: int = MAX_BODY_BYTES) -> int:
-    """Length of the body that a request announces.
-
-    Raises:
-        RefusedError: There is none, it makes no sense, or it is beyond `limit`.
-    """
-    lengths = headers.get_all("Content-Length") or []
-    if headers.get("Transfer-Encoding") is not None or not lengths:
-        raise RefusedError(411, "Send the body with a Content-Length header.")
-    text = lengths[0].strip()
-    if len(set(lengths)) > 1 or not text.isascii() or not text.isdigit():
-        raise RefusedError(400, "Content-Length must be one number of bytes.")
-    if len(text) > 12 or int(text) > limit:
-        raise RefusedError(413, f"The body is larger than {limit} bytes.")
-    return int(text)
+def _wrong(name: str, what: str) -> RefusedError:
+    """The refusal of a field: its name, and what is wrong with it."""
+    return RefusedError(400, f"{name} {what}", param=name)
 
 
-def read_body(stream: BufferedIOBase, length: int) -> bytes:
-    """Read a body of known length.
-
-    Raises:
-        RefusedError: It ends early, or does not arrive in time.
-    """
-    try:
-        raw = stream.read(length)
-    except TimeoutError:
-        raise RefusedError(408, "The body did not arrive in time.") from None
-    if len(raw) < length:
-        raise RefusedError(400, "The body is shorter than its Content-Length.")
-    return raw
+def first_line(error: BaseException) -> str:
+    """The first line of an error without its full stop, harmless in a terminal."""
+    lines = str(error).strip().splitlines()
+    text = lines[0].strip().rstrip(".") if lines else ""
+    text = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+    return text[:_MAX_SAID] or type(error).__name__
 
 
 def decode_object(raw: bytes) -> dict[str, Any]:
@@ -206,13 +189,13 @@ def check_names(body: Mapping[str, Any]) -> None:
 def _check_text(body: Mapping[str, Any]) -> None:
     prompt = body.get("prompt")
     if not isinstance(prompt, str) or not prompt:
-        raise RefusedError(400, "prompt must be a text that is not empty.")
+        raise _wrong("prompt", "must be a text that is not empty.")
 
 
 def _check_messages(body: Mapping[str, Any]) -> None:
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
-        raise RefusedError(400, "messages must be a list of at least one message.")
+        raise _wrong("messages", "must be a list of at least one message.")
     for place, message in enumerate(messages):
         _check_message(message, f"messages[{place}]")
     _check_objects(body.get("tools"), "tools")
@@ -220,61 +203,94 @@ def _check_messages(body: Mapping[str, Any]) -> None:
     if mapping is not None and not (
         isinstance(mapping, dict) and all(isinstance(one, str) for one in mapping.values())
     ):
-        raise RefusedError(400, "role_mapping must be an object of texts.")
+        raise _wrong("role_mapping", "must be an object of texts.")
     _check_template_args(body)
 
 
 def _check_message(message: Any, name: str) -> None:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise RefusedError(400, f"{name} must be an object with a role.")
+        raise _wrong(name, "must be an object with a role.")
     content = message.get("content")
     if isinstance(content, list):
         for part in content:
             if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-                raise RefusedError(400, f"{name}.content must be a list of objects with a type.")
+                raise _wrong(f"{name}.content", "must be a list of objects with a type.")
             if part["type"] == "text" and not isinstance(part.get("text"), str):
-                raise RefusedError(400, f"{name}.content has a text part without a text.")
+                raise _wrong(f"{name}.content", "has a text part without a text.")
     elif content is not None and not isinstance(content, str):
-        raise RefusedError(400, f"{name}.content must be a text or a list of parts.")
+        raise _wrong(f"{name}.content", "must be a text or a list of parts.")
     calls = message.get("tool_calls")
     _check_objects(calls, f"{name}.tool_calls")
     for place, call in enumerate(calls or []):
         _check_function(call.get("function"), f"{name}.tool_calls[{place}].function")
 
 
+def has_images(messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether checked messages have an image."""
+    return any(_IMAGE_TYPES & _types(message) for message in messages)
+
+
+def _types(message: Mapping[str, Any]) -> set[str]:
+    content = message.get("content")
+    return {part["type"] for part in content} if isinstance(content, list) else set()
+
+
+def refuse_parts(messages: Sequence[Mapping[str, Any]], *, why: str) -> None:
+    """Refuse messages with anything but text.
+
+    Args:
+        messages: Checked ones.
+        why: What is said of an image.
+
+    Raises:
+        RefusedError: There is such a part.
+    """
+    for place, message in enumerate(messages):
+        types = _types(message)
+        if types & _IMAGE_TYPES:
+            raise _wrong(f"messages[{place}].content", f"has an image; {why}.")
+        if types - {"text"}:
+            raise _wrong(
+                f"messages[{place}].content", "has a part that is neither text nor an image."
+            )
+
+
 def _check_function(function: Any, name: str) -> None:
     if not function:
         return
     if not isinstance(function, dict):
-        raise RefusedError(400, f"{name} must be an object.")
+        raise _wrong(name, "must be an object.")
     arguments = function.get("arguments")
     if isinstance(arguments, str) and arguments:
         try:
             json.loads(arguments)
         except (ValueError, RecursionError):
-            raise RefusedError(400, f"{name}.arguments must be valid JSON.") from None
+            raise _wrong(f"{name}.arguments", "must be valid JSON.") from None
 
 
 def _check_objects(value: Any, name: str) -> None:
     if value is not None and not (
         isinstance(value, list) and all(isinstance(one, dict) for one in value)
     ):
-        raise RefusedError(400, f"{name} must be a list of objects.")
+        raise _wrong(name, "must be a list of objects.")
 
 
 def _check_options(body: dict[str, Any], vocabulary: int | None) -> None:
     for name in ("max_tokens", "max_completion_tokens"):
-        _check_integer(body, name, 1, MAX_NEW_TOKENS)
+        _check_integer(body, name, -1, MAX_NEW_TOKENS)
     _check_integer(body, "seed", 0, 10**_MAX_DIGITS)
     _check_integer(body, "top_k", 0, (vocabulary or _SAFE_VOCABULARY) - 1)
     # Upstream takes true for 1, and its generation thread does not survive it.
     _check_integer(body, "top_logprobs", -1, _MAX_TOP_LOGPROBS)
     for name in _NUMBERS:
         if isinstance(body.get(name), bool):
-            raise RefusedError(400, f"{name} must be a number.")
+            raise _wrong(name, "must be a number.")
+    for name in ("xtc_probability", "xtc_threshold"):
+        if isinstance(body.get(name), int):
+            body[name] = float(body[name])  # upstream takes no other kind of number
     threshold = body.get("xtc_threshold")
     if isinstance(threshold, (int, float)) and not 0 <= threshold <= 0.5:
-        raise RefusedError(400, "xtc_threshold must be between 0 and 0.5.")
+        raise _wrong("xtc_threshold", "must be between 0 and 0.5.")
     check_names(body)
     _check_stop(body.get("stop"))
     _check_bias(body.get("logit_bias"), vocabulary)
@@ -282,9 +298,7 @@ def _check_options(body: dict[str, Any], vocabulary: int | None) -> None:
     if options is not None and not (
         isinstance(options, dict) and isinstance(options.setdefault("include_usage", False), bool)
     ):
-        raise RefusedError(
-            400, "stream_options must be an object whose include_usage is true or false."
-        )
+        raise _wrong("stream_options", "must be an object whose include_usage is true or false.")
     _check_template_args(body)
 
 
@@ -301,10 +315,10 @@ def check_template_args(arguments: Any, name: str) -> None:
         RefusedError: They would change what rendering returns.
     """
     if not isinstance(arguments, dict):
-        raise RefusedError(400, f"{name} must be an object.")
+        raise _wrong(name, "must be an object.")
     reserved = sorted(_RESERVED_TEMPLATE_ARGS & arguments.keys())
     if reserved:
-        raise RefusedError(400, f"{name} must not set {reserved[0]}.")
+        raise _wrong(name, f"must not set {reserved[0]}.")
 
 
 def _check_integer(body: dict[str, Any], name: str, low: int, high: int) -> None:
@@ -312,14 +326,16 @@ def _check_integer(body: dict[str, Any], name: str, low: int, high: int) -> None
     if value is None:
         return
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise RefusedError(400, f"{name} must be a whole number from {low} to {high}.")
+        raise _wrong(name, f"must be a whole number from {low} to {high}.")
 
 
 def _check_path(path: Any, name: str) -> None:
-    """Upstream repeats the whole of a name that no file can have."""
+    """Refuse what is no text, and a name that no file can have: upstream repeats all of it."""
+    if path is None:
+        return
     parts = path.split("/") if isinstance(path, str) else []
-    if any(len(part.encode(errors="replace")) > _MAX_FILE_NAME for part in parts):
-        raise RefusedError(400, f"{name} must be a path or the name of a model.")
+    if not parts or any(len(part.encode(errors="replace")) > _MAX_FILE_NAME for part in parts):
+        raise _wrong(name, "must be a path or the name of a model.")
 
 
 def _check_stop(stop: Any) -> None:
@@ -331,8 +347,8 @@ def _check_stop(stop: Any) -> None:
         or len(words) > MAX_STOP_WORDS
         or not all(isinstance(word, str) and word for word in words)
     ):
-        raise RefusedError(
-            400, f"stop must be a text, or a list of at most {MAX_STOP_WORDS}, none of them empty."
+        raise _wrong(
+            "stop", f"must be a text, or a list of at most {MAX_STOP_WORDS}, none of them empty."
         )
 
 
@@ -340,11 +356,11 @@ def _check_bias(bias: Any, vocabulary: int | None) -> None:
     if bias is None:
         return
     if not isinstance(bias, dict):
-        raise RefusedError(400, "logit_bias must be an object.")
+        raise _wrong("logit_bias", "must be an object.")
     for token, value in bias.items():
         # MLX does not check indices: a token beyond the vocabulary writes beyond the buffer.
         known = token.isascii() and token.isdigit() and len(token) <= _MAX_DIGITS
         if not known or int(token) >= (vocabulary or _SAFE_VOCABULARY):
-            raise RefusedError(400, "logit_bias has a key that is no token id of this model.")
+            raise _wrong("logit_bias", "has a key that is no token id of this model.")
         if not isinstance(value, (int, float)) or isinstance(value, bool):
-            raise RefusedError(400, "logit_bias must have numbers as its values.")
+            raise _wrong("logit_bias", "must have numbers as its values.")

@@ -14,6 +14,7 @@ from typing import Any
 BILLING = "billing"
 COUNTDOWN = "countdown"
 INLINE_SYSTEM = "inline-system"
+REPAIRS = (BILLING, COUNTDOWN, INLINE_SYSTEM)
 
 _BILLING_HEAD = "x-anthropic-billing-header: "
 _BILLING = re.compile(

@@ -73,7 +73,7 @@ def converse(folder: str, name: str, mode: str, stock: bool = False) -> dict[str
                     **sampling,
                 )
     except ModelError as error:
-        return {"ours": {}, "refused": str(error)}
+        return {"ours": {}, "refused": str(error).replace(str(model), name)}
     return {"ours": found}
 
 
@@ -81,11 +81,11 @@ def _written(folder: Path, name: str, seed: int) -> Path:
     """A model of a kind; where transformers has a tokenizer for it, under another name."""
     from mlx_lm.utils import MODEL_REMAPPING
 
-    from tests.torture.tiny import write_model
+    from tests.loops import write_thinking_model
 
     MODEL_REMAPPING["qwen3_5_of_words"] = "qwen3_5"
     if not folder.exists():
-        write_model(folder, _kinds()[name], seed)
+        write_thinking_model(folder, _kinds()[name], seed)
         if name == "qwen3_5":
             config = folder / "config.json"
             values = json.loads(config.read_text()) | {"model_type": "qwen3_5_of_words"}
@@ -94,7 +94,7 @@ def _written(folder: Path, name: str, seed: int) -> Path:
 
 
 def _kinds() -> dict[str, Any]:
-    """Every kind with heads that can be quantized, and an open thought at the end of prompts."""
+    """Every kind, with heads that can be quantized."""
     from tests.torture.tiny import KINDS, Kind
 
     wide = {"hidden_size": 128, "intermediate_size": 128, "head_dim": 64}
@@ -121,7 +121,6 @@ def _kinds() -> dict[str, Any]:
         name: replace(
             kind,
             config={**kind.config, **wide, **(lfm2 if name == "lfm2" else {})},
-            thinks=True,
         )
         for name, kind in kinds.items()
     }

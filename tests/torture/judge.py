@@ -5,20 +5,17 @@ It runs in a process of its own: a damaged index can take down whoever opens it.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from persist_cache.errors import StoreError
 from persist_cache.index import tree
 from persist_cache.store.store import Store
 from persist_cache.tokens import unpack_tokens
-from tests.fakes import fingerprint, restore
+from tests.fakes import disk_usage, fingerprint, restore
 from tests.torture.journal import Journal, read
 from tests.torture.prompts import CONVERSATIONS, TURNS, Prompt
 from tests.torture.work import RUN_TOKENS, Setting
@@ -276,7 +273,7 @@ class Judge:
 
     def _count_bytes(self, store: Store) -> None:
         usage = store.stats().usage
-        du = bytes_below(self._setting.root)
+        du = disk_usage(self._setting.root)
         if usage.pending or usage.trash:
             self._find(f"left behind: {usage}")
         if any((self._setting.root / "tmp").glob("*.safetensors")):
@@ -316,19 +313,3 @@ def users_of(store: Store, blob: str) -> set[str]:
             if number in on_path or record.checkpoint == number:
                 found.add(f"{entry:016x}")
     return found
-
-
-def bytes_below(root: Path) -> int:
-    """What `du` says, also of a tree that is half built."""
-    total = 0
-    pending = [str(root)]
-    while pending:
-        folder = pending.pop()
-        with contextlib.suppress(OSError), os.scandir(folder) as found:
-            total += os.lstat(folder).st_blocks * 512
-            for one in found:
-                if one.is_dir(follow_symlinks=False):
-                    pending.append(one.path)
-                else:
-                    total += one.stat(follow_symlinks=False).st_blocks * 512
-    return total

@@ -19,9 +19,8 @@ from persist_cache.errors import StoreError, StoreFormatError, StoreFullError
 from persist_cache.index.records import pack_counter
 from persist_cache.store.store import Store
 from tests import disks, forge
-from tests.fakes import fetched, fingerprint, put
+from tests.fakes import disk_usage, fetched, fingerprint, put
 from tests.torture import broken
-from tests.torture.judge import bytes_below
 from tests.torture.storm import ChildDied, Report, in_child, mount
 
 SOAK_BYTES = 200_000_000
@@ -106,7 +105,7 @@ def _use_full_disk(disk: Path) -> str:
     with Store.open(disk / "store", max_bytes=budget, min_free_bytes=0, run_tokens=16) as store:
         for prompt in prompts:
             put(store, prompt)
-        before = bytes_below(store.root)
+        before = disk_usage(store.root)
         disks.fill(disk)
         readers = [threading.Thread(target=_look, args=(store, prompts)) for _ in range(80)]
         for reader in readers:
@@ -116,15 +115,15 @@ def _use_full_disk(disk: Path) -> str:
         if any(fetched(store, prompt) != len(prompt) for prompt in prompts):
             return "a stored prompt was not served"
         store.evict_to(before - 500_000)
-        after = bytes_below(store.root)
+        after = disk_usage(store.root)
         if after > before - 500_000 or after != store.stats().usage.total:
             return f"{after} of {before} bytes are left, usage says {store.stats().usage}"
         disks.unfill(disk)
         for prompt in prompts:
             put(store, prompt)
         problems = store.check(read_data=True)
-        if problems or bytes_below(store.root) > budget:
-            return f"{problems}, {bytes_below(store.root)} bytes"
+        if problems or disk_usage(store.root) > budget:
+            return f"{problems}, {disk_usage(store.root)} bytes"
     return ""
 
 
@@ -157,7 +156,7 @@ def soak(folder: Path, report: Report, seconds: float, breaks: str = "") -> None
     worst = 0
     try:
         while time.monotonic() < end:
-            taken = _frozen(children, lambda: bytes_below(root))
+            taken = _frozen(children, lambda: disk_usage(root))
             worst = max(worst, taken)
             report.samples += 1
             if taken > SOAK_BYTES:

@@ -18,8 +18,8 @@ from pathlib import Path
 from persist_cache.errors import StoreError
 from persist_cache.store.store import Store
 from tests import forge
-from tests.fakes import Clock, blob_files, eager_gc, fetched, put
-from tests.torture.judge import bytes_below, users_of
+from tests.fakes import Clock, blob_files, disk_usage, eager_gc, fetched, put
+from tests.torture.judge import users_of
 from tests.torture.seam import ERRORS, Seam, at_step
 
 SYSTEM = list(range(1, 20))
@@ -127,7 +127,7 @@ class Bed:
         Raises:
             Broken: It is not so.
         """
-        usage, du = self.store.stats().usage, bytes_below(self.root)
+        usage, du = self.store.stats().usage, disk_usage(self.root)
         if usage.pending or usage.trash:
             raise Broken(f"left behind: {usage}")
         if usage.total != du:
@@ -158,7 +158,7 @@ def _want_room(bed: Bed) -> None:
     """So little room that the put has to evict."""
     bed.wanted = "w0", _fresh(bed)
     bed.close()
-    bed.max_bytes = bytes_below(bed.root) + 150_000
+    bed.max_bytes = disk_usage(bed.root) + 150_000
     bed.doomed = set(bed.known)
     _ = bed.store
 

@@ -23,9 +23,10 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from tests.fakes import disk_usage
 from tests.torture import broken, damage, work
 from tests.torture.journal import Journal, Tally
-from tests.torture.judge import ROOMY, Judge, Verdict, bytes_below
+from tests.torture.judge import ROOMY, Judge, Verdict
 
 TIGHT = 1_500_000
 _ROUNDS_PER_STORE = 6
@@ -292,7 +293,7 @@ class Storm:
             if os.WIFSTOPPED(status):
                 stopped.append(child)
         try:
-            taken = bytes_below(setting.root)
+            taken = disk_usage(setting.root)
         finally:
             for child in stopped:
                 os.kill(child, signal.SIGCONT)

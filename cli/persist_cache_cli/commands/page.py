@@ -8,7 +8,8 @@ from urllib.parse import quote
 
 import click
 
-from persist_cache.server.admin_token import Serving, running_servers, stored_token
+from persist_cache.server.admin_token import stored_token
+from persist_cache.server.discovery import Serving, running_servers
 from persist_cache_cli.store_access import (
     NothingFound,
     command_line,
@@ -74,4 +75,9 @@ def _link(server: Serving, stored: str | None, given: str | None) -> dict[str, A
         raise click.ClickException(
             "The store has no admin token; `persist-cache serve` makes one when it starts."
         )
-    return {"url": server.url, "link": f"{server.url}#token={quote(token, safe='')}"}
+    return {
+        "url": server.url,
+        "link": f"{server.url}#token={quote(token, safe='')}",
+        "model": server.model,
+        "pid": server.pid or None,
+    }

@@ -14,6 +14,7 @@ import click
 
 from persist_cache.entry import TIER_LABELS
 from persist_cache.server.launch import DEFAULT_GRACE_S, ServeOptions
+from persist_cache.server.names import parse_aliases
 from persist_cache.server.run import serve
 from persist_cache_cli.parse import SIZE
 
@@ -55,6 +56,23 @@ from persist_cache_cli.parse import SIZE
     help="Secret that all other requests must send, as a Bearer token or x-api-key.",
 )
 @click.option("--salt", default="", help="Keep this server's entries apart from others'.")
+@click.option(
+    "--alias",
+    "aliases",
+    metavar="NAME=MODEL",
+    multiple=True,
+    help="Another name for a model; may be given several times.",
+)
+@click.option(
+    "--strict",
+    is_flag=True,
+    help="Refuse what is asked for and not done, such as response_format, instead of saying so.",
+)
+@click.option(
+    "--context-tokens",
+    type=click.IntRange(min=0),
+    help="Longest prompt and answer together, where the model's configuration is wrong; 0: any.",
+)
 @click.option("-h", "--help", "show_help", is_flag=True, help="Show this, and upstream's flags.")
 @click.pass_context
 def command(
@@ -70,6 +88,9 @@ def command(
     admin_token: str | None,
     api_key: str | None,
     salt: str,
+    aliases: tuple[str, ...],
+    strict: bool,
+    context_tokens: int | None,
     show_help: bool,
 ) -> None:
     """Run mlx_lm.server with a prompt cache that survives restarts.
@@ -117,12 +138,22 @@ def command(
         admin_token=admin_token,
         api_key=api_key,
         salt=salt,
+        aliases=_aliases(aliases),
+        strict=strict,
+        context_tokens=context_tokens,
     )
     for handler in list(logging.getLogger().handlers):
         # Upstream sets up logging as its --log-level says, but only where nobody has done so yet.
         logging.getLogger().removeHandler(handler)
     with _errors_in_one_sentence():
         serve(ctx.args, options)
+
+
+def _aliases(given: tuple[str, ...]) -> dict[str, str]:
+    try:
+        return parse_aliases(given)
+    except ValueError as error:
+        raise click.UsageError(f"--alias: {error}.") from None
 
 
 def _check_port(upstream: Sequence[str]) -> None:

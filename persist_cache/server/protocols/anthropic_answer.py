@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from persist_cache.server.lengths import TooLongError
 from persist_cache.server.protocols.output import Call, Finish, Part, Reasoning
 from persist_cache.server.validation import RefusedError
 
@@ -152,6 +153,8 @@ class Answer:
             return "stop_sequence", finish.stop_word
         if finish.reason == "length":
             return "max_tokens", None
+        if finish.reason == "context":
+            return "model_context_window_exceeded", None
         return "tool_use" if self.calls else "end_turn", None
 
     def _think(self, text: str) -> list[Event]:
@@ -242,5 +245,8 @@ def as_bytes(events: Sequence[Event]) -> bytes:
 def error_object(refusal: RefusedError) -> dict[str, Any]:
     """A refusal as the body of an answer."""
     fallback = "invalid_request_error" if refusal.status < 500 else "api_error"
-    kind = _TYPES.get(refusal.status, fallback)
-    return {"type": "error", "error": {"type": kind, "message": str(refusal)}}
+    kind, message = _TYPES.get(refusal.status, fallback), str(refusal)
+    if isinstance(refusal, TooLongError):
+        # Clients look for these words, and compact the conversation.
+        message = f"prompt is too long: {refusal.num_tokens} tokens > {refusal.context} maximum"
+    return {"type": "error", "error": {"type": kind, "message": message}}

@@ -75,11 +75,12 @@ class Finish:
     """Why an output ended.
 
     Attributes:
-        reason: `end` when the model ended it, `length` when it was cut off.
+        reason: `end` when the model ended it, `length` when it was cut off, `context` when that was
+            at the end of the model's context.
         stop_word: Which of the stop words it met, for `stop_word`.
     """
 
-    reason: Literal["end", "length", "stop_word"]
+    reason: Literal["end", "length", "context", "stop_word"]
     stop_word: str = ""
 
 
