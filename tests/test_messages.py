@@ -475,7 +475,7 @@ def test_mark_in_mid_conversation_is_where_the_next_request_goes_on(
 ) -> None:
     def ask(client: anthropic.Anthropic, text: str, *, marked: bool, name: str) -> Any:
         mark = {"cache_control": {"type": "ephemeral"}} if marked else {}
-        content = [
+        content: Any = [
             {"type": "text", "text": f"{name}: {SYSTEM}", **mark},
             {"type": "text", "text": text},
         ]

@@ -84,8 +84,10 @@ class Messages(BaseHTTPRequestHandler):
                 context.stop()
             usage = _usage(request, ticket, output)
             rest = answer.say(reader.close())
-            finish = reader.finish or Finish("end" if request.max_tokens else "length")
-            if finish.reason == "length" and output < request.max_tokens:
+            finish = reader.finish or Finish("end")
+            if request.max_tokens == 0:
+                finish = Finish("length")
+            elif finish.reason == "length" and output < request.max_tokens:
                 finish = Finish("context")
             if self.stream:
                 self._say_events([*rest, *answer.end(finish, usage)], usage, form)
