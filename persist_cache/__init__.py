@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from persist_cache.cache.origin import Origin
     from persist_cache.cache.prompt_cache import PromptCache
     from persist_cache.cache.stats import Fetch, PromptCacheStats, RecentFetch
     from persist_cache.codec import (
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME_OF = {
+    "Origin": "cache.origin",
     "PromptCache": "cache.prompt_cache",
     "Fetch": "cache.stats",
     "PromptCacheStats": "cache.stats",
@@ -116,6 +118,7 @@ __all__ = [
     "MissReason",
     "MissingDependencyError",
     "ModelError",
+    "Origin",
     "Payload",
     "PersistCacheError",
     "Problem",

@@ -12,7 +12,7 @@ safetensors (`BF16`, `U32`), and comes back with the same dtype and the same byt
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -191,7 +191,7 @@ class Codec(LiveCaches, Protocol):
     """Turns live caches into bytes and back.
 
     It may also have `witness(cache)`, which gives a `Witness`: then a cache is let go that its
-    former owner changed without changing its length.
+    former owner changed without changing its length. And it may be a `SharingCodec`.
     """
 
     def group_size(self) -> int:
@@ -246,3 +246,49 @@ class Codec(LiveCaches, Protocol):
             CorruptBlobError: A blob is not what this codec wrote. Nothing of it is served.
             OSError: The disk failed.
         """
+
+
+class SharingCodec(Codec, Protocol):
+    """A codec whose kept caches may share the buffers of the tokens that they have in common.
+
+    A cache that comes out of a server's batch must be copied, because the batch goes on writing
+    to its buffers. What is kept of the same tokens already is not copied again.
+    """
+
+    def prepare(
+        self,
+        cache: Sequence[Any],
+        num_tokens: int,
+        find_known: Callable[[], Any] | None = None,
+        /,
+    ) -> int:
+        """As `Codec.prepare`.
+
+        Args:
+            cache: The layers; changed in place.
+            num_tokens: Tokens that it is said to hold.
+            find_known: Gives what `known_rows` says of a kept cache that begins with the same
+                tokens, or None. Called only for a cache out of a batch. The codec makes sure that
+                the rows are those of this cache.
+        """
+
+    def known_rows(self, cache: Sequence[Any], num_tokens: int, /) -> Any:
+        """Refer to the rows of a kept cache's first `num_tokens` tokens."""
+
+    def is_pieced(self, cache: Sequence[Any], /) -> bool:
+        """Whether it came out of a batch: it is kept in pieces, and what comes next shares them."""
+
+    def join(self, cache: Sequence[Any], /) -> Any:
+        """Make one to decode on, on the calling thread, of a kept cache; that one stays."""
+
+    def condense(self, cache: Sequence[Any], /) -> bool:
+        """Put a kept cache together if it is in too many pieces; says whether it was."""
+
+    def buffers(self, cache: Sequence[Any], /) -> Mapping[int, int]:
+        """Bytes of each buffer of a kept cache, by what tells buffers apart as long as it lives."""
+
+
+def sharing(codec: LiveCaches) -> SharingCodec | None:
+    """The codec, if its caches may share buffers."""
+    shares: Any = codec
+    return shares if hasattr(codec, "known_rows") else None

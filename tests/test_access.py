@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from email.message import Message
 from pathlib import Path
@@ -140,6 +142,57 @@ def test_a_token_that_was_removed_is_put_back_by_the_server(tmp_path: Path) -> N
     (tmp_path / TOKEN_FILE).unlink()
 
     assert server() == stored_token(tmp_path)
+
+
+def test_what_keeps_a_token_from_being_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error of a descriptor names no file."""
+
+    def full(fd: int, buffers: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(fs, "write_all", full)
+
+    token = AdminToken(tmp_path / "store")
+
+    assert token.trouble == f"{tmp_path / 'store'} cannot be used (No space left on device)."
+
+
+def test_a_server_is_found_though_a_command_looked_while_it_told_of_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever looks for servers locks their files for a moment, to tell living from dead."""
+    (tmp_path / "store").mkdir(mode=0o700)
+    tried = threading.Event()
+    create, wait = fs.create, fs.lock
+    looks: list[threading.Thread] = []
+
+    def leave(looking: int) -> None:
+        tried.wait(30)
+        os.close(looking)
+
+    def seen(path: Path) -> int:
+        fd = create(path)
+        looking = fs.open_read(path)
+        assert fs.try_lock(looking)
+        looks.append(threading.Thread(target=leave, args=(looking,)))
+        looks[-1].start()
+        return fd
+
+    def waits(fd: int, patience_s: float) -> bool:
+        tried.set()
+        return wait(fd, patience_s)
+
+    monkeypatch.setattr(fs, "create", seen)
+    monkeypatch.setattr(fs, "lock", waits)
+    serving = Serving("http://127.0.0.1:1/cache")
+    with announced(tmp_path / "store", serving):
+        tried.set()
+        for one in looks:
+            one.join()
+
+        assert running_servers(tmp_path / "store") == [serving]
 
 
 def test_a_token_given_is_kept_nowhere(tmp_path: Path) -> None:

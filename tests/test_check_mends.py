@@ -16,7 +16,7 @@ from persist_cache.index.transaction import Writer
 from persist_cache.index.tree import BLOB_BYTES
 from persist_cache.store.store import Store
 from tests import forge
-from tests.cli import Done, runner, script
+from tests.cli import Done, forked, runner
 from tests.fakes import blob_files, fetched, put
 from tests.torture import damage
 
@@ -177,7 +177,7 @@ def test_damage_to_pages_of_the_index(tmp_path: Path, kind: str, seed: int) -> N
     damage.WHOLE[kind][1](root, random.Random(seed))
 
     def run(*words: str) -> Done:
-        return script(root, *(words[2:] if words[0] == "--store" else words))
+        return forked(root, *(words[2:] if words[0] == "--store" else words))
 
     mended(run)
 

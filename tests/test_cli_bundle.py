@@ -135,10 +135,15 @@ def test_the_model_given_decides(
         ("export {id} {empty} --force", 1, ". is a folder; name the file"),
         ("export {id} / --force", 1, "/ is a folder; name the file"),
         ("export {id} {folder}/no/where.tar", 1, "cannot be written"),
+        ("export {id} {pipe}", 1, "is a device, a pipe or a socket; name a file"),
+        ("export {id} {pipe} --force", 1, "is a device, a pipe or a socket; name a file"),
+        ("export {id} {link} --force", 1, "is a device, a pipe or a socket; name a file"),
         ("export {id} {file} --nonsense", 2, "--nonsense"),
         ("import", 2, "FILE"),
         ("import {folder}/nothing", 1, "cannot be read"),
-        ("import {folder}", 1, "is not a file"),
+        ("import {folder}", 1, "folder is not a file that"),
+        ("import {pipe}", 1, "pipe is not a file that"),
+        ("import {empty}", 1, "Error: . is not a file that"),
         ("import {taken}", 1, "is not a bundle"),
         ("import {bad}", 1, "checksum"),
         ("import {bad} --dry-run", 1, "checksum"),
@@ -165,8 +170,11 @@ def test_bad_arguments(
     raw[-2000] ^= 1
     bad.write_bytes(raw)
     taken.write_text("mine\n" * 200)
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
     words = {"id": ids["reply"], "file": tmp_path / "new.tar", "folder": folder, "empty": ""}
-    words |= {"good": good, "bad": bad, "taken": taken}
+    words |= {"good": good, "bad": bad, "taken": taken, "pipe": pipe, "link": link}
     before = contents(root)
 
     done = run(*(part.format(**words) for part in line.split()))
@@ -176,6 +184,8 @@ def test_bad_arguments(
     assert done.out == ""
     assert contents(root) == before
     assert taken.read_text() == "mine\n" * 200
+    assert pipe.is_fifo()
+    assert link.is_symlink()
     assert not (tmp_path / "new.tar").exists()
     assert list(tmp_path.glob(".*")) == []
 

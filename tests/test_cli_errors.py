@@ -447,6 +447,23 @@ def test_status_does_not_depend_on_a_closed_standard_error(root: Path, line: str
     assert settled(closed.stdout) == settled(plain.stdout)
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+@pytest.mark.parametrize("name", ["list", "gc", "repair"])
+def test_what_is_no_file_in_the_place_of_the_index_is_named(
+    root: Path, ids: dict[str, str], name: str, make: Callable[[Path], None]
+) -> None:
+    """A pipe would have the command wait for ever."""
+    index = root / "data.mdb"
+    index.unlink()
+    make(index)
+
+    done = script(root, *COMMANDS[name].format(id=ids["system"]).split(), timeout=60)
+
+    assert done.status == 1
+    assert done.sentence == f"Error: {index} is not a file; move it away."
+    assert index.exists()
+
+
 def test_profiler_can_write_what_it_found(root: Path, tmp_path: Path) -> None:
     found = tmp_path / "found.prof"
     subprocess.run(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,10 @@ def test_warm_while_a_server_serves_from_the_same_store(
     assert {asked: text for asked, (text, _, _) in found.items()} == expected
 
 
+def _has_grown(answers: Sequence[Any], before: int) -> bool:
+    return len(answers) >= before + 3
+
+
 def test_evict_of_what_a_server_is_reading(
     model: Path, expected: dict[Asked, str], tmp_path: Path
 ) -> None:
@@ -158,9 +163,7 @@ def test_evict_of_what_a_server_is_reading(
             for turn in range(8):
                 # All at once, some of it, or the oldest, while others put them back.
                 which = (["--all"], ["--tier", "system"], ["--to", "200KB"])[turn % 3]
-                seen = len(answers)
-                while len(answers) < seen + 3:
-                    threading.Event().wait(0.01)
+                until(partial(_has_grown, answers, len(answers)))
                 statuses.append(script(store, "evict", *which, "--yes").status)
             with Store.open(store, min_free_bytes=0) as beside:
                 for _ in range(200):

@@ -215,6 +215,15 @@ BAD: dict[str, tuple[list[object], str]] = {
         ["warm", "--model", "MODEL", "--system", "x", "--ttl", "soon"],
         "length of time",
     ),
+    "label of two lines": (
+        ["warm", "--model", "MODEL", "--system", "x", "--label", "a\nb"],
+        "one line of text",
+    ),
+    "label with a terminal's commands": (["warm", "--manifest", "LABELLED"], "one line of text"),
+    "label that is a book": (
+        ["warm", "--model", "MODEL", "--system", "x", "--label", "x" * 201],
+        "200 characters",
+    ),
     "garbage messages": (["explain", "--model", "MODEL", "--messages", "GARBAGE"], "JSON"),
     "messages of the wrong shape": (
         ["explain", "--model", "MODEL", "--messages", "NUMBERS"],
@@ -247,11 +256,15 @@ def test_bad_input_is_one_sentence(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "garbage").write_text("{[")
     (tmp_path / "numbers").write_text("[1, 2, 3]")
+    (tmp_path / "labelled").write_text(
+        f'[[prompt]]\nmodel = "{model}"\nsystem = "x"\nlabel = "\\u001b[31m"\n'
+    )
     request(tmp_path / "messages", "Hello!")
     names: dict[object, object] = {
         "MODEL": model,
         "GARBAGE": tmp_path / "garbage",
         "NUMBERS": tmp_path / "numbers",
+        "LABELLED": tmp_path / "labelled",
         "MESSAGES": tmp_path / "messages",
     }
     arguments, expected = BAD[name]

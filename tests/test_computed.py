@@ -361,7 +361,9 @@ def test_what_is_said_of_recorded_requests_is_what_the_model_computed(
             by_command = auditor.explained_by_command(body)
             (said,) = auditor.send(body)
             assert said.num_tokens == known, file.name
-            assert by_command in (None, known), file.name
+            assert by_command is not None
+            # The disk is not read for a few tokens more than memory has.
+            assert by_command == known or 0 < by_command - known < 32, file.name
         auditor.close()
     finally:
         auditor.server.kill()

@@ -411,7 +411,7 @@ def test_the_readme_s_program_restores_its_prompt(smollm2: Path, tmp_path: Path)
     assert len(program().splitlines()) <= 15
     (total,) = re.findall(r"0 of (\d+) prompt tokens restored", first[-1])
     assert second[-1] == f"{int(total) - 1} of {total} prompt tokens restored"
-    assert first[:-1] == second[:-1]
+    assert first[:-1] == second[:-1] == ["The capital of France is Paris."]
 
 
 def test_documents_link_to_what_exists() -> None:

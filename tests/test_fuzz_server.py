@@ -53,14 +53,14 @@ def server() -> Iterator[ServerProcess]:
 
 def send(server: ServerProcess, method: str, path: str, body: bytes) -> None:
     headers = {"Content-Type": "application/json"}
-    answer = server.request(method, path, data=body, headers=headers, timeout=20)
+    answer = server.request(method, path, data=body, headers=headers)
 
     assert answer.status_code < 500, (answer.status_code, answer.text)
     if answer.status_code >= 400 and method != "HEAD":
         sentence = sentence_in(json.loads(answer.text))
         assert "\n" not in sentence, sentence
         assert len(sentence) < 500
-    health = server.request("GET", "/health", timeout=10)
+    health = server.request("GET", "/health")
     assert health.status_code == 200, health.text
 
 

@@ -24,6 +24,7 @@ class LRUMachine(RuleBasedStateMachine):
         self.lru: TieredLRU[int] = TieredLRU()
         self.order: dict[str, deque[int]] = {tier: deque() for tier in TIER_LABELS}
         self.sizes: dict[int, int] = {}
+        self.spared: list[int] = []
 
     def tier_of(self, key: int) -> str:
         return next(tier for tier, keys in self.order.items() if key in keys)
@@ -31,6 +32,11 @@ class LRUMachine(RuleBasedStateMachine):
     def forget(self, key: int) -> None:
         self.order[self.tier_of(key)].remove(key)
         del self.sizes[key]
+        self.use(key)
+
+    def use(self, key: int) -> None:
+        if key in self.spared:
+            self.spared.remove(key)
 
     def upstream_pop(self) -> int:
         """`LRUPromptCache.CacheOrder.pop` of mlx-lm 0.32, three tiers."""
@@ -55,9 +61,17 @@ class LRUMachine(RuleBasedStateMachine):
                 self.lru.touch(key)
             return
         self.lru.touch(key)
+        self.use(key)
         keys = self.order[self.tier_of(key)]
         keys.remove(key)
         keys.append(key)
+
+    @rule(key=KEYS)
+    def spare(self, key: int) -> None:
+        self.touch(key)
+        if key in self.sizes:
+            self.lru.spare(key)
+            self.spared.append(key)
 
     @rule(key=KEYS)
     def remove(self, key: int) -> None:
@@ -71,7 +85,7 @@ class LRUMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.sizes)
     @rule()
     def pop(self) -> None:
-        expected = self.upstream_pop()
+        expected = self.spared[0] if self.spared else self.upstream_pop()
         assert self.lru.pop() == expected
         self.forget(expected)
 
@@ -115,7 +129,7 @@ def test_pop_balances_tiers_as_upstream_does() -> None:
 def test_candidates_are_what_pop_returns_in_order() -> None:
     lru: TieredLRU[int] = TieredLRU()
     for key in range(30):
-        lru.push(key, TIER_LABELS[key * key % 7 % 3], key)
+        lru.push(key, TIER_LABELS[key * key % 7 % 3], key, 10 ** (key % 4))
 
     expected = list(lru.candidates())
 
@@ -206,3 +220,79 @@ def test_unknown_tier_is_named_with_the_ones_there_are() -> None:
         lru.count("tool")
     with pytest.raises(ValueError, match="unknown tier"):
         lru.nbytes_of("tool")
+
+
+# ---- what is short beside the oldest -----------------------------------------------------------
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def filled(*entries: tuple[str, int], clock: Clock | None = None) -> TieredLRU[str]:
+    lru: TieredLRU[str] = TieredLRU(["only"], clock or Clock())
+    for key, num_tokens in entries:
+        lru.push(key, "only", 1, num_tokens)
+    return lru
+
+
+def test_entry_below_an_eighth_of_the_oldest_goes_before_it() -> None:
+    lru = filled(("conversation", 16_000), ("title", 1_999), ("other", 2_000))
+
+    assert [lru.pop() for _ in range(3)] == ["title", "conversation", "other"]
+
+
+def test_of_several_short_ones_the_oldest_goes_first() -> None:
+    lru = filled(("conversation", 16_000), ("first", 300), ("second", 300), ("third", 300))
+    lru.touch("first")
+
+    assert [lru.pop() for _ in range(4)] == ["second", "third", "first", "conversation"]
+
+
+def test_short_conversation_beside_a_long_one_outlives_what_is_short_beside_both() -> None:
+    lru = filled(("long", 160_000), ("short", 2_000), ("title", 200))
+
+    assert [lru.pop() for _ in range(3)] == ["title", "short", "long"]
+
+
+def test_short_one_that_is_oldest_goes_first_as_ever() -> None:
+    lru = filled(("title", 200), ("conversation", 16_000), ("newer", 300))
+
+    assert lru.pop() == "title"
+
+
+def test_length_says_nothing_across_tiers() -> None:
+    lru: TieredLRU[str] = TieredLRU(["low", "high"])
+    lru.push("long", "low", 1, 16_000)
+    lru.push("short", "high", 1, 100)
+
+    assert lru.pop() == "long"
+
+
+def test_conversation_unused_for_an_hour_yields_to_short_ones() -> None:
+    clock = Clock()
+    lru = filled(("yesterday", 16_000), ("today", 300), clock=clock)
+
+    clock.now = 3_599.0
+    assert next(lru.candidates()) == "today"
+    clock.now = 3_601.0
+    assert next(lru.candidates()) == "yesterday"
+    lru.touch("yesterday")
+    lru.touch("today")
+    assert next(lru.candidates()) == "today"
+
+
+def test_spared_key_goes_before_all_tiers_until_it_is_used() -> None:
+    lru: TieredLRU[str] = TieredLRU(["low", "high"])
+    lru.push("reply", "low", 1, 10)
+    lru.push("lent", "high", 1, 9_000)
+    lru.push("prompt", "high", 1, 300)
+
+    lru.spare("lent")
+    lru.spare("prompt")
+    assert list(lru.candidates()) == ["lent", "prompt", "reply"]
+    lru.touch("lent")
+    assert [lru.pop() for _ in range(3)] == ["prompt", "reply", "lent"]

@@ -516,12 +516,30 @@ def test_the_report_holds_no_path_and_no_name() -> None:
         f"on {host}, (/private/tmp/z) 3.5 MiB/s, root"
     )
 
-    text = json.dumps(as_json([Outcome("sync", "FAILED", line, {"a": line})], quick=False))
+    text = json.dumps(
+        as_json([Outcome("sync", "FAILED", line, {"a": line})], quick=False, place=Path.cwd())
+    )
 
     for part in (f"{home}/", "Volumes", "private", "tmp/z", f"on {host},"):
         assert part not in text
     assert "3.5 MiB/s" in text
     assert "No such file" in text
+
+
+def test_the_report_holds_no_part_of_a_path_with_blanks_in_it(tmp_path: Path) -> None:
+    """As disks on a Mac are called."""
+    place = tmp_path / "My Disk" / "Ann's «secret» plans"
+    place.mkdir(parents=True)
+    told = [
+        Outcome("sync", "FAILED", f"{place}/x/store cannot be used", {"a": f"in {place}"}),
+        Outcome("sync", "FAILED", str(OSError(2, "No such file", str(place / "x")))),
+    ]
+
+    text = json.dumps(as_json(told, quick=True, place=place), ensure_ascii=False)
+
+    for part in ("My", "Disk", "Ann", "secret", "plans"):
+        assert part not in text
+    assert "<path> cannot be used" in text
 
 
 def test_the_names_of_user_and_machine_are_taken_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,9 +9,8 @@ import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import openai
 import pytest
 import requests
 
@@ -21,6 +20,9 @@ from tests.fakes import disk_usage
 from tests.server_process import ServerProcess
 from tests.tiny_models import build_model_dir
 from tests.waiting import until
+
+if TYPE_CHECKING:
+    import openai
 
 SYSTEM = "You are a helpful assistant. Answer the question of the user in a short sentence. " * 6
 TOOLS = [
@@ -68,6 +70,11 @@ def ask(running: ServerProcess, *said: tuple[str, str], **body: Any) -> dict[str
     return found
 
 
+def stored(running: ServerProcess) -> int:
+    """Entries on disk."""
+    return int(running.get("/v1/cache/stats")["store"]["entries"])
+
+
 def cached(answer: dict[str, Any]) -> int:
     return int(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
 
@@ -83,7 +90,7 @@ def test_next_request_after_sigkill_starts_where_the_last_one_ended(
     with server(model, store, tmp_path) as first:
         cold = ask(first, ("system", SYSTEM), ("user", "Who are you?"), max_tokens=8)
         before = ask(first, ("system", SYSTEM), ("user", "Tell me a story."), max_tokens=8)
-        threading.Event().wait(1.0)
+        until(lambda: stored(first) > 2)
         first.kill()
 
     with server(model, store, tmp_path) as second:
@@ -109,8 +116,7 @@ def test_sigterm_lets_a_running_request_end_and_saves_it(
             target=lambda: answers.append(ask(running, ("user", "Once upon"), max_tokens=60))
         )
         client.start()
-        while not any("Prompt processing" in line for line in running.log.read_text().splitlines()):
-            threading.Event().wait(0.01)
+        until(lambda: "Prompt processing" in running.log.read_text())
         assert running.stop() == 0
         client.join()
 
@@ -308,7 +314,7 @@ def test_second_server_on_the_same_store_finds_what_the_first_stored(
 ) -> None:
     with server(model, store, tmp_path) as one, server(model, store, tmp_path) as other:
         ask(one, ("system", SYSTEM), ("user", "Who are you?"))
-        threading.Event().wait(1.0)
+        until(lambda: stored(one) > 1)
 
         answer = ask(other, ("system", SYSTEM), ("user", "What time is it?"))
 
@@ -318,6 +324,8 @@ def test_second_server_on_the_same_store_finds_what_the_first_stored(
 @pytest.fixture
 def client(model: Path, store: Path, tmp_path: Path) -> Iterator[tuple[openai.OpenAI, Any]]:
     """The official client, and a function that restarts the server behind it."""
+    import openai  # a second of it, in every process that collects tests
+
     running = server(model, store, tmp_path)
     running.start()
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from persist_cache.system import endings
-from tests.cli import script
+from tests.cli import SCRIPT, script
 from tests.tiny_models import build_model_dir
 
 SWALLOWED = """
@@ -202,6 +202,131 @@ def test_demo_that_is_told_to_end_ends_after_its_worker(model: Path, tmp_path: P
     assert list(tmp_path.glob("persist-cache-demo-*")) == []
 
 
+WHILE_IMPORTED = """
+import os, runpy, signal, sys
+
+_, module, *words = sys.argv
+
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == module:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+sys.meta_path.insert(0, Finder())
+sys.argv[:] = words
+if words[0] == "-m":
+    runpy.run_module("persist_cache_cli", run_name="__main__")
+else:
+    runpy.run_path(words[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("program", [str(SCRIPT), "-m"])
+@pytest.mark.parametrize("module", ["click", "persist_cache", "persist_cache.system.endings"])
+def test_ctrl_c_while_the_command_is_imported_ends_it_without_a_word(
+    tmp_path: Path, program: str, module: str
+) -> None:
+    done = run(WHILE_IMPORTED, tmp_path, module, program, "--version")
+
+    assert done.returncode == -signal.SIGINT
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+TWO_AT_ONCE = """
+import contextlib, json, os, signal, sys
+
+_, first, second, *words = sys.argv
+loads, leave = json.loads, contextlib._GeneratorContextManager.__exit__
+
+
+def send(number):
+    os.kill(os.getpid(), int(number))
+    for _ in range(1000):
+        pass
+
+
+def read(text, *more, **options):
+    if isinstance(text, str) and '"event"' in text:
+        send(first)
+    return loads(text, *more, **options)
+
+
+def leave_later(manager, kind, *more):
+    if kind is not None and manager.gen.__name__ == "_worker":
+        send(second)
+    return leave(manager, kind, *more)
+
+
+json.loads, contextlib._GeneratorContextManager.__exit__ = read, leave_later
+sys.argv[:] = ["persist-cache", *words]
+from persist_cache_cli.main import main
+
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (signal.SIGINT, signal.SIGTERM),
+        (signal.SIGINT, signal.SIGINT),
+    ],
+)
+def test_two_signals_at_once_end_the_demo_after_its_worker(
+    model: Path, tmp_path: Path, first: signal.Signals, second: signal.Signals
+) -> None:
+    """The second one must not keep it from ending what it started."""
+    done = run(TWO_AT_ONCE, tmp_path, int(first), int(second), "demo", "--model", model)
+
+    assert done.returncode == 128 + first, done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.glob("persist-cache-demo-*")) == []
+
+
+CLOSED_TERMINAL = """
+import json, os, signal, sys, tempfile
+
+_, *words = sys.argv
+loads, cleanup = json.loads, tempfile.TemporaryDirectory.cleanup
+
+
+def hang_up():
+    os.kill(os.getpid(), signal.SIGHUP)
+    for _ in range(1000):
+        pass
+
+
+def read(text, *more, **options):
+    if isinstance(text, str) and '"event"' in text:
+        hang_up()
+    return loads(text, *more, **options)
+
+
+def clean(folder):
+    hang_up()
+    cleanup(folder)
+
+
+json.loads, tempfile.TemporaryDirectory.cleanup = read, clean
+sys.argv[:] = ["persist-cache", *words]
+from persist_cache_cli.main import main
+
+main()
+"""
+
+
+def test_terminal_that_says_twice_that_it_is_closed_leaves_nothing(
+    model: Path, tmp_path: Path
+) -> None:
+    """The shell says so, and the system says so."""
+    done = run(CLOSED_TERMINAL, tmp_path, "demo", "--model", model)
+
+    assert done.returncode == 128 + signal.SIGHUP, done.stderr
+    assert list(tmp_path.glob("persist-cache-demo-*")) == []
+
+
 def test_worker_of_the_demo_ends_when_the_demo_is_killed(model: Path, tmp_path: Path) -> None:
     job = '{"model": "none"'  # not even all of it was sent
     worker = subprocess.Popen(
@@ -308,5 +433,35 @@ def test_signal_is_not_raised_again_while_its_first_is_cleaned_up_after(
     finally:
         endings.arrived()
         signal.signal(signal.SIGUSR1, before)
+
+    assert done == ["cleaned up", "ended"]
+
+
+def test_other_signal_that_comes_at_once_does_not_cut_the_cleaning_short(
+    alarms: Callable[[int], None],
+) -> None:
+    done: list[str] = []
+
+    def other(*_: object) -> None:
+        endings.insist(SystemExit, 1)
+
+    before = [
+        signal.signal(signal.SIGUSR1, lambda *_: endings.insist(KeyboardInterrupt)),
+        signal.signal(signal.SIGUSR2, other),
+    ]
+    try:
+        try:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            alarms(1)
+        finally:
+            os.kill(os.getpid(), signal.SIGUSR2)
+            alarms(1)
+            done.append("cleaned up")
+    except KeyboardInterrupt:
+        done.append("ended")
+    finally:
+        endings.arrived()
+        signal.signal(signal.SIGUSR1, before[0])
+        signal.signal(signal.SIGUSR2, before[1])
 
     assert done == ["cleaned up", "ended"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from persist_cache.server.upstream import health_said
 from persist_cache.store import unreturned
 from persist_cache.store.store import Store
 from tests.cli import runner
-from tests.fakes import fetched, fingerprint, put
+from tests.fakes import Clock, fetched, fingerprint, put
 from tests.live_fakes import FakeCodec
 
 MIB = 1 << 20
@@ -65,18 +66,32 @@ def disk(root: Path, monkeypatch: pytest.MonkeyPatch) -> Disk:
     return made
 
 
+START = 1_700_000_000.0
+
+
 @pytest.fixture
 def now() -> list[float]:
-    return [1_700_000_000.0]
+    return [START + ENTRIES]
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with many entries, one a second, to be copied."""
+    clock = Clock(START)
+    with Store.open(
+        tmp_path_factory.mktemp("filled") / "store", min_free_bytes=0, clock=clock
+    ) as store:
+        for number in range(ENTRIES):
+            put(store, range(1000 * number, 1000 * number + 50))
+            clock.advance(1)
+    return store.root
 
 
 @pytest.fixture
-def full(root: Path, disk: Disk, now: list[float]) -> Iterator[Store]:
+def full(filled: Path, root: Path, disk: Disk, now: list[float]) -> Iterator[Store]:
     """A store with many entries, on a disk on which no more may be written."""
+    shutil.copytree(filled, root)
     with Store.open(root, min_free_bytes=FLOOR, clock=lambda: now[0]) as store:
-        for number in range(ENTRIES):
-            put(store, range(1000 * number, 1000 * number + 50))
-            now[0] += 1
         disk.leave(FLOOR)
         yield store
 

@@ -309,3 +309,24 @@ def test_server_saves_what_waits_when_it_is_told_to_end(
     with Store.open(store) as opened:
         assert {entry.tier.label for entry in opened.entries()} >= {"system", "assistant"}
         assert opened.check(read_data=True) == []
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [(signal.SIGHUP, signal.SIGTERM), (signal.SIGTERM, signal.SIGHUP)]
+)
+def test_sigterm_after_a_terminal_was_closed_is_the_first_one(
+    model: Path, tmp_path: Path, first: signal.Signals, second: signal.Signals
+) -> None:
+    """As at a logout: both say the same, and what waits is saved."""
+    store = tmp_path / "store"
+    with serve(model, store, tmp_path) as running:
+        assert running.process is not None
+        with held(store / "writer.lock", stopped=False):
+            ask(running, "Ada", source="miss")
+            running.process.send_signal(first)
+            until(lambda: "stopping" in running.log.read_text())
+            running.process.send_signal(second)
+        assert running.process.wait(60) == 0
+
+    with Store.open(store) as opened:
+        assert {entry.tier.label for entry in opened.entries()} >= {"system", "assistant"}

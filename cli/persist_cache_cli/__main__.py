@@ -1,5 +1,5 @@
 """`python -m persist_cache_cli` is `persist-cache`."""
 
-from persist_cache_cli.main import main
+from persist_cache_cli.start import start
 
-main()
+start()

@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         for one in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(one) == signal.SIG_DFL:
                 signal.signal(one, _terminate)
-        if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        if signal.getsignal(signal.SIGINT) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(signal.SIGINT, _interrupt)
         status = _run_to_the_end()
     else:
@@ -131,7 +131,8 @@ class _Terminated(BaseException):
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:
-    signal.signal(signum, signal.SIG_DFL)  # a second one does not wait
+    # A second one does not wait, but a terminal that is closed may say so more than once.
+    signal.signal(signum, signal.SIG_IGN if signum == signal.SIGHUP else signal.SIG_DFL)
     endings.insist(_Terminated, signum)
 
 

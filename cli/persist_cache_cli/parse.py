@@ -71,6 +71,19 @@ def parse_duration(text: str) -> float:
     return total
 
 
+def parse_label(text: str) -> str:
+    """A name for an entry: one line that is not too long.
+
+    Raises:
+        click.BadParameter: `text` is something else.
+    """
+    if len(text) > _MAX_LABEL:
+        raise click.BadParameter(f"a label has at most {_MAX_LABEL} characters.")
+    if not text.isprintable():
+        raise click.BadParameter("a label is one line of text without control characters.")
+    return text
+
+
 class _Size(_Type):
     name = "size"
 
@@ -100,11 +113,7 @@ class _Label(_Type):
     name = "name"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> str:
-        if len(value) > _MAX_LABEL:
-            self.fail(f"a label has at most {_MAX_LABEL} characters.")
-        if not value.isprintable():
-            self.fail("a label is one line of text without control characters.")
-        return str(value)
+        return parse_label(value)
 
 
 class _EntryId(_Type):

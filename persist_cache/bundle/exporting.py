@@ -78,11 +78,14 @@ def export(
         KeyError: An entry is not stored.
         FileExistsError: There is a `file`, and `force` was not given.
         StoreFullError: The disk of `file` is full.
-        StoreAccessError: `file` cannot be written there, or is a folder.
+        StoreAccessError: `file` cannot be written there, or is no file.
         StoreError: A blob is damaged, or was evicted meanwhile.
     """
     if file.is_dir():
         raise StoreAccessError(f"{file} is a folder; name the file that is to be written.")
+    if file.exists() and not file.is_file():
+        # Its name would go, and with it a device or another program's pipe.
+        raise StoreAccessError(f"{file} is a device, a pipe or a socket; name a file.")
     if file.resolve().is_relative_to(store.root.resolve()):
         raise StoreAccessError(
             f"{file} cannot be written into the folder of the store; name a file elsewhere."

@@ -62,7 +62,7 @@ class Bundle:
             with self._errors():
                 status = os.fstat(self._fd)
                 if not stat.S_ISREG(status.st_mode):
-                    raise MalformedError("it is not a file")
+                    raise StoreAccessError(f"{path} is not a file that `export` wrote.")
                 self.nbytes = status.st_size
                 manifest, offset = self._read_manifest()
                 self.created, self.writer = manifest.created, manifest.writer

@@ -16,7 +16,7 @@ from persist_cache.cache.origin import Origin
 from persist_cache.cache.owners import Owner, Owners
 from persist_cache.cache.saver import Saver
 from persist_cache.cache.stats import Tally
-from persist_cache.codec import Codec
+from persist_cache.codec import Codec, sharing
 from persist_cache.entry import Tier
 from persist_cache.errors import UnsupportedCacheError
 from persist_cache.prefill.clock import Prefills
@@ -54,6 +54,7 @@ class Keeper:
             tally: Counts what is not kept.
         """
         self._codec = codec
+        self._sharing = sharing(codec)
         self._resident = resident
         self._lock = lock
         self._owners = owners
@@ -93,14 +94,14 @@ class Keeper:
             origin: Of the look-up that its computation began with; searched when None.
         """
         origin = origin or Origin()
+        packed = pack_tokens(tokens)
+        owner = self.owner(model)
         try:
-            num_tokens = self._codec.prepare(cache, len(tokens))
+            num_tokens = self._prepare(owner, packed, cache)
         except UnsupportedCacheError as error:
             self._tally.problem(f"unsupported:{error.class_name}")
             log.warning("a prompt is not kept: %s", error)
             return
-        packed = pack_tokens(tokens)
-        owner = self.owner(model)
         ends = tier == Tier.ASSISTANT
         if self._owners.is_of_another(owner, packed, cache, ends=ends, begun_for=origin.owner):
             # Begun before the model was loaded again, it is neither's.
@@ -124,6 +125,7 @@ class Keeper:
         held = Held(owner, packed, cache, nbytes, tier.label, prefill_s)
         witness = getattr(self._codec, "witness", None)
         held.witness = None if witness is None else witness(cache)
+        held.stays = self._sharing is not None and self._sharing.is_pieced(cache)
         self._saver.try_late_store_soon()
         with self._lock:
             held.wanted = self._saver.is_for_disk(held)
@@ -140,3 +142,15 @@ class Keeper:
                 self._saver.spill([held])
                 return
             self._saver.spill(self._resident.add(held))
+
+    def _prepare(self, owner: Owner, packed: bytes, cache: Any) -> int:
+        """Make a cache fit to be kept; returns the tokens that it stands for."""
+        num_tokens = len(packed) // TOKEN_BYTES
+        if self._sharing is None:
+            return self._codec.prepare(cache, num_tokens)
+
+        def find_known() -> Any | None:
+            with self._lock:
+                return self._resident.known_rows(owner, packed)
+
+        return self._sharing.prepare(cache, num_tokens, find_known)

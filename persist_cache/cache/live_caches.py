@@ -12,11 +12,12 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
+from persist_cache.cache.footprint import Footprint
 from persist_cache.cache.lru import TieredLRU
 from persist_cache.cache.owners import Owner
 from persist_cache.cache.stats import Tally
 from persist_cache.cache.trie import PromptTrie
-from persist_cache.codec import LiveCaches, Witness
+from persist_cache.codec import LiveCaches, Witness, sharing
 from persist_cache.tokens import TOKEN_BYTES
 
 
@@ -28,12 +29,14 @@ class Held:
         owner: Whose KV it is.
         packed: Its tokens.
         cache: mlx-lm's list of layers.
-        nbytes: Memory it takes.
+        nbytes: Memory it takes, buffers that it shares with others included.
         tier: Label of its tier.
         prefill_s: Seconds that computing all of it took, if known.
         saved: It is on disk, so that losing it costs a load and nothing else.
         wanted: It is to be on disk, and no job for that waits or has failed for good.
         witness: Tells whether its former owner changed it; None if the codec has no such thing.
+        stays: It is copied when it is used, not lent: the next one of the same conversation shares
+            its buffers.
     """
 
     owner: Owner
@@ -45,6 +48,7 @@ class Held:
     saved: bool = False
     wanted: bool = False
     witness: Witness | None = None
+    stays: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -79,12 +83,15 @@ class Resident:
         """Per model key, whose KV is computed now."""
         self._trie: PromptTrie[Held] = PromptTrie()
         self._lru: TieredLRU[Held] = TieredLRU()
+        self._sharing = sharing(codec)
+        self._footprint: Footprint[Held] = Footprint()
 
     def __len__(self) -> int:
         return len(self._lru)
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all caches; what several share is counted once."""
         return self._lru.nbytes
 
     def stats(self) -> dict[str, dict[str, int]]:
@@ -130,6 +137,27 @@ class Resident:
             candidate = self.search(owner, packed, limit)
             if candidate is None or self.is_unchanged(candidate.held):
                 return candidate
+
+    def known_rows(self, owner: Owner, packed: bytes) -> Any | None:
+        """Rows of a prompt's first tokens, of the cache that has most of them."""
+        if self._sharing is None:
+            return None
+        while (found := self._longest(owner, packed)) is not None:
+            if self.is_unchanged(found.held):
+                return self._sharing.known_rows(found.held.cache, found.num_tokens)
+        return None
+
+    def _longest(self, owner: Owner, packed: bytes) -> Candidate | None:
+        """The cache that has most of a prompt's first tokens, and how many."""
+        match = self._trie.search(owner, packed)
+        if match.exact is not None:
+            return Candidate(match.exact, match.exact.num_tokens)
+        shorter = match.shorter
+        if match.longer is not None and (
+            shorter is None or shorter.num_tokens < match.common_prefix
+        ):
+            return Candidate(match.longer.value, match.common_prefix)
+        return None if shorter is None else Candidate(shorter.value, shorter.num_tokens)
 
     def is_unchanged(self, held: Held) -> bool:
         """Whether a cache is as it was inserted; lets go of one that is not.
@@ -178,11 +206,19 @@ class Resident:
     def touch(self, held: Held) -> None:
         self._lru.touch(held)
 
-    def add(self, held: Held) -> list[Held]:
+    def spare(self, held: Held) -> None:
+        """Keep `held` only until its room is needed, or it is used again."""
+        self._lru.spare(held)
+
+    def add(self, held: Held, *, spare: bool = False) -> list[Held]:
         """Keep `held`, and let go of what it replaces or crowds out.
 
         A cache that can be trimmed serves all of its prefixes, so those go, but for one that marks
         more than a reply and waits for its save: the longer cache has its rows, not its tier.
+
+        Args:
+            held: The cache.
+            spare: Keep it only as long as nothing else needs its room.
 
         Returns:
             What was let go to keep within the limits, in that order; replaced ones are not in it.
@@ -190,25 +226,50 @@ class Resident:
         previous = self._trie.add(held.owner, held.packed, held)
         if previous is not None:
             held.tier = max(previous.tier, held.tier, key=self._lru.tiers.index)
-            self._lru.remove(previous)
-        self._lru.push(held, held.tier, held.nbytes)
+            self._forget(previous)
+        self._lru.push(held, held.tier, self._measured(held), held.num_tokens)
         if self._codec.can_trim(held.cache):
             for _, prefix in self._trie.prefixes(held.owner, held.packed):
                 if not prefix.wanted or prefix.tier == self._lru.tiers[0]:
                     self.remove(prefix)
+        if spare:
+            self.spare(held)
         return self.trim_to(self.max_size, self.max_bytes)
 
     def remove(self, held: Held) -> None:
         """Let go of `held`, if it is still here."""
         if held in self._lru:
-            self._lru.remove(held)
+            self._forget(held)
             self._trie.pop(held.owner, held.packed)
+
+    def replace(self, held: Held, cache: Any) -> None:
+        """Keep the same rows of `held` in other buffers, if it is still here."""
+        if held in self._lru:
+            self._inherit(held)
+            held.cache = cache
+            self._lru.resize(held, self._measured(held))
+
+    def _measured(self, held: Held) -> int:
+        """Note the buffers of a cache; returns the bytes of those that no other one has."""
+        if self._sharing is None:
+            return self._footprint.add(held, {id(held): held.nbytes})
+        return self._footprint.add(held, self._sharing.buffers(held.cache))
+
+    def _inherit(self, held: Held) -> None:
+        """Let others account for what they share with a cache."""
+        for heir, nbytes in self._footprint.remove(held):
+            self._lru.resize(heir, nbytes)
+
+    def _forget(self, held: Held) -> None:
+        self._inherit(held)
+        self._lru.remove(held)
 
     def trim_to(self, n_sequences: int, n_bytes: int) -> list[Held]:
         """Let go of caches until both limits hold; returns them, first gone first."""
         gone = []
         while len(self._lru) > n_sequences or self._lru.nbytes > n_bytes:
             held = self._lru.pop()
+            self._inherit(held)
             self._trie.pop(held.owner, held.packed)
             gone.append(held)
         return gone

@@ -9,15 +9,16 @@ import threading
 import time
 from typing import Any, NamedTuple
 
-from persist_cache.cache.live_caches import Candidate, Resident
+from persist_cache.cache.live_caches import Candidate, Held, Resident
 from persist_cache.cache.owners import Owner
 from persist_cache.cache.saver import Saver
 from persist_cache.cache.stats import Fetch, Tally
-from persist_cache.codec import Codec
+from persist_cache.codec import Codec, sharing
 from persist_cache.entry import Match, MissReason, Tier
 from persist_cache.errors import StoreError
 from persist_cache.store.reasons import nothing, reason_of, why_no_more
 from persist_cache.store.trail import Trail
+from persist_cache.tokens import TOKEN_BYTES
 
 _ENOUGH_GAIN_TOKENS = 32
 """Reading the disk beats a shorter cache in memory only for more than a few tokens."""
@@ -55,6 +56,7 @@ class Lookup:
             tally: Counts what goes wrong.
         """
         self._codec = codec
+        self._sharing = sharing(codec)
         self._resident = resident
         self._lock = lock
         self._saver = saver
@@ -67,6 +69,7 @@ class Lookup:
         limit: int,
         counted: bool,
         trail: Trail | None = None,
+        to_copy: bool = False,
     ) -> tuple[Any | None, Fetch]:
         """The longer of memory and disk, what it is, and why it is no more.
 
@@ -76,23 +79,28 @@ class Lookup:
             limit: Tokens that it may get at most.
             counted: Whether the use is to be noted in the store.
             trail: Of the request; for any of these methods, None means that this is its only look.
+            to_copy: Whether the caller copies the cache before it writes to it, as a batch does.
+                Then it stays in memory, also one from the disk, where the next one of the same
+                conversation shares its rows.
 
         Returns:
             A cache that the caller owns, or None; and the outcome.
         """
         match = self.match(owner, packed, limit, trail)
         asks_disk = self._saver.disk is not None and owner.fingerprint is not None
-        taken = self.take(owner, packed, limit, on_disk=match)
+        taken = self.take(owner, packed, limit, on_disk=match, to_copy=to_copy)
         parting = taken.parting
         if taken.cache is None and match.num_tokens:
             found = self._load(owner, packed, match, limit, taken.num_tokens + 1, counted)
             if found is not None:
                 cache, match = found
                 used = match.num_tokens
+                if to_copy:
+                    cache = self._promote(owner, packed, cache, match)
                 why, said = why_no_more(used, limit, match, parting, asked_disk=asks_disk)
                 return cache, Fetch("disk", used, said, 0.0, match.nbytes, match.saved_s, why)
             match = nothing(MissReason.UNREADABLE)
-            taken = self.take(owner, packed, limit, on_disk=match)
+            taken = self.take(owner, packed, limit, on_disk=match, to_copy=to_copy)
         used = 0 if taken.cache is None else taken.num_tokens
         why, said = why_no_more(used, limit, match, parting, asked_disk=asks_disk)
         if taken.cache is None:
@@ -153,7 +161,9 @@ class Lookup:
                 self._saver.failed(error)
             return nothing(MissReason.DISK_ERROR, str(error))
 
-    def take(self, owner: Owner, packed: bytes, limit: int, *, on_disk: Match) -> Taken:
+    def take(
+        self, owner: Owner, packed: bytes, limit: int, *, on_disk: Match, to_copy: bool = False
+    ) -> Taken:
         """Give away the best cache in memory, unless the disk's is worth reading instead.
 
         Returns:
@@ -165,34 +175,65 @@ class Lookup:
                 gain = on_disk.num_tokens - used
                 if on_disk.num_tokens and (used <= 0 or gain >= _ENOUGH_GAIN_TOKENS):
                     return Taken(None, used, parting)
-                cache = self._give(candidate)
+                cache = self._give(candidate, to_copy)
                 if cache is not None:
-                    return Taken(cache, used, parting, _cost(candidate, on_disk))
+                    taken = Taken(cache, used, parting, _cost(candidate, on_disk))
+                    break
                 self._tally.problem("trim_failed")
                 self._resident.remove(candidate.held)
                 self._saver.spill([candidate.held])
-            return Taken(None, 0, self._resident.parting(owner, packed))
+            else:
+                return Taken(None, 0, self._resident.parting(owner, packed))
+        return taken._replace(cache=self._joined(candidate, cache))
 
-    def _give(self, candidate: Candidate) -> Any | None:
+    def _give(self, candidate: Candidate, to_copy: bool) -> Any | None:
         """Give a cache away, or a copy of it; the caller holds the lock.
 
         A cache that is on disk is lent: decoding on a copy would copy all of it at the first
-        token. Prompts that many conversations share stay, and are copied.
+        token. Prompts that many conversations share stay, and are copied. So is what a batch is
+        given, which copies it anyway; it stays while there is room, and the next one of the same
+        conversation shares its rows.
 
         Returns:
             The cache, cut to the candidate's length; None if that cannot be done.
         """
         held, used = candidate.held, candidate.num_tokens
-        if held.saved and used == held.num_tokens and held.tier != Tier.SYSTEM.label:
+        if not held.saved or used != held.num_tokens or held.tier == Tier.SYSTEM.label:
+            self._resident.touch(held)
+        elif to_copy or held.stays:
+            self._resident.spare(held)
+        else:
             self._resident.remove(held)
             held.witness = None  # with its references, the next token would copy all of it
             return held.cache
-        self._resident.touch(held)
         cache = self._codec.copy_cache(held.cache)
         surplus = held.num_tokens - used
         if surplus and self._codec.trim(cache, surplus) != surplus:
             return None
         return cache
+
+    def _joined(self, candidate: Candidate, cache: Any) -> Any:
+        """What `_give` gave, to decode on; without the lock, since it may copy."""
+        if self._sharing is None:
+            return cache
+        held = candidate.held
+        if candidate.num_tokens == held.num_tokens and self._sharing.condense(cache):
+            with self._lock:
+                self._resident.replace(held, self._codec.copy_cache(cache))
+        return self._sharing.join(cache)
+
+    def _promote(self, owner: Owner, packed: bytes, cache: Any, match: Match) -> Any:
+        """Keep what was read from the disk; returns a copy to decode on."""
+        if self._sharing is None:
+            return cache
+        nbytes = self._codec.nbytes(cache)
+        tokens = packed[: match.num_tokens * TOKEN_BYTES]
+        held = Held(owner, tokens, cache, nbytes, Tier.ASSISTANT.label, match.saved_s, saved=True)
+        held.stays = True
+        with self._lock:
+            if nbytes <= self._resident.max_bytes and self._resident.is_current(owner):
+                self._saver.spill(self._resident.add(held, spare=True))
+        return self._codec.copy_cache(cache)
 
     def _load(
         self,

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from persist_cache.cache.owners import Owner
-from persist_cache.prefill.clock import Prefill
+from typing import Any
 
 
 @dataclass(slots=True)
@@ -18,12 +16,12 @@ class Origin:
     Thread safety: used by one thread at a time.
 
     Attributes:
-        owner: Whose KV it was looked up for.
-        prefill: What computing it has cost so far.
-        queued_tokens: How much of the prompt is on its way to the disk, or was found there by a
-            save; 0 while nothing is to be written.
+        owner: Whose KV it was looked up for (`cache.owners.Owner`); None before.
+        prefill: What computing it has cost so far (`prefill.clock.Prefill`); None before.
+        queued_tokens: How much of the prompt is on its way to the disk; 0 while nothing is to be
+            written.
     """
 
-    owner: Owner | None = None
-    prefill: Prefill | None = None
+    owner: Any = None
+    prefill: Any = None
     queued_tokens: int = 0

@@ -261,6 +261,7 @@ class PromptCache:
         trail: Trail | None = None,
         origin: Origin | None = None,
         leave_tokens: int = 0,
+        to_copy: bool = False,
     ) -> tuple[Any | None, Sequence[int], Fetch]:
         """As `fetch_nearest_cache`, with its outcome.
 
@@ -272,6 +273,8 @@ class PromptCache:
             origin: Of the request, for the inserts that follow; filled in.
             leave_tokens: Tokens at the end of the prompt that are to be computed in any case, if
                 more than the cache leaves by itself.
+            to_copy: The caller copies the cache before it writes to it, as a batch does: it stays
+                in memory, and so does one that is read from the disk.
 
         Returns:
             Cache and rest, and how the request was answered.
@@ -284,7 +287,7 @@ class PromptCache:
             packed = pack_tokens(tokens)
             leave = max(leave_tokens, self._leave_tokens)
             limit = max(0, len(packed) // TOKEN_BYTES - leave)
-            cache, fetch = self._fetch(model, packed, limit, counted, trail, origin)
+            cache, fetch = self._fetch(model, packed, limit, counted, trail, origin, to_copy)
             prefill = self._prefills.begun(
                 model, packed, fetch.num_tokens, fetch.prefill_s, remember=origin is None
             )
@@ -521,6 +524,7 @@ class PromptCache:
         counted: bool,
         trail: Trail | None,
         origin: Origin | None,
+        to_copy: bool,
     ) -> tuple[Any | None, Fetch]:
         self._saver.poke()
         self._computing_until = time.monotonic() + _LONGEST_ANSWER_S
@@ -529,7 +533,7 @@ class PromptCache:
             self._owners.asked(owner, packed)
         else:
             origin.owner = owner
-        cache, fetch = self._lookup.answer(owner, packed, limit, counted, trail)
+        cache, fetch = self._lookup.answer(owner, packed, limit, counted, trail, to_copy)
         if cache is not None:
             self._owners.gave(owner, cache)
         return cache, fetch

@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import stat
 import struct
 from pathlib import Path
 
 from persist_cache import fs
-from persist_cache.errors import DamagedIndexError, StoreFullError
+from persist_cache.errors import DamagedIndexError, StoreAccessError, StoreFullError
 
 FILE = "data.mdb"
 _META_MAGIC = 0xBEEFC0DE
@@ -46,13 +47,20 @@ def check_length(path: Path, *, read_only: bool) -> None:
 
     Raises:
         DamagedIndexError: It is as short, or not LMDB's.
+        StoreAccessError: It is no file at all.
     """
     try:
-        with path.open("rb") as file:
-            head = file.read(_META.size)
-            size = os.fstat(file.fileno()).st_size
+        # A pipe would have us wait for ever.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
         return
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise StoreAccessError(f"{path} is not a file; move it away.")
+        head, size = os.read(fd, _META.size), status.st_size
+    finally:
+        os.close(fd)
     if size == 0 and read_only:
         raise DamagedIndexError(f"{path} is empty.")
     if size == 0:

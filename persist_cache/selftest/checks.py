@@ -6,6 +6,8 @@ import contextlib
 import getpass
 import re
 import socket
+import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -133,8 +135,15 @@ def find(name: str) -> Check:
     raise KeyError(name)
 
 
-def as_json(outcomes: Sequence[Outcome], *, quick: bool) -> dict[str, Any]:
-    """All outcomes as JSON that can be shown to anybody: no path, no name, no prompt."""
+def as_json(outcomes: Sequence[Outcome], *, quick: bool, place: Path) -> dict[str, Any]:
+    """All outcomes as JSON that can be shown to anybody: no path, no name, no prompt.
+
+    Args:
+        outcomes: Of the checks.
+        quick: As `Setting.quick`.
+        place: Where they worked.
+    """
+    folders = _folders(place)
     return {
         "format": 1,
         "persist_cache": __version__,
@@ -144,10 +153,10 @@ def as_json(outcomes: Sequence[Outcome], *, quick: bool) -> dict[str, Any]:
             {
                 "name": one.name,
                 "verdict": one.verdict,
-                "line": without_names(one.line),
+                "line": without_names(one.line, folders),
                 "seconds": round(one.seconds, 3),
                 "numbers": {
-                    key: without_names(value) if isinstance(value, str) else value
+                    key: without_names(value, folders) if isinstance(value, str) else value
                     for key, value in one.numbers.items()
                 },
             }
@@ -156,13 +165,32 @@ def as_json(outcomes: Sequence[Outcome], *, quick: bool) -> dict[str, Any]:
     }
 
 
-def without_names(text: str) -> str:
-    """Take paths, and the names of user and machine, out of a sentence."""
+def without_names(text: str, folders: Sequence[str] = ()) -> str:
+    """Take paths, and the names of user and machine, out of a sentence.
+
+    Args:
+        text: The sentence.
+        folders: Paths that may be in it, the longest first: the end of one that has blanks in it
+            cannot be told from the words after it.
+    """
+    for folder in folders:
+        text = text.replace(folder, "/")
     text = re.sub(r"(?:(?<=[\s'\"(:=\[])|^)~?/[^\s'\"()]*", "<path>", text)
     # The longer one first: a host is named with and without its domain.
     for name in sorted(_names(), key=len, reverse=True):
         text = re.sub(rf"(?<![\w-]){re.escape(name)}(?![\w-])", "<name>", text)
     return text
+
+
+def _folders(place: Path) -> list[str]:
+    """Folders that errors may name, in each way that they may be written."""
+    known = {place, Path.cwd(), Path(tempfile.gettempdir()), Path(sys.prefix)}
+    known |= {Path(sys.base_prefix), Path(__file__).parents[2]}
+    with contextlib.suppress(RuntimeError):
+        known.add(Path.home())
+    spelled = {str(way) for one in known for way in (one.absolute(), one.resolve())}
+    spelled |= {repr(one)[1:-1] for one in spelled}
+    return sorted(spelled - {"/"}, key=len, reverse=True)
 
 
 def _names() -> set[str]:

@@ -47,7 +47,7 @@ class AdminToken:
                 fs.make_folder(folder)
                 self._last = _keep(folder, self._last)
             except (OSError, StoreAccessError) as error:
-                self.trouble = reason(error)
+                self.trouble = reason(error, folder)
 
     def __call__(self) -> str:
         """The secret as of now: the file may have been replaced, or lost with its folder."""
@@ -69,7 +69,7 @@ class AdminToken:
                 self._last = _keep(self._folder, self._last)
                 self.trouble = ""
             except (OSError, StoreAccessError) as error:
-                self.trouble = reason(error)
+                self.trouble = reason(error, self._folder)
 
 
 def stored_token(folder: Path) -> str | None:

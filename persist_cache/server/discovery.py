@@ -75,8 +75,8 @@ class _Announcement:
                 self._trouble = ""
             except (OSError, StoreAccessError) as error:
                 self._close()
-                if reason(error) != self._trouble:
-                    self._trouble = reason(error)
+                if reason(error, self._folder) != self._trouble:
+                    self._trouble = reason(error, self._folder)
                     log.warning("commands cannot find this server: %s", self._trouble)
 
     def keep_looking(self) -> None:
@@ -115,7 +115,7 @@ class _Announcement:
                 fs.unlink(dead)
             new = self._path.with_name(f"{self._path.name}.new")
             self._fd = fs.create(new)
-            fs.try_lock(self._fd)
+            fs.lock(self._fd, PATIENCE_S)  # what looks for servers may have it for a moment
             fs.write_all(self._fd, [memoryview(msgspec.json.encode(self._serving))])
             fs.rename(new, self._path)
 

@@ -63,8 +63,8 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def reason(error: OSError | StoreAccessError) -> str:
-    """Why a file could not be made, in a sentence."""
+def reason(error: OSError | StoreAccessError, folder: Path) -> str:
+    """Why a file in `folder` could not be made, in a sentence."""
     if isinstance(error, OSError):
-        return f"{error.filename} cannot be used ({error.strerror})."
+        return f"{error.filename or folder} cannot be used ({error.strerror})."
     return str(error)

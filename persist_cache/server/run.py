@@ -282,10 +282,13 @@ def page_url(host: str, port: int) -> str:
 def _interrupt(signum: int, frame: Any) -> None:
     """SIGTERM and SIGHUP end the server as Ctrl-C does; a second SIGTERM ends it at once."""
     global _stopped
-    _stopped = time.monotonic()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if signum == signal.SIGTERM:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     # A terminal that is closed may say so more than once.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    if _stopped:
+        return  # SIGTERM follows SIGHUP at a logout: that end is under way
+    _stopped = time.monotonic()
     endings.insist(KeyboardInterrupt)
 
 

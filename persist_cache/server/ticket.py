@@ -92,6 +92,7 @@ class Ticket:
         keeps: What a request of our own leaves in the cache; "" for one of a client's, which is
             counted and leaves all of it.
         prompt: As it is computed; None until it is tokenized.
+        in_batch: It is computed in a batch, which copies the cache that it begins with.
         fetch: What the first look found; None before, and for a request that failed before.
         origin: The first look, for the inserts that follow.
         trail: The prompt's way through the store's index, for all looks of the request.
@@ -110,6 +111,7 @@ class Ticket:
         self.form = form
         self.keeps: Part = keeps
         self.prompt: CutPrompt | None = None
+        self.in_batch = False
         self.fetch: Fetch | None = None
         self.origin = Origin()
         self.trail = Trail()
@@ -270,6 +272,7 @@ class TicketedCache:
             trail=ticket.trail,
             origin=ticket.origin,
             leave_tokens=ticket.leave_tokens,
+            to_copy=ticket.in_batch,
         )
         ticket.trail.forget()
         ticket.looked(fetch)

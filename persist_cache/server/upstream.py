@@ -331,6 +331,7 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
         """The prompt of the ticket; tokenized here only if the model came later than it."""
         ticket: Ticket = request.ticket
+        ticket.in_batch = self._alone is None
         if self._is_given_up(ticket):
             raise ConnectionAbortedError("The client is gone.")
         prompt = ticket.prompt
@@ -465,11 +466,17 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
 
 
 class Batch(upstream.BatchGenerator):  # type: ignore[misc]
-    """Upstream's batch, timing prefill alone: not the queue, nor decoding for others."""
+    """Upstream's batch, timing prefill alone: not the queue, nor decoding for others.
+
+    A sequence leaves it as views of the batch, of which `insert_cache` copies what is new.
+    """
 
     def __init__(self, prefill_clock: PrefillClock, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._prefill_clock = prefill_clock
+        # Upstream keeps these two as long as the batch, and moves sequences into and out of them.
+        for batch in (self._prompt_batch, self._generation_batch):
+            batch.extract_cache = functools.partial(_extract, batch)
 
     def next(self) -> Any:
         with self.stats() as spent:
@@ -496,6 +503,10 @@ def _check_draft(model: Any) -> None:
             f"it cannot have a draft model: wrong guesses could not be taken back from its "
             f"cache ({', '.join(names)}); leave the draft model out"
         )
+
+
+def _extract(batch: Any, index: int) -> list[Any]:
+    return tensors.extract(batch.prompt_cache, index)
 
 
 class Spare(NamedTuple):

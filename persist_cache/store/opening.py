@@ -36,6 +36,7 @@ from persist_cache.store.budget import DEFAULT_MAX_BYTES, DEFAULT_MIN_FREE_BYTES
 from persist_cache.store.evict import Evictor
 from persist_cache.store.relief import UnseenSpare
 from persist_cache.store.session import Disk
+from persist_cache.system import streams
 
 log = logging.getLogger(__name__)
 _PATIENCE_S = 5.0
@@ -46,6 +47,8 @@ _UNLIMITED = (1 << 63) - 1
 _IMPOSSIBLE = frozenset(
     (errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 )
+AskedLimits = tuple[int | None, int | None, int | None]
+"""Budget, bytes to leave free, bytes a day; None for what was last set."""
 _said_open: set[Path] = set()
 """Stores of this process that no permissions protect, and of which that was said."""
 _CACHEDIR_TAG = (
@@ -296,14 +299,28 @@ def settle_limits(
     max_bytes: int | None,
     min_free_bytes: int | None,
     daily_write_bytes: int | None,
+    *,
+    before: Limits | None = None,
 ) -> Limits:
-    """Limits given win and are remembered, so that the command line knows the server's."""
+    """Limits given win and are remembered, so that the command line knows the server's.
+
+    Args:
+        index: The store's.
+        max_bytes: As `Store.open`, as are the next two.
+        min_free_bytes: Likewise.
+        daily_write_bytes: Likewise.
+        before: Those of the store that was in its place, which are given where it has none.
+    """
     given = {
         name: None if value is None else min(value, _UNLIMITED)
         for name, value in (("max_bytes", max_bytes), ("min_free_bytes", min_free_bytes))
     }
     with index.read() as txn:
         stored = {name: txn.meta(name) for name in given}
+    if before is not None:
+        for name, value in given.items():
+            if value is None and stored[name] is None:
+                given[name] = getattr(before, name)
     news = {
         name: value
         for name, value in given.items()
@@ -340,26 +357,29 @@ def distrust(root: Path) -> None:
 
 def open_disk(
     root: Path,
-    limits: tuple[int | None, int | None, int | None],
+    limits: AskedLimits,
     *,
     read_only: bool,
     clock: Callable[[], float],
+    before: Limits | None = None,
 ) -> Disk:
     """Open a store's parts, finish what dead processes left, and rebuild a damaged index.
 
     Args:
         root: Its folder.
-        limits: Budget, bytes to leave free, bytes a day; None for what was last set.
+        limits: What was asked for.
         read_only: Change nothing.
         clock: UTC seconds.
+        before: Limits of the store that was in its place, for one that has none of its own.
     """
+    streams.occupy()
     folder = BlobFolder(root)
     prepare_folder(root, folder, read_only)
     may_rebuild = not read_only
     while True:
         index = open_index(root, folder, read_only)
         try:
-            settled = settle_limits(index, *limits)
+            settled = settle_limits(index, *limits, before=before)
             disk = Disk(root, index, folder, settled, clock)
             if not read_only:
                 # A full disk must not keep anybody from reading, or from evicting.

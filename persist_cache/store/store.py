@@ -70,11 +70,12 @@ def default_store_path() -> Path:
 class Store:
     """A folder of blobs with its index; made by `Store.open`."""
 
-    def __init__(self, disk: Disk, run_tokens: int) -> None:
+    def __init__(self, disk: Disk, run_tokens: int, asked: opening.AskedLimits) -> None:
         self.root = disk.root
         self.limits = disk.limits
         self.read_only = disk.index.read_only
         self._disk = disk
+        self._asked = asked
         self._evictor = Evictor(disk)
         self._run_tokens = run_tokens
         self._lookup = Lookup(disk, self._evictor)
@@ -118,7 +119,8 @@ class Store:
             raise ValueError(f"run_tokens must be at least 1, got {run_tokens}")
         root = Path(path) if path is not None else default_store_path()
         asked = (max_bytes, min_free_bytes, daily_write_bytes)
-        return cls(opening.open_disk(root, asked, read_only=read_only, clock=clock), run_tokens)
+        disk = opening.open_disk(root, asked, read_only=read_only, clock=clock)
+        return cls(disk, run_tokens, asked)
 
     def close(self, timeout_s: float | None = None) -> bool:
         """Write buffered uses and close the index. Further calls do nothing.
@@ -163,6 +165,8 @@ class Store:
     def reopen(self) -> None:
         """Begin anew in the same place, after the folder was lost.
 
+        A store that is found there keeps its own limits, except for those that `open` was given.
+
         Other threads get a `StoreError` in the meantime, which the serving side counts as a miss.
 
         Raises:
@@ -170,13 +174,14 @@ class Store:
                 later.
         """
         self._disk.index.close()
-        limits = self.limits
         self._disk = opening.open_disk(
             self.root,
-            (limits.max_bytes, limits.min_free_bytes, limits.daily_write_bytes),
+            self._asked,
             read_only=self.read_only,
             clock=self._disk.clock,
+            before=self.limits,
         )
+        self.limits = self._disk.limits
         self._evictor = Evictor(self._disk)
         self._lookup = Lookup(self._disk, self._evictor)
         self._upkeep = Upkeep(self._disk, self._evictor, self._run_tokens)

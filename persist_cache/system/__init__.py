@@ -1,1 +1,1 @@
-"""What the operating system has to be asked, or told: file systems, volumes, forks, signals."""
+"""What the operating system is asked, or told: file systems, volumes, forks, signals, streams."""

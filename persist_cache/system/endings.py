@@ -12,10 +12,13 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple, NoReturn
 
 _AGAIN_S = 0.1
+_AT_ONCE_S = 1.0
+"""Who asks again within this time means the same end."""
 
 
 class Asked(NamedTuple):
@@ -27,16 +30,23 @@ class Asked(NamedTuple):
 
 _wanted: Asked | None = None
 """What is raised until it arrives."""
+_since = 0.0
+"""When that was asked for, by the monotonic clock."""
 _deferred = 0
 
 
 def insist(kind: type[BaseException], *arguments: Any) -> None:
     """Raise an exception until `arrived` is called; for a handler of a signal.
 
-    Each call raises it at once, unless a block is `deferred`: whoever asks twice is heard twice.
+    Each call raises it at once, unless a block is `deferred`: whoever asks twice is heard twice,
+    but not while the process cleans up because of what came a moment ago. A terminal that is
+    closed, a key that is held down, and what ends services send several signals at once.
     """
-    global _wanted
-    _wanted = Asked(kind, arguments)
+    global _wanted, _since
+    now = time.monotonic()
+    if _wanted is not None and now - _since < _AT_ONCE_S and _is_under_way():
+        return
+    _wanted, _since = Asked(kind, arguments), now
     signal.signal(signal.SIGALRM, _again)
     signal.setitimer(signal.ITIMER_REAL, _AGAIN_S, _AGAIN_S)
     if not _deferred:

@@ -10,6 +10,7 @@ This package is the only importer of `mlx.core` and `mlx_lm.models.cache` in the
 
 from persist_cache.tensors.live import (
     LayerStatus,
+    buffers,
     can_trim,
     copy_cache,
     group_size,
@@ -20,16 +21,24 @@ from persist_cache.tensors.live import (
     trim,
 )
 from persist_cache.tensors.restore import restore
+from persist_cache.tensors.sharing import condense, extract, is_pieced, join, known_rows
 from persist_cache.tensors.source import CacheSource, source
-from persist_cache.tensors.witness import Witness, witness
+from persist_cache.tensors.witness import Witness, address_of, witness
 
 __all__ = [
     "CacheSource",
     "LayerStatus",
     "Witness",
+    "address_of",
+    "buffers",
     "can_trim",
+    "condense",
     "copy_cache",
+    "extract",
     "group_size",
+    "is_pieced",
+    "join",
+    "known_rows",
     "nbytes",
     "num_tokens",
     "prepare",

@@ -15,6 +15,7 @@ import msgspec
 from persist_cache.blobs.layout import MAX_LAG, Layout, RowGeometry, layout_leaves
 from persist_cache.errors import UnsupportedCacheError
 from persist_cache.tensors._mlx import mlx_cache, mx
+from persist_cache.tensors.pieced import Pieced
 
 DTYPES = {
     mx.bool_: "BOOL",
@@ -92,6 +93,16 @@ class LayerKind(ABC):
     def new(self, scalars: Mapping[str, int]) -> Any:
         """A layer without state."""
 
+    @property
+    def class_name(self) -> str:
+        """Of the class that is restored: the one in a layout."""
+        return self.cls.__name__
+
+    def buffers(self, layer: Any) -> dict[str, list[tuple[Any, int]]]:
+        """As `arrays`, each as the buffers that make it up, and how many rows of each count."""
+        arrays = self.arrays(layer).items()
+        return {name: [(array, array.shape[-2] if array.ndim > 1 else 0)] for name, array in arrays}
+
     def has_rows(self, layer: Any) -> bool:
         """Whether row `i` of every buffer is that of the layer's token `i`, from 0 on."""
         return self.always_rows
@@ -159,6 +170,31 @@ class RowKind(LayerKind):
 class _KV(RowKind):
     cls = mlx_cache.KVCache
     always_rows = True
+
+
+class _Pieced(RowKind):
+    """Stored, and restored, as the `KVCache` that it stands for."""
+
+    cls = Pieced
+    attributes = frozenset({"pieces", "offset"})
+    always_rows = True
+
+    @property
+    def class_name(self) -> str:
+        return str(_KV.cls.__name__)
+
+    def arrays(self, layer: Any) -> dict[str, Any]:
+        """Those of its first piece: all pieces are of one shape, but for their rows, and type."""
+        return dict(layer.pieces[0].arrays) if layer.pieces else {}
+
+    def assign(self, layer: Any, arrays: Mapping[str, Any]) -> None:
+        """Nothing: its buffers are its own already."""
+
+    def buffers(self, layer: Any) -> dict[str, list[tuple[Any, int]]]:
+        return {
+            name: [(piece.arrays[name], piece.num_rows) for piece in layer.pieces]
+            for name in self.arrays(layer)
+        }
 
 
 class _Concatenate(RowKind):
@@ -302,9 +338,12 @@ class ArraysKind(LayerKind):
 
 _KINDS: dict[type, LayerKind] = {
     kind.cls: kind
-    for kind in (_KV(), _Concatenate(), _Quantized(), _Rotating(), _Chunked(), ArraysKind())
+    for kind in (
+        *(_Pieced(), _KV(), _Concatenate()),
+        *(_Quantized(), _Rotating(), _Chunked(), ArraysKind()),
+    )
 }
-_BY_NAME = {cls.__name__: kind for cls, kind in _KINDS.items()}
+_BY_NAME = {kind.class_name: kind for kind in _KINDS.values() if kind.cls is not Pieced}
 
 
 def kind_of(layer: Any) -> LayerKind | None:
@@ -346,6 +385,7 @@ def _describe(layer: Any, num_tokens: int) -> Layout:
     if type(layer) is mlx_cache.CacheList:
         return Layout(name, members=tuple(describe(layer.caches, num_tokens)))
     kind = require_kind(layer)
+    name = kind.class_name
     scalars = kind.scalars(layer)
     if not all(type(value) is int for value in scalars.values()):
         raise UnsupportedCacheError(name, f"of its numbers {scalars}")

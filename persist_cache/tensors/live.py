@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from persist_cache.blobs.layout import MAX_LAG
 from persist_cache.errors import UnsupportedCacheError
 from persist_cache.tensors._mlx import mlx_cache, mx, tree_flatten
-from persist_cache.tensors.layers import kind_of, leaves
+from persist_cache.tensors.layers import LayerKind, kind_of, leaves
+from persist_cache.tensors.pieced import Pieced
+from persist_cache.tensors.sharing import Known, gather
+from persist_cache.tensors.witness import address_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +37,11 @@ def group_size() -> int:
     return int(mx.distributed.init().size())
 
 
-def prepare(cache: Sequence[Any], num_tokens: int) -> int:
+def prepare(
+    cache: Sequence[Any],
+    num_tokens: int,
+    find_known: Callable[[], Known | None] | None = None,
+) -> int:
     """Make a cache that we now own fit to be kept, and say how many tokens it stands for.
 
     Evaluates every array, so that other threads may use it, and replaces views of foreign
@@ -45,6 +52,9 @@ def prepare(cache: Sequence[Any], num_tokens: int) -> int:
     Args:
         cache: The layers; changed in place.
         num_tokens: Length of the key under which the cache was handed over.
+        find_known: Finds rows of the key's first tokens that are kept already, as `known_rows`
+            gives them. A cache from `extract` refers to them, instead of copying its own; it is
+            asked for no other.
 
     Returns:
         The number of leading tokens of that key which the cache really stands for.
@@ -53,6 +63,7 @@ def prepare(cache: Sequence[Any], num_tokens: int) -> int:
         UnsupportedCacheError: Its layers contradict the key or each other; the arrays are
             evaluated nevertheless.
     """
+    gather(cache, find_known)
     try:
         return _reconcile(cache, num_tokens)
     finally:
@@ -81,6 +92,8 @@ def _reconcile(cache: Sequence[Any], num_tokens: int) -> int:
 def _own(cache: Sequence[Any]) -> None:
     arrays: list[Any] = []
     for _, layer in leaves(cache):
+        if type(layer) is Pieced:
+            continue  # as `gather` made it
         kind = kind_of(layer)
         if kind is None:
             # Nothing is known of it but that unevaluated arrays must not cross threads.
@@ -146,8 +159,26 @@ def nbytes(cache: Sequence[Any]) -> int:
         if kind is None:
             total += getattr(layer, "nbytes", 0)
         else:
-            total += sum(array.nbytes for array in kind.arrays(layer).values())
+            total += sum(array.nbytes for array in _buffers(kind, layer))
     return total
+
+
+def buffers(cache: Sequence[Any]) -> dict[int, int]:
+    """Bytes of each buffer of a prepared cache, by its address: those of several may be shared."""
+    found: dict[int, int] = {}
+    for _, layer in leaves(cache):
+        kind = kind_of(layer)
+        if kind is None:
+            found[id(layer)] = getattr(layer, "nbytes", 0)
+            continue
+        found |= {address_of(array): array.nbytes for array in _buffers(kind, layer)}
+    return found
+
+
+def _buffers(kind: LayerKind, layer: Any) -> Iterator[Any]:
+    for parts in kind.buffers(layer).values():
+        for array, _ in parts:
+            yield array
 
 
 def copy_cache(cache: list[Any]) -> list[Any]:

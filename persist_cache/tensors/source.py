@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,40 +22,78 @@ from persist_cache.tensors.layers import (
 
 
 @dataclass(frozen=True, slots=True)
+class _Part:
+    """The bytes of one buffer `(B, H, num_rows, D)`, of which the first `used` rows count."""
+
+    data: memoryview
+    num_rows: int
+    used: int
+
+
+@dataclass(frozen=True, slots=True)
 class _Held:
-    """One array's bytes; they stay as they are whatever the live cache does."""
+    """One array's bytes; they stay as they are whatever the live cache does.
+
+    Attributes:
+        name: Of the array in its layer.
+        dtype: safetensors name of its type.
+        shape: Of its first buffer.
+        parts: Its buffers; several only of an array of rows.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    data: memoryview
+    parts: Sequence[_Part]
 
     @classmethod
-    def of(cls, name: str, array: Any) -> _Held:
-        # An array object is changed by `x[...] = y`, a copy of the object is not: the write then
-        # goes to new memory. The view keeps the copy alive, and with it the bytes.
-        view = memoryview(copy.copy(array))
-        # A view without elements cannot be cast; one that is not contiguous must not be.
-        flat = view.cast("B") if view.nbytes else memoryview(b"")
-        return cls(name, DTYPES[array.dtype], tuple(array.shape), flat)
+    def of(cls, name: str, buffers: Sequence[tuple[Any, int]]) -> _Held:
+        first, _ = buffers[0]
+        parts = [
+            _Part(_bytes_of(array), array.shape[-2] if used else 0, used) for array, used in buffers
+        ]
+        return cls(name, DTYPES[first.dtype], tuple(first.shape), parts)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(len(part.data) for part in self.parts)
 
     def whole(self, prefix: str) -> Tensor:
-        pieces = [self.data] if self.data else []
-        return Tensor(prefix + self.name, self.dtype, self.shape, pieces)
+        """An array in one buffer, as it is."""
+        (part,) = self.parts
+        return Tensor(prefix + self.name, self.dtype, self.shape, [part.data] if part.data else [])
 
     def cut(self, prefix: str, first: int, last: int) -> Tensor:
-        """Rows `[first, last)` of a buffer `(B, H, rows, D)`: one piece per head."""
+        """Rows `[first, last)` of an array `(B, H, rows, D)`: a piece per head and buffer."""
         batch, heads, num_rows, dim = self.shape
-        shape = (batch, heads, last - first, dim)
-        if first == 0 and last == num_rows:
+        if len(self.parts) == 1 and (first, last) == (0, num_rows):
             return self.whole(prefix)
-        pieces: list[memoryview] = []
-        if self.data and last > first:
-            per_head = len(self.data) // (batch * heads)
-            per_row = per_head // num_rows
-            for start in range(0, len(self.data), per_head):
-                pieces.append(self.data[start + first * per_row : start + last * per_row])
-        return Tensor(prefix + self.name, self.dtype, shape, pieces)
+        cuts = list(self._cuts(first, last, batch * heads))
+        pieces = [
+            part.data[start + head * per_head : end + head * per_head]
+            for head in range(batch * heads)
+            for part, start, end, per_head in cuts
+        ]
+        return Tensor(prefix + self.name, self.dtype, (batch, heads, last - first, dim), pieces)
+
+    def _cuts(self, first: int, last: int, heads: int) -> Iterator[tuple[_Part, int, int, int]]:
+        """Per buffer: where the rows lie in it for the first head, and the bytes of a head."""
+        begin = 0
+        for part in self.parts:
+            start, end = max(first - begin, 0), min(last - begin, part.used)
+            begin += part.used
+            if part.data and start < end:
+                per_head = len(part.data) // heads
+                per_row = per_head // part.num_rows
+                yield part, start * per_row, end * per_row, per_head
+
+
+def _bytes_of(array: Any) -> memoryview:
+    # An array object is changed by `x[...] = y`, a copy of the object is not: the write then
+    # goes to new memory. The view keeps the copy alive, and with it the bytes.
+    view = memoryview(copy.copy(array))
+    # A view without elements cannot be cast; one that is not contiguous must not be.
+    return view.cast("B") if view.nbytes else memoryview(b"")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +144,7 @@ class CacheSource:
         self.nbytes = 0
         for place, layer in leaves(cache):
             kind = require_kind(layer)
-            named = kind.arrays(layer)
-            held = [_Held.of(name, array) for name, array in named.items()]
+            held = [_Held.of(name, buffers) for name, buffers in kind.buffers(layer).items()]
             if not isinstance(kind, RowKind):
                 self._states.append(_StateLayer(place, {}, None, held))
                 self.complete = False
@@ -120,7 +157,7 @@ class CacheSource:
                     rows, moving = kind.state_rows(layer), kind.moving(layer)
                     self._states.append(_StateLayer(place, moving, rows, held))
                 self.complete &= has_rows
-            self.nbytes += sum(len(array.data) for array in held)
+            self.nbytes += sum(array.nbytes for array in held)
         self._checkpoint = self._make_checkpoint()
         self.checkpoint_nbytes = self._checkpoint.nbytes if self._checkpoint else 0
 

@@ -55,7 +55,7 @@ def _look_at(cache: Sequence[Any]) -> list[tuple[str, object]]:
     for place, layer in leaves(cache):
         for name, value in _attributes(layer):
             if isinstance(value, mx.array):
-                seen.append((f"{place}.{name}", (_address(value), tuple(value.shape))))
+                seen.append((f"{place}.{name}", (address_of(value), tuple(value.shape))))
             elif value is None or isinstance(value, int | float | str):
                 seen.append((f"{place}.{name}", value))
     return seen
@@ -70,7 +70,8 @@ def _attributes(layer: Any) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def _address(array: Any) -> int:
+def address_of(array: Any) -> int:
+    """Where an evaluated array's memory begins; 0 if it has none."""
     view = memoryview(array)
     if not view.nbytes:
         return 0

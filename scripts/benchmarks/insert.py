@@ -29,6 +29,17 @@ def run(context: Context) -> Report:
             place = str(scratch / "store")
             found = fresh(call_insert, folder=place, prefix=prefix, repetitions=repetitions)
         swept.append({"prefix": prefix, **found})
+    batch = []
+    for prefix in prefixes:
+        common.say(f"insert: out of a batch, after {prefix} tokens")
+        found = {}
+        for way in ("rows", "whole"):
+            with context.scratch() as scratch:
+                place = str(scratch / "store")
+                found[way] = fresh(
+                    out_of_batch, folder=place, prefix=prefix, way=way, repetitions=repetitions
+                )
+        batch.append({"prefix": prefix, **found})
     with context.scratch() as scratch:
         common.say("insert: throughput")
         throughput = fresh(write_entry, folder=str(scratch), repetitions=context.pick(3, 7))
@@ -42,6 +53,8 @@ def run(context: Context) -> Report:
         "bytes_per_token": shape.bytes_per_token,
         "new_tokens": NEW_TOKENS,
         "swept": swept,
+        "batch_shape": kv.SMALL.name,
+        "batch": batch,
         "throughput": throughput,
         "decode": decode,
     }
@@ -117,6 +130,81 @@ def _slices(live: list[Any], num_tokens: int) -> list[Any]:
         cut.offset = num_tokens
         layers.append(cut)
     return layers
+
+
+def out_of_batch(folder: str, prefix: int, way: str, repetitions: int) -> dict[str, Any]:
+    """Insert one of two sequences of a batch, whose first `prefix` tokens were inserted before.
+
+    Args:
+        folder: Of the store.
+        prefix: Tokens of both sequences.
+        way: How the sequence leaves the batch: `rows` as from the server's, `whole` as from
+            mlx-lm's own.
+        repetitions: Inserts that are timed.
+
+    Returns:
+        Seconds of the inserts, of single decoding steps of the batch with nothing beside them and
+        right after an insert, and the peak of memory.
+    """
+    import mlx.core as mx
+    from mlx_lm.models.cache import BatchKVCache
+
+    from persist_cache import PromptCache, Store, tensors
+
+    mx.set_default_device(mx.cpu)
+    batch = []
+    for layer in kv.make_cache(kv.SMALL, prefix):
+        merged = BatchKVCache.merge([layer, layer])
+        mx.eval(merged.state)
+        batch.append(merged)
+    del layer, merged
+    tokens = kv.prompt(prefix)
+
+    def take() -> list[Any]:
+        if way == "rows":
+            return tensors.extract(batch, 0)
+        return [layer.extract(0) for layer in batch]
+
+    def append(num_tokens: int) -> float:
+        started = time.perf_counter()
+        for layer in batch:
+            size, heads, _, dim = layer.keys.shape
+            rows = mx.ones((size, heads, num_tokens, dim), layer.keys.dtype)
+            layer.update_and_fetch(rows, rows)
+        mx.eval([layer.state for layer in batch])
+        return time.perf_counter() - started
+
+    inserts: list[float] = []
+    alone: list[float] = []
+    after: list[float] = []
+    extra: list[int] = []
+    with (
+        Store.open(folder, min_free_bytes=0) as store,
+        PromptCache(1, store=store, identify=kv.identify) as cache,
+    ):
+        cache.insert_cache("model", tokens, take(), cache_type="system")
+        cache.flush()
+        for number in range(repetitions + 1):
+            append(NEW_TOKENS)
+            alone += [append(1) for _ in range(3)]
+            for layer in batch:
+                layer.trim(3)
+            new = tokens + kv.prompt(NEW_TOKENS, number + 1)
+            before = _reset_peak()
+            started = time.perf_counter()
+            cache.insert_cache("model", new, take(), cache_type="user")
+            inserts.append(time.perf_counter() - started)
+            after.append(append(1))
+            extra.append(_peak() - before)
+            cache.flush()
+            for layer in batch:
+                layer.trim(NEW_TOKENS + 1)
+    return {
+        "insert_s": inserts[1:],
+        "step_alone_s": alone[3:],
+        "step_after_s": after[1:],
+        "extra_bytes": max(extra[1:]),
+    }
 
 
 def write_entry(folder: str, repetitions: int) -> dict[str, list[float]]:
@@ -249,6 +337,12 @@ def write_ratio(values: Any) -> float:
     return float(raw / put)
 
 
+def batch_growth(values: Any) -> float:
+    """Time of an insert out of a batch after the longest prefix, over that after the shortest."""
+    first, last = (statistics.median(values["batch"][at]["rows"]["insert_s"]) for at in (0, -1))
+    return float(last / first)
+
+
 def _tables(values: Any) -> list[Table]:
     called = Table(
         f"Milliseconds of `insert_cache` for {NEW_TOKENS} new tokens",
@@ -265,10 +359,40 @@ def _tables(values: Any) -> list[Table]:
         ],
         f"KV of {values['shape']}; {NEW_TOKENS} tokens are "
         f"{NEW_TOKENS * values['bytes_per_token'] / 2**20:.0f} MiB. `evaluated cache`: what a "
-        "generation loop hands over, a cache that owns its buffers. `lazy slices`: what the "
-        "server's batches hand over; their copy out of the batch, which upstream leaves to the "
+        "generation loop hands over, a cache that owns its buffers. `lazy slices`: what "
+        "mlx-lm's batches hand over; their copy out of the batch, which it leaves to the "
         "next request, is evaluated here. `extra MiB`: peak of resident memory until the bytes "
         "are on disk.",
+    )
+    out = Table(
+        f"`insert_cache` out of a batch of two, {NEW_TOKENS} new tokens",
+        [
+            "tokens before",
+            *("ms", "extra MiB", "next step, ms"),
+            *("all rows, ms", "extra MiB", "next step, ms", "a step alone, ms"),
+        ],
+        [
+            [
+                f"{one['prefix']:,}",
+                *(
+                    text
+                    for way in ("rows", "whole")
+                    for text in (
+                        Spread.of(one[way]["insert_s"]).show(1e3),
+                        f"{one[way]['extra_bytes'] / 2**20:.0f}",
+                        Spread.of(one[way]["step_after_s"]).show(1e3),
+                    )
+                ),
+                Spread.of(one["rows"]["step_alone_s"]).show(1e3),
+            ]
+            for one in values["batch"]
+        ],
+        f"KV of {values['batch_shape']}. Each insert follows one of the tokens before. `all rows`: "
+        "the same with what mlx-lm's own batch hands over. `extra MiB`: peak of resident memory "
+        "until the next step has ended. `next step`: the batch writes one token for both "
+        "sequences, right after the insert; no model is computed. After "
+        f"{values['batch'][-1]['prefix']:,} tokens an insert takes {batch_growth(values):.1f} "
+        f"times as long as after {values['batch'][0]['prefix']:,}.",
     )
     nbytes = values["throughput"]["bytes"][0]
     put, raw = (Spread.of(values["throughput"][name]) for name in ("put", "raw"))
@@ -294,7 +418,7 @@ def _tables(values: Any) -> list[Table]:
         "Both write without a pause, which no conversation makes a writer do. What a bare thread "
         "with `write` and `fsync` of the same bytes costs is the machine's, not ours.",
     )
-    return [called, written, beside]
+    return [called, out, written, beside]
 
 
 def draw(said: Any) -> None:

@@ -34,18 +34,16 @@ def run(context: Context) -> Report:
     from tests.tiny_models import build_model_dir
 
     repetitions = context.pick(1, 3)
-    samples: dict[str, dict[str, list[Any]]] = {}
-    with context.scratch() as scratch:
+    samples: dict[str, dict[str, list[Any]]] = {
+        which: {case: [] for case in CASES} for which in SERVERS
+    }
+    with context.scratch() as scratch, contextlib.ExitStack() as stack:
         model = build_model_dir(scratch / "model", num_hidden_layers=4)
-        for which in SERVERS:
-            server = _server(which, model, scratch)
-            with server:
-                samples[which] = {
-                    case: [
-                        _measured(server, case, f"{number} {case}") for number in range(repetitions)
-                    ]
-                    for case in CASES
-                }
+        servers = {which: stack.enter_context(_server(which, model, scratch)) for which in SERVERS}
+        for number in range(repetitions):
+            for case in CASES:
+                for which, server in servers.items():
+                    samples[which][case].append(_measured(server, case, f"{number} {case}"))
     return Report("signs", "Signs of life", {"s": samples}, _tables(samples))
 
 
@@ -72,7 +70,7 @@ def _measured(server: ServerProcess, case: str, text: str) -> dict[str, float]:
             stack.enter_context(_before(server))
         asked = time.perf_counter()
         body = {
-            "messages": [{"role": "user", "content": f"{text} " + "once upon a time " * 750}],
+            "messages": [{"role": "user", "content": f"{text} " + "once upon a time " * 200}],
             "max_tokens": 2,
             **CASES[case],
         }

@@ -143,6 +143,15 @@ def _insert(values: Any) -> Iterator[Line]:
         f"{medians[-1]:.1f} ms",
         medians[-1] <= 10,
     )
+    if "batch" in values:  # else of an earlier build
+        growth = insert.batch_growth(values)
+        first, last = (f"{values['batch'][at]['prefix']:,}" for at in (0, -1))
+        yield Line(
+            f"`insert_cache` of 256 new tokens out of a batch after {last} tokens, against {first}",
+            "≤ 3 ×",
+            f"{growth:.1f} ×",
+            growth <= 3,
+        )
     ratio = insert.decode_ratio(values).median
     yield Line("decode speed while the writer works", "≥ 95 %", f"{ratio:.0%}", ratio >= 0.95)
 

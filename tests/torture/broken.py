@@ -9,7 +9,6 @@ from typing import Any
 from persist_cache import fs
 from persist_cache.blobs.reader import BlobReader
 from persist_cache.blobs.writer import BlobWriter
-from persist_cache.entry import Match
 from persist_cache.index.records import SizedRecord
 from persist_cache.store import reservation
 from persist_cache.store.evict import Evictor
@@ -107,11 +106,9 @@ def _two_looks() -> None:
 
     take = Lookup.take
 
-    def look_and_take(
-        self: Lookup, owner: Owner, packed: bytes, limit: int, *, on_disk: Match
-    ) -> Taken:
+    def look_and_take(self: Lookup, owner: Owner, packed: bytes, limit: int, **how: Any) -> Taken:
         first = self.outlook(owner, packed, limit)[1]
-        given = take(self, owner, packed, limit, on_disk=on_disk)
+        given = take(self, owner, packed, limit, **how)
         return given if first == 0 else given._replace(num_tokens=first)
 
     Lookup.take = look_and_take  # type: ignore[method-assign]

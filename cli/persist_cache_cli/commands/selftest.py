@@ -86,7 +86,7 @@ def command(
     place = place or _beside(store_path(store))
     outcomes = run(place, checks, quick=quick, on_begin=begin, on_end=end)
     if report is not None:
-        text = json.dumps(as_json(outcomes, quick=quick), indent=2)
+        text = json.dumps(as_json(outcomes, quick=quick, place=place), indent=2)
         if to_stderr:
             click.echo(text)
         else:

@@ -23,7 +23,7 @@ from persist_cache.queries.schema import WarmJson
 from persist_cache.server.rendering import PromptRequest, system_only
 from persist_cache.warm import WARM_STEP_TOKENS, Warmed, warm
 from persist_cache_cli.output import format_bytes, print_json
-from persist_cache_cli.parse import DURATION, parse_duration
+from persist_cache_cli.parse import DURATION, LABEL, parse_duration, parse_label
 from persist_cache_cli.progress import bar
 from persist_cache_cli.prompts import (
     ManifestPrompt,
@@ -83,7 +83,7 @@ class Job:
 @click.option("--tier", metavar="TIER", help="system, user or assistant.  [default: by content]")
 @click.option("--pin", is_flag=True, help="Exempt it from eviction.")
 @click.option("--ttl", type=DURATION, help="Let it expire after this time, such as 7d.")
-@click.option("--label", default="", help="A name for it.")
+@click.option("--label", type=LABEL, default="", help="A name for it.")
 @click.option(
     "--prefill-step-size",
     type=click.IntRange(min=1),
@@ -182,7 +182,7 @@ def _job_of(prompt: ManifestPrompt) -> Job:
         tier=prompt.tier,
         pin=prompt.pin,
         ttl_s=None if prompt.ttl is None else parse_duration(prompt.ttl),
-        label=prompt.label,
+        label=parse_label(prompt.label),
     )
 
 
