@@ -140,8 +140,8 @@ class Ticket:
 
     @property
     def written_tokens(self) -> int:
-        """How many tokens behind those that were found are on their way to the disk."""
-        found = 0 if self.fetch is None else self.fetch.num_tokens
+        """How many tokens behind those that were found, or known, are on their way to the disk."""
+        found = 0 if self.fetch is None else max(self.fetch.num_tokens, self.fetch.known_tokens)
         return max(0, self.origin.queued_tokens - found)
 
     @property
