@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ from persist_cache.prefill.loading import load_tokenizer
 from tests.anthropic_bodies import BILLING, COUNTDOWN, EPHEMERAL, agent_body
 from tests.computed import CountedServer
 from tests.scripted_model import SCRIPTS, THINKS, build_scripted_model
+from tests.test_anthropic_request import leaves
 from tests.tiny_models import build_model_dir
 
 SYSTEM = "You are a helpful assistant. Answer the question of the user in a short sentence. " * 4
@@ -414,6 +417,42 @@ def test_other_methods_are_refused_in_the_protocols_form(server: CountedServer) 
 
     assert (answer.status_code, answer.headers["Allow"]) == (405, "POST")
     assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_no_malformed_body_ends_a_thread_or_leaves_a_trace_in_the_log(
+    server: CountedServer, client: anthropic.Anthropic
+) -> None:
+    secret = "xylophone"
+    whole = agent_body(tools=2, tool_words=5, system_words=20, turns=1)
+    drawn = random.Random(18)
+    odd: list[Any] = [
+        None,
+        True,
+        -1,
+        1e300,
+        "",
+        [],
+        {},
+        [[]],
+        [None],
+        {"type": secret},
+        f"{secret} {secret}",
+    ]
+    statuses = []
+    for number in range(500):
+        body = {**copy.deepcopy(whole), "max_tokens": 1, "stream": number % 2 == 0}
+        inside, place = drawn.choice(list(leaves(body)))
+        inside[place] = copy.deepcopy(drawn.choice(odd))
+        path = "/v1/messages/count_tokens" if number % 3 else "/v1/messages"
+        answer = post(server, body, path)
+        statuses.append(answer.status_code)
+        if answer.status_code != 200:
+            assert answer.json()["type"] == "error"
+            assert secret not in answer.text
+    assert statuses.count(400) > 150
+    assert set(statuses) == {200, 400}
+    assert client.messages.create(**said("play hello")).stop_reason == "end_turn"
+    assert secret not in server.log.read_text()
 
 
 # ---- models --------------------------------------------------------------------------------------
