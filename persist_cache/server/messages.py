@@ -131,6 +131,8 @@ class Messages(BaseHTTPRequestHandler):
             events = answer.say(parts)
             if self.stream and (events or output == 1):
                 self._say_events(events, _usage(request, ticket, 0), form)
+            elif self.stream:
+                ticket.sign()  # a long tool call is said when it is complete
             if request.one_call and answer.calls:
                 break
             if reader.finish is not None and piece.finish_reason is None:
