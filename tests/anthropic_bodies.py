@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import random
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 WORDS = [
@@ -96,3 +98,23 @@ def agent_body(
         "thinking": {"type": "enabled", "budget_tokens": 512},
         "temperature": 1,
     }
+
+
+def leaves(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Each place in a value: what it is in, and where."""
+    for place in value if isinstance(value, dict) else range(len(value)):
+        yield value, place
+        if isinstance(value[place], dict | list):
+            yield from leaves(value[place])
+
+
+def spoilt(body: dict[str, Any], drawn: random.Random, odd: Sequence[Any]) -> dict[str, Any]:
+    """A body with something odd in one or two of its places, or without something."""
+    found = copy.deepcopy(body)
+    for _ in range(drawn.randrange(1, 3)):
+        inside, place = drawn.choice(list(leaves(found)))
+        if isinstance(inside, dict) and drawn.random() < 0.2:
+            del inside[place]
+        else:
+            inside[place] = copy.deepcopy(drawn.choice(odd))
+    return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ import pytest
 from persist_cache.server.protocols.anthropic_messages import Mark
 from persist_cache.server.protocols.anthropic_request import MessagesRequest, read_messages
 from persist_cache.server.validation import RefusedError
-from tests.anthropic_bodies import BILLING, COUNTDOWN, EPHEMERAL, agent_body
+from tests.anthropic_bodies import BILLING, COUNTDOWN, EPHEMERAL, agent_body, spoilt
 from tests.test_repairs import lookalikes
 
 HOUR = {"type": "ephemeral", "ttl": "1h"}
@@ -378,14 +377,6 @@ def test_malformed_body_is_refused_in_a_sentence_that_names_the_field(
     assert str(refusal.value).endswith(".")
 
 
-def leaves(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Each place in a value: what it is in, and where."""
-    for place in value if isinstance(value, dict) else range(len(value)):
-        yield value, place
-        if isinstance(value[place], dict | list):
-            yield from leaves(value[place])
-
-
 def test_any_body_is_read_or_refused_and_repeats_no_prompt() -> None:
     drawn = random.Random(18)
     whole = agent_body(tools=2, tool_words=5, system_words=40, turns=2)
@@ -406,14 +397,7 @@ def test_any_body_is_read_or_refused_and_repeats_no_prompt() -> None:
     ]
     said = []
     for _ in range(1500):
-        body = copy.deepcopy(whole)
-        for _ in range(drawn.randrange(1, 3)):
-            inside, place = drawn.choice(list(leaves(body)))
-            if isinstance(inside, dict) and drawn.random() < 0.2:
-                del inside[place]
-            else:
-                inside[place] = copy.deepcopy(drawn.choice(odd))
-        if (refusal := refused(body)) is not None:
+        if (refusal := refused(spoilt(whole, drawn, odd))) is not None:
             said.append(refusal)
     assert len(said) > 500
     assert {refusal.status for refusal in said} == {400}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 import re
 from collections.abc import Iterator
@@ -14,10 +13,9 @@ import pytest
 import requests
 
 from persist_cache.prefill.loading import load_tokenizer
-from tests.anthropic_bodies import BILLING, COUNTDOWN, EPHEMERAL, agent_body
+from tests.anthropic_bodies import BILLING, COUNTDOWN, EPHEMERAL, agent_body, spoilt
 from tests.computed import CountedServer
 from tests.scripted_model import SCRIPTS, THINKS, build_scripted_model
-from tests.test_anthropic_request import leaves
 from tests.tiny_models import build_model_dir
 
 SYSTEM = "You are a helpful assistant. Answer the question of the user in a short sentence. " * 4
@@ -26,6 +24,7 @@ CLOCK: Any = {
     "description": "Tells the time of the day in a city.",
     "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}},
 }
+CONTEXT = 4096
 VERSION = {"anthropic-version": "2023-06-01", "anthropic-beta": "made-up-2030-01-01"}
 
 
@@ -36,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(folder: Path) -> Path:
-    return build_scripted_model(folder / "model")
+    return build_scripted_model(folder / "model", max_position_embeddings=CONTEXT)
 
 
 @pytest.fixture(scope="module")
@@ -397,14 +396,14 @@ def test_prompt_beyond_the_context_is_refused_in_the_words_that_clients_compact_
     client: anthropic.Anthropic, server: CountedServer
 ) -> None:
     with pytest.raises(anthropic.BadRequestError) as refusal:
-        client.messages.create(**said("one " * 40_000))
+        client.messages.create(**said("one " * 5_000))
 
-    assert re.search(r"prompt is too long: \d+ tokens > 32768 maximum", refusal.value.message)
+    assert re.search(rf"prompt is too long: \d+ tokens > {CONTEXT} maximum", refusal.value.message)
 
 
 def test_answer_that_ends_with_the_context_says_so(client: anthropic.Anthropic) -> None:
     counted = client.messages.count_tokens(model="m", messages=said("play long ")["messages"])
-    padding = "<|endoftext|>" * (32_768 - counted.input_tokens - 3)
+    padding = "<|endoftext|>" * (CONTEXT - counted.input_tokens - 3)
 
     found = client.messages.create(**said(f"play long {padding}"))
 
@@ -440,9 +439,7 @@ def test_no_malformed_body_ends_a_thread_or_leaves_a_trace_in_the_log(
     ]
     statuses = []
     for number in range(500):
-        body = {**copy.deepcopy(whole), "max_tokens": 1, "stream": number % 2 == 0}
-        inside, place = drawn.choice(list(leaves(body)))
-        inside[place] = copy.deepcopy(drawn.choice(odd))
+        body = spoilt({**whole, "max_tokens": 1, "stream": number % 2 == 0}, drawn, odd)
         path = "/v1/messages/count_tokens" if number % 3 else "/v1/messages"
         answer = post(server, body, path)
         statuses.append(answer.status_code)
@@ -483,7 +480,7 @@ def test_stream_that_has_to_wait_begins_and_pings(server: CountedServer) -> None
         "messages": [{"role": "user", "content": "play long"}],
         "seed": 1,
         "stream": True,
-        "max_tokens": 30_000,
+        "max_tokens": 8_000,
         "logit_bias": {"2": -100},
     }
     headers = {"x-api-key": "secret"}

@@ -23,6 +23,7 @@ from persist_cache.server.protocols.output import (
     Part,
     Reasoning,
     Text,
+    joined,
 )
 
 TRANSITIONS = {
@@ -40,17 +41,8 @@ def read(pieces: Sequence[Piece], **options: Any) -> tuple[list[Part], Finish | 
     """All parts of an output, with neighbours of one kind joined."""
     options = {"parse": json_tools.parse_tool_call, **options}
     reader = OutputReader(TextStateMachine(options.pop("transitions", TRANSITIONS)), **options)
-    found: list[Part] = []
-    for piece in pieces:
-        for part in reader.feed(*piece):
-            last = found[-1] if found else None
-            if isinstance(part, Text) and isinstance(last, Text):
-                found[-1] = Text(last.text + part.text)
-            elif isinstance(part, Reasoning) and isinstance(last, Reasoning):
-                found[-1] = Reasoning(last.text + part.text)
-            else:
-                found.append(part)
-    return found + reader.close(), reader.finish
+    found = [part for piece in pieces for part in reader.feed(*piece)]
+    return joined([*found, *reader.close()]), reader.finish
 
 
 def cut(text: str, drawn: random.Random, finish: str) -> list[Piece]:

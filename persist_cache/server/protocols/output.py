@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -152,7 +152,7 @@ class OutputReader:
         if finish_reason is None:
             held = _beginning(self._stop_words, whole)
             self._held = whole[len(whole) - held :]
-            return _joined(self._read(whole[: len(whole) - held]))
+            return joined(self._read(whole[: len(whole) - held]))
         if finish_reason == "length":
             return self._end(whole, Finish("length"))
         word = self._completed()
@@ -175,7 +175,7 @@ class OutputReader:
         elif self._name is not None:
             parts += self._said(left)
         self._held = self._pending = self._call = ""
-        return _joined(parts)
+        return joined(parts)
 
     def _read(self, text: str) -> list[Part]:
         parts: list[Part] = []
@@ -283,8 +283,8 @@ def _call(parsed: Any) -> Call:
     return Call(name, arguments, given if isinstance(given, str) else "")
 
 
-def _joined(parts: list[Part]) -> list[Part]:
-    """The same with neighbours of one kind as one."""
+def joined(parts: Iterable[Part]) -> list[Part]:
+    """Parts with neighbours of one kind as one."""
     found: list[Part] = []
     for part in parts:
         last = found[-1] if found else None
