@@ -184,6 +184,7 @@ def test_tool_choice_is_done_or_named_as_ignored(
         ({}, {}, ()),
         ({"thinking": {"type": "disabled"}}, {"enable_thinking": False}, ()),
         ({"thinking": {"type": "adaptive"}}, {"enable_thinking": True}, ()),
+        ({"thinking": {"type": "between_tools"}}, {"enable_thinking": True}, ()),
         (
             {"thinking": {"type": "enabled", "budget_tokens": 2048}},
             {"enable_thinking": True, "thinking_budget": 2048},

@@ -22,6 +22,7 @@ from persist_cache.server.protocols.anthropic_messages import (
 from persist_cache.server.validation import MAX_NEW_TOKENS, MAX_STOP_WORDS
 
 MAX_TOP_K = 10**9
+_THINKING = ("enabled", "adaptive", "between_tools", "disabled")
 _EFFORTS = {"low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high"}
 """Efforts that clients ask for, as those that templates know."""
 _TOLD: dict[str, Callable[[Any], bool]] = {
@@ -194,8 +195,8 @@ def _thinking(body: Mapping[str, Any], ignored: set[str]) -> tuple[bool, dict[st
         if not isinstance(thinking, dict):
             raise wrong("thinking", "must be an object.")
         said = kind(thinking, "thinking")
-        if said not in ("enabled", "adaptive", "disabled"):
-            raise wrong("thinking.type", "must be enabled, adaptive or disabled.")
+        if said not in _THINKING:
+            raise wrong("thinking.type", f"must be one of {', '.join(_THINKING)}.")
         thinks = said != "disabled"
         found["enable_thinking"] = thinks
         budget = thinking.get("budget_tokens")
