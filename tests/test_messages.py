@@ -324,7 +324,19 @@ def test_billing_line_and_countdown_leave_the_prefix_and_are_told(server: Counte
         assert "repaired=billing,countdown" in counted.headers["x-persist-cache"]
         return post(server, body)
 
+    def counted() -> dict[str, int]:
+        text = server.request("GET", "/metrics").text
+        found = re.findall(r'repaired_requests_total\{repair="([a-z-]+)"\} (\d+)', text)
+        return {name: int(count) for name, count in found}
+
+    before = counted()
     first, second = ask("f27", "00000", 900_000), ask("b11", "12345", 7)
+
+    assert {name: count - before[name] for name, count in counted().items()} == {
+        "billing": 2,
+        "countdown": 2,
+        "inline-system": 0,
+    }
 
     usage = second.json()["usage"]
     assert usage["input_tokens"] == 1

@@ -42,7 +42,7 @@ WAYS = ("as served", "restarted", "without billing", "without countdown", "witho
 def run(context: Context) -> Report:
     size = context.pick(
         {"user_turns": 2, "tool_turns": 3, "tools": 4, "words": 40},
-        {"user_turns": 3, "tool_turns": 10, "tools": 20, "words": 100},
+        {"user_turns": 3, "tool_turns": 10, "tools": 10, "words": 30},
     )
     cases = []
     for name in context.pick(("llama", "gemma3"), tuple(MODELS)):
