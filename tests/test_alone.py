@@ -6,7 +6,7 @@ that is sent back is the same tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -202,10 +202,28 @@ def test_server_that_ends_cuts_a_prefill_between_two_calls(model: Callable[..., 
             return False
 
         ticket.has_left = end
-        with pytest.raises(ConnectionAbortedError, match="server ends"):
+        with pytest.raises(ConnectionAbortedError, match="The server ends"):
             loop.ask([{"role": "user", "content": words(1, 200)}], ticket=ticket, seed=1)
 
         assert loop.prefilled() == 64
+
+
+def test_server_that_ends_cuts_a_reply(model: Callable[..., Path]) -> None:
+    """Upstream's loop would go on to its last token, and the end of the server would wait."""
+    seen: list[Any] = []
+
+    with Loop(model("plain")) as loop:
+
+        def end_after_two(answer: Iterator[Any]) -> list[Any]:
+            for one in answer:
+                seen.append(one)
+                loop.generator._stop = len(seen) >= 2
+            return seen
+
+        with pytest.raises(ConnectionAbortedError, match="The server ends"):
+            loop.ask(text="w1 w2", seed=1, max_tokens=100_000, read=end_after_two)
+
+    assert 2 <= len(seen) < 1000
 
 
 @pytest.mark.parametrize("sampling", [{"seed": 3}, {}], ids=["alone", "batched"])

@@ -134,6 +134,8 @@ def test_request_that_fails_before_its_look_raises_why() -> None:
     generator: Any = object.__new__(Generator)
     generator.requests = Queue()
     generator._in_flight = 0
+    generator._stop = False
+    generator._is_distributed = False
     generator._generation_failed = False
     generator._generation_thread = threading.current_thread()
     tokenizer = SimpleNamespace(has_thinking=False, has_tool_calling=False, tool_parser=None)

@@ -20,11 +20,11 @@ SEAMS = {
     "tests/test_alone.py": {"_stop"},
     "tests/test_docs.py": {"_idx"},
     "tests/test_first_look.py": {
-        *("_in_flight", "_generation_failed", "_generation_thread"),
+        *("_in_flight", "_is_distributed", "_stop", "_generation_failed", "_generation_thread"),
         *("_tokenize", "_make_state_machine", "_serve_single"),
     },
     "tests/test_loads.py": {"_download"},
-    "tests/test_rendering.py": {"_tokenize"},
+    "tests/test_rendering.py": {"_is_distributed", "_tokenize"},
     "tests/test_server_seam.py": {"_generate"},
     "tests/test_tensors.py": {"_idx"},
     "tests/test_ticket.py": {"_tokenize"},

@@ -155,8 +155,13 @@ def source_of(module: str) -> Path | None:
     return None
 
 
-def imports_of(path: Path, package: str) -> Iterator[str]:
+@cache
+def imports_of(path: Path, package: str) -> tuple[str, ...]:
     """Dotted names that a file imports anywhere, those for type checkers only left out."""
+    return tuple(_imports_of(path, package))
+
+
+def _imports_of(path: Path, package: str) -> Iterator[str]:
     tree = ast.parse(path.read_text())
     for_types = {
         id(inner)

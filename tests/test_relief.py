@@ -15,7 +15,7 @@ from persist_cache import fs
 from persist_cache.errors import StoreFullError
 from persist_cache.index import lock_table
 from tests import disks
-from tests.cli import script
+from tests.cli import forked
 from tests.disks import MIB
 from tests.fakes import disk_usage, fetched, put
 from tests.memory import fast_folder
@@ -41,7 +41,7 @@ def former_store(disk: Path) -> list[str]:
     in_child(lambda: sparse_table(disk, "earlier version"))
     (disk / "store" / "ballast").unlink()
     disks.fill(disk)
-    return [str(one["id"]) for one in script(disk / "store", "list", "--json").json]
+    return [str(one["id"]) for one in forked(disk / "store", "list", "--json").json]
 
 
 def sound(disk: Path) -> int:
@@ -62,10 +62,10 @@ def test_full_disk_of_a_store_without_a_ballast_is_relieved_by_eviction(
     before = disk_usage(disk / "store")
     words = {"one": ids[0], "by size": f"--to={before - 400_000}", "all": "--all"}
 
-    done = script(disk / "store", "evict", words[how], "--yes")
+    done = forked(disk / "store", "evict", words[how], "--yes")
 
     assert done.status == 0, done.err
-    listed = script(disk / "store", "list", "--json").json
+    listed = forked(disk / "store", "list", "--json").json
     left = in_child(lambda: sound(disk)) // len(PROMPTS[0])
     assert left == len(listed)
     assert {"one": left == len(PROMPTS) - 1, "all": left == 0}.get(how, 0 < left < len(PROMPTS))
@@ -139,7 +139,7 @@ def test_eviction_that_is_killed_before_its_commit_loses_nothing_else_and_is_men
 
     assert found == (len(PROMPTS) - 1) * len(PROMPTS[0])
     assert kinds == {"missing"}
-    assert script(disk / "store", "check", "--repair").status == 0
+    assert forked(disk / "store", "check", "--repair").status == 0
     assert in_child(lambda: sound(disk)) == found
 
 
@@ -170,7 +170,7 @@ def test_room_of_evicted_files_that_is_taken_at_once_is_told(disk: Path) -> None
     assert "check --repair" in said
     assert "Nothing was changed" not in said
     disks.unfill(disk)
-    assert script(disk / "store", "evict", *ids[:2], "--yes").status == 0
+    assert forked(disk / "store", "evict", *ids[:2], "--yes").status == 0
     assert in_child(lambda: sound(disk)) == (len(PROMPTS) - 2) * len(PROMPTS[0])
 
 
@@ -179,7 +179,7 @@ def test_disk_that_has_no_room_for_the_table_of_readers_says_what_helps(disk: Pa
     (disk / "store" / "ballast").unlink()
     disks.fill(disk)
 
-    refused = script(disk / "store", "evict", "--all", "--yes")
+    refused = forked(disk / "store", "evict", "--all", "--yes")
     assert refused.status == 1
     assert "free some space" in refused.sentence
     assert "persist-cache evict" not in refused.sentence
@@ -190,7 +190,7 @@ def test_disk_that_has_no_room_for_the_table_of_readers_says_what_helps(disk: Pa
     aside.write_bytes(b"x" * 200_000)
     aside.chmod(0o600)
     disks.fill(disk)
-    done = script(disk / "store", "evict", "--all", "--yes")
+    done = forked(disk / "store", "evict", "--all", "--yes")
 
     assert done.status == 0, done.err
     assert not aside.exists()
@@ -231,8 +231,8 @@ def test_table_of_readers_that_another_process_has_mapped_on_a_full_disk(
             assert table.st_blocks * 512 < table.st_size, "the rest of it has no room yet"
             disks.fill(disk)
 
-            refused = {word: script(root, word) for word in ("list", "stats", "check")}
-            evicted = script(root, "evict", "--all", "--yes")
+            refused = {word: forked(root, word) for word in ("list", "stats", "check")}
+            evicted = forked(root, "evict", "--all", "--yes")
             holder.stdin.close()
             assert holder.stdout.readline() == f"{0 if has_ballast else len(PROMPTS)}\n"
         finally:
@@ -246,6 +246,6 @@ def test_table_of_readers_that_another_process_has_mapped_on_a_full_disk(
         assert evicted.status == 0, evicted.err
     else:
         assert "end the other processes" in evicted.sentence
-        assert script(root, "list").status == 0, "as it said"
-        assert script(root, "evict", "--all", "--yes").status == 0
-    assert script(root, "list", "--json").json == []
+        assert forked(root, "list").status == 0, "as it said"
+        assert forked(root, "evict", "--all", "--yes").status == 0
+    assert forked(root, "list", "--json").json == []

@@ -225,16 +225,17 @@ def test_a_request_is_rendered_as_the_generation_loop_renders_it(case: str, mode
 
     from persist_cache.server.model import LoadedModel
     from persist_cache.server.segments import system_tokens
-    from persist_cache.server.upstream import Generator
+    from persist_cache.server.upstream import Generator, TicketedRequest
 
     tokenizer = load_tokenizer(str(model))
     options = SimpleNamespace(chat_template_args=json.loads(EFFORT))
     generator = Generator.__new__(Generator)
+    generator._is_distributed = False
     generator.model_provider = SimpleNamespace(processor=None, cli_args=options, model_key=("m",))
     generator.cache = SimpleNamespace(branch_point=lambda *_, **__: 0)  # type: ignore[assignment]
     body = body_of(case)
     asked = lenient(body)
-    request = SimpleNamespace(
+    request = TicketedRequest(
         request_type="chat" if "messages" in body else "text",
         prompt=asked.get("prompt", ""),
         messages=json.loads(json.dumps(asked.get("messages", []))),

@@ -321,7 +321,7 @@ def _deep_json(value: Any) -> Iterator[str]:
             continue
         this, depth = one
         if not isinstance(this, (dict, list)) or not this:
-            yield json.dumps(this, allow_nan=False)
+            yield json.dumps(msgspec.to_builtins(this), allow_nan=False)
             continue
         is_object = isinstance(this, dict)
         members = list(this.items()) if isinstance(this, dict) else [("", one) for one in this]
@@ -345,7 +345,7 @@ def print_json(value: Any) -> None:
         # A tenth of the time that `json` takes to indent.
         text = msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
     except RecursionError:  # the tree of a long conversation
-        text = "".join(_deep_json(msgspec.to_builtins(value)))
+        text = "".join(_deep_json(value))
     except (OverflowError, UnicodeEncodeError) as error:  # integers of more than 64 bits; names
         import json
 

@@ -32,7 +32,8 @@ class Alone:
         answers: Queue[Any],
         provider: Any,
         on_stream: Callable[[], AbstractContextManager[object]],
-        is_cut: Callable[[], bool],
+        is_given_up: Callable[[], bool],
+        is_ending: Callable[[], bool],
     ) -> None:
         """Compute nothing yet.
 
@@ -41,20 +42,32 @@ class Alone:
             answers: Where its client waits.
             provider: Has the models, and the options of the server.
             on_stream: Makes what is computed within it go to upstream's stream.
-            is_cut: Says, between two model calls, whether to stop.
+            is_given_up: Says whether nobody waits for the answer any more.
+            is_ending: Says whether the server ends, and has given all the grace it had.
         """
         self._ticket = ticket
         self._answers = answers
         self._provider = provider
         self._on_stream = on_stream
-        self._is_cut = is_cut
+        self._is_given_up = is_given_up
+        self._is_ending = is_ending
         self._done = 0
 
     def put(self, answer: Any) -> None:
-        """Hand on what upstream says; it counts from where we have computed."""
+        """Hand on what upstream says; it counts from where we have computed.
+
+        Raises:
+            ConnectionAbortedError: The server ends: upstream's loop would go on to the last token.
+        """
+        if answer is not None and not isinstance(answer, Exception):
+            self._check_end()
         if isinstance(answer, tuple):
             answer = tuple(self._done + count for count in answer)
         self._answers.put(answer)
+
+    def _check_end(self) -> None:
+        if self._is_ending():
+            raise ConnectionAbortedError("The server ends.")
 
     def complete(
         self,
@@ -113,8 +126,9 @@ class Alone:
         def after() -> None:
             self._done = work.num_tokens - found
             self._answers.put((self._done, len(rest)))
-            if self._is_cut():
-                raise ConnectionAbortedError("The client is gone, or the server ends.")
+            self._check_end()
+            if self._is_given_up():
+                raise ConnectionAbortedError("The client is gone.")
 
         with self._on_stream(), clock.running():
             try:

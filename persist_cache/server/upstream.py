@@ -105,10 +105,11 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
     """Makes one key of all names of a model; without it they are taken as upstream takes them."""
     strict = False
     """Whether requests for what is not done are refused."""
+    _alone: Alone | None = None
+    """The request that is served alone."""
 
     def __init__(self, model_provider: Any, prompt_cache: PromptCache) -> None:
         self.cache = prompt_cache  # upstream deletes its own reference at the end
-        self._alone: Alone | None = None
         self._in_flight = 0
         self._tokenizing = threading.Lock()
         self.templates = Templates()
@@ -416,10 +417,14 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
         ticket: Ticket = asked.ticket
         ticket.leave_tokens = tokens_looked_back_at(args.logits)
 
-        def is_cut() -> bool:
-            return (self._stop and not self._is_distributed) or self._is_given_up(ticket)
-
-        self._alone = Alone(ticket, answers, self.model_provider, lambda: mx.stream(stream), is_cut)
+        self._alone = Alone(
+            ticket,
+            answers,
+            self.model_provider,
+            on_stream=lambda: mx.stream(stream),
+            is_given_up=lambda: self._is_given_up(ticket),
+            is_ending=lambda: self._stop and not self._is_distributed,
+        )
         try:
             super()._serve_single((self._alone, asked, args), stream)
         finally:
