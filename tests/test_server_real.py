@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import anthropic
 import pytest
 
 from persist_cache_cli.demo.openblas import preload_env
@@ -62,3 +63,47 @@ def test_restart_after_sigkill_computes_the_question_only(
     why = "what is stored goes on differently"
     assert restarted["header"] == f'disk; tokens={cached(restarted)}; reason="{why}"'
     assert restarted["choices"][0]["message"] == uninterrupted["choices"][0]["message"]
+
+
+def test_messages_go_on_after_sigkill_and_say_what_a_chat_says(
+    smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in preload_env().items():
+        monkeypatch.setenv(name, value)
+    system, question = (one["content"] for one in messages(QUESTIONS[0]))
+    said: list[Any] = [{"role": "user", "content": question}]
+    options: dict[str, Any] = {"min_free_bytes": 0}
+
+    def ask(running: ServerProcess) -> anthropic.types.Message:
+        client = anthropic.Anthropic(base_url=running.url, api_key="none", max_retries=0)
+        return client.messages.create(
+            model="claude-large", max_tokens=16, system=system[:800], messages=said
+        )
+
+    with ServerProcess(smollm2, tmp_path / "store", tmp_path / "logs", **options) as first:
+        cold = ask(first)
+        assert first.request("POST", "/v1/cache/flush").status_code == 200
+        first.kill()
+    said += [
+        {"role": "assistant", "content": cold.content},
+        {"role": "user", "content": QUESTIONS[1]},
+    ]
+    with ServerProcess(smollm2, tmp_path / "store", tmp_path / "logs", **options) as second:
+        warm = ask(second)
+        assert cold.content[0].type == "text"
+        chat = second.chat(
+            ("system", system[:800]),
+            ("user", question),
+            ("assistant", cold.content[0].text),
+            ("user", QUESTIONS[1]),
+            max_tokens=16,
+        )
+
+    usage = cold.usage
+    assert usage.cache_read_input_tokens == 0
+    assert usage.input_tokens == 1
+    # The reply is there, too, but for its last token, which no call has computed.
+    prompt = usage.input_tokens + (usage.cache_creation_input_tokens or 0)
+    assert (warm.usage.cache_read_input_tokens or 0) >= prompt + usage.output_tokens - 2
+    assert warm.content[0].type == "text"
+    assert warm.content[0].text == chat.json()["choices"][0]["message"]["content"]

@@ -30,6 +30,7 @@ BREACHES = {
         ("store/evict.py", "from persist_cache.queries import totals"),
         ("queries/totals.py", "from persist_cache.cache import prompt_cache"),
         ("errors.py", "from persist_cache import fs"),
+        ("stability/repairs.py", "from persist_cache import tokens"),
         ("codec.py", "from persist_cache.blobs.reader import BlobReader"),
         ("blobs/rows.py", "from persist_cache.index import records"),
         ("bundle/reading.py", "from persist_cache import warm"),

@@ -98,17 +98,22 @@ class Lookup:
                 if to_copy:
                     cache = self._promote(owner, packed, cache, match)
                 why, said = why_no_more(used, limit, match, parting, asked_disk=asks_disk)
-                return cache, Fetch("disk", used, said, 0.0, match.nbytes, match.saved_s, why)
+                known = max(match.common_tokens, parting[0])
+                return cache, Fetch(
+                    "disk", used, said, 0.0, match.nbytes, match.saved_s, why, known
+                )
             match = nothing(MissReason.UNREADABLE)
             taken = self.take(owner, packed, limit, on_disk=match, to_copy=to_copy)
         used = 0 if taken.cache is None else taken.num_tokens
         why, said = why_no_more(used, limit, match, parting, asked_disk=asks_disk)
+        known = max(match.common_tokens, parting[0])
         if taken.cache is None:
-            return None, Fetch("miss", 0, said, why=why)
+            return None, Fetch("miss", 0, said, why=why, known_tokens=known)
         store = self._saver.store
         if counted and store is not None and match.num_tokens:
             store.touch(match, num_tokens=used)
-        return taken.cache, Fetch("memory", used, said, prefill_s=taken.prefill_s, why=why)
+        cost = taken.prefill_s
+        return taken.cache, Fetch("memory", used, said, 0.0, 0, cost, why, known)
 
     def outlook(self, owner: Owner, packed: bytes, limit: int) -> tuple[int, int]:
         """Tokens that would not be computed, and how many memory alone would serve."""

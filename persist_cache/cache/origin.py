@@ -18,7 +18,10 @@ class Origin:
     Attributes:
         owner: Whose KV it was looked up for (`cache.owners.Owner`); None before.
         prefill: What computing it has cost so far (`prefill.clock.Prefill`); None before.
+        queued_tokens: How much of the prompt is on its way to the disk; 0 while nothing is to be
+            written.
     """
 
     owner: Any = None
     prefill: Any = None
+    queued_tokens: int = 0

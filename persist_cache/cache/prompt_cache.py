@@ -11,7 +11,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from threading import RLock
 from typing import Any
@@ -206,6 +206,10 @@ class PromptCache:
             return store.eviction_paused
         except StoreError:
             return ""  # which `disk_off` says
+
+    def count_repairs(self, names: Iterable[str]) -> None:
+        """Count a request that was changed before it was rendered, by the names of the repairs."""
+        self._tally.repaired(names)
 
     @property
     def last_fetch(self) -> Fetch:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from persist_cache.entry import MissReason
@@ -27,6 +27,8 @@ class Fetch:
         nbytes: Bytes read from disk.
         prefill_s: Seconds that computing those tokens took, 0 when nobody measured.
         why: The reason for programs; None when there is none.
+        known_tokens: Tokens of which there were rows in memory or on the disk already, whether
+            they could be resumed or not.
     """
 
     source: str
@@ -36,6 +38,7 @@ class Fetch:
     nbytes: int = 0
     prefill_s: float = 0.0
     why: MissReason | None = None
+    known_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,7 @@ class PromptCacheStats:
         store: Totals of the store, or None without one.
         partial: Hits that left more than the last token to compute, by reason.
         asked: Tokens of all prompts that were asked for.
+        repaired: Requests that were changed before they were rendered, by the repair's name.
     """
 
     memory: Mapping[str, Mapping[str, int]]
@@ -93,6 +97,7 @@ class PromptCacheStats:
     store: StoreStats | None
     partial: Mapping[str, int] = field(default_factory=dict)
     asked: int = 0
+    repaired: Mapping[str, int] = field(default_factory=dict)
 
 
 class Tally:
@@ -110,6 +115,7 @@ class Tally:
         self._partial: Counter[str] = Counter()
         self._tokens: Counter[str] = Counter()
         self._asked = 0
+        self._repaired: Counter[str] = Counter()
         self._problems: Counter[str] = Counter()
         self._restore_s = 0.0
         self._restored_bytes = 0
@@ -165,6 +171,11 @@ class Tally:
             self._saves += nbytes > 0
             self._written_bytes += nbytes
 
+    def repaired(self, names: Iterable[str]) -> None:
+        """Count a request that was changed in these ways."""
+        with self._lock:
+            self._repaired.update(names)
+
     def problem(self, name: str) -> None:
         """Count something that went wrong or was refused."""
         with self._lock:
@@ -207,4 +218,5 @@ class Tally:
                 store=store,
                 partial=dict(self._partial),
                 asked=self._asked,
+                repaired=dict(self._repaired),
             )

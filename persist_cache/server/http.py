@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime
 from email.message import Message
 from http.server import BaseHTTPRequestHandler
 from typing import Any
@@ -158,12 +159,24 @@ class Front(BaseHTTPRequestHandler):
             raise RefusedError(
                 404, f"The server lists no model {wanted!r}.", code="model_not_found", param="model"
             )
-        said = [
-            {"id": name, "object": "model", "created": self.created, "owned_by": "local"}
+        at = datetime.fromtimestamp(self.created, UTC).isoformat()
+        said: list[dict[str, Any]] = [
+            {
+                "id": name,
+                "object": "model",
+                "created": self.created,
+                "owned_by": "local",
+                "type": "model",
+                "display_name": name,
+                "created_at": at,  # Anthropic's
+            }
             for name in ([wanted] if wanted else names.listed())
         ]
         # One model is told as OpenAI does, and within a list, as upstream does.
-        return {**said[0], "data": said} if wanted else {"object": "list", "data": said}
+        if wanted:
+            return {**said[0], "data": said}
+        ends = {"first_id": said[0]["id"], "last_id": said[-1]["id"]} if said else {}
+        return {"object": "list", "data": said, "has_more": False, **ends}
 
     def _checked_post(self) -> None:
         """Hand a request to upstream once it is known to be sound."""
@@ -176,7 +189,16 @@ class Front(BaseHTTPRequestHandler):
         if is_chat and has_images(body["messages"]) and not self._sees(body):
             # Before upstream fetches what is at their addresses.
             refuse_parts(body["messages"], why="this model reads text only")
-        self._ignored = ignored(body, is_chat=is_chat)
+        self._tell_ignored(ignored(body, is_chat=is_chat))
+        self._post(served(body, is_chat=is_chat))
+
+    def _tell_ignored(self, names: list[str]) -> None:
+        """Note what of a request is not done, for the headers of its answer.
+
+        Raises:
+            RefusedError: The server is strict.
+        """
+        self._ignored = names
         if self._ignored and vars(self.response_generator).get("strict"):
             raise RefusedError(
                 400,
@@ -184,7 +206,6 @@ class Front(BaseHTTPRequestHandler):
                 "started with --strict; leave that out.",
                 param=self._ignored[0],
             )
-        self._post(served(body, is_chat=is_chat))
 
     def _vocabulary(self, body: dict[str, Any]) -> int | None:
         """Token ids of the model that will answer, if it is the one that is loaded."""

@@ -27,6 +27,26 @@ _STRETCHED = ("linear", "dynamic", "yarn")
 """Kinds of rope scaling that make the context longer than the field says, by a factor."""
 
 
+class TooLongError(RefusedError):
+    """A prompt that is beyond the model's context, in OpenAI's words.
+
+    Attributes:
+        num_tokens: Length of the prompt.
+        context: Of the model.
+    """
+
+    def __init__(self, num_tokens: int, context: int, param: str):
+        super().__init__(
+            400,
+            f"This model's maximum context length is {context} tokens. However, your prompt "
+            f"resulted in {num_tokens} tokens. Please reduce the length of the prompt.",
+            code="context_length_exceeded",
+            param=param,
+        )
+        self.num_tokens = num_tokens
+        self.context = context
+
+
 def context_tokens(config: Mapping[str, Any]) -> int | None:
     """Tokens that a model was made for, by its `config.json`; None when it does not say."""
     found = _context(config)
@@ -62,18 +82,12 @@ def room(num_tokens: int, max_tokens: int, context: int | None, *, param: str = 
         param: The field that the prompt came in.
 
     Raises:
-        RefusedError: The prompt leaves no room for what was asked for.
+        TooLongError: The prompt leaves no room for what was asked for.
     """
     wanted = max(1, max_tokens)
     if context is None:
         return UNBOUNDED_REPLY_TOKENS if wanted >= NO_LIMIT else wanted
     left = context - num_tokens
     if left < min(1, max_tokens):
-        raise RefusedError(
-            400,
-            f"This model's maximum context length is {context} tokens. However, your prompt "
-            f"resulted in {num_tokens} tokens. Please reduce the length of the prompt.",
-            code="context_length_exceeded",
-            param=param,
-        )
+        raise TooLongError(num_tokens, context, param)
     return max(1, min(wanted, left))

@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector
 
 from persist_cache.cache.stats import PromptCacheStats
 from persist_cache.entry import TIER_LABELS, MissReason
+from persist_cache.stability.repairs import REPAIRS
 from persist_cache.store.catalog import StoreStats
 from persist_cache.store.reasons import reason_of
 
@@ -84,6 +85,12 @@ def _requests(stats: PromptCacheStats) -> Iterator[CounterMetricFamily]:
         "Prompt tokens that were not computed.",
         "source",
         {source: stats.tokens.get(source, 0) for source in SOURCES},
+    )
+    yield _by(
+        "repaired_requests",
+        "Requests that were changed before they were rendered.",
+        "repair",
+        {**dict.fromkeys(REPAIRS, 0), **stats.repaired},
     )
     yield _counter("tokens_asked", "Tokens of all prompts.", stats.asked)
     yield _counter("restore_seconds", "Seconds spent in loading from disk.", stats.restore_s)

@@ -88,6 +88,10 @@ class Names:
             draft = self._meant(draft)
         return Key(name, adapter, draft)
 
+    def is_here(self, name: str) -> bool:
+        """Whether a name stands for a model that is on this machine."""
+        return name == DEFAULT or name in self._aliases or _local(name) is not None
+
     def _own_key(self) -> Key | None:
         """The model of the command line; without one, what is loaded."""
         if self._own is not None:

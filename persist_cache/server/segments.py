@@ -48,6 +48,12 @@ def cut_turn(
     return [piece for _, piece in kept], [kind for kind, _ in kept]
 
 
+def as_system(end: int, segments: Sequence[Sequence[int]], kinds: Sequence[str]) -> list[str]:
+    """The kinds of a prompt's pieces when all that end by `end` are of its system part."""
+    ends = itertools.accumulate(map(len, segments))
+    return ["system" if place <= end else kind for place, kind in zip(ends, kinds, strict=True)]
+
+
 def thought_start(tokenizer: Any, prompt: Sequence[int]) -> int:
     """Where the thought begins that a prompt ends with; its length when it ends with none.
 

@@ -62,14 +62,20 @@ class Streaming(BaseHTTPRequestHandler):
             self._set_stream_headers(200)
             self.end_headers()
         self._signed = now
-        done, total = ticket.computed
-        self._write(f": keepalive {done}/{total}\n\n")
+        self._write(self.sign_of_life(*ticket.computed))
+
+    def sign_of_life(self, done: int, total: int) -> str:
+        """What shows that an answer is coming, of whose prompt so much is computed."""
+        return f": keepalive {done}/{total}\n\n"
 
     def say_error(self, error: Exception) -> None:
         """Say in a stream that has begun what went wrong; nothing follows it."""
         self.close_connection = True
-        said = error_object(refusal_of(error, 500))
-        self._write(f"data: {json.dumps(said)}\n\n")
+        self._write(self.last_words(error))
+
+    def last_words(self, error: Exception) -> str:
+        """What a stream says of an error."""
+        return f"data: {json.dumps(error_object(refusal_of(error, 500)))}\n\n"
 
     def has_left(self) -> bool:
         """Whether the client has closed its connection; any thread may ask."""
@@ -108,7 +114,8 @@ class Streaming(BaseHTTPRequestHandler):
     def _outcome(self) -> str | None:
         if self.ticket is None or self.ticket.fetch is None:
             return None
-        return cache_header(self.ticket.fetch)
+        form = self.ticket.form
+        return cache_header(self.ticket.fetch, () if form is None else form.repaired)
 
     def _write(self, text: str) -> None:
         self.wfile.write(text.encode())

@@ -22,6 +22,22 @@ from persist_cache.store.trail import Trail
 Part = Literal["", "prompt", "system"]
 
 
+class Form(Protocol):
+    """How a request of a protocol that is not upstream's is put before a chat template."""
+
+    def fit(self, tokenizer: Any, /) -> Any:
+        """The messages, the tools and the template's options, as the template takes them."""
+
+    def cuts(
+        self, tokenizer: Any, prompt: Sequence[int], system_tokens: int, /, *, trimmable: bool
+    ) -> tuple[list[int], int]:
+        """Further places where the prompt is to be kept, and how much of it is system part."""
+
+    @property
+    def repaired(self) -> tuple[str, ...]:
+        """Names of what was changed in the request."""
+
+
 @dataclass(frozen=True, slots=True)
 class CutPrompt:
     """A request as the model will see it.
@@ -72,6 +88,7 @@ class Ticket:
 
     Attributes:
         body: The request as it was read, b"" when it did not come over HTTP.
+        form: How it is put before the template; None for upstream's own protocol.
         keeps: What a request of our own leaves in the cache; "" for one of a client's, which is
             counted and leaves all of it.
         prompt: As it is computed; None until it is tokenized.
@@ -89,8 +106,9 @@ class Ticket:
         has_left: Says whether the client is gone; any thread may ask.
     """
 
-    def __init__(self, body: bytes = b"", *, keeps: Part = "") -> None:
+    def __init__(self, body: bytes = b"", *, keeps: Part = "", form: Form | None = None) -> None:
         self.body = body
+        self.form = form
         self.keeps: Part = keeps
         self.prompt: CutPrompt | None = None
         self.in_batch = False
@@ -119,6 +137,12 @@ class Ticket:
         if self.keeps == "system":
             return system_tokens(self.prompt.segments, self.prompt.kinds)
         return len(self.prompt.tokens) - 1
+
+    @property
+    def written_tokens(self) -> int:
+        """How many tokens behind those that were found, or known, are on their way to the disk."""
+        found = 0 if self.fetch is None else max(self.fetch.num_tokens, self.fetch.known_tokens)
+        return max(0, self.origin.queued_tokens - found)
 
     @property
     def is_over(self) -> bool:
@@ -260,12 +284,17 @@ def ticket_of(tokens: Sequence[int]) -> Ticket | None:
     return tokens.ticket if isinstance(tokens, TicketTokens) else None
 
 
-def cache_header(fetch: Fetch) -> str:
-    """The value of `x-persist-cache`: `disk|memory|miss; tokens=N`, and why it is no more."""
+def cache_header(fetch: Fetch, repaired: Sequence[str] = ()) -> str:
+    """The value of `x-persist-cache`: `disk|memory|miss; tokens=N`, and why it is no more.
+
+    Then the names of what was changed in the request, if it was.
+    """
     value = f"{fetch.source}; tokens={fetch.num_tokens}"
     if fetch.reason:
         reason = (
             fetch.reason.replace("→", "->").encode("ascii", "replace").decode().replace('"', "'")
         )
         value += f'; reason="{" ".join(reason.split())[:200]}"'
+    if repaired:
+        value += f"; repaired={','.join(repaired)}"
     return value

@@ -31,7 +31,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from persist_cache import tensors
 from persist_cache.cache.prompt_cache import PromptCache
-from persist_cache.errors import MissingDependencyError, ModelError
+from persist_cache.errors import MissingDependencyError, ModelError, UnsupportedCacheError
 from persist_cache.fingerprint.identifier import Identifier
 from persist_cache.fingerprint.model_files import folder_of
 from persist_cache.prefill import loadable, loading
@@ -41,13 +41,16 @@ from persist_cache.prefill.run import even_out_draft
 from persist_cache.server.admin import Admin
 from persist_cache.server.alone import Alone, tokens_looked_back_at
 from persist_cache.server.answers import json_response
+from persist_cache.server.form import Templates
 from persist_cache.server.guard import ModelGuard
 from persist_cache.server.http import Front
 from persist_cache.server.lengths import context_tokens, room
-from persist_cache.server.names import Names
+from persist_cache.server.messages import Messages
+from persist_cache.server.names import DEFAULT, Names
+from persist_cache.server.protocols.anthropic_request import MessagesRequest
 from persist_cache.server.protocols.openai import one_head
 from persist_cache.server.rendering import unrenderable
-from persist_cache.server.segments import cut_at, cut_turn
+from persist_cache.server.segments import as_system, cut_at, cut_turn, system_tokens
 from persist_cache.server.streaming import SIGN_S, Streaming
 from persist_cache.server.ticket import CutPrompt, Ticket, TicketedCache, TicketTokens
 from persist_cache.server.validation import RefusedError
@@ -109,6 +112,7 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
         self.cache = prompt_cache  # upstream deletes its own reference at the end
         self._in_flight = 0
         self._tokenizing = threading.Lock()
+        self.templates = Templates()
         self._reader = ThreadPoolExecutor(1, "persist-cache-read-ahead")
         self.admin: Admin | None = None
         self.guard: ModelGuard | None = None
@@ -217,26 +221,111 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
             wanted = self.cli_args.model
         if spare is None or key is None or wanted != key[0]:
             return
-        # Rendering a prompt changes its messages.
-        mine = copy.copy(request)
-        mine.messages = copy.deepcopy(request.messages)
         try:
-            if any(upstream._image_parts(mine.messages)):
+            if any(upstream._image_parts(request.messages)):
                 return
-            while not self._tokenizing.acquire(timeout=SIGN_S):
-                ticket.sign()
-            try:
-                prompt = self._cut(spare.tokenizer, mine, args)
-                self._room(prompt, args)
-            finally:
-                self._tokenizing.release()
+            prompt = self._cut_beside(spare, request, args)
+            self._room(prompt, args)
         except Exception:
             if ticket.is_over or provider.spare is spare:
                 raise
             return  # another model was loaded meanwhile
-        ticket.tokenized(dataclasses.replace(prompt, tokenizer=spare.of))
         if self._in_flight > 1:
             self._reader.submit(self.cache.read_ahead, key, prompt.tokens, trail=ticket.trail)
+
+    def _cut_beside(self, spare: Spare, request: TicketedRequest, args: Any) -> CutPrompt:
+        """Tokenize and cut a request beside the generation thread."""
+        # Rendering a prompt changes its messages.
+        mine = copy.copy(request)
+        mine.messages = copy.deepcopy(request.messages)
+        with self._spare_for(request.ticket):
+            prompt = self._cut(spare.tokenizer, mine, args)
+        prompt = dataclasses.replace(prompt, tokenizer=spare.of)
+        request.ticket.tokenized(prompt)
+        return prompt
+
+    @contextlib.contextmanager
+    def _spare_for(self, ticket: Ticket) -> Iterator[None]:
+        """Have the spare tokenizer alone."""
+        while not self._tokenizing.acquire(timeout=SIGN_S):
+            ticket.sign()
+        try:
+            yield
+        finally:
+            self._tokenizing.release()
+
+    # ---- requests of protocols of our own ------------------------------------------------------
+
+    def answer(self, asked: MessagesRequest, ticket: Ticket) -> Any:
+        """Answer a request that upstream has no handler for; as `generate`."""
+        return self.generate(*self._as_upstreams(asked, ticket))
+
+    def count_tokens(self, asked: MessagesRequest, ticket: Ticket) -> int:
+        """How many tokens the prompt of a request has.
+
+        Raises:
+            RefusedError: No model is loaded, or the template refuses the request.
+        """
+        request, args = self._as_upstreams(asked, ticket)
+        provider, names = self.model_provider, self.names
+        key = None if names is None else names.key(args.model.model)
+        is_own = names is None or key == names.key(None)
+        while provider.spare is None and is_own and self.generation_available():
+            time.sleep(SIGN_S)  # it is being loaded
+        spare = provider.spare
+        if spare is None or key not in (None, provider.model_key):
+            if key is None:
+                raise RefusedError(503, "No model is loaded, so there is nothing to count with.")
+            other = loading.load_tokenizer(key.model)
+            return len(self._cut(other, request, args).tokens)
+        return len(self._cut_beside(spare, request, args).tokens)
+
+    def stop_tokens(self, words: Sequence[str], ticket: Ticket) -> dict[str, list[int]]:
+        """The tokens by which upstream recognizes stop words."""
+        spare = self.model_provider.spare
+        if not words or spare is None:
+            return {word: [] for word in words}
+        with self._spare_for(ticket):
+            return {word: spare.tokenizer.encode(word, add_special_tokens=False) for word in words}
+
+    def _as_upstreams(
+        self, asked: MessagesRequest, ticket: Ticket
+    ) -> tuple[TicketedRequest, upstream.GenerationArguments]:
+        cli, sampling = self.cli_args, asked.sampling
+        # Clients of this protocol ask for models of its maker, which stand for the one here.
+        is_known = self.names is not None and self.names.is_here(asked.model)
+        args = upstream.GenerationArguments(
+            model=upstream.ModelDescription(asked.model if is_known else DEFAULT, DEFAULT, None),
+            sampling=upstream.SamplingArguments(
+                temperature=sampling.get("temperature", cli.temp),
+                top_p=sampling.get("top_p", cli.top_p),
+                top_k=self._top_k(sampling.get("top_k", cli.top_k)),
+                min_p=cli.min_p,
+                xtc_probability=0.0,
+                xtc_threshold=0.1,
+            ),
+            logits=upstream.LogitsProcessorArguments(None, 0.0, 20, 0.0, 20, 0.0, 20),
+            stop_words=asked.stop_words,
+            max_tokens=asked.max_tokens,
+            num_draft_tokens=cli.num_draft_tokens,
+            logprobs=False,
+            top_logprobs=-1,
+            seed=None,
+            chat_template_kwargs=asked.template_args or None,
+        )
+        request = TicketedRequest("chat", "", asked.messages, asked.tools, None, ticket=ticket)
+        if self._is_distributed and ticket.form is not None:
+            # Ranks send each other requests as upstream knows them.
+            fitted = ticket.form.fit(self.model_provider.tokenizer)
+            request.messages, request.tools = fitted.messages, fitted.tools
+            args.chat_template_kwargs = fitted.template_args
+            ticket.form = None
+        return request, args
+
+    def _top_k(self, top_k: int) -> int:
+        """No more than there are tokens, which mlx-lm would fail at; 0 takes all of them."""
+        tokenizer = self.model_provider.tokenizer
+        return 0 if tokenizer is None or top_k >= len(tokenizer) else top_k
 
     # ---- where prompts are cut ---------------------------------------------------------------
 
@@ -267,6 +356,11 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
 
     def _cut(self, tokenizer: Any, request: Any, args: Any) -> CutPrompt:
         """Tokenize a request, and cut it into its system part and its turns."""
+        form = request.ticket.form
+        if form is not None:
+            fitted = form.fit(tokenizer)
+            request.messages, request.tools = fitted.messages, fitted.tools
+            args = dataclasses.replace(args, chat_template_kwargs=fitted.template_args)
         tokenize = super()._tokenize
         tokens, segments, kinds, initial_state, vision = _rendered(
             request, lambda: tokenize(tokenizer, request, args)
@@ -279,6 +373,13 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
             segments, kinds = cut_turn(
                 tokenizer, request.messages, request.tools, options, list(tokens)
             )
+        if form is not None and vision is None:
+            trimmable = getattr(self.model_provider, "is_trimmable", True)
+            head = system_tokens(segments, kinds)
+            places, head = form.cuts(tokenizer, tokens, head, trimmable=trimmable)
+            for place in places:
+                segments, kinds = cut_at(place, segments, kinds)
+            kinds = as_system(head, segments, kinds)
         messages = request.messages
         return CutPrompt(tokenizer, messages, tokens, segments, kinds, initial_state, vision)
 
@@ -429,6 +530,8 @@ class Provider(upstream.ModelProvider):  # type: ignore[misc]
     """Upstream's model provider; a model's identity is that of the files it was loaded from."""
 
     identifier: Identifier | None = None
+    is_trimmable = True
+    """The loaded model's cache can be resumed at any token."""
     spare: Spare | None = None
     """Of what is loaded, for use beside the generation thread."""
     context: int | None = None
@@ -481,10 +584,20 @@ class Provider(upstream.ModelProvider):  # type: ignore[misc]
             folder = folder_of(model_path) if model_path else None
             if self.context_given is None and folder is not None:
                 self.context = context_tokens(loadable.read_config(folder))
+        self.is_trimmable = self.model is None or _is_trimmable(self.model)
         self.spare = Spare(self.tokenizer, copy.deepcopy(self.tokenizer))
 
 
-class Handler(Streaming, Front, upstream.APIHandler):  # type: ignore[misc]
+def _is_trimmable(model: Any) -> bool:
+    """Whether all layers of a model keep rows; a cache that cannot be kept needs no places."""
+    try:
+        layers = tensors.supported(make_prompt_cache(model))
+    except UnsupportedCacheError:
+        return True
+    return all(layer.storage == "rows" for layer in layers)
+
+
+class Handler(Messages, Streaming, Front, upstream.APIHandler):  # type: ignore[misc]
     """Upstream's HTTP handler behind our front, saying where the prompt's cache came from."""
 
     def handle_completion(self, request: Any, stop_words: list[str]) -> None:

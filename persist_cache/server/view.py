@@ -55,6 +55,7 @@ def server_json(stats: PromptCacheStats, *, max_size: int, max_bytes: int) -> di
         "written_bytes": stats.written_bytes,
         "queued_jobs": stats.queued_jobs,
         "queued_bytes": stats.queued_bytes,
+        "repaired": dict(stats.repaired),
         "problems": dict(stats.problems),
         "disk_off": stats.disk_off,
     }

@@ -12,8 +12,8 @@ from pathlib import Path
 from scripts.benchmarks import common
 
 ALL = (
-    *("restore", "insert", "lookup", "growth", "turns", "signs"),
-    *("ttft", "memory", "stall", "commands"),
+    *("restore", "insert", "lookup", "growth", "turns", "signs", "sessions"),
+    *("ttft", "memory", "stall", "commands", "translation"),
 )
 """Modules of this package, in the order in which `all` runs them."""
 BENCHMARKS = (*ALL, "peers")

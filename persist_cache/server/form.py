@@ -1,0 +1,224 @@
+"""A request of a protocol of ours in the form that the model's chat template takes.
+
+What is known of a request before its tokenizer is loaded does not say how it is to be rendered. So
+the form travels with the ticket, and is asked wherever the prompt is made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from persist_cache.server.marks import place_marks
+from persist_cache.server.protocols.anthropic_messages import Mark
+from persist_cache.server.protocols.anthropic_request import MessagesRequest
+from persist_cache.server.templates import Abilities, Fitted, fit, probe
+
+log = logging.getLogger(__name__)
+
+_MOST_HEADS = 256
+_NEAR_TOKENS = 8
+"""Two places that are no further apart are one: each costs a whole state."""
+
+
+class Templates:
+    """What is known of chat templates, and of the prompts that they made.
+
+    Thread safety: may be shared between threads; `_lock` guards what is remembered.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._abilities: weakref.WeakKeyDictionary[Any, Abilities] = weakref.WeakKeyDictionary()
+        self._heads: dict[bytes, int] = {}
+
+    def abilities(self, tokenizer: Any, template_args: Mapping[str, Any]) -> Abilities:
+        """What a tokenizer's template takes; found out when it is first asked for."""
+        with self._lock:
+            found = self._abilities.get(tokenizer)
+        if found is None:
+            source = getattr(tokenizer, "chat_template", None)
+            found = probe(
+                lambda messages, tools: _text(tokenizer, messages, tools, template_args),
+                source if isinstance(source, str) else "",
+            )
+            with self._lock:
+                self._abilities[tokenizer] = found
+        return found
+
+    def head(self, key: bytes) -> int | None:
+        """How many tokens the head of a prompt has, if it is remembered."""
+        with self._lock:
+            return self._heads.get(key)
+
+    def remember_head(self, key: bytes, tokens: int) -> None:
+        """Remember that."""
+        with self._lock:
+            if len(self._heads) >= _MOST_HEADS:
+                self._heads.clear()
+            self._heads[key] = tokens
+
+
+class Form:
+    """One request, to be put before a chat template.
+
+    Thread safety: for one thread at a time.
+
+    Attributes:
+        fitted: The conversation as it was rendered last; None before.
+    """
+
+    def __init__(
+        self, request: MessagesRequest, templates: Templates, template_args: Mapping[str, Any]
+    ) -> None:
+        """Ask nothing yet.
+
+        Args:
+            request: What was asked.
+            templates: What is known of templates.
+            template_args: Options of the server, which those of the request win over.
+        """
+        self._request = request
+        self._templates = templates
+        self._defaults = dict(template_args)
+        self.fitted: Fitted | None = None
+
+    def fit(self, tokenizer: Any) -> Fitted:
+        """The conversation as the tokenizer's template takes it."""
+        request = self._request
+        takes = self._templates.abilities(tokenizer, self._defaults)
+        self.fitted = fit(request.messages, request.tools, request.template_args, takes)
+        return self.fitted
+
+    @property
+    def repaired(self) -> tuple[str, ...]:
+        """Names of what was changed."""
+        fitted = () if self.fitted is None else self.fitted.names
+        return tuple(sorted({*self._request.repaired, *fitted}))
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """Names of what was asked for and is not done."""
+        fitted = () if self.fitted is None else self.fitted.ignored
+        return tuple(sorted({*self._request.ignored, *fitted}))
+
+    def cuts(
+        self, tokenizer: Any, prompt: Sequence[int], system_tokens: int, *, trimmable: bool
+    ) -> tuple[list[int], int]:
+        """Find where a prompt is to be kept because its client asks for it.
+
+        Args:
+            tokenizer: That made the prompt of what `fit` returned.
+            prompt: Token ids.
+            system_tokens: Length of the part that is kept anyway for all conversations.
+            trimmable: The model's cache can be resumed anywhere, so that it is of no use to keep
+                what stands in the middle of a conversation.
+
+        Returns:
+            The places, and how much of the prompt is of the tier `system`.
+        """
+        marks = self._marks()
+        heads = self._heads()
+        head_mark = max(
+            (mark for mark in marks if mark.message < heads),
+            key=lambda mark: (mark.message, mark.characters or 0),
+            default=None,
+        )
+        if trimmable:
+            marks = [head_mark] if head_mark is not None and not system_tokens else []
+        elif system_tokens:
+            marks = [mark for mark in marks if not self._is_end(mark, heads - 1)]
+        marks = [mark for mark in marks if not self._is_end(mark, len(self._messages) - 1)]
+        if not marks:
+            return [], system_tokens
+        key = self._head_key(head_mark, heads)
+        if marks == [head_mark] and (remembered := self._templates.head(key)) is not None:
+            return [remembered], max(remembered, system_tokens)
+        try:
+            places = place_marks(
+                self._messages,
+                self._tools,
+                marks,
+                prompt,
+                render=lambda messages, tools: _text(tokenizer, messages, tools, self._args()),
+                encode=lambda text: _encode(tokenizer, text),
+            )
+        except Exception as error:  # a template is a program of its own
+            log.debug("no marks could be placed: %s", error)
+            return [], system_tokens
+        head = next((at for at, mark in zip(places, marks, strict=True) if mark == head_mark), None)
+        if head is not None:
+            self._templates.remember_head(key, head)
+        found = {place for place in places if place is not None}
+        # The system part ends as well as there.
+        found -= set(range(system_tokens, system_tokens + _NEAR_TOKENS))
+        return sorted(found), max(head or 0, system_tokens)
+
+    @property
+    def _messages(self) -> list[dict[str, Any]]:
+        return [] if self.fitted is None else self.fitted.messages
+
+    @property
+    def _tools(self) -> Sequence[Mapping[str, Any]] | None:
+        return None if self.fitted is None else self.fitted.tools
+
+    def _heads(self) -> int:
+        """How many system messages are at the head."""
+        roles = [one["role"] for one in self._messages]
+        return next((at for at, role in enumerate(roles) if role != "system"), len(roles))
+
+    def _is_end(self, mark: Mark, message: int) -> bool:
+        """Whether a mark is at the end of a message, where the prompt is kept without it."""
+        if mark.message != message or message < 0:
+            return False
+        return mark.characters in (None, len(self._messages[message]["content"]))
+
+    def _args(self) -> dict[str, Any]:
+        own = {} if self.fitted is None else self.fitted.template_args
+        return {**self._defaults, **own}
+
+    def _marks(self) -> list[Mark]:
+        """Marks in the conversation as it is rendered."""
+        given, said = self._request.messages, self._messages
+        if len(given) != len(said):
+            return []  # Messages were put together: what was marked is not there any more.
+        return [
+            mark
+            for mark in self._request.marks
+            if mark.message < 0 or given[mark.message]["content"] == said[mark.message]["content"]
+        ]
+
+    def _head_key(self, mark: Mark | None, heads: int) -> bytes:
+        roles = [one["role"] for one in self._messages[heads : heads + 1]]
+        place = None if mark is None else (mark.message, mark.characters)
+        head = [self._messages[:heads], roles, self._tools, self._args(), place]
+        whole = json.dumps(head, default=str).encode()
+        return hashlib.blake2b(whole, digest_size=16).digest()
+
+
+def _text(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None,
+    template_args: Mapping[str, Any],
+) -> str:
+    """The text of a prompt, whose tokens upstream makes of the same arguments."""
+    return str(
+        tokenizer.apply_chat_template(
+            list(messages),
+            tools=None if tools is None else list(tools),
+            add_generation_prompt=True,
+            tokenize=False,
+            **template_args,
+        )
+    )
+
+
+def _encode(tokenizer: Any, text: str) -> tuple[Sequence[int], Sequence[tuple[int, int]]]:
+    found = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+    return found.ids, found.offsets

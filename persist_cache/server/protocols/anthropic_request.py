@@ -1,0 +1,280 @@
+"""The body of a request to Anthropic's Messages, as what this server is asked to do.
+
+`read_messages` takes everything from a body that is acted on, in one pass. What is null is absent;
+fields that are not known are accepted; what is known and cannot be done is named in `ignored`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from persist_cache.server.protocols.anthropic_messages import (
+    Conversation,
+    Mark,
+    kind,
+    mark_of,
+    text_of,
+    wrong,
+)
+from persist_cache.server.validation import MAX_NEW_TOKENS, MAX_STOP_WORDS
+
+MAX_TOP_K = 10**9
+_THINKING = ("enabled", "adaptive", "between_tools", "disabled")
+_EFFORTS = {"low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high"}
+"""Efforts that clients ask for, as those that templates know."""
+_TOLD: dict[str, Callable[[Any], bool]] = {
+    "container": bool,
+    "context_management": lambda value: bool(value.get("edits")) if _is(value, dict) else True,
+    "mcp_servers": bool,
+    "output_format": bool,
+}
+"""Fields that ask for what is not done, and when that makes a difference."""
+
+
+@dataclass(frozen=True, slots=True)
+class MessagesRequest:
+    """A request that was understood.
+
+    Attributes:
+        model: As the client names it.
+        messages: Of a chat, as templates take them; the system prompt is the first one.
+        tools: Definitions of functions, or None.
+        template_args: Options of the chat template, those that not all templates have among them.
+        max_tokens: Of the answer; 0 only fills the cache.
+        stream: The answer is wanted as events.
+        stop_words: That end the answer.
+        sampling: Temperature, `top_p` and `top_k`, where they are given.
+        may_call: What looks like a tool call is one.
+        one_call: The answer ends with its first tool call.
+        marks: Places up to which the prompt is to be kept, in order.
+        repaired: Names of the repairs that changed it.
+        ignored: Names of what was asked for and is not done.
+    """
+
+    model: str
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    template_args: dict[str, Any] = field(default_factory=dict)
+    max_tokens: int = 0
+    stream: bool = False
+    stop_words: list[str] = field(default_factory=list)
+    sampling: dict[str, float | int] = field(default_factory=dict)
+    may_call: bool = False
+    one_call: bool = False
+    marks: list[Mark] = field(default_factory=list)
+    repaired: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+
+
+def read_messages(
+    body: Mapping[str, Any],
+    *,
+    counting: bool = False,
+) -> MessagesRequest:
+    """Read the body of a request.
+
+    Args:
+        body: A JSON object.
+        counting: It asks for the number of its tokens; there is no `max_tokens` then.
+
+    Raises:
+        RefusedError: It is malformed, or asks for what cannot be left out.
+    """
+    model = text_of(body, "model", "")
+    if not model:
+        raise wrong("model", "must not be empty.")
+    said = Conversation()
+    ignored = {name for name, asks in _TOLD.items() if body.get(name) and asks(body[name])}
+    tools = _tools(body.get("tools"), said, ignored)
+    _read_conversation(body, said, counting=counting)
+    may_call, one_call = _tool_choice(body.get("tool_choice"), tools, ignored)
+    stream = _flag(body, "stream")
+    thinks, template_args = _thinking(body, ignored)
+    _check_metadata(body.get("metadata"))
+    return MessagesRequest(
+        model=model,
+        messages=said.messages,
+        tools=tools or None,
+        template_args=template_args,
+        max_tokens=0 if counting else _max_tokens(body, stream=stream, thinks=thinks),
+        stream=stream,
+        stop_words=_stop_words(body.get("stop_sequences")),
+        sampling=_sampling(body),
+        may_call=may_call,
+        one_call=one_call,
+        marks=said.marks,
+        repaired=tuple(sorted(said.repaired)),
+        ignored=tuple(sorted(ignored | said.ignored)),
+    )
+
+
+def _read_conversation(body: Mapping[str, Any], said: Conversation, *, counting: bool) -> None:
+    if (system := body.get("system")) is not None:
+        said.add_system(system, "system")
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise wrong("messages", "must be a list of at least one message.")
+    for place, message in enumerate(messages):
+        said.add(message, f"messages.{place}")
+    if said.messages and said.messages[-1]["role"] == "assistant" and not counting:
+        raise wrong(
+            f"messages.{len(messages) - 1}",
+            "is the assistant's: this server cannot go on with an answer; end with the user's.",
+        )
+    if all(one["role"] == "system" for one in said.messages):
+        raise wrong("messages", "must have a message of the user.")
+    if (ttl_s := mark_of(body, "")) is not None:
+        said.mark_end(ttl_s)
+
+
+def _tools(given: Any, said: Conversation, ignored: set[str]) -> list[dict[str, Any]]:
+    if given is None:
+        return []
+    if not isinstance(given, list):
+        raise wrong("tools", "must be a list.")
+    tools: dict[str, dict[str, Any]] = {}
+    for place, tool in enumerate(given):
+        at = f"tools.{place}"
+        if not isinstance(tool, dict):
+            raise wrong(at, "must be an object.")
+        own = tool.get("type") is None or kind(tool, at) == "custom"
+        schema, description = tool.get("input_schema"), tool.get("description")
+        ttl_s = mark_of(tool, at)
+        if own or schema is not None:
+            name = text_of(tool, "name", at)
+            if not name:
+                raise wrong(f"{at}.name", "must not be empty.")
+            if name in tools:
+                raise wrong(f"{at}.name", "is the name of another tool, too.")
+            if not isinstance(schema, dict):
+                raise wrong(f"{at}.input_schema", "must be an object.")
+            if description is not None and not isinstance(description, str):
+                raise wrong(f"{at}.description", "must be a text.")
+            function = {"name": name, "description": description or "", "parameters": schema}
+            tools[name] = {"type": "function", "function": function}
+        else:
+            # Anthropic's own: run on its servers, or known to its models without a schema.
+            ignored.add("tools")
+        if ttl_s is not None:
+            said.mark_end(ttl_s)
+    return list(tools.values())
+
+
+def _tool_choice(choice: Any, tools: list[dict[str, Any]], ignored: set[str]) -> tuple[bool, bool]:
+    """Whether there may be calls, and whether there may be only one."""
+    if choice is None:
+        return bool(tools), False
+    if not isinstance(choice, dict):
+        raise wrong("tool_choice", "must be an object.")
+    said = kind(choice, "tool_choice")
+    if said not in ("auto", "any", "tool", "none"):
+        raise wrong("tool_choice.type", "must be auto, any, tool or none.")
+    if said == "tool":
+        name = text_of(choice, "name", "tool_choice")
+        if tools and all(tool["function"]["name"] != name for tool in tools):
+            raise wrong("tool_choice.name", "is the name of no tool of this request.")
+    if said in ("any", "tool"):
+        if not tools and "tools" not in ignored:
+            raise wrong("tool_choice", "asks for a tool, and the request has none.")
+        ignored.add("tool_choice")
+    one = choice.get("disable_parallel_tool_use")
+    if one is not None and not isinstance(one, bool):
+        raise wrong("tool_choice.disable_parallel_tool_use", "must be true or false.")
+    return bool(tools) and said != "none", bool(one)
+
+
+def _thinking(body: Mapping[str, Any], ignored: set[str]) -> tuple[bool, dict[str, Any]]:
+    """Whether thinking is asked for, and what the template is told about it."""
+    found: dict[str, Any] = {}
+    thinking = body.get("thinking")
+    thinks = False
+    if thinking is not None:
+        if not isinstance(thinking, dict):
+            raise wrong("thinking", "must be an object.")
+        said = kind(thinking, "thinking")
+        if said not in _THINKING:
+            raise wrong("thinking.type", f"must be one of {', '.join(_THINKING)}.")
+        thinks = said != "disabled"
+        found["enable_thinking"] = thinks
+        budget = thinking.get("budget_tokens")
+        if budget is not None or said == "enabled":
+            _whole(budget, "thinking.budget_tokens", 1, MAX_NEW_TOKENS)
+            found["thinking_budget"] = budget
+    output = body.get("output_config")
+    if output is not None:
+        if not isinstance(output, dict):
+            raise wrong("output_config", "must be an object.")
+        if output.get("format") is not None:
+            ignored.add("output_config.format")
+        effort = output.get("effort")
+        if effort is not None:
+            if not isinstance(effort, str) or effort not in _EFFORTS:
+                raise wrong("output_config.effort", f"must be one of {', '.join(_EFFORTS)}.")
+            found["reasoning_effort"] = _EFFORTS[effort]
+    return thinks, found
+
+
+def _max_tokens(body: Mapping[str, Any], *, stream: bool, thinks: bool) -> int:
+    limit = body.get("max_tokens")
+    _whole(limit, "max_tokens", 0, MAX_NEW_TOKENS)
+    structured = body.get("output_format") or (body.get("output_config") or {}).get("format")
+    if limit == 0 and (stream or thinks or structured):
+        raise wrong(
+            "max_tokens", "must not be 0 together with stream, thinking or an output format."
+        )
+    return int(limit or 0)
+
+
+def _stop_words(given: Any) -> list[str]:
+    if given is None:
+        return []
+    if not isinstance(given, list) or len(given) > MAX_STOP_WORDS:
+        raise wrong("stop_sequences", f"must be a list of at most {MAX_STOP_WORDS} texts.")
+    for place, word in enumerate(given):
+        if not isinstance(word, str) or not word:
+            raise wrong(f"stop_sequences.{place}", "must be a text that is not empty.")
+    return list(dict.fromkeys(given))
+
+
+def _sampling(body: Mapping[str, Any]) -> dict[str, float | int]:
+    found: dict[str, float | int] = {}
+    for name in ("temperature", "top_p"):
+        value = body.get(name)
+        if value is None:
+            continue
+        if not _is(value, int | float) or not math.isfinite(value) or not 0 <= value <= 1:
+            raise wrong(name, "must be a number from 0 to 1.")
+        found[name] = float(value)
+    if (top_k := body.get("top_k")) is not None:
+        _whole(top_k, "top_k", 0, MAX_TOP_K)
+        found["top_k"] = top_k
+    return found
+
+
+def _check_metadata(metadata: Any) -> None:
+    if metadata is None:
+        return
+    if not isinstance(metadata, dict):
+        raise wrong("metadata", "must be an object.")
+    if not isinstance(metadata.get("user_id"), str | None):
+        raise wrong("metadata.user_id", "must be a text.")
+
+
+def _flag(body: Mapping[str, Any], name: str) -> bool:
+    value = body.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise wrong(name, "must be true or false.")
+    return bool(value)
+
+
+def _whole(value: Any, name: str, low: int, high: int) -> None:
+    if not _is(value, int) or not low <= value <= high:
+        raise wrong(name, f"must be a whole number from {low} to {high}.")
+
+
+def _is(value: Any, kinds: Any) -> bool:
+    """Whether a value is of that kind; true and false are no numbers."""
+    return isinstance(value, kinds) and not isinstance(value, bool)

@@ -1,0 +1,98 @@
+"""A model that says what it is told to: its logits follow a script, and its caches are real ones.
+
+A llama whose layers add nothing to what they are given, so that the next token depends on the last
+one alone. The template ends a prompt with the first token of a script when the last message has
+`play NAME`; each chunk of a script is a token of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models import llama
+from mlx_lm.utils import save_config, save_model
+from transformers import PreTrainedTokenizerFast
+
+from tests import tiny_models
+
+THINKS = "Is it late?\n"
+SCRIPTS: Mapping[str, Sequence[str]] = {
+    "silent": [],
+    "hello": ["Hello", ", I am ", "here.", " "],
+    "think": ["<think>", THINKS, "</think>\n\n", "It is", " six."],
+    "clock": [
+        "I look.\n",
+        '<tool_call>{"name": "clock", "argu',
+        'ments": {"city": "Bern"}}</tool_call>',
+    ],
+    "both": [
+        "Twice.",
+        '<tool_call>{"name": "clock", "arguments": {"city": "Rom"}}</tool_call>\n',
+        '<tool_call>{"name": "clock", "arguments": {"city": "Ulm"}}</tool_call>\n',
+    ],
+    "broken": ["So: ", '<tool_call>{"name": "clock", "arg', "</tool_call>"],
+    "stop": ["One, ", "two, ", "STO", "P three", ", four"],
+    "long": [f"{number}, " for number in range(100, 140)],
+}
+_CONTENT = "{% if message.content %}{{ message.content }}{% endif %}"
+_THOUGHT = (
+    "{% if message.reasoning_content %}<think>{{ message.reasoning_content }}</think>{% endif %}"
+)
+_END = "{% endif -%}\n"
+_START = "{%- if 'play NAME' in messages[-1].content %}<|play NAME|>{% endif -%}\n"
+TEMPLATE = "".join(
+    [
+        tiny_models.CHAT_TEMPLATE.replace(_CONTENT, _THOUGHT + _CONTENT).removesuffix(_END),
+        *(_START.replace("NAME", name) for name in SCRIPTS),
+        _END,
+    ]
+)
+
+
+def build_scripted_model(path: Path, **config: Any) -> Path:
+    """Write the model into the folder `path`.
+
+    Args:
+        path: The folder; made when it does not exist.
+        config: Fields of config.json to add or to replace.
+    """
+    tiny_models.build_model_dir(path)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+    starts = [f"<|play {name}|>" for name in SCRIPTS]
+    chunks = [chunk for script in SCRIPTS.values() for chunk in script]
+    tokenizer.add_tokens([*starts, *chunks, "</think>"], special_tokens=True)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(path)
+    size = len(tokenizer)
+    settings = {
+        **json.loads((path / "config.json").read_text()),
+        "hidden_size": size,
+        "intermediate_size": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 1,
+        "vocab_size": size,
+        "tie_word_embeddings": False,
+        **config,
+    }
+    model = llama.Model(llama.ModelArgs.from_dict(settings))
+    follows = mx.zeros((size, size))
+    end = tokenizer.eos_token_id
+    follows[end, :] = 1.0
+    for name, script in SCRIPTS.items():
+        said = [f"<|play {name}|>", *script]
+        for before, after in zip(said, [*script, None], strict=True):
+            last = tokenizer.convert_tokens_to_ids(before)
+            follows[end, last] = 0.0
+            follows[end if after is None else tokenizer.convert_tokens_to_ids(after), last] = 1.0
+    model.lm_head.weight = follows
+    model.model.embed_tokens.weight = mx.eye(size)
+    for layer in model.layers:
+        layer.self_attn.o_proj.weight = mx.zeros_like(layer.self_attn.o_proj.weight)
+        layer.mlp.down_proj.weight = mx.zeros_like(layer.mlp.down_proj.weight)
+    save_model(path, model)
+    save_config(settings, path / "config.json")
+    return path

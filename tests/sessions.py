@@ -1,0 +1,145 @@
+"""Sessions of an agent over Anthropic's Messages, made up, and how much of them is reused."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from persist_cache.server.form import Form
+from persist_cache.server.protocols.anthropic_request import read_messages
+from persist_cache.server.ticket import Ticket
+from persist_cache.tokens import common_prefix_tokens, pack_tokens
+from tests.anthropic_bodies import BILLING, COUNTDOWN, EPHEMERAL, prose, tool
+from tests.loops import Loop
+
+SERVER: dict[str, Any] = {
+    "temp": 0.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "num_draft_tokens": 3,
+}
+"""Options of the server that a chat's request brings along."""
+_REMINDER_EVERY = 7
+
+
+@dataclass
+class Reuse:
+    """What a row of requests had in common with earlier ones.
+
+    Attributes:
+        common: Tokens that each shares with the longest prefix of an earlier one.
+        read: Tokens that it needed not compute.
+        written: Tokens behind those that it said are on their way to the disk.
+        total: Tokens of all prompts.
+    """
+
+    common: int = 0
+    read: int = 0
+    written: int = 0
+    total: int = 0
+
+    @property
+    def share(self) -> float:
+        return self.read / self.common if self.common else 1.0
+
+
+def session(
+    *, user_turns: int = 3, tool_turns: int = 10, tools: int = 20, words: int = 300, seed: int = 0
+) -> Iterator[dict[str, Any]]:
+    """Bodies as an agent sends them, one after the other; `words` is the size of a tool."""
+    drawn = random.Random(seed)
+    known = [tool(drawn, place, words) for place in range(tools)]
+    system = prose(drawn, 15 * words)
+    messages: list[dict[str, Any]] = []
+    number = 0
+
+    def said(**more: Any) -> dict[str, Any]:
+        nonlocal number
+        number += 1
+        head = [
+            {"type": "text", "text": BILLING.format(f"f{number:02x}", f"{number:05x}")},
+            {"type": "text", "text": prose(random.Random(1), 20)},
+        ]
+        body = {
+            "model": "claude-large",
+            "max_tokens": 1,
+            "system": [
+                *head,
+                {
+                    "type": "text",
+                    "text": f"{system}\n{COUNTDOWN.format(200_000 - number * 100)}",
+                    "cache_control": EPHEMERAL,
+                },
+            ],
+            "tools": known,
+            "messages": copy.deepcopy(messages),
+            **more,
+        }
+        last = body["messages"][-1]["content"]
+        if isinstance(last, list):
+            last[-1]["cache_control"] = EPHEMERAL
+        return body
+
+    for turn in range(user_turns):
+        reminder = f"<system-reminder>\n{prose(drawn, 20)}\n</system-reminder>"
+        text = [{"type": "text", "text": reminder}, {"type": "text", "text": prose(drawn, 15)}]
+        messages.append({"role": "user", "content": text})
+        title = [{"role": "user", "content": f"Name this: {prose(drawn, 20)}"}]
+        yield said(system="Write a title of five words.", tools=None, messages=title)
+        yield said()
+        for step in range(tool_turns):
+            call = f"toolu_{turn:02d}{step:02d}"
+            content = [
+                {"type": "text", "text": prose(drawn, 10)},
+                {
+                    "type": "tool_use",
+                    "id": call,
+                    "name": f"tool_{step % tools}",
+                    "input": {"path": f"src/{turn}_{step}.py"},
+                },
+            ]
+            messages.append({"role": "assistant", "content": content})
+            result = {"type": "tool_result", "tool_use_id": call, "content": prose(drawn, 60)}
+            messages.append({"role": "user", "content": [result]})
+            if len(messages) % _REMINDER_EVERY == 0:
+                messages.append({"role": "system", "content": f"Reminder: {prose(drawn, 12)}"})
+            yield said()
+            if step == tool_turns // 2:
+                task = [{"role": "user", "content": [{"type": "text", "text": prose(drawn, 40)}]}]
+                yield said(messages=task)  # a sub-agent, with the same head
+        messages.append({"role": "assistant", "content": prose(drawn, 30)})
+
+
+def converse(
+    loop: Loop, bodies: Iterable[dict[str, Any]], before: list[bytes] | None = None
+) -> Reuse:
+    """Send bodies, one after the other.
+
+    Args:
+        loop: Answers.
+        bodies: As their client sends them.
+        before: Prompts of earlier requests; those of these are added.
+    """
+    found, prompts = Reuse(), [] if before is None else before
+    for body in bodies:
+        request = read_messages(body)
+        ticket = Ticket(form=Form(request, loop.generator.templates, {}))
+        with loop.generator.in_flight():
+            context, pieces = loop.generator.answer(request, ticket)
+            for _ in pieces:
+                pass
+            context.stop()
+        assert ticket.prompt is not None
+        assert ticket.fetch is not None
+        packed = pack_tokens(ticket.prompt.tokens)
+        longest = max((common_prefix_tokens(packed, one) for one in prompts), default=0)
+        found.common += min(longest, len(ticket.prompt.tokens) - 1)
+        found.read += ticket.fetch.num_tokens
+        found.written += ticket.written_tokens
+        found.total += len(ticket.prompt.tokens)
+        prompts.append(packed)
+    return found

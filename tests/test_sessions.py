@@ -1,0 +1,100 @@
+"""An agent's session over Anthropic's Messages: its prefix holds, also after a restart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from persist_cache import Store
+from persist_cache.entry import Tier
+from persist_cache.queries.details import tokens_of
+from persist_cache.stability import repairs
+from persist_cache.tokens import common_prefix_tokens, pack_tokens
+from tests.loops import Loop
+from tests.sessions import SERVER, converse, session
+from tests.tiny_models import build_model_dir
+
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "sliding": {
+        "model_type": "gemma3_text",
+        "sliding_window": 64,
+        "sliding_window_pattern": 2,
+    },
+}
+SMALL: dict[str, Any] = {"user_turns": 2, "tool_turns": 4, "tools": 4, "words": 30}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    name = request.param
+    return build_model_dir(tmp_path_factory.mktemp(name) / "model", **MODELS[name])
+
+
+def test_what_could_be_reused_is_reused_before_and_after_a_restart(
+    model: Path, tmp_path: Path
+) -> None:
+    bodies = list(session(**SMALL))
+    prompts: list[bytes] = []
+    with Loop(model, tmp_path / "store", **SERVER) as loop:
+        first = converse(loop, bodies[:-4], prompts)
+        loop.cache.flush()
+    with Loop(model, tmp_path / "store", **SERVER) as loop:
+        second = converse(loop, bodies[-4:], prompts)
+
+    assert first.common > 0.8 * first.total, "the session has a prefix that holds"
+    assert first.share >= 0.99
+    assert second.share >= 0.99
+
+
+def rows_of_prompts(store: Store) -> int:
+    """Tokens that the store has rows of, in the tiers of prompts."""
+    prompts = sorted(
+        tokens_of(store, one.id) for one in store.entries() if one.tier != Tier.ASSISTANT
+    )
+    before: list[int] = []
+    rows = 0
+    for tokens in prompts:
+        rows += len(tokens) - common_prefix_tokens(pack_tokens(before), pack_tokens(tokens))
+        before = tokens
+    return rows
+
+
+def test_what_was_said_to_be_written_is_what_the_store_gained(model: Path, tmp_path: Path) -> None:
+    bodies = list(session(**SMALL))
+    with Store.open(tmp_path / "store", min_free_bytes=0) as store:
+        with Loop(model, store, **SERVER) as loop:
+            first = converse(loop, bodies[:8])
+            loop.cache.flush()
+        gained = rows_of_prompts(store)
+        with Loop(model, store, **SERVER) as loop:
+            second = converse(loop, bodies[8:])
+            loop.cache.flush()
+
+        # The last token of a prompt is computed with the reply, and kept with what follows it:
+        # then it was read from memory, and is written nevertheless.
+        assert gained - 8 <= first.written <= gained
+        gained = rows_of_prompts(store) - gained
+        assert gained - len(bodies[8:]) <= second.written <= gained
+
+
+def test_nothing_is_said_to_be_written_without_a_disk(model: Path) -> None:
+    with Loop(model, **SERVER) as loop:
+        assert converse(loop, list(session(**SMALL))[:3]).written == 0
+
+
+def test_billing_line_and_countdown_would_cost_the_whole_prefix(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bodies = list(session(**{**SMALL, "user_turns": 1}))
+    with Loop(model, **SERVER) as loop:
+        repaired = converse(loop, bodies)
+    monkeypatch.setattr(repairs, "without_billing", lambda text: text)
+    monkeypatch.setattr(repairs, "without_countdown", lambda text: text)
+    with Loop(model, **SERVER) as loop:
+        plain = converse(loop, bodies)
+
+    assert repaired.read > 0.6 * repaired.total
+    assert plain.read < 0.1 * plain.total
