@@ -2,7 +2,8 @@
 
 Everything that changes the disk goes through here, so that durability rules and platform limits
 are written once, and so that a test can cut any single step. Callers use `fs.name(...)`, never
-`from fs import name`: replacing a function of this module replaces it everywhere.
+`from fs import name`: replacing a function of this module replaces it everywhere. That is why
+it is one module, however long.
 
 Limits handled: at most `IOV_MAX` buffers and 1 GiB a call (macOS fails above 2 GiB), short reads
 and writes, `F_FULLFSYNC` where plain fsync does not reach the platter (macOS).

@@ -2,7 +2,8 @@
 
 What is added: where prompts are cut (tool turns, checkpoints at branches), what an answer says
 about the cache, and which files a model was loaded from. What is used of its private seam is
-listed in `SEAM`, and checked by a test.
+listed in `SEAM`, and checked by a test. It is long because nothing else may know upstream's
+classes; what does not need them lies beside it (`ticket`, `segments`, `alone`, `streaming`).
 """
 
 from __future__ import annotations
