@@ -85,6 +85,7 @@ def test_nothing_is_said_to_be_written_without_a_disk(model: Path) -> None:
         assert converse(loop, list(session(**SMALL))[:3]).written == 0
 
 
+@pytest.mark.long
 def test_billing_line_and_countdown_would_cost_the_whole_prefix(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
