@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -124,8 +126,19 @@ def forked(store: Path, *arguments: object) -> Done:
 
 
 def fill(root: Path) -> dict[str, str]:
-    """A store with a system prompt, two conversations below it, and another model's prompt."""
-    with Store.open(root, min_free_bytes=0) as store:
+    """A store with a system prompt, two conversations below it, and another model's prompt.
+
+    Always the same one, copied, so its entries have the same ids everywhere.
+    """
+    filled, ids = _filled()
+    shutil.copytree(Path(filled.name, "store"), root)
+    return dict(ids)
+
+
+@functools.cache
+def _filled() -> tuple[tempfile.TemporaryDirectory[str], dict[str, str]]:
+    folder = tempfile.TemporaryDirectory()
+    with Store.open(Path(folder.name, "store"), min_free_bytes=0) as store:
 
         def put(tokens: list[int], model: str = "w0", **options: Any) -> str:
             identity = fingerprint(weights=model)
@@ -136,7 +149,7 @@ def fill(root: Path) -> dict[str, str]:
             assert entry is not None
             return entry
 
-        return {
+        return folder, {
             "system": put(SYSTEM, tier="system", label="the agent", prefill_s=2.0),
             "question": put(QUESTION, tier="user"),
             "reply": put(REPLY, tier="assistant"),

@@ -284,15 +284,19 @@ def test_warm_beside_a_process_that_reads(model: Path, store: Path, tmp_path: Pa
         [
             sys.executable,
             "-c",
-            "import sys, time\nfrom persist_cache import Store\n"
-            "end = time.monotonic() + 3\n"
+            "import select, sys\nfrom persist_cache import Store\n"
             "with Store.open(sys.argv[1], min_free_bytes=0) as store:\n"
-            "    while time.monotonic() < end:\n"
+            "    print('open', flush=True)\n"
+            "    while not select.select([sys.stdin], [], [], 0)[0]:\n"
             "        store.entries(); store.check(); store.stats()\n",
             str(store),
         ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
+    assert reader.stdout is not None
+    assert reader.stdout.readline() == b"open\n"
 
     done = prepared_script(
         store, "warm", "--model", model, "--system", SYSTEM * 4, "--prefill-step-size", 64

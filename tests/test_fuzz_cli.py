@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,6 +54,12 @@ def folder() -> Iterator[Path]:
         os.chdir(before)
 
 
+def filled(root: Path) -> list[str]:
+    """Make a new store there; returns the ids of its entries."""
+    shutil.rmtree(root, ignore_errors=True)
+    return sorted(fill(root).values())
+
+
 def arguments(name: str, ids: list[str]) -> st.SearchStrategy[list[str]]:
     """What might follow the name of a command: its options, and anything else."""
     command = cli.get_command(CONTEXT, name)
@@ -88,7 +95,7 @@ def run(words: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_any_arguments(name: str, folder: Path) -> None:
-    ids = sorted(fill(folder / "store").values())
+    ids = filled(folder / "store")
 
     @settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
     @given(words=arguments(name, ids))
@@ -112,7 +119,7 @@ def test_any_arguments(name: str, folder: Path) -> None:
 
 
 def test_any_arguments_of_the_whole(folder: Path) -> None:
-    fill(folder / "store")
+    filled(folder / "store")
     short = sorted(set(NAMES) - set(LIMITED))
 
     @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
