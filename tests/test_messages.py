@@ -484,6 +484,19 @@ def test_any_name_of_no_model_means_the_one_of_the_command_line(
     assert blocks(found) == [("text", "Hello, I am here. ")]
 
 
+def test_tokens_are_counted_for_a_model_that_is_not_loaded(
+    client: anthropic.Anthropic, sliding: Path
+) -> None:
+    asked: Any = [{"role": "user", "content": "What time is it?"}]
+
+    found = client.messages.count_tokens(model="other", messages=asked)
+
+    tokenizer = load_tokenizer(str(sliding))
+    assert found.input_tokens == len(
+        tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=True)
+    )
+
+
 # ---- while it takes long -------------------------------------------------------------------------
 
 

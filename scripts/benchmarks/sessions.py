@@ -41,8 +41,8 @@ WAYS = ("as served", "restarted", "without billing", "without countdown", "witho
 
 def run(context: Context) -> Report:
     size = context.pick(
-        {"user_turns": 2, "tool_turns": 3, "tools": 4, "words": 40},
-        {"user_turns": 3, "tool_turns": 10, "tools": 10, "words": 30},
+        {"user_turns": 1, "tool_turns": 3, "tools": 3, "words": 20},
+        {"user_turns": 3, "tool_turns": 4, "tools": 5, "words": 20},
     )
     cases = []
     for name in context.pick(("llama", "gemma3"), tuple(MODELS)):
@@ -111,7 +111,7 @@ def _table(cases: list[dict[str, Any]]) -> Table:
             ]
         )
     return Table(
-        "Three user turns of ten tool turns each, sub-agents and titles in between",
+        "Three user turns of four tool turns each, sub-agents and titles in between",
         ["model and way", "tokens of all prompts", "reused", "of what the prompts share"],
         rows,
     )
