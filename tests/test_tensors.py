@@ -784,9 +784,10 @@ def test_supported_names_the_way_each_layer_is_saved() -> None:
 def test_prepare_copies_views_of_a_batch() -> None:
     batch = BatchKVCache([0, 3, 5])
     batch.update_and_fetch(mx.random.normal((3, 2, 50, 8)), mx.random.normal((3, 2, 50, 8)))
+    # So large that each leaves more than the 16 KiB of others that `mx.contiguous` puts up with.
     states = ArraysCache(2)
-    states[0] = mx.random.normal((3, 40, 50))
-    states[1] = mx.random.normal((3, 40, 50))
+    states[0] = mx.random.normal((3, 40, 500))
+    states[1] = mx.random.normal((3, 40, 500))
     mx.eval(states.cache)
     cache = [batch.extract(1), states.extract(1)]
     expected = to_bytes([batch.keys[1:2, :, 3:50], states[0][1:2]])

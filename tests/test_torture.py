@@ -40,7 +40,7 @@ def test_short_run_breaks_no_promise() -> None:
 
 
 def test_threads_on_one_prompt_cache_get_what_belongs_to_their_prompts() -> None:
-    code, report = torture("--storm", "threads", "--threads-s", "8", "--seed", "3")
+    code, report = torture("--storm", "threads", "--threads-s", "4", "--seed", "3")
 
     assert report["findings"] == []
     assert code == 0
@@ -52,7 +52,7 @@ def test_threads_on_one_prompt_cache_get_what_belongs_to_their_prompts() -> None
 
 
 def test_replaced_model_is_not_answered_for_by_the_cache_of_another() -> None:
-    code, report = torture("--storm", "replaced", "--replaced-s", "12", "--seed", "3")
+    code, report = torture("--storm", "replaced", "--replaced-s", "6", "--seed", "3")
 
     assert report["findings"] == []
     assert code == 0
