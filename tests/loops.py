@@ -19,7 +19,9 @@ from mlx_lm.models.cache import LRUPromptCache
 from persist_cache import PromptCache, Store
 from persist_cache.fingerprint.identifier import Identifier
 from persist_cache.server.ticket import Ticket
-from persist_cache.server.upstream import Generator, Provider, TicketedRequest
+from persist_cache.server.upstream.generator import Generator
+from persist_cache.server.upstream.provider import Provider
+from persist_cache.server.upstream.requests import TicketedRequest
 from persist_cache.tokens import common_prefix_tokens, pack_tokens
 from tests.computed import Call, count_calls
 from tests.torture.tiny import VOCABULARY, Kind, write_model

@@ -31,7 +31,9 @@ from persist_cache.index.transaction import Reader
 from persist_cache.server.admin import Admin
 from persist_cache.server.guard import Request
 from persist_cache.server.ticket import Ticket, TicketedCache
-from persist_cache.server.upstream import Generator, Spare, TicketedRequest
+from persist_cache.server.upstream.generator import Generator
+from persist_cache.server.upstream.provider import Spare
+from persist_cache.server.upstream.requests import TicketedRequest
 from persist_cache.store.trail import Trail
 from persist_cache.tokens import TOKEN_BYTES, pack_tokens
 from tests.cli import Run, runner

@@ -16,7 +16,8 @@ import pytest
 from persist_cache import Store
 from persist_cache.cache.stats import Fetch
 from persist_cache.server.ticket import Ticket
-from persist_cache.server.upstream import Generator, TicketedRequest
+from persist_cache.server.upstream.generator import Generator
+from persist_cache.server.upstream.requests import TicketedRequest
 from tests.computed import CountedServer, told
 from tests.tiny_models import build_model_dir
 

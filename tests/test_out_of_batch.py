@@ -21,7 +21,7 @@ from mlx_lm.models.cache import BatchKVCache, CacheList, KVCache, RotatingKVCach
 
 from persist_cache import PromptCache, Store, tensors
 from persist_cache.prefill.clock import PrefillClock
-from persist_cache.server.upstream import Batch
+from persist_cache.server.upstream.batch import Batch
 from tests import tiny_caches
 from tests.fakes import fingerprint
 

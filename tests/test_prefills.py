@@ -324,7 +324,7 @@ def test_warm_times_prefill_alone_and_adds_it_to_what_was_found(
 
 
 def test_clock_of_a_batch_stands_still_while_it_decodes() -> None:
-    from persist_cache.server.upstream import Batch
+    from persist_cache.server.upstream.batch import Batch
 
     clock = PrefillClock()
     batch = Batch(clock, tiny_model("llama"), prefill_step_size=8, max_tokens=100)

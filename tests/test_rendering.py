@@ -225,7 +225,8 @@ def test_a_request_is_rendered_as_the_generation_loop_renders_it(case: str, mode
 
     from persist_cache.server.model import LoadedModel
     from persist_cache.server.segments import system_tokens
-    from persist_cache.server.upstream import Generator, TicketedRequest
+    from persist_cache.server.upstream.generator import Generator
+    from persist_cache.server.upstream.requests import TicketedRequest
 
     tokenizer = load_tokenizer(str(model))
     options = SimpleNamespace(chat_template_args=json.loads(EFFORT))

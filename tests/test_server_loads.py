@@ -16,7 +16,7 @@ from mlx_lm import server as upstream
 from persist_cache.errors import ModelError
 from persist_cache.fingerprint.identifier import Identifier
 from persist_cache.fingerprint.value import Fingerprint
-from persist_cache.server.upstream import Provider
+from persist_cache.server.upstream.provider import Provider
 from tests.tiny_models import build_model_dir
 
 

@@ -14,9 +14,14 @@ from typing import Any
 import pytest
 from mlx_lm import server as upstream
 
-from persist_cache.server import upstream as ours
 from persist_cache.server.streaming import Streaming
 from persist_cache.server.ticket import TicketedCache
+from persist_cache.server.upstream.batch import Batch
+from persist_cache.server.upstream.generator import Generator
+from persist_cache.server.upstream.handler import Handler
+from persist_cache.server.upstream.prompts import Prompts
+from persist_cache.server.upstream.provider import Provider
+from persist_cache.server.upstream.seam import SEAM
 
 CALLED_ON_HANDLER = ("do_GET", "do_POST", "do_OPTIONS", "_set_cors_headers", "handle_health_check")
 """Methods of upstream's handler that ours calls or replaces, all without arguments."""
@@ -29,7 +34,7 @@ def find(path: str) -> Any:
         found = inspect.getattr_static(found, part, None)
         if found is None:
             pytest.fail(
-                f"mlx_lm.server.{path} is gone: persist_cache/server/upstream.py builds on it; "
+                f"mlx_lm.server.{path} is gone: persist_cache/server/upstream builds on it; "
                 "see what took its place, then change SEAM."
             )
     return found
@@ -39,10 +44,10 @@ def parameters(path: str) -> tuple[str, ...]:
     return tuple(inspect.signature(find(path)).parameters)
 
 
-@pytest.mark.parametrize("path", ours.SEAM)
+@pytest.mark.parametrize("path", SEAM)
 def test_seam_has_the_parameters_that_we_know(path: str) -> None:
-    assert parameters(path) == ours.SEAM[path], (
-        f"mlx_lm.server.{path} has other parameters than persist_cache/server/upstream.py expects; "
+    assert parameters(path) == SEAM[path], (
+        f"mlx_lm.server.{path} has other parameters than persist_cache/server/upstream expects; "
         "adapt the override, then SEAM."
     )
 
@@ -55,10 +60,11 @@ def test_handler_methods_take_no_arguments(name: str) -> None:
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [
-        (ours.Generator, upstream.ResponseGenerator),
-        (ours.Batch, upstream.BatchGenerator),
-        (ours.Provider, upstream.ModelProvider),
-        (ours.Handler, upstream.APIHandler),
+        (Generator, upstream.ResponseGenerator),
+        (Prompts, upstream.ResponseGenerator),
+        (Batch, upstream.BatchGenerator),
+        (Provider, upstream.ModelProvider),
+        (Handler, upstream.APIHandler),
         (Streaming, upstream.APIHandler),
     ],
 )

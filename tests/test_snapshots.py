@@ -15,7 +15,7 @@ from persist_cache.cache.prompt_cache import PromptCache
 from persist_cache.errors import StoreFullError
 from persist_cache.index.environment import Index
 from persist_cache.index.transaction import Writer
-from persist_cache.server.upstream import health_said
+from persist_cache.server.upstream.handler import health_said
 from persist_cache.store import unreturned
 from persist_cache.store.store import Store
 from tests.cli import runner

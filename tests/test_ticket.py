@@ -16,7 +16,7 @@ from mlx_lm.tokenizer_utils import load as load_tokenizer
 from persist_cache import PromptCache
 from persist_cache.cache.origin import Origin
 from persist_cache.server.ticket import Ticket, TicketTokens, ticket_of
-from persist_cache.server.upstream import TicketedRequest
+from persist_cache.server.upstream.requests import TicketedRequest
 from persist_cache.server.validation import RefusedError
 from tests.loops import Loop, arguments
 from tests.tiny_models import build_model_dir

@@ -58,7 +58,7 @@ def test_upstream_case(
     from huggingface_hub import scan_cache_dir
 
     import persist_cache
-    from persist_cache.server import upstream as ours
+    from persist_cache.server.upstream.generator import Generator
 
     module = upstream.load_module(case.file)
     (model_dir,) = hub.glob("models--*/snapshots/*")
@@ -73,7 +73,7 @@ def test_upstream_case(
     if case.name in RACES:
         monkeypatch.setattr(module, CACHE_CLASS, _patient(persist_cache.PromptCache))
     if generator == "ours":
-        monkeypatch.setattr(module, "ResponseGenerator", ours.Generator)
+        monkeypatch.setattr(module, "ResponseGenerator", Generator)
     for _ in range(RACES.get(case.name, 1)):
         result = upstream.run_case(module, case)
         if result.wasSuccessful():

@@ -100,7 +100,7 @@ def render(
         RefusedError: The chat template refuses it; with what the template said.
     """
     # Here, because it takes MLX to be imported.
-    from persist_cache.server.upstream import tokenize
+    from persist_cache.server.upstream.prompts import tokenize
 
     defaults = dict(template_args or {})
     asked = SimpleNamespace(

@@ -36,7 +36,8 @@ from persist_cache.server.guard import (
 from persist_cache.server.launch import Parser, ServeOptions, open_disk, start_line
 from persist_cache.server.listening import NamelessServer
 from persist_cache.server.names import names_of, public_name
-from persist_cache.server.upstream import Generator, listen, main, place_in_group
+from persist_cache.server.upstream.generator import Generator
+from persist_cache.server.upstream.program import listen, main, place_in_group
 from persist_cache.store.store import Store, default_store_path
 from persist_cache.system import endings
 

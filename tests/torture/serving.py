@@ -24,7 +24,8 @@ from persist_cache.cache.prompt_cache import PromptCache
 from persist_cache.server import run
 from persist_cache.server.launch import ServeOptions
 from persist_cache.server.ticket import Ticket
-from persist_cache.server.upstream import Generator, TicketedRequest
+from persist_cache.server.upstream.generator import Generator
+from persist_cache.server.upstream.requests import TicketedRequest
 from persist_cache.store.store import Store
 from tests.torture.tiny import VOCABULARY
 

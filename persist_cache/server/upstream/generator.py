@@ -1,0 +1,189 @@
+"""Upstream's generation loop with tickets: from the thread that answers to the model and back."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from queue import Empty
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm import server as upstream
+
+from persist_cache.cache.prompt_cache import PromptCache
+from persist_cache.prefill.clock import PrefillClock
+from persist_cache.prefill.run import even_out_draft
+from persist_cache.server.admin import Admin
+from persist_cache.server.alone import Alone, tokens_looked_back_at
+from persist_cache.server.form import Templates
+from persist_cache.server.guard import ModelGuard
+from persist_cache.server.protocols.anthropic_request import MessagesRequest
+from persist_cache.server.streaming import SIGN_S
+from persist_cache.server.ticket import Ticket, TicketedCache
+from persist_cache.server.upstream.prompts import Prompts
+from persist_cache.server.upstream.requests import Answers, TicketedRequest
+
+
+class Generator(Prompts):
+    """Answers requests: as upstream's, which knows nothing of tickets."""
+
+    strict = False
+    """Whether requests for what is not done are refused."""
+    _alone: Alone | None = None
+    """The request that is served alone."""
+
+    def __init__(self, model_provider: Any, prompt_cache: PromptCache) -> None:
+        self.templates = Templates()
+        self.admin: Admin | None = None
+        self.guard: ModelGuard | None = None
+        self.prefill_clock = PrefillClock()
+        self._changed = threading.Condition()
+        prompt_cache.is_busy = lambda: self._in_flight > 0
+        super().__init__(model_provider, TicketedCache(prompt_cache, self), prompt_cache)
+
+    # ---- the thread that answers -------------------------------------------------------------
+
+    def generate(
+        self,
+        request: Any,
+        generation_args: Any,
+        progress_callback: Callable[[int, int], None] | None = None,
+    ) -> Any:
+        """As upstream's, which it replaces: the ticket is made and tokenized before the queue.
+
+        Raises:
+            Exception: What went wrong before the outcome was known. In a stream that has begun
+                meanwhile, asking for the answer raises it.
+        """
+        if not self.generation_available():
+            raise RuntimeError("generation thread died")
+        if self.names is not None:
+            asked = generation_args.model
+            key = self.names.key(asked.model, asked.adapter, asked.draft)
+            self.names.check(key)
+            # What is compared and loaded; the answer says what the client said.
+            generation_args.model = upstream.ModelDescription(key.model, key.draft, key.adapter)
+        only_fills = generation_args.max_tokens == 0
+        request = TicketedRequest.of(request)
+        ticket = request.ticket
+        answers = Answers(ticket)
+        try:
+            self.tokenize_ahead(request, generation_args)
+            self.requests.put((answers, request, generation_args))
+            ctx = self._next_answer(answers, ticket)
+            if isinstance(ctx, Exception):
+                raise ctx
+            # When requests are served one at a time, the context is handed out before the look.
+            while not ticket.wait(SIGN_S) and self.generation_available():
+                ticket.sign()
+            if ticket.fetch is None:
+                failed = self._next_answer(answers, ticket)
+                if isinstance(failed, Exception):
+                    raise failed
+                raise RuntimeError("The request was answered without a look into the cache.")
+        except BaseException as error:
+            ticket.drop()
+            if not isinstance(error, Exception) or not ticket.has_begun():
+                raise
+            return failed(error)
+        told = self._told(ctx, answers, ticket, progress_callback)
+        return ctx, (one for one in told if not only_fills)
+
+    def answer(self, asked: MessagesRequest, ticket: Ticket) -> Any:
+        """Answer a request that upstream has no handler for; as `generate`."""
+        return self.generate(*self._as_upstreams(asked, ticket))
+
+    def _told(
+        self,
+        ctx: Any,
+        answers: Answers,
+        ticket: Ticket,
+        progress_callback: Callable[[int, int], None] | None,
+    ) -> Iterator[Any]:
+        """The answer, with the usage of `ctx` corrected before it is read.
+
+        Upstream takes what it is handed for what was cached; that may have been computed just now.
+        """
+        while (one := self._next_answer(answers, ticket)) is not None:
+            if isinstance(one, Exception):
+                raise one
+            if isinstance(one, tuple):
+                ticket.computed = one
+                if progress_callback is not None:
+                    progress_callback(*one)
+                continue
+            ticket.times.first_token = ticket.times.first_token or time.monotonic()
+            ctx.prompt_cache_count = 0 if ticket.fetch is None else ticket.fetch.num_tokens
+            yield one
+        ticket.times.ended = time.monotonic()
+
+    def _next_answer(self, answers: Answers, ticket: Ticket) -> Any:
+        """What the generation thread says next; there are signs of life until it does."""
+        while True:
+            try:
+                return answers.get(timeout=SIGN_S)
+            except Empty:
+                # Wherever the request was when the thread died, nothing more will come.
+                if not self.generation_available():
+                    raise RuntimeError("generation thread died") from None
+                ticket.sign()
+
+    # ---- requests that are served alone ------------------------------------------------------
+
+    def _serve_single(self, request: Any, stream: Any) -> None:
+        """One request at a time, where upstream knows no segments."""
+        answers, asked, args = request
+        ticket: Ticket = asked.ticket
+        ticket.leave_tokens = tokens_looked_back_at(args.logits)
+
+        self._alone = Alone(
+            ticket,
+            answers,
+            self.model_provider,
+            on_stream=lambda: mx.stream(stream),
+            is_given_up=lambda: self._is_given_up(ticket),
+            is_ending=lambda: self._stop and not self._is_distributed,
+        )
+        try:
+            super()._serve_single((self._alone, asked, args), stream)
+        finally:
+            self._alone = None
+            ticket.settle()
+
+    def complete(
+        self, model: Hashable, tokens: Sequence[int], cache: Any | None, rest: Sequence[int], /
+    ) -> tuple[Any | None, Sequence[int]]:
+        """Compute and keep what upstream's loop does not, when it serves a request alone.
+
+        It is called within the look, when the context of the answer is out: so the client sees
+        progress.
+        """
+        if self._alone is None:
+            return cache, rest
+        return self._alone.complete(self.cache, self.prefill_clock, model, tokens, cache, rest)
+
+    def even_out(self, cache: Any, /) -> None:
+        """Bring a reply's draft layers to where those of prompts are."""
+        if self.model_provider.draft_model is not None:
+            even_out_draft(self.model_provider.model, cache)
+
+    # ---- what is being answered --------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def in_flight(self) -> Iterator[None]:
+        """Count a request that is being answered: the end of the server waits for it."""
+        with self._changed:
+            self._in_flight += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._in_flight -= 1
+                self._changed.notify_all()
+
+    def drain(self, grace_s: float) -> bool:
+        """Wait for running requests; returns whether all of them ended in time."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._in_flight <= 0, grace_s)

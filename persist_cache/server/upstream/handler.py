@@ -1,0 +1,61 @@
+"""Upstream's HTTP handler, behind our front and with our protocols."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from mlx_lm import server as upstream
+
+from persist_cache.cache.prompt_cache import PromptCache
+from persist_cache.server.answers import json_response
+from persist_cache.server.http import Front
+from persist_cache.server.messages import Messages
+from persist_cache.server.streaming import Streaming
+from persist_cache.server.ticket import Ticket
+from persist_cache.server.upstream.requests import TicketedRequest
+
+log = logging.getLogger(__name__)
+
+
+class Handler(Messages, Streaming, Front, upstream.APIHandler):  # type: ignore[misc]
+    """Upstream's HTTP handler behind our front, saying where the prompt's cache came from."""
+
+    def handle_completion(self, request: Any, stop_words: list[str]) -> None:
+        self.begin(Ticket(self.body_as_read, keeps=self.keeps))
+        try:
+            with self.response_generator.in_flight():
+                super().handle_completion(TicketedRequest.of(request, self.ticket), stop_words)
+        except ConnectionError:
+            raise
+        except Exception as error:
+            if not self.has_begun():
+                raise
+            log.error("a request failed in its stream: %s", type(error).__name__)
+            log.debug("the failure", exc_info=True)
+            self.say_error(error)
+        finally:
+            self.ticket = None
+
+    def handle_health_check(self) -> None:
+        """Tell a sick disk from a sick model; only the latter makes the server unavailable."""
+        healthy = self.response_generator.is_healthy
+        said = health_said(self.response_generator.cache, healthy=healthy)
+        self._send(json_response(said, 200 if healthy else 503))
+
+
+def health_said(cache: PromptCache, *, healthy: bool) -> dict[str, str]:
+    """What `/health` answers.
+
+    Args:
+        cache: The server's.
+        healthy: The generation thread lives.
+    """
+    said = {
+        "status": "ok" if healthy else "unavailable",
+        "model": "ok" if healthy else "the generation thread died",
+        "disk": f"off: {cache.disk_off}" if cache.disk_off else "ok",
+    }
+    if paused := cache.eviction_paused:
+        said["eviction"] = f"paused: {paused}"
+    return said

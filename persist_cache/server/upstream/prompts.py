@@ -1,0 +1,275 @@
+"""Where requests become prompts: tokenized once, and cut where a restart wants to resume them."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+from mlx_lm import server as upstream
+
+from persist_cache.cache.prompt_cache import PromptCache
+from persist_cache.prefill import loading
+from persist_cache.server.lengths import room
+from persist_cache.server.names import Names
+from persist_cache.server.protocols.anthropic_request import MessagesRequest
+from persist_cache.server.protocols.openai import one_head
+from persist_cache.server.rendering import unrenderable
+from persist_cache.server.segments import as_system, cut_at, cut_turn, system_tokens
+from persist_cache.server.streaming import SIGN_S
+from persist_cache.server.ticket import CutPrompt, Ticket, TicketTokens
+from persist_cache.server.upstream.provider import Spare
+from persist_cache.server.upstream.requests import TicketedRequest, as_upstreams
+from persist_cache.server.validation import RefusedError
+from persist_cache.store.trail import Trail
+
+_MIN_BRANCH_TOKENS = 64
+"""A shared prefix beyond the last checkpoint is worth one of its own from this length on."""
+
+
+class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
+    """The part of upstream's generator that makes prompts of requests.
+
+    Most of it runs on the threads that answer, beside the generation thread.
+    """
+
+    names: Names | None = None
+    """Makes one key of all names of a model; without it they are taken as upstream takes them."""
+    _in_flight = 0
+    """Requests that are being answered."""
+
+    def __init__(self, model_provider: Any, prompt_cache: Any, cache: PromptCache) -> None:
+        """Make prompts for a model provider's models.
+
+        Args:
+            model_provider: Has the model.
+            prompt_cache: What upstream's loop asks.
+            cache: The cache behind that.
+        """
+        self.cache = cache  # upstream deletes its own reference at the end
+        self._tokenizing = threading.Lock()
+        self._reader = ThreadPoolExecutor(1, "persist-cache-read-ahead")
+        super().__init__(model_provider, prompt_cache)
+
+    # ---- beside the generation thread ----------------------------------------------------------
+
+    def tokenize_ahead(self, request: TicketedRequest, args: Any) -> None:
+        """Tokenize a request before it is queued, if its model is the one that is loaded.
+
+        So the generation thread need not, what is wrong with it is said at once, and what it will
+        want of the disk can be read while others are answered.
+
+        Raises:
+            RefusedError: It cannot be rendered, or is beyond the model's context.
+            ConnectionError: The client is gone.
+        """
+        provider, ticket = self.model_provider, request.ticket
+        key, spare = provider.model_key, getattr(provider, "spare", None)
+        wanted = args.model.model
+        if wanted == "default_model":
+            wanted = self.cli_args.model
+        if spare is None or key is None or wanted != key[0]:
+            return
+        try:
+            if any(upstream._image_parts(request.messages)):
+                return
+            prompt = self._cut_beside(spare, request, args)
+            self._room(prompt, args)
+        except Exception:
+            if ticket.is_over or provider.spare is spare:
+                raise
+            return  # another model was loaded meanwhile
+        if self._in_flight > 1:
+            self._reader.submit(self.cache.read_ahead, key, prompt.tokens, trail=ticket.trail)
+
+    def _cut_beside(self, spare: Spare, request: TicketedRequest, args: Any) -> CutPrompt:
+        """Tokenize and cut a request beside the generation thread."""
+        # Rendering a prompt changes its messages.
+        mine = copy.copy(request)
+        mine.messages = copy.deepcopy(request.messages)
+        with self._spare_for(request.ticket):
+            prompt = self._cut(spare.tokenizer, mine, args)
+        prompt = dataclasses.replace(prompt, tokenizer=spare.of)
+        request.ticket.tokenized(prompt)
+        return prompt
+
+    @contextlib.contextmanager
+    def _spare_for(self, ticket: Ticket) -> Iterator[None]:
+        """Have the spare tokenizer alone."""
+        while not self._tokenizing.acquire(timeout=SIGN_S):
+            ticket.sign()
+        try:
+            yield
+        finally:
+            self._tokenizing.release()
+
+    def count_tokens(self, asked: MessagesRequest, ticket: Ticket) -> int:
+        """How many tokens the prompt of a request has.
+
+        Raises:
+            RefusedError: No model is loaded, or the template refuses the request.
+        """
+        request, args = self._as_upstreams(asked, ticket)
+        provider, names = self.model_provider, self.names
+        key = None if names is None else names.key(args.model.model)
+        is_own = names is None or key == names.key(None)
+        while provider.spare is None and is_own and self.generation_available():
+            time.sleep(SIGN_S)  # it is being loaded
+        spare = provider.spare
+        if spare is None or key not in (None, provider.model_key):
+            if key is None:
+                raise RefusedError(503, "No model is loaded, so there is nothing to count with.")
+            other = loading.load_tokenizer(key.model)
+            return len(self._cut(other, request, args).tokens)
+        return len(self._cut_beside(spare, request, args).tokens)
+
+    def stop_tokens(self, words: Sequence[str], ticket: Ticket) -> dict[str, list[int]]:
+        """The tokens by which upstream recognizes stop words."""
+        spare = self.model_provider.spare
+        if not words or spare is None:
+            return {word: [] for word in words}
+        with self._spare_for(ticket):
+            return {word: spare.tokenizer.encode(word, add_special_tokens=False) for word in words}
+
+    def _as_upstreams(
+        self, asked: MessagesRequest, ticket: Ticket
+    ) -> tuple[TicketedRequest, upstream.GenerationArguments]:
+        is_known = self.names is not None and self.names.is_here(asked.model)
+        return as_upstreams(asked, ticket, self.model_provider, is_known=is_known)
+
+    # ---- on the generation thread --------------------------------------------------------------
+
+    def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
+        """The prompt of the ticket; tokenized here only if the model came later than it."""
+        ticket: Ticket = request.ticket
+        ticket.in_batch = self._alone is None
+        if self._is_given_up(ticket):
+            raise ConnectionAbortedError("The client is gone.")
+        prompt = ticket.prompt
+        if prompt is None or prompt.tokenizer is not tokenizer:
+            prompt = self._cut(tokenizer, request, args)
+        args.max_tokens = self._room(prompt, args)
+        segments, kinds = [list(one) for one in prompt.segments], list(prompt.kinds)
+        if prompt.vision is None:
+            segments, kinds = self._cut_at_branch(prompt.tokens, segments, kinds, ticket.trail)
+        else:
+            prompt.vision.cache_key = TicketTokens(prompt.vision.cache_key, ticket)
+        ticket.tokenized(dataclasses.replace(prompt, segments=segments, kinds=kinds))
+        # Upstream takes pieces away from its lists.
+        tokens = TicketTokens(prompt.tokens, ticket)
+        return tokens, list(segments), list(kinds), prompt.initial_state, prompt.vision
+
+    def _is_given_up(self, ticket: Ticket) -> bool:
+        """Whether a request need not be computed any further."""
+        # Only one of several ranks knows, and the others would wait for it.
+        return not self._is_distributed and ticket.is_over
+
+    def _cut(self, tokenizer: Any, request: Any, args: Any) -> CutPrompt:
+        """Tokenize a request, and cut it into its system part and its turns."""
+        form = request.ticket.form
+        if form is not None:
+            fitted = form.fit(tokenizer)
+            request.messages, request.tools = fitted.messages, fitted.tools
+            args = dataclasses.replace(args, chat_template_kwargs=fitted.template_args)
+        tokenize = super()._tokenize
+        tokens, segments, kinds, initial_state, vision = _rendered(
+            request, lambda: tokenize(tokenizer, request, args)
+        )
+        if not tokens:
+            # Upstream's generation thread does not survive it.
+            raise RefusedError(400, "The prompt has no tokens.")
+        if vision is None and kinds == ["assistant"]:
+            options = {**self.cli_args.chat_template_args, **(args.chat_template_kwargs or {})}
+            segments, kinds = cut_turn(
+                tokenizer, request.messages, request.tools, options, list(tokens)
+            )
+        if form is not None and vision is None:
+            trimmable = getattr(self.model_provider, "is_trimmable", True)
+            head = system_tokens(segments, kinds)
+            places, head = form.cuts(tokenizer, tokens, head, trimmable=trimmable)
+            for place in places:
+                segments, kinds = cut_at(place, segments, kinds)
+            kinds = as_system(head, segments, kinds)
+        messages = request.messages
+        return CutPrompt(tokenizer, messages, tokens, segments, kinds, initial_state, vision)
+
+    def _room(self, prompt: CutPrompt, args: Any) -> int:
+        """Tokens that the answer may have, by the context of the model that is loaded.
+
+        Raises:
+            RefusedError: The prompt leaves no room for it.
+        """
+        context = getattr(self.model_provider, "context", None)
+        param = "messages" if prompt.messages else "prompt"
+        return room(len(prompt.tokens), args.max_tokens, context, param=param)
+
+    def _cut_at_branch(
+        self,
+        prompt: Sequence[int],
+        segments: list[list[int]],
+        kinds: list[str],
+        trail: Trail,
+    ) -> tuple[list[list[int]], list[str]]:
+        """Place a checkpoint where this prompt leaves a stored one that cannot be cut there.
+
+        Then the next conversation that leaves it at the same point finds something to resume.
+        """
+        branch = self.cache.branch_point(
+            self.model_provider.model_key, prompt, min_gain_tokens=_MIN_BRANCH_TOKENS, trail=trail
+        )
+        return cut_at(branch, segments, kinds)
+
+
+def tokenize(
+    tokenizer: Any, request: Any, args: Any, template_args: Mapping[str, Any]
+) -> tuple[list[int], list[list[int]], list[str]]:
+    """Make tokens of a request as upstream's loop does, without a model.
+
+    Args:
+        tokenizer: As mlx-lm loads it.
+        request: What has the members of upstream's `CompletionRequest` that shape a prompt; its
+            messages are changed in place.
+        args: What has `chat_template_kwargs`.
+        template_args: The server's `--chat-template-args`.
+
+    Returns:
+        Token ids, the segments that they are cut into, and the kind of each.
+    """
+    provider = SimpleNamespace(
+        processor=None, cli_args=SimpleNamespace(chat_template_args=dict(template_args))
+    )
+    tokens, segments, kinds, _, _ = _rendered(
+        request,
+        lambda: upstream.ResponseGenerator._tokenize(
+            SimpleNamespace(model_provider=provider), tokenizer, request, args
+        ),
+    )
+    return tokens, segments, kinds
+
+
+def _rendered(request: Any, tokenize: Callable[[], Any]) -> Any:
+    """What `tokenize` makes of a request.
+
+    If the chat template refuses its messages, they are tried with a single system message at the
+    head, and kept so in the request.
+
+    Raises:
+        RefusedError: The template refuses that, too; with what it said.
+    """
+    try:
+        try:
+            return tokenize()
+        except Exception:
+            messages = one_head(request.messages)
+            if messages is None:
+                raise
+            request.messages = messages
+            return tokenize()
+    except Exception as error:  # templates are programs of their own
+        raise unrenderable(error) from error

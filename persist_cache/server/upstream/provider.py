@@ -1,0 +1,121 @@
+"""Upstream's model provider: which model is loaded, and what is known of it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import signal
+from typing import Any, NamedTuple
+
+from mlx_lm import server as upstream
+from mlx_lm.models.cache import make_prompt_cache
+
+from persist_cache import tensors
+from persist_cache.errors import MissingDependencyError, ModelError, UnsupportedCacheError
+from persist_cache.fingerprint.identifier import Identifier
+from persist_cache.fingerprint.model_files import folder_of
+from persist_cache.prefill import loadable, loading
+from persist_cache.prefill.loading import model_errors
+from persist_cache.server.lengths import context_tokens
+
+
+class Spare(NamedTuple):
+    """A copy of a tokenizer, to be used by one thread at a time: not all bear company.
+
+    Attributes:
+        of: What the generation thread uses.
+        tokenizer: The copy.
+    """
+
+    of: Any
+    tokenizer: Any
+
+
+class Provider(upstream.ModelProvider):  # type: ignore[misc]
+    """Upstream's model provider; a model's identity is that of the files it was loaded from."""
+
+    identifier: Identifier | None = None
+    is_trimmable = True
+    """The loaded model's cache can be resumed at any token."""
+    spare: Spare | None = None
+    """Of what is loaded, for use beside the generation thread."""
+    context: int | None = None
+    """Tokens that the loaded model was made for, if its configuration says so."""
+    context_given: int | None = None
+    """What counts instead; 0 for no limit."""
+    failed: ModelError | MissingDependencyError | None = None
+    """Why the model of the command line could not be loaded, which ends the server."""
+
+    def load_default(self) -> None:
+        try:
+            super().load_default()
+        except (ModelError, MissingDependencyError) as error:
+            self.failed = error
+            # This is the generation thread: without it upstream would listen on, and never answer.
+            # Not by SIGINT, which is ignored in what a shell's script starts in the background.
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise SystemExit from None
+
+    def _load(
+        self, model_path: str, adapter_path: str | None = None, draft_model_path: str | None = None
+    ) -> None:
+        # The key is formed as upstream forms it when the model is loaded.
+        model_key = (model_path, adapter_path, draft_model_path)
+
+        def read() -> None:
+            super(Provider, self)._load(*model_key)
+            loading.evaluate(self.model, self.draft_model)
+
+        with model_errors(model_path) if model_path else contextlib.nullcontext():
+            if self.identifier is None or self.is_distributed:
+                # A rank loads a shard, which has no identity.
+                self.spare = None
+                super()._load(*model_key)
+            else:
+                # What cannot be had costs the model in memory neither its place nor its name.
+                for name in filter(None, (model_path, draft_model_path)):
+                    fetched = loading.fetch(name)
+                    if self.model is not None or draft_model_path is not None:
+                        adapter = adapter_path if name == model_path else None
+                        trusted = self.cli_args.trust_remote_code
+                        built = loadable.build(name, fetched, adapter, trust_remote_code=trusted)
+                        if draft_model_path is not None and name == model_path:
+                            _check_draft(built)
+                self.spare = None
+                # The weights in memory go, and with them what is known of their files.
+                self.identifier.forget()
+                self.identifier.around_load(model_key, read)
+            self.context = self.context_given or None
+            folder = folder_of(model_path) if model_path else None
+            if self.context_given is None and folder is not None:
+                self.context = context_tokens(loadable.read_config(folder))
+        self.is_trimmable = self.model is None or _is_trimmable(self.model)
+        self.spare = Spare(self.tokenizer, copy.deepcopy(self.tokenizer))
+
+
+def _check_draft(model: Any) -> None:
+    """Refuse a draft model whose wrong guesses the cache of `model` could not take back.
+
+    Upstream notices for the classes that say so, with the first request; a sliding window says so
+    only when it has slid, and answers wrongly from then on.
+
+    Raises:
+        ValueError: They could not be.
+    """
+    layers = tensors.supported(make_prompt_cache(model))
+    names = sorted({layer.class_name for layer in layers if layer.storage != "rows"})
+    if names:
+        raise ValueError(
+            f"it cannot have a draft model: wrong guesses could not be taken back from its "
+            f"cache ({', '.join(names)}); leave the draft model out"
+        )
+
+
+def _is_trimmable(model: Any) -> bool:
+    """Whether all layers of a model keep rows; a cache that cannot be kept needs no places."""
+    try:
+        layers = tensors.supported(make_prompt_cache(model))
+    except UnsupportedCacheError:
+        return True
+    return all(layer.storage == "rows" for layer in layers)
