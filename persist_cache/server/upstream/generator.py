@@ -90,7 +90,7 @@ class Generator(Prompts):
             self._release(ticket.ahead)
             if not isinstance(error, Exception) or not ticket.has_begun():
                 raise
-            return failed(error)
+            return failing_answer(error)
         told = self._told(ctx, answers, ticket, progress_callback)
         return ctx, (one for one in told if not only_fills)
 
