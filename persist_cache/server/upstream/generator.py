@@ -35,6 +35,7 @@ class Generator(Prompts):
     """The request that is served alone."""
 
     def __init__(self, model_provider: Any, prompt_cache: PromptCache) -> None:
+        self._in_flight = 0
         self.templates = Templates()
         self.admin: Admin | None = None
         self.guard: ModelGuard | None = None
@@ -71,6 +72,7 @@ class Generator(Prompts):
         answers = Answers(ticket)
         try:
             self.tokenize_ahead(request, generation_args)
+            self.load_ahead(request, generation_args)
             self.requests.put((answers, request, generation_args))
             ctx = self._next_answer(answers, ticket)
             if isinstance(ctx, Exception):
@@ -85,9 +87,10 @@ class Generator(Prompts):
                 raise RuntimeError("The request was answered without a look into the cache.")
         except BaseException as error:
             ticket.drop()
+            self._release(ticket.ahead)
             if not isinstance(error, Exception) or not ticket.has_begun():
                 raise
-            return failed(error)
+            return failing_answer(error)
         told = self._told(ctx, answers, ticket, progress_callback)
         return ctx, (one for one in told if not only_fills)
 
