@@ -23,7 +23,7 @@ from persist_cache.server.protocols.anthropic_request import MessagesRequest
 from persist_cache.server.streaming import SIGN_S
 from persist_cache.server.ticket import Ticket, TicketedCache
 from persist_cache.server.upstream.prompts import Prompts
-from persist_cache.server.upstream.requests import Answers, TicketedRequest
+from persist_cache.server.upstream.requests import Answers, TicketedRequest, failing_answer
 
 
 class Generator(Prompts):
