@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from persist_cache import Store, tensors
 from persist_cache.server.ticket import Ticket
+from persist_cache.server.upstream.provider import Provider
 from tests.loops import Loop, words
 from tests.torture.tiny import KINDS, write_model
 from tests.waiting import until
@@ -110,3 +112,40 @@ def test_what_a_client_that_left_was_to_get_is_released(
 
     assert again.ticket.fetch is not None
     assert again.ticket.fetch.source == "disk"
+
+
+def test_requests_that_wait_for_the_model_are_tokenized_beside_the_first(
+    model: Callable[[str], Path], store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one is not kept waiting for a copy of the tokenizer; those behind it want one."""
+    may_load = threading.Event()
+    load = Provider.load_default
+
+    def slow(self: Provider) -> None:
+        assert may_load.wait(60)
+        load(self)
+
+    monkeypatch.setattr(Provider, "load_default", slow)
+    tickets = [Ticket() for _ in range(3)]
+    with Loop(model("plain"), store) as loop, ThreadPoolExecutor(3) as clients:
+        loop.provider.is_loading = True
+        asked = []
+        for ticket in tickets:
+            asked.append(clients.submit(loop.ask, QUESTION, ticket=ticket, max_tokens=200))
+            until(lambda: loop.generator.requests.qsize() == 1)
+        may_load.set()
+        replies = [one.result(60).reply for one in asked]
+
+    assert replies[0] == replies[1] == replies[2]
+    assert [one.model_key is None for one in tickets] == [True, False, False]
+
+
+def test_a_load_that_failed_keeps_nobody_waiting_for_a_tokenizer(
+    model: Callable[[str], Path], store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Provider, "load_default", lambda self: None)
+    with Loop(model("plain"), store) as loop, ThreadPoolExecutor(3) as clients:
+        asked = [clients.submit(loop.ask, QUESTION, max_tokens=4) for _ in range(3)]
+        replies = [one.result(60).reply for one in asked]
+
+    assert replies[0] == replies[1] == replies[2]

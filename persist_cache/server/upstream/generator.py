@@ -133,10 +133,21 @@ class Generator(Prompts):
                     raise RuntimeError("generation thread died") from None
                 ticket.sign()
 
+    # ---- the generation thread ---------------------------------------------------------------
+
+    def _next_request(self, timeout: float | None = None) -> Any:
+        provider = self.model_provider
+        is_idle = timeout is not None and self.requests.empty()
+        if provider.spare is None and (is_idle or provider.wants_spare):
+            provider.make_spare()
+        return super()._next_request(timeout)
+
     # ---- requests that are served alone ------------------------------------------------------
 
     def _serve_single(self, request: Any, stream: Any) -> None:
         """One request at a time, where upstream knows no segments."""
+        if self.model_provider.spare is None:
+            self.model_provider.make_spare()  # until it is answered nobody else can
         answers, asked, args = request
         ticket: Ticket = asked.ticket
         ticket.leave_tokens = tokens_looked_back_at(args.logits)

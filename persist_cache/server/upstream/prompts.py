@@ -26,7 +26,7 @@ from persist_cache.server.rendering import unrenderable
 from persist_cache.server.segments import as_system, cut_at, cut_turn, system_tokens
 from persist_cache.server.streaming import SIGN_S
 from persist_cache.server.ticket import CutPrompt, Ticket, TicketTokens
-from persist_cache.server.upstream.provider import Spare
+from persist_cache.server.upstream.provider import Provider, Spare
 from persist_cache.server.upstream.requests import TicketedRequest, as_upstreams
 from persist_cache.server.validation import RefusedError
 from persist_cache.store.trail import Trail
@@ -41,6 +41,8 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
     Most of it runs on the threads that answer, beside the generation thread.
     """
 
+    _in_flight = 0
+    """Requests that are being answered."""
     names: Names | None = None
     """Makes one key of all names of a model; without it they are taken as upstream takes them."""
 
@@ -73,6 +75,9 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
         wanted = args.model.model
         if wanted == "default_model":
             wanted = self.cli_args.model
+        if spare is None and wanted == self.cli_args.model and self._in_flight > 1:
+            # Those before it are enough to keep the generation thread busy.
+            spare, key = self._awaited_spare(ticket), provider.model_key
         if spare is None or key is None or wanted != key[0]:
             return
         try:
@@ -85,6 +90,22 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
                 raise
             return  # another model was loaded meanwhile
         ticket.model_key = key
+
+    def _awaited_spare(self, ticket: Ticket) -> Spare | None:
+        """The spare tokenizer of the command line's model; None if that is not the next to be."""
+        provider: Provider = self.model_provider
+
+        def is_coming() -> bool:
+            key = provider.model_key
+            return provider.is_loading if key is None else key[0] == self.cli_args.model
+
+        while provider.spare is None and is_coming() and self.generation_available():
+            provider.wants_spare = True
+            time.sleep(SIGN_S / 10)
+            ticket.sign()
+            if ticket.is_over:
+                raise ConnectionAbortedError("The client is gone.")
+        return provider.spare
 
     def load_ahead(self, request: TicketedRequest, args: Any) -> None:
         """Have in memory what the disk has of a tokenized request, before it is queued.
@@ -156,9 +177,7 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
         provider, names = self.model_provider, self.names
         key = None if names is None else names.key(args.model.model)
         is_own = names is None or key == names.key(None)
-        while provider.spare is None and is_own and self.generation_available():
-            time.sleep(SIGN_S)  # it is being loaded
-        spare = provider.spare
+        spare = self._awaited_spare(ticket) if is_own else provider.spare
         if spare is None or key not in (None, provider.model_key):
             if key is None:
                 raise RefusedError(503, "No model is loaded, so there is nothing to count with.")
