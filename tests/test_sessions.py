@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,11 @@ from persist_cache.entry import Tier
 from persist_cache.queries.details import tokens_of
 from persist_cache.stability import repairs
 from persist_cache.tokens import common_prefix_tokens, pack_tokens
-from tests.loops import Loop
-from tests.sessions import SERVER, converse, converse_until_killed, session
+from tests.loops import Loop, text_of, words
+from tests.sessions import SERVER, ask, converse, converse_until_killed, session
 from tests.tiny_models import build_model_dir
+from tests.torture.tiny import KINDS, write_model
+from tests.waiting import until
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -64,19 +68,47 @@ def rows_of_prompts(store: Store) -> int:
 def test_what_was_said_to_be_written_is_what_the_store_gained(model: Path, tmp_path: Path) -> None:
     bodies = list(session(**SMALL))
     with Store.open(tmp_path / "store", min_free_bytes=0) as store:
-        with Loop(model, store, **SERVER) as loop:
-            first = converse(loop, bodies[:8])
-            loop.cache.flush()
-        gained = rows_of_prompts(store)
-        with Loop(model, store, **SERVER) as loop:
-            second = converse(loop, bodies[8:])
+        before = 0
+        for part in (bodies[:8], bodies[8:12], bodies[12:]):
+            with Loop(model, store, **SERVER) as loop:
+                written = converse(loop, part).written
+                loop.cache.flush()
+
+            assert written == rows_of_prompts(store) - before
+            before += written
+
+
+@pytest.mark.parametrize("kind", ["plain", "thinking", "sliding", "hybrid"])
+def test_replies_that_come_back_are_not_said_to_be_written(kind: str, tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", KINDS[kind], 0)
+    messages = [{"role": "system", "content": words(0, 40)}]
+    written = replied = length = 0
+    with Store.open(tmp_path / "store", min_free_bytes=0) as store:
+        with Loop(folder, store) as loop:
+            for turn in range(4):
+                messages.append({"role": "user", "content": words(turn + 1, 30)})
+                answered = loop.ask(messages, max_tokens=6)
+                written += answered.ticket.written_tokens
+                replied += max(0, answered.cached - length) if turn else 0
+                length = len(answered.prompt)
+                messages.append({"role": "assistant", "content": text_of(answered)})
             loop.cache.flush()
 
-        # The last token of a prompt is computed with the reply, and kept with what follows it:
-        # then it was read from memory, and is written nevertheless.
-        assert gained - 8 <= first.written <= gained
-        gained = rows_of_prompts(store) - gained
-        assert gained - len(bodies[8:]) <= second.written <= gained
+        assert rows_of_prompts(store) == written + replied
+
+
+def test_requests_that_are_answered_together_say_once_what_they_share(
+    model: Path, tmp_path: Path
+) -> None:
+    bodies = list(session(**SMALL))[1:2] * 4
+    with Store.open(tmp_path / "store", min_free_bytes=0) as store:
+        with Loop(model, store, **SERVER) as loop:
+            until(lambda: loop.provider.model is not None, "no model was loaded")
+            with ThreadPoolExecutor(len(bodies)) as clients:
+                tickets = list(clients.map(partial(ask, loop), bodies))
+            loop.cache.flush()
+
+        assert sum(one.written_tokens for one in tickets) == rows_of_prompts(store)
 
 
 def test_nothing_is_said_to_be_written_without_a_disk(model: Path) -> None:

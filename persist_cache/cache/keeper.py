@@ -134,8 +134,10 @@ class Keeper:
                 self._saver.spill([held])
                 return
             at_once = held.wanted and tier != Tier.ASSISTANT
-            if at_once and self._saver.save_later(held) and not self._saver.disk_off:
-                origin.queued_tokens = max(origin.queued_tokens, num_tokens)
+            if at_once:
+                stored = max(origin.stored_tokens, self._saver.promised.tokens(owner, packed))
+                if self._saver.save_later(held) and not self._saver.disk_off:
+                    origin.written_tokens += max(0, num_tokens - stored)
             if nbytes > self._resident.max_bytes:
                 # Keeping it would flush everything else, and then itself.
                 self._tally.problem("too_large_for_memory")

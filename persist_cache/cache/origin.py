@@ -18,10 +18,12 @@ class Origin:
     Attributes:
         owner: Whose KV it was looked up for (`cache.owners.Owner`); None before.
         prefill: What computing it has cost so far (`prefill.clock.Prefill`); None before.
-        queued_tokens: How much of the prompt is on its way to the disk; 0 while nothing is to be
-            written.
+        stored_tokens: Of the prompt, that prompts on the disk, or on their way there, had rows of
+            when it was looked up.
+        written_tokens: Of the prompt, that were queued for the disk because it was computed.
     """
 
     owner: Any = None
     prefill: Any = None
-    queued_tokens: int = 0
+    stored_tokens: int = 0
+    written_tokens: int = 0

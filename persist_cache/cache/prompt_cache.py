@@ -533,7 +533,7 @@ class PromptCache:
             self._owners.asked(owner, packed)
         else:
             origin.owner = owner
-        cache, fetch = self._lookup.answer(owner, packed, limit, counted, trail, to_copy)
+        cache, fetch = self._lookup.answer(owner, packed, limit, counted, trail, to_copy, origin)
         if cache is not None:
             self._owners.gave(owner, cache)
         return cache, fetch

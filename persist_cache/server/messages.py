@@ -192,7 +192,7 @@ class Messages(BaseHTTPRequestHandler):
 def _usage(request: MessagesRequest, ticket: Ticket, output: int) -> Usage:
     total = 0 if ticket.prompt is None else len(ticket.prompt.tokens)
     read = 0 if ticket.fetch is None else ticket.fetch.num_tokens
-    written = min(ticket.written_tokens, total - read)
+    written = ticket.written_tokens
     return Usage(
         input=total - read - written,
         read=read,

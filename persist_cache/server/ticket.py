@@ -140,9 +140,15 @@ class Ticket:
 
     @property
     def written_tokens(self) -> int:
-        """How many tokens behind those that were found, or known, are on their way to the disk."""
-        found = 0 if self.fetch is None else max(self.fetch.num_tokens, self.fetch.known_tokens)
-        return max(0, self.origin.queued_tokens - found)
+        """How many of the tokens that were not found are on their way to the disk.
+
+        A prompt that follows a reply takes the rows of that along, which were found. They are
+        counted where something was computed for them, or nowhere.
+        """
+        if self.prompt is None or self.fetch is None:
+            return 0
+        computed = len(self.prompt.tokens) - self.fetch.num_tokens
+        return min(self.origin.written_tokens, computed)
 
     @property
     def is_over(self) -> bool:
