@@ -123,7 +123,7 @@ def session(
                 },
             ]
             result = {"type": "tool_result", "tool_use_id": call, "content": prose(drawn, 60)}
-            step_taken = [
+            step_taken: list[dict[str, Any]] = [
                 {"role": "assistant", "content": content},
                 {"role": "user", "content": [result]},
             ]
