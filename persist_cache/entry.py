@@ -86,6 +86,7 @@ class Entry(Struct, frozen=True):
         expires: UTC seconds after which it is evicted first, or None.
         label: Name given by the user, or "".
         parent: Id of the nearest entry that is a prefix of this one, or None.
+        keep_s: Seconds behind each use in which it goes after others of its tier.
     """
 
     id: str
@@ -103,6 +104,7 @@ class Entry(Struct, frozen=True):
     expires: float | None = None
     label: str = ""
     parent: str | None = None
+    keep_s: int = 0
 
 
 class Run(Struct, frozen=True):

@@ -14,6 +14,7 @@ from persist_cache.entry import Tier
 from persist_cache.queries.details import tokens_of
 from persist_cache.stability import repairs
 from persist_cache.tokens import common_prefix_tokens, pack_tokens
+from tests.anthropic_bodies import EPHEMERAL
 from tests.loops import Loop, text_of, words
 from tests.sessions import SERVER, ask, converse, converse_until_killed, session
 from tests.tiny_models import build_model_dir
@@ -130,3 +131,31 @@ def test_billing_line_and_countdown_would_cost_the_whole_prefix(
 
     assert repaired.read > 0.6 * repaired.total
     assert plain.read < 0.1 * plain.total
+
+
+def test_what_is_marked_is_kept_for_as_long_as_the_mark_says(model: Path, tmp_path: Path) -> None:
+    hour = {"type": "ephemeral", "ttl": "1h"}
+    system = [{"type": "text", "text": "Be brief. " * 20, "cache_control": hour}]
+    text = [{"type": "text", "text": "What is it?", "cache_control": EPHEMERAL}]
+    plain = [{"role": "user", "content": "Who is it?"}]
+    common: dict[str, Any] = {"model": "m", "max_tokens": 1}
+    with Store.open(tmp_path / "store", min_free_bytes=0) as store:
+        with Loop(model, store, **SERVER) as loop:
+            ask(loop, {**common, "system": "Be kind. " * 20, "messages": plain})
+            ask(loop, {**common, "system": system, "messages": plain})
+            ask(
+                loop,
+                {**common, "system": system, "messages": [{"role": "user", "content": text}]},
+            )
+            loop.cache.flush()
+
+        found = sorted((entry.tier, entry.keep_s) for entry in store.entries())
+    replies, prompts = found[:-5], found[-5:]
+    assert prompts == [
+        (Tier.USER, 0),
+        (Tier.USER, 0),
+        (Tier.USER, 300),
+        (Tier.SYSTEM, 0),
+        (Tier.SYSTEM, 3600),
+    ]
+    assert {keep_s for _, keep_s in replies} == {0}

@@ -318,6 +318,7 @@ class Saver:
                     sources.pop(),
                     tier=held.tier,
                     prefill_s=held.prefill_s,
+                    keep_s=held.keep_s,
                 )
         except StoreError as error:
             self.failed(error)

@@ -68,6 +68,7 @@ def entry_json(entry: Entry, model: Model, short: str) -> EntryJson:
         expires=entry.expires,
         label=entry.label,
         parent=entry.parent,
+        keep_s=entry.keep_s or UNSET,
     )
 
 

@@ -37,6 +37,8 @@ class EntryJson(Struct, frozen=True, kw_only=True):
         expires: When it goes, or null.
         label: Its name, or "".
         parent: Id of the entry that it continues, or null.
+        keep_s: For how long after each use it goes after others of its tier, if its client asked
+            for that.
     """
 
     id: str
@@ -56,6 +58,7 @@ class EntryJson(Struct, frozen=True, kw_only=True):
     expires: float | None
     label: str
     parent: str | None
+    keep_s: int | UnsetType = UNSET
 
 
 class IdentityJson(Struct, frozen=True, kw_only=True):

@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from persist_cache.entry import Tier
 from persist_cache.server.marks import place_marks
 from persist_cache.server.protocols.anthropic_messages import Mark
 from persist_cache.server.protocols.anthropic_request import MessagesRequest
@@ -106,6 +107,21 @@ class Form:
         """Names of what was asked for and is not done."""
         fitted = () if self.fitted is None else self.fitted.ignored
         return tuple(sorted({*self._request.ignored, *fitted}))
+
+    def keep_s(self, *, has_head: bool) -> dict[Tier, int]:
+        """For how many seconds behind each use the client asks to keep what is stored, by tier.
+
+        Args:
+            has_head: Some of the prompt is kept for all conversations; else what was asked for
+                that is asked for the whole.
+        """
+        given = self._request.messages
+        heads = next((at for at, one in enumerate(given) if one["role"] != "system"), len(given))
+        found: dict[Tier, int] = {}
+        for mark in self._request.marks:
+            tier = Tier.SYSTEM if has_head and mark.message < heads else Tier.USER
+            found[tier] = max(found.get(tier, 0), mark.ttl_s)
+        return found
 
     def cuts(
         self, tokenizer: Any, prompt: Sequence[int], system_tokens: int, *, trimmable: bool

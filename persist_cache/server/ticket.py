@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol, SupportsIndex, overload
 from persist_cache.cache.origin import Origin
 from persist_cache.cache.prompt_cache import PromptCache
 from persist_cache.cache.stats import Fetch
+from persist_cache.entry import Tier
 from persist_cache.server.segments import system_tokens
 from persist_cache.store.trail import Trail
 
@@ -32,6 +33,9 @@ class Form(Protocol):
         self, tokenizer: Any, prompt: Sequence[int], system_tokens: int, /, *, trimmable: bool
     ) -> tuple[list[int], int]:
         """Further places where the prompt is to be kept, and how much of it is system part."""
+
+    def keep_s(self, *, has_head: bool) -> Mapping[Tier, int]:
+        """For how long the client asks to keep what is stored, by tier."""
 
     @property
     def repaired(self) -> tuple[str, ...]:

@@ -196,6 +196,7 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
             for place in places:
                 segments, kinds = cut_at(place, segments, kinds)
             kinds = as_system(head, segments, kinds)
+            request.ticket.origin.keep_s = form.keep_s(has_head=head > 0)
         messages = request.messages
         return CutPrompt(tokenizer, messages, tokens, segments, kinds, initial_state, vision)
 
