@@ -6,6 +6,7 @@ queued as a chat's is, and what the model says is handed on as it comes.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
@@ -26,7 +27,8 @@ from persist_cache.server.protocols.anthropic_answer import (
 from persist_cache.server.protocols.anthropic_request import MessagesRequest, read_messages
 from persist_cache.server.protocols.openai import refusal_of
 from persist_cache.server.protocols.output import Call, Finish, OutputReader
-from persist_cache.server.ticket import Ticket
+from persist_cache.server.protocols.recognized import MESSAGES
+from persist_cache.server.ticket import Part, Ticket
 from persist_cache.server.validation import RefusedError, decode_object
 
 log = logging.getLogger(__name__)
@@ -42,6 +44,7 @@ class Messages(BaseHTTPRequestHandler):
     response_generator: Any
     stream: bool
     ticket: Ticket | None
+    keeps: Part
     body_as_read: bytes
     _answer: Answer | None = None
     _started = False
@@ -51,13 +54,23 @@ class Messages(BaseHTTPRequestHandler):
         if self.path not in PATHS:
             super()._checked_post()  # type: ignore[misc]
             return
-        self.body_as_read = self._read_body()  # type: ignore[attr-defined]
+        self._answer_body(self._read_body())  # type: ignore[attr-defined]
+
+    def _post_own(self, body: dict[str, Any], protocol: str) -> None:
+        if protocol != MESSAGES:
+            super()._post_own(body, protocol)  # type: ignore[misc]
+            return
+        self.path = MESSAGES_PATH
+        self._answer_body(json.dumps(body).encode())
+
+    def _answer_body(self, raw: bytes) -> None:
+        self.body_as_read = raw
         counts = self.path == COUNT_PATH
         request = read_messages(decode_object(self.body_as_read), counting=counts)
         self._tell_ignored(list(request.ignored))  # type: ignore[attr-defined]
         generator = self.response_generator
         form = Form(request, generator.templates, generator.cli_args.chat_template_args)
-        ticket = Ticket(self.body_as_read, form=form)
+        ticket = Ticket(self.body_as_read, keeps=self.keeps, form=form)
         self.stream = request.stream and not counts
         self._answer = Answer(request.model)
         self._started = self._is_told = False
