@@ -34,6 +34,9 @@ class Form(Protocol):
     ) -> tuple[list[int], int]:
         """Further places where the prompt is to be kept, and how much of it is system part."""
 
+    def refuse_unfit(self) -> None:
+        """Refuse what the template lacks of what is asked for, as it was fitted."""
+
     def keep_s(self, *, has_head: bool) -> Mapping[Tier, int]:
         """For how long the client asks to keep what is stored, by tier."""
 

@@ -41,6 +41,8 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
 
     names: Names | None = None
     """Makes one key of all names of a model; without it they are taken as upstream takes them."""
+    strict = False
+    """Whether requests for what is not done are refused."""
     _in_flight = 0
     """Requests that are being answered."""
 
@@ -175,6 +177,8 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
         form = request.ticket.form
         if form is not None:
             fitted = form.fit(tokenizer)
+            if self.strict:
+                form.refuse_unfit()
             request.messages, request.tools = fitted.messages, fitted.tools
             args = dataclasses.replace(args, chat_template_kwargs=fitted.template_args)
         tokenize = super()._tokenize
