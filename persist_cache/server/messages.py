@@ -46,6 +46,7 @@ class Messages(BaseHTTPRequestHandler):
     ticket: Ticket | None
     keeps: Part
     body_as_read: bytes
+    _ignored: list[str]
     _answer: Answer | None = None
     _started = False
     _is_told = False
@@ -156,10 +157,13 @@ class Messages(BaseHTTPRequestHandler):
 
     def _say_events(self, events: list[Event], usage: Usage, form: Form) -> None:
         if not self.has_begun() or not self._is_told:  # type: ignore[attr-defined]
-            self._is_told = True
-            self._ignored = list(form.ignored)
+            self._is_told, before = True, list(self._ignored)
+            begun = self.has_begun()  # type: ignore[attr-defined]
             self._set_stream_headers(200)  # type: ignore[attr-defined]
             self.end_headers()
+            if begun and form.ignored and list(form.ignored) != before:
+                said = f": {IGNORED_HEADER}: {', '.join(form.ignored)}\n\n"
+                self._write(said)  # type: ignore[attr-defined]
         self._write((self._start(usage) + as_bytes(events)).decode())  # type: ignore[attr-defined]
 
     def _start(self, usage: Usage | None = None) -> bytes:
@@ -177,6 +181,12 @@ class Messages(BaseHTTPRequestHandler):
         if form.ignored:
             headers[IGNORED_HEADER] = ", ".join(form.ignored)
         self._send(answers.json_response(said, headers=headers))  # type: ignore[attr-defined]
+
+    def _say_ignored(self, status_code: int) -> None:
+        form = None if self.ticket is None else self.ticket.form
+        if form is not None:
+            self._ignored = list(form.ignored)  # what the template lacks is known by now, or later
+        super()._say_ignored(status_code)  # type: ignore[misc]
 
     def sign_of_life(self, done: int, total: int) -> str:
         if self._answer is None:

@@ -44,6 +44,10 @@ class Form(Protocol):
     def repaired(self) -> tuple[str, ...]:
         """Names of what was changed in the request."""
 
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """Names of what was asked for and is not done."""
+
 
 @dataclass(frozen=True, slots=True)
 class CutPrompt:

@@ -2,7 +2,8 @@
 
 Computed is counted at the model's calls; what could be reused is the longest prefix that a
 repaired prompt shares with an earlier one. The models are random and tiny: what is reused depends
-on their caches and on the prompts, not on what they say.
+on their caches and on the prompts, not on what they say. Without a repair nearly all is computed,
+so only the first turn of the user is held then.
 """
 
 from __future__ import annotations
@@ -40,28 +41,32 @@ MODELS: dict[str, dict[str, Any]] = {
         "sliding_window_pattern": 2,
     },
 }
+SERVED = "as served"
+FIRST = "first turn"
 KILLED = "killed and started again"
-WAYS = ("as served", KILLED, "without billing", "without countdown", "without inline-system")
+WAYS = (SERVED, KILLED, "without billing", "without countdown", "without inline-system")
+_WITHOUT = ("llama", "lfm2 (hybrid)")
+"""Models that show what is lost without a repair."""
 _CONTEXT_TOKENS = 65_536
 
 
 def run(context: Context) -> Report:
     size = context.pick(
         {"user_turns": 1, "tool_turns": 3, "tools": 3, "words": 20},
-        {"user_turns": 3, "tool_turns": 10, "tools": 20, "words": 160},
+        {"user_turns": 3, "tool_turns": 10, "tools": 20, "words": 115},
     )
     cases: list[dict[str, Any]] = []
     for name in context.pick(("llama", "lfm2 (hybrid)"), tuple(MODELS)):
         with context.scratch() as scratch:
-            for way in WAYS:
+            for way in WAYS if name in _WITHOUT else WAYS[:2]:
                 common.say(f"sessions: {name}, {way}")
                 case = fresh(converse, folder=str(scratch), name=name, way=way, size=size)
-                cases.append({"model": name, "way": way, **case})
+                cases += [{"model": name, "way": said, **one} for said, one in case.items()]
     return Report("sessions", "An agent's session", {"size": size, "cases": cases}, [_table(cases)])
 
 
 def converse(folder: str, name: str, way: str, size: dict[str, Any]) -> dict[str, Any]:
-    """Hold the session in one way; tokens of all prompts, in common, and computed."""
+    """Hold the session in one way; what was reused, by the part of it."""
     from tests import sessions
     from tests.loops import Loop
     from tests.tiny_models import build_model_dir
@@ -70,15 +75,25 @@ def converse(folder: str, name: str, way: str, size: dict[str, Any]) -> dict[str
     if not model.exists():
         build_model_dir(model, max_position_embeddings=_CONTEXT_TOKENS, **MODELS[name])
     bodies = list(sessions.session(**size))
+    first = bodies[: len(bodies) // size["user_turns"]]
     prompts: list[bytes] = []
     store: Path | None = None
-    if way == KILLED:
+    if way not in (SERVED, KILLED):
+        bodies = first
+    elif way == KILLED:
         store, half = Path(folder) / "store", len(bodies) // 2
         _, prompts = sessions.converse_until_killed(Path(folder), model, store, size, half)
         bodies = bodies[half:]
+    parts = {way: bodies}
+    if way == SERVED and len(first) < len(bodies):
+        parts = {FIRST: first, way: bodies[len(first) :]}
+    found: dict[str, dict[str, int]] = {}
     with _without(way), Loop(model, store, **sessions.SERVER) as loop:
-        found = sessions.converse(loop, bodies, prompts)
-    return {"requests": len(bodies), **asdict(found)}
+        for name, part in parts.items():
+            one = {"requests": len(part), **asdict(sessions.converse(loop, part, prompts))}
+            before = found.get(FIRST, {})
+            found[name] = {key: value + before.get(key, 0) for key, value in one.items()}
+    return found
 
 
 def _without(way: str) -> Any:
@@ -106,8 +121,12 @@ def _table(cases: list[dict[str, Any]]) -> Table:
     rows = []
     served: dict[str, dict[str, Any]] = {}
     for case in cases:
-        # What a repair would have left to reuse is known from the session that had all of them.
-        whole = served.setdefault(case["model"], case) if case["way"] != KILLED else case
+        whole = case
+        if case["way"].startswith("without"):
+            # What could be reused is known from the same requests with all repairs.
+            whole = served[case["model"]]
+        elif case["way"] in (FIRST, SERVED):
+            served.setdefault(case["model"], case)
         reused = case["total"] - case["computed"]
         rows.append(
             [
