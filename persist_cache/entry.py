@@ -86,6 +86,7 @@ class Entry(Struct, frozen=True):
         expires: UTC seconds after which it is evicted first, or None.
         label: Name given by the user, or "".
         parent: Id of the nearest entry that is a prefix of this one, or None.
+        keep_s: Seconds behind each use in which it goes after others of its tier.
     """
 
     id: str
@@ -103,6 +104,7 @@ class Entry(Struct, frozen=True):
     expires: float | None = None
     label: str = ""
     parent: str | None = None
+    keep_s: int = 0
 
 
 class Run(Struct, frozen=True):
@@ -127,6 +129,7 @@ class Match(Struct, frozen=True):
         runs: Blobs to read, in order; together they cover `num_tokens`.
         checkpoint: Blob that holds the state at `num_tokens`, or None when rows suffice.
         common_tokens: Tokens shared with any stored path, resumable or not.
+        prompt_tokens: Those of them whose rows are a prompt's: of the tier `system` or `user`.
         entries: Entries on the path, shallowest first, that this match uses.
         nbytes: Bytes that reading it takes.
         saved_s: Seconds that computing its tokens takes, 0 when nobody measured.
@@ -143,3 +146,4 @@ class Match(Struct, frozen=True):
     saved_s: float = 0.0
     reason: str = ""
     why: MissReason | None = None
+    prompt_tokens: int = 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,7 @@ def warm(
     pinned: bool = False,
     expires: float | None = None,
     system_tokens: int = 0,
+    cuts: Collection[int] = (),
     step_tokens: int = WARM_STEP_TOKENS,
     quantize: KVQuantization | None = None,
     progress: Callable[[int], None] | None = None,
@@ -70,6 +71,7 @@ def warm(
         tier, label, pinned, expires: As in `Store.put`.
         system_tokens: Length of the system part of `tokens`. Where they go on behind it, an entry
             of its own is left there, as a server does: not every cache can be cut there later.
+        cuts: Further places where an entry of its own is left, if the cache cannot be cut there.
         step_tokens: Tokens per model call and per commit.
         quantize: How the server that will use it quantizes its KV, or None.
         progress: Called with the tokens done so far, those found on disk included.
@@ -90,21 +92,21 @@ def warm(
         progress(done)
     while True:
         end = min(done + step_tokens, len(tokens))
-        if done < system_tokens:
-            end = min(end, system_tokens)
+        end = min([end, *(stop for stop in (system_tokens, *cuts) if stop > done)])
         before = timer()
         with timer.running():
             prefill(model, cache, tokens[done:end], step_tokens=step_tokens, quantize=quantize)
         rate.add(end - done, timer() - before)
         last = end == len(tokens)
         tensors.prepare(cache, end)
-        lasts = last or end == system_tokens
+        is_head = end == system_tokens and not last
+        lasts = last or is_head or (end in cuts and not tensors.can_trim(cache))
         computed = end - found_tokens
         result = store.put(
             fingerprint,
             tokens[:end],
             tensors.source(cache, end),
-            tier=Tier.SYSTEM if lasts and not last else tier,
+            tier=Tier.SYSTEM if is_head else tier,
             prefill_s=whole_s(found_tokens, found_s, computed, timer(), rate) if computed else 0.0,
             label=label if last else "" if lasts else PARTIAL_LABEL,
             pinned=pinned and last,

@@ -50,6 +50,11 @@ def delete(txn: Writer, table: bytes, key: bytes) -> None:
     txn._txn.delete(key, db=txn._db[table])
 
 
+def drop(txn: Writer, table: bytes) -> None:
+    """Lose a table, as in a store of a version that has none."""
+    txn._txn.drop(txn._db[table])
+
+
 def forget_order(txn: Writer, entry: int) -> None:
     """Lose an entry's places in the orders of eviction and of expiry."""
     txn._forget_order(entry)

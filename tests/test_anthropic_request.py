@@ -419,3 +419,30 @@ def test_conversation_that_ends_with_the_assistant_can_be_counted() -> None:
     found = read_messages({"model": "m", "messages": messages}, counting=True)
 
     assert found.messages == messages
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}, False),
+        ({"edits": []}, False),
+        ({}, False),
+        ({"edits": [{"type": "clear_thinking_20251015"}]}, True),
+        ({"edits": [{"type": "clear_tool_uses_20250919", "keep": "all"}]}, True),
+        ({"edits": "all"}, True),
+        ("all", True),
+    ],
+)
+def test_edits_of_the_conversation_are_told_unless_they_leave_all_of_it(
+    asked: Any, told: bool
+) -> None:
+    request = read_messages(
+        {
+            "model": "m",
+            "max_tokens": 1,
+            "messages": [{"role": "user", "content": "Hello"}],
+            "context_management": asked,
+        }
+    )
+
+    assert request.ignored == (("context_management",) if told else ())

@@ -11,9 +11,12 @@ from typing import Any
 import click
 import pytest
 
+from persist_cache import Store
+from persist_cache.entry import Tier
 from persist_cache.server.guard import LOOPBACK_ORIGINS
 from persist_cache_cli.main import cli
 from tests.cli import Run, fill, prepared_script, runner
+from tests.fakes import put
 
 ROOT = Path(__file__).parents[1]
 CLI_MD = (ROOT / "docs" / "cli.md").read_text()
@@ -128,6 +131,21 @@ def ids(tmp_path: Path) -> dict[str, str]:
 
 
 ENTRY = fields("Entry")
+
+
+def test_what_a_client_asks_to_keep_is_shown_where_it_did(
+    tmp_path: Path, run: Run, ids: dict[str, str]
+) -> None:
+    with Store.open(tmp_path / "store", min_free_bytes=0) as store:
+        kept = put(store, [7] * 5, tier="user", keep_s={Tier.USER: 3600})
+
+    for call in (["list"], ["list", "--tree"], ["show", kept]):
+        said = run(*call, "--json").json
+        entries = said if isinstance(said, list) else [said]
+        assert {one["id"]: one["keep_s"] for one in entries if "keep_s" in one} == {kept: 3600}
+    assert "asked for" in run("show", kept).out
+    assert "1.0 h after each use" in run("show", kept).out
+    assert "asked for" not in run("show", ids["reply"]).out
 
 
 def test_entry_fields(run: Run, ids: dict[str, str]) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from persist_cache import fs
 from persist_cache.blobs.writer import BlobWriter
+from persist_cache.entry import Tier
 from persist_cache.errors import StoreFullError
 from persist_cache.index.records import SizedRecord
 from persist_cache.store.store import Store
@@ -38,6 +39,11 @@ def order_of_eviction(store: Store) -> list[str]:
     return order
 
 
+def order_now(store: Store) -> list[str]:
+    """In which order all would go, by this time."""
+    return store.victims_until(0, [entry.id for entry in store.entries()])
+
+
 def test_order_is_tier_then_last_use(store: Store, clock: Clock) -> None:
     ids: dict[tuple[str, int], str] = {}
     for tier in ("system", "assistant", "user"):
@@ -48,6 +54,80 @@ def test_order_is_tier_then_last_use(store: Store, clock: Clock) -> None:
     assert order_of_eviction(store) == [
         ids[tier, age] for tier in ("assistant", "user", "system") for age in (2, 1)
     ]
+
+
+def test_what_is_to_be_kept_goes_after_others_of_its_tier_while_that_time_runs(
+    store: Store, clock: Clock
+) -> None:
+    hour = put(store, [1] * 3, tier="user", keep_s={Tier.USER: 3600})
+    minutes = put(store, [2] * 3, tier="user", keep_s={Tier.USER: 300})
+    clock.advance(60)
+    plain = put(store, [3] * 3, tier="user")
+    system = put(store, [4] * 3, tier="system")
+    reply = put(store, [5] * 3)
+
+    assert order_now(store) == [reply, plain, minutes, hour, system]
+    clock.advance(600)
+    assert order_now(store) == [reply, minutes, plain, hour, system]
+    clock.advance(3600)
+    assert order_now(store) == [reply, hour, minutes, plain, system]
+
+
+def test_use_begins_the_time_anew_and_a_shorter_one_does_not_end_it(
+    store: Store, clock: Clock
+) -> None:
+    kept = put(store, [1] * 3, tier="user", keep_s={Tier.USER: 3600})
+    put(store, [1] * 3, tier="user", keep_s={Tier.USER: 300})
+    clock.advance(3000)
+    store.touch(store.match(fingerprint(), [1] * 3))
+    store.flush()
+    clock.advance(3000)
+    plain = put(store, [2] * 3, tier="user")
+
+    assert store.get(kept).keep_s == 3600
+    assert {one.id: one.keep_s for one in store.entries()} == {kept: 3600, plain: 0}
+    assert order_now(store) == [plain, kept]
+
+
+def test_system_part_is_kept_for_what_a_later_prompt_asks(store: Store) -> None:
+    head = put(store, [1] * 3, tier="system")
+    put(store, [1] * 3 + [2] * 3, tier="user", keep_s={Tier.SYSTEM: 3600, Tier.USER: 300})
+
+    assert sorted(one.keep_s for one in store.entries()) == [300, 3600]
+    assert store.get(head).keep_s == 3600
+
+
+def test_room_is_made_of_what_is_to_be_kept_if_there_is_nothing_else(
+    tmp_path: Path, clock: Clock
+) -> None:
+    with Store.open(
+        tmp_path / "kept", max_bytes=ROOM_FOR_FEW, min_free_bytes=0, clock=clock
+    ) as store:
+        for number in range(40):
+            put(store, [number] * 300, tier="user", keep_s={Tier.USER: 3600})
+            assert disk_usage(store.root) <= ROOM_FOR_FEW
+
+        assert 0 < len(store.entries()) < 40
+
+
+def test_store_of_a_version_that_knows_no_such_time_is_read_and_cleaned(tmp_path: Path) -> None:
+    with Store.open(tmp_path / "store", min_free_bytes=0) as store:
+        kept = put(store, [1] * 3, tier="user", keep_s={Tier.USER: 300})
+        forge.change(store, lambda txn: forge.put(txn, b"kept", b"x" * 8, b"nonsense"))
+        assert store.check() == []
+        store.gc()
+        left = forge.change(store, lambda txn: forge.records(txn, b"kept"))
+        assert [key.hex() for key, _ in left] == [kept]
+        assert store.get(kept).keep_s == 300
+        forge.change(store, lambda txn: forge.drop(txn, b"kept"))
+
+    with Store.open(tmp_path / "store", read_only=True) as store:
+        assert store.get(kept).keep_s == 0
+        assert [one.keep_s for one in store.entries()] == [0]
+        assert store.check() == []
+    with Store.open(tmp_path / "store", min_free_bytes=0) as store:
+        put(store, [1] * 3, tier="user", keep_s={Tier.USER: 300})
+        assert store.get(kept).keep_s == 300
 
 
 def test_expired_go_first_whatever_their_tier(store: Store, clock: Clock) -> None:

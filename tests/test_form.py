@@ -105,6 +105,36 @@ def test_nothing_that_was_said_is_lost_or_moved_whatever_the_template_takes(
     assert ("output_config.effort" in form.ignored) == (name != "head-only")
 
 
+def test_strict_server_refuses_what_only_the_template_lacks(
+    served: tuple[str, Loop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, loop = served
+    monkeypatch.setattr(loop.generator, "strict", True)
+    lacks: dict[str, list[str]] = {
+        "own": ["output_config.effort"],
+        "refuses-system": ["a system prompt", "tools"],
+        "head-only": ["system messages in mid-conversation", "tools"],
+        "hoists": ["system messages in mid-conversation", "tools"],
+        "nine": ["output_config.effort"],
+    }
+    plain = {"model": "m", "max_tokens": 1, "messages": BODY["messages"][:1]}
+
+    with pytest.raises(RefusedError, match="--strict") as refused:
+        ask(loop, BODY)
+    counting = read_messages({**BODY, "max_tokens": None}, counting=True)
+    with pytest.raises(RefusedError, match="--strict"):
+        loop.generator.count_tokens(
+            counting, Ticket(form=Form(counting, loop.generator.templates, {}))
+        )
+
+    assert refused.value.status == 400
+    assert all(what in str(refused.value) for what in lacks[name])
+    # What the template has is served, and so are messages of one role in a row.
+    ask(loop, plain)
+    _, form = ask(loop, {**plain, "messages": BODY["messages"][:1] * 2})
+    assert set(form.repaired) <= {"turns"}
+
+
 def test_counted_is_what_is_asked(served: tuple[str, Loop]) -> None:
     _, loop = served
     request = read_messages({**BODY, "max_tokens": None}, counting=True)

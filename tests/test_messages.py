@@ -514,9 +514,9 @@ def test_stream_that_has_to_wait_begins_and_pings(server: CountedServer) -> None
     )
     assert next(line for line in first.iter_lines() if line.startswith(b"data: "))
 
-    second = server.request(
-        "POST", "/v1/messages", json=said("play hello", stream=True), headers=headers, stream=True
-    )
+    # The template has no such option, which is known before the answer begins.
+    asked = said("play hello", stream=True, output_config={"effort": "low"})
+    second = server.request("POST", "/v1/messages", json=asked, headers=headers, stream=True)
     lines = filter(None, second.iter_lines(chunk_size=1))
     names = [next(lines) for _ in range(4)][::2]
     first.close()
@@ -524,6 +524,7 @@ def test_stream_that_has_to_wait_begins_and_pings(server: CountedServer) -> None
 
     assert names == [b"event: message_start", b"event: ping"]
     assert any(line.startswith(b": x-persist-cache: ") for line in rest)
+    assert second.headers["x-persist-cache-ignored"] == "output_config.effort"
     assert rest[-1] == b"event: message_stop"
     assert b"event: message_start" not in rest
 

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from persist_cache.stability import repairs
 
 BILLING = "x-anthropic-billing-header: cc_version=2.1.104.f27; cc_entrypoint=cli; cch=00000;"
+SHORT_BILLING = "x-anthropic-billing-header: cc_version=2.1.197.1c0; cc_entrypoint=sdk-cli;"
+"""As Claude Code sends it to other servers than Anthropic's."""
 COUNTDOWN = "<total_tokens>968584 tokens left</total_tokens>"
 
 
@@ -23,6 +25,9 @@ COUNTDOWN = "<total_tokens>968584 tokens left</total_tokens>"
         (f"One.\n{BILLING}\nTwo.", "One.\nTwo."),
         (f"{BILLING}\n{BILLING.replace('00000', 'a1b2c')}\nTwo.", "Two."),
         (f"```\ncode\n```\n{BILLING}\nTwo.", "```\ncode\n```\nTwo."),
+        (f"{SHORT_BILLING}\nTwo.", "Two."),
+        (f"{SHORT_BILLING} cc_is_subagent=true;\nTwo.", "Two."),
+        (f"{BILLING} cc_workload=cron; cc_is_subagent=true;\nTwo.", "Two."),
     ],
 )
 def test_billing_line_goes_from_a_system_text_and_is_named(text: str, left: str) -> None:
@@ -69,6 +74,8 @@ def lookalikes(number: int) -> list[str]:
         lambda: BILLING.replace("cch=00000;", f"cch={drawn.randrange(10**3)};"),
         lambda: BILLING.replace("cch=00000;", "cch=zzzzz;"),
         lambda: BILLING.replace("cch=00000;", ""),
+        lambda: f"{SHORT_BILLING} cc_is_subagent=perhaps;",
+        lambda: f"{SHORT_BILLING} cc_region=here;",
         lambda: BILLING[:-1],
         lambda: BILLING.replace(": ", ":"),
         lambda: BILLING.replace("; ", ";"),

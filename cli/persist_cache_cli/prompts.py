@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import click
 import msgspec
@@ -16,6 +16,7 @@ from persist_cache.errors import ModelError
 from persist_cache.fingerprint.identifier import Identifier
 from persist_cache.prefill.loading import load_tokenizer, model_errors
 from persist_cache.prefill.run import KVQuantization
+from persist_cache.server.protocols.recognized import PROTOCOLS, protocol_at
 from persist_cache.server.rendering import Prompt, PromptRequest, read_request, render
 from persist_cache.server.validation import RefusedError, check_template_args, decode_json
 
@@ -130,6 +131,16 @@ def template_options(command: F) -> F:
     return cast(F, decorated)
 
 
+def protocol_option(command: F) -> F:
+    """Add the option that says which protocol the bodies in files are of."""
+    option = click.option(
+        "--protocol",
+        type=click.Choice(PROTOCOLS),
+        help="What --messages is of: OpenAI's chat or Anthropic's Messages.  [default: by shape]",
+    )
+    return option(command)
+
+
 def choose_template(
     chat_template_args: str | None, chat_template: str | None, use_default_chat_template: bool
 ) -> Template:
@@ -211,7 +222,11 @@ def _read_file(path: Path, option: str) -> str:
 
 
 def read_request_file(
-    path: Path, option: str = "--messages", *, tools: Path | None = None
+    path: Path,
+    option: str = "--messages",
+    *,
+    tools: Path | None = None,
+    protocol: str | None = None,
 ) -> PromptRequest:
     """A client's request: its body, a list of messages, or a recording with such a body.
 
@@ -219,6 +234,7 @@ def read_request_file(
         path: A JSON file.
         option: What it was given with.
         tools: File with tool definitions that take the place of those in the body, or None.
+        protocol: Of the body; None to tell it by the path in a recording, or by the body's shape.
 
     Raises:
         click.ClickException: It cannot be read, or the server would not understand it.
@@ -227,14 +243,15 @@ def read_request_file(
     if isinstance(found, list):
         found = {"messages": found}
     elif not {"messages", "prompt"} & found.keys() and isinstance(found.get("body"), dict):
-        found = found["body"]
+        at, found = found.get("path"), found["body"]
+        protocol = protocol or (protocol_at(at) if isinstance(at, str) else None)
     if tools is not None:
         definitions = _read_tools(tools)
         if found.get("tools") and found["tools"] != definitions:
             click.echo(f"Note: --tools takes the place of the tools in {path}.", err=True)
         found = {**found, "tools": definitions}
     try:
-        return read_request(found)
+        return read_request(found, protocol or "")
     except RefusedError as refusal:
         raise click.UsageError(f"{option} {path} has the wrong shape: {refusal}") from None
 
@@ -270,6 +287,7 @@ class ManifestPrompt(msgspec.Struct, forbid_unknown_fields=True):
     system: str | None = None
     messages: str | None = None
     tools: str | None = None
+    protocol: Literal["chat", "messages"] | None = None
     adapter_path: str | None = None
     kv_bits: int | None = None
     kv_group_size: int = 64

@@ -123,6 +123,7 @@ class Keeper:
         packed = packed[: num_tokens * TOKEN_BYTES]
         nbytes = self._codec.nbytes(cache)
         held = Held(owner, packed, cache, nbytes, tier.label, prefill_s)
+        held.keep_s = {} if ends else origin.keep_s
         witness = getattr(self._codec, "witness", None)
         held.witness = None if witness is None else witness(cache)
         held.stays = self._sharing is not None and self._sharing.is_pieced(cache)
@@ -134,8 +135,10 @@ class Keeper:
                 self._saver.spill([held])
                 return
             at_once = held.wanted and tier != Tier.ASSISTANT
-            if at_once and self._saver.save_later(held) and not self._saver.disk_off:
-                origin.queued_tokens = max(origin.queued_tokens, num_tokens)
+            if at_once:
+                stored = max(origin.stored_tokens, self._saver.promised.tokens(owner, packed))
+                if self._saver.save_later(held) and not self._saver.disk_off:
+                    origin.written_tokens += max(0, num_tokens - stored)
             if nbytes > self._resident.max_bytes:
                 # Keeping it would flush everything else, and then itself.
                 self._tally.problem("too_large_for_memory")

@@ -8,8 +8,8 @@ Thread safety: none of its own; `PromptCache` holds its lock around every call.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from persist_cache.cache.footprint import Footprint
@@ -18,6 +18,7 @@ from persist_cache.cache.owners import Owner
 from persist_cache.cache.stats import Tally
 from persist_cache.cache.trie import PromptTrie
 from persist_cache.codec import LiveCaches, Witness, sharing
+from persist_cache.entry import Tier
 from persist_cache.tokens import TOKEN_BYTES
 
 
@@ -37,6 +38,7 @@ class Held:
         witness: Tells whether its former owner changed it; None if the codec has no such thing.
         stays: It is copied when it is used, not lent: the next one of the same conversation shares
             its buffers.
+        keep_s: By tier, for how long its client asks to keep it on disk behind each use.
     """
 
     owner: Owner
@@ -49,6 +51,7 @@ class Held:
     wanted: bool = False
     witness: Witness | None = None
     stays: bool = False
+    keep_s: Mapping[Tier, int] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from persist_cache.cache.ahead import Ahead
 from persist_cache.cache.live_caches import Candidate, Held, Resident
+from persist_cache.cache.origin import Origin
 from persist_cache.cache.owners import Owner
 from persist_cache.cache.saver import Saver
 from persist_cache.cache.stats import Fetch, Tally
@@ -73,6 +74,7 @@ class Lookup:
         trail: Trail | None = None,
         to_copy: bool = False,
         ahead: Ahead | None = None,
+        origin: Origin | None = None,
     ) -> tuple[Any | None, Fetch]:
         """The longer of memory and disk, what it is, and why it is no more.
 
@@ -86,11 +88,16 @@ class Lookup:
                 Then it stays in memory, also one from the disk, where the next one of the same
                 conversation shares its rows.
             ahead: What `load_ahead` read for this request.
+            origin: Of the request; what the disk has of the prompt is noted there.
 
         Returns:
             A cache that the caller owns, or None; and the outcome.
         """
+        # In this order: what is saved in between is seen on the disk.
+        promised = self._saver.promised.tokens(owner, packed)
         match = self.match(owner, packed, limit, trail)
+        if origin is not None:
+            origin.stored_tokens = max(promised, match.prompt_tokens)
         asks_disk = self._saver.disk is not None and owner.fingerprint is not None
         taken = self.take(owner, packed, limit, on_disk=match, to_copy=to_copy)
         parting = taken.parting
@@ -102,17 +109,13 @@ class Lookup:
                 if to_copy:
                     cache = self._promote(owner, packed, cache, match)
                 why, said = why_no_more(used, limit, match, parting, asked_disk=asks_disk)
-                known = max(match.common_tokens, parting[0])
-                return cache, Fetch(
-                    "disk", used, said, 0.0, match.nbytes, match.saved_s, why, known
-                )
+                return cache, Fetch("disk", used, said, 0.0, match.nbytes, match.saved_s, why)
             match = nothing(MissReason.UNREADABLE)
             taken = self.take(owner, packed, limit, on_disk=match, to_copy=to_copy)
         used = 0 if taken.cache is None else taken.num_tokens
         why, said = why_no_more(used, limit, match, parting, asked_disk=asks_disk)
-        known = max(match.common_tokens, parting[0])
         if taken.cache is None:
-            return None, Fetch("miss", 0, said, why=why, known_tokens=known)
+            return None, Fetch("miss", 0, said, why=why)
         store = self._saver.store
         if ahead is not None and ahead.held is taken.held:
             ahead.is_used = True
@@ -120,12 +123,12 @@ class Lookup:
             if counted and store is not None:
                 store.touch(read, num_tokens=used, spent_s=ahead.seconds)
             return taken.cache, Fetch(
-                "disk", used, said, ahead.seconds, read.nbytes, read.saved_s, why, known
+                "disk", used, said, ahead.seconds, read.nbytes, read.saved_s, why
             )
         if counted and store is not None and match.num_tokens:
             store.touch(match, num_tokens=used)
         cost = taken.prefill_s
-        return taken.cache, Fetch("memory", used, said, 0.0, 0, cost, why, known)
+        return taken.cache, Fetch("memory", used, said, 0.0, 0, cost, why)
 
     def outlook(self, owner: Owner, packed: bytes, limit: int) -> tuple[int, int]:
         """Tokens that would not be computed, and how many memory alone would serve."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
+
+from persist_cache.entry import Tier
 
 
 @dataclass(slots=True)
@@ -18,10 +21,15 @@ class Origin:
     Attributes:
         owner: Whose KV it was looked up for (`cache.owners.Owner`); None before.
         prefill: What computing it has cost so far (`prefill.clock.Prefill`); None before.
-        queued_tokens: How much of the prompt is on its way to the disk; 0 while nothing is to be
-            written.
+        stored_tokens: Of the prompt, that prompts on the disk, or on their way there, had rows of
+            when it was looked up.
+        keep_s: By tier, for how many seconds behind each use its client asks to keep what is stored
+            of it.
+        written_tokens: Of the prompt, that were queued for the disk because it was computed.
     """
 
     owner: Any = None
     prefill: Any = None
-    queued_tokens: int = 0
+    stored_tokens: int = 0
+    keep_s: Mapping[Tier, int] = field(default_factory=dict)
+    written_tokens: int = 0

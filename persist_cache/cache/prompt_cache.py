@@ -576,7 +576,9 @@ class PromptCache:
             self._owners.asked(owner, packed)
         else:
             origin.owner = owner
-        cache, fetch = self._lookup.answer(owner, packed, limit, counted, trail, to_copy, ahead)
+        cache, fetch = self._lookup.answer(
+            owner, packed, limit, counted, trail, to_copy, ahead, origin
+        )
         if cache is not None:
             self._owners.gave(owner, cache)
         return cache, fetch

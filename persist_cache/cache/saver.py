@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Sequence
 from persist_cache.cache.late_store import LateStore
 from persist_cache.cache.live_caches import Held, Resident
 from persist_cache.cache.owners import Owner
+from persist_cache.cache.promised import Promised
 from persist_cache.cache.stats import Tally
 from persist_cache.cache.write_behind import WriteBehind
 from persist_cache.codec import Codec, Source
@@ -80,6 +81,7 @@ class Saver:
         self._resident = resident
         self._lock = lock
         self._tally = tally
+        self.promised = Promised()
         self._persist = frozenset(persist)
         self._is_busy = is_busy
         self._on_disk = on_disk
@@ -201,11 +203,15 @@ class Saver:
             if not self._resident.is_unchanged(held):
                 return True  # changed while its bytes were taken
             rank = Tier.parse(held.tier)
+            if rank != Tier.ASSISTANT:
+                self.promised.add(held.owner, held.packed)
             accepted = self._writer.submit(
                 lambda: self._save(held, sources), rank=rank, nbytes=held.nbytes
             )
             if accepted:
                 held.wanted = False
+            else:
+                self.promised.ended(held.owner, held.packed, saved=False)
             return accepted
 
     def let_go_of_former(self) -> None:
@@ -312,12 +318,15 @@ class Saver:
                     sources.pop(),
                     tier=held.tier,
                     prefill_s=held.prefill_s,
+                    keep_s=held.keep_s,
                 )
         except StoreError as error:
             self.failed(error)
+            self.promised.ended(held.owner, held.packed, saved=False)
             with self._lock:
                 held.wanted = True  # tried again when idle, or when it leaves memory
             return
+        self.promised.ended(held.owner, held.packed, saved=True)
         with self._lock:
             held.saved = True
             self._disk_error = None

@@ -27,8 +27,6 @@ class Fetch:
         nbytes: Bytes read from disk.
         prefill_s: Seconds that computing those tokens took, 0 when nobody measured.
         why: The reason for programs; None when there is none.
-        known_tokens: Tokens of which there were rows in memory or on the disk already, whether
-            they could be resumed or not.
     """
 
     source: str
@@ -38,7 +36,6 @@ class Fetch:
     nbytes: int = 0
     prefill_s: float = 0.0
     why: MissReason | None = None
-    known_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ import xxhash
 from persist_cache.errors import StoreFormatError
 from persist_cache.index.columns import BlobColumns, EdgeColumns, EntryColumns, Packed, Raw
 from persist_cache.index.records import (
+    COUNTER_BYTES,
     EXPIRY_KEY,
     MAX_COUNTER,
     NUMBER,
@@ -49,6 +50,9 @@ DATABASES = (
     b"quarantine",
     b"departed",
 )
+KEPT = b"kept"
+"""Seconds for which entries are kept behind each use; missing in stores of earlier versions."""
+_MOST_KEPT_S = 366 * 86400
 _TREE = (
     b"namespaces",
     b"edges",
@@ -64,6 +68,12 @@ _TREE = (
 _COUNTED = b"count:"
 """Prefix of the counters that people see; all others are the store's own."""
 _MAX_NAME_BYTES = 400
+
+
+def _seconds(raw: Any) -> int:
+    """What a record of `kept` says; a damaged one says nothing."""
+    seconds = unpack_counter(raw) if raw is not None and len(raw) == COUNTER_BYTES else 0
+    return seconds if 0 < seconds <= _MOST_KEPT_S else 0
 
 
 def counter_name(name: str) -> str:
@@ -198,6 +208,20 @@ class Reader:
 
     def entry_columns(self) -> EntryColumns:
         return EntryColumns(*self._table(b"entries"))
+
+    def kept_s(self, number: int) -> int:
+        """For how many seconds behind each use an entry goes after others of its tier."""
+        if KEPT not in self._db:
+            return 0
+        return _seconds(self._txn.get(pack_number(number), db=self._db[KEPT]))
+
+    def all_kept_s(self) -> dict[int, int]:
+        """The same for all entries for which that is known, those that are gone included."""
+        if KEPT not in self._db:
+            return {}
+        keys, values = self._table(KEPT)
+        pairs = zip(keys, values, strict=True)
+        return {unpack_number(key): _seconds(value) for key, value in pairs if len(key) == 8}
 
     def entries_from(self, low: int) -> Iterator[int]:
         """Entry numbers from `low` upwards: how a short id is completed."""
@@ -348,8 +372,21 @@ class Writer(Reader):
         if record.expires:
             self._txn.put(expiry_key(record.expires, number), b"", db=self._db[b"expiry"])
 
+    def keep_for(self, number: int, seconds: int) -> None:
+        """Keep an entry for at least so long behind each use."""
+        if self.kept_s(number) < min(seconds, _MOST_KEPT_S):
+            value = pack_counter(min(seconds, _MOST_KEPT_S))
+            self._txn.put(pack_number(number), value, db=self._db[KEPT])
+
+    def forget_kept_of_nobody(self) -> None:
+        """Remove what earlier versions left behind, which know nothing of it."""
+        for key in self.keys(KEPT):
+            if not self.in_database(b"entries", key):
+                self._txn.delete(key, db=self._db[KEPT])
+
     def delete_entry(self, number: int) -> None:
         self._forget_order(number)
+        self._txn.delete(pack_number(number), db=self._db[KEPT])
         self._txn.delete(pack_number(number), db=self._db[b"entries"])
 
     def _forget_order(self, number: int) -> None:

@@ -17,6 +17,7 @@ from itertools import pairwise
 
 from msgspec import Struct
 
+from persist_cache.entry import Tier
 from persist_cache.errors import StoreError
 from persist_cache.index.records import (
     NO_BLOB,
@@ -37,6 +38,8 @@ BLOB_BYTES = "blob_bytes"
 NEXT_NODE = "next_node"
 NO_ROOT = 0
 """A node that never exists: a walk from it finds nothing."""
+_MOST_EDGES = 64
+"""Looked at to tell whose rows some are."""
 MAX_ROWS = (1 << 32) - 1
 MAX_DEPTH = 1 << 20
 """More edges than any path has; only in a damaged index does one lead round in a circle."""
@@ -149,6 +152,27 @@ def entries_used(txn: Reader, path: Walk, position: int) -> list[int]:
             # Nothing ends at the position itself: an entry further down keeps its rows alive.
             found.append(carrier(txn, step.edge))
     return found
+
+
+def prompt_rows(txn: Reader, path: Walk) -> int:
+    """Leading tokens on `path` whose rows belong to an entry that is no reply.
+
+    Below most nodes one is near. Where none is found among the nearest, there is taken to be one.
+    """
+    looked_at: set[int] = set()
+    for step in reversed(path.steps):
+        pending = [step.edge]
+        while pending:
+            edge = pending.pop()
+            if edge.node in looked_at:
+                continue
+            looked_at.add(edge.node)
+            record = None if edge.entry == NO_ENTRY else txn.entry(edge.entry)
+            is_prompt = record is not None and record.tier != Tier.ASSISTANT
+            if is_prompt or len(looked_at) > _MOST_EDGES:
+                return step.end
+            pending += [below for _, below in txn.children(edge.node, limit=_MOST_EDGES)]
+    return 0
 
 
 def carrier(txn: Reader, edge: Edge) -> int:

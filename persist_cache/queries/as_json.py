@@ -68,6 +68,7 @@ def entry_json(entry: Entry, model: Model, short: str) -> EntryJson:
         expires=entry.expires,
         label=entry.label,
         parent=entry.parent,
+        keep_s=entry.keep_s or UNSET,
     )
 
 
@@ -139,6 +140,9 @@ def explanation_json(
     *,
     check: VerdictJson | UnsetType | None = UNSET,
     known_tokens: int | UnsetType = UNSET,
+    repaired: Sequence[str] = (),
+    ignored: Sequence[str] = (),
+    marks: int = 0,
 ) -> ExplanationJson:
     """An explanation.
 
@@ -147,6 +151,9 @@ def explanation_json(
         decode: Tokens as text.
         check: What `--check` found, where there is such an option; None without it.
         known_tokens: Tokens that a server has of the prompt, memory included.
+        repaired: Names of what was changed in the request before it was rendered.
+        ignored: Names of what it asks for and cannot be said to the model.
+        marks: Places in it that its client marked to be kept.
     """
     texts = None if found.divergence is None else divergence_texts(found.divergence, decode)
     return ExplanationJson(
@@ -168,6 +175,9 @@ def explanation_json(
         memory_tokens=found.memory_tokens,
         check=check,
         known_tokens=known_tokens,
+        repaired=list(repaired) or UNSET,
+        ignored=list(ignored) or UNSET,
+        marks=marks or UNSET,
     )
 
 

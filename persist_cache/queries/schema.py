@@ -37,6 +37,8 @@ class EntryJson(Struct, frozen=True, kw_only=True):
         expires: When it goes, or null.
         label: Its name, or "".
         parent: Id of the entry that it continues, or null.
+        keep_s: For how long after each use it goes after others of its tier, if its client asked
+            for that.
     """
 
     id: str
@@ -56,6 +58,7 @@ class EntryJson(Struct, frozen=True, kw_only=True):
     expires: float | None
     label: str
     parent: str | None
+    keep_s: int | UnsetType = UNSET
 
 
 class IdentityJson(Struct, frozen=True, kw_only=True):
@@ -187,6 +190,9 @@ class ExplanationJson(Struct, frozen=True, kw_only=True):
         memory_tokens: How much of that its memory alone would serve, or null.
         check: What `--check` found, or null; in the command's answer.
         known_tokens: What the server has of it, memory included; in the server's answer.
+        repaired: What was changed in the request before it was rendered, if anything was.
+        ignored: What it asks for and cannot be said to the model, if there is anything.
+        marks: Places in it that its client marked to be kept, if there are any.
     """
 
     outcome: str
@@ -202,6 +208,9 @@ class ExplanationJson(Struct, frozen=True, kw_only=True):
     memory_tokens: int | None
     check: VerdictJson | UnsetType | None = UNSET
     known_tokens: int | UnsetType = UNSET
+    repaired: Sequence[str] | UnsetType = UNSET
+    ignored: Sequence[str] | UnsetType = UNSET
+    marks: int | UnsetType = UNSET
 
 
 class WarmJson(Struct, frozen=True, kw_only=True):

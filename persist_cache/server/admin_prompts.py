@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -17,7 +17,10 @@ from persist_cache.queries.schema import WarmJson
 from persist_cache.server.answers import Response, json_response
 from persist_cache.server.guard import Request
 from persist_cache.server.model import LoadedModel, Models
+from persist_cache.server.names import DEFAULT
+from persist_cache.server.parameters import choice, query_of
 from persist_cache.server.protocols.openai import lenient
+from persist_cache.server.protocols.recognized import CHAT, MESSAGES, PROTOCOLS, protocol_of
 from persist_cache.server.rendering import read_request, system_only
 from persist_cache.server.ticket import Part
 from persist_cache.server.validation import RefusedError, check_names, check_prompt, decode_object
@@ -26,17 +29,16 @@ from persist_cache.store.store import Store
 
 MAX_LABEL = 200
 _SETTLE_S = 30.0
-_SHAPING = (
-    "model",
-    "draft_model",
-    "adapters",
-    "messages",
-    "prompt",
-    "tools",
-    "role_mapping",
-    "chat_template_kwargs",
-)
-"""What of a body chooses the model and shapes the prompt."""
+_SHAPING = {
+    CHAT: (
+        *("model", "draft_model", "adapters", "messages", "prompt", "tools", "role_mapping"),
+        "chat_template_kwargs",
+    ),
+    MESSAGES: (
+        *("model", "system", "messages", "tools", "thinking", "output_config", "cache_control"),
+    ),
+}
+"""What of a body chooses the model and shapes the prompt, by its protocol."""
 
 
 class Marks(msgspec.Struct, forbid_unknown_fields=True):
@@ -69,8 +71,24 @@ class Marks(msgspec.Struct, forbid_unknown_fields=True):
             store.expire_at(entry, store.clock() + self.ttl_s)
 
 
-Ask = Callable[[dict[str, Any], Part], tuple[int, dict[str, Any]]]
-"""Answers a request as if it had come from outside, and keeps that part: status and answer."""
+Ask = Callable[[dict[str, Any], Part, str], tuple[int, dict[str, Any]]]
+"""Answers a request of a protocol as if it had come from outside, and keeps that part: status and
+answer."""
+
+
+def _read(request: Request) -> tuple[dict[str, Any], str]:
+    """The body of a request, and the protocol that it is of."""
+    body = decode_object(request.body)
+    said = choice(query_of(request, {"protocol"}), "protocol", PROTOCOLS)
+    protocol = said or protocol_of(body)
+    return (lenient(body) if protocol == CHAT else body), protocol
+
+
+def _said(answer: Mapping[str, Any]) -> str:
+    """The sentence of an answer that refuses, whatever its protocol."""
+    error = answer.get("error")
+    message = error.get("message") if isinstance(error, dict) else error
+    return str(message or "The model refused this prompt.")
 
 
 class Prompts:
@@ -82,44 +100,59 @@ class Prompts:
         self._models = models
 
     def explain(self, request: Request) -> Response:
-        body = lenient(decode_object(request.body))
-        check_prompt(body)
+        body, protocol = _read(request)
+        if protocol == CHAT:
+            check_prompt(body)
         check_names(body)
         store = self._views.store()
-        model = self._models.loaded(body)
+        model = self._models.loaded(body, any_name=protocol == MESSAGES)
         if model.fingerprint is None:
             raise RefusedError(409, f"The model cannot be identified: {model.why}")
-        prompt = model.render(body)
+        prompt = model.render(body, protocol)
         found = explain(store, model.fingerprint, prompt.tokens, system_tokens=prompt.system_tokens)
         now, in_memory = self._cache.outlook(model.key, prompt.tokens)
         found = with_memory(found, now_tokens=now, memory_tokens=in_memory)
         known = self._cache.known_tokens(model.key, prompt.tokens[:-1])
-        return json_response(explanation_json(found, model.decode, known_tokens=known))
+        said = explanation_json(
+            found,
+            model.decode,
+            known_tokens=known,
+            repaired=prompt.repaired,
+            ignored=prompt.ignored,
+            marks=prompt.marks,
+        )
+        return json_response(said)
 
     def warm(self, request: Request, ask: Ask | None) -> Response:
-        body = lenient(decode_object(request.body))
+        body, protocol = _read(request)
         marks = Marks.of(body.pop("cache", None))
-        whole = not system_only(read_request(body))
+        whole = not system_only(read_request(body, protocol))
         check_names(body)
         if ask is None:
             raise RefusedError(409, "This server cannot run a model.")
         # How an answer would be sampled, and how long it would be, does not matter here.
-        body = {name: body[name] for name in _SHAPING if body.get(name) is not None}
+        shaping = _SHAPING[protocol]
+        body = {name: body[name] for name in shaping if body.get(name) is not None}
+        if protocol == MESSAGES:
+            body.setdefault("model", DEFAULT)
         if not whole:
             # Only what precedes the user message is wanted; nobody else says the same.
             message = {"role": "user", "content": secrets.token_hex(8)}
-            body["messages"] = [*body["messages"], message]
+            body["messages"] = [*body.get("messages", ()), message]
         before = self._cache.stats()
         started = time.monotonic()
         keeps: Part = "prompt" if whole else "system"
-        status, answer = ask({**body, "stream": False, "max_tokens": 1}, keeps)
+        status, answer = ask({**body, "stream": False, "max_tokens": 1}, keeps, protocol)
         if status != 200:
-            raise RefusedError(status, str(answer.get("error", "The model refused this prompt.")))
+            raise RefusedError(status, _said(answer))
         spent = time.monotonic() - started
         usage = answer.get("usage", {})
-        cached = usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)
-        model = self._models.loaded(body)
-        prompt = model.render(body)
+        if protocol == MESSAGES:
+            cached = usage.get("cache_read_input_tokens", 0)
+        else:
+            cached = usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)
+        model = self._models.loaded(body, any_name=protocol == MESSAGES)
+        prompt = model.render(body, protocol)
         # A request computes its last token itself.
         wanted = prompt.tokens[:-1] if whole else prompt.tokens[: prompt.system_tokens]
         if not wanted:

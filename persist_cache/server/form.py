@@ -14,14 +14,31 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from persist_cache.entry import Tier
 from persist_cache.server.marks import place_marks
 from persist_cache.server.protocols.anthropic_messages import Mark
 from persist_cache.server.protocols.anthropic_request import MessagesRequest
-from persist_cache.server.templates import Abilities, Fitted, fit, probe
+from persist_cache.server.templates import (
+    SYSTEM_ROLE,
+    TOOL_CALLS,
+    TURNS,
+    Abilities,
+    Fitted,
+    fit,
+    probe,
+)
+from persist_cache.server.validation import RefusedError
+from persist_cache.stability.repairs import INLINE_SYSTEM
 
 log = logging.getLogger(__name__)
 
 _MOST_HEADS = 256
+_LACKS = {
+    INLINE_SYSTEM: "system messages in mid-conversation",
+    SYSTEM_ROLE: "a system prompt",
+    TOOL_CALLS: "tool calls and their results",
+}
+"""What a template lacks when something was said in another form, in words."""
 _NEAR_TOKENS = 8
 """Two places that are no further apart are one: each costs a whole state."""
 
@@ -106,6 +123,37 @@ class Form:
         """Names of what was asked for and is not done."""
         fitted = () if self.fitted is None else self.fitted.ignored
         return tuple(sorted({*self._request.ignored, *fitted}))
+
+    def refuse_unfit(self) -> None:
+        """Refuse what is asked for and was said in another form, or not at all, as it was fitted.
+
+        Messages of one role in a row are one turn in this protocol, however they are said.
+
+        Raises:
+            RefusedError: There is such a thing.
+        """
+        fitted = () if self.fitted is None else (*self.fitted.names, *self.fitted.ignored)
+        if found := [_LACKS.get(name, name) for name in fitted if name != TURNS]:
+            raise RefusedError(
+                400,
+                f"The chat template of this model does not take {', '.join(found)}, and this "
+                "server was started with --strict; leave that out.",
+            )
+
+    def keep_s(self, *, has_head: bool) -> dict[Tier, int]:
+        """For how many seconds behind each use the client asks to keep what is stored, by tier.
+
+        Args:
+            has_head: Some of the prompt is kept for all conversations; else what was asked for
+                that is asked for the whole.
+        """
+        given = self._request.messages
+        heads = next((at for at, one in enumerate(given) if one["role"] != "system"), len(given))
+        found: dict[Tier, int] = {}
+        for mark in self._request.marks:
+            tier = Tier.SYSTEM if has_head and mark.message < heads else Tier.USER
+            found[tier] = max(found.get(tier, 0), mark.ttl_s)
+        return found
 
     def cuts(
         self, tokenizer: Any, prompt: Sequence[int], system_tokens: int, *, trimmable: bool

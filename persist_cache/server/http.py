@@ -319,19 +319,18 @@ class Front(BaseHTTPRequestHandler):
             found = vars(generator).setdefault("admin", found)
         return found
 
-    def _ask(self, body: dict[str, Any], keeps: Part) -> tuple[int, dict[str, Any]]:
+    def _ask(self, body: dict[str, Any], keeps: Part, protocol: str) -> tuple[int, dict[str, Any]]:
         """Answer a request of our own as if it had come from outside.
 
         It leaves no more than `keeps` in the cache, and is not counted among the clients'.
         """
         outside = self.path, self.wfile, self.headers
         self.keeps = keeps
-        kind = "chat/completions" if "messages" in body else "completions"
-        self.path, self.headers = f"/v1/{kind}", Message()
+        self.headers = Message()
         answer = io.BytesIO()
         self.wfile = answer
         try:
-            self._post(served(lenient(body), is_chat="messages" in body))
+            self._post_own(body, protocol)
         finally:
             self.path, self.wfile, self.headers = outside
             self.keeps = ""
@@ -339,6 +338,12 @@ class Front(BaseHTTPRequestHandler):
             self._sent = False
         head, _, raw = answer.getvalue().partition(b"\r\n\r\n")
         return int(head.split()[1]), json.loads(raw)
+
+    def _post_own(self, body: dict[str, Any], protocol: str) -> None:
+        """Answer a request of our own that is of this protocol; sets the path that it is for."""
+        kind = "chat/completions" if "messages" in body else "completions"
+        self.path = f"/v1/{kind}"
+        self._post(served(lenient(body), is_chat="messages" in body))
 
     def _refuse(self, refusal: RefusedError) -> None:
         """Send a refusal, in the form of the API that was asked."""

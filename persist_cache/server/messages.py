@@ -6,6 +6,7 @@ queued as a chat's is, and what the model says is handed on as it comes.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
@@ -26,7 +27,8 @@ from persist_cache.server.protocols.anthropic_answer import (
 from persist_cache.server.protocols.anthropic_request import MessagesRequest, read_messages
 from persist_cache.server.protocols.openai import refusal_of
 from persist_cache.server.protocols.output import Call, Finish, OutputReader
-from persist_cache.server.ticket import Ticket
+from persist_cache.server.protocols.recognized import MESSAGES
+from persist_cache.server.ticket import Part, Ticket
 from persist_cache.server.validation import RefusedError, decode_object
 
 log = logging.getLogger(__name__)
@@ -42,7 +44,9 @@ class Messages(BaseHTTPRequestHandler):
     response_generator: Any
     stream: bool
     ticket: Ticket | None
+    keeps: Part
     body_as_read: bytes
+    _ignored: list[str]
     _answer: Answer | None = None
     _started = False
     _is_told = False
@@ -51,13 +55,23 @@ class Messages(BaseHTTPRequestHandler):
         if self.path not in PATHS:
             super()._checked_post()  # type: ignore[misc]
             return
-        self.body_as_read = self._read_body()  # type: ignore[attr-defined]
+        self._answer_body(self._read_body())  # type: ignore[attr-defined]
+
+    def _post_own(self, body: dict[str, Any], protocol: str) -> None:
+        if protocol != MESSAGES:
+            super()._post_own(body, protocol)  # type: ignore[misc]
+            return
+        self.path = MESSAGES_PATH
+        self._answer_body(json.dumps(body).encode())
+
+    def _answer_body(self, raw: bytes) -> None:
+        self.body_as_read = raw
         counts = self.path == COUNT_PATH
         request = read_messages(decode_object(self.body_as_read), counting=counts)
         self._tell_ignored(list(request.ignored))  # type: ignore[attr-defined]
         generator = self.response_generator
         form = Form(request, generator.templates, generator.cli_args.chat_template_args)
-        ticket = Ticket(self.body_as_read, form=form)
+        ticket = Ticket(self.body_as_read, keeps=self.keeps, form=form)
         self.stream = request.stream and not counts
         self._answer = Answer(request.model)
         self._started = self._is_told = False
@@ -143,10 +157,13 @@ class Messages(BaseHTTPRequestHandler):
 
     def _say_events(self, events: list[Event], usage: Usage, form: Form) -> None:
         if not self.has_begun() or not self._is_told:  # type: ignore[attr-defined]
-            self._is_told = True
-            self._ignored = list(form.ignored)
+            self._is_told, before = True, list(self._ignored)
+            begun = self.has_begun()  # type: ignore[attr-defined]
             self._set_stream_headers(200)  # type: ignore[attr-defined]
             self.end_headers()
+            if begun and form.ignored and list(form.ignored) != before:
+                said = f": {IGNORED_HEADER}: {', '.join(form.ignored)}\n\n"
+                self._write(said)  # type: ignore[attr-defined]
         self._write((self._start(usage) + as_bytes(events)).decode())  # type: ignore[attr-defined]
 
     def _start(self, usage: Usage | None = None) -> bytes:
@@ -164,6 +181,12 @@ class Messages(BaseHTTPRequestHandler):
         if form.ignored:
             headers[IGNORED_HEADER] = ", ".join(form.ignored)
         self._send(answers.json_response(said, headers=headers))  # type: ignore[attr-defined]
+
+    def _say_ignored(self, status_code: int) -> None:
+        form = None if self.ticket is None else self.ticket.form
+        if form is not None:
+            self._ignored = list(form.ignored)  # what the template lacks is known by now, or later
+        super()._say_ignored(status_code)  # type: ignore[misc]
 
     def sign_of_life(self, done: int, total: int) -> str:
         if self._answer is None:
@@ -192,7 +215,7 @@ class Messages(BaseHTTPRequestHandler):
 def _usage(request: MessagesRequest, ticket: Ticket, output: int) -> Usage:
     total = 0 if ticket.prompt is None else len(ticket.prompt.tokens)
     read = 0 if ticket.fetch is None else ticket.fetch.num_tokens
-    written = min(ticket.written_tokens, total - read)
+    written = ticket.written_tokens
     return Usage(
         input=total - read - written,
         read=read,

@@ -23,14 +23,18 @@ class LoadedModel:
     fingerprint: Fingerprint | None
     why: str
 
-    def render(self, body: Mapping[str, Any]) -> Prompt:
+    def render(self, body: Mapping[str, Any], protocol: str = "") -> Prompt:
         """The prompt of a request as the server would read it.
+
+        Args:
+            body: Its body.
+            protocol: Of the body; "" to tell it by its shape.
 
         Raises:
             RefusedError: It cannot be rendered, or has images.
         """
         defaults = self.generator.cli_args.chat_template_args
-        return render(self.tokenizer, read_request(body), template_args=defaults)
+        return render(self.tokenizer, read_request(body, protocol), template_args=defaults)
 
     def decode(self, tokens: list[int]) -> str:
         return decode(self.tokenizer, tokens)
@@ -44,8 +48,12 @@ class Models:
         self.generator = generator
         self._tokenizer: tuple[Any, Any] | None = None
 
-    def loaded(self, body: Mapping[str, Any]) -> LoadedModel:
+    def loaded(self, body: Mapping[str, Any], *, any_name: bool = False) -> LoadedModel:
         """The model that a request would be answered by, if that is the one that is loaded.
+
+        Args:
+            body: Of the request.
+            any_name: Whether the name of no model here stands for the server's own.
 
         Raises:
             RefusedError: None is loaded, or another one.
@@ -56,7 +64,11 @@ class Models:
         if provider is None or key is None or tokenizer is None:
             raise RefusedError(409, "No model is loaded yet; send a chat request first.")
         names: Names | None = vars(self.generator).get("names")
-        wanted = (names_of(provider) if names is None else names).of(body)
+        names = names_of(provider) if names is None else names
+        if any_name:
+            name = body.get("model")
+            body = {"model": name} if isinstance(name, str) and names.is_here(name) else {}
+        wanted = names.of(body)
         if wanted.model != key[0]:
             raise RefusedError(409, f"Another model is loaded: {key[0]}.")
         if wanted != key:

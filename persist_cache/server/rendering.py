@@ -15,7 +15,11 @@ from types import SimpleNamespace
 from typing import Any
 
 from persist_cache.errors import ModelError
+from persist_cache.server.form import Form, Templates
+from persist_cache.server.names import DEFAULT
+from persist_cache.server.protocols.anthropic_request import MessagesRequest, read_messages
 from persist_cache.server.protocols.openai import lenient
+from persist_cache.server.protocols.recognized import MESSAGES, protocol_of
 from persist_cache.server.segments import system_end, system_tokens
 from persist_cache.server.validation import (
     RefusedError,
@@ -25,6 +29,9 @@ from persist_cache.server.validation import (
 )
 
 log = logging.getLogger(__name__)
+
+_ANY_TURN = {"role": "user", "content": "Hello"}
+"""Behind a head that is wanted alone; its text does not matter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +44,8 @@ class PromptRequest:
         tools: Tool definitions, or None.
         role_mapping: Roles as text, for models without a chat template, or None.
         template_args: Arguments of the chat template; they win over those of the server.
+        asked: A request to Anthropic's Messages, with the same messages and tools; None for others.
+        is_head: It is nothing but the head of others, and its last message stands for any.
     """
 
     messages: list[dict[str, Any]]
@@ -44,6 +53,8 @@ class PromptRequest:
     tools: list[dict[str, Any]] | None = None
     role_mapping: dict[str, str] | None = None
     template_args: Mapping[str, Any] = field(default_factory=dict)
+    asked: MessagesRequest | None = None
+    is_head: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,20 +65,35 @@ class Prompt:
         tokens: Token ids.
         system_tokens: Leading tokens that every conversation with the same system messages and
             tools shares; 0 when there is no system part.
+        cuts: Further places up to which its client asks for it to be kept, in order. They are of
+            use only for models whose cache cannot be cut anywhere.
+        repaired: Names of what was changed before it was rendered.
+        ignored: Names of what was asked for and cannot be said to the model.
+        marks: Places that its client marked with `cache_control`.
     """
 
     tokens: list[int]
     system_tokens: int
+    cuts: tuple[int, ...] = ()
+    repaired: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+    marks: int = 0
 
 
-def read_request(body: Mapping[str, Any]) -> PromptRequest:
-    """Take what shapes the prompt from the body of a chat or of a text completion request.
+def read_request(body: Mapping[str, Any], protocol: str = "") -> PromptRequest:
+    """Take what shapes the prompt from the body of a request.
 
     A member that is null is absent.
+
+    Args:
+        body: Of a chat, of a text completion, or of Anthropic's Messages.
+        protocol: One of `PROTOCOLS`; "" to tell it by the body's shape.
 
     Raises:
         RefusedError: The server would not understand it either, or it has images.
     """
+    if (protocol or protocol_of(body)) == MESSAGES:
+        return _read_messages(body)
     body = lenient(body)
     check_prompt(body)
     if body.get("messages") is None:
@@ -81,8 +107,25 @@ def read_request(body: Mapping[str, Any]) -> PromptRequest:
     )
 
 
+def _read_messages(body: Mapping[str, Any]) -> PromptRequest:
+    is_head = not body.get("messages")
+    given = {**body, "model": body.get("model") or DEFAULT, "max_tokens": 1}
+    if is_head:
+        given["messages"] = [_ANY_TURN]
+    asked = read_messages(given)
+    return PromptRequest(
+        asked.messages,
+        tools=asked.tools,
+        template_args=asked.template_args,
+        asked=asked,
+        is_head=is_head,
+    )
+
+
 def system_only(request: PromptRequest) -> bool:
     """Whether a request is nothing but the system part of others: its last message is no turn."""
+    if request.asked is not None:
+        return request.is_head
     return bool(request.messages) and request.messages[-1].get("role") == "system"
 
 
@@ -102,21 +145,32 @@ def render(
     # Here, because it takes MLX to be imported.
     from persist_cache.server.upstream.prompts import tokenize
 
-    defaults = dict(template_args or {})
+    defaults, own = dict(template_args or {}), dict(request.template_args)
+    messages, tools = request.messages, request.tools
+    form: Form | None = None
+    if request.asked is not None:
+        form = Form(request.asked, Templates(), defaults)
+        fitted = form.fit(tokenizer)
+        messages, own = fitted.messages, fitted.template_args
+        tools = None if fitted.tools is None else [dict(tool) for tool in fitted.tools]
     asked = SimpleNamespace(
-        request_type="chat" if request.messages else "text",
+        request_type="chat" if messages else "text",
         prompt=request.text,
-        messages=copy.deepcopy(request.messages),  # they are changed in place
-        tools=request.tools,
+        messages=copy.deepcopy(messages),  # they are changed in place
+        tools=tools,
         role_mapping=request.role_mapping,
     )
-    args = SimpleNamespace(chat_template_kwargs=dict(request.template_args))
+    args = SimpleNamespace(chat_template_kwargs=own)
     tokens, segments, kinds = tokenize(tokenizer, asked, args, defaults)
     end = system_tokens(segments, kinds)
     if kinds == ["assistant"] and asked.messages:
-        options = {**defaults, **request.template_args}
-        end = system_end(tokenizer, asked.messages, asked.tools, options, tokens)
-    return Prompt(list(tokens), end)
+        end = system_end(tokenizer, asked.messages, asked.tools, {**defaults, **own}, tokens)
+    if form is None or request.asked is None:
+        return Prompt(list(tokens), end)
+    places, end = form.cuts(tokenizer, tokens, end, trimmable=False)
+    cuts = tuple(place for place in places if place > end)
+    marks = len(request.asked.marks)
+    return Prompt(list(tokens), end, cuts, form.repaired, form.ignored, marks)
 
 
 def render_chat(

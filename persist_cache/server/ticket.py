@@ -17,6 +17,7 @@ from persist_cache.cache.ahead import Ahead
 from persist_cache.cache.origin import Origin
 from persist_cache.cache.prompt_cache import PromptCache
 from persist_cache.cache.stats import Fetch
+from persist_cache.entry import Tier
 from persist_cache.server.segments import system_tokens
 from persist_cache.store.trail import Trail
 
@@ -34,9 +35,19 @@ class Form(Protocol):
     ) -> tuple[list[int], int]:
         """Further places where the prompt is to be kept, and how much of it is system part."""
 
+    def refuse_unfit(self) -> None:
+        """Refuse what the template lacks of what is asked for, as it was fitted."""
+
+    def keep_s(self, *, has_head: bool) -> Mapping[Tier, int]:
+        """For how long the client asks to keep what is stored, by tier."""
+
     @property
     def repaired(self) -> tuple[str, ...]:
         """Names of what was changed in the request."""
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """Names of what was asked for and is not done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,9 +157,15 @@ class Ticket:
 
     @property
     def written_tokens(self) -> int:
-        """How many tokens behind those that were found, or known, are on their way to the disk."""
-        found = 0 if self.fetch is None else max(self.fetch.num_tokens, self.fetch.known_tokens)
-        return max(0, self.origin.queued_tokens - found)
+        """How many of the tokens that were not found are on their way to the disk.
+
+        A prompt that follows a reply takes the rows of that along, which were found. They are
+        counted where something was computed for them, or nowhere.
+        """
+        if self.prompt is None or self.fetch is None:
+            return 0
+        computed = len(self.prompt.tokens) - self.fetch.num_tokens
+        return min(self.origin.written_tokens, computed)
 
     @property
     def is_over(self) -> bool:

@@ -19,8 +19,9 @@ REPAIRS = (BILLING, COUNTDOWN, INLINE_SYSTEM)
 _BILLING_HEAD = "x-anthropic-billing-header: "
 _BILLING = re.compile(
     r"x-anthropic-billing-header: cc_version=[0-9A-Za-z.-]+; cc_entrypoint=[0-9A-Za-z_-]+;"
-    r" cch=[0-9a-f]{5};"
+    r"(?: cch=[0-9a-f]{5};)?(?: cc_workload=[0-9A-Za-z_-]{1,128};)?(?: cc_is_subagent=true;)?"
 )
+"""The digest is sent to Anthropic's own servers; elsewhere the version alone changes."""
 _FENCES = ("```", "~~~")
 _COUNTDOWN_END = " tokens left</total_tokens>"
 _COUNTDOWN = re.compile(r"<total_tokens>[0-9]+ tokens left</total_tokens>\Z")

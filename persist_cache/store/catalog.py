@@ -97,6 +97,7 @@ class Catalog:
         self.fingerprints = {number: key[:32].hex() for number, (key, _) in self.namespaces.items()}
         self.table = txn.entry_columns()
         self.rows = {number: row for row, number in enumerate(self.table.numbers)}
+        self.kept_s = txn.all_kept_s()
         blobs = txn.blob_columns()
         self.disk_bytes = dict(zip(blobs.numbers, blobs.disk_bytes, strict=True))
         try:
@@ -179,6 +180,7 @@ class Catalog:
             "expires": lambda: [when or None for when in of(table.expires)],
             "label": lambda: of(table.labels),
             "parent": parents,
+            "keep_s": lambda: [self.kept_s.get(number, 0) for number in of(table.numbers)],
         }
         return {field: makers[field]() for field in fields}
 
@@ -258,6 +260,7 @@ def load_entry(txn: Reader, number: int) -> Entry | None:
         expires=record.expires or None,
         label=record.label,
         parent=None if parent == NO_ENTRY else entry_id(parent),
+        keep_s=txn.kept_s(number),
     )
 
 

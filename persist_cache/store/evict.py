@@ -130,7 +130,7 @@ class Evictor:
             if usage.without_entries > max_bytes:
                 excess -= usage.ballast  # it goes as well
             if excess > 0:
-                for number in order.victims(txn, protected):
+                for number in order.victims(txn, protected, disk.clock()):
                     tree.drop_entry(txn, number, "", disk.clock())
                     chosen.append(entry_id(number))
                     if start - txn.counter(tree.BLOB_BYTES) >= excess:
@@ -284,7 +284,7 @@ class Evictor:
 
         def victims() -> Iterator[int]:
             nonlocal dropped
-            for number in order.victims(txn, shielded):
+            for number in order.victims(txn, shielded, self._disk.clock()):
                 if left() >= 0:
                     return
                 dropped += 1

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+import msgspec
+
 from persist_cache import fs
 from persist_cache.blobs.reader import BlobReader
 from persist_cache.codec import Blob
@@ -55,6 +57,7 @@ class Lookup:
         length = len(packed) // TOKEN_BYTES
         limit = length if limit is None else max(0, min(limit, length))
         best: Match | None = None
+        prompt_tokens = 0
         disk = self._disk
         with disk.index.read() as txn:
             for namespace, path in trail.ways(txn, disk, fingerprint.digest, packed):
@@ -65,9 +68,10 @@ class Lookup:
                     >= (best.num_tokens, best.common_tokens)
                 ):
                     best = found
+                prompt_tokens = max(prompt_tokens, found.prompt_tokens)
             if best is None:
                 return self._kin.nothing(txn, fingerprint)
-        return best
+        return msgspec.structs.replace(best, prompt_tokens=prompt_tokens)
 
     def load(
         self,
@@ -166,6 +170,7 @@ def match_along(
 ) -> Match:
     """What can be resumed on the way of a prompt of `length` tokens, at most `limit` of them."""
     position, checkpoint = tree.resumable(txn, path, limit)
+    prompt_tokens = tree.prompt_rows(txn, path)
     why: MissReason | None = None
     if path.common == 0:
         stored = txn.children(namespace.root, limit=1)
@@ -176,7 +181,10 @@ def match_along(
         goes_on = path.node is None or txn.children(path.node, limit=1)
         why = MissReason.DIVERGES if goes_on else MissReason.ENDS
     if position == 0:
-        return Match(0, common_tokens=path.common, reason=reasons.sentence(why), why=why)
+        said = reasons.sentence(why)
+        return Match(
+            0, common_tokens=path.common, reason=said, why=why, prompt_tokens=prompt_tokens
+        )
     runs: list[Run] = []
     nbytes = 0
     for step in path.steps:
@@ -202,6 +210,7 @@ def match_along(
         saved_s=_saved_s(txn, used_entries, position),
         reason=reasons.sentence(why),
         why=why,
+        prompt_tokens=prompt_tokens,
     )
 
 

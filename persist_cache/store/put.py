@@ -8,7 +8,7 @@ dropped and the work starts over.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from msgspec import Struct
@@ -17,10 +17,12 @@ from persist_cache import fs
 from persist_cache.blobs.header import TOKENS, BlobHeader, prefix_digest
 from persist_cache.blobs.writer import BlobWriter, Written
 from persist_cache.codec import Payload, Source, Tensor
+from persist_cache.entry import Tier
 from persist_cache.errors import StoreError, StoreFullError
 from persist_cache.index import tree
 from persist_cache.index.records import (
     NO_BLOB,
+    NO_ENTRY,
     BlobKind,
     EntryRecord,
     NamespaceRecord,
@@ -97,6 +99,7 @@ class Insertion:
         source: Source,
         wanted: EntryRecord,
         run_tokens: int,
+        keep_s: Mapping[Tier, int],
     ) -> None:
         self._disk = disk
         self._evictor = evictor
@@ -108,6 +111,7 @@ class Insertion:
         self._source = source
         self._wanted = wanted
         self._run_tokens = run_tokens
+        self._keep_s = keep_s
 
     def run(self) -> PutResult:
         """Store it.
@@ -275,6 +279,7 @@ class Insertion:
                 pieces.append(tree.Piece(blob, part.end - part.start, self._source.complete))
             else:
                 checkpoint = blob
+        self._keep_heads(txn, path)
         node = tree.attach(txn, path, self._packed, pieces)
         total = sum(one.nbytes for one in written)
         if total:
@@ -310,7 +315,18 @@ class Insertion:
     def _place(self, txn: Writer, namespace: NamespaceRecord, node: int, checkpoint: int) -> int:
         """Make the entry end at `node`, keeping what an older entry there had earned."""
         wanted = self._wanted._replace(namespace=namespace.number, node=node, checkpoint=checkpoint)
-        return place_entry(txn, self._key, self._packed, wanted)
+        number = place_entry(txn, self._key, self._packed, wanted)
+        txn.keep_for(number, self._keep_s.get(wanted.tier, 0))
+        return number
+
+    def _keep_heads(self, txn: Writer, path: tree.Walk) -> None:
+        """Keep the system parts that the prompt begins with, stored by whomever."""
+        seconds = self._keep_s.get(Tier.SYSTEM, 0)
+        for step in path.steps if seconds else ():
+            if step.is_whole and step.edge.entry != NO_ENTRY:
+                record = txn.entry(step.edge.entry)
+                if record is not None and record.tier == Tier.SYSTEM:
+                    txn.keep_for(step.edge.entry, seconds)
 
 
 def _nodes_extended(txn: Reader, path: tree.Walk) -> frozenset[int]:

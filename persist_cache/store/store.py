@@ -16,8 +16,9 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeVar
 
 from persist_cache.blobs.reader import BlobReader
@@ -399,6 +400,7 @@ class Store:
         label: str = "",
         pinned: bool = False,
         expires: float | None = None,
+        keep_s: Mapping[Tier, int] = MappingProxyType({}),
     ) -> PutResult:
         """Store a prompt prefix durably: only the run that is not there yet, within the budget.
 
@@ -413,6 +415,9 @@ class Store:
             label: The user's name for it.
             pinned: Exempt from eviction.
             expires: UTC seconds after which it goes first.
+            keep_s: By tier, for how many seconds behind each use the entry, or a system part that
+                it begins with, goes after others of that tier. It is never less than before, and
+                no room is refused for it.
 
         Returns:
             The entry's id and what was written.
@@ -433,7 +438,7 @@ class Store:
             prefill_s=prefill_s, label=_text(label), pinned=pinned, expires=_checked_date(expires)
         )
         done = Insertion(
-            self._disk, self._evictor, fingerprint, packed, source, wanted, self._run_tokens
+            self._disk, self._evictor, fingerprint, packed, source, wanted, self._run_tokens, keep_s
         ).run()
         if done.entry is not None and done.nbytes:
             self._upkeep.note(int(done.entry, 16))

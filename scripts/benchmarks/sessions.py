@@ -1,14 +1,16 @@
 """How much of an agent's session over Anthropic's Messages is reused, and what repairs bring.
 
-Reused is counted by what the cache had when each request was looked up; what could be is the
-longest prefix that its repaired prompt shares with an earlier one. The models are random and tiny:
-what is reused depends on their caches and on the prompts, not on what they say.
+Computed is counted at the model's calls; what could be reused is the longest prefix that a
+repaired prompt shares with an earlier one. The models are random and tiny: what is reused depends
+on their caches and on the prompts, not on what they say. Without a repair nearly all is computed,
+so only the first turn of the user is held then.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,65 +18,82 @@ from unittest import mock
 from scripts.benchmarks import common
 from scripts.benchmarks.common import Context, Report, Table, fresh
 
+_NARROW = {"hidden_size": 32, "num_attention_heads": 1, "head_dim": 32}
 MODELS: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "lfm2": {
+    "llama": _NARROW,
+    "lfm2 (hybrid)": {
+        **_NARROW,
         "model_type": "lfm2",
         "norm_eps": 1e-5,
         "conv_bias": False,
         "conv_L_cache": 3,
-        "block_dim": 64,
-        "block_ff_dim": 128,
+        "block_dim": 32,
+        "block_ff_dim": 64,
         "block_multiple_of": 8,
         "block_ffn_dim_multiplier": 1.0,
         "block_auto_adjust_ff_dim": False,
         "full_attn_idxs": [1],
     },
-    "gemma3": {
+    "gemma3 (sliding)": {
+        **_NARROW,
         "model_type": "gemma3_text",
         "sliding_window": 64,
         "sliding_window_pattern": 2,
     },
 }
-WAYS = ("as served", "restarted", "without billing", "without countdown", "without inline-system")
+SERVED = "as served"
+FIRST = "first turn"
+KILLED = "killed and started again"
+WAYS = (SERVED, KILLED, "without billing", "without countdown", "without inline-system")
+_WITHOUT = ("llama", "lfm2 (hybrid)")
+"""Models that show what is lost without a repair."""
+_CONTEXT_TOKENS = 65_536
 
 
 def run(context: Context) -> Report:
     size = context.pick(
         {"user_turns": 1, "tool_turns": 3, "tools": 3, "words": 20},
-        {"user_turns": 3, "tool_turns": 4, "tools": 5, "words": 20},
+        {"user_turns": 3, "tool_turns": 10, "tools": 20, "words": 115},
     )
-    cases = []
-    for name in context.pick(("llama", "gemma3"), tuple(MODELS)):
+    cases: list[dict[str, Any]] = []
+    for name in context.pick(("llama", "lfm2 (hybrid)"), tuple(MODELS)):
         with context.scratch() as scratch:
-            for way in WAYS:
+            for way in WAYS if name in _WITHOUT else WAYS[:2]:
                 common.say(f"sessions: {name}, {way}")
                 case = fresh(converse, folder=str(scratch), name=name, way=way, size=size)
-                cases.append({"model": name, "way": way, **case})
-    return Report("sessions", "An agent's session", {"cases": cases}, [_table(cases)])
+                cases += [{"model": name, "way": said, **one} for said, one in case.items()]
+    return Report("sessions", "An agent's session", {"size": size, "cases": cases}, [_table(cases)])
 
 
 def converse(folder: str, name: str, way: str, size: dict[str, Any]) -> dict[str, Any]:
-    """Hold the session in one way; tokens of all prompts, in common, and reused."""
+    """Hold the session in one way; what was reused, by the part of it."""
     from tests import sessions
     from tests.loops import Loop
     from tests.tiny_models import build_model_dir
 
     model = Path(folder) / name
     if not model.exists():
-        build_model_dir(model, **MODELS[name])
+        build_model_dir(model, max_position_embeddings=_CONTEXT_TOKENS, **MODELS[name])
     bodies = list(sessions.session(**size))
+    first = bodies[: len(bodies) // size["user_turns"]]
     prompts: list[bytes] = []
-    store = Path(folder) / f"{name}-store" if way == "restarted" else None
-    if store is not None:
-        half = len(bodies) // 2
-        with Loop(model, store, **sessions.SERVER) as loop:
-            sessions.converse(loop, bodies[:half], prompts)
-            loop.cache.flush()
+    store: Path | None = None
+    if way not in (SERVED, KILLED):
+        bodies = first
+    elif way == KILLED:
+        store, half = Path(folder) / "store", len(bodies) // 2
+        _, prompts = sessions.converse_until_killed(Path(folder), model, store, size, half)
         bodies = bodies[half:]
+    parts = {way: bodies}
+    if way == SERVED and len(first) < len(bodies):
+        parts = {FIRST: first, way: bodies[len(first) :]}
+    found: dict[str, dict[str, int]] = {}
     with _without(way), Loop(model, store, **sessions.SERVER) as loop:
-        found = sessions.converse(loop, bodies, prompts)
-    return {"total": found.total, "common": found.common, "read": found.read}
+        for name, part in parts.items():
+            one = {"requests": len(part), **asdict(sessions.converse(loop, part, prompts))}
+            before = found.get(FIRST, {})
+            found[name] = {key: value + before.get(key, 0) for key, value in one.items()}
+    return found
 
 
 def _without(way: str) -> Any:
@@ -100,18 +119,36 @@ def _hoisting(messages: Any, tools: Any, template_args: Any, takes: Any) -> Any:
 
 def _table(cases: list[dict[str, Any]]) -> Table:
     rows = []
+    served: dict[str, dict[str, Any]] = {}
     for case in cases:
-        shared = case["read"] / case["common"] if case["common"] else 1.0
+        whole = case
+        if case["way"].startswith("without"):
+            # What could be reused is known from the same requests with all repairs.
+            whole = served[case["model"]]
+        elif case["way"] in (FIRST, SERVED):
+            served.setdefault(case["model"], case)
+        reused = case["total"] - case["computed"]
         rows.append(
             [
                 f"{case['model']}, {case['way']}",
+                f"{case['requests']}",
                 f"{case['total']:,}",
-                f"{case['read'] / case['total']:.1%}",
-                f"{shared:.1%}",
+                f"{whole['common']:,}",
+                f"{reused:,}",
+                f"{reused / whole['common']:.2%}",
+                f"{case['computed']:,}",
             ]
         )
     return Table(
-        "Three user turns of four tool turns each, sub-agents and titles in between",
-        ["model and way", "tokens of all prompts", "reused", "of what the prompts share"],
+        "Turns of a user and of tools, with tasks, sub-agents and titles in between",
+        [
+            "model and way",
+            "requests",
+            "tokens of all prompts",
+            "could be reused",
+            "reused",
+            "of that",
+            "computed",
+        ],
         rows,
     )

@@ -14,12 +14,13 @@ from persist_cache.errors import ModelError
 from persist_cache.queries.as_json import divergence_texts, explanation_json, explanation_message
 from persist_cache.queries.explain import Explanation, explain
 from persist_cache.queries.schema import VerdictJson
-from persist_cache.server.rendering import decode
+from persist_cache.server.rendering import Prompt, decode
 from persist_cache_cli.output import format_duration, hanging, print_json, terminal_width
 from persist_cache_cli.prompts import (
     choose_model,
     choose_template,
     model_options,
+    protocol_option,
     read_json,
     read_request_file,
     template_options,
@@ -27,6 +28,8 @@ from persist_cache_cli.prompts import (
 from persist_cache_cli.store_access import common_options, no_store, reading
 
 _AT_LEAST = 90.0
+_MOST_MARKS = 4
+"""As many as Anthropic's own servers take."""
 
 
 @click.command("explain")
@@ -44,6 +47,7 @@ _AT_LEAST = 90.0
 @click.option(
     "--tokens", type=click.Path(path_type=Path), help="JSON file with token ids, instead."
 )
+@protocol_option
 @model_options
 @template_options
 @click.option("--check", is_flag=True, help="Exit 3 if too little of it would be found.")
@@ -63,6 +67,7 @@ def command(
     messages: Path | None,
     tools: Path | None,
     tokens: Path | None,
+    protocol: str | None,
     chat_template_args: str | None,
     chat_template: str | None,
     use_default_chat_template: bool,
@@ -94,29 +99,51 @@ def command(
             f"The model {model!r} cannot be identified: {identifier.reason(choice.key)}"
         )
     # A request that cannot be understood is refused before anything is loaded for it.
-    request = None if messages is None else read_request_file(messages, tools=tools)
+    request = (
+        None if messages is None else read_request_file(messages, tools=tools, protocol=protocol)
+    )
     tokenizer = template.tokenizer(model)
-    system_tokens = 0
     if request is None:
         assert tokens is not None, "one of the two was given"
-        ids = read_json(tokens, "--tokens", list[int])
+        prompt = Prompt(read_json(tokens, "--tokens", list[int]), 0)
     else:
         prompt = template.render(tokenizer, request)
-        ids, system_tokens = prompt.tokens, prompt.system_tokens
+    ids = prompt.tokens
     with reading(store) as opened:
         if opened is None:
             found = Explanation(len(ids), 0, 0, "nothing", no_store(store))
         else:
-            found = explain(opened, fingerprint, ids, system_tokens=system_tokens)
+            found = explain(opened, fingerprint, ids, system_tokens=prompt.system_tokens)
     verdict = _verdict(found, _AT_LEAST if at_least is None else at_least) if check else None
     if as_json:
-        print_json(explanation_json(found, partial(decode, tokenizer), check=verdict))
+        said = explanation_json(
+            found,
+            partial(decode, tokenizer),
+            check=verdict,
+            repaired=prompt.repaired,
+            ignored=prompt.ignored,
+            marks=prompt.marks,
+        )
+        print_json(said)
     elif not quiet:
         _show(found, tokenizer)
+        _show_form(prompt)
         if verdict is not None:
             click.echo(_sentence(verdict))
     if verdict is not None and not verdict.passed:
         sys.exit(3)
+
+
+def _show_form(prompt: Prompt) -> None:
+    """Say how the request was rendered, where that is not as it stands."""
+    lines = [
+        ("  repaired  ", ", ".join(prompt.repaired)),
+        ("  ignored   ", ", ".join(prompt.ignored)),
+        ("  marks     ", f"{prompt.marks}; all are taken" if prompt.marks > _MOST_MARKS else ""),
+    ]
+    for head, text in lines:
+        if text:
+            click.echo(hanging(head, text, terminal_width()))
 
 
 def _verdict(found: Explanation, at_least: float) -> VerdictJson:

@@ -10,7 +10,7 @@ from operator import sub
 from typing import Any
 
 import click
-from msgspec.structs import asdict
+import msgspec
 
 from persist_cache.entry import Entry
 from persist_cache.queries.as_json import entry_json
@@ -208,7 +208,7 @@ def _shown_parents(survey: Survey, shown: Sequence[Entry]) -> dict[str, str | No
 
 def _nested(flat: list[EntryJson], parents: Mapping[str, str | None]) -> list[dict[str, Any]]:
     """The entries that nothing shown precedes, each with its `children`."""
-    by_id = {entry.id: {**asdict(entry), "children": []} for entry in flat}
+    by_id = {entry.id: {**msgspec.to_builtins(entry), "children": []} for entry in flat}
     roots: list[dict[str, Any]] = []
     for entry in by_id.values():
         parent = parents[entry["id"]]

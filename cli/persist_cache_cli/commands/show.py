@@ -95,6 +95,7 @@ def _lines(details: Details, short: dict[str, str], paint: Painter) -> list[str]
             ("used", f"{format_time(entry.last_use)} ({format_age(now - entry.last_use)} ago)"),
             ("expires", format_time(entry.expires) if entry.expires else ""),
             ("kept", keeping(entry.pinned, entry.expires, now)),
+            ("asked for", f"{format_duration(entry.keep_s)} after each use" * bool(entry.keep_s)),
             ("continues", short[entry.parent] if entry.parent else ""),
             ("continued by", ", ".join(children)),
         ],

@@ -20,7 +20,7 @@ from persist_cache.fingerprint.loads import Unidentified
 from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.prefill.loading import load_model
 from persist_cache.queries.schema import WarmJson
-from persist_cache.server.rendering import PromptRequest, system_only
+from persist_cache.server.rendering import Prompt, PromptRequest, system_only
 from persist_cache.warm import WARM_STEP_TOKENS, Warmed, warm
 from persist_cache_cli.output import format_bytes, print_json
 from persist_cache_cli.parse import DURATION, LABEL, parse_duration, parse_label
@@ -32,6 +32,7 @@ from persist_cache_cli.prompts import (
     choose_model,
     choose_template,
     model_options,
+    protocol_option,
     read_manifest,
     read_request_file,
     read_text,
@@ -78,6 +79,7 @@ class Job:
     type=click.Path(path_type=Path),
     help="TOML file with several prompts, one [[prompt]] each.",
 )
+@protocol_option
 @model_options
 @template_options
 @click.option("--tier", metavar="TIER", help="system, user or assistant.  [default: by content]")
@@ -103,6 +105,7 @@ def command(
     messages: Path | None,
     tools: Path | None,
     manifest: Path | None,
+    protocol: str | None,
     chat_template_args: str | None,
     chat_template: str | None,
     use_default_chat_template: bool,
@@ -126,7 +129,7 @@ def command(
       persist-cache warm --manifest prompts.toml --check
     """
     if manifest is not None:
-        if model or system or messages or tools:
+        if model or system or messages or tools or protocol:
             raise click.UsageError("--manifest says it all; leave out the options of one prompt.")
         jobs = [_job_of(prompt) for prompt in read_manifest(manifest).prompt]
     else:
@@ -136,6 +139,7 @@ def command(
                 system=system,
                 messages=messages,
                 tools=tools,
+                protocol=protocol,
                 template=choose_template(
                     chat_template_args, chat_template, use_default_chat_template
                 ),
@@ -176,6 +180,7 @@ def _job_of(prompt: ManifestPrompt) -> Job:
         system=prompt.system,
         messages=Path(prompt.messages) if prompt.messages else None,
         tools=Path(prompt.tools) if prompt.tools else None,
+        protocol=prompt.protocol,
         template=Template(
             prompt.chat_template_args, prompt.chat_template, prompt.use_default_chat_template
         ),
@@ -192,6 +197,7 @@ def _make_job(
     system: str | None,
     messages: Path | None,
     tools: Path | None,
+    protocol: str | None,
     template: Template,
     tier: str | None,
     pin: bool,
@@ -201,12 +207,12 @@ def _make_job(
     if (system is None) == (messages is None):
         raise click.UsageError("Give either --system or --messages.")
     if messages is not None:
-        request = read_request_file(messages, tools=tools)
+        request = read_request_file(messages, tools=tools, protocol=protocol)
     else:
         text = read_text(system or "", "--system")
         request = with_tools([{"role": "system", "content": text}], tools)
     whole = not system_only(request)
-    if not whole:
+    if not whole and request.asked is None:
         # Only what precedes the user message is stored, so its text does not matter.
         user = {"role": "user", "content": "Hello"}
         request = replace(request, messages=[*request.messages, user])
@@ -240,7 +246,7 @@ class _Run:
     def warm(self, job: Job) -> WarmJson:
         """Store what is missing."""
         expires = None if job.ttl_s is None else time.time() + job.ttl_s
-        tokens, system_tokens = self._tokens(job)
+        tokens, prompt = self._tokens(job)
         model: Any = None
         fingerprint = self._identify(job.choice)
         if isinstance(fingerprint, Unidentified):
@@ -267,7 +273,8 @@ class _Run:
                 label=job.label,
                 pinned=job.pin,
                 expires=expires,
-                system_tokens=system_tokens,
+                system_tokens=prompt.system_tokens,
+                cuts=prompt.cuts,
                 step_tokens=self._step_tokens,
                 quantize=job.choice.quantize,
                 progress=progress,
@@ -307,8 +314,8 @@ class _Run:
         if expires is not None:
             self._store.expire_at(entry, expires)
 
-    def _tokens(self, job: Job) -> tuple[list[int], int]:
-        """What to store of a prompt, and the length of its system part."""
+    def _tokens(self, job: Job) -> tuple[list[int], Prompt]:
+        """What to store of a prompt, and all of it."""
         template = job.template
         name = (job.choice.model, template.text, template.use_default)
         if name not in self._tokenizers:
@@ -316,13 +323,13 @@ class _Run:
         prompt = template.render(self._tokenizers[name], job.request)
         if job.whole:
             # A request computes its last token itself.
-            return prompt.tokens[:-1], prompt.system_tokens
+            return prompt.tokens[:-1], prompt
         if not prompt.system_tokens:
             raise PersistCacheError(
                 "This model's chat template puts nothing before the user message; "
                 "there is no system part to store."
             )
-        return prompt.tokens[: prompt.system_tokens], prompt.system_tokens
+        return prompt.tokens[: prompt.system_tokens], prompt
 
     def _load(self, choice: ModelChoice) -> tuple[Any, Fingerprint]:
         """Load a model; returns it with the identity of what was loaded."""

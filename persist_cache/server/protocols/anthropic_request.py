@@ -27,7 +27,7 @@ _EFFORTS = {"low": "low", "medium": "medium", "high": "high", "xhigh": "high", "
 """Efforts that clients ask for, as those that templates know."""
 _TOLD: dict[str, Callable[[Any], bool]] = {
     "container": bool,
-    "context_management": lambda value: bool(value.get("edits")) if _is(value, dict) else True,
+    "context_management": lambda value: not _is(value, dict) or _edits(value.get("edits")),
     "mcp_servers": bool,
     "output_format": bool,
 }
@@ -273,6 +273,17 @@ def _flag(body: Mapping[str, Any], name: str) -> bool:
 def _whole(value: Any, name: str, low: int, high: int) -> None:
     if not _is(value, int) or not low <= value <= high:
         raise wrong(name, f"must be a whole number from {low} to {high}.")
+
+
+def _edits(given: Any) -> bool:
+    """Whether a list of edits to the conversation asks for more than to leave all of it."""
+    edits = given if isinstance(given, list) else [given] * bool(given)
+    return any(
+        not isinstance(edit, dict)
+        or not str(edit.get("type")).startswith("clear_thinking_")
+        or edit.get("keep") != "all"
+        for edit in edits
+    )
 
 
 def _is(value: Any, kinds: Any) -> bool:

@@ -29,8 +29,6 @@ from persist_cache.server.upstream.requests import Answers, TicketedRequest, fai
 class Generator(Prompts):
     """Answers requests: as upstream's, which knows nothing of tickets."""
 
-    strict = False
-    """Whether requests for what is not done are refused."""
     _alone: Alone | None = None
     """The request that is served alone."""
 

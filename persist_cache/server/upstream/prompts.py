@@ -41,10 +41,12 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
     Most of it runs on the threads that answer, beside the generation thread.
     """
 
-    _in_flight = 0
-    """Requests that are being answered."""
     names: Names | None = None
     """Makes one key of all names of a model; without it they are taken as upstream takes them."""
+    strict = False
+    """Whether requests for what is not done are refused."""
+    _in_flight = 0
+    """Requests that are being answered."""
 
     def __init__(self, model_provider: Any, prompt_cache: Any, cache: PromptCache) -> None:
         """Make prompts for a model provider's models.
@@ -231,6 +233,8 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
         form = request.ticket.form
         if form is not None:
             fitted = form.fit(tokenizer)
+            if self.strict:
+                form.refuse_unfit()
             request.messages, request.tools = fitted.messages, fitted.tools
             args = dataclasses.replace(args, chat_template_kwargs=fitted.template_args)
         tokenize = super()._tokenize
@@ -252,6 +256,7 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
             for place in places:
                 segments, kinds = cut_at(place, segments, kinds)
             kinds = as_system(head, segments, kinds)
+            request.ticket.origin.keep_s = form.keep_s(has_head=head > 0)
         messages = request.messages
         return CutPrompt(tokenizer, messages, tokens, segments, kinds, initial_state, vision)
 

@@ -1,0 +1,47 @@
+"""Which prompts the disk will have: those that are on their way, and the latest that arrived."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+
+from persist_cache.cache.owners import Owner
+from persist_cache.tokens import common_prefix_tokens
+
+_LATEST = 16
+"""More than arrive between the look-ups of requests that are answered together and their saves."""
+
+
+class Promised:
+    """Prompts whose rows need not be counted again when others have them, too.
+
+    Thread safety: may be shared between threads; `_lock` guards everything.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: list[tuple[Owner, bytes]] = []
+        self._latest: deque[tuple[Owner, bytes]] = deque(maxlen=_LATEST)
+
+    def add(self, owner: Owner, packed: bytes) -> None:
+        """Note a prompt that is queued."""
+        with self._lock:
+            if (owner, packed) not in self._waiting:
+                self._waiting.append((owner, packed))
+
+    def ended(self, owner: Owner, packed: bytes, *, saved: bool) -> None:
+        """Note that something is on the disk, or could not be queued or saved.
+
+        It is no prompt if it was not added.
+        """
+        with self._lock:
+            if (owner, packed) in self._waiting:
+                self._waiting.remove((owner, packed))
+                if saved:
+                    self._latest.append((owner, packed))
+
+    def tokens(self, owner: Owner, packed: bytes) -> int:
+        """Leading tokens of a prompt that one of them has, too."""
+        with self._lock:
+            known = [one for whose, one in (*self._waiting, *self._latest) if whose == owner]
+        return max((common_prefix_tokens(packed, one) for one in known), default=0)
