@@ -19,7 +19,9 @@ from persist_cache import Store
 from persist_cache.errors import ModelError
 from persist_cache.prefill import loading
 from persist_cache.prefill.run import Computation, new_cache, prefill
+from persist_cache.server import underway
 from persist_cache.server.ticket import Ticket
+from tests.computed import Call, count_calls
 from tests.loops import (
     Loop,
     arguments,
@@ -170,8 +172,11 @@ def test_draft_model_is_refused_where_its_guesses_cannot_be_taken_back(
     assert provider.model_key is None
 
 
-def test_client_that_leaves_ends_a_prefill_between_two_calls(model: Callable[..., Path]) -> None:
+def test_client_that_leaves_ends_a_prefill_between_two_calls(
+    model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What was computed until then is not computed again."""
+    monkeypatch.setattr(underway, "PATIENCE_S", 0.0)
     chat = [{"role": "user", "content": words(1, 200)}]
     with Loop(model("plain"), prefill_step_size=32) as loop:
         loop.ask(text="w1 w2")
@@ -195,15 +200,13 @@ def test_server_that_ends_cuts_a_prefill_between_two_calls(model: Callable[..., 
         loop.ask(text="w1 w2")
         loop.count()
         loop.prefilled()
-        ticket = Ticket()
 
-        def end() -> bool:
+        def end(call: Call) -> None:
             loop.generator._stop = len(loop.calls) >= 1
-            return False
 
-        ticket.has_left = end
+        count_calls(loop.provider.model, "end", end)
         with pytest.raises(ConnectionAbortedError, match="The server ends"):
-            loop.ask([{"role": "user", "content": words(1, 200)}], ticket=ticket, seed=1)
+            loop.ask([{"role": "user", "content": words(1, 200)}], seed=1)
 
         assert loop.prefilled() == 64
 

@@ -77,7 +77,7 @@ class Generator(Prompts):
                 raise ctx
             # When requests are served one at a time, the context is handed out before the look.
             while not ticket.wait(SIGN_S) and self.generation_available():
-                ticket.sign()
+                ticket.waits()
             if ticket.fetch is None:
                 failed = self._next_answer(answers, ticket)
                 if isinstance(failed, Exception):
@@ -109,6 +109,7 @@ class Generator(Prompts):
         while (one := self._next_answer(answers, ticket)) is not None:
             if isinstance(one, Exception):
                 raise one
+            ticket.check()
             if isinstance(one, tuple):
                 ticket.computed = one
                 if progress_callback is not None:
@@ -128,7 +129,7 @@ class Generator(Prompts):
                 # Wherever the request was when the thread died, nothing more will come.
                 if not self.generation_available():
                     raise RuntimeError("generation thread died") from None
-                ticket.sign()
+                ticket.waits()
 
     # ---- requests that are served alone ------------------------------------------------------
 
@@ -143,7 +144,7 @@ class Generator(Prompts):
             answers,
             self.model_provider,
             on_stream=lambda: mx.stream(stream),
-            is_given_up=lambda: self._is_given_up(ticket),
+            is_given_up=lambda: self._is_to_be_cut(ticket),
             is_ending=lambda: self._stop and not self._is_distributed,
         )
         try:
@@ -151,6 +152,13 @@ class Generator(Prompts):
         finally:
             self._alone = None
             ticket.settle()
+
+    def _is_to_be_cut(self, ticket: Ticket) -> bool:
+        """Whether a prefill beside which nothing else is computed is to end."""
+        if self._is_distributed:
+            return False
+        # Whoever waits in the queue may be its own client, who asks again.
+        return ticket.is_given_up(patience_s=None if self.requests.empty() else 0.0)
 
     def complete(
         self, model: Hashable, tokens: Sequence[int], cache: Any | None, rest: Sequence[int], /

@@ -103,7 +103,7 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
     def _spare_for(self, ticket: Ticket) -> Iterator[None]:
         """Have the spare tokenizer alone."""
         while not self._tokenizing.acquire(timeout=SIGN_S):
-            ticket.sign()
+            ticket.waits()
         try:
             yield
         finally:
