@@ -23,7 +23,7 @@ from persist_cache.server.protocols.anthropic_request import MessagesRequest
 from persist_cache.server.streaming import SIGN_S
 from persist_cache.server.ticket import Ticket, TicketedCache
 from persist_cache.server.upstream.prompts import Prompts
-from persist_cache.server.upstream.requests import Answers, TicketedRequest
+from persist_cache.server.upstream.requests import Answers, TicketedRequest, failed
 
 
 class Generator(Prompts):
@@ -79,9 +79,9 @@ class Generator(Prompts):
             while not ticket.wait(SIGN_S) and self.generation_available():
                 ticket.waits()
             if ticket.fetch is None:
-                failed = self._next_answer(answers, ticket)
-                if isinstance(failed, Exception):
-                    raise failed
+                said = self._next_answer(answers, ticket)
+                if isinstance(said, Exception):
+                    raise said
                 raise RuntimeError("The request was answered without a look into the cache.")
         except BaseException as error:
             ticket.drop()
