@@ -7,16 +7,19 @@ interrupted.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from persist_cache import Store
+from persist_cache.entry import PARTIAL_LABEL
 from persist_cache.server import underway
 from persist_cache.server.ticket import Ticket
 from persist_cache.server.validation import RefusedError
+from persist_cache.tokens import pack_tokens
 from tests.holding import CHAT, STEP, WAYS, Gate, held_up
 from tests.loops import Answered, Loop, words
 from tests.torture.tiny import KINDS, write_model
@@ -281,3 +284,112 @@ def test_requests_that_wait_when_the_server_ends_are_told_in_a_sentence(
         with pytest.raises(RefusedError, match=r"The server is stopping; ask again"):
             queued.result()
         ended.result()
+
+
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is computed is saved after each chunk."""
+    monkeypatch.setattr(underway, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(underway, "_SAVE_EVERY_SHARE", 0.0)
+    monkeypatch.setattr(underway, "LEAST_SAVED_BYTES", 0)
+
+
+MODES: dict[str, dict[str, Any]] = {"plain": {}, "seed": {}, "kv_bits": {"kv_bits": 8}, "draft": {}}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_computed_is_on_disk_while_the_rest_is_computed(
+    model: Callable[[str], Path], mode: str, tmp_path: Path, eager: None
+) -> None:
+    """Nothing of it is left when the prompt is complete, and nothing is written twice."""
+    options: dict[str, Any] = dict(MODES[mode])
+    if mode == "draft":
+        options["draft"] = model("draft")
+    folder = model("quantized" if mode == "kv_bits" else "plain")
+    sampling = {"seed": 1} if mode == "seed" else {}
+    with Loop(folder, tmp_path / "store", prefill_step_size=STEP, **options) as loop:
+        store = loop.cache.store
+        assert store is not None
+        loop.ask(text="w1 w2", **sampling)
+        with held_up(loop, CUT, Ticket(), **sampling) as asked:
+            longest = until(
+                lambda: max(
+                    (one.num_tokens for one in store.entries() if one.label == PARTIAL_LABEL),
+                    default=0,
+                )
+            )
+            assert longest >= STEP
+        answered = asked.result()
+        loop.cache.flush()
+
+        lengths = {entry.num_tokens: entry.label for entry in store.entries()}
+        rows = rows_of(store, answered.prompt)
+
+    assert set(lengths.values()) == {""}
+    assert len(answered.prompt) - 1 in lengths
+    assert longest not in lengths
+    assert sorted(rows) == list(range(len(answered.prompt) - 1))
+
+
+def rows_of(store: Store, prompt: Sequence[int]) -> list[int]:
+    """Positions of a prompt's tokens whose rows are in files; more than once where they are so."""
+    found: list[int] = []
+    with store.read() as txn:
+        for number, blob in txn.blobs():
+            end = blob.start + blob.num_tokens
+            tokens = txn.tokens(number, 0, blob.num_tokens)
+            if tokens == pack_tokens(prompt[blob.start : end]):
+                found += range(blob.start, end)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["sliding", "hybrid"])
+def test_no_state_is_saved_on_the_way(
+    model: Callable[[str], Path], kind: str, tmp_path: Path, eager: None
+) -> None:
+    """It is as large as all states are, and of no use later on."""
+    assert kept_for(model(kind), tmp_path) == {("system", 45), ("user", 247)}
+
+
+def test_short_prefill_is_saved_as_it_was_before(
+    model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    assert kept_for(model("plain"), tmp_path) == {("system", 45), ("user", 247)}
+
+
+def kept_for(folder: Path, tmp_path: Path) -> set[tuple[str, int]]:
+    """What is kept of a prompt, if nothing was kept and replaced on the way."""
+    with Loop(folder, tmp_path / "store", prefill_step_size=STEP) as loop:
+        loop.ask(CHAT)
+        loop.cache.flush()
+        store = loop.cache.store
+        assert store is not None
+        assert "replaced" not in store.stats().counters
+        kept = {(entry.tier.label, entry.num_tokens) for entry in store.entries()}
+    return {one for one in kept if one[0] != "assistant"}
+
+
+@pytest.mark.parametrize("kind", ["plain", "hybrid"])
+def test_cut_prompt_is_replaced_when_it_completes(
+    model: Callable[[str], Path], kind: str, tmp_path: Path, impatient: None
+) -> None:
+    client = Client()
+    with Loop(model(kind), tmp_path / "store", prefill_step_size=STEP) as loop:
+        store = loop.cache.store
+        assert store is not None
+        with held_up(loop, CUT, client.ticket) as asked:
+            client.leave()
+        with pytest.raises(ConnectionAbortedError):
+            asked.result()
+        until(client.is_over)
+        loop.cache.flush()
+        labels = {entry.num_tokens: entry.label for entry in store.entries()}
+        cut = loop.prefilled()
+        answered = loop.ask(CHAT)
+        loop.cache.flush()
+        after = {entry.num_tokens for entry in store.entries()}
+
+    assert labels[cut] == PARTIAL_LABEL
+    assert answered.cached == cut
+    assert cut not in after
+    assert len(answered.prompt) - 1 in after

@@ -107,7 +107,8 @@ class Ticket:
         has_begun: Says whether the stream of its answer has begun, so that its status is told.
         has_left: Says whether the client is gone; any thread may ask.
         underway: Its prefill: where it is to be kept, and who waits for it.
-        keep: Keeps the cache of its first tokens, which are given first; the generation thread's.
+        keep: Keeps the cache of its first tokens, which are given first; the last argument says
+            whether it may go when a longer one comes. The generation thread's.
     """
 
     def __init__(self, body: bytes = b"", *, keeps: Part = "", form: Form | None = None) -> None:
@@ -126,7 +127,7 @@ class Ticket:
         self.has_begun: Callable[[], bool] = lambda: False
         self.has_left: Callable[[], bool] = lambda: False
         self.underway = Underway()
-        self.keep: Callable[[Sequence[int], Any], None] = lambda tokens, cache: None
+        self.keep: Callable[[Sequence[int], Any, bool], None] = lambda tokens, cache, partial: None
         self._settled = threading.Event()
         self._dropped = False
         self._stop: Callable[[], None] = lambda: None
@@ -297,6 +298,16 @@ class TicketedCache:
         self, model: Hashable, tokens: Sequence[int], cache: Any, *, cache_type: str = "assistant"
     ) -> None:
         """Keep what a request computed, as far as its ticket says."""
+        self._insert(model, tokens, cache, cache_type)
+
+    def _insert(
+        self,
+        model: Hashable,
+        tokens: Sequence[int],
+        cache: Any,
+        cache_type: str,
+        partial: bool = False,
+    ) -> None:
         ticket = ticket_of(tokens)
         if ticket is None:
             self._cache.insert_cache(model, tokens, cache, cache_type=cache_type)
@@ -309,6 +320,7 @@ class TicketedCache:
             cache_type=cache_type,
             keep_tokens=ticket.keep_tokens,
             origin=ticket.origin,
+            partial=partial,
         )
         ticket.underway.passed(len(tokens), kept=True)
 
@@ -333,9 +345,9 @@ class TicketedCache:
         ticket.looked(fetch)
         return self._desk.complete(model, tokens, cache, rest)
 
-    def _keep(self, model: Hashable, tokens: Sequence[int], cache: Any) -> None:
+    def _keep(self, model: Hashable, tokens: Sequence[int], cache: Any, partial: bool) -> None:
         """Keep what is computed of a prompt in the midst of one of its pieces."""
-        self.insert_cache(model, tokens, cache, cache_type="user")
+        self._insert(model, tokens, cache, "user", partial)
 
 
 def ticket_of(tokens: Sequence[int]) -> Ticket | None:
