@@ -306,7 +306,7 @@ def test_what_is_computed_is_on_disk_while_the_rest_is_computed(
     if mode == "draft":
         options["draft"] = model("draft")
     folder = model("quantized" if mode == "kv_bits" else "plain")
-    sampling = {"seed": 1} if mode == "seed" else {}
+    sampling: dict[str, Any] = {"seed": 1} if mode == "seed" else {}
     with Loop(folder, tmp_path / "store", prefill_step_size=STEP, **options) as loop:
         store = loop.cache.store
         assert store is not None

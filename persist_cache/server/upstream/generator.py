@@ -148,10 +148,13 @@ class Generator(Prompts):
     # ---- on the generation thread ------------------------------------------------------------
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
-        with self._changed:
-            self._tickets.add(request.ticket)
         if self._is_ending:
             raise self._no_more()
+        for ticket in self._running():
+            if ticket.is_given_up():
+                ticket.underway.keep_now()  # this may be its client, who asks again
+        with self._changed:
+            self._tickets.add(request.ticket)
         return super()._tokenize(tokenizer, request, args)
 
     def _serve_single(self, request: Any, stream: Any) -> None:
