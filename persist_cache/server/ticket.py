@@ -95,6 +95,7 @@ class Ticket:
             counted and leaves all of it.
         prompt: As it is computed; None until it is tokenized.
         in_batch: It is computed in a batch, which copies the cache that it begins with.
+        model: Upstream's name of the model that it is computed by; None while it waits.
         fetch: What the first look found; None before, and for a request that failed before.
         origin: The first look, for the inserts that follow.
         trail: The prompt's way through the store's index, for all looks of the request.
@@ -117,6 +118,7 @@ class Ticket:
         self.keeps: Part = keeps
         self.prompt: CutPrompt | None = None
         self.in_batch = False
+        self.model: Any = None
         self.fetch: Fetch | None = None
         self.origin = Origin()
         self.trail = Trail()
@@ -182,15 +184,11 @@ class Ticket:
         if self._dropped:
             stop()
 
-    def is_given_up(self, *, patience_s: float | None = None) -> bool:
-        """Whether its prefill is to be cut: its client is gone, and nobody else waits for it.
-
-        Args:
-            patience_s: How long it goes on without its client; some ten seconds by default.
-        """
+    def is_given_up(self) -> bool:
+        """Whether its prefill is to be cut: its client is gone, and nobody else waits for it."""
         if not self._dropped and self.has_left():
             self.drop()
-        return self.underway.is_given_up(patience_s=patience_s)
+        return self.underway.is_given_up()
 
     def stop(self) -> None:
         """End its computation."""

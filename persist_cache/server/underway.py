@@ -42,6 +42,7 @@ class Underway:
         self._kept = 0
         self._passed = 0
         self._left_at: float | None = None
+        self._is_in_the_way = False
         self._begun_at = self._save_at = 0.0
         self._is_cut = False
         self._runs = False
@@ -112,6 +113,14 @@ class Underway:
                 self._left_at = self._clock()
             return self._runs
 
+    def hurry(self) -> None:
+        """Have it end as soon as its client is gone: another request waits for its end.
+
+        One that waits for what it computes is more than that, and keeps it going.
+        """
+        with self._changed:
+            self._is_in_the_way = True
+
     def cut(self) -> None:
         """Have it end, whoever waits: so does the server."""
         with self._changed:
@@ -180,18 +189,14 @@ class Underway:
             new_bytes = nbytes * new_tokens // max(1, num_tokens)
             return self._clock() >= self._save_at and new_bytes >= LEAST_SAVED_BYTES
 
-    def is_given_up(self, *, patience_s: float | None = None) -> bool:
-        """Whether nobody waits for it any more, nor is likely to come back.
-
-        Args:
-            patience_s: How long it goes on without its client; `PATIENCE_S` by default.
-        """
-        patience_s = PATIENCE_S if patience_s is None else patience_s
+    def is_given_up(self) -> bool:
+        """Whether nobody waits for it any more, nor is likely to come back."""
         with self._changed:
             if not self._runs or self._is_cut:
                 return self._runs
             if self._left_at is None or self._followers:
                 return False
+            patience_s = 0.0 if self._is_in_the_way else PATIENCE_S
             return self._clock() - self._left_at >= patience_s
 
     def keep_now(self) -> None:
