@@ -5,6 +5,7 @@ As `serve` runs it, but for the socket: a test asks it as the HTTP handler does.
 
 from __future__ import annotations
 
+import functools
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from unittest import mock
 
 from mlx_lm import server as upstream
 from mlx_lm.models.cache import LRUPromptCache
@@ -19,6 +21,7 @@ from mlx_lm.models.cache import LRUPromptCache
 from persist_cache import PromptCache, Store
 from persist_cache.fingerprint.identifier import Identifier
 from persist_cache.server.ticket import Ticket
+from persist_cache.server.upstream.batch import Batch
 from persist_cache.server.upstream.generator import Generator
 from persist_cache.server.upstream.provider import Provider
 from persist_cache.server.upstream.requests import TicketedRequest
@@ -86,15 +89,21 @@ class Loop:
         self.calls: list[Call] = []
         self._counted: list[Any] = []
         self.generator = self._make_generator()
+        self._batches = self._own_batches()
 
     def _make_generator(self) -> Any:
         return Generator(self.provider, self.cache)
+
+    def _own_batches(self) -> AbstractContextManager[object]:
+        made = functools.partial(Batch, self.generator.prefill_clock)
+        return mock.patch.object(upstream, "BatchGenerator", made)
 
     def _answering(self) -> AbstractContextManager[None]:
         found: AbstractContextManager[None] = self.generator.in_flight()
         return found
 
     def __enter__(self) -> Self:
+        self._batches.__enter__()
         return self
 
     def __exit__(
@@ -104,6 +113,7 @@ class Loop:
         traceback: TracebackType | None,
     ) -> None:
         self.generator.stop_and_join()
+        self._batches.__exit__(None, None, None)
         self.cache.close()
 
     def ask(
@@ -176,6 +186,9 @@ class StockLoop(Loop):
         return upstream.ResponseGenerator(self.provider, LRUPromptCache(10))
 
     def _answering(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def _own_batches(self) -> AbstractContextManager[object]:
         return nullcontext()
 
 

@@ -19,7 +19,10 @@ from persist_cache import Store
 from persist_cache.errors import ModelError
 from persist_cache.prefill import loading
 from persist_cache.prefill.run import Computation, new_cache, prefill
+from persist_cache.server import underway
 from persist_cache.server.ticket import Ticket
+from persist_cache.server.validation import RefusedError
+from tests.computed import Call, count_calls
 from tests.loops import (
     Loop,
     arguments,
@@ -170,8 +173,11 @@ def test_draft_model_is_refused_where_its_guesses_cannot_be_taken_back(
     assert provider.model_key is None
 
 
-def test_client_that_leaves_ends_a_prefill_between_two_calls(model: Callable[..., Path]) -> None:
+def test_client_that_leaves_ends_a_prefill_between_two_calls(
+    model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What was computed until then is not computed again."""
+    monkeypatch.setattr(underway, "PATIENCE_S", 0.0)
     chat = [{"role": "user", "content": words(1, 200)}]
     with Loop(model("plain"), prefill_step_size=32) as loop:
         loop.ask(text="w1 w2")
@@ -195,15 +201,13 @@ def test_server_that_ends_cuts_a_prefill_between_two_calls(model: Callable[..., 
         loop.ask(text="w1 w2")
         loop.count()
         loop.prefilled()
-        ticket = Ticket()
 
-        def end() -> bool:
+        def end(call: Call) -> None:
             loop.generator._stop = len(loop.calls) >= 1
-            return False
 
-        ticket.has_left = end
-        with pytest.raises(ConnectionAbortedError, match="The server ends"):
-            loop.ask([{"role": "user", "content": words(1, 200)}], ticket=ticket, seed=1)
+        count_calls(loop.provider.model, "end", end)
+        with pytest.raises(RefusedError, match="The server is stopping"):
+            loop.ask([{"role": "user", "content": words(1, 200)}], seed=1)
 
         assert loop.prefilled() == 64
 
@@ -220,7 +224,7 @@ def test_server_that_ends_cuts_a_reply(model: Callable[..., Path]) -> None:
                 loop.generator._stop = len(seen) >= 2
             return seen
 
-        with pytest.raises(ConnectionAbortedError, match="The server ends"):
+        with pytest.raises(RefusedError, match="The server is stopping"):
             loop.ask(text="w1 w2", seed=1, max_tokens=100_000, read=end_after_two)
 
     assert 2 <= len(seen) < 1000

@@ -21,7 +21,7 @@ from persist_cache.cache.promised import Promised
 from persist_cache.cache.stats import Tally
 from persist_cache.cache.write_behind import WriteBehind
 from persist_cache.codec import Codec, Source
-from persist_cache.entry import MissReason, Tier
+from persist_cache.entry import PARTIAL_LABEL, MissReason, Tier
 from persist_cache.errors import (
     StoreAccessError,
     StoreBusyError,
@@ -305,7 +305,7 @@ class Saver:
     def _save(self, held: Held, sources: list[Source]) -> None:
         """Write one cache; touches bytes only."""
         fingerprint = held.owner.fingerprint
-        if fingerprint is None or self._store is None:
+        if fingerprint is None or self._store is None or held.passed:
             return
         self._recover_store()
         # Whoever kept the one before waiting keeps them all waiting.
@@ -319,6 +319,7 @@ class Saver:
                     tier=held.tier,
                     prefill_s=held.prefill_s,
                     keep_s=held.keep_s,
+                    label=PARTIAL_LABEL if held.partial else "",
                 )
         except StoreError as error:
             self.failed(error)

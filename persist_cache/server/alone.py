@@ -108,20 +108,21 @@ class Alone:
             step_tokens=options.prefill_step_size,
             quantize=KVQuantization.of(options),
         )
-        kept = found
+        exactly = not getattr(provider, "is_trimmable", True)
+        underway = self._ticket.underway
 
-        def insert(kind: str) -> None:
-            nonlocal kept
-            if work.num_tokens > kept:
-                kept = work.num_tokens
+        def insert(kind: str, *, partial: bool = False) -> None:
+            if underway.is_new(work.num_tokens):
                 keep.insert_cache(
                     model,
-                    tokens[:kept],
+                    tokens[: work.num_tokens],
                     work.snapshot(),
                     cache_type=kind,
                     keep_tokens=self._ticket.keep_tokens,
                     origin=self._ticket.origin,
+                    partial=partial,
                 )
+                underway.passed(work.num_tokens, kept=True)
 
         def after() -> None:
             self._done = work.num_tokens - found
@@ -130,21 +131,39 @@ class Alone:
             if self._is_given_up():
                 raise ConnectionAbortedError("The client is gone.")
 
+        def compute(end: int) -> None:
+            while work.num_tokens < end:
+                upto = min(work.num_tokens + options.prefill_step_size, end)
+                if exactly:
+                    upto = underway.next_place(work.num_tokens, upto)
+                work.advance(tokens, upto, after)
+                if work.num_tokens < end:
+                    if underway.is_due(work.num_tokens, exactly=exactly):
+                        insert("user", partial=not exactly)
+                    elif not exactly and underway.is_worth_saving(work.num_tokens, work.nbytes):
+                        insert("user", partial=True)
+                    underway.passed(work.num_tokens)
+
+        underway.begin(found)
         with self._on_stream(), clock.running():
             try:
                 after()
                 for end, kind in places:
-                    work.advance(tokens, end, after)
+                    compute(end)
                     insert(kind)
+                if self._ticket.is_over:
+                    raise ConnectionAbortedError("The client is gone.")
             except ConnectionAbortedError:
-                insert("user")
+                insert("user", partial=True)
                 raise
             except NotImplementedError as error:
                 raise ModelError(
                     f"The cache of this model cannot be quantized ({error}); start the server "
                     "without --kv-bits."
                 ) from error
-            return work.finish(tokens), tokens[work.num_tokens :]
+            handed = work.finish(tokens)
+        self._ticket.prefilled()
+        return handed, tokens[work.num_tokens :]
 
 
 def tokens_looked_back_at(logits: Any) -> int:

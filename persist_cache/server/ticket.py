@@ -7,6 +7,7 @@ Header, usage and counters say what the ticket says, whatever the cache is asked
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -19,6 +20,7 @@ from persist_cache.cache.prompt_cache import PromptCache
 from persist_cache.cache.stats import Fetch
 from persist_cache.entry import Tier
 from persist_cache.server.segments import system_tokens
+from persist_cache.server.underway import Underway
 from persist_cache.store.trail import Trail
 
 Part = Literal["", "prompt", "system"]
@@ -105,6 +107,7 @@ class Ticket:
             counted and leaves all of it.
         prompt: As it is computed; None until it is tokenized.
         in_batch: It is computed in a batch, which copies the cache that it begins with.
+        model: Upstream's name of the model that it is computed by; None while it waits.
         fetch: What the first look found; None before, and for a request that failed before.
         origin: The first look, for the inserts that follow.
         trail: The prompt's way through the store's index, for all looks of the request.
@@ -119,6 +122,9 @@ class Ticket:
             is known: those that sampling looks back at.
         has_begun: Says whether the stream of its answer has begun, so that its status is told.
         has_left: Says whether the client is gone; any thread may ask.
+        underway: Its prefill: where it is to be kept, and who waits for it.
+        keep: Keeps the cache of its first tokens, which are given first; the last argument says
+            whether it may go when a longer one comes. The generation thread's.
     """
 
     def __init__(self, body: bytes = b"", *, keeps: Part = "", form: Form | None = None) -> None:
@@ -127,6 +133,7 @@ class Ticket:
         self.keeps: Part = keeps
         self.prompt: CutPrompt | None = None
         self.in_batch = False
+        self.model: Any = None
         self.fetch: Fetch | None = None
         self.origin = Origin()
         self.trail = Trail()
@@ -138,6 +145,8 @@ class Ticket:
         self.sign: Callable[[], None] = lambda: None
         self.has_begun: Callable[[], bool] = lambda: False
         self.has_left: Callable[[], bool] = lambda: False
+        self.underway = Underway()
+        self.keep: Callable[[Sequence[int], Any, bool], None] = lambda tokens, cache, partial: None
         self._settled = threading.Event()
         self._dropped = False
         self._stop: Callable[[], None] = lambda: None
@@ -172,16 +181,59 @@ class Ticket:
         """Whether nobody waits for the answer any more."""
         return self._dropped or self.has_left()
 
+    def check(self) -> None:
+        """See whether the client is still there, on the thread that answers.
+
+        Raises:
+            ConnectionAbortedError: It is gone.
+        """
+        if self.has_left():
+            raise ConnectionAbortedError("The client is gone.")
+
+    def waits(self) -> None:
+        """Say that the answer is still waited for; raises a `ConnectionError` as `sign` does."""
+        self.check()
+        self.sign()
+
     def drop(self) -> None:
-        """Note that nobody waits for the answer any more."""
+        """Note that nobody waits for the answer any more. A prefill may go on for a while."""
         self._dropped = True
-        self._stop()
+        if not self.underway.leave():
+            self._stop()
 
     def runs(self, stop: Callable[[], None]) -> None:
         """Note what ends its computation, now that it has begun."""
         self._stop = stop
         if self._dropped:
             stop()
+
+    def is_given_up(self) -> bool:
+        """Whether its prefill is to be cut: its client is gone, and nobody else waits for it."""
+        if not self._dropped and self.has_left():
+            self.drop()
+        return self.underway.is_given_up()
+
+    def stop(self) -> None:
+        """End its computation."""
+        self._stop()
+
+    def prefilled(self) -> None:
+        """Note that its prompt is computed, or will not be."""
+        if self.underway.end():
+            self._stop()
+
+    def keep_at(self, position: int) -> None:
+        """Have its prompt kept when so many tokens of it are computed; any thread may ask."""
+        self.underway.keep_at(position)
+
+    @property
+    def kept_tokens(self) -> int:
+        """Tokens of its prompt that the cache has been given so far."""
+        return self.underway.kept_tokens
+
+    def wait_kept(self, position: int, timeout_s: float) -> bool:
+        """Wait until so many tokens are computed and kept, or no more will be."""
+        return self.underway.wait_kept(position, timeout_s)
 
     def tokenized(self, prompt: CutPrompt) -> None:
         """Note the prompt."""
@@ -267,6 +319,16 @@ class TicketedCache:
         self, model: Hashable, tokens: Sequence[int], cache: Any, *, cache_type: str = "assistant"
     ) -> None:
         """Keep what a request computed, as far as its ticket says."""
+        self._insert(model, tokens, cache, cache_type)
+
+    def _insert(
+        self,
+        model: Hashable,
+        tokens: Sequence[int],
+        cache: Any,
+        cache_type: str,
+        partial: bool = False,
+    ) -> None:
         ticket = ticket_of(tokens)
         if ticket is None:
             self._cache.insert_cache(model, tokens, cache, cache_type=cache_type)
@@ -279,7 +341,9 @@ class TicketedCache:
             cache_type=cache_type,
             keep_tokens=ticket.keep_tokens,
             origin=ticket.origin,
+            partial=partial,
         )
+        ticket.underway.passed(len(tokens), kept=True)
 
     def fetch_nearest_cache(
         self, model: Hashable, tokens: Sequence[int]
@@ -302,8 +366,13 @@ class TicketedCache:
             self._cache.release(ticket.ahead)
             ticket.ahead = None
         ticket.trail.forget()
+        ticket.keep = functools.partial(self._keep, model)
         ticket.looked(fetch)
         return self._desk.complete(model, tokens, cache, rest)
+
+    def _keep(self, model: Hashable, tokens: Sequence[int], cache: Any, partial: bool) -> None:
+        """Keep what is computed of a prompt in the midst of one of its pieces."""
+        self._insert(model, tokens, cache, "user", partial)
 
 
 def ticket_of(tokens: Sequence[int]) -> Ticket | None:

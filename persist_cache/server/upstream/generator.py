@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from queue import Empty
 from typing import Any
+from weakref import WeakSet
 
 import mlx.core as mx
 from mlx_lm import server as upstream
@@ -24,6 +25,7 @@ from persist_cache.server.streaming import SIGN_S
 from persist_cache.server.ticket import Ticket, TicketedCache
 from persist_cache.server.upstream.prompts import Prompts
 from persist_cache.server.upstream.requests import Answers, TicketedRequest, failing_answer
+from persist_cache.server.validation import RefusedError
 
 
 class Generator(Prompts):
@@ -34,12 +36,15 @@ class Generator(Prompts):
 
     def __init__(self, model_provider: Any, prompt_cache: PromptCache) -> None:
         self._in_flight = 0
+        self.is_ending = False
         self.templates = Templates()
         self.admin: Admin | None = None
         self.guard: ModelGuard | None = None
         self.prefill_clock = PrefillClock()
         self._changed = threading.Condition()
-        prompt_cache.is_busy = lambda: self._in_flight > 0
+        self._tickets: WeakSet[Ticket] = WeakSet()
+        """Those that the generation thread has seen."""
+        prompt_cache.is_busy = self._is_busy
         super().__init__(model_provider, TicketedCache(prompt_cache, self), prompt_cache)
 
     # ---- the thread that answers -------------------------------------------------------------
@@ -57,7 +62,7 @@ class Generator(Prompts):
                 meanwhile, asking for the answer raises it.
         """
         if not self.generation_available():
-            raise RuntimeError("generation thread died")
+            raise self._no_more()
         if self.names is not None:
             asked = generation_args.model
             key = self.names.key(asked.model, asked.adapter, asked.draft)
@@ -77,11 +82,11 @@ class Generator(Prompts):
                 raise ctx
             # When requests are served one at a time, the context is handed out before the look.
             while not ticket.wait(SIGN_S) and self.generation_available():
-                ticket.sign()
+                ticket.waits()
             if ticket.fetch is None:
-                failed = self._next_answer(answers, ticket)
-                if isinstance(failed, Exception):
-                    raise failed
+                said = self._next_answer(answers, ticket)
+                if isinstance(said, Exception):
+                    raise said
                 raise RuntimeError("The request was answered without a look into the cache.")
         except BaseException as error:
             ticket.drop()
@@ -110,6 +115,7 @@ class Generator(Prompts):
         while (one := self._next_answer(answers, ticket)) is not None:
             if isinstance(one, Exception):
                 raise one
+            ticket.check()
             if isinstance(one, tuple):
                 ticket.computed = one
                 if progress_callback is not None:
@@ -124,14 +130,23 @@ class Generator(Prompts):
         """What the generation thread says next; there are signs of life until it does."""
         while True:
             try:
-                return answers.get(timeout=SIGN_S)
+                one = answers.get(timeout=SIGN_S)
             except Empty:
                 # Wherever the request was when the thread died, nothing more will come.
                 if not self.generation_available():
-                    raise RuntimeError("generation thread died") from None
-                ticket.sign()
+                    raise self._no_more() from None
+                ticket.waits()
+            else:
+                cut = isinstance(one, ConnectionAbortedError) and self._stop
+                return self._no_more() if cut else one
 
-    # ---- the generation thread ---------------------------------------------------------------
+    def _no_more(self) -> Exception:
+        """Why there will be no answer."""
+        if self._stop:
+            return RefusedError(503, "The server is stopping; ask again when it is back.")
+        return RuntimeError("generation thread died")
+
+    # ---- on the generation thread ------------------------------------------------------------
 
     def _next_request(self, timeout: float | None = None) -> Any:
         provider = self.model_provider
@@ -140,7 +155,24 @@ class Generator(Prompts):
             provider.make_spare()
         return super()._next_request(timeout)
 
-    # ---- requests that are served alone ------------------------------------------------------
+    def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
+        if self.is_ending:
+            raise self._no_more()
+        for ticket in self._running():
+            if ticket.is_given_up():
+                ticket.underway.keep_now()  # this may be its client, who asks again
+        request.ticket.model = args.model
+        with self._changed:
+            self._tickets.add(request.ticket)
+        return super()._tokenize(tokenizer, request, args)
+
+    def _is_batchable(self, args: Any) -> bool:
+        """As upstream's, which asks it of each request that it takes from the queue."""
+        is_batchable: bool = super()._is_batchable(args)
+        for ticket in self._running():
+            if not is_batchable or args.model != ticket.model:
+                ticket.underway.hurry()
+        return is_batchable
 
     def _serve_single(self, request: Any, stream: Any) -> None:
         """One request at a time, where upstream knows no segments."""
@@ -155,7 +187,7 @@ class Generator(Prompts):
             answers,
             self.model_provider,
             on_stream=lambda: mx.stream(stream),
-            is_given_up=lambda: self._is_given_up(ticket),
+            is_given_up=lambda: self._is_to_be_cut(ticket),
             is_ending=lambda: self._stop and not self._is_distributed,
         )
         try:
@@ -163,6 +195,14 @@ class Generator(Prompts):
         finally:
             self._alone = None
             ticket.settle()
+
+    def _is_to_be_cut(self, ticket: Ticket) -> bool:
+        """Whether a prefill beside which nothing else is computed is to end."""
+        if self._is_distributed:
+            return False
+        if not self.requests.empty():
+            ticket.underway.hurry()  # for its own client, it may be, who asks again
+        return ticket.is_given_up()
 
     def complete(
         self, model: Hashable, tokens: Sequence[int], cache: Any | None, rest: Sequence[int], /
@@ -182,6 +222,32 @@ class Generator(Prompts):
             even_out_draft(self.model_provider.model, cache)
 
     # ---- what is being answered --------------------------------------------------------------
+
+    @property
+    def _stop(self) -> bool:
+        """Whether upstream's loop is to end; it asks between two rounds of the batch.
+
+        What is being computed then is kept, because upstream drops the batch.
+        """
+        if self.is_ending and threading.current_thread() is self._generation_thread:
+            for ticket in self._running():
+                ticket.underway.keep_now()
+        return self.is_ending
+
+    @_stop.setter
+    def _stop(self, value: bool) -> None:
+        self.is_ending = value
+        for ticket in self._running() if value else []:
+            ticket.underway.cut()
+
+    def _is_busy(self) -> bool:
+        """Whether anything is computed: also for clients that are gone."""
+        return self._in_flight > 0 or any(one.underway.is_running for one in self._running())
+
+    def _running(self) -> list[Ticket]:
+        """Requests whose prompts may be computed at present, and may be cut."""
+        with self._changed:
+            return [] if self._is_distributed else list(self._tickets)
 
     @contextlib.contextmanager
     def in_flight(self) -> Iterator[None]:

@@ -104,9 +104,7 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
         while provider.spare is None and is_coming() and self.generation_available():
             provider.wants_spare = True
             time.sleep(SIGN_S / 10)
-            ticket.sign()
-            if ticket.is_over:
-                raise ConnectionAbortedError("The client is gone.")
+            ticket.waits()
         return provider.spare
 
     def load_ahead(self, request: TicketedRequest, args: Any) -> None:
@@ -121,7 +119,7 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
         prompt, key = ticket.prompt, ticket.model_key
         if prompt is None or key is None or self._is_distributed:
             return
-        in_batch = self._is_batchable(args)
+        in_batch = super()._is_batchable(args)
         reading = self._reader.submit(
             self.cache.load_ahead,
             key,
@@ -135,9 +133,7 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
                 with contextlib.suppress(TimeoutError):
                     ticket.ahead = reading.result(SIGN_S)
                     return
-                ticket.sign()
-                if ticket.is_over:
-                    raise ConnectionAbortedError("The client is gone.")
+                ticket.waits()
         except ConnectionError:
             if not reading.cancel():
                 reading.add_done_callback(lambda done: self._release(done.result()))
@@ -163,7 +159,7 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
     def _spare_for(self, ticket: Ticket) -> Iterator[None]:
         """Have the spare tokenizer alone."""
         while not self._tokenizing.acquire(timeout=SIGN_S):
-            ticket.sign()
+            ticket.waits()
         try:
             yield
         finally:

@@ -103,7 +103,7 @@ class Provider(upstream.ModelProvider):  # type: ignore[misc]
             folder = folder_of(model_path) if model_path else None
             if self.context_given is None and folder is not None:
                 self.context = context_tokens(loadable.read_config(folder))
-        self.is_trimmable = self.model is None or _is_trimmable(self.model)
+        self.is_trimmable = self.model is None or is_trimmable(self.model)
 
     def make_spare(self) -> None:
         """Copy the tokenizer of what is loaded, which can take as long as a short prompt does."""
@@ -130,7 +130,7 @@ def _check_draft(model: Any) -> None:
         )
 
 
-def _is_trimmable(model: Any) -> bool:
+def is_trimmable(model: Any) -> bool:
     """Whether all layers of a model keep rows; a cache that cannot be kept needs no places."""
     try:
         layers = tensors.supported(make_prompt_cache(model))

@@ -90,6 +90,8 @@ class Answers(Queue[Any]):
         if isinstance(item, upstream.GenerationContext):
             stop, item.stop = item.stop, self._ticket.drop
             self._ticket.runs(stop)
+        elif item is None or isinstance(item, Exception):
+            self._ticket.prefilled()
         super().put(item, block, timeout)
 
 

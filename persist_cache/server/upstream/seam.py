@@ -5,6 +5,7 @@ SEAM = {
     "_run_http_server": ("host", "port", "response_generator", "server_class", "handler_class"),
     "ResponseGenerator._tokenize": ("self", "tokenizer", "request", "args"),
     "ResponseGenerator._serve_single": ("self", "request", "stream"),
+    "ResponseGenerator._is_batchable": ("self", "args"),
     "ResponseGenerator.generation_available": ("self",),
     "ResponseGenerator.generate": (
         "self",
@@ -14,6 +15,7 @@ SEAM = {
     ),
     "ResponseGenerator.stop_and_join": ("self",),
     "BatchGenerator.next": ("self",),
+    "BatchGenerator.remove": ("self", "uids", "return_prompt_caches"),
     "ModelProvider.load_default": ("self",),
     "ModelProvider._load": ("self", "model_path", "adapter_path", "draft_model_path"),
     "APIHandler.handle_completion": ("self", "request", "stop_words"),

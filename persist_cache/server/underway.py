@@ -1,0 +1,215 @@
+"""A prompt while it is computed: where it is to be kept, who waits for that, and when nobody does.
+
+A client that gives up during a long prefill mostly asks again at once. So its prefill goes on for
+a while, and longer if another request waits for it; then it is cut, and what was computed is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+PATIENCE_S = 10.0
+"""How long a prefill goes on whose client is gone, and for which nobody else waits."""
+SAVE_EVERY_S = 2.0
+"""Of a prefill whose rows can be resumed anywhere, so that a kill loses no more than that, …"""
+_SAVE_EVERY_SHARE = 1 / 8
+"""… or this share of what was computed, if that is more: a long one leaves few files."""
+LEAST_SAVED_BYTES = 320 << 10
+"""Twenty times the header of a file: what is saved on the way costs no more than 5 %."""
+
+
+class Underway:
+    """The prefill of one request, as other threads see it.
+
+    Thread safety: any thread may call any method; `_changed` guards all of it. `begin`, `due`,
+    `passed`, `keep_now` and `end` are the generation thread's.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """Begin with nothing.
+
+        Args:
+            clock: Seconds by which patience is measured.
+        """
+        self._clock = clock
+        self._changed = threading.Condition()
+        self._wanted: set[int] = set()
+        self._followers = 0
+        self._found = 0
+        self._kept = 0
+        self._passed = 0
+        self._left_at: float | None = None
+        self._is_in_the_way = False
+        self._begun_at = self._save_at = 0.0
+        self._is_cut = False
+        self._runs = False
+        self._ended = False
+        self._keep: Callable[[], None] = lambda: None
+
+    # ---- for whoever waits ---------------------------------------------------------------------
+
+    def keep_at(self, position: int) -> None:
+        """Have what is computed kept when so many tokens of the prompt are, or soon after.
+
+        A cache that can be cut anywhere is kept at the end of the chunk that the place lies in, any
+        other one exactly there, unless that was passed already.
+        """
+        with self._changed:
+            if position > self._passed:
+                self._wanted.add(position)
+
+    @property
+    def kept_tokens(self) -> int:
+        """Tokens of the prompt that the cache has been given so far."""
+        with self._changed:
+            return self._kept
+
+    def wait_kept(self, position: int, timeout_s: float) -> bool:
+        """Wait until so many tokens are computed and kept, or the prefill has ended at all.
+
+        Then the cache has as much of the prompt as it will get. False when it is not known in time.
+        """
+        with self._changed:
+            return self._changed.wait_for(
+                lambda: self._ended or self._passed >= position, timeout_s
+            )
+
+    @contextlib.contextmanager
+    def followed(self) -> Iterator[None]:
+        """Have it go on in the block, though its own client may be gone."""
+        with self._changed:
+            self._followers += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._followers -= 1
+
+    @property
+    def followers(self) -> int:
+        """Requests that wait for it."""
+        with self._changed:
+            return self._followers
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it is computed at present, or waits for its place in the batch."""
+        with self._changed:
+            return self._runs
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing more is computed of the prompt."""
+        with self._changed:
+            return self._ended
+
+    def leave(self) -> bool:
+        """Note that its client is gone; whether it is computed at present, and so may go on."""
+        with self._changed:
+            if self._left_at is None:
+                self._left_at = self._clock()
+            return self._runs
+
+    def hurry(self) -> None:
+        """Have it end as soon as its client is gone: another request waits for its end.
+
+        One that waits for what it computes is more than that, and keeps it going.
+        """
+        with self._changed:
+            self._is_in_the_way = True
+
+    def cut(self) -> None:
+        """Have it end, whoever waits: so does the server."""
+        with self._changed:
+            self._is_cut = True
+
+    # ---- for whoever computes ------------------------------------------------------------------
+
+    def begin(self, num_tokens: int, keep: Callable[[], None] = lambda: None) -> None:
+        """Note that the tokens behind so many are computed now.
+
+        Args:
+            num_tokens: What the cache had.
+            keep: Keeps what is computed, whenever it is called on the generation thread.
+        """
+        with self._changed:
+            self._runs = not self._ended
+            self._keep = keep
+            self._found = num_tokens
+            self._begun_at = self._clock()
+            self._save_at = self._begun_at + SAVE_EVERY_S
+        self.passed(num_tokens)
+
+    def next_place(self, position: int, end: int) -> int:
+        """The first wanted place behind `position`, or `end` if that comes first."""
+        with self._changed:
+            return min([end, *(one for one in self._wanted if position < one < end)])
+
+    def is_due(self, position: int, *, exactly: bool) -> bool:
+        """Whether the cache is to be kept now that so many tokens are computed.
+
+        Args:
+            position: How many.
+            exactly: The cache serves no place but this one.
+        """
+        with self._changed:
+            if exactly:
+                return position in self._wanted
+            return any(one <= position for one in self._wanted)
+
+    def passed(self, num_tokens: int, *, kept: bool = False) -> None:
+        """Note that so many tokens are computed, and kept where that was wanted, or just now."""
+        with self._changed:
+            self._passed = max(self._passed, num_tokens)
+            if kept:
+                self._kept = max(self._kept, num_tokens)
+                now = self._clock()
+                pause_s = max(SAVE_EVERY_S, _SAVE_EVERY_SHARE * (now - self._begun_at))
+                self._save_at = now + pause_s
+            self._wanted = {one for one in self._wanted if one > num_tokens}
+            self._changed.notify_all()
+
+    def is_new(self, num_tokens: int) -> bool:
+        """Whether keeping so many tokens would keep more than the cache has."""
+        with self._changed:
+            return num_tokens > max(self._found, self._kept)
+
+    def is_worth_saving(self, num_tokens: int, nbytes: int) -> bool:
+        """Whether what is computed is to be saved, in case that the process is killed.
+
+        Args:
+            num_tokens: So many are computed.
+            nbytes: Of their rows, about.
+        """
+        with self._changed:
+            new_tokens = num_tokens - max(self._found, self._kept)
+            new_bytes = nbytes * new_tokens // max(1, num_tokens)
+            return self._clock() >= self._save_at and new_bytes >= LEAST_SAVED_BYTES
+
+    def is_given_up(self) -> bool:
+        """Whether nobody waits for it any more, nor is likely to come back."""
+        with self._changed:
+            if not self._runs or self._is_cut:
+                return self._runs
+            if self._left_at is None or self._followers:
+                return False
+            patience_s = 0.0 if self._is_in_the_way else PATIENCE_S
+            return self._clock() - self._left_at >= patience_s
+
+    def keep_now(self) -> None:
+        """Keep what is computed so far, because it ends here."""
+        with self._changed:
+            keep = self._keep if self._runs else None
+        if keep is not None:
+            keep()
+
+    def end(self) -> bool:
+        """Note that nothing more is computed of the prompt; whether its client is gone."""
+        with self._changed:
+            self._runs, self._ended = False, True
+            self._keep = lambda: None
+            self._changed.notify_all()
+            return self._left_at is not None
