@@ -99,6 +99,7 @@ class Ticket:
         origin: The first look, for the inserts that follow.
         trail: The prompt's way through the store's index, for all looks of the request.
         times: When what happened.
+        tell_prompt: Called when the prompt is known.
         sign: Called while its answer is waited for, on the thread that answers. It raises a
             `ConnectionError` when the client is gone.
         computed: Tokens that have been computed for it, and how many there are to compute.
@@ -122,6 +123,7 @@ class Ticket:
         self.times = Times()
         self.computed = (0, 0)
         self.leave_tokens = 0
+        self.tell_prompt: Callable[[], None] = lambda: None
         self.sign: Callable[[], None] = lambda: None
         self.has_begun: Callable[[], bool] = lambda: False
         self.has_left: Callable[[], bool] = lambda: False
@@ -218,6 +220,7 @@ class Ticket:
         self.prompt = prompt
         self.computed = (0, len(prompt.tokens))
         self.times.tokenized = time.monotonic()
+        self.tell_prompt()
 
     def looked(self, fetch: Fetch) -> None:
         """Note what the cache had. Only the first look counts."""

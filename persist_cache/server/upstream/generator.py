@@ -17,6 +17,7 @@ from persist_cache.prefill.clock import PrefillClock
 from persist_cache.prefill.run import even_out_draft
 from persist_cache.server.admin import Admin
 from persist_cache.server.alone import Alone, tokens_looked_back_at
+from persist_cache.server.flight import Flight, Line
 from persist_cache.server.form import Templates
 from persist_cache.server.guard import ModelGuard
 from persist_cache.server.protocols.anthropic_request import MessagesRequest
@@ -39,6 +40,7 @@ class Generator(Prompts):
         self.admin: Admin | None = None
         self.guard: ModelGuard | None = None
         self.prefill_clock = PrefillClock()
+        self.line = Line()
         self._changed = threading.Condition()
         prompt_cache.is_busy = lambda: self._in_flight > 0
         super().__init__(model_provider, TicketedCache(prompt_cache, self), prompt_cache)
@@ -70,8 +72,7 @@ class Generator(Prompts):
         ticket = request.ticket
         answers = Answers(ticket)
         try:
-            self.tokenize_ahead(request, generation_args)
-            self.requests.put((answers, request, generation_args))
+            known_before = self._queue(answers, request, generation_args)
             ctx = self._next_answer(answers, ticket)
             if isinstance(ctx, Exception):
                 raise ctx
@@ -83,6 +84,8 @@ class Generator(Prompts):
                 if isinstance(failed, Exception):
                     raise failed
                 raise RuntimeError("The request was answered without a look into the cache.")
+            if known_before is not None:
+                self.cache.count_shared(max(0, ticket.fetch.num_tokens - known_before))
         except BaseException as error:
             ticket.drop()
             if not isinstance(error, Exception) or not ticket.has_begun():
@@ -94,6 +97,60 @@ class Generator(Prompts):
     def answer(self, asked: MessagesRequest, ticket: Ticket) -> Any:
         """Answer a request that upstream has no handler for; as `generate`."""
         return self.generate(*self._as_upstreams(asked, ticket))
+
+    def _queue(
+        self, answers: Answers, request: TicketedRequest, args: upstream.GenerationArguments
+    ) -> int | None:
+        """Queue a request as soon as nothing that it lacks is computed for an earlier one.
+
+        Returns:
+            What was known of its prompt before it waited for that; None if it did not.
+        """
+        ticket = request.ticket
+        if self._is_distributed or ticket.keeps:
+            self.tokenize_ahead(request, args)
+            self.requests.put((answers, request, args))
+            return None
+        flight = Flight(
+            ticket,
+            (args.model.model, args.model.adapter, args.model.draft),
+            leave_tokens=max(1, tokens_looked_back_at(args.logits)),
+            shares_nothing=any(upstream._image_parts(request.messages)),
+        )
+        self.line.enter(flight)
+        try:
+            known_before = self._wait_in_line(flight, request, args)
+            self.requests.put((answers, request, args))
+        except BaseException:
+            self.line.leave(flight)
+            raise
+        self.line.queued(flight)
+        return known_before
+
+    def _wait_in_line(
+        self, flight: Flight, request: TicketedRequest, args: upstream.GenerationArguments
+    ) -> int | None:
+        ticket, provider = request.ticket, self.model_provider
+
+        def pause() -> None:
+            if not self.generation_available():
+                raise RuntimeError("generation thread died")
+            ticket.waits()
+
+        self.tokenize_ahead(request, args)
+        self.line.wait_for_turn(flight, pause, SIGN_S)
+        if ticket.prompt is None:
+            self.tokenize_ahead(request, args)  # its model may have been loaded for another one
+        prompt = ticket.prompt
+        if prompt is None:
+            return None
+        return self.line.wait_for_shared(
+            flight,
+            lambda: self.cache.known_tokens(provider.model_key, prompt.tokens, trail=ticket.trail),
+            pause,
+            SIGN_S,
+            trimmable=provider.is_trimmable,
+        )
 
     def _told(
         self,
