@@ -40,6 +40,11 @@ TIER_LABELS = tuple(tier.name.lower() for tier in Tier)
 """`("assistant", "user", "system")`: eviction order, as in mlx-lm's `CacheOrder`."""
 
 
+PARTIAL_LABEL = "(partial)"
+"""Label of an entry whose prefill was interrupted, or is not at its end yet. It goes when a longer
+one is stored whose beginning it is."""
+
+
 class MissReason(enum.Enum):
     """Why no more of a prompt was found; `store.reasons` puts it into words.
 

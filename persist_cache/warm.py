@@ -6,23 +6,19 @@ that what one stores the others find.
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from persist_cache.entry import Tier
+from persist_cache.entry import PARTIAL_LABEL, Tier
 from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.prefill.clock import PrefillClock, Rate, whole_s
 from persist_cache.prefill.run import KVQuantization, new_cache, prefill
-from persist_cache.store.evict import REPLACED
 from persist_cache.store.store import Store
 
 WARM_STEP_TOKENS = 512
 """Tokens per call and commit of `warm`: smaller, since an interruption loses one step."""
-PARTIAL_LABEL = "(partial)"
-"""Label of an entry whose prefill was interrupted; the next `warm` goes on there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,20 +107,8 @@ def warm(
             expires=expires if last else None,
         )
         nbytes += result.nbytes
-        _drop_partial(store, fingerprint, tokens[:end], keep=result.entry)
         done = end
         if progress is not None:
             progress(done)
         if last:
             return Warmed(result.entry, len(tokens), found_tokens, nbytes, timer())
-
-
-def _drop_partial(
-    store: Store, fingerprint: Fingerprint, tokens: Sequence[int], keep: str | None
-) -> None:
-    """Forget the marks that earlier chunks left; their rows now belong to the longer entry."""
-    for entry in store.match(fingerprint, tokens).entries:
-        if entry != keep:
-            with contextlib.suppress(KeyError):
-                if store.get(entry).label == PARTIAL_LABEL:
-                    store.evict([entry], reason=REPLACED)

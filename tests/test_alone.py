@@ -21,6 +21,7 @@ from persist_cache.prefill import loading
 from persist_cache.prefill.run import Computation, new_cache, prefill
 from persist_cache.server import underway
 from persist_cache.server.ticket import Ticket
+from persist_cache.server.validation import RefusedError
 from tests.computed import Call, count_calls
 from tests.loops import (
     Loop,
@@ -205,7 +206,7 @@ def test_server_that_ends_cuts_a_prefill_between_two_calls(model: Callable[..., 
             loop.generator._stop = len(loop.calls) >= 1
 
         count_calls(loop.provider.model, "end", end)
-        with pytest.raises(ConnectionAbortedError, match="The server ends"):
+        with pytest.raises(RefusedError, match="The server is stopping"):
             loop.ask([{"role": "user", "content": words(1, 200)}], seed=1)
 
         assert loop.prefilled() == 64
@@ -223,7 +224,7 @@ def test_server_that_ends_cuts_a_reply(model: Callable[..., Path]) -> None:
                 loop.generator._stop = len(seen) >= 2
             return seen
 
-        with pytest.raises(ConnectionAbortedError, match="The server ends"):
+        with pytest.raises(RefusedError, match="The server is stopping"):
             loop.ask(text="w1 w2", seed=1, max_tokens=100_000, read=end_after_two)
 
     assert 2 <= len(seen) < 1000

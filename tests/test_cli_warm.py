@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from persist_cache import Store, StoreAccessError
-from persist_cache.warm import PARTIAL_LABEL
+from persist_cache.entry import PARTIAL_LABEL
 from tests.cli import prepared_script
 from tests.tiny_models import build_model_dir
 

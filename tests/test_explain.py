@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from persist_cache import Store
+from persist_cache.entry import PARTIAL_LABEL
 from persist_cache.queries.as_json import divergence_texts
 from persist_cache.queries.explain import Divergence, explain, with_memory
-from persist_cache.warm import PARTIAL_LABEL
 from tests import cli, tiny_models
 from tests.fakes import FakeSource, fingerprint
 

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from persist_cache.server.ticket import Ticket
 from persist_cache.server.underway import Underway
-from tests.computed import count_calls
-from tests.loops import Loop, words
+from tests.holding import CHAT, STEP, WAYS, held_up
+from tests.loops import Loop
 from tests.torture.tiny import KINDS, write_model
 
-CHAT = [
-    {"role": "system", "content": words(7, 40)},
-    {"role": "user", "content": words(1, 200)},
-]
-LENGTH = 5 + 40 + 5 + 200  # five tokens of the template for each message, but two for the last
 PLACE = 83
-STEP = 32
-WAYS: dict[str, dict[str, Any]] = {"batched": {}, "alone": {"seed": 1}}
 
 
 @pytest.fixture(scope="module")
@@ -37,43 +26,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return folder / name
 
     return made
-
-
-class Gate:
-    """Holds a model up before a prefill call that goes beyond so many tokens."""
-
-    def __init__(self, loop: Loop, num_tokens: int) -> None:
-        self.reached = threading.Event()
-        self._open = threading.Event()
-        self._left = num_tokens
-        loop.ask(text="w1 w2")
-        count_calls(loop.provider.model, "gate", self._note)
-        loop.count()
-        loop.prefilled()
-
-    def _note(self, call: Any) -> None:
-        if call.sampling or self._open.is_set():
-            return
-        if self._left <= 0:
-            self.reached.set()
-            assert self._open.wait(60), "it was never opened"
-        self._left -= sum(map(len, call.rows))
-
-    def open(self) -> None:
-        self._open.set()
-
-
-@contextmanager
-def held_up(loop: Loop, num_tokens: int, ticket: Ticket, **sampling: Any) -> Iterator[Any]:
-    """A request whose prefill waits behind so many tokens for the end of the block."""
-    gate = Gate(loop, num_tokens)
-    with ThreadPoolExecutor(1) as client:
-        try:
-            asked = client.submit(loop.ask, CHAT, ticket=ticket, **sampling)
-            assert gate.reached.wait(60), "so much was never computed"
-            yield asked
-        finally:
-            gate.open()
 
 
 @pytest.mark.parametrize("way", WAYS)

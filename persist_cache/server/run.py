@@ -45,6 +45,8 @@ log = logging.getLogger(__name__)
 LEAST_SAVE_S = 3.0
 """What saving gets when the requests took all of the grace."""
 CLOSE_S = 1.0
+LAST_WORDS_S = 1.0
+"""What requests get that were cut, to tell their clients."""
 _stopped = 0.0
 """When the first signal to end came, by the monotonic clock; 0 before."""
 
@@ -195,6 +197,7 @@ def answer_until_ended(
         if not generator.drain(grace_s):
             log.warning("running requests were cut after %.0f s", grace_s)
         stop()
+        generator.drain(LAST_WORDS_S)
 
     generator.stop_and_join = drain_then_stop
     try:

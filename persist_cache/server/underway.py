@@ -36,6 +36,7 @@ class Underway:
         self._kept = 0
         self._passed = 0
         self._left_at: float | None = None
+        self._is_cut = False
         self._runs = False
         self._ended = False
         self._keep: Callable[[], None] = lambda: None
@@ -92,6 +93,12 @@ class Underway:
             return self._followers
 
     @property
+    def is_running(self) -> bool:
+        """Whether it is computed at present, or waits for its place in the batch."""
+        with self._changed:
+            return self._runs
+
+    @property
     def has_ended(self) -> bool:
         """Whether nothing more is computed of the prompt."""
         with self._changed:
@@ -103,6 +110,11 @@ class Underway:
             if self._left_at is None:
                 self._left_at = self._clock()
             return self._runs
+
+    def cut(self) -> None:
+        """Have it end, whoever waits: so does the server."""
+        with self._changed:
+            self._is_cut = True
 
     # ---- for whoever computes ------------------------------------------------------------------
 
@@ -158,7 +170,9 @@ class Underway:
         """
         patience_s = PATIENCE_S if patience_s is None else patience_s
         with self._changed:
-            if self._left_at is None or self._followers or not self._runs:
+            if not self._runs or self._is_cut:
+                return self._runs
+            if self._left_at is None or self._followers:
                 return False
             return self._clock() - self._left_at >= patience_s
 

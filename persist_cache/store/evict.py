@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import TypeVar
 
-from persist_cache.entry import Tier
-from persist_cache.errors import StoreFullError
+from persist_cache.entry import PARTIAL_LABEL, Tier
+from persist_cache.errors import StoreError, StoreFullError
 from persist_cache.index import order, tree
 from persist_cache.index.records import SizedRecord, entry_id, recency_key, unpack_number
 from persist_cache.index.transaction import Reader, Writer
@@ -74,6 +74,32 @@ class Evictor:
             self.shed_ballast(to_bytes)
         self._disk.regain_ballast(to_bytes)
         return freed
+
+    def retire(self, numbers: Collection[int]) -> None:
+        """Remove entries that a longer one has taken the place of.
+
+        Those that somebody set apart meanwhile stay, and those that are being read. What cannot be
+        done stays undone, until the next entry on their way, or until their room is needed.
+        """
+
+        def drop(txn: Writer) -> None:
+            served = self._disk.nodes_served(txn)
+            going = [
+                number
+                for number in numbers
+                if (entry := txn.entry(number)) is not None
+                and entry.label == PARTIAL_LABEL
+                and not (entry.pinned or entry.expires or entry.node in served)
+            ]
+            self._drop(txn, going, "replaced", REPLACED)
+
+        if not numbers:
+            return
+        try:
+            self.update(drop)
+            self.empty_trash()
+        except StoreError as error:
+            log.debug("entries that were replaced are still there: %s", error)
 
     def _freed_by(self, change: Callable[[Writer], object]) -> int:
         """Bytes of the files that are gone after a commit that moves some into the trash."""

@@ -17,6 +17,7 @@ from persist_cache import fs
 from persist_cache.blobs.header import TOKENS, BlobHeader, prefix_digest
 from persist_cache.blobs.writer import BlobWriter, Written
 from persist_cache.codec import Payload, Source, Tensor
+from persist_cache.entry import PARTIAL_LABEL
 from persist_cache.errors import StoreError, StoreFullError
 from persist_cache.index import tree
 from persist_cache.index.records import (
@@ -108,6 +109,8 @@ class Insertion:
         self._source = source
         self._wanted = wanted
         self._run_tokens = run_tokens
+        self.partial: Sequence[int] = ()
+        """Entries on the way that are there only until a longer one is: that one is stored now."""
 
     def run(self) -> PutResult:
         """Store it.
@@ -266,6 +269,7 @@ class Insertion:
         path = tree.walk(txn, namespace.root, self._packed)
         if self._plan(txn, path) != plan:
             raise _MovedError
+        self.partial = self._partial(txn, path)
         revived = tree.dead_rows(txn, path, self._packed)
         pieces = [revived] if revived else []
         checkpoint = NO_BLOB
@@ -282,6 +286,14 @@ class Insertion:
             txn.add(WRITTEN_BYTES, total)
             txn.add(written_today(self._wanted.created_us / 1e6), total)
         return self._place(txn, namespace, node, checkpoint)
+
+    def _partial(self, txn: Reader, path: tree.Walk) -> list[int]:
+        numbers = [one.edge.entry for one in path.steps if one.is_whole and one.end < self._length]
+        return [
+            number
+            for number in numbers
+            if (entry := txn.entry(number)) is not None and entry.label == PARTIAL_LABEL
+        ]
 
     def _namespace(self, txn: Writer) -> NamespaceRecord:
         found = txn.namespaces(self._key)

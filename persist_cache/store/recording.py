@@ -6,6 +6,7 @@ A put records what it wrote, a rebuild what it found, and both place entries by 
 from __future__ import annotations
 
 from persist_cache.blobs.writer import Written
+from persist_cache.entry import PARTIAL_LABEL
 from persist_cache.index import tree
 from persist_cache.index.records import (
     NO_BLOB,
@@ -46,9 +47,9 @@ def add_blob(
 def place_entry(txn: Writer, key: bytes, packed: bytes, wanted: EntryRecord) -> int:
     """Make an entry end at `wanted.node`, or merge `wanted` into the one that is there.
 
-    The higher tier, the pin, the uses and the label of an older entry stay. `wanted.checkpoint`
-    must have been added by `add_blob`; it gets its reference here. Two checkpoints of one
-    position hold the same state: the caller makes sure that there is none yet.
+    The higher tier, the pin, the uses and the label of an older entry stay; `(partial)` gives way
+    to both. `wanted.checkpoint` must have been added by `add_blob`; it gets its reference here. Two
+    checkpoints of one position hold the same state: the caller makes sure that there is none yet.
 
     Returns:
         The entry's number.
@@ -70,7 +71,7 @@ def place_entry(txn: Writer, key: bytes, packed: bytes, wanted: EntryRecord) -> 
                 last_use_us=max(old.last_use_us, wanted.last_use_us),
                 prefill_s=wanted.prefill_s or old.prefill_s,
                 expires=wanted.expires or old.expires,
-                label=wanted.label or old.label,
+                label=_label(old.label, wanted.label),
             ),
         )
         return edge.entry
@@ -80,3 +81,9 @@ def place_entry(txn: Writer, key: bytes, packed: bytes, wanted: EntryRecord) -> 
     txn.put_entry(number, wanted)
     tree.set_entry(txn, wanted.node, number)
     return number
+
+
+def _label(old: str, wanted: str) -> str:
+    if wanted == PARTIAL_LABEL:
+        return old
+    return wanted or ("" if old == PARTIAL_LABEL else old)

@@ -402,7 +402,8 @@ class Store:
     ) -> PutResult:
         """Store a prompt prefix durably: only the run that is not there yet, within the budget.
 
-        An entry that exists already keeps the higher of both tiers, its pin and its uses.
+        An entry that exists already keeps the higher of both tiers, its pin and its uses. Those on
+        the way to it that are labelled `(partial)` go, unless they are pinned or dated.
 
         Args:
             fingerprint: Identity of the model.
@@ -432,9 +433,11 @@ class Store:
         )._replace(
             prefill_s=prefill_s, label=_text(label), pinned=pinned, expires=_checked_date(expires)
         )
-        done = Insertion(
+        insertion = Insertion(
             self._disk, self._evictor, fingerprint, packed, source, wanted, self._run_tokens
-        ).run()
+        )
+        done = insertion.run()
+        self._evictor.retire(insertion.partial)
         if done.entry is not None and done.nbytes:
             self._upkeep.note(int(done.entry, 16))
         return done

@@ -42,6 +42,7 @@ class Batch(upstream.BatchGenerator):  # type: ignore[misc]
 
     def next(self) -> Any:
         self._meet()
+        given_up = self._give_up()
         self._cut()
         with self.stats() as spent:
             prompts, tokens = super().next()
@@ -49,7 +50,7 @@ class Batch(upstream.BatchGenerator):  # type: ignore[misc]
         if computed:
             self._prefill_clock.add(spent.prompt_time, computed)
         self._after(prompts)
-        return prompts, tokens
+        return [*prompts, *given_up], tokens
 
     def remove(self, uids: Sequence[int], return_prompt_caches: bool = False) -> Any:
         """As upstream's; prompts that were still computed are kept as far as they got."""
@@ -92,8 +93,24 @@ class Batch(upstream.BatchGenerator):  # type: ignore[misc]
                 segments[:1] = [segments[0][: place - start], segments[0][place - start :]]
                 self._cuts[uid] = place
 
+    def _give_up(self) -> list[Any]:
+        """Cut the prompts that nobody waits for; returns what upstream's loop is to hear of that.
+
+        It would go on for up to half a second, and as long as it decodes for as many as it takes,
+        it would hear nothing of them.
+        """
+        responses = []
+        for uid, ticket in list(self._tickets.items()):
+            if ticket.is_given_up():
+                ticket.stop()
+                if not self._is_shared:
+                    self.remove([uid])
+                progress = ticket.computed
+                responses.append(PromptProcessingBatch.Response(uid, progress, False, False))
+        return responses
+
     def _after(self, responses: list[Any]) -> None:
-        """Keep what is due after a chunk, and have those cut that nobody waits for."""
+        """Keep what is due after a chunk."""
         told = {one.uid: one for one in responses}
         for one in responses:
             if one.end_of_prompt:
@@ -101,13 +118,6 @@ class Batch(upstream.BatchGenerator):  # type: ignore[misc]
         for uid, tokens in zip(self._prompt_batch.uids, self._prompt_batch.tokens, strict=True):
             if uid in told and uid in self._tickets:
                 self._after_chunk(uid, len(tokens), told[uid])
-        for uid, ticket in self._tickets.items():
-            if ticket.is_given_up():
-                ticket.stop()
-                if uid not in told:
-                    # Upstream looks at those alone of which it hears.
-                    progress = ticket.computed
-                    responses.append(PromptProcessingBatch.Response(uid, progress, False, False))
 
     def _after_chunk(self, uid: int, position: int, response: Any) -> None:
         underway = self._tickets[uid].underway

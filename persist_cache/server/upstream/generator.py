@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from queue import Empty
 from typing import Any
+from weakref import WeakSet
 
 import mlx.core as mx
 from mlx_lm import server as upstream
@@ -24,7 +25,8 @@ from persist_cache.server.protocols.anthropic_request import MessagesRequest
 from persist_cache.server.streaming import SIGN_S
 from persist_cache.server.ticket import Ticket, TicketedCache
 from persist_cache.server.upstream.prompts import Prompts
-from persist_cache.server.upstream.requests import Answers, TicketedRequest
+from persist_cache.server.upstream.requests import Answers, TicketedRequest, failed
+from persist_cache.server.validation import RefusedError
 
 
 class Generator(Prompts):
@@ -36,13 +38,16 @@ class Generator(Prompts):
     """The request that is served alone."""
 
     def __init__(self, model_provider: Any, prompt_cache: PromptCache) -> None:
+        self._is_ending = False
         self.templates = Templates()
         self.admin: Admin | None = None
         self.guard: ModelGuard | None = None
         self.prefill_clock = PrefillClock()
         self.line = Line()
         self._changed = threading.Condition()
-        prompt_cache.is_busy = lambda: self._in_flight > 0
+        self._tickets: WeakSet[Ticket] = WeakSet()
+        """Those that the generation thread has seen."""
+        prompt_cache.is_busy = self._is_busy
         super().__init__(model_provider, TicketedCache(prompt_cache, self), prompt_cache)
 
     # ---- the thread that answers -------------------------------------------------------------
@@ -60,7 +65,7 @@ class Generator(Prompts):
                 meanwhile, asking for the answer raises it.
         """
         if not self.generation_available():
-            raise RuntimeError("generation thread died")
+            raise self._no_more()
         if self.names is not None:
             asked = generation_args.model
             key = self.names.key(asked.model, asked.adapter, asked.draft)
@@ -80,9 +85,9 @@ class Generator(Prompts):
             while not ticket.wait(SIGN_S) and self.generation_available():
                 ticket.waits()
             if ticket.fetch is None:
-                failed = self._next_answer(answers, ticket)
-                if isinstance(failed, Exception):
-                    raise failed
+                said = self._next_answer(answers, ticket)
+                if isinstance(said, Exception):
+                    raise said
                 raise RuntimeError("The request was answered without a look into the cache.")
             if known_before is not None:
                 self.cache.count_shared(max(0, ticket.fetch.num_tokens - known_before))
@@ -181,14 +186,30 @@ class Generator(Prompts):
         """What the generation thread says next; there are signs of life until it does."""
         while True:
             try:
-                return answers.get(timeout=SIGN_S)
+                one = answers.get(timeout=SIGN_S)
             except Empty:
                 # Wherever the request was when the thread died, nothing more will come.
                 if not self.generation_available():
-                    raise RuntimeError("generation thread died") from None
+                    raise self._no_more() from None
                 ticket.waits()
+            else:
+                cut = isinstance(one, ConnectionAbortedError) and self._stop
+                return self._no_more() if cut else one
 
-    # ---- requests that are served alone ------------------------------------------------------
+    def _no_more(self) -> Exception:
+        """Why there will be no answer."""
+        if self._stop:
+            return RefusedError(503, "The server is stopping; ask again when it is back.")
+        return RuntimeError("generation thread died")
+
+    # ---- on the generation thread ------------------------------------------------------------
+
+    def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
+        with self._changed:
+            self._tickets.add(request.ticket)
+        if self._is_ending:
+            raise self._no_more()
+        return super()._tokenize(tokenizer, request, args)
 
     def _serve_single(self, request: Any, stream: Any) -> None:
         """One request at a time, where upstream knows no segments."""
@@ -235,6 +256,32 @@ class Generator(Prompts):
             even_out_draft(self.model_provider.model, cache)
 
     # ---- what is being answered --------------------------------------------------------------
+
+    @property
+    def _stop(self) -> bool:
+        """Whether upstream's loop is to end; it asks between two rounds of the batch.
+
+        What is being computed then is kept, because upstream drops the batch.
+        """
+        if self._is_ending and threading.current_thread() is self._generation_thread:
+            for ticket in self._running():
+                ticket.underway.keep_now()
+        return self._is_ending
+
+    @_stop.setter
+    def _stop(self, value: bool) -> None:
+        self._is_ending = value
+        for ticket in self._running() if value else []:
+            ticket.underway.cut()
+
+    def _is_busy(self) -> bool:
+        """Whether anything is computed: also for clients that are gone."""
+        return self._in_flight > 0 or any(one.underway.is_running for one in self._running())
+
+    def _running(self) -> list[Ticket]:
+        """Requests whose prompts may be computed at present, and may be cut."""
+        with self._changed:
+            return [] if self._is_distributed else list(self._tickets)
 
     @contextlib.contextmanager
     def in_flight(self) -> Iterator[None]:
