@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlx_lm import server as upstream
 
+from persist_cache.server import underway
+from persist_cache.server.ticket import CutPrompt, Ticket
 from persist_cache.tokens import common_prefix_tokens, pack_tokens
 from tests.computed import Call, count_calls
 from tests.loops import Answered, Loop, words, write_thinking_model
@@ -48,7 +51,7 @@ class Held:
         loop.ask(text="w1 w2")
         loop.count()
         self.loop = loop
-        self.line = loop.generator.line
+        self.tickets: list[Ticket] = []
         self._go = threading.Event()
         self._go.set()
         self._reached = threading.Event()
@@ -74,18 +77,32 @@ class Held:
         """Have it go on."""
         self._go.set()
 
-    def ask(self, messages: Any = (), **more: Any) -> Future[Answered]:
+    def ask(self, messages: Any, *, ticket: Ticket | None = None, **more: Any) -> Future[Answered]:
         """Send a request; returns at once."""
-        return self._threads.submit(self.loop.ask, messages, **more)
+        ticket = ticket or Ticket()
+        self.tickets.append(ticket)
+        return self._threads.submit(self.loop.ask, messages, ticket=ticket, **more)
 
     def followed_by(self, count: int) -> None:
         """Wait until so many requests wait for another one."""
-        until(lambda: self.line.followers == count, f"no {count} requests wait for another one")
+        until(
+            lambda: sum(one.underway.followers for one in self.tickets) == count,
+            f"no {count} requests wait for another one",
+        )
+
+
+class Patient(Ticket):
+    """A ticket that says whether its request waits for something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting = threading.Event()
+        self.sign = self.waiting.set
 
 
 @contextmanager
 def held(folder: Path, **options: Any) -> Iterator[Held]:
-    with Loop(folder, prefill_step_size=128, **options) as loop:
+    with Loop(folder, **{"prefill_step_size": 128, **options}) as loop:
         found = Held(loop)
         try:
             yield found
@@ -157,3 +174,145 @@ def test_a_shared_beginning_is_computed_once(
     assert computed <= 1.05 * distinct_tokens({tuple(answer.prompt) for answer in answers})
     right = [reply_alone(folder, one, **sampling) for one in chats]
     assert [answer.reply for answer in answers] == [*right, *right]
+
+
+def test_prompts_that_come_while_the_model_is_loaded_are_computed_once(
+    model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody can tokenize them yet, and the loop would take all of them at once."""
+    go, calls = threading.Event(), list[Call]()
+    load = upstream.load
+
+    def slowly(path: str, *args: Any, **options: Any) -> Any:
+        loaded = load(path, *args, **options)
+        count_calls(loaded[0], path, calls.append)
+        assert go.wait(TIMEOUT_S)
+        return loaded
+
+    monkeypatch.setattr(upstream, "load", slowly)
+    with Loop(model("plain")) as loop, ThreadPoolExecutor(4) as clients:
+        tickets = [Patient() for _ in range(4)]
+        asked = [clients.submit(loop.ask, chat((1, 600)), ticket=one) for one in tickets]
+        for ticket in tickets:
+            assert ticket.waiting.wait(TIMEOUT_S)
+        go.set()
+        answers = [one.result(TIMEOUT_S) for one in asked]
+
+    computed = sum(len(row) for call in calls if not call.sampling for row in call.rows)
+    assert computed == len(answers[0].prompt) - 1
+
+
+def test_prompts_for_another_model_are_computed_once_and_load_it_once(
+    model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes later for the first model is answered after them, as it would be in the queue."""
+    loads: list[str] = []
+    load = upstream.load
+
+    def noted(path: str, *args: Any, **options: Any) -> Any:
+        loaded = load(path, *args, **options)
+        loads.append(path)
+        count_calls(loaded[0], path, loop.calls.append)
+        return loaded
+
+    other = str(model("plain", 1))
+    with held(model("plain")) as one:
+        loop = one.loop
+        monkeypatch.setattr(upstream, "load", noted)
+        one.hold()
+        asked = [one.ask(chat((1, 600)))]
+        one.reached()
+        for number, name in ((1, other), (1, other), (1, other), (2, "default_model")):
+            ticket = Patient()
+            asked.append(one.ask(chat((number, 600)), ticket=ticket, model=name))
+            assert ticket.waiting.wait(TIMEOUT_S)
+        one.go()
+        for each in asked:
+            each.result(TIMEOUT_S)
+        computed = [call.rows for call in loop.calls if call.model == other and not call.sampling]
+
+    assert sum(len(row) for rows in computed for row in rows) == 604
+    assert loads == [other, str(model("plain"))]
+
+
+def leave(ticket: Ticket) -> None:
+    """What the client of a request does."""
+    ticket.has_left = lambda: True
+
+
+@pytest.mark.parametrize("sampling", [{}, {"seed": 1}], ids=["batched", "seed"])
+def test_a_prefill_goes_on_without_its_client_while_another_one_waits_for_it(
+    model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, sampling: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(underway, "PATIENCE_S", 0.0)
+    ticket = Ticket()
+    with held(model("plain")) as one:
+        one.hold()
+        first = one.ask(chat((1, 600)), ticket=ticket, **sampling)
+        one.reached()
+        others = [one.ask(chat((1, 600)), **sampling) for _ in range(2)]
+        one.followed_by(2)
+        leave(ticket)
+        one.go()
+        with pytest.raises(ConnectionAbortedError):
+            first.result(TIMEOUT_S)
+        answers = [other.result(TIMEOUT_S) for other in others]
+        computed = one.loop.prefilled()
+
+    assert computed == len(answers[0].prompt) - 1
+
+
+@pytest.mark.parametrize("sampling", [{}, {"seed": 1}], ids=["batched", "seed"])
+def test_nothing_is_computed_for_those_who_have_left(
+    model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, sampling: dict[str, Any]
+) -> None:
+    """Whoever has waited and left does not count any more."""
+    monkeypatch.setattr(underway, "PATIENCE_S", 0.0)
+    tickets = [Ticket() for _ in range(3)]
+    with held(model("plain"), prefill_step_size=16) as one:
+        one.hold()
+        asked = [one.ask(chat((1, 600)), ticket=tickets[0], **sampling)]
+        one.reached()
+        asked += [one.ask(chat((1, 600)), ticket=ticket, **sampling) for ticket in tickets[1:]]
+        one.followed_by(2)
+        for ticket in tickets:
+            leave(ticket)
+        one.followed_by(0)
+        one.go()
+        for each in asked:
+            with pytest.raises(ConnectionAbortedError):
+                each.result(TIMEOUT_S)
+        until(lambda: tickets[0].underway.has_ended)
+        computed = one.loop.prefilled()
+
+    assert computed < 600  # upstream looks every 25 calls, or every half second
+
+
+def test_when_one_fails_another_computes_for_those_who_wait(
+    model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first is refused when its turn comes; of the others one computes, and two wait."""
+    tickets = [Ticket() for _ in range(5)]
+    with held(model("plain")) as one:
+        tokenized = tickets[1].tokenized
+
+        def refused(prompt: CutPrompt) -> None:
+            if tickets[1].prompt is not None:
+                raise RuntimeError("made up")
+            tokenized(prompt)
+
+        monkeypatch.setattr(tickets[1], "tokenized", refused)
+        one.hold()
+        asked = [one.ask(chat((9, 300)), ticket=tickets[0])]
+        one.reached()
+        asked.append(one.ask(chat((1, 600)), ticket=tickets[1]))
+        until(lambda: one.loop.generator.requests.qsize() == 1)
+        asked += [one.ask(chat((1, 600)), ticket=ticket) for ticket in tickets[2:]]
+        one.followed_by(3)
+        one.go()
+        with pytest.raises(RuntimeError, match="made up"):
+            asked[1].result(TIMEOUT_S)
+        prompts = {tuple(each.result(TIMEOUT_S).prompt) for each in (asked[0], *asked[2:])}
+        computed = one.loop.prefilled()
+
+    assert computed <= distinct_tokens(prompts)

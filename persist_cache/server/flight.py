@@ -117,12 +117,6 @@ class Line:
         self._changed = threading.Condition()
         self._flights: list[Flight] = []
 
-    @property
-    def followers(self) -> int:
-        """How many requests wait for what is computed for another one."""
-        with self._changed:
-            return sum(one.ticket.underway.followers for one in self._flights)
-
     def enter(self, flight: Flight) -> None:
         """Have a request stand in the line, behind all who are there."""
         flight.ticket.tell_prompt = self._notify
