@@ -24,7 +24,7 @@ LEAST_SHARED_TOKENS = 256
 """What two prompts share beyond what is known is worth waiting for from this length on."""
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, repr=False, slots=True)
 class Flight:
     """A request in the line.
 
@@ -166,7 +166,7 @@ class Line:
     def wait_for_shared(
         self,
         mine: Flight,
-        known_tokens: Callable[[], int],
+        known_tokens: Callable[[int], int],
         pause: Callable[[], None],
         pause_s: float,
         *,
@@ -176,7 +176,8 @@ class Line:
 
         Args:
             mine: Who waits.
-            known_tokens: Looks how much of its prompt is known; called only where that matters.
+            known_tokens: Looks how much of its prompt is known, where so many tokens were kept for
+                it; called only where that matters.
             pause: As for `wait_for_turn`.
             pause_s: How often.
             trimmable: Caches of the model can be cut to any shorter prompt.
@@ -197,7 +198,7 @@ class Line:
         return known_before
 
     def _lead(
-        self, mine: Flight, known_tokens: Callable[[], int], kept: int, trimmable: bool
+        self, mine: Flight, known_tokens: Callable[[int], int], kept: int, trimmable: bool
     ) -> Lead | None:
         """The earlier request that computes most of what a prompt lacks; the first of several.
 
@@ -218,7 +219,7 @@ class Line:
             if underway.wait_kept(place, 0):
                 continue  # nothing more is to come of it
             if known < 0:
-                known = known_tokens()
+                known = known_tokens(kept)
                 if known < kept:
                     return None
             if shared - known >= LEAST_SHARED_TOKENS:

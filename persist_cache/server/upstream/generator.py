@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -27,6 +28,9 @@ from persist_cache.server.ticket import Ticket, TicketedCache
 from persist_cache.server.upstream.prompts import Prompts
 from persist_cache.server.upstream.requests import Answers, TicketedRequest, failed
 from persist_cache.server.validation import RefusedError
+
+_SAVED_S = 10.0
+"""How long a request waits for what another one computed to be saved, if memory cannot hold it."""
 
 
 class Generator(Prompts):
@@ -139,7 +143,7 @@ class Generator(Prompts):
 
         def pause() -> None:
             if not self.generation_available():
-                raise RuntimeError("generation thread died")
+                raise self._no_more()
             ticket.waits()
 
         self.tokenize_ahead(request, args)
@@ -149,13 +153,20 @@ class Generator(Prompts):
         prompt = ticket.prompt
         if prompt is None:
             return None
-        return self.line.wait_for_shared(
-            flight,
-            lambda: self.cache.known_tokens(provider.model_key, prompt.tokens, trail=ticket.trail),
-            pause,
-            SIGN_S,
-            trimmable=provider.is_trimmable,
-        )
+
+        def known(wanted: int) -> int:
+            look = functools.partial(self.cache.known_tokens, provider.model_key, prompt.tokens)
+            give_up = time.monotonic() + _SAVED_S
+            while (found := look(trail=ticket.trail)) < wanted and self.cache.queued_jobs:
+                # It is too large for memory, and on its way to the disk.
+                if time.monotonic() > give_up:
+                    break
+                time.sleep(SIGN_S)
+                pause()
+            return found
+
+        trimmable = provider.is_trimmable
+        return self.line.wait_for_shared(flight, known, pause, SIGN_S, trimmable=trimmable)
 
     def _told(
         self,
