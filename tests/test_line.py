@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import pytest
 
 from persist_cache.server.flight import Flight, Line
 from persist_cache.server.ticket import CutPrompt, Ticket
+from persist_cache.server.underway import Underway
 
 LOAD = object()
 MODEL = ("m", None, None)
@@ -96,11 +99,17 @@ def test_the_same_prompt_waits_until_it_is_computed() -> None:
     requests = Requests()
     first = requests.computing(prompt(1))
     second = requests.come(prompt(1))
+    steps = iter([256, 500])
 
-    assert requests.waits(second)
-    first.ticket.underway.passed(500, kept=True)
+    def compute() -> None:
+        if (done := next(steps, 0)) == 0:
+            raise Waits
+        first.ticket.underway.passed(done, kept=done == 500)
 
-    assert not requests.waits(second, lambda kept: 500)
+    before = requests.line.wait_for_shared(second, lambda kept: kept, compute, 0, trimmable=True)
+
+    assert before == 0
+    assert not list(steps)
 
 
 @pytest.mark.parametrize(
@@ -287,3 +296,56 @@ def test_who_waits_is_woken_by_a_prompt_that_becomes_known() -> None:
     thread.join(30)
 
     assert not thread.is_alive()
+
+
+followed, entered = Underway.followed, list[Any]()
+
+
+def follow_for_ever(underway: Underway) -> AbstractContextManager[None]:
+    entered.append(followed(underway))
+    entered[-1].__enter__()
+    return nullcontext()
+
+
+BREAKS: dict[str, tuple[type, str, Callable[..., Any], Callable[[], None]]] = {
+    "it is switched off": (
+        Line,
+        "wait_for_shared",
+        lambda *_, **__: None,
+        test_the_same_prompt_waits_until_it_is_computed,
+    ),
+    "nobody is told that one has passed": (
+        Underway,
+        "passed",
+        lambda *_, **__: None,
+        test_the_same_prompt_waits_until_it_is_computed,
+    ),
+    "nobody is told that one has ended": (
+        Underway,
+        "end",
+        lambda *_: False,
+        test_one_that_ends_before_is_waited_for_no_more,
+    ),
+    "nobody is told that one has died": (
+        Line,
+        "leave",
+        lambda *_: None,
+        test_one_that_ends_before_is_waited_for_no_more,
+    ),
+    "whoever is gone still counts": (
+        Underway,
+        "followed",
+        follow_for_ever,
+        test_the_one_that_shares_most_is_waited_for,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_each_break_is_found(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    owner, method, broken, test = BREAKS[name]
+    test()
+    monkeypatch.setattr(owner, method, broken)
+
+    with pytest.raises((AssertionError, Waits)):
+        test()
