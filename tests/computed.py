@@ -81,9 +81,17 @@ def _call(name: str, inputs: Any) -> Call:
 class CountedServer(ServerProcess):
     """A server whose models' calls can be read."""
 
-    def __init__(self, model: Path, store: Path, folder: Path, **options: Any) -> None:
-        """As `ServerProcess`."""
-        super().__init__(model, store, folder, module="tests.computed", **options)
+    def __init__(
+        self,
+        model: Path,
+        store: Path,
+        folder: Path,
+        *,
+        module: str = "tests.computed",
+        **options: Any,
+    ) -> None:
+        """As `ServerProcess`; a `module` has to run this one."""
+        super().__init__(model, store, folder, module=module, **options)
         self.model = model
         self._calls = self.log.with_suffix(".calls")
         self._read = 0
