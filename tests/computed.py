@@ -81,17 +81,12 @@ def _call(name: str, inputs: Any) -> Call:
 class CountedServer(ServerProcess):
     """A server whose models' calls can be read."""
 
-    def __init__(
-        self,
-        model: Path,
-        store: Path,
-        folder: Path,
-        *,
-        module: str = "tests.computed",
-        **options: Any,
-    ) -> None:
-        """As `ServerProcess`; a `module` has to run this one."""
-        super().__init__(model, store, folder, module=module, **options)
+    module = "tests.computed"
+    """What its process runs."""
+
+    def __init__(self, model: Path, store: Path, folder: Path, **options: Any) -> None:
+        """As `ServerProcess`."""
+        super().__init__(model, store, folder, module=self.module, **options)
         self.model = model
         self._calls = self.log.with_suffix(".calls")
         self._read = 0
@@ -222,7 +217,8 @@ def _fits(pieces: tuple[tuple[int, ...], ...], left: tuple[tuple[int, ...], ...]
     return False
 
 
-def _counting_main() -> None:
+def counting_main(before: Callable[[Call], None] = lambda call: None) -> None:
+    """Be a server whose models note their calls, after `before` was called with each."""
     from mlx_lm import server as upstream
 
     job = Path(sys.argv[1])
@@ -230,6 +226,7 @@ def _counting_main() -> None:
     load = upstream.load
 
     def note(call: Call) -> None:
+        before(call)
         log.write(
             json.dumps(
                 {
@@ -252,4 +249,4 @@ def _counting_main() -> None:
 
 
 if __name__ == "__main__":
-    _counting_main()
+    counting_main()

@@ -23,6 +23,7 @@ SEAMS = {
         *("_in_flight", "_is_distributed", "_stop", "_generation_failed", "_generation_thread"),
         *("_tokenize", "_make_state_machine", "_serve_single"),
     },
+    "tests/test_interrupted.py": {"_time_budget"},
     "tests/test_loads.py": {"_download"},
     "tests/test_rendering.py": {"_is_distributed", "_tokenize"},
     "tests/test_server_seam.py": {"_generate"},

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from persist_cache import Store
+from persist_cache import PromptCache, Store
 from persist_cache.entry import PARTIAL_LABEL
+from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.store.evict import REPLACED
 from persist_cache.store.put import PutResult
 from tests.fakes import FakeSource, blob_files, fetched, fingerprint
+from tests.live_fakes import MODEL, FakeCodec, FakeLayer
 
 PROMPT = list(range(10, 50))
 
@@ -143,3 +147,80 @@ def test_what_became_of_a_partial_entry_is_said(store: Store) -> None:
         departed = txn.departed(int(part, 16))
     assert departed is not None
     assert departed.note == REPLACED
+
+
+@pytest.mark.parametrize("trimmable", [True, False], ids=["rows", "states"])
+def test_cache_lets_go_of_what_it_kept_on_the_way(store: Store, trimmable: bool) -> None:
+    with PromptCache(store=store, identify=identified, idle_s=60, codec=FakeCodec()) as cache:
+        keep(cache, 5, trimmable)
+        for end in (10, 20):
+            keep(cache, end, trimmable, partial=True)
+            cache.flush()
+        keep(cache, 40, trimmable)
+        cache.flush()
+
+        assert lengths(store) == {5: "", 40: ""}
+        # One that can be cut serves its beginnings, too.
+        assert len(cache) == (1 if trimmable else 2)
+
+
+def test_cache_that_was_there_before_is_not_let_go_of(store: Store) -> None:
+    with PromptCache(store=store, identify=identified, idle_s=60, codec=FakeCodec()) as cache:
+        keep(cache, 20, trimmable=False)
+        keep(cache, 20, trimmable=False, partial=True)
+        keep(cache, 40, trimmable=False)
+        cache.flush()
+
+        assert lengths(store) == {20: "", 40: ""}
+        assert len(cache) == 2
+
+
+def test_nothing_is_saved_for_what_a_longer_one_has_passed(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slow disk gets the newest only."""
+    put_one, begun, goes_on = Store.put, threading.Event(), threading.Event()
+
+    def slow(self: Store, *arguments: Any, **options: Any) -> PutResult:
+        begun.set()
+        assert goes_on.wait(60)
+        return put_one(self, *arguments, **options)
+
+    monkeypatch.setattr(Store, "put", slow)
+    with PromptCache(store=store, identify=identified, idle_s=60, codec=FakeCodec()) as cache:
+        keep(cache, 5)
+        assert begun.wait(60)
+        for end in (10, 20, 30):
+            keep(cache, end, partial=True)
+        keep(cache, 40)
+        goes_on.set()
+        cache.flush()
+
+        assert store.stats().counters["puts"] == 2
+        assert lengths(store) == {5: "", 40: ""}
+
+
+def test_partial_cache_that_nothing_longer_follows_is_found_after_a_restart(store: Store) -> None:
+    with PromptCache(store=store, identify=identified, idle_s=60, codec=FakeCodec()) as cache:
+        keep(cache, 20, partial=True)
+    with PromptCache(store=store, identify=identified, idle_s=60, codec=FakeCodec()) as cache:
+        found, rest = cache.fetch_nearest_cache(MODEL, PROMPT)
+
+        assert found is not None
+        assert len(rest) == 20
+        keep(cache, 40)
+        cache.flush()
+
+        assert lengths(store) == {40: ""}
+
+
+def identified(model: Any) -> Fingerprint:
+    return fingerprint()
+
+
+def keep(
+    cache: PromptCache, num_tokens: int, trimmable: bool = True, *, partial: bool = False
+) -> None:
+    tokens = PROMPT[:num_tokens]
+    layers = [FakeLayer(tokens, trimmable)]
+    cache.insert_cache(MODEL, tokens, layers, cache_type="user", partial=partial)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from persist_cache.server.ticket import Ticket
-from persist_cache.server.underway import Underway
+from persist_cache.server.underway import PATIENCE_S, Underway
 from tests.holding import CHAT, STEP, WAYS, held_up
 from tests.loops import Loop
 from tests.torture.tiny import KINDS, write_model
@@ -108,14 +109,45 @@ def test_prefill_is_given_up_when_its_client_is_gone_for_long_and_nobody_else_wa
     underway = Underway(lambda: now)
     underway.begin(0)
 
-    assert not underway.is_given_up(patience_s=10)
+    assert not underway.is_given_up()
     assert underway.leave()
-    now = 9.0
-    assert not underway.is_given_up(patience_s=10)
-    now = 11.0
+    now = PATIENCE_S - 1
+    assert not underway.is_given_up()
+    now = PATIENCE_S + 1
     with underway.followed():
         assert underway.followers == 1
-        assert not underway.is_given_up(patience_s=10)
-    assert underway.is_given_up(patience_s=10)
+        assert not underway.is_given_up()
+    assert underway.is_given_up()
     assert underway.end()
-    assert not underway.is_given_up(patience_s=10)
+    assert not underway.is_given_up()
+
+
+def test_prefill_that_is_in_the_way_ends_when_its_client_is_gone() -> None:
+    underway = Underway()
+    underway.begin(0)
+
+    underway.hurry()
+    assert not underway.is_given_up()
+    underway.leave()
+    with underway.followed():
+        assert not underway.is_given_up()
+    assert underway.is_given_up()
+
+
+def test_prefill_is_saved_at_growing_distances() -> None:
+    """A file for each eighth of a long one, and none that its header would outweigh."""
+    now = 0.0
+    underway = Underway(lambda: now)
+    underway.begin(0)
+    saved = []
+    for second in range(1, 1001):
+        now = float(second)
+        if underway.is_worth_saving(second * 100, second * 10_000_000):
+            underway.passed(second * 100, kept=True)
+            saved.append(second)
+
+    assert saved[:4] == [2, 4, 6, 8]
+    assert len(saved) < 48, "so many files on one way would be merged"
+    assert all(b - a <= max(2, b / 8 + 1) for a, b in pairwise(saved))
+    now = 2000.0
+    assert not underway.is_worth_saving(100_100, 100_100)

@@ -81,6 +81,7 @@ class Keeper:
         prefill_s: float = 0.0,
         keep_tokens: int | None = None,
         origin: Origin | None = None,
+        partial: bool = False,
     ) -> None:
         """Keep a cache, and have it saved if it is to be on disk.
 
@@ -92,6 +93,7 @@ class Keeper:
             prefill_s: Seconds that computing all of it takes; added up here when 0.
             keep_tokens: How much of it to keep at most; all when None.
             origin: Of the look-up that its computation began with; searched when None.
+            partial: It is on the way to a longer one.
         """
         origin = origin or Origin()
         packed = pack_tokens(tokens)
@@ -122,7 +124,7 @@ class Keeper:
             num_tokens -= surplus
         packed = packed[: num_tokens * TOKEN_BYTES]
         nbytes = self._codec.nbytes(cache)
-        held = Held(owner, packed, cache, nbytes, tier.label, prefill_s)
+        held = Held(owner, packed, cache, nbytes, tier.label, prefill_s, partial=partial)
         witness = getattr(self._codec, "witness", None)
         held.witness = None if witness is None else witness(cache)
         held.stays = self._sharing is not None and self._sharing.is_pieced(cache)

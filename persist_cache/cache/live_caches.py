@@ -35,6 +35,8 @@ class Held:
         saved: It is on disk, so that losing it costs a load and nothing else.
         wanted: It is to be on disk, and no job for that waits or has failed for good.
         witness: Tells whether its former owner changed it; None if the codec has no such thing.
+        partial: It is on the way to a longer one that is being computed, and goes when that comes.
+        passed: That one has come, and has its rows: saving it would be for nothing.
         stays: It is copied when it is used, not lent: the next one of the same conversation shares
             its buffers.
     """
@@ -48,6 +50,8 @@ class Held:
     saved: bool = False
     wanted: bool = False
     witness: Witness | None = None
+    partial: bool = False
+    passed: bool = False
     stays: bool = False
 
     @property
@@ -214,7 +218,8 @@ class Resident:
         """Keep `held`, and let go of what it replaces or crowds out.
 
         A cache that can be trimmed serves all of its prefixes, so those go, but for one that marks
-        more than a reply and waits for its save: the longer cache has its rows, not its tier.
+        more than a reply and waits for its save: the longer cache has its rows, not its tier. Those
+        that were kept on the way to it go in any case.
 
         Args:
             held: The cache.
@@ -226,15 +231,23 @@ class Resident:
         previous = self._trie.add(held.owner, held.packed, held)
         if previous is not None:
             held.tier = max(previous.tier, held.tier, key=self._lru.tiers.index)
+            held.partial = held.partial and previous.partial
             self._forget(previous)
         self._lru.push(held, held.tier, self._measured(held), held.num_tokens)
-        if self._codec.can_trim(held.cache):
-            for _, prefix in self._trie.prefixes(held.owner, held.packed):
-                if not prefix.wanted or prefix.tier == self._lru.tiers[0]:
-                    self.remove(prefix)
+        can_trim = self._codec.can_trim(held.cache)
+        for _, prefix in self._trie.prefixes(held.owner, held.packed):
+            if prefix.partial and self._is_as_high(held, prefix):
+                prefix.wanted, prefix.passed = False, True
+                self.remove(prefix)
+            elif can_trim and (not prefix.wanted or prefix.tier == self._lru.tiers[0]):
+                self.remove(prefix)
         if spare:
             self.spare(held)
         return self.trim_to(self.max_size, self.max_bytes)
+
+    def _is_as_high(self, held: Held, other: Held) -> bool:
+        """Whether a cache is to be saved no later than another."""
+        return self._lru.tiers.index(held.tier) >= self._lru.tiers.index(other.tier)
 
     def remove(self, held: Held) -> None:
         """Let go of `held`, if it is still here."""

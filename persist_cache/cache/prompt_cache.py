@@ -320,6 +320,7 @@ class PromptCache:
         prefill_s: float = 0.0,
         keep_tokens: int | None = None,
         origin: Origin | None = None,
+        partial: bool = False,
     ) -> None:
         """Keep the cache of a prompt, and save it behind the answer.
 
@@ -338,6 +339,8 @@ class PromptCache:
                 is run to have its beginning computed. What cannot be cut there is not kept.
             origin: What `look_up` was given for the request that computed it. Without one, it is
                 searched among the latest look-ups.
+            partial: It is on the way to a longer prompt, which is being computed or was cut there.
+                When one comes whose beginning it is, it goes, from the disk as well.
         """
         try:
             if not hasattr(tokens, "__getitem__"):
@@ -354,6 +357,7 @@ class PromptCache:
                 prefill_s=prefill_s,
                 keep_tokens=keep_tokens,
                 origin=origin,
+                partial=partial,
             )
         except Exception as error:
             log.exception("a prompt could not be kept")

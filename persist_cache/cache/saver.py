@@ -20,7 +20,7 @@ from persist_cache.cache.owners import Owner
 from persist_cache.cache.stats import Tally
 from persist_cache.cache.write_behind import WriteBehind
 from persist_cache.codec import Codec, Source
-from persist_cache.entry import MissReason, Tier
+from persist_cache.entry import PARTIAL_LABEL, MissReason, Tier
 from persist_cache.errors import (
     StoreAccessError,
     StoreBusyError,
@@ -299,7 +299,7 @@ class Saver:
     def _save(self, held: Held, sources: list[Source]) -> None:
         """Write one cache; touches bytes only."""
         fingerprint = held.owner.fingerprint
-        if fingerprint is None or self._store is None:
+        if fingerprint is None or self._store is None or held.passed:
             return
         self._recover_store()
         # Whoever kept the one before waiting keeps them all waiting.
@@ -312,6 +312,7 @@ class Saver:
                     sources.pop(),
                     tier=held.tier,
                     prefill_s=held.prefill_s,
+                    label=PARTIAL_LABEL if held.partial else "",
                 )
         except StoreError as error:
             self.failed(error)

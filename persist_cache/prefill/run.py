@@ -130,6 +130,11 @@ class Computation:
             self._draft_to(tokens, upto - 1)
             after()
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the cache, room for further tokens included."""
+        return sum(layer.nbytes for layer in [*self._layers, *self._draft_layers])
+
     def snapshot(self) -> list[Any]:
         """A copy of the cache to hand over while this goes on."""
         return snapshot([*self._layers, *self._draft_layers])

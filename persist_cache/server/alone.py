@@ -111,7 +111,7 @@ class Alone:
         exactly = not getattr(provider, "is_trimmable", True)
         underway = self._ticket.underway
 
-        def insert(kind: str) -> None:
+        def insert(kind: str, *, partial: bool = False) -> None:
             if underway.is_new(work.num_tokens):
                 keep.insert_cache(
                     model,
@@ -120,6 +120,7 @@ class Alone:
                     cache_type=kind,
                     keep_tokens=self._ticket.keep_tokens,
                     origin=self._ticket.origin,
+                    partial=partial,
                 )
                 underway.passed(work.num_tokens, kept=True)
 
@@ -138,7 +139,9 @@ class Alone:
                 work.advance(tokens, upto, after)
                 if work.num_tokens < end:
                     if underway.is_due(work.num_tokens, exactly=exactly):
-                        insert("user")
+                        insert("user", partial=not exactly)
+                    elif not exactly and underway.is_worth_saving(work.num_tokens, work.nbytes):
+                        insert("user", partial=True)
                     underway.passed(work.num_tokens)
 
         underway.begin(found)
@@ -151,7 +154,7 @@ class Alone:
                 if self._ticket.is_over:
                     raise ConnectionAbortedError("The client is gone.")
             except ConnectionAbortedError:
-                insert("user")
+                insert("user", partial=True)
                 raise
             except NotImplementedError as error:
                 raise ModelError(

@@ -95,6 +95,7 @@ class Ticket:
             counted and leaves all of it.
         prompt: As it is computed; None until it is tokenized.
         in_batch: It is computed in a batch, which copies the cache that it begins with.
+        model: Upstream's name of the model that it is computed by; None while it waits.
         fetch: What the first look found; None before, and for a request that failed before.
         origin: The first look, for the inserts that follow.
         trail: The prompt's way through the store's index, for all looks of the request.
@@ -108,7 +109,8 @@ class Ticket:
         has_begun: Says whether the stream of its answer has begun, so that its status is told.
         has_left: Says whether the client is gone; any thread may ask.
         underway: Its prefill: where it is to be kept, and who waits for it.
-        keep: Keeps the cache of its first tokens, which are given first; the generation thread's.
+        keep: Keeps the cache of its first tokens, which are given first; the last argument says
+            whether it may go when a longer one comes. The generation thread's.
     """
 
     def __init__(self, body: bytes = b"", *, keeps: Part = "", form: Form | None = None) -> None:
@@ -117,6 +119,7 @@ class Ticket:
         self.keeps: Part = keeps
         self.prompt: CutPrompt | None = None
         self.in_batch = False
+        self.model: Any = None
         self.fetch: Fetch | None = None
         self.origin = Origin()
         self.trail = Trail()
@@ -128,7 +131,7 @@ class Ticket:
         self.has_begun: Callable[[], bool] = lambda: False
         self.has_left: Callable[[], bool] = lambda: False
         self.underway = Underway()
-        self.keep: Callable[[Sequence[int], Any], None] = lambda tokens, cache: None
+        self.keep: Callable[[Sequence[int], Any, bool], None] = lambda tokens, cache, partial: None
         self._settled = threading.Event()
         self._dropped = False
         self._stop: Callable[[], None] = lambda: None
@@ -183,15 +186,11 @@ class Ticket:
         if self._dropped:
             stop()
 
-    def is_given_up(self, *, patience_s: float | None = None) -> bool:
-        """Whether its prefill is to be cut: its client is gone, and nobody else waits for it.
-
-        Args:
-            patience_s: How long it goes on without its client; some ten seconds by default.
-        """
+    def is_given_up(self) -> bool:
+        """Whether its prefill is to be cut: its client is gone, and nobody else waits for it."""
         if not self._dropped and self.has_left():
             self.drop()
-        return self.underway.is_given_up(patience_s=patience_s)
+        return self.underway.is_given_up()
 
     def stop(self) -> None:
         """End its computation."""
@@ -300,6 +299,16 @@ class TicketedCache:
         self, model: Hashable, tokens: Sequence[int], cache: Any, *, cache_type: str = "assistant"
     ) -> None:
         """Keep what a request computed, as far as its ticket says."""
+        self._insert(model, tokens, cache, cache_type)
+
+    def _insert(
+        self,
+        model: Hashable,
+        tokens: Sequence[int],
+        cache: Any,
+        cache_type: str,
+        partial: bool = False,
+    ) -> None:
         ticket = ticket_of(tokens)
         if ticket is None:
             self._cache.insert_cache(model, tokens, cache, cache_type=cache_type)
@@ -312,6 +321,7 @@ class TicketedCache:
             cache_type=cache_type,
             keep_tokens=ticket.keep_tokens,
             origin=ticket.origin,
+            partial=partial,
         )
         ticket.underway.passed(len(tokens), kept=True)
 
@@ -336,9 +346,9 @@ class TicketedCache:
         ticket.looked(fetch)
         return self._desk.complete(model, tokens, cache, rest)
 
-    def _keep(self, model: Hashable, tokens: Sequence[int], cache: Any) -> None:
+    def _keep(self, model: Hashable, tokens: Sequence[int], cache: Any, partial: bool) -> None:
         """Keep what is computed of a prompt in the midst of one of its pieces."""
-        self.insert_cache(model, tokens, cache, cache_type="user")
+        self._insert(model, tokens, cache, "user", partial)
 
 
 def ticket_of(tokens: Sequence[int]) -> Ticket | None:

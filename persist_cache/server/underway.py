@@ -13,6 +13,12 @@ from collections.abc import Callable, Iterator
 
 PATIENCE_S = 10.0
 """How long a prefill goes on whose client is gone, and for which nobody else waits."""
+SAVE_EVERY_S = 2.0
+"""Of a prefill whose rows can be resumed anywhere, so that a kill loses no more than that, …"""
+_SAVE_EVERY_SHARE = 1 / 8
+"""… or this share of what was computed, if that is more: a long one leaves few files."""
+LEAST_SAVED_BYTES = 320 << 10
+"""Twenty times the header of a file: what is saved on the way costs no more than 5 %."""
 
 
 class Underway:
@@ -36,6 +42,8 @@ class Underway:
         self._kept = 0
         self._passed = 0
         self._left_at: float | None = None
+        self._is_in_the_way = False
+        self._begun_at = self._save_at = 0.0
         self._is_cut = False
         self._runs = False
         self._ended = False
@@ -111,6 +119,14 @@ class Underway:
                 self._left_at = self._clock()
             return self._runs
 
+    def hurry(self) -> None:
+        """Have it end as soon as its client is gone: another request waits for its end.
+
+        One that waits for what it computes is more than that, and keeps it going.
+        """
+        with self._changed:
+            self._is_in_the_way = True
+
     def cut(self) -> None:
         """Have it end, whoever waits: so does the server."""
         with self._changed:
@@ -129,6 +145,8 @@ class Underway:
             self._runs = not self._ended
             self._keep = keep
             self._found = num_tokens
+            self._begun_at = self._clock()
+            self._save_at = self._begun_at + SAVE_EVERY_S
         self.passed(num_tokens)
 
     def next_place(self, position: int, end: int) -> int:
@@ -154,6 +172,9 @@ class Underway:
             self._passed = max(self._passed, num_tokens)
             if kept:
                 self._kept = max(self._kept, num_tokens)
+                now = self._clock()
+                pause_s = max(SAVE_EVERY_S, _SAVE_EVERY_SHARE * (now - self._begun_at))
+                self._save_at = now + pause_s
             self._wanted = {one for one in self._wanted if one > num_tokens}
             self._changed.notify_all()
 
@@ -162,18 +183,26 @@ class Underway:
         with self._changed:
             return num_tokens > max(self._found, self._kept)
 
-    def is_given_up(self, *, patience_s: float | None = None) -> bool:
-        """Whether nobody waits for it any more, nor is likely to come back.
+    def is_worth_saving(self, num_tokens: int, nbytes: int) -> bool:
+        """Whether what is computed is to be saved, in case that the process is killed.
 
         Args:
-            patience_s: How long it goes on without its client; `PATIENCE_S` by default.
+            num_tokens: So many are computed.
+            nbytes: Of their rows, about.
         """
-        patience_s = PATIENCE_S if patience_s is None else patience_s
+        with self._changed:
+            new_tokens = num_tokens - max(self._found, self._kept)
+            new_bytes = nbytes * new_tokens // max(1, num_tokens)
+            return self._clock() >= self._save_at and new_bytes >= LEAST_SAVED_BYTES
+
+    def is_given_up(self) -> bool:
+        """Whether nobody waits for it any more, nor is likely to come back."""
         with self._changed:
             if not self._runs or self._is_cut:
                 return self._runs
             if self._left_at is None or self._followers:
                 return False
+            patience_s = 0.0 if self._is_in_the_way else PATIENCE_S
             return self._clock() - self._left_at >= patience_s
 
     def keep_now(self) -> None:

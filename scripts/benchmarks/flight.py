@@ -52,6 +52,10 @@ STEP = 128
 _TIMEOUT_S = 600.0
 
 
+class _WaitsForNobody(CountedServer):
+    module = "scripts.benchmarks.flight"
+
+
 def run(context: Context) -> Report:
     from persist_cache_cli.demo.openblas import preload_env
     from tests.torture.tiny import KINDS, write_model
@@ -59,23 +63,20 @@ def run(context: Context) -> Report:
     os.environ.update(preload_env())
     found = []
     for name in context.pick(("llama",), tuple(MODELS)):
-        kind, changes = MODELS[name]
+        cache, changes = MODELS[name]
         with context.scratch() as scratch, contextlib.ExitStack() as stack:
-            model = write_model(scratch / "model", KINDS[kind], 1, **changes)
+            model = write_model(scratch / "model", KINDS[cache], 1, **changes)
             servers = {
                 way: stack.enter_context(
-                    CountedServer(
+                    kind(
                         model,
-                        scratch / f"store-{number}",
+                        scratch / kind.__name__,
                         scratch / "logs",
-                        module=module,
                         flags=("--prefill-step-size", str(STEP)),
                         min_free_bytes=0,
                     )
                 )
-                for number, (way, module) in enumerate(
-                    ((WITH, "tests.computed"), (WITHOUT, "scripts.benchmarks.flight"))
-                )
+                for way, kind in ((WITH, CountedServer), (WITHOUT, _WaitsForNobody))
             }
             found.append(_measure(name, servers, context.pick(1, 3)))
     return Report("flight", "Nothing is computed twice at once", {"cases": found}, _tables(found))

@@ -125,19 +125,33 @@ class Batch(upstream.BatchGenerator):  # type: ignore[misc]
             response.end_of_segment = False  # upstream has no name for the piece that ends here
         if response.end_of_segment:
             return  # it is kept by upstream's loop
-        if not self._is_shared and underway.is_due(position, exactly=not self._is_trimmable):
-            self._keep(uid)
+        if not self._is_shared:
+            if underway.is_due(position, exactly=not self._is_trimmable):
+                self._keep(uid, partial=self._is_trimmable)
+            elif self._is_trimmable and underway.is_worth_saving(position, self._nbytes_of_each):
+                self._keep(uid)
         underway.passed(position)
 
-    def _keep(self, uid: int) -> None:
-        """Keep what is computed of a prompt, unless it is kept already."""
+    @property
+    def _nbytes_of_each(self) -> int:
+        """Bytes of a prompt that is being computed, about."""
+        total: int = sum(layer.nbytes for layer in self._prompt_batch.prompt_cache)
+        return total // max(1, len(self._prompt_batch))
+
+    def _keep(self, uid: int, *, partial: bool = True) -> None:
+        """Keep what is computed of a prompt, unless it is kept already.
+
+        Args:
+            uid: The sequence.
+            partial: It may go when the prompt is complete.
+        """
         ticket = self._tickets.get(uid)
         if ticket is None or uid not in self._prompt_batch.uids:
             return
         index = self._prompt_batch.uids.index(uid)
         tokens = self._prompt_batch.tokens[index]
         if ticket.underway.is_new(len(tokens)):
-            ticket.keep(tokens[:], self._prompt_batch.extract_cache(index))
+            ticket.keep(tokens[:], self._prompt_batch.extract_cache(index), partial)
 
     def _end(self, uid: int) -> None:
         """Note that nothing more is computed of a prompt."""

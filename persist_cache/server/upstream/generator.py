@@ -42,7 +42,7 @@ class Generator(Prompts):
     """The request that is served alone."""
 
     def __init__(self, model_provider: Any, prompt_cache: PromptCache) -> None:
-        self._is_ending = False
+        self.is_ending = False
         self.templates = Templates()
         self.admin: Admin | None = None
         self.guard: ModelGuard | None = None
@@ -216,11 +216,23 @@ class Generator(Prompts):
     # ---- on the generation thread ------------------------------------------------------------
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
+        if self.is_ending:
+            raise self._no_more()
+        for ticket in self._running():
+            if ticket.is_given_up():
+                ticket.underway.keep_now()  # this may be its client, who asks again
+        request.ticket.model = args.model
         with self._changed:
             self._tickets.add(request.ticket)
-        if self._is_ending:
-            raise self._no_more()
         return super()._tokenize(tokenizer, request, args)
+
+    def _is_batchable(self, args: Any) -> bool:
+        """As upstream's, which asks it of each request that it takes from the queue."""
+        is_batchable: bool = super()._is_batchable(args)
+        for ticket in self._running():
+            if not is_batchable or args.model != ticket.model:
+                ticket.underway.hurry()
+        return is_batchable
 
     def _serve_single(self, request: Any, stream: Any) -> None:
         """One request at a time, where upstream knows no segments."""
@@ -246,8 +258,9 @@ class Generator(Prompts):
         """Whether a prefill beside which nothing else is computed is to end."""
         if self._is_distributed:
             return False
-        # Whoever waits in the queue may be its own client, who asks again.
-        return ticket.is_given_up(patience_s=None if self.requests.empty() else 0.0)
+        if not self.requests.empty():
+            ticket.underway.hurry()  # for its own client, it may be, who asks again
+        return ticket.is_given_up()
 
     def complete(
         self, model: Hashable, tokens: Sequence[int], cache: Any | None, rest: Sequence[int], /
@@ -274,14 +287,14 @@ class Generator(Prompts):
 
         What is being computed then is kept, because upstream drops the batch.
         """
-        if self._is_ending and threading.current_thread() is self._generation_thread:
+        if self.is_ending and threading.current_thread() is self._generation_thread:
             for ticket in self._running():
                 ticket.underway.keep_now()
-        return self._is_ending
+        return self.is_ending
 
     @_stop.setter
     def _stop(self, value: bool) -> None:
-        self._is_ending = value
+        self.is_ending = value
         for ticket in self._running() if value else []:
             ticket.underway.cut()
 

@@ -5,6 +5,7 @@ SEAM = {
     "_run_http_server": ("host", "port", "response_generator", "server_class", "handler_class"),
     "ResponseGenerator._tokenize": ("self", "tokenizer", "request", "args"),
     "ResponseGenerator._serve_single": ("self", "request", "stream"),
+    "ResponseGenerator._is_batchable": ("self", "args"),
     "ResponseGenerator.generation_available": ("self",),
     "ResponseGenerator.generate": (
         "self",
