@@ -71,6 +71,7 @@ class Loop:
         store: Store | Path | None = None,
         *,
         draft: Path | None = None,
+        memory_bytes: int = 1 << 63,
         **options: Any,
     ) -> None:
         """Load a model.
@@ -79,12 +80,17 @@ class Loop:
             model: Its folder.
             store: Of the cache; None for memory alone.
             draft: Folder of a draft model.
+            memory_bytes: Of the cache's memory.
             options: Of the server, such as `kv_bits`.
         """
         self.model = model
         self.provider = make_provider(model, draft, **options)
         self.cache = PromptCache(
-            store=store, identify=self.provider.identifier, leave_tokens=1, idle_s=60
+            max_bytes=memory_bytes,
+            store=store,
+            identify=self.provider.identifier,
+            leave_tokens=1,
+            idle_s=60,
         )
         self.calls: list[Call] = []
         self._counted: list[Any] = []

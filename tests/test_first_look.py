@@ -15,6 +15,7 @@ import pytest
 
 from persist_cache import Store
 from persist_cache.cache.stats import Fetch
+from persist_cache.server.flight import Line
 from persist_cache.server.ticket import Ticket
 from persist_cache.server.upstream.generator import Generator
 from persist_cache.server.upstream.requests import TicketedRequest
@@ -134,6 +135,7 @@ def test_request_that_fails_before_its_look_raises_why() -> None:
     """Served alone, its context is out before it looks; nobody may wait for that look."""
     generator: Any = object.__new__(Generator)
     generator.requests = Queue()
+    generator.line = Line()
     generator._in_flight = 0
     generator._stop = False
     generator._is_distributed = False
@@ -147,7 +149,7 @@ def test_request_that_fails_before_its_look_raises_why() -> None:
     generator._make_state_machine = lambda *_: (None, None)
     request = TicketedRequest("text", "", [], None, None)
     logits = SimpleNamespace(repetition_penalty=0, presence_penalty=0, frequency_penalty=0)
-    model = SimpleNamespace(model="m")
+    model = SimpleNamespace(model="m", adapter=None, draft=None)
     args = SimpleNamespace(
         stop_words=[], seed="no number", logits=logits, model=model, max_tokens=4
     )

@@ -47,6 +47,8 @@ def test_counters_of_the_process_are_reported() -> None:
         problems={"disk:StoreFullError": 2, "disk:StoreError": 1},
         disk_off="the disk is full",
         disk_error="StoreFullError",
+        shared=5,
+        shared_tokens=4000,
     )
 
     found = samples(stats, healthy=False)
@@ -59,6 +61,8 @@ def test_counters_of_the_process_are_reported() -> None:
         ("restore_seconds_total",): 1.5,
         ("restored_bytes_total",): 1000,
         ("read_ahead_bytes_total",): 900,
+        ("shared_requests_total",): 5,
+        ("shared_tokens_total",): 4000,
         ("writes_total",): 6,
         ("written_bytes_total",): 600,
         ("queue_jobs",): 1,

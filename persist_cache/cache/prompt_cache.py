@@ -212,6 +212,10 @@ class PromptCache:
         """Count a request that was changed before it was rendered, by the names of the repairs."""
         self._tally.repaired(names)
 
+    def count_shared(self, num_tokens: int) -> None:
+        """Count a request that waited until another one had computed so many of its tokens."""
+        self._tally.shared(num_tokens)
+
     @property
     def last_fetch(self) -> Fetch:
         """How the calling thread's most recent `fetch_nearest_cache` was answered.
@@ -464,9 +468,17 @@ class PromptCache:
         """Let go of what was read ahead for a request that was given up."""
         self._lookup.release(ahead)
 
-    def known_tokens(self, model: Hashable, tokens: Sequence[int]) -> int:
-        """Length of the longest prefix that a fetch would serve; looks only, counts nothing."""
-        return self._known(model, tokens)[0]
+    def known_tokens(
+        self, model: Hashable, tokens: Sequence[int], *, trail: Trail | None = None
+    ) -> int:
+        """Length of the longest prefix that a fetch would serve; looks only, counts nothing.
+
+        Args:
+            model: mlx-lm's model key.
+            tokens: The prompt.
+            trail: Of the request; as for `look_up`.
+        """
+        return self._known(model, tokens, trail)[0]
 
     def outlook(self, model: Hashable, tokens: Sequence[int]) -> tuple[int, int]:
         """What a request with this prompt would get now; looks only, counts nothing.

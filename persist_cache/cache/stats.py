@@ -75,6 +75,8 @@ class PromptCacheStats:
         partial: Hits that left more than the last token to compute, by reason.
         asked: Tokens of all prompts that were asked for.
         repaired: Requests that were changed before they were rendered, by the repair's name.
+        shared: Requests that waited for what was computed for another one.
+        shared_tokens: Tokens that they did not have to compute.
     """
 
     memory: Mapping[str, Mapping[str, int]]
@@ -95,6 +97,8 @@ class PromptCacheStats:
     partial: Mapping[str, int] = field(default_factory=dict)
     asked: int = 0
     repaired: Mapping[str, int] = field(default_factory=dict)
+    shared: int = 0
+    shared_tokens: int = 0
 
 
 class Tally:
@@ -113,6 +117,8 @@ class Tally:
         self._tokens: Counter[str] = Counter()
         self._asked = 0
         self._repaired: Counter[str] = Counter()
+        self._shared = 0
+        self._shared_tokens = 0
         self._problems: Counter[str] = Counter()
         self._restore_s = 0.0
         self._restored_bytes = 0
@@ -173,6 +179,12 @@ class Tally:
         with self._lock:
             self._repaired.update(names)
 
+    def shared(self, num_tokens: int) -> None:
+        """Count a request that waited for another one, and so need not compute these tokens."""
+        with self._lock:
+            self._shared += 1
+            self._shared_tokens += num_tokens
+
     def problem(self, name: str) -> None:
         """Count something that went wrong or was refused."""
         with self._lock:
@@ -216,4 +228,6 @@ class Tally:
                 partial=dict(self._partial),
                 asked=self._asked,
                 repaired=dict(self._repaired),
+                shared=self._shared,
+                shared_tokens=self._shared_tokens,
             )

@@ -92,6 +92,12 @@ def _requests(stats: PromptCacheStats) -> Iterator[CounterMetricFamily]:
         "repair",
         {**dict.fromkeys(REPAIRS, 0), **stats.repaired},
     )
+    yield _counter(
+        "shared_requests", "Requests that waited for what another one computed.", stats.shared
+    )
+    yield _counter(
+        "shared_tokens", "Prompt tokens that they need not compute for that.", stats.shared_tokens
+    )
     yield _counter("tokens_asked", "Tokens of all prompts.", stats.asked)
     yield _counter("restore_seconds", "Seconds spent in loading from disk.", stats.restore_s)
     yield _counter("restored_bytes", "Bytes loaded from disk.", stats.restored_bytes)

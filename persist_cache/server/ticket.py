@@ -115,6 +115,7 @@ class Ticket:
             when that was not done.
         ahead: What was read from the disk for it before it was queued.
         times: When what happened.
+        tell_prompt: Called when the prompt is known.
         sign: Called while its answer is waited for, on the thread that answers. It raises a
             `ConnectionError` when the client is gone.
         computed: Tokens that have been computed for it, and how many there are to compute.
@@ -142,6 +143,7 @@ class Ticket:
         self.times = Times()
         self.computed = (0, 0)
         self.leave_tokens = 0
+        self.tell_prompt: Callable[[], None] = lambda: None
         self.sign: Callable[[], None] = lambda: None
         self.has_begun: Callable[[], bool] = lambda: False
         self.has_left: Callable[[], bool] = lambda: False
@@ -240,6 +242,7 @@ class Ticket:
         self.prompt = prompt
         self.computed = (0, len(prompt.tokens))
         self.times.tokenized = time.monotonic()
+        self.tell_prompt()
 
     def looked(self, fetch: Fetch) -> None:
         """Note what the cache had. Only the first look counts."""

@@ -56,6 +56,7 @@ def server_json(stats: PromptCacheStats, *, max_size: int, max_bytes: int) -> di
         "queued_jobs": stats.queued_jobs,
         "queued_bytes": stats.queued_bytes,
         "repaired": dict(stats.repaired),
+        "shared": {"requests": stats.shared, "tokens": stats.shared_tokens},
         "problems": dict(stats.problems),
         "disk_off": stats.disk_off,
     }

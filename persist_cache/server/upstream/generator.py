@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -18,6 +19,7 @@ from persist_cache.prefill.clock import PrefillClock
 from persist_cache.prefill.run import even_out_draft
 from persist_cache.server.admin import Admin
 from persist_cache.server.alone import Alone, tokens_looked_back_at
+from persist_cache.server.flight import Flight, Line
 from persist_cache.server.form import Templates
 from persist_cache.server.guard import ModelGuard
 from persist_cache.server.protocols.anthropic_request import MessagesRequest
@@ -26,6 +28,9 @@ from persist_cache.server.ticket import Ticket, TicketedCache
 from persist_cache.server.upstream.prompts import Prompts
 from persist_cache.server.upstream.requests import Answers, TicketedRequest, failing_answer
 from persist_cache.server.validation import RefusedError
+
+_SAVED_S = 10.0
+"""How long a request waits for what another one computed to be saved, if memory cannot hold it."""
 
 
 class Generator(Prompts):
@@ -41,6 +46,7 @@ class Generator(Prompts):
         self.admin: Admin | None = None
         self.guard: ModelGuard | None = None
         self.prefill_clock = PrefillClock()
+        self.line = Line()
         self._changed = threading.Condition()
         self._tickets: WeakSet[Ticket] = WeakSet()
         """Those that the generation thread has seen."""
@@ -74,9 +80,7 @@ class Generator(Prompts):
         ticket = request.ticket
         answers = Answers(ticket)
         try:
-            self.tokenize_ahead(request, generation_args)
-            self.load_ahead(request, generation_args)
-            self.requests.put((answers, request, generation_args))
+            known_before = self._queue(answers, request, generation_args)
             ctx = self._next_answer(answers, ticket)
             if isinstance(ctx, Exception):
                 raise ctx
@@ -88,6 +92,8 @@ class Generator(Prompts):
                 if isinstance(said, Exception):
                     raise said
                 raise RuntimeError("The request was answered without a look into the cache.")
+            if known_before is not None:
+                self.cache.count_shared(max(0, ticket.fetch.num_tokens - known_before))
         except BaseException as error:
             ticket.drop()
             self._release(ticket.ahead)
@@ -100,6 +106,69 @@ class Generator(Prompts):
     def answer(self, asked: MessagesRequest, ticket: Ticket) -> Any:
         """Answer a request that upstream has no handler for; as `generate`."""
         return self.generate(*self._as_upstreams(asked, ticket))
+
+    def _queue(
+        self, answers: Answers, request: TicketedRequest, args: upstream.GenerationArguments
+    ) -> int | None:
+        """Queue a request as soon as nothing that it lacks is computed for an earlier one.
+
+        Returns:
+            What was known of its prompt before it waited for that; None if it did not.
+        """
+        ticket = request.ticket
+        if self._is_distributed or ticket.keeps:
+            self.tokenize_ahead(request, args)
+            self.load_ahead(request, args)
+            self.requests.put((answers, request, args))
+            return None
+        flight = Flight(
+            ticket,
+            (args.model.model, args.model.adapter, args.model.draft),
+            leave_tokens=max(1, tokens_looked_back_at(args.logits)),
+            shares_nothing=any(upstream._image_parts(request.messages)),
+        )
+        self.line.enter(flight)
+        try:
+            known_before = self._wait_in_line(flight, request, args)
+            self.load_ahead(request, args)
+            self.requests.put((answers, request, args))
+        except BaseException:
+            self.line.leave(flight)
+            raise
+        self.line.queued(flight)
+        return known_before
+
+    def _wait_in_line(
+        self, flight: Flight, request: TicketedRequest, args: upstream.GenerationArguments
+    ) -> int | None:
+        ticket, provider = request.ticket, self.model_provider
+
+        def pause() -> None:
+            if not self.generation_available():
+                raise self._no_more()
+            ticket.waits()
+
+        self.tokenize_ahead(request, args)
+        self.line.wait_for_turn(flight, pause, SIGN_S)
+        if ticket.prompt is None:
+            self.tokenize_ahead(request, args)  # its model may have been loaded for another one
+        prompt = ticket.prompt
+        if prompt is None:
+            return None
+
+        def known(wanted: int) -> int:
+            look = functools.partial(self.cache.known_tokens, provider.model_key, prompt.tokens)
+            give_up = time.monotonic() + _SAVED_S
+            while (found := look(trail=ticket.trail)) < wanted and self.cache.queued_jobs:
+                # It is too large for memory, and on its way to the disk.
+                if time.monotonic() > give_up:
+                    break
+                time.sleep(SIGN_S)
+                pause()
+            return found
+
+        trimmable = provider.is_trimmable
+        return self.line.wait_for_shared(flight, known, pause, SIGN_S, trimmable=trimmable)
 
     def _told(
         self,
