@@ -28,6 +28,7 @@ from persist_cache.server.upstream.requests import TicketedRequest
 from persist_cache.tokens import common_prefix_tokens, pack_tokens
 from tests.computed import Call, count_calls
 from tests.torture.tiny import VOCABULARY, Kind, write_model
+from tests.waiting import until
 
 DEFAULT = "default_model"
 
@@ -72,6 +73,7 @@ class Loop:
         *,
         draft: Path | None = None,
         memory_bytes: int = 1 << 63,
+        waits: bool = True,
         **options: Any,
     ) -> None:
         """Load a model.
@@ -81,6 +83,7 @@ class Loop:
             store: Of the cache; None for memory alone.
             draft: Folder of a draft model.
             memory_bytes: Of the cache's memory.
+            waits: The block begins when the model is there, and its tokenizer for other threads.
             options: Of the server, such as `kv_bits`.
         """
         self.model = model
@@ -94,6 +97,7 @@ class Loop:
         )
         self.calls: list[Call] = []
         self._counted: list[Any] = []
+        self._waits = waits
         self.generator = self._make_generator()
         self._batches = self._own_batches()
 
@@ -110,7 +114,12 @@ class Loop:
 
     def __enter__(self) -> Self:
         self._batches.__enter__()
+        if self._waits:
+            until(lambda: self.provider.spare is not None or not self._is_alive(), "no model")
         return self
+
+    def _is_alive(self) -> bool:
+        return bool(self.generator.generation_available())
 
     def __exit__(
         self,
@@ -187,6 +196,9 @@ class Loop:
 
 class StockLoop(Loop):
     """The same with mlx-lm's own generator and cache."""
+
+    def _is_alive(self) -> bool:
+        return False  # it makes no copy of its tokenizer
 
     def _make_generator(self) -> Any:
         return upstream.ResponseGenerator(self.provider, LRUPromptCache(10))

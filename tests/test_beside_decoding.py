@@ -127,7 +127,7 @@ def test_requests_that_wait_for_the_model_are_tokenized_beside_the_first(
 
     monkeypatch.setattr(Provider, "load_default", slow)
     tickets = [Ticket() for _ in range(3)]
-    with Loop(model("plain"), store) as loop, ThreadPoolExecutor(3) as clients:
+    with Loop(model("plain"), store, waits=False) as loop, ThreadPoolExecutor(3) as clients:
         loop.provider.is_loading = True
         asked = []
         for ticket in tickets:
@@ -144,7 +144,7 @@ def test_a_load_that_failed_keeps_nobody_waiting_for_a_tokenizer(
     model: Callable[[str], Path], store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Provider, "load_default", lambda self: None)
-    with Loop(model("plain"), store) as loop, ThreadPoolExecutor(3) as clients:
+    with Loop(model("plain"), store, waits=False) as loop, ThreadPoolExecutor(3) as clients:
         asked = [clients.submit(loop.ask, QUESTION, max_tokens=4) for _ in range(3)]
         replies = [one.result(60).reply for one in asked]
 

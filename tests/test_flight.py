@@ -198,7 +198,7 @@ def test_prompts_that_come_while_the_model_is_loaded_are_computed_once(
         return loaded
 
     monkeypatch.setattr(upstream, "load", slowly)
-    with Loop(model("plain")) as loop, ThreadPoolExecutor(4) as clients:
+    with Loop(model("plain"), waits=False) as loop, ThreadPoolExecutor(4) as clients:
         tickets = [Patient() for _ in range(4)]
         asked = [clients.submit(loop.ask, chat((1, 600)), ticket=one) for one in tickets]
         for ticket in tickets:
