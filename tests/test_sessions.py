@@ -31,9 +31,11 @@ RECORDED = [
     for path in sorted((Path(__file__).parent / "requests").glob("*.json"))
     if path.stem != "llm-07"  # which has an image
 ]
+NARROW: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 1, "head_dim": 32}
 MODELS: dict[str, dict[str, Any]] = {
-    "llama": {},
+    "llama": NARROW,
     "sliding": {
+        **NARROW,
         "model_type": "gemma3_text",
         "sliding_window": 64,
         "sliding_window_pattern": 2,

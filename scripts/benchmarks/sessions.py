@@ -53,7 +53,7 @@ _CONTEXT_TOKENS = 65_536
 def run(context: Context) -> Report:
     size = context.pick(
         {"user_turns": 1, "tool_turns": 3, "tools": 3, "words": 20},
-        {"user_turns": 3, "tool_turns": 10, "tools": 20, "words": 115},
+        {"user_turns": 3, "tool_turns": 10, "tools": 20, "words": 155},
     )
     cases: list[dict[str, Any]] = []
     for name in context.pick(("llama", "lfm2 (hybrid)"), tuple(MODELS)):
