@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import random
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -97,6 +98,48 @@ def agent_body(
         "metadata": {"user_id": "someone"},
         "thinking": {"type": "enabled", "budget_tokens": 512},
         "temperature": 1,
+    }
+
+
+def as_messages(chat: dict[str, Any]) -> dict[str, Any]:
+    """The body of a chat, as a client of Messages would send it."""
+    system: list[dict[str, Any]] = []
+    messages: list[dict[str, Any]] = []
+    for one in chat["messages"]:
+        said = one.get("content") or []
+        parts = [{"type": "text", "text": said}] if isinstance(said, str) else list(said)
+        match one["role"]:
+            case "system" | "developer":
+                system += parts
+            case "tool":
+                result = {"type": "tool_result", "tool_use_id": one["tool_call_id"]}
+                messages.append({"role": "user", "content": [{**result, "content": parts}]})
+            case role:
+                calls = [
+                    {
+                        "type": "tool_use",
+                        "id": call["id"],
+                        "name": call["function"]["name"],
+                        "input": json.loads(call["function"]["arguments"] or "{}"),
+                    }
+                    for call in one.get("tool_calls") or []
+                ]
+                messages.append({"role": role, "content": [*parts, *calls]})
+    functions = [one["function"] for one in chat.get("tools") or []]
+    tools = [
+        {
+            "name": one["name"],
+            "description": one.get("description", ""),
+            "input_schema": one.get("parameters") or {"type": "object"},
+        }
+        for one in functions
+    ]
+    return {
+        "model": "claude-large",
+        "max_tokens": 1,
+        "system": system,
+        "messages": messages,
+        "tools": tools,
     }
 
 

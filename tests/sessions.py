@@ -199,13 +199,14 @@ def converse_until_killed(
     job, said = folder / "session.json", folder / "session.pickle"
     work = {"model": str(model), "store": str(store), "size": size, "count": count}
     job.write_text(json.dumps({**work, "said": str(said)}))
-    done = subprocess.run([sys.executable, "-m", __name__, str(job)], check=False)
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-m", __name__, str(job)], cwd=root, check=False)
     assert done.returncode == -signal.SIGKILL
     found: tuple[Reuse, list[bytes]] = pickle.loads(said.read_bytes())
     return found
 
 
-def _main(job: Path) -> None:
+def main(job: Path) -> None:
     work = json.loads(job.read_text())
     prompts: list[bytes] = []
     with Loop(Path(work["model"]), Path(work["store"]), **SERVER) as loop:
@@ -217,6 +218,6 @@ def _main(job: Path) -> None:
 
 if __name__ == "__main__":
     # The classes of what is pickled are those of the module that reads it.
-    from tests.sessions import _main as main
+    from tests import sessions
 
-    main(Path(sys.argv[1]))
+    sessions.main(Path(sys.argv[1]))

@@ -16,7 +16,9 @@ from tests.test_repairs import lookalikes
 
 HOUR = {"type": "ephemeral", "ttl": "1h"}
 IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AA=="}}
-DOCUMENT = {"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "a"}}
+PDF = {"type": "base64", "media_type": "application/pdf", "data": "AA=="}
+DOCUMENT = {"type": "document", "source": PDF}
+SOURCELESS = {"type": "document", "source": "a"}
 CLOCK = {"name": "clock", "input_schema": {"type": "object", "properties": {}}}
 
 
@@ -113,6 +115,47 @@ def test_tool_result_says_that_it_failed_once(content: Any, failed: Any, said: s
     found = read([{**result("a", content), "is_error": failed}])
 
     assert found.messages == [{"role": "tool", "tool_call_id": "a", "content": said}]
+
+
+def test_documents_and_search_results_that_are_text_are_given_as_text() -> None:
+    plain = {"type": "text", "media_type": "text/plain", "data": "All of it."}
+    parts = {"type": "content", "content": [text("One."), text("Two.")]}
+    found = {"type": "search_result", "title": "T", "source": "S", "content": [text("Found.")]}
+    content = [
+        {"type": "document", "source": plain, "title": "Title", "cache_control": EPHEMERAL},
+        {"type": "document", "source": parts},
+        text("What is it?"),
+    ]
+    known = {"type": "tool_reference", "tool_name": "clock"}
+
+    request = read(content, [result("a", [found, known, content[0]])])
+
+    assert [one["content"] for one in request.messages] == [
+        "Title\n\nAll of it.\n\nOne.\n\nTwo.\n\nWhat is it?",
+        "T\n\nS\n\nFound.\n\nclock\n\nTitle\n\nAll of it.",
+    ]
+    assert request.marks == [Mark(0, 17, 300), Mark(1, 38, 300)]
+    assert request.ignored == ()
+
+
+def test_what_tools_of_other_servers_did_is_left_out_and_named() -> None:
+    searched = [
+        text("I search."),
+        {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {"query": "x"}},
+        {"type": "web_search_tool_result", "tool_use_id": "s", "content": []},
+        text(" It is six."),
+    ]
+
+    found = read(
+        messages=[
+            {"role": "user", "content": "What time is it?"},
+            {"role": "assistant", "content": searched},
+            {"role": "user", "content": "Thanks"},
+        ]
+    )
+
+    assert found.messages[1] == {"role": "assistant", "content": "I search. It is six."}
+    assert found.ignored == ("server-tools",)
 
 
 def test_thinking_has_a_field_of_its_own_and_what_is_closed_is_named() -> None:
@@ -337,6 +380,11 @@ MALFORMED: list[tuple[str, dict[str, Any]]] = [
     (
         "messages.1",
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+    ),
+    ("messages.0.content.0.source", {"messages": [{"role": "user", "content": [SOURCELESS]}]}),
+    (
+        "messages.0.content.0.title",
+        {"messages": [{"role": "user", "content": [{"type": "search_result"}]}]},
     ),
     ("system.0", {"system": [IMAGE]}),
     ("system", {"system": 7}),

@@ -430,6 +430,18 @@ def test_other_methods_are_refused_in_the_protocols_form(server: CountedServer) 
     assert answer.json()["error"]["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_what_is_not_there_is_refused_in_the_protocols_form(
+    server: CountedServer, method: str
+) -> None:
+    answer = server.request(
+        method, "/v1/messages/batches", json={}, headers={"x-api-key": "secret"}
+    )
+
+    assert answer.status_code == 404
+    assert answer.json()["error"]["type"] == "not_found_error"
+
+
 def test_no_malformed_body_ends_a_thread_or_leaves_a_trace_in_the_log(
     server: CountedServer, client: anthropic.Anthropic
 ) -> None:

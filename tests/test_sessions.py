@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -12,18 +13,29 @@ import pytest
 from persist_cache import Store
 from persist_cache.entry import Tier
 from persist_cache.queries.details import tokens_of
+from persist_cache.server.form import Form
+from persist_cache.server.messages import usage_of
+from persist_cache.server.protocols.anthropic_request import read_messages
+from persist_cache.server.ticket import Ticket
 from persist_cache.stability import repairs
 from persist_cache.tokens import common_prefix_tokens, pack_tokens
-from tests.anthropic_bodies import EPHEMERAL
+from tests.anthropic_bodies import EPHEMERAL, agent_body, as_messages
 from tests.loops import Loop, text_of, words
 from tests.sessions import SERVER, ask, converse, converse_until_killed, session
 from tests.tiny_models import build_model_dir
 from tests.torture.tiny import KINDS, write_model
 from tests.waiting import until
 
+RECORDED = [
+    path
+    for path in sorted((Path(__file__).parent / "requests").glob("*.json"))
+    if path.stem != "llm-07"  # which has an image
+]
+NARROW: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 1, "head_dim": 32}
 MODELS: dict[str, dict[str, Any]] = {
-    "llama": {},
+    "llama": NARROW,
     "sliding": {
+        **NARROW,
         "model_type": "gemma3_text",
         "sliding_window": 64,
         "sliding_window_pattern": 2,
@@ -115,6 +127,30 @@ def test_requests_that_are_answered_together_say_once_what_they_share(
 def test_nothing_is_said_to_be_written_without_a_disk(model: Path) -> None:
     with Loop(model, **SERVER) as loop:
         assert converse(loop, list(session(**SMALL))[:3]).written == 0
+
+
+def test_counted_is_what_is_read_written_and_left_of_every_body(tmp_path: Path) -> None:
+    recorded = [json.loads(path.read_text())["body"] for path in RECORDED]
+    bodies = [as_messages(body) for body in recorded]
+    bodies += [{**agent_body(), "max_tokens": 1, "thinking": None}, *session(**SMALL)]
+    small = build_model_dir(
+        tmp_path / "model",
+        vocab_size=4096,
+        corpus=[path.read_text() for path in RECORDED],
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        max_position_embeddings=65_536,
+    )
+    with Loop(small, tmp_path / "store", **SERVER) as loop:
+        until(lambda: loop.provider.model is not None, "no model was loaded")
+        for body in bodies:
+            counting = read_messages({**body, "max_tokens": None}, counting=True)
+            form = Form(counting, loop.generator.templates, {})
+            counted = loop.generator.count_tokens(counting, Ticket(form=form))
+
+            usage = usage_of(ask(loop, body))
+
+            assert usage.input + usage.read + usage.written == counted
 
 
 @pytest.mark.long

@@ -6,7 +6,7 @@ import threading
 from collections import deque
 
 from persist_cache.cache.owners import Owner
-from persist_cache.tokens import common_prefix_tokens
+from persist_cache.tokens import TOKEN_BYTES, common_prefix_tokens
 
 _LATEST = 16
 """More than arrive between the look-ups of requests that are answered together and their saves."""
@@ -43,5 +43,11 @@ class Promised:
     def tokens(self, owner: Owner, packed: bytes) -> int:
         """Leading tokens of a prompt that one of them has, too."""
         with self._lock:
-            known = [one for whose, one in (*self._waiting, *self._latest) if whose == owner]
-        return max((common_prefix_tokens(packed, one) for one in known), default=0)
+            known = [one for whose, one in (*self._latest, *self._waiting) if whose == owner]
+        most = 0
+        for one in reversed(known):
+            # To share more it has to have the next token, too; hardly one that is older does.
+            start, end = most * TOKEN_BYTES, (most + 1) * TOKEN_BYTES
+            if len(one) >= end and one[start:end] == packed[start:end]:
+                most = max(most, common_prefix_tokens(packed, one))
+        return most

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 
@@ -24,6 +24,7 @@ from persist_cache.server.protocols.anthropic_answer import (
     failed,
     ping,
 )
+from persist_cache.server.protocols.anthropic_messages import Mark
 from persist_cache.server.protocols.anthropic_request import MessagesRequest, read_messages
 from persist_cache.server.protocols.openai import refusal_of
 from persist_cache.server.protocols.output import Call, Finish, OutputReader
@@ -96,7 +97,7 @@ class Messages(BaseHTTPRequestHandler):
                 output = self._say(request, ticket, form, reader, pieces)
             finally:
                 context.stop()
-            usage = _usage(request, ticket, output)
+            usage = usage_of(ticket, output, request.marks)
             rest = answer.say(reader.close())
             finish = reader.finish or Finish("end")
             if request.max_tokens == 0:
@@ -144,7 +145,7 @@ class Messages(BaseHTTPRequestHandler):
                 parts = parts[: calls[0] + 1] if calls else parts
             events = answer.say(parts)
             if self.stream and (events or output == 1):
-                self._say_events(events, _usage(request, ticket, 0), form)
+                self._say_events(events, usage_of(ticket, marks=request.marks), form)
             elif self.stream:
                 ticket.sign()  # a long tool call is said when it is complete
             if request.one_call and answer.calls:
@@ -204,7 +205,8 @@ class Messages(BaseHTTPRequestHandler):
         return RefusedError(405, "This path knows no such method.", {"Allow": "POST"})
 
     def _refuse(self, refusal: RefusedError) -> None:
-        if getattr(self, "path", "").partition("?")[0] not in PATHS:
+        path = getattr(self, "path", "").partition("?")[0]
+        if path not in PATHS and not path.startswith(f"{MESSAGES_PATH}/"):
             super()._refuse(refusal)  # type: ignore[misc]
             return
         self._send(  # type: ignore[attr-defined]
@@ -212,7 +214,14 @@ class Messages(BaseHTTPRequestHandler):
         )
 
 
-def _usage(request: MessagesRequest, ticket: Ticket, output: int) -> Usage:
+def usage_of(ticket: Ticket, output: int = 0, marks: Sequence[Mark] = ()) -> Usage:
+    """What a request used, as far as its ticket knows by now.
+
+    Args:
+        ticket: Of the request.
+        output: Tokens of its answer so far.
+        marks: Of the request.
+    """
     total = 0 if ticket.prompt is None else len(ticket.prompt.tokens)
     read = 0 if ticket.fetch is None else ticket.fetch.num_tokens
     written = ticket.written_tokens
@@ -221,5 +230,5 @@ def _usage(request: MessagesRequest, ticket: Ticket, output: int) -> Usage:
         read=read,
         written=written,
         output=output,
-        kept_s=max((mark.ttl_s for mark in request.marks), default=0),
+        kept_s=max((mark.ttl_s for mark in marks), default=0),
     )

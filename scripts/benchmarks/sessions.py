@@ -3,7 +3,7 @@
 Computed is counted at the model's calls; what could be reused is the longest prefix that a
 repaired prompt shares with an earlier one. The models are random and tiny: what is reused depends
 on their caches and on the prompts, not on what they say. Without a repair nearly all is computed,
-so only the first turn of the user is held then.
+so only the first ten requests are sent then.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from unittest import mock
 from scripts.benchmarks import common
 from scripts.benchmarks.common import Context, Report, Table, fresh
 
-_NARROW = {"hidden_size": 32, "num_attention_heads": 1, "head_dim": 32}
+_NARROW = {"hidden_size": 32, "num_attention_heads": 1, "head_dim": 16}
 MODELS: dict[str, dict[str, Any]] = {
-    "llama": _NARROW,
+    "llama": {**_NARROW, "num_hidden_layers": 1},
     "lfm2 (hybrid)": {
         **_NARROW,
         "model_type": "lfm2",
@@ -42,7 +42,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }
 SERVED = "as served"
-FIRST = "first turn"
+FIRST = "first ten requests"
 KILLED = "killed and started again"
 WAYS = (SERVED, KILLED, "without billing", "without countdown", "without inline-system")
 _WITHOUT = ("llama", "lfm2 (hybrid)")
@@ -53,7 +53,7 @@ _CONTEXT_TOKENS = 65_536
 def run(context: Context) -> Report:
     size = context.pick(
         {"user_turns": 1, "tool_turns": 3, "tools": 3, "words": 20},
-        {"user_turns": 3, "tool_turns": 10, "tools": 20, "words": 115},
+        {"user_turns": 3, "tool_turns": 10, "tools": 20, "words": 155},
     )
     cases: list[dict[str, Any]] = []
     for name in context.pick(("llama", "lfm2 (hybrid)"), tuple(MODELS)):
@@ -75,13 +75,13 @@ def converse(folder: str, name: str, way: str, size: dict[str, Any]) -> dict[str
     if not model.exists():
         build_model_dir(model, max_position_embeddings=_CONTEXT_TOKENS, **MODELS[name])
     bodies = list(sessions.session(**size))
-    first = bodies[: len(bodies) // size["user_turns"]]
+    first = bodies[:10]
     prompts: list[bytes] = []
-    store: Path | None = None
+    store = Path(folder) / way
     if way not in (SERVED, KILLED):
         bodies = first
     elif way == KILLED:
-        store, half = Path(folder) / "store", len(bodies) // 2
+        half = len(bodies) // 2
         _, prompts = sessions.converse_until_killed(Path(folder), model, store, size, half)
         bodies = bodies[half:]
     parts = {way: bodies}
@@ -89,10 +89,10 @@ def converse(folder: str, name: str, way: str, size: dict[str, Any]) -> dict[str
         parts = {FIRST: first, way: bodies[len(first) :]}
     found: dict[str, dict[str, int]] = {}
     with _without(way), Loop(model, store, **sessions.SERVER) as loop:
-        for name, part in parts.items():
+        for said, part in parts.items():
             one = {"requests": len(part), **asdict(sessions.converse(loop, part, prompts))}
             before = found.get(FIRST, {})
-            found[name] = {key: value + before.get(key, 0) for key, value in one.items()}
+            found[said] = {key: value + before.get(key, 0) for key, value in one.items()}
     return found
 
 

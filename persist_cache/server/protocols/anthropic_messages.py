@@ -6,7 +6,7 @@ the model is refused, or named among what is ignored.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,12 @@ _MEDIA = {
     "container_upload": "a file",
 }
 _CLOSED = "redacted_thinking"
+_OF_SERVERS = "server-tools"
+_SERVER_CALLS = ("server_tool_use", "mcp_tool_use")
+_SERVER_RESULT = "_tool_result"
+"""Ends the type of what a tool of Anthropic's servers returned."""
+_TEXTUAL = ("text", "document", "search_result", "tool_reference")
+"""Types of blocks in tool results that may be nothing but text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +122,10 @@ class Conversation:
                     said = joined(said or "", text_of(block, "text", at))
                     if (ttl_s := mark_of(block, at)) is not None:
                         self._mark(len(self.messages), len(said), ttl_s)
+                case "document" | "search_result":
+                    said = joined(said or "", written(block, at))
+                    if (ttl_s := mark_of(block, at)) is not None:
+                        self._mark(len(self.messages), len(said), ttl_s)
                 case "tool_result":
                     if said is not None:
                         self.messages.append({"role": "user", "content": said})
@@ -133,7 +143,8 @@ class Conversation:
             raise wrong(f"{name}.is_error", "must be true or false.")
         said, index = "", len(self.messages)
         content = block.get("content")
-        for text, ttl_s in _texts("" if content is None else content, f"{name}.content"):
+        parts = _texts("" if content is None else content, f"{name}.content", _TEXTUAL)
+        for text, ttl_s in parts:
             if failed and not said and not text.lstrip().lower().startswith(_SAYS_ERROR):
                 text = _ERROR + text
             said = joined(said, text)
@@ -165,6 +176,9 @@ class Conversation:
                     self.ignored.add(_CLOSED)
                 case "tool_use":
                     calls.append(self._call(block, at))
+                case other if other in _SERVER_CALLS or other.endswith(_SERVER_RESULT):
+                    # Of tools that this server does not have: templates have no form for them.
+                    self.ignored.add(_OF_SERVERS)
                 case other:
                     raise _unfit(other, at)
             if (ttl_s := mark_of(block, at)) is not None:
@@ -232,6 +246,45 @@ def text_of(block: Mapping[str, Any], member: str, name: str) -> str:
     return found
 
 
+def written(block: Mapping[str, Any], name: str) -> str:
+    """The text of a block, of whatever type.
+
+    Raises:
+        RefusedError: It holds something else.
+    """
+    match kind(block, name):
+        case "text":
+            return text_of(block, "text", name)
+        case "tool_reference":
+            return text_of(block, "tool_name", name)
+        case "search_result":
+            head = [text_of(block, member, name) for member in ("title", "source")]
+            texts = [text for text, _ in _texts(block.get("content"), f"{name}.content")]
+        case "document":
+            head = [
+                text_of(block, member, name)
+                for member in ("title", "context")
+                if block.get(member) is not None
+            ]
+            texts = _document(block.get("source"), name)
+        case other:
+            raise _unfit(other, name)
+    return BETWEEN_BLOCKS.join(filter(None, [*head, *texts]))
+
+
+def _document(source: Any, name: str) -> list[str]:
+    """The texts of a document that is one."""
+    at = f"{name}.source"
+    if not isinstance(source, dict):
+        raise wrong(at, "must be an object.")
+    match kind(source, at):
+        case "text":
+            return [text_of(source, "data", at)]
+        case "content":
+            return [text for text, _ in _texts(source.get("content"), f"{at}.content")]
+    raise _unfit("document", name)
+
+
 def mark_of(block: Mapping[str, Any], name: str) -> int | None:
     """For how many seconds what ends with this block is to be kept; None if it has no mark.
 
@@ -256,14 +309,16 @@ def _below(name: str, member: str) -> str:
     return f"{name}.{member}" if name else member
 
 
-def _texts(content: Any, name: str) -> list[tuple[str, int | None]]:
-    """The texts of content that can hold nothing else, each with its mark."""
+def _texts(
+    content: Any, name: str, types: Collection[str] = ("text",)
+) -> list[tuple[str, int | None]]:
+    """The texts of content that can hold nothing but blocks of these types, each with its mark."""
     found = []
     for place, block in enumerate(blocks(content, name)):
         at = f"{name}.{place}"
-        if (other := kind(block, at)) != "text":
+        if (other := kind(block, at)) not in types:
             raise _unfit(other, at)
-        found.append((text_of(block, "text", at), mark_of(block, at)))
+        found.append((written(block, at), mark_of(block, at)))
     return found
 
 
