@@ -134,7 +134,6 @@ class Match(Struct, frozen=True):
         runs: Blobs to read, in order; together they cover `num_tokens`.
         checkpoint: Blob that holds the state at `num_tokens`, or None when rows suffice.
         common_tokens: Tokens shared with any stored path, resumable or not.
-        prompt_tokens: Those of them whose rows are a prompt's: of the tier `system` or `user`.
         entries: Entries on the path, shallowest first, that this match uses.
         nbytes: Bytes that reading it takes.
         saved_s: Seconds that computing its tokens takes, 0 when nobody measured.
@@ -151,4 +150,3 @@ class Match(Struct, frozen=True):
     saved_s: float = 0.0
     reason: str = ""
     why: MissReason | None = None
-    prompt_tokens: int = 0

@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -231,6 +232,9 @@ class Rendered(Generator):
         self.cache = cache
         self._alone = None
         self._is_distributed = False
+        self.is_ending = False
+        self._changed = threading.Condition()
+        self._tickets = weakref.WeakSet()
         self._in_flight = 2
         self._tokenizing = threading.Lock()
         self._reader = ThreadPoolExecutor(1)

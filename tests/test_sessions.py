@@ -100,7 +100,9 @@ def test_replies_that_come_back_are_not_said_to_be_written(kind: str, tmp_path: 
         with Loop(folder, store) as loop:
             for turn in range(4):
                 messages.append({"role": "user", "content": words(turn + 1, 30)})
-                answered = loop.ask(messages, max_tokens=6)
+                ticket = Ticket()
+                ticket.origin.counts_written = True
+                answered = loop.ask(messages, ticket=ticket, max_tokens=6)
                 written += answered.ticket.written_tokens
                 replied += max(0, answered.cached - length) if turn else 0
                 length = len(answered.prompt)

@@ -138,7 +138,9 @@ class Keeper:
                 return
             at_once = held.wanted and tier != Tier.ASSISTANT
             if at_once:
-                stored = max(origin.stored_tokens, self._saver.promised.tokens(owner, packed))
+                stored = num_tokens
+                if origin.counts_written:
+                    stored = max(origin.stored_tokens, self._saver.promised.tokens(owner, packed))
                 if self._saver.save_later(held) and not self._saver.disk_off:
                     origin.written_tokens += max(0, num_tokens - stored)
             if nbytes > self._resident.max_bytes:

@@ -93,11 +93,11 @@ class Lookup:
         Returns:
             A cache that the caller owns, or None; and the outcome.
         """
-        # In this order: what is saved in between is seen on the disk.
-        promised = self._saver.promised.tokens(owner, packed)
         match = self.match(owner, packed, limit, trail)
-        if origin is not None:
-            origin.stored_tokens = max(promised, match.prompt_tokens)
+        if origin is not None and origin.counts_written:
+            # In this order: what is saved in between is seen on the disk.
+            promised = self._saver.promised.tokens(owner, packed)
+            origin.stored_tokens = max(promised, self._prompt_tokens(owner, packed, trail))
         asks_disk = self._saver.disk is not None and owner.fingerprint is not None
         taken = self.take(owner, packed, limit, on_disk=match, to_copy=to_copy)
         parting = taken.parting
@@ -229,6 +229,16 @@ class Lookup:
             if self._saver.disk is not None:  # else it was closed by us while it was asked
                 self._saver.failed(error)
             return nothing(MissReason.DISK_ERROR, str(error))
+
+    def _prompt_tokens(self, owner: Owner, packed: bytes, trail: Trail | None) -> int:
+        """Tokens that prompts on the disk have rows of; 0 when it cannot be asked."""
+        store = self._saver.disk
+        if store is None or owner.fingerprint is None:
+            return 0
+        try:
+            return store.prompt_tokens(owner.fingerprint, packed, trail=trail)
+        except StoreError:
+            return 0  # of which `match` has said what there is to say
 
     def take(
         self, owner: Owner, packed: bytes, limit: int, *, on_disk: Match, to_copy: bool = False

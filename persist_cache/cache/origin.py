@@ -21,6 +21,7 @@ class Origin:
     Attributes:
         owner: Whose KV it was looked up for (`cache.owners.Owner`); None before.
         prefill: What computing it has cost so far (`prefill.clock.Prefill`); None before.
+        counts_written: Whether `written_tokens` is asked for, which takes a look more.
         stored_tokens: Of the prompt, that prompts on the disk, or on their way there, had rows of
             when it was looked up.
         keep_s: By tier, for how many seconds behind each use its client asks to keep what is stored
@@ -30,6 +31,7 @@ class Origin:
 
     owner: Any = None
     prefill: Any = None
+    counts_written: bool = False
     stored_tokens: int = 0
     keep_s: Mapping[Tier, int] = field(default_factory=dict)
     written_tokens: int = 0

@@ -136,7 +136,7 @@ class Ticket:
         self.in_batch = False
         self.model: Any = None
         self.fetch: Fetch | None = None
-        self.origin = Origin()
+        self.origin = Origin(counts_written=form is not None)
         self.trail = Trail()
         self.model_key: Hashable = None
         self.ahead: Ahead | None = None

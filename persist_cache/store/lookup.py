@@ -14,8 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-import msgspec
-
 from persist_cache import fs
 from persist_cache.blobs.reader import BlobReader
 from persist_cache.codec import Blob
@@ -57,7 +55,6 @@ class Lookup:
         length = len(packed) // TOKEN_BYTES
         limit = length if limit is None else max(0, min(limit, length))
         best: Match | None = None
-        prompt_tokens = 0
         disk = self._disk
         with disk.index.read() as txn:
             for namespace, path in trail.ways(txn, disk, fingerprint.digest, packed):
@@ -68,10 +65,16 @@ class Lookup:
                     >= (best.num_tokens, best.common_tokens)
                 ):
                     best = found
-                prompt_tokens = max(prompt_tokens, found.prompt_tokens)
             if best is None:
                 return self._kin.nothing(txn, fingerprint)
-        return msgspec.structs.replace(best, prompt_tokens=prompt_tokens)
+        return best
+
+    def prompt_tokens(self, fingerprint: Fingerprint, packed: bytes, trail: Trail) -> int:
+        """Leading tokens whose rows are a prompt's; see `Store.prompt_tokens`."""
+        disk = self._disk
+        with disk.index.read() as txn:
+            ways = trail.ways(txn, disk, fingerprint.digest, packed)
+            return max((tree.prompt_rows(txn, path) for _, path in ways), default=0)
 
     def load(
         self,
@@ -170,7 +173,6 @@ def match_along(
 ) -> Match:
     """What can be resumed on the way of a prompt of `length` tokens, at most `limit` of them."""
     position, checkpoint = tree.resumable(txn, path, limit)
-    prompt_tokens = tree.prompt_rows(txn, path)
     why: MissReason | None = None
     if path.common == 0:
         stored = txn.children(namespace.root, limit=1)
@@ -181,10 +183,7 @@ def match_along(
         goes_on = path.node is None or txn.children(path.node, limit=1)
         why = MissReason.DIVERGES if goes_on else MissReason.ENDS
     if position == 0:
-        said = reasons.sentence(why)
-        return Match(
-            0, common_tokens=path.common, reason=said, why=why, prompt_tokens=prompt_tokens
-        )
+        return Match(0, common_tokens=path.common, reason=reasons.sentence(why), why=why)
     runs: list[Run] = []
     nbytes = 0
     for step in path.steps:
@@ -210,7 +209,6 @@ def match_along(
         saved_s=_saved_s(txn, used_entries, position),
         reason=reasons.sentence(why),
         why=why,
-        prompt_tokens=prompt_tokens,
     )
 
 

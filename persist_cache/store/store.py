@@ -318,6 +318,20 @@ class Store:
             fingerprint, _packed(tokens), limit, Trail() if trail is None else trail
         )
 
+    def prompt_tokens(
+        self, fingerprint: Fingerprint, tokens: Sequence[int] | bytes, *, trail: Trail | None = None
+    ) -> int:
+        """Leading tokens of a prompt of which an entry that is no reply has rows.
+
+        Args:
+            fingerprint: Identity of the model.
+            tokens: Prompt token ids, in order, or what `pack_tokens` made of them.
+            trail: As for `match`.
+        """
+        return self._lookup.prompt_tokens(
+            fingerprint, _packed(tokens), Trail() if trail is None else trail
+        )
+
     def fetch(
         self,
         fingerprint: Fingerprint,
