@@ -226,8 +226,10 @@ def blob_files(root: Path) -> list[Path]:
 
 
 def disk_usage(root: Path) -> int:
-    """What `du` says, also while others make and remove files there."""
-    blocks = os.lstat(root).st_blocks
+    """What `du` says, also while others make and remove files there; 0 before there is a folder."""
+    blocks = 0
+    with contextlib.suppress(FileNotFoundError):
+        blocks = os.lstat(root).st_blocks
     pending = [str(root)]
     while pending:
         with contextlib.suppress(FileNotFoundError), os.scandir(pending.pop()) as found:

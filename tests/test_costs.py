@@ -238,15 +238,20 @@ class Rendered(Generator):
             model_key=MODEL,
             spare=Spare(object(), SimpleNamespace(has_thinking=False)),
             draft_model=None,
-            cli_args=SimpleNamespace(chat_template_args={}),
+            is_batchable=True,
+            cli_args=SimpleNamespace(chat_template_args={}, kv_bits=None),
         )
 
     def receive(self, request: Any) -> tuple[list[Any] | None, Sequence[int]]:
         """What is done with a request that waits for others."""
         args = SimpleNamespace(
-            model=SimpleNamespace(model=MODEL[0]), chat_template_kwargs=None, max_tokens=4
+            model=SimpleNamespace(model=MODEL[0]),
+            chat_template_kwargs=None,
+            max_tokens=4,
+            seed=None,
         )
         self.tokenize_ahead(request, args)
+        self.load_ahead(request, args)
         self._reader.shutdown()
         prompt = self._tokenize(self.model_provider.spare.of, request, args)[0]
         return TicketedCache(self.cache, self).fetch_nearest_cache(MODEL, prompt)

@@ -9,6 +9,7 @@ import threading
 import time
 from typing import Any, NamedTuple
 
+from persist_cache.cache.ahead import Ahead
 from persist_cache.cache.live_caches import Candidate, Held, Resident
 from persist_cache.cache.origin import Origin
 from persist_cache.cache.owners import Owner
@@ -28,13 +29,14 @@ _ENOUGH_GAIN_TOKENS = 32
 class Taken(NamedTuple):
     """What memory gave for a prompt: a cache, if it is to be used, its length and its cost.
 
-    `parting` is what `Resident.parting` said before it was given away.
+    `parting` is what `Resident.parting` said before it was given away; `held` is what it was.
     """
 
     cache: Any | None
     num_tokens: int
     parting: tuple[int, bool]
     prefill_s: float = 0.0
+    held: Held | None = None
 
 
 class Lookup:
@@ -71,6 +73,7 @@ class Lookup:
         counted: bool,
         trail: Trail | None = None,
         to_copy: bool = False,
+        ahead: Ahead | None = None,
         origin: Origin | None = None,
     ) -> tuple[Any | None, Fetch]:
         """The longer of memory and disk, what it is, and why it is no more.
@@ -84,6 +87,7 @@ class Lookup:
             to_copy: Whether the caller copies the cache before it writes to it, as a batch does.
                 Then it stays in memory, also one from the disk, where the next one of the same
                 conversation shares its rows.
+            ahead: What `load_ahead` read for this request.
             origin: Of the request; what the disk has of the prompt is noted there.
 
         Returns:
@@ -113,6 +117,14 @@ class Lookup:
         if taken.cache is None:
             return None, Fetch("miss", 0, said, why=why)
         store = self._saver.store
+        if ahead is not None and ahead.held is taken.held:
+            ahead.is_used = True
+            read = ahead.match
+            if counted and store is not None:
+                store.touch(read, num_tokens=used, spent_s=ahead.seconds)
+            return taken.cache, Fetch(
+                "disk", used, said, ahead.seconds, read.nbytes, read.saved_s, why
+            )
         if counted and store is not None and match.num_tokens:
             store.touch(match, num_tokens=used)
         cost = taken.prefill_s
@@ -137,6 +149,55 @@ class Lookup:
         known = 0 if candidate is None else candidate.num_tokens
         match = self.match(owner, packed, limit, trail)
         return max(known, match.num_tokens), max(common, match.common_tokens)
+
+    def load_ahead(
+        self,
+        owner: Owner,
+        packed: bytes,
+        limit: int,
+        trail: Trail | None = None,
+        *,
+        to_copy: bool,
+    ) -> Ahead | None:
+        """Read from the disk into memory what `answer` would, for a request that still waits.
+
+        It is held as the caches of others are, and counted with them, until it is used or
+        released, or its room is needed for others.
+
+        Returns:
+            What was read; None when nothing is worth it. What memory may not hold is left to the
+            system to read.
+        """
+        match = self.match(owner, packed, limit, trail)
+        with self._lock:
+            candidate = self._resident.find(owner, packed, limit)
+        in_memory = 0 if candidate is None else candidate.num_tokens
+        gain = match.num_tokens - in_memory
+        store = self._saver.store
+        if store is None or gain <= 0 or (in_memory > 0 and gain < _ENOUGH_GAIN_TOKENS):
+            return None
+        if match.nbytes > self._resident.max_bytes:
+            self._tally.read_ahead(store.read_ahead(match))
+            return None
+        started = time.monotonic()
+        found = self._load(owner, packed, match, limit, in_memory + 1, counted=False)
+        if found is None:
+            return None
+        cache, match = found
+        held = self._held(owner, packed, cache, match)
+        held.stays = to_copy
+        with self._lock:
+            if held.nbytes > self._resident.max_bytes or not self._resident.is_current(owner):
+                return None
+            self._saver.spill(self._resident.add(held))
+        self._tally.read_ahead(match.nbytes)
+        return Ahead(held, match, time.monotonic() - started)
+
+    def release(self, ahead: Ahead) -> None:
+        """Let go of what was read for a request that is not answered."""
+        with self._lock:
+            if not ahead.is_used:
+                self._resident.remove(ahead.held)
 
     def read_ahead(
         self, owner: Owner, packed: bytes, limit: int, trail: Trail | None = None
@@ -185,7 +246,7 @@ class Lookup:
                     return Taken(None, used, parting)
                 cache = self._give(candidate, to_copy)
                 if cache is not None:
-                    taken = Taken(cache, used, parting, _cost(candidate, on_disk))
+                    taken = Taken(cache, used, parting, _cost(candidate, on_disk), candidate.held)
                     break
                 self._tally.problem("trim_failed")
                 self._resident.remove(candidate.held)
@@ -234,14 +295,18 @@ class Lookup:
         """Keep what was read from the disk; returns a copy to decode on."""
         if self._sharing is None:
             return cache
-        nbytes = self._codec.nbytes(cache)
-        tokens = packed[: match.num_tokens * TOKEN_BYTES]
-        held = Held(owner, tokens, cache, nbytes, Tier.ASSISTANT.label, match.saved_s, saved=True)
+        held = self._held(owner, packed, cache, match)
         held.stays = True
         with self._lock:
-            if nbytes <= self._resident.max_bytes and self._resident.is_current(owner):
+            if held.nbytes <= self._resident.max_bytes and self._resident.is_current(owner):
                 self._saver.spill(self._resident.add(held, spare=True))
         return self._codec.copy_cache(cache)
+
+    def _held(self, owner: Owner, packed: bytes, cache: Any, match: Match) -> Held:
+        """What was read from the disk, as memory holds it."""
+        tokens = packed[: match.num_tokens * TOKEN_BYTES]
+        nbytes = self._codec.nbytes(cache)
+        return Held(owner, tokens, cache, nbytes, Tier.ASSISTANT.label, match.saved_s, saved=True)
 
     def _load(
         self,

@@ -16,6 +16,7 @@ from dataclasses import replace
 from threading import RLock
 from typing import Any
 
+from persist_cache.cache.ahead import Ahead
 from persist_cache.cache.keeper import Keeper
 from persist_cache.cache.live_caches import Resident
 from persist_cache.cache.lookup import Lookup
@@ -262,6 +263,7 @@ class PromptCache:
         origin: Origin | None = None,
         leave_tokens: int = 0,
         to_copy: bool = False,
+        ahead: Ahead | None = None,
     ) -> tuple[Any | None, Sequence[int], Fetch]:
         """As `fetch_nearest_cache`, with its outcome.
 
@@ -275,6 +277,7 @@ class PromptCache:
                 more than the cache leaves by itself.
             to_copy: The caller copies the cache before it writes to it, as a batch does: it stays
                 in memory, and so does one that is read from the disk.
+            ahead: What `load_ahead` read for this request.
 
         Returns:
             Cache and rest, and how the request was answered.
@@ -287,7 +290,7 @@ class PromptCache:
             packed = pack_tokens(tokens)
             leave = max(leave_tokens, self._leave_tokens)
             limit = max(0, len(packed) // TOKEN_BYTES - leave)
-            cache, fetch = self._fetch(model, packed, limit, counted, trail, origin, to_copy)
+            cache, fetch = self._fetch(model, packed, limit, counted, trail, origin, to_copy, ahead)
             prefill = self._prefills.begun(
                 model, packed, fetch.num_tokens, fetch.prefill_s, remember=origin is None
             )
@@ -298,7 +301,8 @@ class PromptCache:
             self._tally.problem(f"fetch_failed:{type(error).__name__}")
             why = MissReason.LOOK_UP_FAILED
             cache, fetch = None, Fetch("miss", 0, sentence(why), why=why)
-        fetch = replace(fetch, seconds=time.monotonic() - started)
+        # What was read ahead took its time before.
+        fetch = replace(fetch, seconds=fetch.seconds + time.monotonic() - started)
         if counted:
             try:
                 self._account(len(tokens), packed, fetch)
@@ -418,6 +422,44 @@ class PromptCache:
             return self._lookup.read_ahead(owner, pack_tokens(tokens), len(tokens), trail)
         return 0
 
+    def load_ahead(
+        self,
+        model: Hashable,
+        tokens: Sequence[int],
+        *,
+        trail: Trail | None = None,
+        leave_tokens: int = 0,
+        to_copy: bool = False,
+    ) -> Ahead | None:
+        """Read from the disk what a fetch of this prompt would, for a request that waits.
+
+        It identifies no model and counts no request. The bytes are read and verified on threads
+        of the codec's, so any thread may call it. What was read counts as memory.
+
+        Args:
+            model: mlx-lm's model key.
+            tokens: The prompt.
+            trail: Of the request; as for `look_up`.
+            leave_tokens: As for `look_up`.
+            to_copy: As for `look_up`.
+
+        Returns:
+            What to give to `look_up`, or to `release`; None when there is nothing to read, or
+            nothing was asked of the model yet.
+        """
+        with self._nothing_raised():
+            if self.store is None:
+                return None
+            owner = self._owners.of(model, may_read=False)
+            limit = max(0, len(tokens) - max(leave_tokens, self._leave_tokens))
+            packed = pack_tokens(tokens)
+            return self._lookup.load_ahead(owner, packed, limit, trail, to_copy=to_copy)
+        return None
+
+    def release(self, ahead: Ahead) -> None:
+        """Let go of what was read ahead for a request that was given up."""
+        self._lookup.release(ahead)
+
     def known_tokens(self, model: Hashable, tokens: Sequence[int]) -> int:
         """Length of the longest prefix that a fetch would serve; looks only, counts nothing."""
         return self._known(model, tokens)[0]
@@ -525,6 +567,7 @@ class PromptCache:
         trail: Trail | None,
         origin: Origin | None,
         to_copy: bool,
+        ahead: Ahead | None,
     ) -> tuple[Any | None, Fetch]:
         self._saver.poke()
         self._computing_until = time.monotonic() + _LONGEST_ANSWER_S
@@ -533,7 +576,9 @@ class PromptCache:
             self._owners.asked(owner, packed)
         else:
             origin.owner = owner
-        cache, fetch = self._lookup.answer(owner, packed, limit, counted, trail, to_copy, origin)
+        cache, fetch = self._lookup.answer(
+            owner, packed, limit, counted, trail, to_copy, ahead, origin
+        )
         if cache is not None:
             self._owners.gave(owner, cache)
         return cache, fetch

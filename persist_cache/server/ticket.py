@@ -13,6 +13,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, SupportsIndex, overload
 
+from persist_cache.cache.ahead import Ahead
 from persist_cache.cache.origin import Origin
 from persist_cache.cache.prompt_cache import PromptCache
 from persist_cache.cache.stats import Fetch
@@ -107,6 +108,9 @@ class Ticket:
         fetch: What the first look found; None before, and for a request that failed before.
         origin: The first look, for the inserts that follow.
         trail: The prompt's way through the store's index, for all looks of the request.
+        model_key: mlx-lm's key of the model that it was tokenized for, before it was queued; None
+            when that was not done.
+        ahead: What was read from the disk for it before it was queued.
         times: When what happened.
         sign: Called while its answer is waited for, on the thread that answers. It raises a
             `ConnectionError` when the client is gone.
@@ -126,6 +130,8 @@ class Ticket:
         self.fetch: Fetch | None = None
         self.origin = Origin()
         self.trail = Trail()
+        self.model_key: Hashable = None
+        self.ahead: Ahead | None = None
         self.times = Times()
         self.computed = (0, 0)
         self.leave_tokens = 0
@@ -290,7 +296,11 @@ class TicketedCache:
             origin=ticket.origin,
             leave_tokens=ticket.leave_tokens,
             to_copy=ticket.in_batch,
+            ahead=ticket.ahead,
         )
+        if ticket.ahead is not None:
+            self._cache.release(ticket.ahead)
+            ticket.ahead = None
         ticket.trail.forget()
         ticket.looked(fetch)
         return self._desk.complete(model, tokens, cache, rest)

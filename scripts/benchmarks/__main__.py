@@ -13,7 +13,7 @@ from scripts.benchmarks import common
 
 ALL = (
     *("restore", "insert", "lookup", "growth", "turns", "signs", "sessions"),
-    *("ttft", "memory", "stall", "commands", "translation"),
+    *("ttft", "start", "memory", "stall", "commands", "translation"),
 )
 """Modules of this package, in the order in which `all` runs them."""
 BENCHMARKS = (*ALL, "peers")

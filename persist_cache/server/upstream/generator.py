@@ -23,7 +23,7 @@ from persist_cache.server.protocols.anthropic_request import MessagesRequest
 from persist_cache.server.streaming import SIGN_S
 from persist_cache.server.ticket import Ticket, TicketedCache
 from persist_cache.server.upstream.prompts import Prompts
-from persist_cache.server.upstream.requests import Answers, TicketedRequest
+from persist_cache.server.upstream.requests import Answers, TicketedRequest, failing_answer
 
 
 class Generator(Prompts):
@@ -33,6 +33,7 @@ class Generator(Prompts):
     """The request that is served alone."""
 
     def __init__(self, model_provider: Any, prompt_cache: PromptCache) -> None:
+        self._in_flight = 0
         self.templates = Templates()
         self.admin: Admin | None = None
         self.guard: ModelGuard | None = None
@@ -69,6 +70,7 @@ class Generator(Prompts):
         answers = Answers(ticket)
         try:
             self.tokenize_ahead(request, generation_args)
+            self.load_ahead(request, generation_args)
             self.requests.put((answers, request, generation_args))
             ctx = self._next_answer(answers, ticket)
             if isinstance(ctx, Exception):
@@ -83,9 +85,10 @@ class Generator(Prompts):
                 raise RuntimeError("The request was answered without a look into the cache.")
         except BaseException as error:
             ticket.drop()
+            self._release(ticket.ahead)
             if not isinstance(error, Exception) or not ticket.has_begun():
                 raise
-            return failed(error)
+            return failing_answer(error)
         told = self._told(ctx, answers, ticket, progress_callback)
         return ctx, (one for one in told if not only_fills)
 
@@ -128,10 +131,21 @@ class Generator(Prompts):
                     raise RuntimeError("generation thread died") from None
                 ticket.sign()
 
+    # ---- the generation thread ---------------------------------------------------------------
+
+    def _next_request(self, timeout: float | None = None) -> Any:
+        provider = self.model_provider
+        is_idle = timeout is not None and self.requests.empty()
+        if provider.spare is None and (is_idle or provider.wants_spare):
+            provider.make_spare()
+        return super()._next_request(timeout)
+
     # ---- requests that are served alone ------------------------------------------------------
 
     def _serve_single(self, request: Any, stream: Any) -> None:
         """One request at a time, where upstream knows no segments."""
+        if self.model_provider.spare is None:
+            self.model_provider.make_spare()  # until it is answered nobody else can
         answers, asked, args = request
         ticket: Ticket = asked.ticket
         ticket.leave_tokens = tokens_looked_back_at(args.logits)

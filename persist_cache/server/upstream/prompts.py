@@ -14,8 +14,10 @@ from typing import Any
 
 from mlx_lm import server as upstream
 
+from persist_cache.cache.ahead import Ahead
 from persist_cache.cache.prompt_cache import PromptCache
 from persist_cache.prefill import loading
+from persist_cache.server.alone import tokens_looked_back_at
 from persist_cache.server.lengths import room
 from persist_cache.server.names import Names
 from persist_cache.server.protocols.anthropic_request import MessagesRequest
@@ -24,7 +26,7 @@ from persist_cache.server.rendering import unrenderable
 from persist_cache.server.segments import as_system, cut_at, cut_turn, system_tokens
 from persist_cache.server.streaming import SIGN_S
 from persist_cache.server.ticket import CutPrompt, Ticket, TicketTokens
-from persist_cache.server.upstream.provider import Spare
+from persist_cache.server.upstream.provider import Provider, Spare
 from persist_cache.server.upstream.requests import TicketedRequest, as_upstreams
 from persist_cache.server.validation import RefusedError
 from persist_cache.store.trail import Trail
@@ -39,12 +41,12 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
     Most of it runs on the threads that answer, beside the generation thread.
     """
 
-    names: Names | None = None
-    """Makes one key of all names of a model; without it they are taken as upstream takes them."""
     strict = False
     """Whether requests for what is not done are refused."""
     _in_flight = 0
     """Requests that are being answered."""
+    names: Names | None = None
+    """Makes one key of all names of a model; without it they are taken as upstream takes them."""
 
     def __init__(self, model_provider: Any, prompt_cache: Any, cache: PromptCache) -> None:
         """Make prompts for a model provider's models.
@@ -56,7 +58,7 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
         """
         self.cache = cache  # upstream deletes its own reference at the end
         self._tokenizing = threading.Lock()
-        self._reader = ThreadPoolExecutor(1, "persist-cache-read-ahead")
+        self._reader = ThreadPoolExecutor(1, "persist-cache-load-ahead")
         super().__init__(model_provider, prompt_cache)
 
     # ---- beside the generation thread ----------------------------------------------------------
@@ -64,8 +66,7 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
     def tokenize_ahead(self, request: TicketedRequest, args: Any) -> None:
         """Tokenize a request before it is queued, if its model is the one that is loaded.
 
-        So the generation thread need not, what is wrong with it is said at once, and what it will
-        want of the disk can be read while others are answered.
+        So the generation thread need not, and what is wrong with it is said at once.
 
         Raises:
             RefusedError: It cannot be rendered, or is beyond the model's context.
@@ -76,6 +77,9 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
         wanted = args.model.model
         if wanted == "default_model":
             wanted = self.cli_args.model
+        if spare is None and wanted == self.cli_args.model and self._in_flight > 1:
+            # Those before it are enough to keep the generation thread busy.
+            spare, key = self._awaited_spare(ticket), provider.model_key
         if spare is None or key is None or wanted != key[0]:
             return
         try:
@@ -87,8 +91,62 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
             if ticket.is_over or provider.spare is spare:
                 raise
             return  # another model was loaded meanwhile
-        if self._in_flight > 1:
-            self._reader.submit(self.cache.read_ahead, key, prompt.tokens, trail=ticket.trail)
+        ticket.model_key = key
+
+    def _awaited_spare(self, ticket: Ticket) -> Spare | None:
+        """The spare tokenizer of the command line's model; None if that is not the next to be."""
+        provider: Provider = self.model_provider
+
+        def is_coming() -> bool:
+            key = provider.model_key
+            return provider.is_loading if key is None else key[0] == self.cli_args.model
+
+        while provider.spare is None and is_coming() and self.generation_available():
+            provider.wants_spare = True
+            time.sleep(SIGN_S / 10)
+            ticket.sign()
+            if ticket.is_over:
+                raise ConnectionAbortedError("The client is gone.")
+        return provider.spare
+
+    def load_ahead(self, request: TicketedRequest, args: Any) -> None:
+        """Have in memory what the disk has of a tokenized request, before it is queued.
+
+        So the generation thread need not wait for the disk while it decodes for others.
+
+        Raises:
+            ConnectionError: The client is gone.
+        """
+        ticket = request.ticket
+        prompt, key = ticket.prompt, ticket.model_key
+        if prompt is None or key is None or self._is_distributed:
+            return
+        in_batch = self._is_batchable(args)
+        reading = self._reader.submit(
+            self.cache.load_ahead,
+            key,
+            prompt.tokens,
+            trail=ticket.trail,
+            leave_tokens=0 if in_batch else tokens_looked_back_at(args.logits),
+            to_copy=in_batch,
+        )
+        try:
+            while True:
+                with contextlib.suppress(TimeoutError):
+                    ticket.ahead = reading.result(SIGN_S)
+                    return
+                ticket.sign()
+                if ticket.is_over:
+                    raise ConnectionAbortedError("The client is gone.")
+        except ConnectionError:
+            if not reading.cancel():
+                reading.add_done_callback(lambda done: self._release(done.result()))
+            raise
+
+    def _release(self, ahead: Ahead | None) -> None:
+        """Let go of what was read ahead for a request that is not answered."""
+        if ahead is not None:
+            self.cache.release(ahead)
 
     def _cut_beside(self, spare: Spare, request: TicketedRequest, args: Any) -> CutPrompt:
         """Tokenize and cut a request beside the generation thread."""
@@ -121,9 +179,7 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
         provider, names = self.model_provider, self.names
         key = None if names is None else names.key(args.model.model)
         is_own = names is None or key == names.key(None)
-        while provider.spare is None and is_own and self.generation_available():
-            time.sleep(SIGN_S)  # it is being loaded
-        spare = provider.spare
+        spare = self._awaited_spare(ticket) if is_own else provider.spare
         if spare is None or key not in (None, provider.model_key):
             if key is None:
                 raise RefusedError(503, "No model is loaded, so there is nothing to count with.")

@@ -39,7 +39,11 @@ class Provider(upstream.ModelProvider):  # type: ignore[misc]
     is_trimmable = True
     """The loaded model's cache can be resumed at any token."""
     spare: Spare | None = None
-    """Of what is loaded, for use beside the generation thread."""
+    """Of what is loaded, for use beside the generation thread; made when that has time for it."""
+    wants_spare = False
+    """Somebody waits for it."""
+    is_loading = False
+    """A model is being loaded."""
     context: int | None = None
     """Tokens that the loaded model was made for, if its configuration says so."""
     context_given: int | None = None
@@ -59,6 +63,15 @@ class Provider(upstream.ModelProvider):  # type: ignore[misc]
 
     def _load(
         self, model_path: str, adapter_path: str | None = None, draft_model_path: str | None = None
+    ) -> None:
+        self.is_loading = True
+        try:
+            self._load_identified(model_path, adapter_path, draft_model_path)
+        finally:
+            self.is_loading = False
+
+    def _load_identified(
+        self, model_path: str, adapter_path: str | None, draft_model_path: str | None
     ) -> None:
         # The key is formed as upstream forms it when the model is loaded.
         model_key = (model_path, adapter_path, draft_model_path)
@@ -91,7 +104,12 @@ class Provider(upstream.ModelProvider):  # type: ignore[misc]
             if self.context_given is None and folder is not None:
                 self.context = context_tokens(loadable.read_config(folder))
         self.is_trimmable = self.model is None or _is_trimmable(self.model)
-        self.spare = Spare(self.tokenizer, copy.deepcopy(self.tokenizer))
+
+    def make_spare(self) -> None:
+        """Copy the tokenizer of what is loaded, which can take as long as a short prompt does."""
+        self.wants_spare = False
+        if self.tokenizer is not None:
+            self.spare = Spare(self.tokenizer, copy.deepcopy(self.tokenizer))
 
 
 def _check_draft(model: Any) -> None:

@@ -93,7 +93,7 @@ class Answers(Queue[Any]):
         super().put(item, block, timeout)
 
 
-def failed(error: Exception) -> tuple[Any, Iterator[Any]]:
+def failing_answer(error: Exception) -> tuple[Any, Iterator[Any]]:
     """An answer whose stream has begun, and which then fails."""
 
     def answer() -> Iterator[Any]:

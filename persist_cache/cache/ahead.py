@@ -1,0 +1,27 @@
+"""What was read from the disk for a request that waits, before the generation thread has it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from persist_cache.cache.live_caches import Held
+from persist_cache.entry import Match
+
+
+@dataclass(slots=True, eq=False)
+class Ahead:
+    """A cache that was read for one request.
+
+    Thread safety: made by one thread, then used by another.
+
+    Attributes:
+        held: It, as memory holds it.
+        match: What was found on the disk.
+        seconds: How long reading it took.
+        is_used: The request it was read for has it.
+    """
+
+    held: Held
+    match: Match
+    seconds: float
+    is_used: bool = False

@@ -1,0 +1,182 @@
+"""From the start of a server to its first token, and what a long prompt from the disk adds.
+
+Beside mlx-lm's own server, and beside a verified read of the bytes that are restored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import requests
+
+from scripts.benchmarks import common
+from scripts.benchmarks.common import Context, Report, Spread, Table, fresh
+
+STOCK = "mlx_lm.server: from its start to the answer of a short prompt"
+OURS = "ours: the same"
+DISK = "then a long prompt, from the disk"
+MEMORY = "then the same, from memory"
+READ = "a verified read of its bytes"
+START_S = 120.0
+
+
+def run(context: Context) -> Report:
+    from persist_cache_cli.demo.model import smollm2
+    from persist_cache_cli.demo.openblas import find_openblas, preload_env
+
+    common.say("start: the model")
+    model = smollm2("float32")
+    env = os.environ | preload_env()
+    # As installed packages have it.
+    env.pop("PYTHONDONTWRITEBYTECODE", None)
+    num_tokens = context.pick(250, 2000)
+    with context.scratch() as scratch:
+        store = scratch / "store"
+        log = scratch / "log"
+        prompt = _prompt(model, num_tokens)
+        common.say("start: the prompt is computed")
+        _asked(_ours(model, store), env, log, [prompt])
+        common.sync(store)
+        cases = {
+            STOCK: partial(_asked, _stock(model), env, log, ["Hi"]),
+            OURS: partial(_asked, _ours(model, store), env, log, ["Hi", prompt, prompt]),
+            READ: partial(fresh, read_verified, store=str(store)),
+        }
+        for case in cases.values():
+            case()
+        samples = common.take_turns(cases, context.pick(2, 15), "start")
+    for answers in samples[OURS]:
+        assert [one["cached"] > num_tokens - 20 for one in answers] == [False, True, True], answers
+    values = {
+        "model": "SmolLM2-135M-Instruct, float32",
+        "openblas": find_openblas() is not None,
+        "tokens": num_tokens,
+        "bytes": samples[READ][0]["nbytes"],
+        "s": {
+            STOCK: [answers[0]["s"] for answers in samples[STOCK]],
+            **{
+                name: [answers[place]["s"] for answers in samples[OURS]]
+                for place, name in enumerate((OURS, DISK, MEMORY))
+            },
+            READ: [one["s"] for one in samples[READ]],
+        },
+    }
+    return Report("start", "From the start of the process", values, _tables(values))
+
+
+def _prompt(model: Path, num_tokens: int) -> str:
+    from persist_cache.prefill.loading import load_tokenizer
+    from persist_cache_cli.demo.prompt import system_text
+
+    tokenizer = load_tokenizer(str(model))
+    tokens = tokenizer.encode(system_text())
+    return str(tokenizer.decode((tokens * (num_tokens // len(tokens) + 1))[:num_tokens]))
+
+
+def _ours(model: Path, store: Path) -> list[str]:
+    program = str(Path(sys.executable).with_name("persist-cache"))
+    return [program, "serve", "--store", str(store), "--min-free", "0", "--model", str(model)]
+
+
+def _stock(model: Path) -> list[str]:
+    return [str(Path(sys.executable).with_name("mlx_lm.server")), "--model", str(model)]
+
+
+def _asked(
+    command: list[str], env: dict[str, str], log: Path, prompts: list[str]
+) -> list[dict[str, Any]]:
+    """Start a server and have it answer with one token, prompt after prompt.
+
+    Returns:
+        For each the seconds, of the first one since the start of the process, and the tokens that
+        were not computed.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    found = []
+    started = time.perf_counter()
+    with (
+        log.open("wb") as out,
+        _running([*command, "--port", str(port)], env, out),
+        requests.Session() as session,
+    ):
+        for prompt in prompts:
+            body: dict[str, Any] = {"prompt": prompt, "max_tokens": 1, "temperature": 0}
+            while True:
+                try:
+                    answer = session.post(
+                        f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=START_S
+                    )
+                    break
+                except requests.ConnectionError:
+                    assert time.perf_counter() - started < START_S, log.read_text()[-2000:]
+                    time.sleep(0.005)
+            answered = time.perf_counter()
+            assert answer.status_code == 200, answer.text
+            details = answer.json()["usage"].get("prompt_tokens_details", {})
+            found.append({"s": answered - started, "cached": details.get("cached_tokens", 0)})
+            time.sleep(0.5)  # what follows an answer is not of the next one
+            started = time.perf_counter()
+    return found
+
+
+@contextlib.contextmanager
+def _running(command: list[str], env: dict[str, str], out: Any) -> Iterator[None]:
+    process = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT)
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def read_verified(store: str) -> dict[str, float]:
+    """Read all files of a store, and hold them against their checksums; nothing is made of them."""
+    from persist_cache.blobs.reader import BlobReader
+
+    files = sorted((Path(store) / "blobs").rglob("*.safetensors"))
+    started = time.perf_counter()
+    nbytes = 0
+    for path in files:
+        with BlobReader(path) as blob:
+            blob.verify()
+            nbytes += blob.nbytes
+    return {"s": time.perf_counter() - started, "nbytes": nbytes}
+
+
+def restoring(values: Any) -> Spread:
+    """What the disk adds to a hit in memory, against a verified read, by turns."""
+    by_turns = zip(*(values["s"][case] for case in (DISK, MEMORY, READ)), strict=True)
+    return Spread.of([(disk - memory) / read for disk, memory, read in by_turns])
+
+
+def against_stock(values: Any) -> Spread:
+    """From the start to the answer of a short prompt, against mlx-lm's own server, by turns."""
+    by_turns = zip(values["s"][OURS], values["s"][STOCK], strict=True)
+    return Spread.of([ours / stock for ours, stock in by_turns])
+
+
+def _tables(values: Any) -> list[Table]:
+    rows = [[case, Spread.of(seconds).show(1e3, 0)] for case, seconds in values["s"].items()]
+    return [
+        Table(
+            f"{values['model']}, {'with' if values['openblas'] else 'without'} OpenBLAS; the long "
+            f"prompt has {values['tokens']:,} tokens, {values['bytes'] / 2**20:,.0f} MiB",
+            ["what", "ms"],
+            rows,
+            "Answers of one token. By turns: the start, ours against mlx_lm.server: "
+            f"{against_stock(values).show(digits=3)}. What the disk adds to the hit in memory, "
+            f"against the verified read in a process of its own: {restoring(values).show()}. "
+            "Files are in the page cache.",
+        )
+    ]

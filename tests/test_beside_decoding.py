@@ -1,0 +1,151 @@
+"""What a request needs of the disk is restored while others decode, and continues bit for bit."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from persist_cache import Store, tensors
+from persist_cache.server.ticket import Ticket
+from persist_cache.server.upstream.provider import Provider
+from tests.loops import Loop, words
+from tests.torture.tiny import KINDS, write_model
+from tests.waiting import until
+
+SYSTEM = {"role": "system", "content": words(7, 300)}
+QUESTION = [SYSTEM, {"role": "user", "content": words(3, 20)}]
+SEED = {"seed": 1}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folders of tiny models by the name of their kind."""
+    folder = tmp_path_factory.mktemp("models")
+
+    def made(name: str) -> Path:
+        if not (folder / name).exists():
+            write_model(folder / name, KINDS[name], 0)
+        return folder / name
+
+    return made
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with Store.open(tmp_path / "store", min_free_bytes=0) as opened:
+        yield opened
+
+
+@pytest.fixture
+def restoring(monkeypatch: pytest.MonkeyPatch) -> list[threading.Thread]:
+    """The threads that wait for caches to be restored."""
+    threads: list[threading.Thread] = []
+    restore = tensors.restore
+
+    def noted(*arguments: Any) -> Any:
+        threads.append(threading.current_thread())
+        return restore(*arguments)
+
+    monkeypatch.setattr(tensors, "restore", noted)
+    return threads
+
+
+@pytest.mark.parametrize("sampling", [{}, SEED], ids=["batched", "seed"])
+@pytest.mark.parametrize("kind", ["plain", "sliding", "hybrid"])
+def test_a_cache_is_restored_off_the_generation_thread(
+    model: Callable[[str], Path],
+    store: Store,
+    restoring: list[threading.Thread],
+    kind: str,
+    sampling: dict[str, Any],
+) -> None:
+    with Loop(model(kind), store) as first:
+        fresh = first.ask(QUESTION, max_tokens=8, **sampling)
+    with Loop(model(kind), store) as second:
+        second.ask(text="w1 w2")  # until then nothing can be tokenized: the model is being loaded
+        second.count()
+        again = second.ask(QUESTION, max_tokens=8, **sampling)
+        restored = list(restoring)
+        computed = second.prefilled()
+        held = len(second.cache)
+
+    assert again.reply == fresh.reply
+    assert again.ticket.fetch is not None
+    assert again.ticket.fetch.source == "disk"
+    assert computed + 1 == len(again.prompt) - again.cached < 40
+    assert len(restored) == 1
+    assert restored[0] is not threading.current_thread()
+    assert restored[0].name.startswith("persist-cache-load-ahead")
+    assert held > 0
+
+
+def test_what_a_client_that_left_was_to_get_is_released(
+    model: Callable[[str], Path], store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Loop(model("plain"), store) as first:
+        prompt = first.ask(QUESTION, max_tokens=8).prompt
+    may_end, begun = threading.Event(), threading.Event()
+    restore = tensors.restore
+
+    def slow(*arguments: Any) -> Any:
+        begun.set()
+        assert may_end.wait(60)
+        return restore(*arguments)
+
+    monkeypatch.setattr(tensors, "restore", slow)
+    with Loop(model("plain"), store) as second:
+        second.ask(text="w1 w2")
+        ticket = Ticket()
+        ticket.has_left = begun.is_set
+        with pytest.raises(ConnectionError):
+            second.ask(QUESTION, ticket=ticket)
+        may_end.set()
+        until(lambda: second.cache.stats().read_ahead_bytes)
+        until(lambda: second.cache.outlook(second.provider.model_key, prompt)[1] < 10)
+        monkeypatch.setattr(tensors, "restore", restore)
+        again = second.ask(QUESTION, max_tokens=8)
+
+    assert again.ticket.fetch is not None
+    assert again.ticket.fetch.source == "disk"
+
+
+def test_requests_that_wait_for_the_model_are_tokenized_beside_the_first(
+    model: Callable[[str], Path], store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one is not kept waiting for a copy of the tokenizer; those behind it want one."""
+    may_load = threading.Event()
+    load = Provider.load_default
+
+    def slow(self: Provider) -> None:
+        assert may_load.wait(60)
+        load(self)
+
+    monkeypatch.setattr(Provider, "load_default", slow)
+    tickets = [Ticket() for _ in range(3)]
+    with Loop(model("plain"), store) as loop, ThreadPoolExecutor(3) as clients:
+        loop.provider.is_loading = True
+        asked = []
+        for ticket in tickets:
+            asked.append(clients.submit(loop.ask, QUESTION, ticket=ticket, max_tokens=200))
+            until(lambda: loop.generator.requests.qsize() == 1)
+        may_load.set()
+        replies = [one.result(60).reply for one in asked]
+
+    assert replies[0] == replies[1] == replies[2]
+    assert [one.model_key is None for one in tickets] == [True, False, False]
+
+
+def test_a_load_that_failed_keeps_nobody_waiting_for_a_tokenizer(
+    model: Callable[[str], Path], store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Provider, "load_default", lambda self: None)
+    with Loop(model("plain"), store) as loop, ThreadPoolExecutor(3) as clients:
+        asked = [clients.submit(loop.ask, QUESTION, max_tokens=4) for _ in range(3)]
+        replies = [one.result(60).reply for one in asked]
+
+    assert replies[0] == replies[1] == replies[2]
