@@ -12,7 +12,7 @@ from pathlib import Path
 from scripts.benchmarks import common
 
 ALL = (
-    *("restore", "insert", "lookup", "growth", "turns", "signs", "sessions"),
+    *("restore", "insert", "lookup", "growth", "turns", "interrupted", "signs", "sessions"),
     *("ttft", "memory", "stall", "commands", "translation"),
 )
 """Modules of this package, in the order in which `all` runs them."""
