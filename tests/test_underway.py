@@ -142,7 +142,7 @@ def test_prefill_is_saved_at_growing_distances() -> None:
     saved = []
     for second in range(1, 1001):
         now = float(second)
-        if underway.is_worth_saving(second * 100, second * 10_000_000):
+        if underway.claims_saving(second * 100, second * 10_000_000):
             underway.passed(second * 100, kept=True)
             saved.append(second)
 
@@ -150,4 +150,22 @@ def test_prefill_is_saved_at_growing_distances() -> None:
     assert len(saved) < 48, "so many files on one way would be merged"
     assert all(b - a <= max(2, b / 8 + 1) for a, b in pairwise(saved))
     now = 2000.0
-    assert not underway.is_worth_saving(100_100, 100_100)
+    assert not underway.claims_saving(100_100, 100_100)
+
+
+def test_states_are_saved_on_the_way_while_they_are_little_beside_the_rows() -> None:
+    now = 0.0
+    underway = Underway(lambda: now)
+    underway.begin(0)
+    saved = []
+    for second in range(1, 101):
+        now = float(second)
+        rows, states = second * 2_000_000, 3_000_000
+        if underway.claims_saving(second * 100, rows + states, states):
+            underway.passed(second * 100, kept=True)
+            saved.append(second)
+
+    assert saved[0] >= 15
+    assert all(b - a >= 10 for a, b in pairwise(saved))
+    assert all(number * 3 <= 0.1 * 2 * at + 1e-9 for number, at in enumerate(saved, 1))
+    assert len(saved) >= 4

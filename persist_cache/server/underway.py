@@ -19,6 +19,10 @@ _SAVE_EVERY_SHARE = 1 / 8
 """… or this share of what was computed, if that is more: a long one leaves few files."""
 LEAST_SAVED_BYTES = 320 << 10
 """Twenty times the header of a file: what is saved on the way costs no more than 5 %."""
+STATES_EVERY_S = 10.0
+"""At most so often the states of layers are saved on the way, which are as large each time, …"""
+STATES_SHARE = 0.1
+"""… and only while all of them together are less than this share of the rows computed."""
 
 
 class Underway:
@@ -43,7 +47,8 @@ class Underway:
         self._passed = 0
         self._left_at: float | None = None
         self._is_in_the_way = False
-        self._begun_at = self._save_at = 0.0
+        self._begun_at = self._save_at = self._kept_at = 0.0
+        self._states_bytes = 0
         self._is_cut = False
         self._runs = False
         self._ended = False
@@ -140,6 +145,7 @@ class Underway:
             self._keep = keep
             self._found = num_tokens
             self._begun_at = self._clock()
+            self._kept_at = self._begun_at
             self._save_at = self._begun_at + SAVE_EVERY_S
         self.passed(num_tokens)
 
@@ -168,6 +174,7 @@ class Underway:
                 self._kept = max(self._kept, num_tokens)
                 now = self._clock()
                 pause_s = max(SAVE_EVERY_S, _SAVE_EVERY_SHARE * (now - self._begun_at))
+                self._kept_at = now
                 self._save_at = now + pause_s
             self._wanted = {one for one in self._wanted if one > num_tokens}
             self._changed.notify_all()
@@ -177,17 +184,28 @@ class Underway:
         with self._changed:
             return num_tokens > max(self._found, self._kept)
 
-    def is_worth_saving(self, num_tokens: int, nbytes: int) -> bool:
-        """Whether what is computed is to be saved, in case that the process is killed.
+    def claims_saving(self, num_tokens: int, nbytes: int, state_nbytes: int = 0) -> bool:
+        """Whether what is computed is to be saved now, in case that the process is killed.
 
         Args:
             num_tokens: So many are computed.
-            nbytes: Of their rows, about.
+            nbytes: Of the cache, about.
+            state_nbytes: Of these, those of layers that are saved as a state.
         """
         with self._changed:
-            new_tokens = num_tokens - max(self._found, self._kept)
-            new_bytes = nbytes * new_tokens // max(1, num_tokens)
-            return self._clock() >= self._save_at and new_bytes >= LEAST_SAVED_BYTES
+            now, known = self._clock(), max(self._found, self._kept)
+            row_bytes = (nbytes - state_nbytes) // max(1, num_tokens)
+            if now < self._save_at or row_bytes * (num_tokens - known) < LEAST_SAVED_BYTES:
+                return False
+            if state_nbytes:
+                states, rows = (
+                    self._states_bytes + state_nbytes,
+                    row_bytes * (num_tokens - self._found),
+                )
+                if now - self._kept_at < STATES_EVERY_S or states > STATES_SHARE * rows:
+                    return False
+                self._states_bytes = states
+            return True
 
     def is_given_up(self) -> bool:
         """Whether nobody waits for it any more, nor is likely to come back."""

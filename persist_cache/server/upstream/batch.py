@@ -16,7 +16,7 @@ from mlx_lm.generate import PromptProcessingBatch
 from persist_cache import tensors
 from persist_cache.prefill.clock import PrefillClock
 from persist_cache.server.ticket import Ticket, ticket_of
-from persist_cache.server.upstream.provider import is_trimmable
+from persist_cache.server.upstream.provider import state_layers
 
 
 class Batch(upstream.BatchGenerator):  # type: ignore[misc]
@@ -30,7 +30,8 @@ class Batch(upstream.BatchGenerator):  # type: ignore[misc]
     def __init__(self, prefill_clock: PrefillClock, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._prefill_clock = prefill_clock
-        self._is_trimmable = is_trimmable(self.model)
+        self._state_layers = state_layers(self.model)
+        self._is_trimmable = not self._state_layers
         # Ranks have to compute the same pieces, and only one of them knows who asks for what.
         self._is_shared = tensors.group_size() > 1
         self._tickets: dict[int, Ticket] = {}
@@ -128,15 +129,15 @@ class Batch(upstream.BatchGenerator):  # type: ignore[misc]
         if not self._is_shared:
             if underway.is_due(position, exactly=not self._is_trimmable):
                 self._keep(uid, partial=self._is_trimmable)
-            elif self._is_trimmable and underway.is_worth_saving(position, self._nbytes_of_each):
+            elif underway.claims_saving(position, *self._nbytes_of_each()):
                 self._keep(uid)
         underway.passed(position)
 
-    @property
-    def _nbytes_of_each(self) -> int:
-        """Bytes of a prompt that is being computed, about."""
-        total: int = sum(layer.nbytes for layer in self._prompt_batch.prompt_cache)
-        return total // max(1, len(self._prompt_batch))
+    def _nbytes_of_each(self) -> tuple[int, int]:
+        """Bytes of a prompt that is being computed, about, and those of its states."""
+        nbytes = [layer.nbytes for layer in self._prompt_batch.prompt_cache]
+        states = sum(nbytes[index] for index in self._state_layers)
+        return sum(nbytes) // len(self._prompt_batch), states // len(self._prompt_batch)
 
     def _keep(self, uid: int, *, partial: bool = True) -> None:
         """Keep what is computed of a prompt, unless it is kept already.
