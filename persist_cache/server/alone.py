@@ -109,7 +109,7 @@ class Alone:
             quantize=KVQuantization.of(options),
         )
         state_layers: Sequence[int] = getattr(provider, "state_layers", ())
-        exactly = bool(state_layers)
+        anywhere = not state_layers
         underway = self._ticket.underway
 
         def insert(kind: str, *, partial: bool = False) -> None:
@@ -123,7 +123,7 @@ class Alone:
                     origin=self._ticket.origin,
                     partial=partial,
                 )
-                underway.passed(work.num_tokens, kept=True)
+                underway.kept(work.num_tokens)
 
         def sizes() -> tuple[int, int]:
             nbytes = work.layers_nbytes
@@ -139,17 +139,16 @@ class Alone:
         def compute(end: int) -> None:
             while work.num_tokens < end:
                 upto = min(work.num_tokens + options.prefill_step_size, end)
-                if exactly:
+                if not anywhere:
                     upto = underway.next_place(work.num_tokens, upto)
                 work.advance(tokens, upto, after)
                 if work.num_tokens < end:
-                    if underway.is_due(work.num_tokens, exactly=exactly):
-                        insert("user", partial=not exactly)
+                    if underway.reached(work.num_tokens):
+                        insert("user", partial=anywhere)
                     elif underway.claims_saving(work.num_tokens, *sizes()):
                         insert("user", partial=True)
-                    underway.passed(work.num_tokens)
 
-        underway.begin(found)
+        underway.begin(found, anywhere=anywhere)
         with self._on_stream(), clock.running():
             try:
                 after()

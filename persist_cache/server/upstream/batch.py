@@ -31,7 +31,6 @@ class Batch(upstream.BatchGenerator):  # type: ignore[misc]
         super().__init__(*args, **options)
         self._prefill_clock = prefill_clock
         self._state_layers = state_layers(self.model)
-        self._is_trimmable = not self._state_layers
         # Ranks have to compute the same pieces, and only one of them knows who asks for what.
         self._is_shared = tensors.group_size() > 1
         self._tickets: dict[int, Ticket] = {}
@@ -71,11 +70,15 @@ class Batch(upstream.BatchGenerator):  # type: ignore[misc]
             ticket = ticket_of(tokens)
             if ticket is not None and uid not in self._tickets:
                 self._tickets[uid] = ticket
-                ticket.underway.begin(len(tokens), functools.partial(self._keep, uid))
+                ticket.underway.begin(
+                    len(tokens),
+                    anywhere=not self._state_layers,
+                    keep=functools.partial(self._keep, uid),
+                )
 
     def _cut(self) -> None:
         """Let the next chunk of a prompt end where it is to be kept, if it must be just there."""
-        if self._is_trimmable or self._is_shared:
+        if not self._state_layers or self._is_shared:
             return
         batch = self._prompt_batch
         running = zip(batch.uids, self._currently_processing, batch.tokens, strict=True)
@@ -126,12 +129,13 @@ class Batch(upstream.BatchGenerator):  # type: ignore[misc]
             response.end_of_segment = False  # upstream has no name for the piece that ends here
         if response.end_of_segment:
             return  # it is kept by upstream's loop
-        if not self._is_shared:
-            if underway.is_due(position, exactly=not self._is_trimmable):
-                self._keep(uid, partial=self._is_trimmable)
-            elif underway.claims_saving(position, *self._nbytes_of_each()):
-                self._keep(uid)
-        underway.passed(position)
+        is_due = underway.reached(position)
+        if self._is_shared:
+            return
+        if is_due:
+            self._keep(uid, partial=not self._state_layers)
+        elif underway.claims_saving(position, *self._nbytes_of_each()):
+            self._keep(uid)
 
     def _nbytes_of_each(self) -> tuple[int, int]:
         """Bytes of a prompt that is being computed, about, and those of its states."""
