@@ -25,9 +25,8 @@ from persist_cache.server.upstream.batch import Batch
 from persist_cache.server.validation import RefusedError
 from persist_cache.store.evict import Evictor
 from persist_cache.tokens import pack_tokens
-from tests.holding import CHAT, STEP, WAYS, Gate, held_up
+from tests.holding import CHAT, STEP, WAYS, Gate, held_up, models_in
 from tests.loops import Answered, Loop, words
-from tests.torture.tiny import KINDS, write_model
 from tests.waiting import until
 
 KEPT_KINDS = ["plain", "sliding", "hybrid", "convolutions"]
@@ -39,14 +38,7 @@ LAST = 247
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    folder = tmp_path_factory.mktemp("models")
-
-    def made(name: str) -> Path:
-        if not (folder / name).exists():
-            write_model(folder / name, KINDS[name], 0)
-        return folder / name
-
-    return made
+    return models_in(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture
@@ -164,6 +156,25 @@ def test_prefill_goes_on_for_a_client_that_may_come_back(
 
         assert again.cached == len(again.prompt) - 1
         assert loop.prefilled() == len(again.prompt) - 1
+
+
+@pytest.mark.parametrize("kind", ["plain", "hybrid"])
+def test_retry_takes_over_what_is_computed_for_nobody(
+    model: Callable[[str], Path], kind: str
+) -> None:
+    """Beside each other in one batch, both would compute the same."""
+    client = Client()
+    with Loop(model(kind), prefill_step_size=STEP) as loop, ThreadPoolExecutor(1) as others:
+        loop.generator._time_budget = [None]  # upstream looks at the queue after each chunk
+        with held_up(loop, CUT, client.ticket) as asked:
+            client.leave()
+            retry = others.submit(loop.ask, CHAT)
+            until(lambda: not loop.generator.requests.empty())
+        with pytest.raises(ConnectionAbortedError):
+            asked.result()
+
+        assert CUT <= retry.result().cached < LAST
+        assert loop.prefilled() == LAST
 
 
 @pytest.mark.parametrize("way", WAYS)

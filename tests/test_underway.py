@@ -12,23 +12,15 @@ import pytest
 from persist_cache import PromptCache
 from persist_cache.server.ticket import Ticket
 from persist_cache.server.underway import PATIENCE_S, Underway
-from tests.holding import CHAT, STEP, WAYS, held_up
+from tests.holding import CHAT, STEP, WAYS, held_up, models_in
 from tests.loops import Loop
-from tests.torture.tiny import KINDS, write_model
 
 PLACE = 83
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    folder = tmp_path_factory.mktemp("models")
-
-    def made(name: str) -> Path:
-        if not (folder / name).exists():
-            write_model(folder / name, KINDS[name], 0)
-        return folder / name
-
-    return made
+    return models_in(tmp_path_factory.mktemp("models"))
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -111,6 +111,18 @@ class Underway:
             return self._runs
 
     @property
+    def is_nobodys(self) -> bool:
+        """Whether it is computed though its client is gone and nobody follows it."""
+        with self._changed:
+            return self._runs and self._left_at is not None and not self._followers
+
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens of the prompt that are computed, or were found."""
+        with self._changed:
+            return self._computed
+
+    @property
     def has_ended(self) -> bool:
         """Whether nothing more is computed of the prompt."""
         with self._changed:
