@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from persist_cache.server.ticket import Ticket
 from tests.computed import Call, count_calls
 from tests.loops import Answered, Loop, words
+from tests.torture.tiny import KINDS, write_model
 
 CHAT = [
     {"role": "system", "content": words(7, 40)},
@@ -20,6 +22,17 @@ STEP = 32
 """Tokens of a chunk."""
 WAYS: dict[str, dict[str, Any]] = {"batched": {}, "alone": {"seed": 1}}
 """How a request is served, by what it asks for."""
+
+
+def models_in(folder: Path) -> Callable[[str], Path]:
+    """What gives the folders of tiny models by the name of their kind; each is made once."""
+
+    def made(name: str) -> Path:
+        if not (folder / name).exists():
+            write_model(folder / name, KINDS[name], 0)
+        return folder / name
+
+    return made
 
 
 class Gate:

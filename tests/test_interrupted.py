@@ -25,9 +25,8 @@ from persist_cache.server.upstream.batch import Batch
 from persist_cache.server.validation import RefusedError
 from persist_cache.store.evict import Evictor
 from persist_cache.tokens import pack_tokens
-from tests.holding import CHAT, STEP, WAYS, Gate, held_up
+from tests.holding import CHAT, STEP, WAYS, Gate, held_up, models_in
 from tests.loops import Answered, Loop, words
-from tests.torture.tiny import KINDS, write_model
 from tests.waiting import until
 
 KEPT_KINDS = ["plain", "sliding", "hybrid", "convolutions"]
@@ -39,14 +38,7 @@ LAST = 247
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    folder = tmp_path_factory.mktemp("models")
-
-    def made(name: str) -> Path:
-        if not (folder / name).exists():
-            write_model(folder / name, KINDS[name], 0)
-        return folder / name
-
-    return made
+    return models_in(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture
@@ -108,6 +100,25 @@ def test_prefill_that_is_cut_is_kept_and_gone_on_with(
         assert said == right
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_prompt_that_is_cut_at_the_end_of_a_piece_leaves_that_piece(
+    model: Callable[[str], Path], way: str, tmp_path: Path, impatient: None
+) -> None:
+    """The system part is one, whatever becomes of the rest."""
+    client = Client()
+    with Loop(model("hybrid"), tmp_path / "store", prefill_step_size=STEP) as loop:
+        with held_up(loop, STEP, client.ticket, **WAYS[way]) as asked:
+            client.leave()
+        with pytest.raises(ConnectionAbortedError):
+            asked.result()
+        until(client.is_over)
+        loop.cache.flush()
+        assert loop.cache.store is not None
+        kept = {(one.tier.label, one.num_tokens, one.label) for one in loop.cache.store.entries()}
+
+    assert ("system", 45, "") in kept
+
+
 @pytest.mark.parametrize("kind", ["plain", "hybrid"])
 def test_prompt_that_is_cut_again_and_again_is_computed_once(
     model: Callable[[str], Path], kind: str, impatient: None
@@ -145,6 +156,25 @@ def test_prefill_goes_on_for_a_client_that_may_come_back(
 
         assert again.cached == len(again.prompt) - 1
         assert loop.prefilled() == len(again.prompt) - 1
+
+
+@pytest.mark.parametrize("kind", ["plain", "hybrid"])
+def test_retry_takes_over_what_is_computed_for_nobody(
+    model: Callable[[str], Path], kind: str
+) -> None:
+    """Beside each other in one batch, both would compute the same."""
+    client = Client()
+    with Loop(model(kind), prefill_step_size=STEP) as loop, ThreadPoolExecutor(1) as others:
+        loop.generator._time_budget = [None]  # upstream looks at the queue after each chunk
+        with held_up(loop, CUT, client.ticket) as asked:
+            client.leave()
+            retry = others.submit(loop.ask, CHAT)
+            until(lambda: not loop.generator.requests.empty())
+        with pytest.raises(ConnectionAbortedError):
+            asked.result()
+
+        assert CUT <= retry.result().cached < LAST
+        assert loop.prefilled() == LAST
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -367,11 +397,41 @@ def rows_of(store: Store, prompt: Sequence[int]) -> list[int]:
     return found
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", ["sliding", "hybrid"])
+def test_states_are_on_disk_while_the_rest_is_computed_if_they_are_small(
+    model: Callable[[str], Path],
+    kind: str,
+    way: str,
+    tmp_path: Path,
+    eager: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Only the newest, and none when the prompt is complete."""
+    monkeypatch.setattr(underway, "STATES_EVERY_S", 0.0)
+    monkeypatch.setattr(underway, "STATES_SHARE", 1e9)
+    with Loop(model(kind), tmp_path / "store", prefill_step_size=STEP) as loop:
+        store = loop.cache.store
+        assert store is not None
+        with held_up(loop, CUT, Ticket(), **WAYS[way]) as asked:
+            until(lambda: PARTIAL_LABEL in {one.label for one in store.entries()})
+            loop.cache.flush()
+            partial = [one for one in store.entries() if one.label == PARTIAL_LABEL]
+        answered = asked.result()
+        loop.cache.flush()
+        labels = {entry.label for entry in store.entries()}
+        computed = loop.prefilled()
+
+    assert len(partial) == 1
+    assert labels == {""}
+    assert computed == len(answered.prompt) - 1
+
+
 @pytest.mark.parametrize("kind", ["sliding", "hybrid"])
 def test_no_state_is_saved_on_the_way(
     model: Callable[[str], Path], kind: str, tmp_path: Path, eager: None
 ) -> None:
-    """It is as large as all states are, and of no use later on."""
+    """Unless it takes long."""
     assert kept_for(model(kind), tmp_path) == {("system", 45), ("user", 247)}
 
 
@@ -454,7 +514,7 @@ BREAKS: dict[str, tuple[dict[tuple[Any, str], Any], Callable[..., None], tuple[A
         ("plain", "batched", "tmp_path"),
     ),
     "nothing is saved on the way": (
-        {(underway.Underway, "is_worth_saving"): lambda self, num_tokens, nbytes: False},
+        {(underway.Underway, "claims_saving"): lambda self, *sizes: False},
         test_what_is_computed_is_on_disk_while_the_rest_is_computed,
         ("plain", "tmp_path", "eager"),
     ),

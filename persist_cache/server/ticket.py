@@ -215,6 +215,13 @@ class Ticket:
             self.drop()
         return self.underway.is_given_up()
 
+    def is_begun_for(self, other: Ticket) -> bool:
+        """Whether nobody waits for its prefill, and all of it is of another one's prompt, too."""
+        if not self.underway.is_nobodys or self.prompt is None or other.prompt is None:
+            return False
+        done = self.underway.computed_tokens
+        return list(self.prompt.tokens[:done]) == list(other.prompt.tokens[:done])
+
     def stop(self) -> None:
         """End its computation."""
         self._stop()
@@ -346,7 +353,7 @@ class TicketedCache:
             origin=ticket.origin,
             partial=partial,
         )
-        ticket.underway.passed(len(tokens), kept=True)
+        ticket.underway.kept(len(tokens))
 
     def fetch_nearest_cache(
         self, model: Hashable, tokens: Sequence[int]

@@ -227,13 +227,19 @@ class Generator(Prompts):
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
         if self.is_ending:
             raise self._no_more()
-        for ticket in self._running():
-            if ticket.is_given_up():
-                ticket.underway.keep_now()  # this may be its client, who asks again
         request.ticket.model = args.model
+        prompt = super()._tokenize(tokenizer, request, args)
+        self._take_over(request.ticket)
         with self._changed:
             self._tickets.add(request.ticket)
-        return super()._tokenize(tokenizer, request, args)
+        return prompt
+
+    def _take_over(self, ticket: Ticket) -> None:
+        """End prefills of nobody that this request goes on with: it may be their client again."""
+        for one in self._running():
+            if one.is_given_up() or (one.model == ticket.model and one.is_begun_for(ticket)):
+                one.underway.cut()
+                one.underway.keep_now()
 
     def _is_batchable(self, args: Any) -> bool:
         """As upstream's, which asks it of each request that it takes from the queue."""
