@@ -108,6 +108,25 @@ def test_prefill_that_is_cut_is_kept_and_gone_on_with(
         assert said == right
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_prompt_that_is_cut_at_the_end_of_a_piece_leaves_that_piece(
+    model: Callable[[str], Path], way: str, tmp_path: Path, impatient: None
+) -> None:
+    """The system part is one, whatever becomes of the rest."""
+    client = Client()
+    with Loop(model("hybrid"), tmp_path / "store", prefill_step_size=STEP) as loop:
+        with held_up(loop, STEP, client.ticket, **WAYS[way]) as asked:
+            client.leave()
+        with pytest.raises(ConnectionAbortedError):
+            asked.result()
+        until(client.is_over)
+        loop.cache.flush()
+        assert loop.cache.store is not None
+        kept = {(one.tier.label, one.num_tokens, one.label) for one in loop.cache.store.entries()}
+
+    assert ("system", 45, "") in kept
+
+
 @pytest.mark.parametrize("kind", ["plain", "hybrid"])
 def test_prompt_that_is_cut_again_and_again_is_computed_once(
     model: Callable[[str], Path], kind: str, impatient: None

@@ -154,7 +154,8 @@ class Alone:
                 if self._ticket.is_over:
                     raise ConnectionAbortedError("The client is gone.")
             except ConnectionAbortedError:
-                insert("user", partial=True)
+                kind = dict(places).get(work.num_tokens)
+                insert(kind or "user", partial=kind is None)
                 raise
             except NotImplementedError as error:
                 raise ModelError(

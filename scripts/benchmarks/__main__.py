@@ -12,8 +12,8 @@ from pathlib import Path
 from scripts.benchmarks import common
 
 ALL = (
-    *("restore", "insert", "lookup", "growth", "turns", "flight", "signs", "sessions"),
-    *("ttft", "memory", "stall", "commands", "translation"),
+    *("restore", "insert", "lookup", "growth", "turns", "interrupted", "flight", "signs"),
+    *("sessions", "ttft", "memory", "stall", "commands", "translation"),
 )
 """Modules of this package, in the order in which `all` runs them."""
 BENCHMARKS = (*ALL, "peers")

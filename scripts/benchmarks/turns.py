@@ -51,12 +51,12 @@ def converse(folder: str, name: str, mode: str, stock: bool = False) -> dict[str
     from persist_cache.errors import ModelError
     from tests.loops import Loop, StockLoop, computed_of_new, make_provider
 
-    model = _written(Path(folder) / name, name, 1)
+    model = write_kind(Path(folder) / name, name, 1)
     options: dict[str, Any] = {}
     if mode == "kv-bits":
         options["kv_bits"] = 8
     if mode == "draft":
-        options["draft"] = _written(Path(folder) / "draft", "llama", 2)
+        options["draft"] = write_kind(Path(folder) / "draft", "llama", 2)
     sampling: dict[str, Any] = {"seed": 1} if mode == "seed" else {}
     found: dict[str, Any] = {}
     try:
@@ -77,7 +77,7 @@ def converse(folder: str, name: str, mode: str, stock: bool = False) -> dict[str
     return {"ours": found}
 
 
-def _written(folder: Path, name: str, seed: int) -> Path:
+def write_kind(folder: Path, name: str, seed: int = 1) -> Path:
     """A model of a kind; where transformers has a tokenizer for it, under another name."""
     from mlx_lm.utils import MODEL_REMAPPING
 
