@@ -386,11 +386,41 @@ def rows_of(store: Store, prompt: Sequence[int]) -> list[int]:
     return found
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", ["sliding", "hybrid"])
+def test_states_are_on_disk_while_the_rest_is_computed_if_they_are_small(
+    model: Callable[[str], Path],
+    kind: str,
+    way: str,
+    tmp_path: Path,
+    eager: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Only the newest, and none when the prompt is complete."""
+    monkeypatch.setattr(underway, "STATES_EVERY_S", 0.0)
+    monkeypatch.setattr(underway, "STATES_SHARE", 1e9)
+    with Loop(model(kind), tmp_path / "store", prefill_step_size=STEP) as loop:
+        store = loop.cache.store
+        assert store is not None
+        with held_up(loop, CUT, Ticket(), **WAYS[way]) as asked:
+            until(lambda: PARTIAL_LABEL in {one.label for one in store.entries()})
+            loop.cache.flush()
+            partial = [one for one in store.entries() if one.label == PARTIAL_LABEL]
+        answered = asked.result()
+        loop.cache.flush()
+        labels = {entry.label for entry in store.entries()}
+        computed = loop.prefilled()
+
+    assert len(partial) == 1
+    assert labels == {""}
+    assert computed == len(answered.prompt) - 1
+
+
 @pytest.mark.parametrize("kind", ["sliding", "hybrid"])
 def test_no_state_is_saved_on_the_way(
     model: Callable[[str], Path], kind: str, tmp_path: Path, eager: None
 ) -> None:
-    """It is as large as all states are, and of no use later on."""
+    """Unless it takes long."""
     assert kept_for(model(kind), tmp_path) == {("system", 45), ("user", 247)}
 
 
@@ -473,7 +503,7 @@ BREAKS: dict[str, tuple[dict[tuple[Any, str], Any], Callable[..., None], tuple[A
         ("plain", "batched", "tmp_path"),
     ),
     "nothing is saved on the way": (
-        {(underway.Underway, "is_worth_saving"): lambda self, num_tokens, nbytes: False},
+        {(underway.Underway, "claims_saving"): lambda self, *sizes: False},
         test_what_is_computed_is_on_disk_while_the_rest_is_computed,
         ("plain", "tmp_path", "eager"),
     ),

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from persist_cache import PromptCache
 from persist_cache.server.ticket import Ticket
 from persist_cache.server.underway import PATIENCE_S, Underway
 from tests.holding import CHAT, STEP, WAYS, held_up
@@ -80,7 +82,7 @@ def test_kept_place_leaves_the_pieces_of_a_prompt_their_names(
 def test_whoever_waits_is_told_of_a_place_that_was_passed_already(
     model: Callable[[str], Path],
 ) -> None:
-    """It cannot be kept there any more; waiting for it would be in vain."""
+    """A state cannot be kept there any more; waiting for it would be in vain."""
     ticket = Ticket()
     with Loop(model("hybrid"), prefill_step_size=STEP) as loop:
         with held_up(loop, 3 * STEP, ticket):
@@ -89,6 +91,28 @@ def test_whoever_waits_is_told_of_a_place_that_was_passed_already(
             assert ticket.wait_kept(20, 0)
             assert not ticket.wait_kept(4 * STEP, 0)
         assert ticket.wait_kept(10 * STEP, 60)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_rows_that_were_passed_already_are_kept_with_the_next_chunk(
+    model: Callable[[str], Path], way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever comes later waits for a part that is computed, but was not kept."""
+    ticket = Ticket()
+    insert_cache, lengths = PromptCache.insert_cache, []
+
+    def noted(self: PromptCache, key: Any, tokens: Any, *arguments: Any, **options: Any) -> None:
+        lengths.append(len(tokens))
+        insert_cache(self, key, tokens, *arguments, **options)
+
+    with Loop(model("plain"), prefill_step_size=STEP) as loop:
+        with held_up(loop, 4 * STEP, ticket, **WAYS[way]) as asked:
+            ticket.keep_at(2 * STEP)
+            assert not ticket.wait_kept(2 * STEP, 0)
+            monkeypatch.setattr(PromptCache, "insert_cache", noted)
+        asked.result()
+
+    assert 4 * STEP <= lengths[0] <= 6 * STEP
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -142,12 +166,30 @@ def test_prefill_is_saved_at_growing_distances() -> None:
     saved = []
     for second in range(1, 1001):
         now = float(second)
-        if underway.is_worth_saving(second * 100, second * 10_000_000):
-            underway.passed(second * 100, kept=True)
+        if underway.claims_saving(second * 100, second * 10_000_000):
+            underway.kept(second * 100)
             saved.append(second)
 
     assert saved[:4] == [2, 4, 6, 8]
     assert len(saved) < 48, "so many files on one way would be merged"
     assert all(b - a <= max(2, b / 8 + 1) for a, b in pairwise(saved))
     now = 2000.0
-    assert not underway.is_worth_saving(100_100, 100_100)
+    assert not underway.claims_saving(100_100, 100_100)
+
+
+def test_states_are_saved_on_the_way_while_they_are_little_beside_the_rows() -> None:
+    now = 0.0
+    underway = Underway(lambda: now)
+    underway.begin(0)
+    saved = []
+    for second in range(1, 101):
+        now = float(second)
+        rows, states = second * 2_000_000, 3_000_000
+        if underway.claims_saving(second * 100, rows + states, states):
+            underway.kept(second * 100)
+            saved.append(second)
+
+    assert saved[0] >= 15
+    assert all(b - a >= 10 for a, b in pairwise(saved))
+    assert all(number * 3 <= 0.1 * 2 * at + 1e-9 for number, at in enumerate(saved, 1))
+    assert len(saved) >= 4

@@ -131,9 +131,9 @@ class Computation:
             after()
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the cache, room for further tokens included."""
-        return sum(layer.nbytes for layer in [*self._layers, *self._draft_layers])
+    def layers_nbytes(self) -> list[int]:
+        """Bytes of each layer of the cache, room for further tokens included."""
+        return [layer.nbytes for layer in [*self._layers, *self._draft_layers]]
 
     def snapshot(self) -> list[Any]:
         """A copy of the cache to hand over while this goes on."""

@@ -108,7 +108,8 @@ class Alone:
             step_tokens=options.prefill_step_size,
             quantize=KVQuantization.of(options),
         )
-        exactly = not getattr(provider, "is_trimmable", True)
+        state_layers: Sequence[int] = getattr(provider, "state_layers", ())
+        anywhere = not state_layers
         underway = self._ticket.underway
 
         def insert(kind: str, *, partial: bool = False) -> None:
@@ -122,7 +123,11 @@ class Alone:
                     origin=self._ticket.origin,
                     partial=partial,
                 )
-                underway.passed(work.num_tokens, kept=True)
+                underway.kept(work.num_tokens)
+
+        def sizes() -> tuple[int, int]:
+            nbytes = work.layers_nbytes
+            return sum(nbytes), sum(nbytes[index] for index in state_layers)
 
         def after() -> None:
             self._done = work.num_tokens - found
@@ -134,17 +139,16 @@ class Alone:
         def compute(end: int) -> None:
             while work.num_tokens < end:
                 upto = min(work.num_tokens + options.prefill_step_size, end)
-                if exactly:
+                if not anywhere:
                     upto = underway.next_place(work.num_tokens, upto)
                 work.advance(tokens, upto, after)
                 if work.num_tokens < end:
-                    if underway.is_due(work.num_tokens, exactly=exactly):
-                        insert("user", partial=not exactly)
-                    elif not exactly and underway.is_worth_saving(work.num_tokens, work.nbytes):
+                    if underway.reached(work.num_tokens):
+                        insert("user", partial=anywhere)
+                    elif underway.claims_saving(work.num_tokens, *sizes()):
                         insert("user", partial=True)
-                    underway.passed(work.num_tokens)
 
-        underway.begin(found)
+        underway.begin(found, anywhere=anywhere)
         with self._on_stream(), clock.running():
             try:
                 after()
@@ -154,8 +158,8 @@ class Alone:
                 if self._ticket.is_over:
                     raise ConnectionAbortedError("The client is gone.")
             except ConnectionAbortedError:
-                kind = dict(places).get(work.num_tokens)
-                insert(kind or "user", partial=kind is None)
+                ends = dict(places)
+                insert(ends.get(work.num_tokens, "user"), partial=work.num_tokens not in ends)
                 raise
             except NotImplementedError as error:
                 raise ModelError(

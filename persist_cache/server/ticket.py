@@ -323,7 +323,7 @@ class TicketedCache:
             origin=ticket.origin,
             partial=partial,
         )
-        ticket.underway.passed(len(tokens), kept=True)
+        ticket.underway.kept(len(tokens))
 
     def fetch_nearest_cache(
         self, model: Hashable, tokens: Sequence[int]

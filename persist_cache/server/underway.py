@@ -19,13 +19,17 @@ _SAVE_EVERY_SHARE = 1 / 8
 """… or this share of what was computed, if that is more: a long one leaves few files."""
 LEAST_SAVED_BYTES = 320 << 10
 """Twenty times the header of a file: what is saved on the way costs no more than 5 %."""
+STATES_EVERY_S = 10.0
+"""At most so often the states of layers are saved on the way, which are as large each time, …"""
+STATES_SHARE = 0.1
+"""… and only while all of them together are less than this share of the rows computed."""
 
 
 class Underway:
     """The prefill of one request, as other threads see it.
 
-    Thread safety: any thread may call any method; `_changed` guards all of it. `begin`, `due`,
-    `passed`, `keep_now` and `end` are the generation thread's.
+    Thread safety: any thread may call any method; `_changed` guards all of it. What is below
+    "whoever computes" is the generation thread's.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -40,10 +44,12 @@ class Underway:
         self._followers = 0
         self._found = 0
         self._kept = 0
-        self._passed = 0
+        self._computed = 0
+        self._anywhere = True
         self._left_at: float | None = None
         self._is_in_the_way = False
-        self._begun_at = self._save_at = 0.0
+        self._begun_at = self._save_at = self._kept_at = 0.0
+        self._states_bytes = 0
         self._is_cut = False
         self._runs = False
         self._ended = False
@@ -54,11 +60,11 @@ class Underway:
     def keep_at(self, position: int) -> None:
         """Have what is computed kept when so many tokens of the prompt are, or soon after.
 
-        A cache that can be cut anywhere is kept at the end of the chunk that the place lies in, any
-        other one exactly there, unless that was passed already.
+        A cache that can be cut anywhere is kept at the end of the next chunk at or behind the
+        place, any other one exactly there, unless that was passed already.
         """
         with self._changed:
-            if position > self._passed:
+            if not self._has_kept(position):
                 self._wanted.add(position)
 
     @property
@@ -80,8 +86,12 @@ class Underway:
         """
         with self._changed:
             return self._changed.wait_for(
-                lambda: self._ended or self._passed >= position, timeout_s
+                lambda: self._ended or self._has_kept(position), timeout_s
             )
+
+    def _has_kept(self, position: int) -> bool:
+        """Whether the cache has so many tokens of the prompt, or will not be kept just there."""
+        return self._kept >= position or (not self._anywhere and self._computed >= position)
 
     @contextlib.contextmanager
     def followed(self) -> Iterator[None]:
@@ -134,66 +144,79 @@ class Underway:
 
     # ---- for whoever computes ------------------------------------------------------------------
 
-    def begin(self, num_tokens: int, keep: Callable[[], None] = lambda: None) -> None:
+    def begin(
+        self, num_tokens: int, *, anywhere: bool = True, keep: Callable[[], None] = lambda: None
+    ) -> None:
         """Note that the tokens behind so many are computed now.
 
         Args:
             num_tokens: What the cache had.
+            anywhere: The cache can be cut anywhere.
             keep: Keeps what is computed, whenever it is called on the generation thread.
         """
         with self._changed:
             self._runs = not self._ended
             self._keep = keep
-            self._found = num_tokens
-            self._begun_at = self._clock()
+            self._anywhere = anywhere
+            self._found = self._kept = self._computed = num_tokens
+            self._begun_at = self._kept_at = self._clock()
             self._save_at = self._begun_at + SAVE_EVERY_S
-        self.passed(num_tokens)
+            self._changed.notify_all()
 
     def next_place(self, position: int, end: int) -> int:
         """The first wanted place behind `position`, or `end` if that comes first."""
         with self._changed:
             return min([end, *(one for one in self._wanted if position < one < end)])
 
-    def is_due(self, position: int, *, exactly: bool) -> bool:
-        """Whether the cache is to be kept now that so many tokens are computed.
-
-        Args:
-            position: How many.
-            exactly: The cache serves no place but this one.
-        """
+    def reached(self, position: int) -> bool:
+        """Note that so many tokens are computed; whether they are to be kept now."""
         with self._changed:
-            if exactly:
-                return position in self._wanted
-            return any(one <= position for one in self._wanted)
+            self._computed = position
+            due = {one for one in self._wanted if one <= position}
+            self._wanted -= due
+            is_due = bool(due) if self._anywhere else position in due
+            if not is_due:
+                self._changed.notify_all()
+            return is_due
 
-    def passed(self, num_tokens: int, *, kept: bool = False) -> None:
-        """Note that so many tokens are computed, and kept where that was wanted, or just now."""
+    def kept(self, num_tokens: int) -> None:
+        """Note that the cache was given so many tokens of the prompt."""
         with self._changed:
-            self._passed = max(self._passed, num_tokens)
-            if kept:
-                self._kept = max(self._kept, num_tokens)
-                now = self._clock()
-                pause_s = max(SAVE_EVERY_S, _SAVE_EVERY_SHARE * (now - self._begun_at))
-                self._save_at = now + pause_s
+            now = self._clock()
+            self._computed = max(self._computed, num_tokens)
+            self._kept = max(self._kept, num_tokens)
             self._wanted = {one for one in self._wanted if one > num_tokens}
+            self._kept_at = now
+            self._save_at = now + max(SAVE_EVERY_S, _SAVE_EVERY_SHARE * (now - self._begun_at))
             self._changed.notify_all()
 
     def is_new(self, num_tokens: int) -> bool:
         """Whether keeping so many tokens would keep more than the cache has."""
         with self._changed:
-            return num_tokens > max(self._found, self._kept)
+            return num_tokens > self._kept
 
-    def is_worth_saving(self, num_tokens: int, nbytes: int) -> bool:
-        """Whether what is computed is to be saved, in case that the process is killed.
+    def claims_saving(self, num_tokens: int, nbytes: int, state_nbytes: int = 0) -> bool:
+        """Whether what is computed is to be saved now, in case that the process is killed.
 
         Args:
             num_tokens: So many are computed.
-            nbytes: Of their rows, about.
+            nbytes: Of the cache, about.
+            state_nbytes: Of these, those of layers that are saved as a state.
         """
         with self._changed:
-            new_tokens = num_tokens - max(self._found, self._kept)
-            new_bytes = nbytes * new_tokens // max(1, num_tokens)
-            return self._clock() >= self._save_at and new_bytes >= LEAST_SAVED_BYTES
+            now = self._clock()
+            row_bytes = (nbytes - state_nbytes) // max(1, num_tokens)
+            if now < self._save_at or row_bytes * (num_tokens - self._kept) < LEAST_SAVED_BYTES:
+                return False
+            if state_nbytes:
+                states, rows = (
+                    self._states_bytes + state_nbytes,
+                    row_bytes * (num_tokens - self._found),
+                )
+                if now - self._kept_at < STATES_EVERY_S or states > STATES_SHARE * rows:
+                    return False
+                self._states_bytes = states
+            return True
 
     def is_given_up(self) -> bool:
         """Whether nobody waits for it any more, nor is likely to come back."""

@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,7 @@ PATIENCE_S = 1.0
 CASES = {
     "at once, whole": "gives up, comes back at once",
     "at once, streamed": "the same, streamed",
-    "later, whole": "gives up, comes back when it was cut",
-    "later, streamed": "the same, streamed",
+    "later": "gives up, comes back when it was cut",
     "SIGTERM": "SIGTERM",
     "SIGKILL": "SIGKILL",
 }
@@ -173,16 +172,6 @@ def _answer(server: CountedServer, body: dict[str, Any]) -> Any:
     assert answer.status_code == 200, answer.text
     (choice,) = answer.json()["choices"]
     return [choice["text"], choice.get("logprobs")]
-
-
-def worst(values: Any, *, without: Sequence[str] = ()) -> float:
-    """The most that was computed for each token that is needed in any case."""
-    return max(
-        float(found["computed"] / found["needed"])
-        for case in values["cases"]
-        for name, found in case["found"].items()
-        if name not in without
-    )
 
 
 def _tables(values: Any) -> list[Table]:

@@ -16,7 +16,7 @@ from mlx_lm.generate import PromptProcessingBatch
 from persist_cache import tensors
 from persist_cache.prefill.clock import PrefillClock
 from persist_cache.server.ticket import Ticket, ticket_of
-from persist_cache.server.upstream.provider import is_trimmable
+from persist_cache.server.upstream.provider import state_layers
 
 
 class Batch(upstream.BatchGenerator):  # type: ignore[misc]
@@ -30,7 +30,7 @@ class Batch(upstream.BatchGenerator):  # type: ignore[misc]
     def __init__(self, prefill_clock: PrefillClock, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._prefill_clock = prefill_clock
-        self._is_trimmable = is_trimmable(self.model)
+        self._state_layers = state_layers(self.model)
         # Ranks have to compute the same pieces, and only one of them knows who asks for what.
         self._is_shared = tensors.group_size() > 1
         self._tickets: dict[int, Ticket] = {}
@@ -70,11 +70,15 @@ class Batch(upstream.BatchGenerator):  # type: ignore[misc]
             ticket = ticket_of(tokens)
             if ticket is not None and uid not in self._tickets:
                 self._tickets[uid] = ticket
-                ticket.underway.begin(len(tokens), functools.partial(self._keep, uid))
+                ticket.underway.begin(
+                    len(tokens),
+                    anywhere=not self._state_layers,
+                    keep=functools.partial(self._keep, uid),
+                )
 
     def _cut(self) -> None:
         """Let the next chunk of a prompt end where it is to be kept, if it must be just there."""
-        if self._is_trimmable or self._is_shared:
+        if not self._state_layers or self._is_shared:
             return
         batch = self._prompt_batch
         running = zip(batch.uids, self._currently_processing, batch.tokens, strict=True)
@@ -125,18 +129,19 @@ class Batch(upstream.BatchGenerator):  # type: ignore[misc]
             response.end_of_segment = False  # upstream has no name for the piece that ends here
         if response.end_of_segment:
             return  # it is kept by upstream's loop
-        if not self._is_shared:
-            if underway.is_due(position, exactly=not self._is_trimmable):
-                self._keep(uid, partial=self._is_trimmable)
-            elif self._is_trimmable and underway.is_worth_saving(position, self._nbytes_of_each):
-                self._keep(uid)
-        underway.passed(position)
+        is_due = underway.reached(position)
+        if self._is_shared:
+            return
+        if is_due:
+            self._keep(uid, partial=not self._state_layers)
+        elif underway.claims_saving(position, *self._nbytes_of_each()):
+            self._keep(uid)
 
-    @property
-    def _nbytes_of_each(self) -> int:
-        """Bytes of a prompt that is being computed, about."""
-        total: int = sum(layer.nbytes for layer in self._prompt_batch.prompt_cache)
-        return total // max(1, len(self._prompt_batch))
+    def _nbytes_of_each(self) -> tuple[int, int]:
+        """Bytes of a prompt that is being computed, about, and those of its states."""
+        nbytes = [layer.nbytes for layer in self._prompt_batch.prompt_cache]
+        states = sum(nbytes[index] for index in self._state_layers)
+        return sum(nbytes) // len(self._prompt_batch), states // len(self._prompt_batch)
 
     def _keep(self, uid: int, *, partial: bool = True) -> None:
         """Keep what is computed of a prompt, unless it is kept already.

@@ -38,6 +38,8 @@ class Provider(upstream.ModelProvider):  # type: ignore[misc]
     identifier: Identifier | None = None
     is_trimmable = True
     """The loaded model's cache can be resumed at any token."""
+    state_layers: tuple[int, ...] = ()
+    """Which of its layers cannot."""
     spare: Spare | None = None
     """Of what is loaded, for use beside the generation thread."""
     context: int | None = None
@@ -90,7 +92,8 @@ class Provider(upstream.ModelProvider):  # type: ignore[misc]
             folder = folder_of(model_path) if model_path else None
             if self.context_given is None and folder is not None:
                 self.context = context_tokens(loadable.read_config(folder))
-        self.is_trimmable = self.model is None or is_trimmable(self.model)
+        self.state_layers = () if self.model is None else state_layers(self.model)
+        self.is_trimmable = not self.state_layers
         self.spare = Spare(self.tokenizer, copy.deepcopy(self.tokenizer))
 
 
@@ -112,10 +115,13 @@ def _check_draft(model: Any) -> None:
         )
 
 
-def is_trimmable(model: Any) -> bool:
-    """Whether all layers of a model keep rows; a cache that cannot be kept needs no places."""
+def state_layers(model: Any) -> tuple[int, ...]:
+    """Which layers of a model do not keep all of their rows, so that it cannot be cut anywhere.
+
+    None of a model whose cache cannot be kept: it needs no places.
+    """
     try:
         layers = tensors.supported(make_prompt_cache(model))
     except UnsupportedCacheError:
-        return True
-    return all(layer.storage == "rows" for layer in layers)
+        return ()
+    return tuple(index for index, layer in enumerate(layers) if layer.storage != "rows")
