@@ -56,23 +56,29 @@ class Held:
         self.tickets: list[Ticket] = []
         self._go = threading.Event()
         self._go.set()
-        self._calls_before = 0
+        self._calls_before, self._at_replies = 0, False
         self._reached = threading.Event()
         self._threads = ThreadPoolExecutor(64)
         count_calls(loop.provider.model, "held", self._call)
         loop.prefilled()
 
     def _call(self, call: Call) -> None:
-        if not call.sampling and not self._go.is_set():
+        if call.sampling == self._at_replies and not self._go.is_set():
             self._calls_before -= 1
             if self._calls_before >= 0:
                 return
             self._reached.set()
             assert self._go.wait(TIMEOUT_S)
 
-    def hold(self, after: int = 0) -> None:
-        """Have the model wait before a call that prefills: the next one, or after so many."""
+    def hold(self, after: int = 0, *, at_replies: bool = False) -> None:
+        """Have the model wait before a call: the next one, or after so many.
+
+        Args:
+            after: Calls of the kind that is meant.
+            at_replies: Those that sample are meant, not those that prefill.
+        """
         self._calls_before = after
+        self._at_replies = at_replies
         self._reached.clear()
         self._go.clear()
 
@@ -435,3 +441,20 @@ def test_a_request_that_shares_nothing_is_queued_at_once(model: Callable[..., Pa
         for each in asked:
             each.result(TIMEOUT_S)
         assert one.loop.cache.stats().shared == 0
+
+
+def test_who_asks_is_answered_from_the_next_call_on(model: Callable[..., Path]) -> None:
+    """Upstream's loop would go on with a reply for half a second before it looked."""
+    with held(model("plain")) as one:
+        one.hold(after=3, at_replies=True)
+        first = one.ask(chat((1, 600)), max_tokens=400)
+        one.reached()
+        second = one.ask(chat((2, 100)))
+        until(lambda: one.loop.generator.requests.qsize() == 1)
+        before = len(one.loop.calls)
+        one.go()
+        second.result(TIMEOUT_S)
+        kinds = [call.sampling for call in one.loop.calls[before:]]
+        first.result(TIMEOUT_S)
+
+    assert kinds.index(False) <= 2

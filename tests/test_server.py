@@ -444,7 +444,8 @@ def test_many_clients_and_restarts_answer_as_without_a_cache(
         assert not re.search("Traceback|Exception|died|failed", running.log.read_text())
 
     assert 0.8 * disk_bytes < peaks["disk"]
-    assert 0.9 * memory_bytes < peaks["memory"] <= memory_bytes
+    # What is in the batch has its part of the limit, and that may be much while all ask at once.
+    assert 0.8 * memory_bytes < peaks["memory"] <= memory_bytes
     assert max(peaks["disk"], peaks["disk, as said"]) <= disk_bytes
     with Store.open(store) as checked:
         assert checked.check(read_data=True) == []

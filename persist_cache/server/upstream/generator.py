@@ -25,6 +25,7 @@ from persist_cache.server.guard import ModelGuard
 from persist_cache.server.protocols.anthropic_request import MessagesRequest
 from persist_cache.server.streaming import SIGN_S
 from persist_cache.server.ticket import Ticket, TicketedCache
+from persist_cache.server.upstream.budget import Budget
 from persist_cache.server.upstream.prompts import Prompts
 from persist_cache.server.upstream.requests import Answers, TicketedRequest, failing_answer
 from persist_cache.server.validation import RefusedError
@@ -52,6 +53,7 @@ class Generator(Prompts):
         """Those that the generation thread has seen."""
         prompt_cache.is_busy = self._is_busy
         super().__init__(model_provider, TicketedCache(prompt_cache, self), prompt_cache)
+        self._time_budget = Budget(self.requests)
 
     # ---- the thread that answers -------------------------------------------------------------
 
@@ -159,13 +161,13 @@ class Generator(Prompts):
         def known(wanted: int) -> int:
             look = functools.partial(self.cache.known_tokens, provider.model_key, prompt.tokens)
             give_up = time.monotonic() + _SAVED_S
-            while (found := look(trail=ticket.trail)) < wanted and self.cache.queued_jobs:
-                # It is too large for memory, and on its way to the disk.
-                if time.monotonic() > give_up:
-                    break
-                time.sleep(SIGN_S)
+            while True:
+                is_saving = self.cache.queued_jobs > 0 and time.monotonic() < give_up
+                found = look(trail=ticket.trail)
+                if found >= wanted or not is_saving:
+                    return found
+                time.sleep(SIGN_S)  # it is too large for memory, and on its way to the disk
                 pause()
-            return found
 
         trimmable = provider.is_trimmable
         return self.line.wait_for_shared(flight, known, pause, SIGN_S, trimmable=trimmable)

@@ -16,6 +16,8 @@ SEAM = {
     "ResponseGenerator.stop_and_join": ("self",),
     "BatchGenerator.next": ("self",),
     "BatchGenerator.remove": ("self", "uids", "return_prompt_caches"),
+    "TimeBudget.__iter__": ("self",),
+    "TimeBudget.__next__": ("self",),
     "ModelProvider.load_default": ("self",),
     "ModelProvider._load": ("self", "model_path", "adapter_path", "draft_model_path"),
     "APIHandler.handle_completion": ("self", "request", "stop_words"),
