@@ -104,7 +104,7 @@ def test_the_same_prompt_waits_until_it_is_computed() -> None:
     def compute() -> None:
         if (done := next(steps, 0)) == 0:
             raise Waits
-        first.ticket.underway.passed(done, kept=done == 500)
+        (first.ticket.underway.kept if done == 500 else first.ticket.underway.reached)(done)
 
     before = requests.line.wait_for_shared(second, lambda kept: kept, compute, 0, trimmable=True)
 
@@ -193,13 +193,13 @@ def test_what_was_passed_is_kept_behind_it_or_not_at_all() -> None:
     """A cache that can be cut serves all prompts that it begins with; another one does not."""
     requests = Requests()
     first = requests.computing([*SYSTEM, *prompt(1)])
-    first.ticket.underway.passed(400)
+    first.ticket.underway.reached(400)
     follower = requests.come([*SYSTEM, *prompt(2)])
 
     assert not requests.waits(follower, never_asked, trimmable=False)
     assert requests.waits(follower)
     assert first.ticket.underway.next_place(0, 10_000) == 401
-    first.ticket.underway.passed(512, kept=True)
+    first.ticket.underway.kept(512)
     assert not requests.waits(follower, lambda kept: len(SYSTEM))
 
 
@@ -215,7 +215,7 @@ def test_what_is_not_kept_is_not_waited_for(trimmable: bool) -> None:
         assert requests.waits(follower, trimmable=trimmable)
     for one, place in ((first, 501 - 8), (second, 501 - 20)):
         assert one.ticket.underway.next_place(0, 10_000) == place
-        one.ticket.underway.passed(place, kept=True)
+        one.ticket.underway.kept(place)
     for follower in followers:
         assert not requests.waits(follower, never_asked, trimmable=trimmable)
 
@@ -240,7 +240,7 @@ def test_what_was_kept_and_cannot_be_found_is_waited_for_once() -> None:
 
     def keep() -> None:
         assert not second.ticket.underway.followers
-        first.ticket.underway.passed(500, kept=True)
+        first.ticket.underway.kept(500)
 
     requests.line.wait_for_shared(third, nothing_known, keep, 0, trimmable=True)
 

@@ -215,7 +215,7 @@ class Line:
             underway = one.ticket.underway
             place = shared
             if trimmable and underway.kept_tokens < shared:
-                place = max(shared, underway.passed_tokens + 1)
+                place = max(shared, underway.computed_tokens + 1)
             if underway.wait_kept(place, 0):
                 continue  # nothing more is to come of it
             if known < 0:
