@@ -77,7 +77,7 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
         wanted = args.model.model
         if wanted == "default_model":
             wanted = self.cli_args.model
-        if spare is None and wanted == self.cli_args.model and self._in_flight > 1:
+        if self._in_flight > 1 and spare is None and wanted == self.cli_args.model:
             # Those before it are enough to keep the generation thread busy.
             spare, key = self._awaited_spare(ticket), provider.model_key
         if spare is None or key is None or wanted != key[0]:
