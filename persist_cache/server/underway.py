@@ -73,12 +73,6 @@ class Underway:
         with self._changed:
             return self._kept
 
-    @property
-    def passed_tokens(self) -> int:
-        """Tokens of the prompt that are computed, or were found, as far as is known."""
-        with self._changed:
-            return self._passed
-
     def wait_kept(self, position: int, timeout_s: float) -> bool:
         """Wait until so many tokens are computed and kept, or the prefill has ended at all.
 
