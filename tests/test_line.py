@@ -62,23 +62,21 @@ class Requests:
             flight.ticket.tokenized(cut(tokens, load=load, thought=thought))
         return flight
 
-    def computing(self, *args: object, **more: object) -> Flight:
+    def computing(self, *args: object, anywhere: bool = True, **more: object) -> Flight:
         """A request whose prompt is being computed from its first token on."""
         flight = self.come(*args, **more)  # type: ignore[arg-type]
         self.line.queued(flight)
-        flight.ticket.underway.begin(0)
+        flight.ticket.underway.begin(0, anywhere=anywhere)
         return flight
 
     def waits(
         self,
         flight: Flight,
         known: Callable[[int], int] = nothing_known,
-        *,
-        trimmable: bool = True,
     ) -> bool:
         """Whether a request waits for what is computed for another one."""
         try:
-            self.line.wait_for_shared(flight, known, pause, 0, trimmable=trimmable)
+            self.line.wait_for_shared(flight, known, pause, 0)
         except Waits:
             return True
         return False
@@ -104,9 +102,11 @@ def test_the_same_prompt_waits_until_it_is_computed() -> None:
     def compute() -> None:
         if (done := next(steps, 0)) == 0:
             raise Waits
-        (first.ticket.underway.kept if done == 500 else first.ticket.underway.reached)(done)
+        first.ticket.underway.reached(done)
+        if done == 500:
+            first.ticket.underway.kept(done)
 
-    before = requests.line.wait_for_shared(second, lambda kept: kept, compute, 0, trimmable=True)
+    before = requests.line.wait_for_shared(second, lambda kept: kept, compute, 0)
 
     assert before == 0
     assert not list(steps)
@@ -126,7 +126,7 @@ def test_the_same_prompt_waits_until_it_is_computed() -> None:
 )
 def test_what_is_computed_for_another_owner_is_not_waited_for(other: dict[str, object]) -> None:
     requests = Requests()
-    requests.computing(prompt(1), **other)
+    requests.computing(prompt(1), **other)  # type: ignore[arg-type]
 
     assert not requests.waits(requests.come(prompt(1)), never_asked)
 
@@ -174,7 +174,7 @@ def test_the_one_that_shares_most_is_waited_for() -> None:
         raise Waits
 
     with pytest.raises(Waits):
-        requests.line.wait_for_shared(follower, nothing_known, look, 0, trimmable=True)
+        requests.line.wait_for_shared(follower, nothing_known, look, 0)
 
     assert seen == [1]
     assert most.ticket.underway.followers == 0
@@ -184,40 +184,38 @@ def test_what_is_shared_is_kept_where_the_prompts_part() -> None:
     requests = Requests()
     first = requests.computing([*SYSTEM, *prompt(1)])
 
-    requests.waits(requests.come([*SYSTEM, *prompt(2)]), trimmable=False)
+    requests.waits(requests.come([*SYSTEM, *prompt(2)]))
 
     assert first.ticket.underway.next_place(0, 10_000) == len(SYSTEM)
 
 
-def test_what_was_passed_is_kept_behind_it_or_not_at_all() -> None:
-    """A cache that can be cut serves all prompts that it begins with; another one does not."""
+@pytest.mark.parametrize("anywhere", [True, False])
+def test_what_was_passed_is_waited_for_if_a_longer_cache_can_be_cut(anywhere: bool) -> None:
     requests = Requests()
-    first = requests.computing([*SYSTEM, *prompt(1)])
+    first = requests.computing([*SYSTEM, *prompt(1)], anywhere=anywhere)
     first.ticket.underway.reached(400)
     follower = requests.come([*SYSTEM, *prompt(2)])
 
-    assert not requests.waits(follower, never_asked, trimmable=False)
-    assert requests.waits(follower)
-    assert first.ticket.underway.next_place(0, 10_000) == 401
+    assert requests.waits(follower) == anywhere
     first.ticket.underway.kept(512)
     assert not requests.waits(follower, lambda kept: len(SYSTEM))
 
 
-@pytest.mark.parametrize("trimmable", [True, False])
-def test_what_is_not_kept_is_not_waited_for(trimmable: bool) -> None:
+@pytest.mark.parametrize("anywhere", [True, False])
+def test_what_is_not_kept_is_not_waited_for(anywhere: bool) -> None:
     """The open thought at the end of a prompt, and what sampling looks back at."""
     requests = Requests()
-    first = requests.computing(prompt(1), thought=8)
-    second = requests.computing(prompt(2), leave_tokens=20)
+    first = requests.computing(prompt(1), anywhere=anywhere, thought=8)
+    second = requests.computing(prompt(2), anywhere=anywhere, leave_tokens=20)
     followers = requests.come([*prompt(1), 5, 6]), requests.come([*prompt(2), 5, 6])
 
     for follower in followers:
-        assert requests.waits(follower, trimmable=trimmable)
+        assert requests.waits(follower)
     for one, place in ((first, 501 - 8), (second, 501 - 20)):
         assert one.ticket.underway.next_place(0, 10_000) == place
         one.ticket.underway.kept(place)
     for follower in followers:
-        assert not requests.waits(follower, never_asked, trimmable=trimmable)
+        assert not requests.waits(follower, never_asked)
 
 
 def test_one_that_ends_before_is_waited_for_no_more() -> None:
@@ -242,7 +240,7 @@ def test_what_was_kept_and_cannot_be_found_is_waited_for_once() -> None:
         assert not second.ticket.underway.followers
         first.ticket.underway.kept(500)
 
-    requests.line.wait_for_shared(third, nothing_known, keep, 0, trimmable=True)
+    requests.line.wait_for_shared(third, nothing_known, keep, 0)
 
 
 def test_an_earlier_prompt_has_to_be_known_or_over() -> None:
@@ -316,8 +314,8 @@ BREAKS: dict[str, tuple[type, str, Callable[..., Any], Callable[[], None]]] = {
     ),
     "nobody is told that one has passed": (
         Underway,
-        "passed",
-        lambda *_, **__: None,
+        "kept",
+        lambda *_: None,
         test_the_same_prompt_waits_until_it_is_computed,
     ),
     "nobody is told that one has ended": (

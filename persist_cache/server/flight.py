@@ -96,13 +96,11 @@ class Lead:
     Attributes:
         underway: The prefill of the earlier one.
         num_tokens: What they share, and is kept.
-        place: Where it is kept: there, or behind it if a cache can be cut.
         known_tokens: What is known already.
     """
 
     underway: Underway
     num_tokens: int
-    place: int
     known_tokens: int
 
 
@@ -169,8 +167,6 @@ class Line:
         known_tokens: Callable[[int], int],
         pause: Callable[[], None],
         pause_s: float,
-        *,
-        trimmable: bool,
     ) -> int | None:
         """Wait while an earlier request computes what this one lacks.
 
@@ -180,30 +176,24 @@ class Line:
                 it; called only where that matters.
             pause: As for `wait_for_turn`.
             pause_s: How often.
-            trimmable: Caches of the model can be cut to any shorter prompt.
 
         Returns:
             What was known before; None if there was nothing to wait for.
         """
         known_before: int | None = None
-        kept = 0
-        while (lead := self._lead(mine, known_tokens, kept, trimmable)) is not None:
+        while (lead := self._lead(mine, known_tokens)) is not None:
             known_before = lead.known_tokens if known_before is None else known_before
             with lead.underway.followed():
-                lead.underway.keep_at(lead.place)
-                while not lead.underway.wait_kept(lead.place, pause_s):
+                lead.underway.keep_at(lead.num_tokens)
+                while not lead.underway.wait_kept(lead.num_tokens, pause_s):
                     pause()
-            if lead.underway.kept_tokens >= lead.num_tokens:
-                kept = max(kept, lead.num_tokens)
+            is_kept = lead.underway.kept_tokens >= lead.num_tokens
+            if is_kept and known_tokens(lead.num_tokens) < lead.num_tokens:
+                break  # memory is too small, and the disk off: so would be the next one's
         return known_before
 
-    def _lead(
-        self, mine: Flight, known_tokens: Callable[[int], int], kept: int, trimmable: bool
-    ) -> Lead | None:
-        """The earlier request that computes most of what a prompt lacks; the first of several.
-
-        None as well when less is known than was kept: the memory is too small to wait for it.
-        """
+    def _lead(self, mine: Flight, known_tokens: Callable[[int], int]) -> Lead | None:
+        """The earlier request that computes most of what a prompt lacks; the first of several."""
         best: Lead | None = None
         known, most = -1, LEAST_SHARED_TOKENS - 1
         for one in self._before(mine):
@@ -213,17 +203,12 @@ class Line:
             if shared <= most:
                 continue
             underway = one.ticket.underway
-            place = shared
-            if trimmable and underway.kept_tokens < shared:
-                place = max(shared, underway.computed_tokens + 1)
-            if underway.wait_kept(place, 0):
+            if underway.wait_kept(shared, 0):
                 continue  # nothing more is to come of it
             if known < 0:
-                known = known_tokens(kept)
-                if known < kept:
-                    return None
+                known = known_tokens(0)
             if shared - known >= LEAST_SHARED_TOKENS:
-                best, most = Lead(underway, shared, place, known), shared
+                best, most = Lead(underway, shared, known), shared
         return best
 
     def _before(self, mine: Flight) -> list[Flight]:

@@ -169,8 +169,7 @@ class Generator(Prompts):
                 time.sleep(SIGN_S)  # it is too large for memory, and on its way to the disk
                 pause()
 
-        trimmable = provider.is_trimmable
-        return self.line.wait_for_shared(flight, known, pause, SIGN_S, trimmable=trimmable)
+        return self.line.wait_for_shared(flight, known, pause, SIGN_S)
 
     def _told(
         self,
