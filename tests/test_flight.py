@@ -409,7 +409,7 @@ def test_who_waits_when_the_server_ends_is_told_so(model: Callable[..., Path]) -
         one.reached()
         asked.append(one.ask(chat((1, 600))))
         one.followed_by(1)
-        one.loop.generator._stop = True
+        one.loop.generator.is_ending = True
         one.go()
         for each in asked:
             with pytest.raises(RefusedError, match="The server is stopping"):

@@ -77,9 +77,9 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
         wanted = args.model.model
         if wanted == "default_model":
             wanted = self.cli_args.model
-        if self._in_flight > 1 and spare is None and wanted == self.cli_args.model:
+        if self._in_flight > 1 and spare is None:
             # Those before it are enough to keep the generation thread busy.
-            spare, key = self._awaited_spare(ticket), provider.model_key
+            spare, key = self._awaited_spare(wanted, ticket), provider.model_key
         if spare is None or key is None or wanted != key[0]:
             return
         try:
@@ -93,13 +93,17 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
             return  # another model was loaded meanwhile
         ticket.model_key = key
 
-    def _awaited_spare(self, ticket: Ticket) -> Spare | None:
-        """The spare tokenizer of the command line's model; None if that is not the next to be."""
+    def _awaited_spare(self, model: str, ticket: Ticket) -> Spare | None:
+        """The spare tokenizer, as soon as it is there; None if `model` is not what is loaded.
+
+        What is loaded first is taken to be the command line's.
+        """
         provider: Provider = self.model_provider
 
         def is_coming() -> bool:
-            key = provider.model_key
-            return provider.is_loading if key is None else key[0] == self.cli_args.model
+            if provider.model_key is None:
+                return provider.is_loading and model == self.cli_args.model
+            return bool(provider.model_key[0] == model)
 
         while provider.spare is None and is_coming() and self.generation_available():
             provider.wants_spare = True
@@ -175,7 +179,7 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
         provider, names = self.model_provider, self.names
         key = None if names is None else names.key(args.model.model)
         is_own = names is None or key == names.key(None)
-        spare = self._awaited_spare(ticket) if is_own else provider.spare
+        spare = self._awaited_spare(self.cli_args.model, ticket) if is_own else provider.spare
         if spare is None or key not in (None, provider.model_key):
             if key is None:
                 raise RefusedError(503, "No model is loaded, so there is nothing to count with.")
