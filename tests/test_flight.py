@@ -409,11 +409,15 @@ def test_who_waits_when_the_server_ends_is_told_so(model: Callable[..., Path]) -
         one.reached()
         asked.append(one.ask(chat((1, 600))))
         one.followed_by(1)
-        one.loop.generator.is_ending = True
+        generator = one.loop.generator
+        ending = threading.Thread(target=generator.stop_and_join)
+        ending.start()
+        until(lambda: generator.is_ending)
         one.go()
         for each in asked:
             with pytest.raises(RefusedError, match="The server is stopping"):
                 each.result(TIMEOUT_S)
+        ending.join()
 
 
 def test_who_waits_shows_signs_of_life(model: Callable[..., Path]) -> None:
