@@ -226,6 +226,7 @@ def test_a_request_is_rendered_as_the_generation_loop_renders_it(case: str, mode
     from persist_cache.server.model import LoadedModel
     from persist_cache.server.segments import system_tokens
     from persist_cache.server.upstream.generator import Generator
+    from persist_cache.server.upstream.prompts import Prompts
     from persist_cache.server.upstream.requests import TicketedRequest
 
     tokenizer = load_tokenizer(str(model))
@@ -245,7 +246,7 @@ def test_a_request_is_rendered_as_the_generation_loop_renders_it(case: str, mode
     )
     args = SimpleNamespace(chat_template_kwargs=body.get("chat_template_kwargs"), max_tokens=4)
 
-    prompt, segments, kinds, _, _ = generator._tokenize(tokenizer, request, args)
+    prompt, segments, kinds, _, _ = Prompts._tokenize(generator, tokenizer, request, args)
     found = LoadedModel(generator, ("m",), tokenizer, None, "").render(body)
 
     assert found.tokens == prompt
