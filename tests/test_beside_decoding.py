@@ -6,12 +6,14 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from persist_cache import Store, tensors
 from persist_cache.server.ticket import Ticket
+from persist_cache.server.upstream import provider
 from persist_cache.server.upstream.provider import Provider
 from tests.loops import Loop, words
 from tests.torture.tiny import KINDS, write_model
@@ -138,6 +140,22 @@ def test_requests_that_wait_for_the_model_are_tokenized_beside_the_first(
 
     assert replies[0] == replies[1] == replies[2]
     assert [one.model_key is None for one in tickets] == [True, False, False]
+
+
+def test_a_tokenizer_that_cannot_be_copied_keeps_nobody_waiting(
+    model: Callable[[str], Path], store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: object) -> Any:
+        raise TypeError("cannot pickle 'builtins.Trie' object")
+
+    monkeypatch.setattr(provider, "copy", SimpleNamespace(deepcopy=refuse))
+    with Loop(model("plain"), store, waits=False) as loop, ThreadPoolExecutor(3) as clients:
+        asked = [clients.submit(loop.ask, QUESTION, max_tokens=4) for _ in range(3)]
+        replies = [one.result(60).reply for one in asked]
+        alone = loop.ask(QUESTION, max_tokens=4, seed=1).reply
+
+    assert replies[0] == replies[1] == replies[2]
+    assert len(alone) == len(replies[0])
 
 
 def test_a_load_that_failed_keeps_nobody_waiting_for_a_tokenizer(

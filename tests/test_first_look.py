@@ -143,7 +143,13 @@ def test_request_that_fails_before_its_look_raises_why() -> None:
     generator._generation_thread = threading.current_thread()
     tokenizer = SimpleNamespace(has_thinking=False, has_tool_calling=False, tool_parser=None)
     generator.model_provider = SimpleNamespace(
-        model=None, draft_model=None, model_key=("m", None, None), tokenizer=tokenizer
+        model=None,
+        draft_model=None,
+        model_key=("m", None, None),
+        tokenizer=tokenizer,
+        spare=None,
+        has_no_spare=True,
+        make_spare=lambda: None,
     )
     generator._tokenize = lambda *_: ([1, 2], [[1, 2]], ["assistant"], "normal", None)
     generator._make_state_machine = lambda *_: (None, None)

@@ -219,10 +219,8 @@ class Generator(Prompts):
     # ---- on the generation thread ------------------------------------------------------------
 
     def _next_request(self, timeout: float | None = None) -> Any:
-        provider = self.model_provider
-        is_idle = timeout is not None and self.requests.empty()
-        if provider.spare is None and (is_idle or provider.wants_spare):
-            provider.make_spare()
+        if (timeout is not None and self.requests.empty()) or self.model_provider.wants_spare:
+            self.model_provider.make_spare()
         return super()._next_request(timeout)
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
@@ -252,8 +250,7 @@ class Generator(Prompts):
 
     def _serve_single(self, request: Any, stream: Any) -> None:
         """One request at a time, where upstream knows no segments."""
-        if self.model_provider.spare is None:
-            self.model_provider.make_spare()  # until it is answered nobody else can
+        self.model_provider.make_spare()  # until it is answered nobody else can
         answers, asked, args = request
         ticket: Ticket = asked.ticket
         ticket.leave_tokens = tokens_looked_back_at(args.logits)

@@ -101,6 +101,8 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
         provider: Provider = self.model_provider
 
         def is_coming() -> bool:
+            if provider.has_no_spare:
+                return False
             if provider.model_key is None:
                 return provider.is_loading and model == self.cli_args.model
             return bool(provider.model_key[0] == model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import os
 import signal
 from typing import Any, NamedTuple
@@ -18,6 +19,8 @@ from persist_cache.fingerprint.model_files import folder_of
 from persist_cache.prefill import loadable, loading
 from persist_cache.prefill.loading import model_errors
 from persist_cache.server.lengths import context_tokens
+
+log = logging.getLogger(__name__)
 
 
 class Spare(NamedTuple):
@@ -44,6 +47,8 @@ class Provider(upstream.ModelProvider):  # type: ignore[misc]
     """Of what is loaded, for use beside the generation thread; made when that has time for it."""
     wants_spare = False
     """Somebody waits for it."""
+    has_no_spare = False
+    """What is loaded cannot be copied: the generation thread tokenizes all requests."""
     is_loading = False
     """A model is being loaded."""
     context: int | None = None
@@ -66,7 +71,7 @@ class Provider(upstream.ModelProvider):  # type: ignore[misc]
     def _load(
         self, model_path: str, adapter_path: str | None = None, draft_model_path: str | None = None
     ) -> None:
-        self.is_loading = True
+        self.is_loading, self.has_no_spare = True, False
         try:
             self._load_identified(model_path, adapter_path, draft_model_path)
         finally:
@@ -111,8 +116,14 @@ class Provider(upstream.ModelProvider):  # type: ignore[misc]
     def make_spare(self) -> None:
         """Copy the tokenizer of what is loaded, which can take as long as a short prompt does."""
         self.wants_spare = False
-        if self.tokenizer is not None:
+        if self.tokenizer is None or self.spare is not None or self.has_no_spare:
+            return
+        try:
             self.spare = Spare(self.tokenizer, copy.deepcopy(self.tokenizer))
+        except Exception:  # a tokenizer may be code of the model's
+            self.has_no_spare = True
+            log.warning("the tokenizer cannot be copied; requests are tokenized one by one")
+            log.debug("why", exc_info=True)
 
 
 def _check_draft(model: Any) -> None:
