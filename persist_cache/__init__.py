@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from persist_cache.cache.ahead import Ahead
     from persist_cache.cache.origin import Origin
     from persist_cache.cache.prompt_cache import PromptCache
     from persist_cache.cache.stats import Fetch, PromptCacheStats, RecentFetch
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME_OF = {
+    "Ahead": "cache.ahead",
     "Origin": "cache.origin",
     "PromptCache": "cache.prompt_cache",
     "Fetch": "cache.stats",
@@ -102,6 +104,7 @@ _HOME_OF = {
 }
 
 __all__ = [
+    "Ahead",
     "Blob",
     "BlobInfo",
     "Codec",

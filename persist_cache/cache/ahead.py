@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from persist_cache.cache.live_caches import Held
 from persist_cache.entry import Match
 
 
@@ -15,13 +15,13 @@ class Ahead:
     Thread safety: made by one thread, then used by another.
 
     Attributes:
-        held: It, as memory holds it.
+        held: It, as memory holds it (`cache.live_caches.Held`).
         match: What was found on the disk.
         seconds: How long reading it took.
         is_used: The request it was read for has it.
     """
 
-    held: Held
+    held: Any
     match: Match
     seconds: float
     is_used: bool = False

@@ -27,6 +27,7 @@ from persist_cache.server.streaming import SIGN_S
 from persist_cache.server.ticket import Ticket, TicketedCache
 from persist_cache.server.upstream.budget import Budget
 from persist_cache.server.upstream.prompts import Prompts
+from persist_cache.server.upstream.provider import Provider
 from persist_cache.server.upstream.requests import Answers, TicketedRequest, failing_answer
 from persist_cache.server.validation import RefusedError
 
@@ -219,8 +220,9 @@ class Generator(Prompts):
     # ---- on the generation thread ------------------------------------------------------------
 
     def _next_request(self, timeout: float | None = None) -> Any:
-        if (timeout is not None and self.requests.empty()) or self.model_provider.wants_spare:
-            self.model_provider.make_spare()
+        is_idle = timeout is not None and self.requests.empty()
+        if is_idle or getattr(self.model_provider, "wants_spare", False):
+            self._make_spare()
         return super()._next_request(timeout)
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
@@ -240,6 +242,10 @@ class Generator(Prompts):
                 one.underway.cut()
                 one.underway.keep_now()
 
+    def _make_spare(self) -> None:
+        if isinstance(self.model_provider, Provider):  # else it is upstream's
+            self.model_provider.make_spare()
+
     def _is_batchable(self, args: Any) -> bool:
         """As upstream's, which asks it of each request that it takes from the queue."""
         is_batchable: bool = super()._is_batchable(args)
@@ -250,7 +256,7 @@ class Generator(Prompts):
 
     def _serve_single(self, request: Any, stream: Any) -> None:
         """One request at a time, where upstream knows no segments."""
-        self.model_provider.make_spare()  # until it is answered nobody else can
+        self._make_spare()  # until it is answered nobody else can
         answers, asked, args = request
         ticket: Ticket = asked.ticket
         ticket.leave_tokens = tokens_looked_back_at(args.logits)

@@ -77,7 +77,7 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
         wanted = args.model.model
         if wanted == "default_model":
             wanted = self.cli_args.model
-        if self._in_flight > 1 and spare is None:
+        if self._in_flight > 1 and spare is None and isinstance(provider, Provider):
             # Those before it are enough to keep the generation thread busy.
             spare, key = self._awaited_spare(wanted, ticket), provider.model_key
         if spare is None or key is None or wanted != key[0]:
