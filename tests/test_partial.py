@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from persist_cache import PromptCache, Store
+from persist_cache.cache.owners import Owner
+from persist_cache.cache.promised import Promised
 from persist_cache.entry import PARTIAL_LABEL
 from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.store.evict import REPLACED
@@ -198,6 +200,36 @@ def test_nothing_is_saved_for_what_a_longer_one_has_passed(
 
         assert store.stats().counters["puts"] == 2
         assert lengths(store) == {5: "", 40: ""}
+
+
+def test_the_disk_is_not_said_to_get_what_a_longer_one_has_passed(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else each is remembered for good, and counted as stored when everything was evicted."""
+    put_one, goes_on, waiting = Store.put, threading.Event(), set[int]()
+
+    def slow(self: Store, *arguments: Any, **options: Any) -> PutResult:
+        assert goes_on.wait(60)
+        return put_one(self, *arguments, **options)
+
+    def add(self: Promised, owner: Owner, packed: bytes) -> None:
+        waiting.add(len(packed))
+
+    def ended(self: Promised, owner: Owner, packed: bytes, *, saved: bool) -> None:
+        waiting.discard(len(packed))
+
+    monkeypatch.setattr(Store, "put", slow)
+    monkeypatch.setattr(Promised, "add", add)
+    monkeypatch.setattr(Promised, "ended", ended)
+    with PromptCache(store=store, identify=identified, idle_s=60, codec=FakeCodec()) as cache:
+        for end in (5, 10, 20, 30):
+            keep(cache, end, partial=True)
+        keep(cache, 40)
+        assert waiting
+        goes_on.set()
+        cache.flush()
+
+        assert not waiting
 
 
 def test_partial_cache_that_nothing_longer_follows_is_found_after_a_restart(store: Store) -> None:

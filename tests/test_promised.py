@@ -24,6 +24,19 @@ def test_prompt_is_known_from_its_queue_to_the_disk_and_to_its_owner_alone() -> 
     assert promised.tokens(OWNER, pack_tokens([1, 2, 9])) == 2
 
 
+def test_what_arrived_before_the_disk_was_asked_is_the_disks_to_know() -> None:
+    """It may have been evicted since."""
+    promised = Promised()
+    promised.add(OWNER, PROMPT)
+    promised.ended(OWNER, PROMPT, saved=True)
+
+    assert promised.tokens(OWNER, LONGER, promised.arrived) == 0
+    asked = promised.arrived
+    promised.add(OWNER, PROMPT)
+    promised.ended(OWNER, PROMPT, saved=True)
+    assert promised.tokens(OWNER, LONGER, asked) == 3
+
+
 def test_what_could_not_be_saved_is_no_longer_known() -> None:
     promised = Promised()
     promised.add(OWNER, PROMPT)

@@ -5,6 +5,7 @@ import importlib.util
 import itertools
 import json
 import os
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -1046,3 +1047,27 @@ def _in_thread(work: Callable[[], Any]) -> None:
     thread.join()
     if errors:
         raise errors[0]
+
+
+MAKING_MEMORY_BESIDE_A_PREFILL = """
+import threading
+import mlx.core as mx
+from persist_cache.tensors import pool
+from persist_cache.tensors.empty import empty
+
+def load():
+    while True:
+        pool.run_mlx(lambda: empty({"keys": ("F32", (1, 2, 256, 64), 1 << 17)}))
+
+threading.Thread(target=load, daemon=True).start()
+for number in range(3000):
+    mx.eval(mx.ones((64, 64)) + number)
+    mx.clear_cache()
+"""
+
+
+def test_memory_is_made_while_another_thread_prefills() -> None:
+    """MLX would wait for a thread that waits for the GIL, and keep the GIL meanwhile."""
+    program = [sys.executable, "-c", f"{MAKING_MEMORY_BESIDE_A_PREFILL}\nimport os; os._exit(0)"]
+
+    assert subprocess.run(program, timeout=120).returncode == 0

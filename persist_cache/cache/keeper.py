@@ -140,7 +140,8 @@ class Keeper:
             if at_once:
                 stored = num_tokens
                 if origin.counts_written:
-                    stored = max(origin.stored_tokens, self._saver.promised.tokens(owner, packed))
+                    promised = self._saver.promised.tokens(owner, packed, origin.arrived)
+                    stored = max(origin.stored_tokens, promised)
                 if self._saver.save_later(held) and not self._saver.disk_off:
                     origin.written_tokens += max(0, num_tokens - stored)
             if nbytes > self._resident.max_bytes:

@@ -96,7 +96,8 @@ class Lookup:
         match = self.match(owner, packed, limit, trail)
         if origin is not None and origin.counts_written:
             # In this order: what is saved in between is seen on the disk.
-            promised = self._saver.promised.tokens(owner, packed)
+            origin.arrived = self._saver.promised.arrived
+            promised = self._saver.promised.tokens(owner, packed, origin.arrived)
             origin.stored_tokens = max(promised, self._prompt_tokens(owner, packed, trail))
         asks_disk = self._saver.disk is not None and owner.fingerprint is not None
         taken = self.take(owner, packed, limit, on_disk=match, to_copy=to_copy)

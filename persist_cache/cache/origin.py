@@ -24,6 +24,7 @@ class Origin:
         counts_written: Whether `written_tokens` is asked for, which takes a look more.
         stored_tokens: Of the prompt, that prompts on the disk, or on their way there, had rows of
             when it was looked up.
+        arrived: How many prompts had arrived on the disk then.
         keep_s: By tier, for how many seconds behind each use its client asks to keep what is stored
             of it.
         written_tokens: Of the prompt, that were queued for the disk because it was computed.
@@ -33,5 +34,6 @@ class Origin:
     prefill: Any = None
     counts_written: bool = False
     stored_tokens: int = 0
+    arrived: int = 0
     keep_s: Mapping[Tier, int] = field(default_factory=dict)
     written_tokens: int = 0

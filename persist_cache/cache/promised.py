@@ -21,7 +21,14 @@ class Promised:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._waiting: list[tuple[Owner, bytes]] = []
-        self._latest: deque[tuple[Owner, bytes]] = deque(maxlen=_LATEST)
+        self._latest: deque[tuple[int, Owner, bytes]] = deque(maxlen=_LATEST)
+        self._arrived = 0
+
+    @property
+    def arrived(self) -> int:
+        """How many have arrived so far."""
+        with self._lock:
+            return self._arrived
 
     def add(self, owner: Owner, packed: bytes) -> None:
         """Note a prompt that is queued."""
@@ -38,12 +45,21 @@ class Promised:
             if (owner, packed) in self._waiting:
                 self._waiting.remove((owner, packed))
                 if saved:
-                    self._latest.append((owner, packed))
+                    self._arrived += 1
+                    self._latest.append((self._arrived, owner, packed))
 
-    def tokens(self, owner: Owner, packed: bytes) -> int:
-        """Leading tokens of a prompt that one of them has, too."""
+    def tokens(self, owner: Owner, packed: bytes, since: int = 0) -> int:
+        """Leading tokens of a prompt that one of them has, too.
+
+        Args:
+            owner: Whose KV it is.
+            packed: The prompt.
+            since: What `arrived` was when the disk was asked. That has those that came before, or
+                has let them go.
+        """
         with self._lock:
-            known = [one for whose, one in (*self._latest, *self._waiting) if whose == owner]
+            latest = [(whose, one) for number, whose, one in self._latest if number > since]
+            known = [one for whose, one in (*latest, *self._waiting) if whose == owner]
         most = 0
         for one in reversed(known):
             # To share more it has to have the next token, too; hardly one that is older does.

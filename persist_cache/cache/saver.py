@@ -306,6 +306,7 @@ class Saver:
         """Write one cache; touches bytes only."""
         fingerprint = held.owner.fingerprint
         if fingerprint is None or self._store is None or held.passed:
+            self.promised.ended(held.owner, held.packed, saved=False)
             return
         self._recover_store()
         # Whoever kept the one before waiting keeps them all waiting.

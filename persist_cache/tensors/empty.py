@@ -8,11 +8,36 @@ leaves the memory as it is.
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Mapping
+import os
+import threading
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from persist_cache.tensors._mlx import mx
+
+_turn = threading.Lock()
+
+
+def _after_fork() -> None:
+    global _turn
+    _turn = threading.Lock()  # whoever held it does not exist here
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def _in_turn(clear: Callable[[], None]) -> Callable[[], None]:
+    @functools.wraps(clear)
+    def clear_cache() -> None:
+        with _turn:
+            clear()
+
+    return clear_cache
+
+
+mx.clear_cache = _in_turn(mx.clear_cache)
 
 
 class _MadeUpFile:
@@ -64,6 +89,14 @@ def empty(specs: Mapping[str, tuple[str, tuple[int, ...], int]]) -> dict[str, An
     Args:
         specs: By name: safetensors name of the type, shape, bytes.
     """
+    with _turn:
+        arrays = _evaluated(specs)
+        # Until then its thread may still hold the file, and needs the GIL to let go of it.
+        mx.synchronize(mx.default_stream(mx.cpu))
+    return arrays
+
+
+def _evaluated(specs: Mapping[str, tuple[str, tuple[int, ...], int]]) -> dict[str, Any]:
     loadable = {name: spec for name, spec in specs.items() if spec[0] != "F64"}
     arrays = {
         name: mx.zeros(spec[1], mx.float64, stream=mx.cpu)  # `mx.load` does not know this type
