@@ -207,7 +207,7 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
         if prompt is None or prompt.tokenizer is not tokenizer:
             prompt = self._cut(tokenizer, request, args)
         args.max_tokens = self._room(prompt, args)
-        args.sampling = _sampled_from(args.sampling, tokenizer, self.model_provider.model)
+        args.sampling = _sampled_from(args.sampling, tokenizer, self.model_provider)
         if ticket.form is not None:
             words = dict.fromkeys(args.stop_words)
             ticket.stop_tokens = {
@@ -287,14 +287,16 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
         return cut_at(branch, segments, kinds)
 
 
-def _sampled_from(sampling: Any, tokenizer: Any, model: Any) -> Any:
+def _sampled_from(sampling: Any, tokenizer: Any, provider: Any) -> Any:
     """How a model's tokens are sampled; upstream's generation thread ends with too large a `top_k`.
 
     Only here is it known which model that is.
     """
-    known = getattr(getattr(model, "args", None), "vocab_size", None)
+    if sampling.top_k == 0:
+        return sampling
+    known = getattr(getattr(provider.model, "args", None), "vocab_size", None)
     size = min(len(tokenizer), known) if isinstance(known, int) else len(tokenizer)
-    return dataclasses.replace(sampling, top_k=0) if sampling.top_k >= size else sampling
+    return sampling if sampling.top_k < size else dataclasses.replace(sampling, top_k=0)
 
 
 def tokenize(
