@@ -253,6 +253,7 @@ class Rendered(Generator):
             chat_template_kwargs=None,
             max_tokens=4,
             seed=None,
+            sampling=SimpleNamespace(top_k=0),
         )
         self.tokenize_ahead(request, args)
         self.load_ahead(request, args)

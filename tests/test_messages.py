@@ -512,6 +512,41 @@ def test_tokens_are_counted_for_a_model_that_is_not_loaded(
 # ---- while it takes long -------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
+def test_folder_without_a_model_is_refused_by_its_name(
+    server: CountedServer, folder: Path, path: str
+) -> None:
+    answer = post(server, said("Hello", model=str(folder)), path)
+
+    assert answer.status_code == 404
+    assert answer.json()["error"]["type"] == "not_found_error"
+    assert "has no config.json" in answer.json()["error"]["message"]
+
+
+def test_top_k_may_be_larger_than_the_vocabulary_of_a_model_that_is_not_loaded(
+    server: CountedServer, model: Path
+) -> None:
+    post(server, said("play hello"))
+    size = len(load_tokenizer(str(model)))
+
+    # The other model has fewer tokens.
+    found = post(server, said("Hello", model="other", top_k=size - 1, temperature=1.0))
+
+    assert found.status_code == 200, found.text
+    assert post(server, said("play hello")).status_code == 200
+
+
+def test_stop_sequence_is_named_right_after_another_models_answer(
+    client: anthropic.Anthropic,
+) -> None:
+    client.messages.create(**said("Hello", model="other", max_tokens=2))
+
+    found = client.messages.create(**said("play stop", stop_sequences=["two, "]))
+
+    assert blocks(found) == [("text", "One, ")]
+    assert (found.stop_reason, found.stop_sequence) == ("stop_sequence", "two, ")
+
+
 def test_stream_that_has_to_wait_begins_and_pings(server: CountedServer) -> None:
     endless = {
         "messages": [{"role": "user", "content": "play long"}],

@@ -244,7 +244,11 @@ def test_a_request_is_rendered_as_the_generation_loop_renders_it(case: str, mode
         tools=asked.get("tools") or None,
         role_mapping=asked.get("role_mapping"),
     )
-    args = SimpleNamespace(chat_template_kwargs=body.get("chat_template_kwargs"), max_tokens=4)
+    args = SimpleNamespace(
+        chat_template_kwargs=body.get("chat_template_kwargs"),
+        max_tokens=4,
+        sampling=SimpleNamespace(top_k=0),
+    )
 
     prompt, segments, kinds, _, _ = Prompts._tokenize(generator, tokenizer, request, args)
     found = LoadedModel(generator, ("m",), tokenizer, None, "").render(body)

@@ -38,6 +38,11 @@ HOISTING = """\
 <|{{ message.role }}|>{{ message.content }}
 {% endfor -%}
 """
+DROPPING = """\
+{%- for message in messages if message.role != 'system' or loop.first -%}
+<|{{ message.role }}|>{{ message.content }}
+{% endfor -%}
+"""
 NINE = """\
 {%- for tool in tools or [] %}[{{ tool | tojson }}]{% endfor -%}
 {%- for message in messages -%}
@@ -96,11 +101,19 @@ def abilities(template: str) -> Abilities:
         (CHAT_TEMPLATE, Abilities()),
         (
             REFUSING_SYSTEM,
-            Abilities(system=False, inline_system=False, turns=False, tools=False, calls=False),
+            Abilities(
+                system=False,
+                heads=False,
+                inline_system=False,
+                turns=False,
+                tools=False,
+                calls=False,
+            ),
         ),
         (
             HEAD_ONLY,
             Abilities(
+                heads=False,
                 inline_system=False,
                 tools=False,
                 calls=False,
@@ -142,6 +155,23 @@ def test_nothing_that_was_said_is_lost_and_all_stays_in_its_place(
     places = [prompt.index(word) for word in said]
     assert places == sorted(places)
     assert found.names == names
+
+
+@pytest.mark.parametrize(
+    "template", [CHAT_TEMPLATE, HEAD_ONLY, HOISTING, DROPPING, REFUSING_SYSTEM]
+)
+def test_no_system_message_at_the_head_is_lost(template: str) -> None:
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Hello"},
+    ]
+
+    found = fit(messages, None, {}, abilities(template))
+
+    prompt = render(template, found.messages)
+    places = [prompt.index(word) for word in ("Be brief.", "Be kind.", "Hello")]
+    assert places == sorted(places)
 
 
 def test_system_message_that_becomes_the_users_says_what_it_was() -> None:

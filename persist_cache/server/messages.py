@@ -80,11 +80,20 @@ class Messages(BaseHTTPRequestHandler):
         try:
             with generator.in_flight():
                 if counts:
-                    self._say_whole({"input_tokens": generator.count_tokens(request, ticket)}, form)
+                    self._count(request, ticket, form)
                 else:
                     self._answer_messages(request, ticket, form)
         finally:
             self.ticket = self._answer = None
+
+    def _count(self, request: MessagesRequest, ticket: Ticket, form: Form) -> None:
+        try:
+            counted = self.response_generator.count_tokens(request, ticket)
+        except ConnectionError:
+            raise
+        except Exception as error:
+            raise refusal_of(error, 500) from error
+        self._say_whole({"input_tokens": counted}, form)
 
     def _answer_messages(self, request: MessagesRequest, ticket: Ticket, form: Form) -> None:
         answer = self._answer
@@ -123,7 +132,7 @@ class Messages(BaseHTTPRequestHandler):
             initial=context.initial_state,
             parse=context.tool_parser if request.may_call else None,
             tools=request.tools,
-            stop_words=self.response_generator.stop_tokens(request.stop_words, ticket),
+            stop_words={word: ticket.stop_tokens.get(word, ()) for word in request.stop_words},
         )
 
     def _say(

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from persist_cache.server.protocols.anthropic_messages import THINKING_FIELD
+from persist_cache.server.protocols.openai import one_head
 from persist_cache.stability.repairs import inline_system_as_user
 
 Message = Mapping[str, Any]
@@ -37,6 +38,7 @@ class Abilities:
 
     Attributes:
         system: A system message at the head.
+        heads: Several of them there.
         inline_system: One in mid-conversation, which stays in its place.
         turns: Several messages of the user in a row.
         tools: Definitions of tools.
@@ -47,6 +49,7 @@ class Abilities:
     """
 
     system: bool = True
+    heads: bool = True
     inline_system: bool = True
     turns: bool = True
     tools: bool = True
@@ -117,6 +120,7 @@ def probe(render: Render, source: str = "") -> Abilities:
     ]
     return Abilities(
         system=system,
+        heads=keeps("Sone Stwo Qone", head, inline, user),
         inline_system=keeps(
             "Sone Qone Aone Stwo Qtwo", *[head] * system, user, answer, inline, again
         )
@@ -162,6 +166,9 @@ def fit(
             said = [_said("user", head), *rest]
             said = _in_turns(said[:2]) + said[2:]
             names.append(SYSTEM_ROLE)
+    elif not takes.heads:
+        # Some templates raise at a second one, others leave it out without a word.
+        said = one_head(said) or said
     if not takes.turns:
         merged = _in_turns(said)
         names += [TURNS] * (len(merged) < len(said))

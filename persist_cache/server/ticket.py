@@ -119,6 +119,8 @@ class Ticket:
         sign: Called while its answer is waited for, on the thread that answers. It raises a
             `ConnectionError` when the client is gone.
         computed: Tokens that have been computed for it, and how many there are to compute.
+        stop_tokens: The tokens of each stop word of a protocol of ours, by which upstream
+            recognizes it.
         leave_tokens: Tokens at the end of the prompt that the loop has to compute itself, whatever
             is known: those that sampling looks back at.
         has_begun: Says whether the stream of its answer has begun, so that its status is told.
@@ -142,6 +144,7 @@ class Ticket:
         self.ahead: Ahead | None = None
         self.times = Times()
         self.computed = (0, 0)
+        self.stop_tokens: Mapping[str, Sequence[int]] = {}
         self.leave_tokens = 0
         self.tell_prompt: Callable[[], None] = lambda: None
         self.sign: Callable[[], None] = lambda: None

@@ -185,17 +185,11 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
         if spare is None or key not in (None, provider.model_key):
             if key is None:
                 raise RefusedError(503, "No model is loaded, so there is nothing to count with.")
+            if names is not None:
+                names.check(key)
             other = loading.load_tokenizer(key.model)
             return len(self._cut(other, request, args).tokens)
         return len(self._cut_beside(spare, request, args).tokens)
-
-    def stop_tokens(self, words: Sequence[str], ticket: Ticket) -> dict[str, list[int]]:
-        """The tokens by which upstream recognizes stop words."""
-        spare = self.model_provider.spare
-        if not words or spare is None:
-            return {word: [] for word in words}
-        with self._spare_for(ticket):
-            return {word: spare.tokenizer.encode(word, add_special_tokens=False) for word in words}
 
     def _as_upstreams(
         self, asked: MessagesRequest, ticket: Ticket
@@ -215,6 +209,12 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
         if prompt is None or prompt.tokenizer is not tokenizer:
             prompt = self._cut(tokenizer, request, args)
         args.max_tokens = self._room(prompt, args)
+        args.sampling = _sampled_from(args.sampling, tokenizer, self.model_provider)
+        if ticket.form is not None:
+            words = dict.fromkeys(args.stop_words)
+            ticket.stop_tokens = {
+                word: tokenizer.encode(word, add_special_tokens=False) for word in words
+            }
         segments, kinds = [list(one) for one in prompt.segments], list(prompt.kinds)
         if prompt.vision is None:
             segments, kinds = self._cut_at_branch(prompt.tokens, segments, kinds, ticket.trail)
@@ -287,6 +287,18 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
             self.model_provider.model_key, prompt, min_gain_tokens=_MIN_BRANCH_TOKENS, trail=trail
         )
         return cut_at(branch, segments, kinds)
+
+
+def _sampled_from(sampling: Any, tokenizer: Any, provider: Any) -> Any:
+    """How a model's tokens are sampled; upstream's generation thread ends with too large a `top_k`.
+
+    Only here is it known which model that is.
+    """
+    if sampling.top_k == 0:
+        return sampling
+    known = getattr(getattr(provider.model, "args", None), "vocab_size", None)
+    size = min(len(tokenizer), known) if isinstance(known, int) else len(tokenizer)
+    return sampling if sampling.top_k < size else dataclasses.replace(sampling, top_k=0)
 
 
 def tokenize(

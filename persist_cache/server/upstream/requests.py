@@ -47,7 +47,7 @@ def as_upstreams(
         sampling=upstream.SamplingArguments(
             temperature=sampling.get("temperature", cli.temp),
             top_p=sampling.get("top_p", cli.top_p),
-            top_k=_top_k(sampling.get("top_k", cli.top_k), provider.tokenizer),
+            top_k=sampling.get("top_k", cli.top_k),
             min_p=cli.min_p,
             xtc_probability=0.0,
             xtc_threshold=0.1,
@@ -69,11 +69,6 @@ def as_upstreams(
         args.chat_template_kwargs = fitted.template_args
         ticket.form = None
     return request, args
-
-
-def _top_k(top_k: int, tokenizer: Any) -> int:
-    """No more than there are tokens, which mlx-lm would fail at; 0 takes all of them."""
-    return 0 if tokenizer is None or top_k >= len(tokenizer) else top_k
 
 
 class Answers(Queue[Any]):
