@@ -34,6 +34,11 @@ SCRIPTS: Mapping[str, Sequence[str]] = {
         '<tool_call>{"name": "clock", "arguments": {"city": "Rom"}}</tool_call>\n',
         '<tool_call>{"name": "clock", "arguments": {"city": "Ulm"}}</tool_call>\n',
     ],
+    "glued": [
+        "At once.",
+        '<tool_call>{"name": "clock", "arguments": {}}</tool_call>\n<tool_call>{"name": "cl',
+        'ock", "arguments": {"city": "Ulm"}}</tool_call>',
+    ],
     "broken": ["So: ", '<tool_call>{"name": "clock", "arg', "</tool_call>"],
     "stop": ["One, ", "two, ", "STO", "P three", ", four"],
     "long": [f"{number}, " for number in range(100, 140)],

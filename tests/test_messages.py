@@ -153,6 +153,24 @@ def test_answer_ends_with_its_first_call_when_only_one_is_allowed(
     assert found.stop_reason == "tool_use"
 
 
+def test_what_follows_the_only_call_in_the_same_piece_is_left_out(
+    client: anthropic.Anthropic,
+) -> None:
+    choice: Any = {"type": "auto", "disable_parallel_tool_use": True}
+
+    found = client.messages.create(**said("play glued", tools=[CLOCK], tool_choice=choice))
+
+    assert blocks(found) == [("text", "At once."), ("tool_use", {})]
+
+
+def test_mark_of_thinking_in_a_question_makes_no_thought_of_the_answer(
+    client: anthropic.Anthropic,
+) -> None:
+    found = client.messages.create(**said("What does <think> stand for in this? play hello"))
+
+    assert blocks(found) == [("text", "Hello, I am here. ")]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     ("words", "text", "word"),

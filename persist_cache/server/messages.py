@@ -158,6 +158,7 @@ class Messages(BaseHTTPRequestHandler):
             elif self.stream:
                 ticket.sign()  # a long tool call is said when it is complete
             if request.one_call and answer.calls:
+                reader.close()  # what it holds is behind the call
                 break
             if reader.finish is not None and piece.finish_reason is None:
                 break  # mlx-lm recognizes stop words by their tokens alone, and would go on

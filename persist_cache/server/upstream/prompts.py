@@ -23,7 +23,13 @@ from persist_cache.server.names import Names
 from persist_cache.server.protocols.anthropic_request import MessagesRequest
 from persist_cache.server.protocols.openai import one_head
 from persist_cache.server.rendering import unrenderable
-from persist_cache.server.segments import as_system, cut_at, cut_turn, system_tokens
+from persist_cache.server.segments import (
+    as_system,
+    cut_at,
+    cut_turn,
+    system_tokens,
+    thought_start,
+)
 from persist_cache.server.streaming import SIGN_S
 from persist_cache.server.ticket import CutPrompt, Ticket, TicketTokens
 from persist_cache.server.upstream.provider import Provider, Spare
@@ -246,6 +252,11 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
         if not tokens:
             # Upstream's generation thread does not survive it.
             raise RefusedError(400, "The prompt has no tokens.")
+        is_fixed = bool(getattr(tokenizer, "response_initial_state", None))
+        if initial_state == "reasoning" and not is_fixed:
+            # Upstream takes a mark anywhere in the conversation for an open thought at its end.
+            is_open = thought_start(tokenizer, tokens) < len(tokens)
+            initial_state = "reasoning" if is_open else "normal"
         if vision is None and kinds == ["assistant"]:
             options = {**self.cli_args.chat_template_args, **(args.chat_template_kwargs or {})}
             segments, kinds = cut_turn(
