@@ -17,7 +17,8 @@ from typing import Any
 from persist_cache.errors import ModelError
 from persist_cache.server.form import Form, Templates
 from persist_cache.server.names import DEFAULT
-from persist_cache.server.protocols.anthropic_request import MessagesRequest, read_messages
+from persist_cache.server.protocols.anthropic_request import read_messages
+from persist_cache.server.protocols.asked import Asked
 from persist_cache.server.protocols.openai import lenient
 from persist_cache.server.protocols.recognized import MESSAGES, protocol_of
 from persist_cache.server.segments import system_end, system_tokens
@@ -53,7 +54,7 @@ class PromptRequest:
     tools: list[dict[str, Any]] | None = None
     role_mapping: dict[str, str] | None = None
     template_args: Mapping[str, Any] = field(default_factory=dict)
-    asked: MessagesRequest | None = None
+    asked: Asked | None = None
     is_head: bool = False
 
 

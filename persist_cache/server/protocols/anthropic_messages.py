@@ -10,13 +10,16 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from persist_cache.server.protocols.asked import (
+    BETWEEN_BLOCKS,
+    SERVER_TOOLS,
+    THINKING_FIELD,
+    Mark,
+    joined,
+)
 from persist_cache.server.validation import RefusedError
 from persist_cache.stability import repairs
 
-BETWEEN_BLOCKS = "\n\n"
-"""What separates texts that the protocol keeps in blocks of their own."""
-THINKING_FIELD = "reasoning_content"
-"""What most templates call what the model thought."""
 _TTLS = {"5m": 300, "1h": 3600}
 _ERROR = "Error: "
 _SAYS_ERROR = ("error", "<tool_use_error>")
@@ -26,27 +29,11 @@ _MEDIA = {
     "container_upload": "a file",
 }
 _CLOSED = "redacted_thinking"
-_OF_SERVERS = "server-tools"
 _SERVER_CALLS = ("server_tool_use", "mcp_tool_use")
 _SERVER_RESULT = "_tool_result"
 """Ends the type of what a tool of Anthropic's servers returned."""
 _TEXTUAL = ("text", "document", "search_result", "tool_reference")
 """Types of blocks in tool results that may be nothing but text."""
-
-
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """A place up to which the client asks for its prompt to be kept.
-
-    Attributes:
-        message: Index among the messages of the chat; -1 stands for the tools in front of them.
-        characters: Of that message's content, in front of the mark; None for the whole message.
-        ttl_s: For how long the client would keep it.
-    """
-
-    message: int
-    characters: int | None
-    ttl_s: int
 
 
 @dataclass(slots=True)
@@ -178,7 +165,7 @@ class Conversation:
                     calls.append(self._call(block, at))
                 case other if other in _SERVER_CALLS or other.endswith(_SERVER_RESULT):
                     # Of tools that this server does not have: templates have no form for them.
-                    self.ignored.add(_OF_SERVERS)
+                    self.ignored.add(SERVER_TOOLS)
                 case other:
                     raise _unfit(other, at)
             if (ttl_s := mark_of(block, at)) is not None:
@@ -197,11 +184,6 @@ class Conversation:
             raise wrong(f"{name}.input", "must be an object.")
         self.tool_names[call] = tool
         return {"id": call, "type": "function", "function": {"name": tool, "arguments": given}}
-
-
-def joined(before: str, text: str) -> str:
-    """Two blocks of text as one text."""
-    return f"{before}{BETWEEN_BLOCKS}{text}" if before and text else before or text
 
 
 def wrong(name: str, what: str) -> RefusedError:

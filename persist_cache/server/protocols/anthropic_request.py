@@ -8,23 +8,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from persist_cache.server.protocols.anthropic_messages import (
     Conversation,
-    Mark,
     kind,
     mark_of,
     text_of,
     wrong,
 )
+from persist_cache.server.protocols.asked import Asked
 from persist_cache.server.validation import MAX_NEW_TOKENS, MAX_STOP_WORDS
 
 MAX_TOP_K = 10**9
 _THINKING = ("enabled", "adaptive", "between_tools", "disabled")
 _EFFORTS = {"low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high"}
 """Efforts that clients ask for, as those that templates know."""
+_OPTION_NAMES = {
+    "thinking_budget": "thinking.budget_tokens",
+    "reasoning_effort": "output_config.effort",
+}
+"""What this protocol calls options of templates."""
 _TOLD: dict[str, Callable[[Any], bool]] = {
     "container": bool,
     "context_management": lambda value: not _is(value, dict) or _edits(value.get("edits")),
@@ -34,46 +38,11 @@ _TOLD: dict[str, Callable[[Any], bool]] = {
 """Fields that ask for what is not done, and when that makes a difference."""
 
 
-@dataclass(frozen=True, slots=True)
-class MessagesRequest:
-    """A request that was understood.
-
-    Attributes:
-        model: As the client names it.
-        messages: Of a chat, as templates take them; the system prompt is the first one.
-        tools: Definitions of functions, or None.
-        template_args: Options of the chat template, those that not all templates have among them.
-        max_tokens: Of the answer; 0 only fills the cache.
-        stream: The answer is wanted as events.
-        stop_words: That end the answer.
-        sampling: Temperature, `top_p` and `top_k`, where they are given.
-        may_call: What looks like a tool call is one.
-        one_call: The answer ends with its first tool call.
-        marks: Places up to which the prompt is to be kept, in order.
-        repaired: Names of the repairs that changed it.
-        ignored: Names of what was asked for and is not done.
-    """
-
-    model: str
-    messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]] | None = None
-    template_args: dict[str, Any] = field(default_factory=dict)
-    max_tokens: int = 0
-    stream: bool = False
-    stop_words: list[str] = field(default_factory=list)
-    sampling: dict[str, float | int] = field(default_factory=dict)
-    may_call: bool = False
-    one_call: bool = False
-    marks: list[Mark] = field(default_factory=list)
-    repaired: tuple[str, ...] = ()
-    ignored: tuple[str, ...] = ()
-
-
 def read_messages(
     body: Mapping[str, Any],
     *,
     counting: bool = False,
-) -> MessagesRequest:
+) -> Asked:
     """Read the body of a request.
 
     Args:
@@ -94,11 +63,12 @@ def read_messages(
     stream = _flag(body, "stream")
     thinks, template_args = _thinking(body, ignored)
     _check_metadata(body.get("metadata"))
-    return MessagesRequest(
+    return Asked(
         model=model,
         messages=said.messages,
         tools=tools or None,
         template_args=template_args,
+        option_names=_OPTION_NAMES,
         max_tokens=0 if counting else _max_tokens(body, stream=stream, thinks=thinks),
         stream=stream,
         stop_words=_stop_words(body.get("stop_sequences")),
