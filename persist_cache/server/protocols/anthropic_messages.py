@@ -17,7 +17,8 @@ from persist_cache.server.protocols.asked import (
     Mark,
     joined,
 )
-from persist_cache.server.validation import RefusedError
+from persist_cache.server.protocols.fields import below, kind, text_of
+from persist_cache.server.validation import RefusedError, wrong
 from persist_cache.stability import repairs
 
 _TTLS = {"5m": 300, "1h": 3600}
@@ -186,11 +187,6 @@ class Conversation:
         return {"id": call, "type": "function", "function": {"name": tool, "arguments": given}}
 
 
-def wrong(name: str, what: str) -> RefusedError:
-    """The refusal of a field: its name, and what is wrong with it."""
-    return RefusedError(400, f"{name} {what}")
-
-
 def blocks(content: Any, name: str) -> Sequence[Mapping[str, Any]]:
     """Content as a list of blocks.
 
@@ -205,27 +201,6 @@ def blocks(content: Any, name: str) -> Sequence[Mapping[str, Any]]:
         if not isinstance(block, dict):
             raise wrong(f"{name}.{place}", "must be an object.")
     return content
-
-
-def kind(block: Mapping[str, Any], name: str) -> str:
-    """The type of a block.
-
-    Raises:
-        RefusedError: It has none.
-    """
-    return text_of(block, "type", name)
-
-
-def text_of(block: Mapping[str, Any], member: str, name: str) -> str:
-    """A text that a block must have.
-
-    Raises:
-        RefusedError: It has none.
-    """
-    found = block.get(member)
-    if not isinstance(found, str):
-        raise wrong(_below(name, member), "must be a text.")
-    return found
 
 
 def written(block: Mapping[str, Any], name: str) -> str:
@@ -276,7 +251,7 @@ def mark_of(block: Mapping[str, Any], name: str) -> int | None:
     mark = block.get("cache_control")
     if mark is None:
         return None
-    at = _below(name, "cache_control")
+    at = below(name, "cache_control")
     if not isinstance(mark, dict) or mark.get("type") != "ephemeral":
         raise wrong(at, "must be an object of the type ephemeral.")
     ttl = mark.get("ttl")
@@ -285,10 +260,6 @@ def mark_of(block: Mapping[str, Any], name: str) -> int | None:
     if not isinstance(ttl, str) or ttl not in _TTLS:
         raise wrong(f"{at}.ttl", "must be 5m or 1h.")
     return _TTLS[ttl]
-
-
-def _below(name: str, member: str) -> str:
-    return f"{name}.{member}" if name else member
 
 
 def _texts(
