@@ -99,14 +99,14 @@ class Translated(BaseHTTPRequestHandler):
             finally:
                 context.stop()
             usage = usage_of(ticket, output, thought, asked.marks)
-            rest = answer.say(reader.close())
+            rest = [*self._start(usage), *answer.say(reader.close())]
             finish = reader.finish or Finish("end")
             if asked.max_tokens == 0:
                 finish = Finish("length")
             elif finish.reason == "length" and output < (asked.max_tokens or 0):
                 finish = Finish("context")
             if self.stream:
-                self._say_events([*rest, *answer.end(finish, usage)], usage, form)
+                self._say_events([*rest, *answer.end(finish, usage)], form)
             else:
                 self._say_whole(answer.whole(finish, usage), form)
         except ConnectionError:
@@ -137,9 +137,10 @@ class Translated(BaseHTTPRequestHandler):
             if asked.one_call:
                 calls = [at for at, part in enumerate(parts) if isinstance(part, Call)]
                 parts = parts[: calls[0] + 1] if calls else parts
-            events = answer.say(parts)
+            begun = self._start(usage_of(ticket, marks=asked.marks))
+            events = [*begun, *answer.say(parts)]
             if self.stream and (events or output == 1):
-                self._say_events(events, usage_of(ticket, marks=asked.marks), form)
+                self._say_events(events, form)
             elif self.stream:
                 ticket.sign()  # a long tool call is said when it is complete
             if asked.one_call and answer.calls:
@@ -151,7 +152,7 @@ class Translated(BaseHTTPRequestHandler):
 
     # ---- on the wire -------------------------------------------------------------------------
 
-    def _say_events(self, events: list[Event], usage: Usage, form: Form) -> None:
+    def _say_events(self, events: list[Event], form: Form) -> None:
         if not self.has_begun() or not self._is_told:  # type: ignore[attr-defined]
             self._is_told, before = True, list(self._ignored)
             begun = self.has_begun()  # type: ignore[attr-defined]
@@ -160,14 +161,14 @@ class Translated(BaseHTTPRequestHandler):
             if begun and form.ignored and list(form.ignored) != before:
                 said = f": {IGNORED_HEADER}: {', '.join(form.ignored)}\n\n"
                 self._write(said)  # type: ignore[attr-defined]
-        self._write((self._start(usage) + as_bytes(events)).decode())  # type: ignore[attr-defined]
+        self._write(as_bytes(events).decode())  # type: ignore[attr-defined]
 
-    def _start(self, usage: Usage) -> bytes:
-        """The first events of the stream, unless they were sent."""
+    def _start(self, usage: Usage) -> list[Event]:
+        """The first events of the stream, unless they were made: nothing is said before them."""
         if self._started or self._answer is None:
-            return b""
+            return []
         self._started = True
-        return as_bytes(self._answer.start(usage))
+        return self._answer.start(usage)
 
     def _say_whole(self, said: dict[str, Any], form: Form) -> None:
         outcome = self._outcome()  # type: ignore[attr-defined]
@@ -188,13 +189,13 @@ class Translated(BaseHTTPRequestHandler):
         comment = str(super().sign_of_life(done, total))  # type: ignore[misc]
         if self._answer is None:
             return comment
-        return (self._start(Usage()) + as_bytes(self._answer.sign())).decode() or comment
+        return as_bytes([*self._start(Usage()), *self._answer.sign()]).decode() or comment
 
     def last_words(self, error: Exception) -> str:
         if self._answer is None:
             return str(super().last_words(error))  # type: ignore[misc]
-        said = self._answer.fail(refusal_of(error, 500))
-        return (self._start(Usage()) + as_bytes(said)).decode()
+        begun = self._start(Usage())
+        return as_bytes([*begun, *self._answer.fail(refusal_of(error, 500))]).decode()
 
 
 def _reader(asked: Asked, ticket: Ticket, context: Any) -> OutputReader:
