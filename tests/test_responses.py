@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ import requests
 from persist_cache.prefill.loading import load_tokenizer
 from tests.anthropic_bodies import spoilt
 from tests.computed import CountedServer
+from tests.held_server import HeldServer
 from tests.responses_bodies import PATCH, agent_body
 from tests.scripted_model import SCRIPTS, THINKS, build_scripted_model
+from tests.waiting import until
 
 SYSTEM = "You are a helpful assistant. Answer the question of the user in a short sentence. " * 4
 CLOCK: Any = {
@@ -116,7 +119,7 @@ def test_answer_and_its_stream_are_the_same_response(
     assert items(whole) == items(streamed) == content
     assert whole.status == streamed.status == "completed"
     assert whole.model == streamed.model == "gpt-large"
-    assert whole.store is False  # type: ignore[attr-defined]
+    assert whole.store is False
     assert whole.usage is not None
     assert streamed.usage is not None
     assert whole.usage.output_tokens == streamed.usage.output_tokens == len(SCRIPTS[name]) + 1
@@ -149,7 +152,7 @@ def test_thought_is_the_summary_where_one_is_asked_for(client: openai.OpenAI) ->
     found = client.responses.create(**body)
     kinds = [event.type for event in client.responses.create(**body, stream=True)]
 
-    assert [one.text for one in found.output[0].summary] == [THINKS]  # type: ignore[union-attr]
+    assert [one.text for one in found.output[0].summary] == [THINKS]
     assert "response.reasoning_summary_text.delta" in kinds
     assert "response.reasoning_text.delta" not in kinds
 
@@ -159,7 +162,7 @@ def test_answer_that_is_cut_off_is_incomplete(client: openai.OpenAI, stream: boo
     body = said("play long", max_output_tokens=3)
 
     if stream:
-        found = list(client.responses.create(**body, stream=True))[-1].response  # type: ignore[union-attr]
+        found = list(client.responses.create(**body, stream=True))[-1].response
     else:
         found = client.responses.create(**body)
 
@@ -483,3 +486,34 @@ def test_stream_that_has_to_wait_begins(server: CountedServer, busy: requests.Re
     assert names.count("response.created") == 1
     assert names[-1] == "response.completed"
     assert ": x-persist-cache: " in text
+
+
+def test_stream_that_is_cut_by_the_end_of_the_server_says_that_it_failed(
+    model: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"min_free_bytes": 0, "grace_s": 0.2}
+    with HeldServer(model, tmp_path / "store", tmp_path, **options) as server:
+        body = said("play hello", instructions=SYSTEM, stream=True)
+        server.request("POST", PATH, json={**said("play hello"), "max_output_tokens": 1})
+        with server.held_up(0):
+            answer = server.request("POST", PATH, json=body, stream=True)
+            lines = answer.iter_lines(chunk_size=1)
+            begun = next(lines)
+            assert server.process is not None
+            server.process.send_signal(signal.SIGTERM)
+            until(lambda: "were cut" in server.log.read_text())
+            server.release()
+            text = b"\n".join([begun, *lines]).decode()
+            assert server.process.wait(60) == 0
+
+    names = re.findall(r"^event: (.*)$", text, re.MULTILINE)
+    assert names == ["response.created", "response.in_progress", "response.failed"]
+    assert "The server is stopping; ask again when it is back." in text
+
+
+def test_codex_gets_a_list_of_models_in_its_form_and_nobody_else(server: CountedServer) -> None:
+    asked = server.request("GET", "/v1/models?client_version=0.169.0", headers=KEY).json()
+    plain = server.request("GET", "/v1/models", headers=KEY).json()
+
+    assert asked.pop("models") == []
+    assert asked == plain

@@ -157,6 +157,7 @@ def test_official_client_reads_the_same_in_both_ways(parts: list[Part]) -> None:
 
     assert found.output_text == plain.output_text
     assert [one.type for one in found.output] == [one.type for one in plain.output]
+    assert plain.usage is not None
     assert found.usage.total_tokens == plain.usage.total_tokens == 35
 
 
@@ -164,7 +165,7 @@ def test_official_client_reads_the_same_in_both_ways(parts: list[Part]) -> None:
 
 
 def test_thoughts_are_content_or_the_summary_that_is_asked_for() -> None:
-    parts = [Reasoning("Hm."), Text("So.")]
+    parts: list[Part] = [Reasoning("Hm."), Text("So.")]
 
     plain = whole(parts)["output"][0]
     asked = whole(parts, reasoning={"summary": "auto"})["output"][0]

@@ -17,7 +17,7 @@ from persist_cache.server.guard import IGNORED_HEADER, OUTCOME_HEADER
 from persist_cache.server.protocols.answering import Answer, Event, Usage, as_bytes
 from persist_cache.server.protocols.asked import Asked, Mark
 from persist_cache.server.protocols.openai import refusal_of
-from persist_cache.server.protocols.output import Call, Finish, OutputReader
+from persist_cache.server.protocols.output import Call, Finish, OutputReader, Reasoning
 from persist_cache.server.ticket import Part, Ticket
 
 log = logging.getLogger(__name__)
@@ -133,7 +133,8 @@ class Translated(BaseHTTPRequestHandler):
             output += 1
             was_thinking = reader.is_thinking
             parts = reader.feed(piece.text, piece.token, piece.finish_reason)
-            thought += was_thinking or reader.is_thinking
+            is_thinking = reader.is_thinking or any(isinstance(one, Reasoning) for one in parts)
+            thought += was_thinking or is_thinking
             if asked.one_call:
                 calls = [at for at, part in enumerate(parts) if isinstance(part, Call)]
                 parts = parts[: calls[0] + 1] if calls else parts
