@@ -37,18 +37,19 @@ def agent_body(
     tools: int = 20,
     tool_words: int = 300,
     system_words: int = 4000,
+    turn_words: int = 100,
     turns: int = 10,
     seed: int = 0,
 ) -> dict[str, Any]:
     """A request in the middle of an agent's work; some 20,000 tokens unless told otherwise."""
     drawn = random.Random(seed)
     items: list[dict[str, Any]] = [
-        {"type": "message", "role": "developer", "content": [part(prose(drawn, 30))]},
+        {"type": "message", "role": "developer", "content": [part(prose(drawn, turn_words // 3))]},
         {
             "type": "message",
             "role": "user",
             "content": [
-                part(prose(drawn, 30)),
+                part(prose(drawn, turn_words // 3)),
                 part(f"<environment_context>{prose(drawn, 9)}</environment_context>"),
             ],
         },
@@ -56,7 +57,7 @@ def agent_body(
     ]
     for turn in range(turns):
         call = f"call_{turn:024d}"
-        thought = [part(prose(drawn, 20), "reasoning_text")]
+        thought = [part(prose(drawn, turn_words // 5), "reasoning_text")]
         items += [
             {"type": "reasoning", "summary": [], "content": thought, "encrypted_content": None},
             {
@@ -70,7 +71,7 @@ def agent_body(
                 "name": f"tool_{turn % max(tools, 1)}",
                 "arguments": json.dumps({"path": f"src/{turn}.py"}),
             },
-            {"type": "function_call_output", "call_id": call, "output": prose(drawn, 100)},
+            {"type": "function_call_output", "call_id": call, "output": prose(drawn, turn_words)},
         ]
     call = "call_patch"
     items += [
@@ -78,7 +79,7 @@ def agent_body(
         {"type": "custom_tool_call_output", "call_id": call, "output": [part("Done.")]},
         {"role": "user", "content": [part(prose(drawn, 9))]},
     ]
-    inner = [function(drawn, place, 20) for place in range(2)]
+    inner = [function(drawn, place, tool_words // 10) for place in range(2)]
     return {
         "model": "gpt-large",
         "instructions": prose(drawn, system_words),

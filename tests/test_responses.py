@@ -429,14 +429,14 @@ def test_no_malformed_body_ends_a_thread_or_leaves_a_trace_in_the_log(
     server: CountedServer, client: openai.OpenAI
 ) -> None:
     secret = "xylophone"
-    whole = agent_body(tools=2, tool_words=5, system_words=20, turns=1)
+    whole = agent_body(tools=1, tool_words=5, system_words=5, turn_words=5, turns=1)
     drawn = random.Random(18)
     odd: list[Any] = [None, True, -1, 1e300, "", [], {}, [[]], [None], {"type": secret}]
     odd.append(f"{secret} {secret}")
     statuses = []
     for number in range(500):
         body = {**whole, "max_output_tokens": 1, "stream": number % 2 == 0}
-        path = f"{PATH}/input_tokens" if number % 3 else PATH
+        path = f"{PATH}/input_tokens" if number % 4 else PATH
         answer = post(server, spoilt(body, drawn, odd), path)
         statuses.append(answer.status_code)
         if answer.status_code != 200:
