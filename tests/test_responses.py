@@ -171,6 +171,16 @@ def test_answer_that_is_cut_off_is_incomplete(client: openai.OpenAI, stream: boo
     assert found.usage.output_tokens == 3
 
 
+def test_answer_without_a_limit_goes_on_to_the_end_of_the_context(client: openai.OpenAI) -> None:
+    count = client.responses.input_tokens.count(**said("play long ")).input_tokens
+    padding = "<|endoftext|>" * (CONTEXT - count - 3)
+
+    found = client.responses.create(**said(f"play long {padding}"))
+
+    assert found.usage is not None
+    assert (found.status, found.usage.output_tokens) == ("incomplete", 3)
+
+
 def test_stop_word_ends_the_answer_in_front_of_it(client: openai.OpenAI) -> None:
     found = client.responses.create(**said("play stop"), extra_body={"stop": ["STOP"]})
 
