@@ -187,8 +187,9 @@ def _tables(values: Any) -> list[Table]:
     note = (
         f"A prompt of {PROMPT_TOKENS:,} tokens in chunks of {STEP_TOKENS}, "
         f"{values['prefill_s']:.0f} s. Its client gives up, or SIGTERM comes, after "
-        f"{GIVES_UP:.0%} of that, SIGKILL after {KILLED:.0%}; then it is asked again. All answers were equal to those of a server that "
-        "nobody interrupted, with the log probabilities, unless it is said."
+        f"{GIVES_UP:.0%} of that, SIGKILL after {KILLED:.0%}; then it is asked again. All answers "
+        "were equal to those of a server that nobody interrupted, with the log probabilities, "
+        "unless it is said."
     )
     written = [
         [name, f"{one['with'] / one['without']:.3f}"] for name, one in values["written"].items()
