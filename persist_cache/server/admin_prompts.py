@@ -22,6 +22,7 @@ from persist_cache.server.parameters import choice, query_of
 from persist_cache.server.protocols.openai import lenient
 from persist_cache.server.protocols.recognized import CHAT, MESSAGES, PROTOCOLS, protocol_of
 from persist_cache.server.rendering import read_request, system_only
+from persist_cache.server.stabilizing import chosen_by
 from persist_cache.server.ticket import Part
 from persist_cache.server.validation import RefusedError, check_names, check_prompt, decode_object
 from persist_cache.server.view import Views
@@ -108,7 +109,7 @@ class Prompts:
         model = self._models.loaded(body, any_name=protocol == MESSAGES)
         if model.fingerprint is None:
             raise RefusedError(409, f"The model cannot be identified: {model.why}")
-        prompt = model.render(body, protocol)
+        prompt = model.render(body, protocol, stabilize=self._chosen(request))
         found = explain(store, model.fingerprint, prompt.tokens, system_tokens=prompt.system_tokens)
         now, in_memory = self._cache.outlook(model.key, prompt.tokens)
         found = with_memory(found, now_tokens=now, memory_tokens=in_memory)
@@ -126,7 +127,8 @@ class Prompts:
     def warm(self, request: Request, ask: Ask | None) -> Response:
         body, protocol = _read(request)
         marks = Marks.of(body.pop("cache", None))
-        whole = not system_only(read_request(body, protocol))
+        chosen = self._chosen(request)
+        whole = not system_only(read_request(body, protocol, stabilize=chosen))
         check_names(body)
         if ask is None:
             raise RefusedError(409, "This server cannot run a model.")
@@ -152,7 +154,7 @@ class Prompts:
         else:
             cached = usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)
         model = self._models.loaded(body, any_name=protocol == MESSAGES)
-        prompt = model.render(body, protocol)
+        prompt = model.render(body, protocol, stabilize=chosen)
         # A request computes its last token itself.
         wanted = prompt.tokens[:-1] if whole else prompt.tokens[: prompt.system_tokens]
         if not wanted:
@@ -180,6 +182,10 @@ class Prompts:
                 disk_off=after.disk_off,
             )
         )
+
+    def _chosen(self, request: Request) -> frozenset[str]:
+        """Names of the repairs that may be done to the prompt of a request."""
+        return chosen_by(request.headers, self._models.generator)
 
     def _settle(self, model: LoadedModel, wanted: list[int]) -> Entry | None:
         """Wait until `wanted` is on disk; None when it does not get there."""

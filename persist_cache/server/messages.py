@@ -29,6 +29,7 @@ from persist_cache.server.protocols.anthropic_request import MessagesRequest, re
 from persist_cache.server.protocols.openai import refusal_of
 from persist_cache.server.protocols.output import Call, Finish, OutputReader
 from persist_cache.server.protocols.recognized import MESSAGES
+from persist_cache.server.stabilizing import chosen_by
 from persist_cache.server.ticket import Part, Ticket
 from persist_cache.server.validation import RefusedError, decode_object
 
@@ -68,9 +69,13 @@ class Messages(BaseHTTPRequestHandler):
     def _answer_body(self, raw: bytes) -> None:
         self.body_as_read = raw
         counts = self.path == COUNT_PATH
-        request = read_messages(decode_object(self.body_as_read), counting=counts)
-        self._tell_ignored(list(request.ignored))  # type: ignore[attr-defined]
         generator = self.response_generator
+        request = read_messages(
+            decode_object(self.body_as_read),
+            counting=counts,
+            stabilize=chosen_by(self.headers, generator),
+        )
+        self._tell_ignored(list(request.ignored))  # type: ignore[attr-defined]
         form = Form(request, generator.templates, generator.cli_args.chat_template_args)
         ticket = Ticket(self.body_as_read, keeps=self.keeps, form=form)
         self.stream = request.stream and not counts

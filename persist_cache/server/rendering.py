@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from persist_cache.errors import ModelError
+from persist_cache.server.chat_form import depends_on_template, fit_chat
 from persist_cache.server.form import Form, Templates
 from persist_cache.server.names import DEFAULT
 from persist_cache.server.protocols.anthropic_request import MessagesRequest, read_messages
@@ -27,6 +28,9 @@ from persist_cache.server.validation import (
     first_line,
     refuse_parts,
 )
+from persist_cache.stability.conversation import stabilize
+from persist_cache.stability.moved import Moves
+from persist_cache.stability.names import DEFAULTS
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +50,7 @@ class PromptRequest:
         template_args: Arguments of the chat template; they win over those of the server.
         asked: A request to Anthropic's Messages, with the same messages and tools; None for others.
         is_head: It is nothing but the head of others, and its last message stands for any.
+        stabilize: Names of the repairs that may be done.
     """
 
     messages: list[dict[str, Any]]
@@ -55,6 +60,7 @@ class PromptRequest:
     template_args: Mapping[str, Any] = field(default_factory=dict)
     asked: MessagesRequest | None = None
     is_head: bool = False
+    stabilize: frozenset[str] = DEFAULTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +86,9 @@ class Prompt:
     marks: int = 0
 
 
-def read_request(body: Mapping[str, Any], protocol: str = "") -> PromptRequest:
+def read_request(
+    body: Mapping[str, Any], protocol: str = "", *, stabilize: frozenset[str] = DEFAULTS
+) -> PromptRequest:
     """Take what shapes the prompt from the body of a request.
 
     A member that is null is absent.
@@ -88,12 +96,13 @@ def read_request(body: Mapping[str, Any], protocol: str = "") -> PromptRequest:
     Args:
         body: Of a chat, of a text completion, or of Anthropic's Messages.
         protocol: One of `PROTOCOLS`; "" to tell it by the body's shape.
+        stabilize: Names of the repairs that may be done.
 
     Raises:
         RefusedError: The server would not understand it either, or it has images.
     """
     if (protocol or protocol_of(body)) == MESSAGES:
-        return _read_messages(body)
+        return _read_messages(body, stabilize)
     body = lenient(body)
     check_prompt(body)
     if body.get("messages") is None:
@@ -104,21 +113,23 @@ def read_request(body: Mapping[str, Any], protocol: str = "") -> PromptRequest:
         tools=body.get("tools") or None,
         role_mapping=body.get("role_mapping"),
         template_args=body.get("chat_template_kwargs") or {},
+        stabilize=stabilize,
     )
 
 
-def _read_messages(body: Mapping[str, Any]) -> PromptRequest:
+def _read_messages(body: Mapping[str, Any], stabilize: frozenset[str]) -> PromptRequest:
     is_head = not body.get("messages")
     given = {**body, "model": body.get("model") or DEFAULT, "max_tokens": 1}
     if is_head:
         given["messages"] = [_ANY_TURN]
-    asked = read_messages(given)
+    asked = read_messages(given, stabilize=stabilize)
     return PromptRequest(
         asked.messages,
         tools=asked.tools,
         template_args=asked.template_args,
         asked=asked,
         is_head=is_head,
+        stabilize=stabilize,
     )
 
 
@@ -130,7 +141,11 @@ def system_only(request: PromptRequest) -> bool:
 
 
 def render(
-    tokenizer: Any, request: PromptRequest, *, template_args: Mapping[str, Any] | None = None
+    tokenizer: Any,
+    request: PromptRequest,
+    *,
+    template_args: Mapping[str, Any] | None = None,
+    moves: Moves | None = None,
 ) -> Prompt:
     """Render a request as `mlx_lm.server` does, and find its system part.
 
@@ -138,6 +153,8 @@ def render(
         tokenizer: As mlx-lm loads it.
         request: What `read_request` found.
         template_args: The server's `--chat-template-args`.
+        moves: What a server remembers of moved text, which it does for conversations that it
+            answers; None where that is not known.
 
     Raises:
         RefusedError: The chat template refuses it; with what the template said.
@@ -146,10 +163,22 @@ def render(
     from persist_cache.server.upstream.prompts import tokenize
 
     defaults, own = dict(template_args or {}), dict(request.template_args)
-    messages, tools = request.messages, request.tools
     form: Form | None = None
-    if request.asked is not None:
+    names: frozenset[str] = frozenset()
+    if request.asked is None:
+        done = stabilize(request.messages, request.tools, request.stabilize, moves, keep=False)
+        messages, names = done.messages, frozenset(done.names)
+        tools = None if done.tools is None else list(done.tools)
+        if getattr(tokenizer, "has_chat_template", False) and depends_on_template(
+            messages, request.stabilize
+        ):
+            takes = Templates().abilities(tokenizer, defaults)
+            chat = fit_chat(takes, messages, {**defaults, **own}, request.stabilize)
+            messages, own = list(chat.messages), {**chat.template_args, **own}
+            names |= chat.names
+    else:
         form = Form(request.asked, Templates(), defaults)
+        form.stabilize(request.stabilize, moves, keep=False)
         fitted = form.fit(tokenizer)
         messages, own = fitted.messages, fitted.template_args
         tools = None if fitted.tools is None else [dict(tool) for tool in fitted.tools]
@@ -166,7 +195,7 @@ def render(
     if kinds == ["assistant"] and asked.messages:
         end = system_end(tokenizer, asked.messages, asked.tools, {**defaults, **own}, tokens)
     if form is None or request.asked is None:
-        return Prompt(list(tokens), end)
+        return Prompt(list(tokens), end, repaired=tuple(sorted(names)))
     places, end = form.cuts(tokenizer, tokens, end, trimmable=False)
     cuts = tuple(place for place in places if place > end)
     marks = len(request.asked.marks)
@@ -188,6 +217,7 @@ def render_chat(
     asked = PromptRequest(
         [dict(message) for message in messages],
         tools=[dict(tool) for tool in tools] if tools else None,
+        stabilize=frozenset(),
     )
     try:
         return render(tokenizer, asked, template_args=template_args)

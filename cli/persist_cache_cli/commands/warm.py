@@ -21,9 +21,10 @@ from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.prefill.loading import load_model
 from persist_cache.queries.schema import WarmJson
 from persist_cache.server.rendering import Prompt, PromptRequest, system_only
+from persist_cache.stability.names import DEFAULTS
 from persist_cache.warm import WARM_STEP_TOKENS, Warmed, warm
 from persist_cache_cli.output import format_bytes, print_json
-from persist_cache_cli.parse import DURATION, LABEL, parse_duration, parse_label
+from persist_cache_cli.parse import DURATION, LABEL, parse_duration, parse_label, parse_repairs
 from persist_cache_cli.progress import bar
 from persist_cache_cli.prompts import (
     ManifestPrompt,
@@ -36,6 +37,7 @@ from persist_cache_cli.prompts import (
     read_manifest,
     read_request_file,
     read_text,
+    stabilize_option,
     template_options,
     with_tools,
 )
@@ -82,6 +84,7 @@ class Job:
 @protocol_option
 @model_options
 @template_options
+@stabilize_option
 @click.option("--tier", metavar="TIER", help="system, user or assistant.  [default: by content]")
 @click.option("--pin", is_flag=True, help="Exempt it from eviction.")
 @click.option("--ttl", type=DURATION, help="Let it expire after this time, such as 7d.")
@@ -109,6 +112,7 @@ def command(
     chat_template_args: str | None,
     chat_template: str | None,
     use_default_chat_template: bool,
+    stabilize: frozenset[str],
     tier: str | None,
     pin: bool,
     ttl: float | None,
@@ -143,6 +147,7 @@ def command(
                 template=choose_template(
                     chat_template_args, chat_template, use_default_chat_template
                 ),
+                stabilize=stabilize,
                 tier=tier,
                 pin=pin,
                 ttl_s=ttl,
@@ -184,6 +189,7 @@ def _job_of(prompt: ManifestPrompt) -> Job:
         template=Template(
             prompt.chat_template_args, prompt.chat_template, prompt.use_default_chat_template
         ),
+        stabilize=parse_repairs(prompt.stabilize) if prompt.stabilize else DEFAULTS,
         tier=prompt.tier,
         pin=prompt.pin,
         ttl_s=None if prompt.ttl is None else parse_duration(prompt.ttl),
@@ -199,6 +205,7 @@ def _make_job(
     tools: Path | None,
     protocol: str | None,
     template: Template,
+    stabilize: frozenset[str],
     tier: str | None,
     pin: bool,
     ttl_s: float | None,
@@ -207,10 +214,10 @@ def _make_job(
     if (system is None) == (messages is None):
         raise click.UsageError("Give either --system or --messages.")
     if messages is not None:
-        request = read_request_file(messages, tools=tools, protocol=protocol)
+        request = read_request_file(messages, tools=tools, protocol=protocol, stabilize=stabilize)
     else:
         text = read_text(system or "", "--system")
-        request = with_tools([{"role": "system", "content": text}], tools)
+        request = with_tools([{"role": "system", "content": text}], tools, stabilize)
     whole = not system_only(request)
     if not whole and request.asked is None:
         # Only what precedes the user message is stored, so its text does not matter.
