@@ -75,7 +75,7 @@ def pairs(words: int = 60) -> list[Pair]:
         {"role": "assistant", "content": "", "reasoning_content": texts[3], "tool_calls": _calls()},
         {"role": "tool", "tool_call_id": "c1", "content": texts[4]},
     ]
-    cleared = [
+    cleared: list[dict[str, Any]] = [
         {"role": "assistant", "content": "", "tool_calls": _calls()},
         {"role": "tool", "tool_call_id": "c1", "content": ""},
     ]

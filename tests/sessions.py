@@ -21,6 +21,7 @@ from typing import Any
 from persist_cache.server.form import Form
 from persist_cache.server.protocols.anthropic_request import read_messages
 from persist_cache.server.ticket import Ticket
+from persist_cache.stability.names import DEFAULTS
 from persist_cache.tokens import common_prefix_tokens, pack_tokens
 from tests.anthropic_bodies import BILLING, COUNTDOWN, EPHEMERAL, prose, tool
 from tests.loops import Loop
@@ -169,10 +170,11 @@ def converse(
     return found
 
 
-def ask(loop: Loop, body: dict[str, Any]) -> Ticket:
-    """Have one body answered."""
-    request = read_messages(body)
+def ask(loop: Loop, body: dict[str, Any], stabilize: frozenset[str] = DEFAULTS) -> Ticket:
+    """Have one body answered, with these repairs."""
+    request = read_messages(body, stabilize=stabilize)
     ticket = Ticket(form=Form(request, loop.generator.templates, {}))
+    ticket.stabilize = stabilize
     with loop.generator.in_flight():
         context, pieces = loop.generator.answer(request, ticket)
         for _ in pieces:

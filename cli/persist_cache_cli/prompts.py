@@ -256,20 +256,38 @@ def read_request_file(
         click.ClickException: It cannot be read, or the server would not understand it.
     """
     found = _read_request_json(path, option)
-    if isinstance(found, list):
-        found = {"messages": found}
-    elif not {"messages", "prompt"} & found.keys() and isinstance(found.get("body"), dict):
-        at, found = found.get("path"), found["body"]
-        protocol = protocol or (protocol_at(at) if isinstance(at, str) else None)
     if tools is not None:
         definitions = _read_tools(tools)
-        if found.get("tools") and found["tools"] != definitions:
+        body, protocol = body_of(found, protocol)
+        if body.get("tools") and body["tools"] != definitions:
             click.echo(f"Note: --tools takes the place of the tools in {path}.", err=True)
-        found = {**found, "tools": definitions}
+        found = {**body, "tools": definitions}
     try:
-        return read_request(found, protocol or "", stabilize=stabilize)
+        return request_of(found, protocol, stabilize)
     except RefusedError as refusal:
         raise click.UsageError(f"{option} {path} has the wrong shape: {refusal}") from None
+
+
+def request_of(
+    found: Any, protocol: str | None = None, stabilize: frozenset[str] = DEFAULTS
+) -> PromptRequest:
+    """A client's request, of its body, its messages, or a recording with such a body.
+
+    Raises:
+        RefusedError: The server would not understand it.
+    """
+    body, protocol = body_of(found, protocol)
+    return read_request(body, protocol or "", stabilize=stabilize)
+
+
+def body_of(found: Any, protocol: str | None = None) -> tuple[dict[str, Any], str | None]:
+    """The body of a request, and its protocol, where the path in a recording says it."""
+    if isinstance(found, list):
+        return {"messages": found}, protocol
+    if not {"messages", "prompt"} & found.keys() and isinstance(found.get("body"), dict):
+        at, found = found.get("path"), found["body"]
+        protocol = protocol or (protocol_at(at) if isinstance(at, str) else None)
+    return found, protocol
 
 
 def with_tools(
