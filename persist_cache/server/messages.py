@@ -9,6 +9,7 @@ from persist_cache.server import answers
 from persist_cache.server.protocols.anthropic_answer import MessageAnswer, error_object
 from persist_cache.server.protocols.anthropic_request import read_messages
 from persist_cache.server.protocols.recognized import MESSAGES
+from persist_cache.server.stabilizing import chosen_by
 from persist_cache.server.translated import Translated
 from persist_cache.server.validation import RefusedError, decode_object
 
@@ -36,7 +37,11 @@ class Messages(Translated):
     def _answer_messages(self, raw: bytes) -> None:
         self.body_as_read = raw
         counts = self.path == COUNT_PATH
-        asked = read_messages(decode_object(raw), counting=counts)
+        asked = read_messages(
+            decode_object(raw),
+            counting=counts,
+            stabilize=chosen_by(self.headers, self.response_generator),
+        )
         if counts:
             self.count_asked(asked, lambda counted: {"input_tokens": counted})
         else:

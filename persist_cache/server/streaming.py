@@ -12,9 +12,11 @@ import json
 import socket
 import time
 from http.server import BaseHTTPRequestHandler
+from typing import Any
 
 from persist_cache.server.guard import OUTCOME_HEADER
 from persist_cache.server.protocols.openai import error_object, refusal_of
+from persist_cache.server.stabilizing import chosen_by
 from persist_cache.server.ticket import Ticket, cache_header
 
 SIGN_S = 0.2
@@ -31,6 +33,7 @@ class Streaming(BaseHTTPRequestHandler):
     A subclass sets `ticket` for the time of a request.
     """
 
+    response_generator: Any
     stream: bool
     ticket: Ticket | None = None
     _has_begun = False
@@ -38,7 +41,12 @@ class Streaming(BaseHTTPRequestHandler):
     _signed = 0.0
 
     def begin(self, ticket: Ticket) -> None:
-        """Begin to answer a request, which may be one of many on its connection."""
+        """Begin to answer a request, which may be one of many on its connection.
+
+        Raises:
+            RefusedError: It asks for repairs that there are not.
+        """
+        ticket.stabilize = chosen_by(self.headers, self.response_generator)
         self.ticket = ticket
         self._has_begun, self._headers_follow, self._signed = False, True, 0.0
         ticket.has_left, ticket.has_begun = self.has_left, self.has_begun
@@ -114,8 +122,7 @@ class Streaming(BaseHTTPRequestHandler):
     def _outcome(self) -> str | None:
         if self.ticket is None or self.ticket.fetch is None:
             return None
-        form = self.ticket.form
-        return cache_header(self.ticket.fetch, () if form is None else form.repaired)
+        return cache_header(self.ticket.fetch, self.ticket.repaired)
 
     def _write(self, text: str) -> None:
         self.wfile.write(text.encode())

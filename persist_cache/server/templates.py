@@ -24,9 +24,16 @@ Render = Callable[[Sequence[Message], Sequence[Mapping[str, Any]] | None], str]
 SYSTEM_ROLE = "system-role"
 TOOL_CALLS = "tool-calls"
 TURNS = "turns"
-_THINKING_FIELDS = (THINKING_FIELD, "reasoning", "thinking")
+THINKING_FIELDS = (THINKING_FIELD, "reasoning", "thinking")
 OPTIONS = frozenset({"thinking_budget", "reasoning_effort"})
 """Options that not all templates have."""
+KEEPING_THINKING = {
+    "preserve_thinking": True,
+    "clear_thinking": False,
+    "truncate_history_thinking": False,
+    "keep_past_thinking": True,
+}
+"""Options by which templates keep what was thought before the last message of the user."""
 _SHORT_ID = 9
 """The length of call ids that templates of the Mistral kind insist on."""
 _BETWEEN = "\n\n"
@@ -46,6 +53,8 @@ class Abilities:
         short_ids: Calls have ids of nine letters or digits, and no others.
         thinking_field: Of a message, that holds what the model thought.
         options: Names of those options that clients may set.
+        keeps_thinking: The options by which it keeps what was thought in earlier turns, each with
+            its value for that.
     """
 
     system: bool = True
@@ -57,6 +66,7 @@ class Abilities:
     short_ids: bool = False
     thinking_field: str = THINKING_FIELD
     options: frozenset[str] = frozenset()
+    keeps_thinking: tuple[tuple[str, bool], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +116,7 @@ def probe(render: Render, source: str = "") -> Abilities:
             "parameters": {"type": "object", "properties": {}},
         },
     }
+    words = set(re.findall(r"\w+", source))
     system = keeps("Sone Qone", head, user)
     turn = [
         [user, _calling("Tone", name), {**_said("tool", "Rone"), **_answered("Tone", name)}]
@@ -116,7 +127,7 @@ def probe(render: Render, source: str = "") -> Abilities:
         for one in turn
     ]
     fields = [
-        field for field in _THINKING_FIELDS if keeps("Qone Hone", user, {**answer, field: "Hone"})
+        field for field in THINKING_FIELDS if keeps("Qone Hone", user, {**answer, field: "Hone"})
     ]
     return Abilities(
         system=system,
@@ -131,7 +142,8 @@ def probe(render: Render, source: str = "") -> Abilities:
         calls=any(calls),
         short_ids=calls == [False, True],
         thinking_field=fields[0] if fields else THINKING_FIELD,
-        options=OPTIONS.intersection(re.findall(r"\w+", source)),
+        options=OPTIONS.intersection(words),
+        keeps_thinking=tuple((name, on) for name, on in KEEPING_THINKING.items() if name in words),
     )
 
 

@@ -23,6 +23,7 @@ from persist_cache_cli.prompts import (
     protocol_option,
     read_json,
     read_request_file,
+    stabilize_option,
     template_options,
 )
 from persist_cache_cli.store_access import common_options, no_store, reading
@@ -50,6 +51,7 @@ _MOST_MARKS = 4
 @protocol_option
 @model_options
 @template_options
+@stabilize_option
 @click.option("--check", is_flag=True, help="Exit 3 if too little of it would be found.")
 @click.option(
     "--at-least",
@@ -71,6 +73,7 @@ def command(
     chat_template_args: str | None,
     chat_template: str | None,
     use_default_chat_template: bool,
+    stabilize: frozenset[str],
     check: bool,
     at_least: float | None,
     as_json: bool,
@@ -100,7 +103,9 @@ def command(
         )
     # A request that cannot be understood is refused before anything is loaded for it.
     request = (
-        None if messages is None else read_request_file(messages, tools=tools, protocol=protocol)
+        None
+        if messages is None
+        else read_request_file(messages, tools=tools, protocol=protocol, stabilize=stabilize)
     )
     tokenizer = template.tokenizer(model)
     if request is None:
