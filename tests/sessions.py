@@ -20,6 +20,8 @@ from typing import Any
 
 from persist_cache.server.form import Form
 from persist_cache.server.protocols.anthropic_request import read_messages
+from persist_cache.server.protocols.recognized import RESPONSES, protocol_of
+from persist_cache.server.protocols.responses_request import read_responses
 from persist_cache.server.ticket import Ticket
 from persist_cache.stability.names import DEFAULTS
 from persist_cache.tokens import common_prefix_tokens, pack_tokens
@@ -171,8 +173,9 @@ def converse(
 
 
 def ask(loop: Loop, body: dict[str, Any], stabilize: frozenset[str] = DEFAULTS) -> Ticket:
-    """Have one body answered, with these repairs."""
-    request = read_messages(body, stabilize=stabilize)
+    """Have one body answered, of whichever protocol it is, with these repairs."""
+    is_response = protocol_of(body) == RESPONSES
+    request = read_responses(body)[0] if is_response else read_messages(body, stabilize=stabilize)
     ticket = Ticket(form=Form(request, loop.generator.templates, {}))
     ticket.stabilize = stabilize
     with loop.generator.in_flight():

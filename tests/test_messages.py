@@ -361,7 +361,7 @@ def test_billing_line_and_countdown_leave_the_prefix_and_are_told(server: Counte
     assert re.match(r"(memory|disk); tokens=\d+", second.headers["x-persist-cache"])
 
 
-def test_repairs_are_asked_for_by_a_header_in_both_protocols_and_counted(
+def test_repairs_are_asked_for_by_a_header_in_all_protocols_and_counted(
     server: CountedServer,
 ) -> None:
     def system(day: int) -> str:
@@ -372,10 +372,12 @@ def test_repairs_are_asked_for_by_a_header_in_both_protocols_and_counted(
         if "chat" in path:
             head = {"role": "system", "content": body.pop("system")}
             body = {**body, "messages": [head, *body["messages"]], "model": "default_model"}
+        if "responses" in path:
+            body = {"model": "m", "instructions": system(day), "input": "play hello"}
         headers = {"x-api-key": "secret", **VERSION, "x-persist-cache-stabilize": names}
         return server.request("POST", path, json=body, headers=headers)
 
-    for path in ("/v1/messages", "/v1/chat/completions"):
+    for path in ("/v1/messages", "/v1/chat/completions", "/v1/responses"):
         first, second = (ask(path, day, "date,env") for day in (25, 26))
         plain, unknown = ask(path, 27, "none"), ask(path, 27, "dats")
 
@@ -389,7 +391,7 @@ def test_repairs_are_asked_for_by_a_header_in_both_protocols_and_counted(
     counted = ask("/v1/messages/count_tokens", 25, "date")
     assert counted.headers["x-persist-cache"] == "repaired=date"
     text = server.request("GET", "/metrics").text
-    assert 'repaired_requests_total{repair="date"} 4.0' in text
+    assert 'repaired_requests_total{repair="date"} 6.0' in text
 
 
 def test_what_is_ignored_is_named(server: CountedServer) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from persist_cache.server.protocols.anthropic_messages import Mark
+from persist_cache.server.protocols.asked import Mark
 from persist_cache.stability.conversation import Stabilized
 
 Message = Mapping[str, Any]

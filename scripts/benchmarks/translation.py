@@ -15,7 +15,8 @@ from typing import Any
 from mlx_lm.generate import TextStateMachine
 from mlx_lm.tool_parsers.json_tools import parse_tool_call
 
-from persist_cache.server.protocols.anthropic_answer import Answer, Usage, as_bytes
+from persist_cache.server.protocols.answering import Usage, as_bytes
+from persist_cache.server.protocols.anthropic_answer import MessageAnswer
 from persist_cache.server.protocols.anthropic_request import read_messages
 from persist_cache.server.protocols.output import Finish, OutputReader
 from scripts.benchmarks.common import Context, Report, Spread, Table, take_turns
@@ -116,8 +117,8 @@ def _timed(work: Any) -> float:
 
 def _say(pieces: list[str]) -> int:
     reader = OutputReader(TextStateMachine(_TRANSITIONS), parse=parse_tool_call)
-    answer = Answer("m")
-    written = len(as_bytes(answer.start()))
+    answer = MessageAnswer("m")
+    written = len(as_bytes(answer.start(Usage())))
     for piece in pieces:
         written += len(as_bytes(answer.say(reader.feed(piece))))
     return written + len(as_bytes(answer.end(reader.finish or Finish("end"), Usage())))

@@ -1,7 +1,7 @@
 """Answers in the form of Anthropic's Messages: objects, events of a stream, and errors.
 
-`Answer` takes the parts of a model's output and says them as events; the whole message is what the
-events add up to, so a client gets the same with and without a stream.
+`MessageAnswer` takes the parts of a model's output and says them as events; the whole message is
+what the events add up to, so a client gets the same with and without a stream.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from persist_cache.server.lengths import TooLongError
-from persist_cache.server.protocols.output import Call, Finish, Part, Reasoning
+from persist_cache.server.protocols.answering import Answer, Event, Kind, Usage
+from persist_cache.server.protocols.output import Call, Finish
 from persist_cache.server.validation import RefusedError
 
 SIGNATURE = "unsigned"
@@ -31,51 +31,9 @@ _TYPES = {
     529: "overloaded_error",
 }
 
-Event = tuple[str, dict[str, Any]]
 
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """Tokens of a request and its answer; the first three are disjoint, and make up the prompt.
-
-    Attributes:
-        input: Of the prompt, neither read from the cache nor written to it.
-        read: Of the prompt, that the cache had.
-        written: Of the prompt, that were queued for the disk when the answer began.
-        output: Of the answer.
-        kept_s: For how long the client asked to keep what is written.
-    """
-
-    input: int = 0
-    read: int = 0
-    written: int = 0
-    output: int = 0
-    kept_s: int = 300
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "input_tokens": self.input,
-            "cache_creation_input_tokens": self.written,
-            "cache_read_input_tokens": self.read,
-            "cache_creation": {
-                "ephemeral_5m_input_tokens": self.written if self.kept_s < 3600 else 0,
-                "ephemeral_1h_input_tokens": self.written if self.kept_s >= 3600 else 0,
-            },
-            "output_tokens": self.output,
-        }
-
-
-class Answer:
-    """One answer, while it is said.
-
-    Thread safety: for one thread.
-
-    White space in front of a tool call is left out: templates write their own there, and the next
-    request would not begin with what was said.
-
-    Attributes:
-        calls: How many tool calls it has so far.
-    """
+class MessageAnswer(Answer):
+    """A message, while it is said."""
 
     def __init__(
         self,
@@ -89,43 +47,31 @@ class Answer:
             model: As the client named it.
             new_id: Makes ids for the message and for tool calls.
         """
+        super().__init__()
         self._model = model
         self._new_id = new_id
         self._id = f"msg_{new_id()}"
         self._blocks: list[dict[str, Any]] = []
-        self._open = False
-        self._space = ""
-        self.calls = 0
 
-    def start(self, usage: Usage | None = None) -> list[Event]:
-        """The first event; what was used is said again, and for good, in the end."""
-        usage = usage or Usage()
+    def start(self, usage: Usage) -> list[Event]:
         return [("message_start", {"message": self._message([], None, None, usage)})]
 
-    def say(self, parts: Sequence[Part]) -> list[Event]:
-        """Events for the next parts."""
-        events: list[Event] = []
-        for part in parts:
-            if isinstance(part, Call):
-                events += self._call(part)
-            elif isinstance(part, Reasoning):
-                events += self._think(part.text)
-            else:
-                events += self._text(part.text)
-        return events
-
     def end(self, finish: Finish, usage: Usage) -> list[Event]:
-        """The last events."""
         reason, word = self._reason(finish)
         events = self._flush() if self._open or not self._blocks else []
         events += self._close()
         delta = {"stop_reason": reason, "stop_sequence": word, "stop_details": None}
-        events.append(("message_delta", {"delta": delta, "usage": usage.as_json()}))
+        events.append(("message_delta", {"delta": delta, "usage": usage_json(usage)}))
         events.append(("message_stop", {}))
         return events
 
-    def message(self, finish: Finish, usage: Usage) -> dict[str, Any]:
-        """The whole message, once its parts were said."""
+    def sign(self) -> list[Event]:
+        return [("ping", {})]
+
+    def fail(self, refusal: RefusedError) -> list[Event]:
+        return [("error", {"error": error_object(refusal)["error"]})]
+
+    def whole(self, finish: Finish, usage: Usage) -> dict[str, Any]:
         self.end(finish, usage)
         return self._message(self._blocks, *self._reason(finish), usage)
 
@@ -145,7 +91,7 @@ class Answer:
             "stop_reason": reason,
             "stop_sequence": word,
             "stop_details": None,
-            "usage": usage.as_json(),
+            "usage": usage_json(usage),
         }
 
     def _reason(self, finish: Finish) -> tuple[str, str | None]:
@@ -157,89 +103,63 @@ class Answer:
             return "model_context_window_exceeded", None
         return "tool_use" if self.calls else "end_turn", None
 
-    def _think(self, text: str) -> list[Event]:
-        events: list[Event] = []
-        if self._open and self._blocks[-1]["type"] == "text":
-            events = self._flush() + self._close()
-        self._space = ""
-        return events + self._said(text, "thinking")
+    def _begin(self, kind: Kind) -> list[Event]:
+        block = {"type": kind, kind: ""}
+        return [self._started(block | ({"signature": ""} if kind == "thinking" else {}))]
 
-    def _text(self, text: str) -> list[Event]:
-        events: list[Event] = []
-        if self._open and self._blocks[-1]["type"] == "thinking":
-            events = self._close()
-        whole = self._space + text
-        said = whole.rstrip()
-        self._space = whole[len(said) :]
-        return events + (self._said(said, "text") if said else [])
-
-    def _said(self, text: str, kind: str) -> list[Event]:
-        events: list[Event] = []
-        if not self._open:
-            block = {"type": kind, kind: ""}
-            if kind == "thinking":
-                block["signature"] = ""
-            events += self._begin(block)
-        self._blocks[-1][kind] += text
-        return [*events, self._delta({"type": f"{kind}_delta", kind: text})]
+    def _add(self, text: str) -> Event:
+        self._blocks[-1][self._open] += text
+        return self._delta({"type": f"{self._open}_delta", self._open: text})
 
     def _call(self, call: Call) -> list[Event]:
-        self._space = ""
-        events = self._close()
-        self.calls += 1
         block = {
             "type": "tool_use",
             "id": call.id or f"toolu_{self._new_id()}",
             "name": call.name,
             "input": {},
         }
-        events += self._begin(block)
         written = json.dumps(call.arguments, ensure_ascii=False)
-        events.append(self._delta({"type": "input_json_delta", "partial_json": written}))
+        said = [
+            self._started(block),
+            self._delta({"type": "input_json_delta", "partial_json": written}),
+        ]
         block["input"] = call.arguments
-        return events + self._close()
+        return [*said, self._stopped()]
 
-    def _flush(self) -> list[Event]:
-        """Say the white space that was held back."""
-        space, self._space = self._space, ""
-        return self._said(space, "text") if space else []
+    def _close(self) -> list[Event]:
+        was, self._open = self._open, ""
+        if not was:
+            return []
+        events: list[Event] = []
+        if was == "thinking":
+            self._blocks[-1]["signature"] = SIGNATURE
+            events.append(self._delta({"type": "signature_delta", "signature": SIGNATURE}))
+        return [*events, self._stopped()]
 
-    def _begin(self, block: dict[str, Any]) -> list[Event]:
+    def _started(self, block: dict[str, Any]) -> Event:
         self._blocks.append(block)
-        self._open = True
         started = {"index": len(self._blocks) - 1, "content_block": dict(block)}
-        return [("content_block_start", started)]
+        return "content_block_start", started
 
     def _delta(self, delta: dict[str, Any]) -> Event:
         return "content_block_delta", {"index": len(self._blocks) - 1, "delta": delta}
 
-    def _close(self) -> list[Event]:
-        if not self._open:
-            return []
-        events: list[Event] = []
-        if self._blocks[-1]["type"] == "thinking":
-            self._blocks[-1]["signature"] = SIGNATURE
-            events.append(self._delta({"type": "signature_delta", "signature": SIGNATURE}))
-        self._open = False
-        return [*events, ("content_block_stop", {"index": len(self._blocks) - 1})]
+    def _stopped(self) -> Event:
+        return "content_block_stop", {"index": len(self._blocks) - 1}
 
 
-def ping() -> Event:
-    """A sign of life while there is nothing to say."""
-    return "ping", {}
-
-
-def failed(refusal: RefusedError) -> Event:
-    """The last event of a stream that fails."""
-    return "error", {"error": error_object(refusal)["error"]}
-
-
-def as_bytes(events: Sequence[Event]) -> bytes:
-    """Events as a stream of server-sent events carries them."""
-    return b"".join(
-        f"event: {name}\ndata: {json.dumps({'type': name, **data})}\n\n".encode()
-        for name, data in events
-    )
+def usage_json(usage: Usage) -> dict[str, Any]:
+    """What was used, as the protocol says it."""
+    return {
+        "input_tokens": usage.input,
+        "cache_creation_input_tokens": usage.written,
+        "cache_read_input_tokens": usage.read,
+        "cache_creation": {
+            "ephemeral_5m_input_tokens": usage.written if usage.kept_s < 3600 else 0,
+            "ephemeral_1h_input_tokens": usage.written if usage.kept_s >= 3600 else 0,
+        },
+        "output_tokens": usage.output,
+    }
 
 
 def error_object(refusal: RefusedError) -> dict[str, Any]:

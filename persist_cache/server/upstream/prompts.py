@@ -22,7 +22,7 @@ from persist_cache.server.chat_form import depends_on_template, fit_chat
 from persist_cache.server.form import Templates
 from persist_cache.server.lengths import room
 from persist_cache.server.names import Names
-from persist_cache.server.protocols.anthropic_request import MessagesRequest
+from persist_cache.server.protocols.asked import Asked
 from persist_cache.server.protocols.openai import one_head
 from persist_cache.server.rendering import unrenderable
 from persist_cache.server.segments import (
@@ -186,7 +186,7 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
         finally:
             self._tokenizing.release()
 
-    def count_tokens(self, asked: MessagesRequest, ticket: Ticket) -> int:
+    def count_tokens(self, asked: Asked, ticket: Ticket) -> int:
         """How many tokens the prompt of a request has.
 
         Raises:
@@ -207,7 +207,7 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
         return len(self._cut_beside(spare, request, args).tokens)
 
     def _as_upstreams(
-        self, asked: MessagesRequest, ticket: Ticket, *, keep: bool = True
+        self, asked: Asked, ticket: Ticket, *, keep: bool = True
     ) -> tuple[TicketedRequest, upstream.GenerationArguments]:
         if ticket.form is not None:
             ticket.form.stabilize(ticket.stabilize, self.moves, keep=keep and not ticket.keeps)
