@@ -6,7 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from persist_cache.server.templates import THINKING_FIELDS, Abilities
+from persist_cache.server.templates import Abilities
+from persist_cache.stability import thinking
 from persist_cache.stability.names import INLINE_SYSTEM, THINKING
 from persist_cache.stability.repairs import inline_system_as_user
 
@@ -81,7 +82,7 @@ def _has_inline_system(messages: Sequence[Mapping[str, Any]]) -> bool:
 
 def _has_thoughts(messages: Sequence[Mapping[str, Any]]) -> bool:
     return any(
-        one.get("role") == "assistant" and any(one.get(field) for field in THINKING_FIELDS)
+        one.get("role") == "assistant" and any(one.get(field) for field in thinking.FIELDS)
         for one in messages
     )
 

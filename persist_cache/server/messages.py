@@ -37,11 +37,8 @@ class Messages(Translated):
     def _answer_messages(self, raw: bytes) -> None:
         self.body_as_read = raw
         counts = self.path == COUNT_PATH
-        asked = read_messages(
-            decode_object(raw),
-            counting=counts,
-            stabilize=chosen_by(self.headers, self.response_generator),
-        )
+        chosen = chosen_by(self.headers, self.response_generator)
+        asked = read_messages(decode_object(raw), counting=counts, stabilize=chosen)
         if counts:
             self.count_asked(asked, lambda counted: {"input_tokens": counted})
         else:

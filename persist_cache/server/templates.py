@@ -16,6 +16,7 @@ from typing import Any
 
 from persist_cache.server.protocols.asked import THINKING_FIELD
 from persist_cache.server.protocols.openai import one_head
+from persist_cache.stability import thinking
 from persist_cache.stability.repairs import inline_system_as_user
 
 Message = Mapping[str, Any]
@@ -24,16 +25,8 @@ Render = Callable[[Sequence[Message], Sequence[Mapping[str, Any]] | None], str]
 SYSTEM_ROLE = "system-role"
 TOOL_CALLS = "tool-calls"
 TURNS = "turns"
-THINKING_FIELDS = (THINKING_FIELD, "reasoning", "thinking")
 OPTIONS = frozenset({"thinking_budget", "reasoning_effort"})
 """Options that not all templates have."""
-KEEPING_THINKING = {
-    "preserve_thinking": True,
-    "clear_thinking": False,
-    "truncate_history_thinking": False,
-    "keep_past_thinking": True,
-}
-"""Options by which templates keep what was thought before the last message of the user."""
 _SHORT_ID = 9
 """The length of call ids that templates of the Mistral kind insist on."""
 _BETWEEN = "\n\n"
@@ -116,7 +109,6 @@ def probe(render: Render, source: str = "") -> Abilities:
             "parameters": {"type": "object", "properties": {}},
         },
     }
-    words = set(re.findall(r"\w+", source))
     system = keeps("Sone Qone", head, user)
     turn = [
         [user, _calling("Tone", name), {**_said("tool", "Rone"), **_answered("Tone", name)}]
@@ -127,7 +119,7 @@ def probe(render: Render, source: str = "") -> Abilities:
         for one in turn
     ]
     fields = [
-        field for field in THINKING_FIELDS if keeps("Qone Hone", user, {**answer, field: "Hone"})
+        field for field in thinking.FIELDS if keeps("Qone Hone", user, {**answer, field: "Hone"})
     ]
     return Abilities(
         system=system,
@@ -142,8 +134,8 @@ def probe(render: Render, source: str = "") -> Abilities:
         calls=any(calls),
         short_ids=calls == [False, True],
         thinking_field=fields[0] if fields else THINKING_FIELD,
-        options=OPTIONS.intersection(words),
-        keeps_thinking=tuple((name, on) for name, on in KEEPING_THINKING.items() if name in words),
+        options=OPTIONS.intersection(re.findall(r"\w+", source)),
+        keeps_thinking=tuple(thinking.options_in(source).items()),
     )
 
 
