@@ -6,6 +6,7 @@ queued as a chat's is, and what the model says is handed on as it comes.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,7 @@ from persist_cache.server.protocols.anthropic_request import MessagesRequest, re
 from persist_cache.server.protocols.openai import refusal_of
 from persist_cache.server.protocols.output import Call, Finish, OutputReader
 from persist_cache.server.protocols.recognized import MESSAGES
+from persist_cache.server.recent.diagnosis import of_messages, previous_message
 from persist_cache.server.ticket import Part, Ticket
 from persist_cache.server.validation import RefusedError, decode_object
 
@@ -68,15 +70,18 @@ class Messages(BaseHTTPRequestHandler):
     def _answer_body(self, raw: bytes) -> None:
         self.body_as_read = raw
         counts = self.path == COUNT_PATH
-        request = read_messages(decode_object(self.body_as_read), counting=counts)
+        body = decode_object(self.body_as_read)
+        request = read_messages(body, counting=counts)
+        is_asked, previous = previous_message(body)
         self._tell_ignored(list(request.ignored))  # type: ignore[attr-defined]
         generator = self.response_generator
         form = Form(request, generator.templates, generator.cli_args.chat_template_args)
         ticket = Ticket(self.body_as_read, keeps=self.keeps, form=form)
         self.stream = request.stream and not counts
-        self._answer = Answer(request.model)
+        diagnose = functools.partial(of_messages, generator.recent, ticket, previous)
+        self._answer = Answer(request.model, diagnose=diagnose if is_asked else None)
         self._started = self._is_told = False
-        self.begin(ticket)  # type: ignore[attr-defined]
+        self.begin(ticket, "" if counts else self._answer.id)  # type: ignore[attr-defined]
         try:
             with generator.in_flight():
                 if counts:
@@ -84,7 +89,8 @@ class Messages(BaseHTTPRequestHandler):
                 else:
                     self._answer_messages(request, ticket, form)
         finally:
-            self.ticket = self._answer = None
+            self._answer = None
+            self.conclude()  # type: ignore[attr-defined]
 
     def _count(self, request: MessagesRequest, ticket: Ticket, form: Form) -> None:
         try:

@@ -74,6 +74,7 @@ class Answer:
     request would not begin with what was said.
 
     Attributes:
+        id: Of the message.
         calls: How many tool calls it has so far.
     """
 
@@ -82,16 +83,19 @@ class Answer:
         model: str,
         *,
         new_id: Callable[[], str] = lambda: uuid.uuid4().hex,
+        diagnose: Callable[[], dict[str, Any] | None] | None = None,
     ) -> None:
         """Begin an answer.
 
         Args:
             model: As the client named it.
             new_id: Makes ids for the message and for tool calls.
+            diagnose: Says why the cache had no more, as `diagnostics`; None if nobody asks.
         """
         self._model = model
         self._new_id = new_id
-        self._id = f"msg_{new_id()}"
+        self._diagnose = diagnose
+        self.id = f"msg_{new_id()}"
         self._blocks: list[dict[str, Any]] = []
         self._open = False
         self._space = ""
@@ -136,8 +140,10 @@ class Answer:
         word: str | None,
         usage: Usage,
     ) -> dict[str, Any]:
+        diagnosed = {} if self._diagnose is None else {"diagnostics": self._diagnose()}
         return {
-            "id": self._id,
+            "id": self.id,
+            **diagnosed,
             "type": "message",
             "role": "assistant",
             "model": self._model,

@@ -23,6 +23,7 @@ from persist_cache.server.flight import Flight, Line
 from persist_cache.server.form import Templates
 from persist_cache.server.guard import ModelGuard
 from persist_cache.server.protocols.anthropic_request import MessagesRequest
+from persist_cache.server.recent.ring import Ring
 from persist_cache.server.streaming import SIGN_S
 from persist_cache.server.ticket import Ticket, TicketedCache
 from persist_cache.server.upstream.budget import Budget
@@ -49,6 +50,7 @@ class Generator(Prompts):
         self.guard: ModelGuard | None = None
         self.prefill_clock = PrefillClock()
         self.line = Line()
+        self.recent = Ring(decode=self.decode_beside, seconds=prompt_cache.prefill_s)
         self._changed = threading.Condition()
         self._tickets: WeakSet[Ticket] = WeakSet()
         """Those that the generation thread has seen."""
@@ -193,6 +195,7 @@ class Generator(Prompts):
                     progress_callback(*one)
                 continue
             ticket.times.first_token = ticket.times.first_token or time.monotonic()
+            ticket.output_tokens += 1
             ctx.prompt_cache_count = 0 if ticket.fetch is None else ticket.fetch.num_tokens
             yield one
         ticket.times.ended = time.monotonic()
@@ -230,6 +233,7 @@ class Generator(Prompts):
             raise self._no_more()
         request.ticket.model = args.model
         prompt = super()._tokenize(tokenizer, request, args)
+        request.ticket.model_key = self.model_provider.model_key
         self._take_over(request.ticket)
         with self._changed:
             self._tickets.add(request.ticket)

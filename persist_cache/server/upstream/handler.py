@@ -11,6 +11,7 @@ from persist_cache.cache.prompt_cache import PromptCache
 from persist_cache.server.answers import json_response
 from persist_cache.server.http import Front
 from persist_cache.server.messages import Messages
+from persist_cache.server.recent.diagnosis import comparison_response, of_openai
 from persist_cache.server.streaming import Streaming
 from persist_cache.server.ticket import Ticket
 from persist_cache.server.upstream.requests import TicketedRequest
@@ -22,7 +23,7 @@ class Handler(Messages, Streaming, Front, upstream.APIHandler):  # type: ignore[
     """Upstream's HTTP handler behind our front, saying where the prompt's cache came from."""
 
     def handle_completion(self, request: Any, stop_words: list[str]) -> None:
-        self.begin(Ticket(self.body_as_read, keeps=self.keeps))
+        self.begin(Ticket(self.body_as_read, keeps=self.keeps), self.request_id)
         try:
             with self.response_generator.in_flight():
                 super().handle_completion(TicketedRequest.of(request, self.ticket), stop_words)
@@ -35,7 +36,23 @@ class Handler(Messages, Streaming, Front, upstream.APIHandler):  # type: ignore[
             log.debug("the failure", exc_info=True)
             self.say_error(error)
         finally:
-            self.ticket = None
+            self.conclude()
+
+    def generate_response(
+        self, text: str, finish_reason: str | None, *args: Any, **more: Any
+    ) -> Any:
+        said = super().generate_response(text, finish_reason, *args, **more)
+        return said if finish_reason is None else said | self._diagnosed()
+
+    def completion_usage_response(self, *args: Any, **more: Any) -> Any:
+        return super().completion_usage_response(*args, **more) | self._diagnosed()
+
+    def _diagnosed(self) -> dict[str, Any]:
+        """Why the cache had no more, if the request asks for it."""
+        named = comparison_response(self.body)
+        if named is None or self.ticket is None:
+            return {}
+        return {"prompt_cache_diagnostics": of_openai(self.recent, self.ticket, named)}
 
     def handle_health_check(self) -> None:
         """Tell a sick disk from a sick model; only the latter makes the server unavailable."""
