@@ -16,8 +16,6 @@ from persist_cache.stability.causes.cause import Cause, cause_of
 from persist_cache.stability.causes.kinds import Kind
 
 _EFFORT = ("reasoning", "thinking", "effort")
-_FORMATS = ("response_format", "text.format", "output_format", "output_config.format")
-_VERBOSITY = ("verbosity", "text.verbosity")
 
 
 def previous_message(body: Mapping[str, Any]) -> tuple[bool, str | None]:
@@ -135,11 +133,6 @@ def _of_messages(cause: Cause) -> str:
 def _of_openai(cause: Cause) -> str:
     if cause.where in ("model", "tools"):
         return f"{cause.where}_changed"
-    if cause.where == "option":
-        if cause.at in _FORMATS:
-            return "text_format_changed"
-        if cause.at in _VERBOSITY:
-            return "verbosity_changed"
-        if any(word in cause.at for word in _EFFORT):
-            return "reasoning_effort_changed"
+    if cause.where == "option" and any(word in cause.at for word in _EFFORT):
+        return "reasoning_effort_changed"
     return "context_compacted" if cause.kind is Kind.COMPACTED else "input_changed"

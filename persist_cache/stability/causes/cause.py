@@ -25,7 +25,6 @@ _MOST_PLACES = 16
 _ONLY_IN = {Kind.DATE: "system", Kind.ENV: "system", Kind.THINKING: ""}
 """Where alone these are mended: what stands elsewhere is the conversation's own, and a thought that
 the client leaves out is no matter of the template."""
-_NOT_PRINTED = ("prompt_cache_key", "service_tier", "speed")
 _THOUGHT = "<think>"
 _SUMMARY = ("summary", "summari", "compact", "continued from a previous", "ran out of context")
 
@@ -134,19 +133,12 @@ def cause_of(old: Reading, new: Reading, parting: Parting) -> Cause | None:
     Returns:
         The cause; None if the later prompt goes on from the end of the earlier one.
     """
-    differences = list(_differences(old, new))
-    printed = [one for one in differences if one.at not in _NOT_PRINTED]
-    first = _at_parting(printed, parting)
+    first = _at_parting(list(_differences(old, new)), parting)
     if first is not None:
         return _cause(first, parting)
     if parting.position >= min(parting.old_tokens - GENERATION_TOKENS, parting.new_tokens - 1):
         return None
     return _cause(Difference(_of_template(old, new, parting), "", ""), parting)
-
-
-def only_changed(old: Reading, new: Reading) -> list[Difference]:
-    """All differences between two requests, whatever they cost."""
-    return list(_differences(old, new))
 
 
 def _of_template(old: Reading, new: Reading, parting: Parting) -> Kind:

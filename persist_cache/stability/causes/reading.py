@@ -14,20 +14,10 @@ from persist_cache.stability import repairs
 
 _MARKS = ("cache_control", "prompt_cache_breakpoint")
 _SYSTEM_ROLES = ("system", "developer")
-_OPTIONS = (
-    "reasoning_effort",
-    "reasoning",
-    "thinking",
-    "response_format",
-    "output_format",
-    "verbosity",
-    "role_mapping",
-    "tool_choice",
-    "service_tier",
-    "speed",
-    "prompt_cache_key",
-)
-_NESTED = ("chat_template_kwargs", "output_config", "text")
+_OPTIONS = ("reasoning_effort", "thinking", "role_mapping")
+_NESTED = ("chat_template_kwargs", "reasoning", "output_config")
+_UNPRINTED = ("reasoning.summary", "output_config.format")
+"""Options that no template sees, like all that are not named here."""
 _OUTPUTS = ("function_call_output", "custom_tool_call_output")
 
 
@@ -259,7 +249,7 @@ def _options(body: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         inner = body.get(name)
         if isinstance(inner, dict):
             for key, value in inner.items():
-                if value is not None:
+                if value is not None and f"{name}.{key}" not in _UNPRINTED:
                     yield f"{name}.{key}", _json(value)
 
 
