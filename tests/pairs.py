@@ -72,6 +72,19 @@ def messages(system: str = PROSE, *turns: tuple[str, str], **more: Any) -> Body:
     }
 
 
+def responses(system: str = PROSE, *turns: tuple[str, str], **more: Any) -> Body:
+    """The same in OpenAI's Responses."""
+    said = turns or (("user", "Mend the test of the parser."),)
+    return {
+        "model": "default_model",
+        "instructions": system,
+        "input": [{"role": role, "content": text} for role, text in said],
+        "tools": [{"type": "function", **tool["function"]} for tool in tools()],
+        "max_output_tokens": 1,
+        **more,
+    }
+
+
 def tools(count: int = 3) -> list[Body]:
     """Definitions of tools."""
     return [

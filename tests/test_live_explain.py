@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import anthropic
+import openai
 import pytest
 
 from tests.cli import SCRIPT, Run, runner
 from tests.computed import CountedServer
-from tests.pairs import LONG, PROSE, Body, Pair, all_pairs, chat, edited, messages
+from tests.pairs import LONG, PROSE, Body, Pair, all_pairs, chat, edited, messages, responses
 from tests.server_process import sentence_in
 from tests.tiny_models import CHAT_TEMPLATE, build_model_dir
 
 CHAT, MESSAGES, TEXT = "/v1/chat/completions", "/v1/messages", "/v1/completions"
+RESPONSES = "/v1/responses"
 PAIRS = all_pairs()
 SENT = [one for one in PAIRS if one.name != "title"]
 REQUESTS = 30
@@ -48,6 +50,8 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def path_of(body: Body) -> str:
     if "prompt" in body:
         return TEXT
+    if "input" in body:
+        return RESPONSES
     return MESSAGES if "claude" in body.get("model", "") else CHAT
 
 
@@ -67,13 +71,16 @@ def cached(answer: Any) -> int:
     usage = answer["usage"]
     if "cache_read_input_tokens" in usage:
         return int(usage["cache_read_input_tokens"])
-    return int(usage["prompt_tokens_details"]["cached_tokens"])
+    details = usage.get("prompt_tokens_details") or usage["input_tokens_details"]
+    return int(details["cached_tokens"])
 
 
 def total(answer: Any) -> int:
     usage = answer["usage"]
     if "prompt_tokens" in usage:
         return int(usage["prompt_tokens"])
+    if "input_tokens_details" in usage:
+        return int(usage["input_tokens"])
     names = ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
     return sum(int(usage[name]) for name in names)
 
@@ -356,6 +363,52 @@ def test_messages_says_why_an_earlier_messages_prompt_was_not_reused(
         whole = parted + usage["input_tokens"] + usage["cache_creation_input_tokens"]
         lost = min(total(first), whole - 1) - parted
         assert getattr(found, "cache_missed_input_tokens", None) == lost
+
+
+def _compacted_input(body: Body) -> None:
+    summary = "This conversation is continued from a previous one. Summary: lines were read."
+    body["input"] = [{"role": "user", "content": summary}]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (_system, "input_changed"),
+        (_order, "tools_changed"),
+        (_schema, "tools_changed"),
+        (_edited, "input_changed"),
+        (_compacted_input, "context_compacted"),
+        ({"reasoning": {"effort": "low"}}, "reasoning_effort_changed"),
+        ({"prompt_cache_key": "k"}, "cache_hit"),
+        ({"text": {"format": {"type": "json_object"}}}, "cache_hit"),
+        ({"service_tier": "flex"}, "cache_hit"),
+    ],
+)
+def test_responses_says_why_an_earlier_responses_prompt_was_not_reused(
+    server: CountedServer, change: Any, reason: str
+) -> None:
+    name = change.__name__ if callable(change) else json.dumps(list(change))
+    body = own(responses(PROSE, *LONG), f"{name} in Responses")
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    first = client.responses.create(**body)
+    asked: Any = {"comparison_response_id": first.id}
+
+    second = client.responses.create(**changed(body, change), prompt_cache_options=asked)
+
+    said, usage = second.prompt_cache_diagnostics, second.usage
+    assert said is not None
+    assert usage is not None
+    if reason == "cache_hit":
+        assert said.type == reason
+        return
+    read = usage.input_tokens_details.cached_tokens
+    assert said.model_dump() == {
+        "type": "cache_miss",
+        "reason": reason,
+        "cache_missed_tokens": usage.input_tokens - read,
+        "comparison_reusable_tokens": read,
+    }
+    assert latest(server)["parted"]["response_id"] == first.id
 
 
 def test_another_model_is_named_in_both_protocols(server: CountedServer, other: Path) -> None:
