@@ -50,9 +50,9 @@ def ticket(
     return made
 
 
-def told(ring: Ring, made: Ticket, name: str, state: Any = "done") -> None:
+def told(ring: Ring, made: Ticket, name: str, state: Any = "done", client: str = "ada/1.0") -> None:
     """Have a request recorded."""
-    id = ring.begin(made, response_id=name, path="/v1/chat/completions", client="ada/1.0")
+    id = ring.begin(made, response_id=name, path="/v1/chat/completions", client=client)
     ring.end(id, state)
     assert ring.settle()
 
@@ -219,6 +219,19 @@ def test_prompts_that_part_at_their_first_line_are_compared_by_their_bodies(ring
     assert record.parted.response_id == "first"
     assert record.parted.cause is not None
     assert record.parted.cause.kind is Kind.DATE
+
+
+def test_another_clients_request_that_begins_alike_by_chance_is_none_to_compare_with(
+    ring: Ring,
+) -> None:
+    first, second = chat("You are Ada." + PROSE), chat("You are Bob. " + PROSE.upper())
+    told(ring, ticket(first, prompt(first)), "first")
+    told(ring, ticket(second, prompt(second), 8), "second", client="bob/1.0")
+
+    record = ring.record("second")
+
+    assert record is not None
+    assert record.parted is None
 
 
 def test_a_prompt_that_goes_on_has_no_cause(ring: Ring) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from persist_cache.stability.causes.kinds import Kind
 from persist_cache_cli.asking import running_server
 from persist_cache_cli.output import (
     Painter,
@@ -25,6 +26,8 @@ from persist_cache_cli.output import (
 Said = Mapping[str, Any]
 _MARKS = {"disk": "█", "memory": "▓", "computed": "░"}
 _STYLES = {"disk": "good", "memory": "good", "computed": "faint"}
+_CLIENT = 40
+_NEW = {kind.value for kind in Kind if kind.is_new}
 LEGEND = "  ".join(f"{mark} {name}" for name, mark in _MARKS.items())
 _WIDE = 110
 """Columns from which on a line has room for sentences and clients."""
@@ -88,7 +91,7 @@ def block(said: Said, width: int | None, paint: Painter = plain) -> list[str]:
             ("  after     ", _quoted(parted.get("before"), "…")),
             ("  earlier   ", _quoted(parted.get("old"))),
             ("  now       ", _quoted(parted.get("new"))),
-            ("  lost      ", _lost(parted)),
+            ("  lost      ", "" if parted["cause"] in _NEW else _lost(parted)),
             ("  mended by ", _mended(parted)),
         ]
     lines += [hanging(name, text, width) for name, text in facts if text]
@@ -116,7 +119,7 @@ def line(said: Said, width: int | None, paint: Painter = plain) -> str:
     if width is None:
         return "  ".join([*cells, why, client]).rstrip()
     room = max(0, width - taken)
-    for_client = min(text_width(client), room // 2) if is_wide else 0
+    for_client = min(_CLIENT, room // 2) if is_wide else 0
     why = shorten(why, room - (for_client + 2 if for_client else 0), "end")
     if for_client:
         why += " " * (room - for_client - 2 - text_width(why))

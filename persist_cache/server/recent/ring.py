@@ -46,6 +46,7 @@ _RECORD_BYTES = 4 << 10
 _TEXT_TOKENS = 24
 _TOKEN_BYTES = 4
 """Of a body, for each token, about."""
+_LEAST_SHARE = 8
 _COMPARED = 32
 _FEW_TOKENS = 32
 """So much less than is shared is not worth a word: memory is a little behind the disk."""
@@ -319,9 +320,12 @@ class Ring:
             return None
         with self._changed:
             known = list(self._records.values())
-        earlier, shared = _likest(known, outcome.model, body, tokens)
+        earlier, shared, alike = _likest(known, outcome.model, body, tokens)
         if earlier is None:
             return None
+        least = _TOKEN_BYTES * len(outcome.tokens) // _LEAST_SHARE
+        if earlier.about.client != seen.about.client and alike < least:
+            return None  # another client's, which happens to begin with the same words
         cause = self._cause(earlier, seen, shared)
         lost_s = None
         if cause is not None:
@@ -364,11 +368,15 @@ class Ring:
 
 def _likest(
     known: Sequence[Record], model: Hashable, body: Chunked, tokens: Chunked
-) -> tuple[Record | None, int]:
-    """The earlier request that has most in common with one, and the tokens that they share.
+) -> tuple[Record | None, int, int]:
+    """The earlier request that has most in common with one, and how much.
 
     What a body has in common counts as well as the prompt's beginning: prompts that part at their
     first line may have all the rest in common.
+
+    Returns:
+        The request, or None; the tokens that both begin with; and about how many bytes of prompt
+        and body are the same.
     """
     mine = {id(chunk): chunk.size for chunk in body}
     ranks = []
@@ -380,7 +388,7 @@ def _likest(
         pieces = shared_chunks(record.tokens, tokens) if is_same else 0
         ranks.append((_TOKEN_BYTES * CHUNK_TOKENS * pieces + alike, record.number, record))
     if not ranks:
-        return None, 0
+        return None, 0, 0
     # Within a piece tokens are compared where that can make a difference.
     least = max(ranks)[0] - _TOKEN_BYTES * CHUNK_TOKENS
     nearest = heapq.nlargest(_COMPARED, (one for one in ranks if one[0] >= least))
@@ -392,7 +400,7 @@ def _likest(
         if best is None or exact > best[0]:
             best = exact, record, shared
     assert best is not None, "there was one"
-    return best[1], best[2]
+    return best[1], best[2], best[0][0]
 
 
 def _shared(one: Sequence[int], other: Sequence[int]) -> int:

@@ -62,7 +62,7 @@ class Kind(Enum):
     @property
     def is_new(self) -> bool:
         """Whether nothing went wrong: what follows is new."""
-        return self in (Kind.CONVERSATION, Kind.QUESTION, Kind.TEXT)
+        return self in (Kind.CONVERSATION, Kind.QUESTION, Kind.TEXT, Kind.SIDE_REQUEST)
 
 
 _TOOLS, _ENV = "tools", "env"
