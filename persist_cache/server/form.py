@@ -27,7 +27,7 @@ from persist_cache.server.templates import (
     probe,
 )
 from persist_cache.server.validation import RefusedError
-from persist_cache.stability.repairs import INLINE_SYSTEM
+from persist_cache.stability.names import INLINE_SYSTEM
 
 log = logging.getLogger(__name__)
 

@@ -7,14 +7,11 @@ as it is. All are idempotent.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-BILLING = "billing"
-COUNTDOWN = "countdown"
-INLINE_SYSTEM = "inline-system"
-REPAIRS = (BILLING, COUNTDOWN, INLINE_SYSTEM)
+from persist_cache.stability.names import BILLING, COUNTDOWN, DEFAULTS, INLINE_SYSTEM
 
 _BILLING_HEAD = "x-anthropic-billing-header: "
 _BILLING = re.compile(
@@ -40,18 +37,19 @@ class Repaired:
     names: tuple[str, ...] = ()
 
 
-def system_text(text: str) -> Repaired:
+def system_text(text: str, chosen: Collection[str] = DEFAULTS) -> Repaired:
     """Take out of a system text what says nothing about the model that reads it.
 
     Args:
         text: A whole system prompt, one block of it, or a system message in mid-conversation.
             Texts of any other role are none of this function's business.
+        chosen: Names of the repairs that may be done.
     """
     names, before = [], None
     while text != before:  # what one of them leaves at the end may be the other one's
         before = text
         for name, repair in ((BILLING, without_billing), (COUNTDOWN, without_countdown)):
-            if (found := repair(text)) != text:
+            if name in chosen and (found := repair(text)) != text:
                 text = found
                 names.append(name)
     return Repaired(text, tuple(sorted(set(names))))
