@@ -16,7 +16,7 @@ from persist_cache.stability.causes.cause import Cause, Parting, cause_of
 from persist_cache.stability.causes.kinds import Kind
 from persist_cache.stability.causes.reading import read_body
 from persist_cache.stability.causes.shapes import shape, shared
-from persist_cache.stability.repairs import REPAIRS
+from persist_cache.stability.names import REPAIRS
 from tests.pairs import LONG, PROSE, Body, Pair, all_pairs, chat, edited, messages
 from tests.tiny_models import build_model_dir
 
@@ -123,6 +123,22 @@ def test_what_a_repair_took_out_is_no_cause(tokenizer: Any) -> None:
     assert found is not None
     assert (found.kind, found.repairs) == (Kind.BILLING, ("billing",))
     assert found.switches == ("CLAUDE_CODE_ATTRIBUTION_HEADER=0",)
+
+
+def test_what_was_repaired_is_not_advised(tokenizer: Any) -> None:
+    tools = next(one for one in PAIRS if one.name == "tools-reversed")
+    dated = next(one for one in PAIRS if one.name == "date-iso-chat")
+    sides = [
+        [read_body(one, repaired=["tools", "date"]) for one in (pair.first, pair.second)]
+        for pair in (tools, dated)
+    ]
+
+    assert cause_of(sides[0][0], sides[0][1], Parting(79, 80, 80)) is None
+    found = cause_of(
+        sides[1][0], sides[1][1], Parting(60, 80, 80)
+    )  # it was moved, and differs there
+    assert found is not None
+    assert (found.kind, found.repairs) == (Kind.DATE, ())
 
 
 def test_countdown_is_named() -> None:

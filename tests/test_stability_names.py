@@ -34,7 +34,7 @@ def test_names_add_to_what_is_done_anyway_but_for_none(text: str, expected: froz
     ],
 )
 def test_name_of_no_repair_is_refused_in_a_sentence_with_the_nearest(text: str, said: str) -> None:
-    with pytest.raises(ValueError, match="^[^\n]{10,300}$") as refused:
+    with pytest.raises(ValueError, match=r"^[^\n]{10,300}$") as refused:
         parse_names(text)
 
     assert said in str(refused.value)

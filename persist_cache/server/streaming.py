@@ -151,8 +151,7 @@ class Streaming(BaseHTTPRequestHandler):
     def _outcome(self) -> str | None:
         if self.ticket is None or self.ticket.fetch is None:
             return None
-        form = self.ticket.form
-        return cache_header(self.ticket.fetch, () if form is None else form.repaired)
+        return cache_header(self.ticket.fetch, self.ticket.repaired)
 
     def _write(self, text: str) -> None:
         self.wfile.write(text.encode())

@@ -81,7 +81,7 @@ class Outcome:
             output_tokens=ticket.output_tokens,
             first_token_s=None if first is None else first - times.arrived,
             total_s=time.monotonic() - times.arrived,
-            repaired=() if ticket.form is None else ticket.form.repaired,
+            repaired=ticket.repaired,
         )
 
 

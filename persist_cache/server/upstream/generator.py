@@ -320,6 +320,8 @@ class Generator(Prompts):
     @_stop.setter
     def _stop(self, value: bool) -> None:
         self.is_ending = value
+        if value:
+            self.recent.close()
         for ticket in self._running() if value else []:
             ticket.underway.cut()
 

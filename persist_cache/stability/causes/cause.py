@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 
@@ -25,6 +25,7 @@ _MOST_PLACES = 16
 _ONLY_IN = {Kind.DATE: "system", Kind.ENV: "system", Kind.THINKING: ""}
 """Where alone these are mended: what stands elsewhere is the conversation's own, and a thought that
 the client leaves out is no matter of the template."""
+_MOVED = (Kind.DATE, Kind.ENV)
 _THOUGHT = "<think>"
 _SUMMARY = ("summary", "summari", "compact", "continued from a previous", "ran out of context")
 
@@ -133,12 +134,20 @@ def cause_of(old: Reading, new: Reading, parting: Parting) -> Cause | None:
     Returns:
         The cause; None if the later prompt goes on from the end of the earlier one.
     """
-    first = _at_parting(list(_differences(old, new)), parting)
+    repaired = old.repaired & new.repaired
+    found = [one for one in _differences(old, new) if not _is_undone(one, repaired)]
+    first = _at_parting(found, parting)
     if first is not None:
-        return _cause(first, parting)
+        return _cause(first, parting, repaired)
     if parting.position >= min(parting.old_tokens - GENERATION_TOKENS, parting.new_tokens - 1):
         return None
     return _cause(Difference(_of_template(old, new, parting), "", ""), parting)
+
+
+def _is_undone(one: Difference, repaired: Collection[str]) -> bool:
+    """Whether repairs made the same of both texts; what they moved differs elsewhere now."""
+    kinds = {one.kind, *one.also}
+    return all(kind.known.repair in repaired for kind in kinds) and not kinds & set(_MOVED)
 
 
 def _of_template(old: Reading, new: Reading, parting: Parting) -> Kind:
@@ -182,7 +191,7 @@ def _matched(one: Difference, left: str, old: str, new: str) -> int:
     )
 
 
-def _cause(one: Difference, parting: Parting) -> Cause:
+def _cause(one: Difference, parting: Parting, repaired: Collection[str] = ()) -> Cause:
     old, new = one.old[one.character :], one.new[one.character :]
     head = one.new[max(0, one.character - _CONTEXT) : one.character]
     shown = shown_apart(old[:_SHOWN], new[:_SHOWN])
@@ -205,7 +214,8 @@ def _cause(one: Difference, parting: Parting) -> Cause:
             dict.fromkeys(
                 kind.known.repair
                 for kind in kinds
-                if kind.known.repair and _ONLY_IN.get(kind, one.where) == one.where
+                if kind.known.repair not in ("", *repaired)
+                and _ONLY_IN.get(kind, one.where) == one.where
             )
         ),
         switches=tuple(kind.known.switch for kind in kinds if kind.known.switch),

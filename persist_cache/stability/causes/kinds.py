@@ -5,6 +5,8 @@ from __future__ import annotations
 from enum import Enum
 from typing import NamedTuple
 
+from persist_cache.stability import names
+
 
 class Known(NamedTuple):
     """What is known of a kind.
@@ -65,46 +67,47 @@ class Kind(Enum):
         return self in (Kind.CONVERSATION, Kind.QUESTION, Kind.TEXT, Kind.SIDE_REQUEST)
 
 
-_TOOLS, _ENV = "tools", "env"
 _KNOWN = {
     Kind.BILLING: Known(
         "the client's billing line changes with each version or request",
-        "billing",
+        names.BILLING,
         "CLAUDE_CODE_ATTRIBUTION_HEADER=0",
         "T1",
     ),
     Kind.COUNTDOWN: Known(
         "the client counts the tokens that are left",
-        "countdown",
+        names.COUNTDOWN,
         "CLAUDE_CODE_TOTAL_TOKENS_REMINDER=off",
         "T2",
     ),
     Kind.INLINE_SYSTEM: Known(
         "the template prints a system message of the conversation at the head",
-        "inline-system",
+        names.INLINE_SYSTEM,
         code="T3",
     ),
-    Kind.DATE: Known("a date or time differs", "date", code="T4"),
-    Kind.TOOL_ORDER: Known("the same tools come in another order", _TOOLS, code="T5"),
+    Kind.DATE: Known("a date or time differs", names.DATE, code="T4"),
+    Kind.TOOL_ORDER: Known("the same tools come in another order", names.TOOLS, code="T5"),
     Kind.TOOL_SPELLING: Known(
-        "a tool is the same with its keys in another order, or other white space", _TOOLS, code="T5"
+        "a tool is the same with its keys in another order, or other white space",
+        names.TOOLS,
+        code="T5",
     ),
     Kind.REMINDERS: Known("a reminder of the client differs", code="T6"),
     Kind.REMINDER_ORDER: Known(
-        "a list in a reminder of the client comes in another order", "reminders", code="T6"
+        "a list in a reminder of the client comes in another order", names.REMINDERS, code="T6"
     ),
     Kind.CLEARED: Known(
-        "the time at which the client cleared a tool's result differs", "cleared", code="T7"
+        "the time at which the client cleared a tool's result differs", names.CLEARED, code="T7"
     ),
     Kind.ENV: Known(
         "the folder, or what git says of it, differs",
-        _ENV,
+        names.ENV,
         "CLAUDE_CODE_DISABLE_GIT_INSTRUCTIONS=1 or --exclude-dynamic-system-prompt-sections",
         "T8",
     ),
     Kind.THINKING: Known(
         "the template leaves out earlier thoughts, or prints them in another way",
-        "thinking",
+        names.THINKING,
         code="T9",
     ),
     Kind.COMPACTED: Known("the client compacted the conversation", code="T10"),

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from persist_cache.stability import repairs
+from persist_cache.stability import names, repairs
 
 _MARKS = ("cache_control", "prompt_cache_breakpoint")
 _SYSTEM_ROLES = ("system", "developer")
@@ -84,6 +84,7 @@ class Reading:
         tools: Definitions.
         system: Texts at the head.
         messages: The turns behind it, later system messages among them.
+        repaired: Names of the repairs that it got.
     """
 
     model: str = ""
@@ -92,6 +93,7 @@ class Reading:
     tools: Sequence[Tool] = ()
     system: Sequence[Block] = ()
     messages: Sequence[Message] = ()
+    repaired: frozenset[str] = frozenset()
 
     @property
     def has_thoughts(self) -> bool:
@@ -118,7 +120,7 @@ def read_body(
     while heads < len(messages) and messages[heads].role in _SYSTEM_ROLES:
         heads += 1
     system = [block for one in messages[:heads] for block in one.blocks]
-    if {repairs.BILLING, repairs.COUNTDOWN} & set(repaired):
+    if {names.BILLING, names.COUNTDOWN} & set(repaired):
         system = [_repaired(block) for block in system]
     return Reading(
         model=model or str(body.get("model") or ""),
@@ -127,6 +129,7 @@ def read_body(
         tools=tuple(_tools(body.get("tools"), "tools")),
         system=tuple(block for block in system if block.text),
         messages=tuple(messages[heads:]),
+        repaired=frozenset(repaired),
     )
 
 
