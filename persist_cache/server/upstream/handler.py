@@ -9,9 +9,9 @@ from mlx_lm import server as upstream
 
 from persist_cache.cache.prompt_cache import PromptCache
 from persist_cache.server.answers import json_response
+from persist_cache.server.diagnosing import Diagnosing
 from persist_cache.server.http import Front
 from persist_cache.server.messages import Messages
-from persist_cache.server.recent.diagnosis import comparison_response, of_openai
 from persist_cache.server.responses import Responses
 from persist_cache.server.streaming import Streaming
 from persist_cache.server.ticket import Ticket
@@ -20,7 +20,7 @@ from persist_cache.server.upstream.requests import TicketedRequest
 log = logging.getLogger(__name__)
 
 
-class Handler(Messages, Responses, Streaming, Front, upstream.APIHandler):  # type: ignore[misc]
+class Handler(Messages, Responses, Diagnosing, Streaming, Front, upstream.APIHandler):  # type: ignore[misc]
     """Upstream's HTTP handler behind our front, saying where the prompt's cache came from."""
 
     def handle_completion(self, request: Any, stop_words: list[str]) -> None:
@@ -38,22 +38,6 @@ class Handler(Messages, Responses, Streaming, Front, upstream.APIHandler):  # ty
             self.say_error(error)
         finally:
             self.conclude()
-
-    def generate_response(
-        self, text: str, finish_reason: str | None, *args: Any, **more: Any
-    ) -> Any:
-        said = super().generate_response(text, finish_reason, *args, **more)
-        return said if finish_reason is None else said | self._diagnosed()
-
-    def completion_usage_response(self, *args: Any, **more: Any) -> Any:
-        return super().completion_usage_response(*args, **more) | self._diagnosed()
-
-    def _diagnosed(self) -> dict[str, Any]:
-        """Why the cache had no more, if the request asks for it."""
-        named = comparison_response(self.body)
-        if named is None or self.ticket is None:
-            return {}
-        return {"prompt_cache_diagnostics": of_openai(self.recent, self.ticket, named)}
 
     def handle_health_check(self) -> None:
         """Tell a sick disk from a sick model; only the latter makes the server unavailable."""
