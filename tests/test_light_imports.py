@@ -8,7 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from persist_cache import Store
+
 HEAVY = ("mlx", "mlx.core", "mlx_lm", "transformers", "numpy", "huggingface_hub")
+
+SLOW = ("ctypes", "subprocess", "persist_cache.index.audit", "persist_cache.queries.explain")
+"""What a look at a store does not wait for."""
 
 WITHOUT_MLX = """
 import sys
@@ -78,6 +83,21 @@ def test_what_needs_mlx_asks_for_it_in_one_sentence(program: str) -> None:
 )
 def test_nothing_heavy_is_imported(program: str) -> None:
     done = run(f"import sys\n{program}\nprint([name for name in {HEAVY!r} if name in sys.modules])")
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its volumes and locks are asked by ctypes")
+def test_list_waits_for_nothing_that_it_does_not_use(tmp_path: Path) -> None:
+    Store.open(tmp_path / "store", min_free_bytes=0).close()
+    done = run(
+        "import sys\n"
+        "from persist_cache_cli.main import cli\n"
+        "cli(['--store', sys.argv[1], 'list'], standalone_mode=False)\n"
+        f"print([name for name in {SLOW!r} if name in sys.modules])",
+        str(tmp_path / "store"),
+    )
 
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"

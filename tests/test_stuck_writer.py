@@ -102,6 +102,32 @@ def test_tidying_up_waits_once(
     assert len(waits) == 1
 
 
+def test_counts_that_wait_to_be_written_are_told(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A flush has taken them from where they are buffered, and cannot commit them yet."""
+    waits = threading.Event()
+    wait = fs.lock
+
+    def noted(fd: int, patience_s: float) -> bool:
+        waits.set()
+        return wait(fd, patience_s)
+
+    store.count("seen", 2)
+    with held(store.root / "writer.lock") as holder:
+        monkeypatch.setattr(fs, "lock", noted)
+        writer = threading.Thread(target=store.flush)
+        writer.start()
+        assert waits.wait(30)
+        store.count("seen")
+        meanwhile = store.stats().counters["seen"]
+        holder.kill()
+    writer.join()
+
+    assert meanwhile == 3
+    assert store.stats().counters["seen"] == 3
+
+
 def test_change_that_waits_in_vain_names_the_process(store: Store, impatient: None) -> None:
     put(store, [1, 2, 3])
     with held(store.root / "writer.lock") as holder:

@@ -136,20 +136,21 @@ class Keeper:
                 # Another thread has seen a later load meanwhile.
                 self._saver.spill([held])
                 return
-            at_once = held.wanted and tier != Tier.ASSISTANT
-            if at_once:
+            if nbytes > self._resident.max_bytes:
+                # Keeping it would flush everything else, and then itself.
+                self._tally.problem("too_large_for_memory")
+                gone = [held]
+            else:
+                gone = self._resident.add(held)
+            # Last of all: the writer thread wakes, and this one would wait for the interpreter.
+            if held.wanted and tier != Tier.ASSISTANT:
                 stored = num_tokens
                 if origin.counts_written:
                     promised = self._saver.promised.tokens(owner, packed, origin.arrived)
                     stored = max(origin.stored_tokens, promised)
-                if self._saver.save_later(held) and not self._saver.disk_off:
+                if self._saver.save_later(held) and not self._saver.is_known_off:
                     origin.written_tokens += max(0, num_tokens - stored)
-            if nbytes > self._resident.max_bytes:
-                # Keeping it would flush everything else, and then itself.
-                self._tally.problem("too_large_for_memory")
-                self._saver.spill([held])
-                return
-            self._saver.spill(self._resident.add(held))
+            self._saver.spill(gone)
 
     def _prepare(self, owner: Owner, packed: bytes, cache: Any) -> int:
         """Make a cache fit to be kept; returns the tokens that it stands for."""

@@ -135,6 +135,15 @@ class Saver:
         error = self.trouble()
         return self._memory_only if error is None else str(error)
 
+    @property
+    def is_known_off(self) -> bool:
+        """Whether nothing is kept on disk, as far as is known without asking the system.
+
+        A thread that lets go of the interpreter's lock gets it back after 5 ms when others compute.
+        """
+        waits = self._store is not None and self._store.waits_for
+        return bool(self._memory_only or self._disk_error or waits)
+
     def trouble(self) -> StoreError | None:
         """What keeps the disk from being used, as of the last attempt."""
         if self._store is not None and self._store.is_lost:

@@ -10,12 +10,13 @@ the dead writer may have written one without the other, and the semaphore is giv
 
 Thread safety: `Semaphores` may be shared between threads, except that the caller of `mend_writer`
 holds `writer.lock`.
+
+`ctypes` is imported where it is called: where LMDB locks otherwise, no command waits for it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import functools
 import os
@@ -92,6 +93,8 @@ def unlink(root: Path) -> None:
 
 def are_exhausted() -> bool:
     """Whether the system has no room for another named semaphore."""
+    import ctypes
+
     libc = _libc()
     name = f"/persist-cache-{os.getpid()}".encode()
     handle = libc.sem_open(
@@ -274,6 +277,8 @@ class _Semaphore:
     @classmethod
     def opened(cls, name: bytes) -> _Semaphore | None:
         """Open the semaphore `name`; None if there is none."""
+        import ctypes
+
         handle = _libc().sem_open(name, 0)
         if _is_valid(handle):
             return cls(handle)
@@ -284,6 +289,8 @@ class _Semaphore:
 
     def take(self) -> bool:
         """Take it if it is free."""
+        import ctypes
+
         while _libc().sem_trywait(self._handle):
             code = ctypes.get_errno()
             if code == errno.EAGAIN:
@@ -322,6 +329,8 @@ class _Semaphore:
 
 @functools.cache
 def _libc() -> Any:
+    import ctypes
+
     libc = ctypes.CDLL(None, use_errno=True)
     libc.sem_open.restype = ctypes.c_void_p
     # Its further arguments are variadic, and passed as such because they are not named here.
@@ -333,4 +342,6 @@ def _libc() -> Any:
 
 
 def _is_valid(handle: int | None) -> bool:
+    import ctypes
+
     return handle not in (None, ctypes.c_void_p(-1).value)

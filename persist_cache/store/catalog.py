@@ -5,7 +5,6 @@ One pass over the index, however many entries there are; no file is opened.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from itertools import count, islice, repeat
@@ -296,10 +295,14 @@ def rows_bytes(disk_bytes: int, num_tokens: int, rows: int) -> int:
 
 def store_stats(disk: Disk) -> StoreStats:
     """Totals, budget and counters of a store; takes no longer when there are more entries."""
+
+    def written() -> Mapping[str, int]:
+        with disk.index.read() as txn:
+            return txn.counts()
+
+    counters = disk.counted(written)
     with disk.index.read() as txn:
         usage = disk.budget.usage(txn)
-        counters = Counter(txn.counts())
-        counters.update(disk.counts())
         written_bytes = txn.counter(WRITTEN_BYTES)
         number_of_entries = txn.size_of(b"entries")
         number_of_blobs = txn.size_of(b"blobs")

@@ -14,7 +14,6 @@ from persist_cache import fs
 from persist_cache.index import tree
 from persist_cache.index.records import BlobKind, SizedRecord
 from persist_cache.index.transaction import Writer
-from persist_cache.store import testimony
 from persist_cache.store.session import Disk
 
 log = logging.getLogger(__name__)
@@ -54,6 +53,8 @@ def quarantine(disk: Disk, name_hex: str, reason: str, *, is_unreadable: bool = 
     Returns:
         Whether it went; False when somebody else was first, or the index was at fault.
     """
+    from persist_cache.store import testimony  # of use when something is damaged, and only then
+
     if not is_unreadable and testimony.set_right(disk, name_hex):
         return False  # the index was at fault
     name = bytes.fromhex(name_hex)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from msgspec import Struct
@@ -24,6 +25,9 @@ from persist_cache.store.budget import Budget, Limits
 from persist_cache.store.unreturned import Unreturned
 
 log = logging.getLogger(__name__)
+
+_SETTLE_S = 1.0
+"""How long whoever wants exact counters waits for a flush that is under way."""
 
 
 class _Use(Struct):
@@ -62,8 +66,11 @@ class Disk:
         self.ballast = self.budget.ballast
         self.unreturned = Unreturned(index, self.budget, self.clock)
         self._lock = threading.Lock()
+        self._settled = threading.Condition(self._lock)
         self._uses: dict[int, _Use] = {}
         self._counts: Counter[str] = Counter()
+        self._flushing: list[Counter[str]] = []
+        self._flushes = 0
         self._serving: Counter[int] = Counter()
 
     @contextlib.contextmanager
@@ -105,10 +112,25 @@ class Disk:
         with self._lock:
             self._counts[counter_name(name)] += amount
 
-    def counts(self) -> Counter[str]:
-        """Counts that are not written yet."""
-        with self._lock:
-            return Counter(self._counts)
+    def counted(self, written: Callable[[], Mapping[str, int]]) -> Counter[str]:
+        """The counters of a store: what `written` reads from the index, and what is buffered.
+
+        A flush moves counts from here to there: the two are read while none is under way, or,
+        where one takes longer than a second, as if it had not been committed yet.
+        """
+        give_up = time.monotonic() + _SETTLE_S
+        while True:
+            with self._lock:
+                self._settled.wait_for(
+                    lambda: not self._flushing, max(0.0, give_up - time.monotonic())
+                )
+                flushes = self._flushes
+            counters = Counter(written())
+            with self._lock:
+                if self._flushes == flushes or time.monotonic() > give_up:
+                    for counts in [self._counts, *self._flushing]:
+                        counters.update(counts)
+                    return counters
 
     def regain_ballast(self, max_bytes: int | None = None) -> None:
         """Make the ballast anew where it was given up, if there is room; never fails.
@@ -150,8 +172,10 @@ class Disk:
         with self._lock:
             uses, self._uses = self._uses, {}
             counts, self._counts = self._counts, Counter()
-        if not uses and not counts:
-            return False
+            if not uses and not counts:
+                return False
+            self._flushing.append(counts)
+            self._flushes += 1
 
         def apply(txn: Writer) -> None:
             for number, use in uses.items():
@@ -178,13 +202,22 @@ class Disk:
         try:
             with self.index.terms(patience_s=patience_s):
                 self.index.update(apply)
-        except StoreError:
+        except BaseException:
             with self._lock:
-                for number, use in uses.items():
-                    newer = self._uses.setdefault(number, use)
-                    if newer is not use:
-                        newer.hits += use.hits
-                        newer.saved_s += use.saved_s
-                self._counts.update(counts)
+                self._flushing.remove(counts)
+                self._give_back(uses, counts)
             raise
+        with self._lock:
+            self._flushing.remove(counts)
+            self._settled.notify_all()
         return True
+
+    def _give_back(self, uses: dict[int, _Use], counts: Counter[str]) -> None:
+        """Buffer again what could not be committed; under `_lock`."""
+        self._settled.notify_all()
+        for number, use in uses.items():
+            newer = self._uses.setdefault(number, use)
+            if newer is not use:
+                newer.hits += use.hits
+                newer.saved_s += use.saved_s
+        self._counts.update(counts)

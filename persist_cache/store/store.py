@@ -34,10 +34,9 @@ from persist_cache.index.records import (
 )
 from persist_cache.index.semaphores import Semaphores
 from persist_cache.index.transaction import Reader, Writer
-from persist_cache.store import catalog, check, opening
+from persist_cache.store import catalog, opening
 from persist_cache.store.budget import Limits
 from persist_cache.store.catalog import Catalog, StoreStats
-from persist_cache.store.check import Problem
 from persist_cache.store.evict import REQUESTED, Evictor
 from persist_cache.store.lookup import Lookup
 from persist_cache.store.put import Insertion, PutResult
@@ -49,6 +48,7 @@ from persist_cache.tokens import TOKEN_BYTES, pack_tokens
 
 if TYPE_CHECKING:
     from persist_cache.fingerprint.value import Fingerprint
+    from persist_cache.store.check import Problem
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -606,6 +606,8 @@ class Store:
         Returns:
             What was wrong before any repair; empty for a sound store.
         """
+        from persist_cache.store import check  # takes long to import, and few commands check
+
         problems = check.check(self._disk, read_data=read_data, progress=progress)
         if repair and problems:
             check.repair(self._disk, self._evictor, problems)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -130,13 +129,22 @@ def parse_mount_command(text: str) -> list[Mount]:
 
 
 def _mounted() -> list[Mount]:
+    if sys.platform == "darwin":
+        return parse_mount_command(_mount_command())
     try:
-        if sys.platform == "darwin":
-            done = subprocess.run(["/sbin/mount"], capture_output=True, timeout=10, check=True)
-            return parse_mount_command(os.fsdecode(done.stdout))
         return parse_mountinfo(os.fsdecode(Path("/proc/self/mountinfo").read_bytes()))
-    except (OSError, subprocess.SubprocessError):
+    except OSError:
         return []
+
+
+def _mount_command() -> str:
+    import subprocess
+
+    try:
+        done = subprocess.run(["/sbin/mount"], capture_output=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return os.fsdecode(done.stdout)
 
 
 def _unescape(text: str) -> str:
