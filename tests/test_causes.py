@@ -176,6 +176,16 @@ def test_a_template_that_drops_thoughts_is_named() -> None:
     assert (found.kind, found.repairs) == (Kind.THINKING, ("thinking",))
 
 
+def test_a_tools_result_that_the_client_took_out_is_named(tokenizer: Any) -> None:
+    first = chat(PROSE, *LONG)
+    second = edited(first, LONG[1][1], "[Old tool result content cleared]")
+
+    found = cause(tokenizer, first, second)
+
+    assert found is not None
+    assert (found.kind, found.repairs) == (Kind.RESULT_CLEARED, ())
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [

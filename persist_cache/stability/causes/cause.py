@@ -156,10 +156,17 @@ def _of_template(old: Reading, new: Reading, parting: Parting) -> Kind:
         f"{parting.before[-_CONTEXT:]}{parting.old}",
         f"{parting.before[-_CONTEXT:]}{parting.new}",
     )
-    thinks = [("think" in text or "reasoning" in text) for text in texts]
-    if any(thinks) or old.has_thoughts or new.has_thoughts:
+    if any("think" in text or "reasoning" in text for text in texts):
         return Kind.THINKING
-    if any(one.role in ("system", "developer") for one in new.messages):
+    later = [
+        sum(message.role in ("system", "developer") for message in one.messages)
+        for one in (old, new)
+    ]
+    if later[1] > later[0]:
+        return Kind.INLINE_SYSTEM
+    if old.has_thoughts or new.has_thoughts:
+        return Kind.THINKING
+    if later[1]:
         return Kind.INLINE_SYSTEM
     return Kind.TEMPLATE
 

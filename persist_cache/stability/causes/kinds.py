@@ -36,6 +36,7 @@ class Kind(Enum):
     REMINDERS = "reminders"
     REMINDER_ORDER = "reminder_order"
     CLEARED = "cleared"
+    RESULT_CLEARED = "result_cleared"
     ENV = "env"
     THINKING = "thinking"
     COMPACTED = "compacted"
@@ -99,6 +100,7 @@ _KNOWN = {
     Kind.CLEARED: Known(
         "the time at which the client cleared a tool's result differs", names.CLEARED, code="T7"
     ),
+    Kind.RESULT_CLEARED: Known("the client took an earlier tool's result out", code="T7"),
     Kind.ENV: Known(
         "the folder, or what git says of it, differs",
         names.ENV,

@@ -53,7 +53,7 @@ _ENV_TAGS = (
 )
 _PATH = re.compile(r"(?:~|[A-Za-z]:)?(?:[/\\][\w.@+ -]+){2,}[/\\]?")
 _COMMIT = re.compile(r"\b[0-9a-f]{7,40}\b")
-_CLEARED = re.compile(r"\[Old tool result content cleared at [^\]\n]*\]")
+_CLEARED = re.compile(r"\[Old tool result content cleared[^\]\n]*\]")
 _BILLING = "x-anthropic-billing-header:"
 _COUNT = "<total_tokens>"
 _NEAR = 160
@@ -86,8 +86,9 @@ def shape(old: str, i: int, new: str, j: int) -> Kind | None:
         return Kind.BILLING
     if any(_COUNT in _around(text, at, 40) for text, at in ((old, i), (new, j))):
         return Kind.COUNTDOWN
-    if _within(_CLEARED, old, i) and _within(_CLEARED, new, j):
-        return Kind.CLEARED
+    cleared = _within(_CLEARED, old, i), _within(_CLEARED, new, j)
+    if any(cleared):
+        return Kind.CLEARED if all(cleared) else Kind.RESULT_CLEARED
     if _is_date(old, i, new, j):
         return Kind.DATE
     if is_look_alike(old[i:], new[j:]):
