@@ -264,6 +264,33 @@ def test_what_is_shared_and_not_found_is_no_fault_of_the_prompt(
     assert record.parted.cause.lost_tokens == len(tokens) - 1 - 100
 
 
+def test_a_cache_that_cannot_be_cut_loses_what_stands_before_the_parting_too(ring: Ring) -> None:
+    first = chat(f"{PROSE}Today's date is 2026-11-25.\n{PROSE}")
+    second = edited(first, "2026-11-25", "2026-11-26")
+    tokens = prompt(first)
+    told(ring, ticket(first, tokens), "first")
+    told(ring, ticket(second, prompt(second), 0, reason="no checkpoint there"), "second")
+    asked = ticket(second, prompt(second), 0)
+
+    record, said = ring.record("second"), of_openai(ring, asked, "first")
+
+    assert record is not None
+    assert record.parted is not None
+    assert record.parted.cause is not None
+    assert record.parted.cause.kind is Kind.DATE
+    assert record.parted.cause.lost_tokens == len(tokens) - 1
+    assert (said["cache_missed_tokens"], said["comparison_reusable_tokens"]) == (len(tokens), 0)
+
+
+def test_what_is_no_longer_there_is_no_hit_and_no_divergence(ring: Ring) -> None:
+    body = chat(PROSE, *LONG)
+    told(ring, ticket(body, prompt(body)), "first")
+    again = ticket(body, prompt(body), 0)
+
+    assert of_openai(ring, again, "first") == {"type": "unavailable"}
+    assert of_messages(ring, again, "first") is None
+
+
 def test_another_model_is_named(ring: Ring) -> None:
     body = chat(PROSE, *LONG)
     tokens = prompt(body)
@@ -317,7 +344,9 @@ def test_an_answer_that_is_not_over_can_be_compared_with(ring: Ring) -> None:
     body = chat(PROSE, *LONG)
     ring.begin(ticket(body, prompt(body)), response_id="r", path="/", client=None)
 
-    assert of_openai(ring, ticket(body, prompt(body)), "r") == {"type": "cache_hit"}
+    again = ticket(body, prompt(body), len(prompt(body)) - 1)
+
+    assert of_openai(ring, again, "r") == {"type": "cache_hit"}
 
 
 def test_what_was_pushed_out_is_not_found() -> None:

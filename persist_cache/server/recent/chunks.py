@@ -14,8 +14,8 @@ from hashlib import blake2b
 
 CHUNK_TOKENS = 512
 _LINE = re.compile(rb"\\n|\},")
-_LEAST, _MOST = 512, 16 << 10
-_EVERY = 32
+_LEAST, _MOST = 256, 16 << 10
+_EVERY = 16
 """One line of so many ends a piece."""
 _OVERHEAD = 320
 """Bytes that a piece takes beside its data: the objects, and its place among the others."""

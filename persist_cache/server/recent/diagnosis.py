@@ -7,6 +7,7 @@ else the cache had: so a difference that cost nothing is no miss.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from persist_cache.server.recent.ring import Ring
@@ -72,11 +73,11 @@ def of_messages(ring: Ring, ticket: Ticket, message_id: str | None) -> dict[str,
     if ticket.fetch is None:
         return {"cache_miss_reason": None}  # it is not known yet
     found = _compared(ring, ticket, message_id)
+    if found is None or found == _NOT_KEPT:
+        return None
     if isinstance(found, str):
         kind = "previous_message_not_found" if found == _FORGOTTEN else found
         return {"cache_miss_reason": {"type": kind}}
-    if found is None:
-        return None
     if (reason := _of_messages(found)) == _UNAVAILABLE:
         return {"cache_miss_reason": {"type": reason}}
     said = {"type": reason, "cache_missed_input_tokens": found.lost_tokens}
@@ -95,6 +96,7 @@ def of_openai(ring: Ring, ticket: Ticket, response_id: str) -> dict[str, Any]:
         return {"type": _UNAVAILABLE}
     found = _compared(ring, ticket, response_id)
     if isinstance(found, str):
+        found = _UNAVAILABLE if found == _NOT_KEPT else found
         return {"type": "comparison_response_not_found" if found == _FORGOTTEN else found}
     if found is None:
         return {"type": "cache_hit"}
@@ -106,7 +108,9 @@ def of_openai(ring: Ring, ticket: Ticket, response_id: str) -> dict[str, Any]:
     }
 
 
-_FORGOTTEN, _UNAVAILABLE = "not_found", "unavailable"
+_FORGOTTEN, _UNAVAILABLE, _NOT_KEPT = "not_found", "unavailable", "not_kept"
+_FEW_TOKENS = 32
+"""So much less than all is all: a template may print the end of a prompt otherwise."""
 
 
 def _compared(ring: Ring, ticket: Ticket, response_id: str) -> Cause | str | None:
@@ -119,7 +123,13 @@ def _compared(ring: Ring, ticket: Ticket, response_id: str) -> Cause | str | Non
     if before is None or after is None or not parting.old_tokens:
         return _UNAVAILABLE
     cause = cause_of(before, after, parting)
-    return cause if cause is not None and cause.lost_tokens > 0 else None
+    whole = min(parting.old_tokens, parting.new_tokens - 1)
+    read = 0 if ticket.fetch is None else ticket.fetch.num_tokens
+    if cause is None:
+        return None if read + _FEW_TOKENS >= whole else _NOT_KEPT
+    # A cache that cannot be cut where prompts part loses what is in front of that, too.
+    lost = max(0, whole - min(cause.position, read))
+    return replace(cause, position=min(cause.position, read), lost_tokens=lost) if lost else None
 
 
 def _of_messages(cause: Cause) -> str:

@@ -47,6 +47,8 @@ _TEXT_TOKENS = 24
 _TOKEN_BYTES = 4
 """Of a body, for each token, about."""
 _LEAST_SHARE = 8
+_OWN_BYTES = 256
+"""A request of the same client is as like as one that has so much more in common."""
 _COMPARED = 32
 _FEW_TOKENS = 32
 """So much less than is shared is not worth a word: memory is a little behind the disk."""
@@ -320,7 +322,7 @@ class Ring:
             return None
         with self._changed:
             known = list(self._records.values())
-        earlier, shared, alike = _likest(known, outcome.model, body, tokens)
+        earlier, shared, alike = _likest(known, seen, body, tokens)
         if earlier is None:
             return None
         least = _TOKEN_BYTES * len(outcome.tokens) // _LEAST_SHARE
@@ -335,20 +337,25 @@ class Ring:
     def _cause(self, earlier: Record, seen: Seen, shared: int) -> Cause | None:
         outcome, total = seen.outcome, len(seen.outcome.tokens)
         found = 0 if outcome.fetch is None else outcome.fetch.num_tokens
-        lost = min(earlier.num_tokens, total - 1) - found
-        is_same_model = earlier.outcome.model == outcome.model
-        if found + _FEW_TOKENS < min(shared, total - 1) and is_same_model:
-            kind = Kind.GIVEN_UP if earlier.outcome.state == "left" else Kind.NOT_KEPT
-            return Cause(kind, "", "", "", None, found, lost)
         if found > shared + _FEW_TOKENS:
             return None  # what it was found by came before all that is remembered
-        if is_same_model and shared >= min(earlier.num_tokens, total - 1):
+        whole = min(earlier.num_tokens, total - 1)
+        is_same_model = earlier.outcome.model == outcome.model
+        cause: Cause | None = None
+        if not is_same_model or shared < whole:
+            other = self._reread(earlier)
+            before, after = other.read(), seen.read()
+            if before is None or after is None:
+                return None
+            cause = cause_of(before, after, self._parting(other, seen, shared))
+        if cause is not None:
+            # A cache that cannot be cut where prompts part loses what is in front of that, too.
+            is_less = is_same_model and found < cause.position
+            return replace(cause, lost_tokens=max(0, whole - found)) if is_less else cause
+        if found + _FEW_TOKENS >= min(shared, total - 1):
             return None
-        other = self._reread(earlier)
-        bodies = other.read(), seen.read()
-        if bodies[0] is None or bodies[1] is None:
-            return None
-        return cause_of(bodies[0], bodies[1], self._parting(other, seen, shared))
+        kind = Kind.GIVEN_UP if earlier.outcome.state == "left" else Kind.NOT_KEPT
+        return Cause(kind, "", "", "", None, found, whole - found)
 
     def _parting(self, old: Seen, new: Seen, position: int) -> Parting:
         sides = [list(one.outcome.tokens) for one in (old, new)]
@@ -367,7 +374,7 @@ class Ring:
 
 
 def _likest(
-    known: Sequence[Record], model: Hashable, body: Chunked, tokens: Chunked
+    known: Sequence[Record], seen: Seen, body: Chunked, tokens: Chunked
 ) -> tuple[Record | None, int, int]:
     """The earlier request that has most in common with one, and how much.
 
@@ -379,11 +386,13 @@ def _likest(
         and body are the same.
     """
     mine = {id(chunk): chunk.size for chunk in body}
+    model, client = seen.outcome.model, seen.about.client
     ranks = []
     for record in known:
         if not record.tokens:
             continue
         alike = sum(mine.get(one, 0) for one in {id(chunk) for chunk in record.body})
+        alike += _OWN_BYTES * (record.about.client == client)
         is_same = record.outcome.model == model
         pieces = shared_chunks(record.tokens, tokens) if is_same else 0
         ranks.append((_TOKEN_BYTES * CHUNK_TOKENS * pieces + alike, record.number, record))
