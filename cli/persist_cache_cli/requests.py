@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 from collections.abc import Mapping
 from typing import Any
@@ -22,6 +23,7 @@ from persist_cache_cli.output import (
     terminal_width,
     text_width,
 )
+from persist_cache_cli.store_access import NothingFound
 
 Said = Mapping[str, Any]
 _MARKS = {"disk": "█", "memory": "▓", "computed": "░"}
@@ -47,7 +49,10 @@ def show_last(
     """
     with running_server(store, admin_token) as server:
         listed = server.get(f"requests?limit={count}")
-        found = [server.get(f"requests/{one['id']}") for one in reversed(listed)]
+        found = []
+        for one in reversed(listed):
+            with contextlib.suppress(NothingFound):  # further ones may push it out meanwhile
+                found.append(server.get(f"requests/{one['id']}"))
     if as_json:
         print_json(found)
         return
