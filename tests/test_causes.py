@@ -151,15 +151,63 @@ def test_countdown_is_named() -> None:
     assert (found.kind, found.repairs) == (Kind.COUNTDOWN, ("countdown",))
 
 
-def test_a_template_that_prints_later_system_messages_at_the_head_is_named() -> None:
+HOISTING = (
+    "<|im_start|>system\n{% for one in messages if one.role == 'system' %}{{ one.content }}\n"
+    "{% endfor %}<|im_end|>\n{% for one in messages if one.role != 'system' %}"
+    "<|im_start|>{{ one.role }}\n{{ one.content }}<|im_end|>\n{% endfor %}"
+    "<|im_start|>assistant\n"
+)
+FORGETTING = (
+    "{%- set ns = namespace(last=0) -%}{%- for one in messages if one.role == 'user' -%}"
+    "{%- set ns.last = messages.index(one) -%}{%- endfor -%}"
+    "{%- for one in messages %}<|im_start|>{{ one.role }}\n"
+    "{% if one.reasoning_content and loop.index0 > ns.last %}<think>{{ one.reasoning_content }}"
+    "</think>{% endif %}{{ one.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+)
+
+
+@pytest.fixture(scope="module")
+def with_template(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = build_model_dir(tmp_path_factory.mktemp("templates"))
+
+    def load(template: str) -> Any:
+        (folder / "chat_template.jinja").write_text(template)
+        return load_tokenizer(str(folder))
+
+    return load
+
+
+def test_a_template_that_prints_later_system_messages_at_the_head_is_named(
+    with_template: Any,
+) -> None:
     first = chat(PROSE, *LONG[:3])
     second = chat(PROSE, *LONG[:3], ("system", "Plan only."), ("user", "Go on."))
+    tokenizer = with_template(HOISTING)
 
-    found = cause_of(read_body(first), read_body(second), Parting(40, 200, 240))
+    found, parting = (of(tokenizer, first, second) for of in (cause, parting_of))
+
+    assert isinstance(found, Cause)
+    assert isinstance(parting, Parting)
+    assert (found.kind, found.where, found.repairs) == (Kind.INLINE_SYSTEM, "", ("inline-system",))
+    assert found.lost_tokens == parting.old_tokens - found.position > 50
+
+
+def test_a_template_that_forgets_thoughts_with_the_next_question_is_named(
+    with_template: Any,
+) -> None:
+    first = chat(PROSE, LONG[0])
+    thought = {"role": "assistant", "content": "I look.", "reasoning_content": "What is it? " * 9}
+    first["messages"] += [thought, {"role": "tool", "content": "A parser. " * 9}]
+    second = copy.deepcopy(first)
+    second["messages"] += [
+        {"role": "assistant", "content": "One."},
+        {"role": "user", "content": "?"},
+    ]
+
+    found = cause(with_template(FORGETTING), first, second)
 
     assert found is not None
-    assert (found.kind, found.where) == (Kind.INLINE_SYSTEM, "")
-    assert found.lost_tokens == 160
+    assert (found.kind, found.where, found.repairs) == (Kind.THINKING, "", ("thinking",))
 
 
 def test_a_template_that_drops_thoughts_is_named() -> None:
