@@ -177,11 +177,6 @@ class Ticket:
         return tuple(sorted({*self.changes, *by_form}))
 
     @property
-    def repaired(self) -> tuple[str, ...]:
-        """Names of the repairs that changed the request."""
-        return () if self.form is None else self.form.repaired
-
-    @property
     def keep_tokens(self) -> int | None:
         """How much of its prompt it leaves in the cache; None when all of it, and the reply."""
         if not self.keeps or self.prompt is None:
