@@ -34,8 +34,9 @@ def common(one: list[int], other: list[int]) -> int:
 
 
 def parting_of(tokenizer: Any, first: Body, second: Body) -> Parting:
-    """Where the prompts of two bodies part, by the template of a tiny model."""
-    old, new = (render(tokenizer, read_request(one)).tokens for one in (first, second))
+    """Where the prompts of two bodies part, unrepaired, by the template of a tiny model."""
+    asked = (read_request(one, stabilize=frozenset()) for one in (first, second))
+    old, new = (render(tokenizer, one).tokens for one in asked)
     at = common(old, new)
     head, *rest = (decode(tokenizer, one) for one in (new[at - 24 : at], old[at:], new[at:]))
     return Parting(at, len(old), len(new), head, *(one[:120] for one in rest))
