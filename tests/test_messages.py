@@ -361,6 +361,39 @@ def test_billing_line_and_countdown_leave_the_prefix_and_are_told(server: Counte
     assert re.match(r"(memory|disk); tokens=\d+", second.headers["x-persist-cache"])
 
 
+def test_repairs_are_asked_for_by_a_header_in_all_protocols_and_counted(
+    server: CountedServer,
+) -> None:
+    def system(day: int) -> str:
+        return f"{SYSTEM} By header.\nToday's date: 2026-11-{day}"
+
+    def ask(path: str, day: int, names: str) -> requests.Response:
+        body = said("play hello", system=system(day))
+        if "chat" in path:
+            head = {"role": "system", "content": body.pop("system")}
+            body = {**body, "messages": [head, *body["messages"]], "model": "default_model"}
+        if "responses" in path:
+            body = {"model": "m", "instructions": system(day), "input": "play hello"}
+        headers = {"x-api-key": "secret", **VERSION, "x-persist-cache-stabilize": names}
+        return server.request("POST", path, json=body, headers=headers)
+
+    for path in ("/v1/messages", "/v1/chat/completions", "/v1/responses"):
+        first, second = (ask(path, day, "date,env") for day in (25, 26))
+        plain, unknown = ask(path, 27, "none"), ask(path, 27, "dats")
+
+        assert first.headers["x-persist-cache"].endswith("; repaired=date"), path
+        found = re.search(r"tokens=(\d+)", second.headers["x-persist-cache"])
+        assert found is not None
+        assert int(found[1]) > 50
+        assert "repaired" not in plain.headers["x-persist-cache"]
+        assert unknown.status_code == 400
+        assert "did you mean 'date'?" in unknown.json()["error"]["message"]
+    counted = ask("/v1/messages/count_tokens", 25, "date")
+    assert counted.headers["x-persist-cache"] == "repaired=date"
+    text = server.request("GET", "/metrics").text
+    assert 'repaired_requests_total{repair="date"} 6.0' in text
+
+
 def test_what_is_ignored_is_named(server: CountedServer) -> None:
     body = said(
         "play hello",

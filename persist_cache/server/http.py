@@ -29,6 +29,7 @@ from persist_cache.server.guard import (
     HEALTH_PATH,
     IGNORED_HEADER,
     MODELS_PATH,
+    STABILIZE_HEADER,
     ModelGuard,
     Request,
     owns,
@@ -331,7 +332,10 @@ class Front(BaseHTTPRequestHandler):
         """
         outside = self.path, self.wfile, self.headers
         self.keeps = keeps
+        chosen = self.headers.get(STABILIZE_HEADER)
         self.headers = Message()
+        if chosen is not None:
+            self.headers[STABILIZE_HEADER] = chosen
         answer = io.BytesIO()
         self.wfile = answer
         try:

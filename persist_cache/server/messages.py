@@ -11,6 +11,7 @@ from persist_cache.server.protocols.anthropic_answer import MessageAnswer, error
 from persist_cache.server.protocols.anthropic_request import read_messages
 from persist_cache.server.protocols.recognized import MESSAGES
 from persist_cache.server.recent.diagnosis import of_messages, previous_message
+from persist_cache.server.stabilizing import chosen_by
 from persist_cache.server.translated import Translated
 from persist_cache.server.validation import RefusedError, decode_object
 
@@ -38,8 +39,9 @@ class Messages(Translated):
     def _answer_messages(self, raw: bytes) -> None:
         self.body_as_read = raw
         counts = self.path == COUNT_PATH
+        chosen = chosen_by(self.headers, self.response_generator)
         body = decode_object(raw)
-        asked = read_messages(body, counting=counts)
+        asked = read_messages(body, counting=counts, stabilize=chosen)
         is_asked, previous = previous_message(body)
         if counts:
             self.count_asked(asked, lambda counted: {"input_tokens": counted})

@@ -19,6 +19,7 @@ from persist_cache.server.guard import OUTCOME_HEADER
 from persist_cache.server.protocols.openai import error_object, refusal_of
 from persist_cache.server.recent.records import State
 from persist_cache.server.recent.ring import Ring
+from persist_cache.server.stabilizing import chosen_by
 from persist_cache.server.ticket import Ticket, cache_header
 
 SIGN_S = 0.2
@@ -35,8 +36,8 @@ class Streaming(BaseHTTPRequestHandler):
     A subclass sets `ticket` for the time of a request.
     """
 
-    stream: bool
     response_generator: Any
+    stream: bool
     ticket: Ticket | None = None
     _remembered = ""
     """The request's id among the latest ones."""
@@ -51,7 +52,11 @@ class Streaming(BaseHTTPRequestHandler):
         Args:
             ticket: Of the request.
             response_id: What its protocol calls the answer; "" for what is not remembered.
+
+        Raises:
+            RefusedError: It asks for repairs that there are not.
         """
+        ticket.stabilize = chosen_by(self.headers, self.response_generator)
         self.ticket = ticket
         self._has_failed, self._remembered = False, ""
         if response_id and not ticket.keeps:

@@ -24,6 +24,7 @@ from persist_cache_cli.prompts import (
     protocol_option,
     read_json,
     read_request_file,
+    stabilize_option,
     template_options,
 )
 from persist_cache_cli.requests import show_last
@@ -53,6 +54,7 @@ _MOST_MARKS = 4
 @protocol_option
 @model_options
 @template_options
+@stabilize_option
 @click.option("--check", is_flag=True, help="Exit 3 if too little of it would be found.")
 @click.option(
     "--at-least",
@@ -83,6 +85,7 @@ def command(
     chat_template_args: str | None,
     chat_template: str | None,
     use_default_chat_template: bool,
+    stabilize: frozenset[str],
     check: bool,
     at_least: float | None,
     last: int | None,
@@ -124,7 +127,9 @@ def command(
         )
     # A request that cannot be understood is refused before anything is loaded for it.
     request = (
-        None if messages is None else read_request_file(messages, tools=tools, protocol=protocol)
+        None
+        if messages is None
+        else read_request_file(messages, tools=tools, protocol=protocol, stabilize=stabilize)
     )
     tokenizer = template.tokenizer(model)
     if request is None:

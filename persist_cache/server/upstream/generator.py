@@ -20,7 +20,6 @@ from persist_cache.prefill.run import even_out_draft
 from persist_cache.server.admin import Admin
 from persist_cache.server.alone import Alone, tokens_looked_back_at
 from persist_cache.server.flight import Flight, Line
-from persist_cache.server.form import Templates
 from persist_cache.server.guard import ModelGuard
 from persist_cache.server.protocols.asked import Asked
 from persist_cache.server.recent.ring import Ring
@@ -45,7 +44,6 @@ class Generator(Prompts):
     def __init__(self, model_provider: Any, prompt_cache: PromptCache) -> None:
         self._in_flight = 0
         self.is_ending = False
-        self.templates = Templates()
         self.admin: Admin | None = None
         self.guard: ModelGuard | None = None
         self.prefill_clock = PrefillClock()
@@ -81,7 +79,7 @@ class Generator(Prompts):
             # What is compared and loaded; the answer says what the client said.
             generation_args.model = upstream.ModelDescription(key.model, key.draft, key.adapter)
         only_fills = generation_args.max_tokens == 0
-        request = TicketedRequest.of(request)
+        request = self._stabilized(TicketedRequest.of(request))
         ticket = request.ticket
         answers = Answers(ticket)
         try:
@@ -97,6 +95,8 @@ class Generator(Prompts):
                 if isinstance(said, Exception):
                     raise said
                 raise RuntimeError("The request was answered without a look into the cache.")
+            if ticket.form is None and ticket.changes:
+                self.cache.count_repairs(ticket.repaired)
             if known_before is not None:
                 self.cache.count_shared(max(0, ticket.fetch.num_tokens - known_before))
         except BaseException as error:
