@@ -69,6 +69,10 @@ _GIT_ITEM = re.compile(
 _OF_PROJECT = re.compile(r"[/\\]\.[\w-]+[/\\]projects[/\\]-[\w.%-]+")
 _HEADING = re.compile(r"#{1,6}\s+\S")
 _RULE = re.compile(r"(?:-{3,}|\*{3,}|_{3,})\s*")
+_MARKS = (":", "=", " is", "?", "<")
+"""One of them is in every line that tells something."""
+_LONGEST = 1000
+"""Characters of a line that may be one of them."""
 _HINT = re.compile(
     r"director|folder|cwd|pwd|workspace|project|\broot|git|<env|<runtime|<system_info",
     re.IGNORECASE,
@@ -99,6 +103,8 @@ def blocks(lines: Sequence[Line]) -> list[tuple[int, int]]:
 
 def is_environment_line(text: str) -> bool:
     """Whether a line by itself tells the folder, or whether git knows it."""
+    if not any(mark in text for mark in _MARKS):
+        return False
     return any(form.fullmatch(text) for form in (_IN_FOLDER, _IS_REPOSITORY, _ELEMENT))
 
 
@@ -128,18 +134,19 @@ def _tagged(lines: Sequence[Line]) -> list[tuple[int, int]]:
 
 def _of_git(lines: Sequence[Line]) -> list[tuple[int, int]]:
     """What git says: from its first line on, as long as that goes on."""
-    found = []
-    for start, line in enumerate(lines):
-        if line.is_example or not _GIT_HEAD.fullmatch(line.text):
+    found, at = [], 0
+    while at < len(lines):
+        start, at = at, at + 1
+        if lines[start].is_example or not _GIT_HEAD.fullmatch(lines[start].text):
             continue
-        end, seen = start + 1, False
-        for place in range(start + 1, len(lines)):
-            one = lines[place]
-            if one.is_example or not (one.is_blank or _is_git_line(one.text)):
+        end = at
+        while at < len(lines) and not lines[at].is_example:
+            if _is_git_line(lines[at].text):
+                end = at + 1
+            elif not lines[at].is_blank:
                 break
-            if not one.is_blank:
-                end, seen = place + 1, True
-        if seen:
+            at += 1
+        if end > start + 1:
             found.append((start, end))
     return found
 
@@ -201,6 +208,8 @@ def _is_of_run(lines: Sequence[Line], place: int, start: int) -> bool:
     if line.is_example or line.is_blank:
         return False
     text = line.text
+    if len(text) > _LONGEST:
+        return False
     if is_environment_line(text) or _FOLDERS_FOLLOW.fullmatch(text) or is_date_line(text.strip()):
         return True
     if place > start and _PATH_ITEM.fullmatch(text):
