@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 from persist_cache.stability import reminders
 from persist_cache.stability.causes.differences import Difference
@@ -53,5 +54,5 @@ def _dates_in_reminders(text: str) -> list[str]:
     return [found for block in blocks for found in take_out(block, {DATE})[1]]
 
 
-def _differ(taken: list[list[str]]) -> bool:
+def _differ(taken: Sequence[Sequence[str]]) -> bool:
     return taken[0] != taken[1]
