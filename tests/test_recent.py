@@ -173,6 +173,19 @@ def test_it_takes_no_more_than_its_bytes_by_the_allocator(alike: bool) -> None:
     assert (len(ring.latest(99)) == 20) == alike
 
 
+def test_a_body_nested_deeply_is_remembered_and_harms_no_comparison(ring: Ring) -> None:
+    deep: Any = {}
+    for _ in range(900):
+        deep = {"properties": deep}
+    body = chat()
+    body["tools"][0]["function"]["parameters"] = deep
+    told(ring, ticket(body, [1, 2, 3, 4]), "first")
+    told(ring, ticket(body, [1, 2, 9, 9], 2), "second")
+
+    assert ring.record("second") is not None
+    assert of_openai(ring, ticket(body, [1, 2, 9, 9], 2), "first") == {"type": "unavailable"}
+
+
 def test_requests_that_come_faster_than_they_are_recorded_are_let_go() -> None:
     """What waits holds whole prompts, beside the bytes that are counted."""
     go_on = threading.Event()
