@@ -138,6 +138,21 @@ RULES
 - Be brief.
 Current Time: {iso}"""
 
+SENTENCES = """\
+You are an agent.
+
+My system is: linux
+I'm currently working in the directory: {folder}
+The writable root is `{folder}`.
+
+The current project contains the following root directories:
+
+- `{folder}`
+
+Current date: {iso}
+Runtime: agent=main | host=here | repo={folder} | os=Linux
+Be brief."""
+
 GOOSE = """\
 You are an agent.
 The current date is {iso} 12:34:56.
@@ -174,6 +189,7 @@ ENVIRONMENTS = {
     "pi": PI,
     "cline": CLINE,
     "goose": GOOSE,
+    "sentences": SENTENCES,
     "qwen-code": QWEN_CODE,
 }
 
@@ -203,6 +219,10 @@ LOOKALIKES = [
     "The working directory is where commands run.",
     "Pass the path: it is relative to the working directory /home/u/x or absolute.",
     "Log directory: /var/log",
+    "You are in the working directory of the user.",
+    "I'm working in the directory /home/u/x now, so say so when you run a command there.",
+    "Use these tools in the project directory:\n\n- read: reads a file\n- /clear clears",
+    "The paths are:\n\n- `/etc/hosts`\n- `/etc/passwd`",
     "<env>\nFOO=bar\n</env>",
     "<env> holds Working directory: /home/u/x </env>",
     "Git status: use it before you commit.",

@@ -152,12 +152,6 @@ def test_countdown_is_named() -> None:
     assert (found.kind, found.repairs) == (Kind.COUNTDOWN, ("countdown",))
 
 
-HOISTING = (
-    "<|im_start|>system\n{% for one in messages if one.role == 'system' %}{{ one.content }}\n"
-    "{% endfor %}<|im_end|>\n{% for one in messages if one.role != 'system' %}"
-    "<|im_start|>{{ one.role }}\n{{ one.content }}<|im_end|>\n{% endfor %}"
-    "<|im_start|>assistant\n"
-)
 FORGETTING = (
     "{%- set ns = namespace(last=0) -%}{%- for one in messages if one.role == 'user' -%}"
     "{%- set ns.last = messages.index(one) -%}{%- endfor -%}"
@@ -178,19 +172,16 @@ def with_template(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return load
 
 
-def test_a_template_that_prints_later_system_messages_at_the_head_is_named(
-    with_template: Any,
-) -> None:
+def test_a_template_that_prints_later_system_messages_at_the_head_is_named() -> None:
+    # Where `inline-system` may not be done; else there is nothing to part.
     first = chat(PROSE, *LONG[:3])
     second = chat(PROSE, *LONG[:3], ("system", "Plan only."), ("user", "Go on."))
-    tokenizer = with_template(HOISTING)
 
-    found, parting = (of(tokenizer, first, second) for of in (cause, parting_of))
+    found = cause_of(read_body(first), read_body(second), Parting(40, 200, 240))
 
-    assert isinstance(found, Cause)
-    assert isinstance(parting, Parting)
+    assert found is not None
     assert (found.kind, found.where, found.repairs) == (Kind.INLINE_SYSTEM, "", ("inline-system",))
-    assert found.lost_tokens == parting.old_tokens - found.position > 50
+    assert found.lost_tokens == 160
 
 
 def test_a_template_that_forgets_thoughts_with_the_next_question_is_named(
@@ -385,3 +376,20 @@ def test_little_is_shown_of_long_requests() -> None:
     assert found is not None
     assert (found.kind, found.at) == (Kind.MESSAGE, "messages.60.content")
     assert len(found.old) + len(found.new) + len(found.before) < 600
+
+
+MENDED = [one for one in PAIRS if one.repairs]
+
+
+@pytest.mark.parametrize("pair", MENDED, ids=lambda pair: pair.name)
+def test_the_repair_that_is_named_mends_it(tokenizer: Any, pair: Pair) -> None:
+    chosen = frozenset(pair.repairs)
+    old, new = (
+        render(tokenizer, read_request(one, stabilize=chosen)).tokens
+        for one in (pair.first, pair.second)
+    )
+    found = cause(tokenizer, pair.first, pair.second)
+
+    assert found is not None
+    # What was moved, and what the user says, is computed again.
+    assert common(old, new) > found.position + 0.5 * found.lost_tokens

@@ -585,3 +585,17 @@ def test_watch_ends_when_nobody_reads_it(server: CountedServer) -> None:
 
         assert watch.wait(30) == 0
         assert watch.stderr.read() == ""
+
+
+def test_what_was_repaired_is_told_and_costs_no_more(server: CountedServer) -> None:
+    pair = next(one for one in PAIRS if one.name == "date-iso-chat")
+    asked = {"x-persist-cache-stabilize": "date"}
+    first = send(server, own(pair.first, "repaired"), **asked)
+    second = send(server, own(pair.second, "repaired"), **asked)
+
+    said = server.get(f"/v1/cache/requests/{second['id']}")
+
+    assert said["repaired"] == ["date"]
+    assert said["parted"]["response_id"] == first["id"]
+    assert (said["parted"]["cause"], said["parted"]["repairs"]) == ("date", [])
+    assert said["parted"]["lost_tokens"] == total(second) - 1 - cached(second) < 60

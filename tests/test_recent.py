@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import random
+import threading
 import tracemalloc
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -170,6 +171,38 @@ def test_it_takes_no_more_than_its_bytes_by_the_allocator(alike: bool) -> None:
 
     assert taken <= limit
     assert (len(ring.latest(99)) == 20) == alike
+
+
+def test_a_body_nested_deeply_is_remembered_and_harms_no_comparison(ring: Ring) -> None:
+    deep: Any = {}
+    for _ in range(900):
+        deep = {"properties": deep}
+    body = chat()
+    body["tools"][0]["function"]["parameters"] = deep
+    told(ring, ticket(body, [1, 2, 3, 4]), "first")
+    told(ring, ticket(body, [1, 2, 9, 9], 2), "second")
+
+    assert ring.record("second") is not None
+    assert of_openai(ring, ticket(body, [1, 2, 9, 9], 2), "first") == {"type": "unavailable"}
+
+
+def test_requests_that_come_faster_than_they_are_recorded_are_let_go() -> None:
+    """What waits holds whole prompts, beside the bytes that are counted."""
+    go_on = threading.Event()
+    ring = Ring(seconds=lambda model, tokens: float(go_on.wait(60)))
+    body = chat(PROSE, *LONG)
+    other = edited(body, PROSE, "Say hello." + PROSE)
+    told(ring, ticket(body, prompt(body)), "first")
+    for number in range(40):  # the second one is being recorded meanwhile
+        id = ring.begin(ticket(other, prompt(other)), response_id=f"r{number}", path="/", client="")
+        ring.end(id)
+    go_on.set()
+
+    assert ring.settle(timeout_s=60)
+    assert 2 < len(ring.latest(99)) < 40
+    assert ring.record("r39") is None
+    assert of_openai(ring, ticket(body, prompt(body)), "r39")["type"].endswith("not_found")
+    ring.close()
 
 
 def test_a_body_too_large_is_remembered_without_it(ring: Ring) -> None:

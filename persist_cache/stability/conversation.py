@@ -167,9 +167,9 @@ def _taken_out(messages: list[Any], chosen: Collection[str], names: set[str]) ->
             pieces += found
     first = _first_user(messages)
     if DATE in chosen and first is not None:
-        messages[first], taken = _without_dates_in_reminders(messages[first])
-        pieces += taken
-        names |= {DATE} if taken else set()
+        messages[first], dates = _without_dates_in_reminders(messages[first])
+        pieces += dates
+        names |= {DATE} if dates else set()
     return pieces
 
 

@@ -55,7 +55,7 @@ _WHOLE = re.compile(
     rf"(?:\A|(?<=[^.\s][.!?])\s+)({_SENTENCE}(?:\.\s+{_SENTENCE})*(?:\.(?=\s)|\.?\s*\Z))",
     re.IGNORECASE,
 )
-_HINT = re.compile(r"date|time|today|now|current|\d{4}-\d{2}-\d{2}", re.IGNORECASE)
+_HINTS = ("date", "time", "today", "current", "now", "moment", "day")
 _LONGEST = 400
 """Characters of a line that may be nothing but such sentences."""
 _QUOTES = '`"“'
@@ -67,9 +67,9 @@ def is_date_line(text: str) -> bool:
     Args:
         text: Without the white space in front of it.
     """
-    if len(text) > _LONGEST or not _HINT.search(text):
-        return False
     stripped = text.strip()
+    if len(stripped) > _LONGEST or not _may_tell(stripped):
+        return False
     return any(form.fullmatch(stripped) for form in (_LINE, _TAGGED, _STAMP))
 
 
@@ -80,7 +80,7 @@ def sentences(line: Line) -> Iterator[tuple[int, int]]:
         Beginning and end within the text, so that what is left reads as before.
     """
     text = line.text
-    if not text or text[0].isspace() or text[0] in ">|#0123456789" or not _HINT.search(text):
+    if not text or text[0].isspace() or text[0] in ">|#0123456789" or not _may_tell(text):
         return
     for found in _WHOLE.finditer(text):
         before = text[: found.start(1)]
@@ -90,3 +90,9 @@ def sentences(line: Line) -> Iterator[tuple[int, int]]:
         if found.start() == 0:
             end += len(text[end:]) - len(text[end:].lstrip())
         yield line.start + found.start(), line.start + end
+
+
+def _may_tell(text: str) -> bool:
+    """Whether it is worth looking closer; quick."""
+    small = text.lower()
+    return small[:1].isdigit() or any(hint in small for hint in _HINTS)

@@ -25,6 +25,13 @@ _IN_FOLDER = re.compile(
     rf"{_BULLET}{_FOLDER}(?:\s+\([^()\n]{{1,40}}\))?{_SAYS}\s*[`\"']?{_PATH}[`\"']?\.?\s*",
     re.IGNORECASE,
 )
+_SAID_TO_BE_IN = re.compile(
+    rf"{_BULLET}(?:(?:I(?:'m|\s+am)|you(?:'re|\s+are)|we(?:'re|\s+are)|commands\s+run)\s+(?:\w+\s+){{0,2}}?"
+    rf"(?:working\s+)?in\s+(?:the\s+)?(?:{_OF_IT}\s+)*(?:director(?:y|ies)|folders?)"
+    rf"|the\s+(?:writable|workspace|project)\s+roots?\s+(?:is|are))\s*:?\s*[`\"']?{_PATH}[`\"']?\.?\s*",
+    re.IGNORECASE,
+)
+_RUNTIME = re.compile(r"\s*Runtime:\s+\w+=[^|\n]*(?:\|\s*\w+=[^|\n]*)+")
 _IS_REPOSITORY = re.compile(
     rf"{_BULLET}(?:is\s+)?(?:this\s+|the\s+)?(?:working\s+)?(?:directory\s+|folder\s+)?(?:in\s+|inside\s+)?"
     rf"(?:a\s+)?git\s+repo(?:sitory)?\??{_SAYS}\s*(?:yes|no|true|false)\.?\s*",
@@ -54,6 +61,12 @@ _ELEMENT = re.compile(
     rf"(?:{_PATH})\s*</\1>\s*",
     re.IGNORECASE,
 )
+_LINES = (_IN_FOLDER, _SAID_TO_BE_IN, _IS_REPOSITORY, _ELEMENT, _RUNTIME)
+_LIST_HEAD = re.compile(
+    rf"[^\n]{{0,120}}?\b{_OF_IT}\s+(?:director(?:y|ies)|folders?):\s*", re.IGNORECASE
+)
+_LISTED = re.compile(r"\s{0,6}[-*•]\s+`?(?:~?/|[A-Za-z]:[\\/])[^`\n]*`?\s*")
+"""A folder, in a list that a sentence introduces."""
 _GIT_HEAD = re.compile(
     r"\s*(?:#+\s+)?git\s*status(?:\s*\([^()\n]{1,100}\))?\s*:(?:\s.*)?", re.IGNORECASE
 )
@@ -69,6 +82,10 @@ _GIT_ITEM = re.compile(
 _OF_PROJECT = re.compile(r"[/\\]\.[\w-]+[/\\]projects[/\\]-[\w.%-]+")
 _HEADING = re.compile(r"#{1,6}\s+\S")
 _RULE = re.compile(r"(?:-{3,}|\*{3,}|_{3,})\s*")
+_MARKS = (":", "=", " is", "?", "<")
+"""One of them is in every line that tells something."""
+_LONGEST = 1000
+"""Characters of a line that may be one of them."""
 _HINT = re.compile(
     r"director|folder|cwd|pwd|workspace|project|\broot|git|<env|<runtime|<system_info",
     re.IGNORECASE,
@@ -83,7 +100,7 @@ def may_tell_environment(text: str) -> bool:
 def blocks(lines: Sequence[Line]) -> list[tuple[int, int]]:
     """The lines that tell it, as ranges of their numbers, in order and apart."""
     taken = [False] * len(lines)
-    for find in (_tagged, _of_git, _of_project, _runs):
+    for find in (_tagged, _of_git, _of_project, _listed, _runs):
         for start, end in find(lines):
             taken[start:end] = [True] * (end - start)
     found, at = [], 0
@@ -99,7 +116,9 @@ def blocks(lines: Sequence[Line]) -> list[tuple[int, int]]:
 
 def is_environment_line(text: str) -> bool:
     """Whether a line by itself tells the folder, or whether git knows it."""
-    return any(form.fullmatch(text) for form in (_IN_FOLDER, _IS_REPOSITORY, _ELEMENT))
+    if not any(mark in text for mark in _MARKS):
+        return False
+    return any(form.fullmatch(text) for form in _LINES)
 
 
 def _tagged(lines: Sequence[Line]) -> list[tuple[int, int]]:
@@ -128,24 +147,42 @@ def _tagged(lines: Sequence[Line]) -> list[tuple[int, int]]:
 
 def _of_git(lines: Sequence[Line]) -> list[tuple[int, int]]:
     """What git says: from its first line on, as long as that goes on."""
-    found = []
-    for start, line in enumerate(lines):
-        if line.is_example or not _GIT_HEAD.fullmatch(line.text):
+    found, at = [], 0
+    while at < len(lines):
+        start, at = at, at + 1
+        if lines[start].is_example or not _GIT_HEAD.fullmatch(lines[start].text):
             continue
-        end, seen = start + 1, False
-        for place in range(start + 1, len(lines)):
-            one = lines[place]
-            if one.is_example or not (one.is_blank or _is_git_line(one.text)):
+        end = at
+        while at < len(lines) and not lines[at].is_example:
+            if _is_git_line(lines[at].text):
+                end = at + 1
+            elif not lines[at].is_blank:
                 break
-            if not one.is_blank:
-                end, seen = place + 1, True
-        if seen:
+            at += 1
+        if end > start + 1:
             found.append((start, end))
     return found
 
 
 def _is_git_line(text: str) -> bool:
     return bool(_GIT_ITEM.fullmatch(text) or _GIT_FIELD.fullmatch(text))
+
+
+def _listed(lines: Sequence[Line]) -> list[tuple[int, int]]:
+    """Folders in a list, with the line that introduces it."""
+    found = []
+    for start, line in enumerate(lines):
+        if line.is_example or len(line.text) > _LONGEST or not _LIST_HEAD.fullmatch(line.text):
+            continue
+        first = start + 1
+        while first < len(lines) and first < start + 3 and lines[first].is_blank:
+            first += 1
+        end = first
+        while end < len(lines) and not lines[end].is_example and _LISTED.fullmatch(lines[end].text):
+            end += 1
+        if end > first:
+            found.append((start, end))
+    return found
 
 
 def _of_project(lines: Sequence[Line]) -> list[tuple[int, int]]:
@@ -201,6 +238,8 @@ def _is_of_run(lines: Sequence[Line], place: int, start: int) -> bool:
     if line.is_example or line.is_blank:
         return False
     text = line.text
+    if len(text) > _LONGEST:
+        return False
     if is_environment_line(text) or _FOLDERS_FOLLOW.fullmatch(text) or is_date_line(text.strip()):
         return True
     if place > start and _PATH_ITEM.fullmatch(text):

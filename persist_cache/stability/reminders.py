@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from persist_cache.stability.lines import lines_of
 
 OPEN, CLOSE = "<system-reminder>", "</system-reminder>"
-_BLOCK = re.compile(rf"^{OPEN}\n.*?\n{CLOSE}$", re.DOTALL | re.MULTILINE)
 _INSTRUCTIONS = re.compile(
     r"^# claudeMd\b|^Contents of \S+|^Codebase and user instructions", re.MULTILINE
 )
@@ -28,10 +27,13 @@ def blocks_of(text: str) -> Iterator[tuple[int, int]]:
     """Where the reminders of a message are: from tag to tag, each on lines of its own."""
     if CLOSE not in text:
         return
-    examples = {line.start for line in lines_of(text) if line.is_example}
-    for found in _BLOCK.finditer(text):
-        if found.start() not in examples:
-            yield found.span()
+    start: int | None = None
+    for line in lines_of(text):
+        if line.text == OPEN and start is None and not line.is_example:
+            start = line.start
+        elif line.text == CLOSE and start is not None:
+            yield start, line.end
+            start = None
 
 
 def in_order(text: str) -> str:

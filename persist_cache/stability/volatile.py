@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection
 
 from persist_cache.stability import environment
@@ -12,7 +13,11 @@ from persist_cache.stability.names import DATE, ENV
 _REMINDER = "system-reminder>"
 
 
-def take_out(text: str, chosen: Collection[str]) -> tuple[str, list[str], frozenset[str]]:
+_LONGEST = 1 << 17
+"""Characters of a text whose result is remembered: most requests repeat their system prompt."""
+
+
+def take_out(text: str, chosen: Collection[str]) -> tuple[str, tuple[str, ...], frozenset[str]]:
     """Take out of a system text what tells the date or the folder.
 
     Args:
@@ -22,10 +27,18 @@ def take_out(text: str, chosen: Collection[str]) -> tuple[str, list[str], frozen
     Returns:
         What is left, what was taken, in order, and the names of the repairs that did it.
     """
+    asked = frozenset(chosen) & {DATE, ENV}
+    return _remembered(text, asked) if len(text) <= _LONGEST else _take_out(text, asked)
+
+
+def _take_out(text: str, chosen: frozenset[str]) -> tuple[str, tuple[str, ...], frozenset[str]]:
     spans = volatile_spans(text, chosen)
     taken = [text[span.start : span.end].strip("\n") for span in spans]
     names = frozenset[str]().union(*(span.names for span in spans))
-    return without(text, spans), [_flush(one) for one in taken if one.strip()], names
+    return without(text, spans), tuple(_flush(one) for one in taken if one.strip()), names
+
+
+_remembered = functools.lru_cache(maxsize=32)(_take_out)
 
 
 def volatile_spans(text: str, chosen: Collection[str]) -> list[Span]:

@@ -50,13 +50,16 @@ class Seen:
     body: bytes
 
     def read(self) -> Reading | None:
-        """What it asks for; None where its body is not kept."""
+        """What it asks for; None where its body is not kept, or too deep."""
         if (body := decoded(self.body)) is None:
             return None
         model = self.outcome.model
         names = model if isinstance(model, tuple) else (model,)
         named = " + ".join(str(one) for one in names if one)
-        return read_body(body, model=named, repaired=self.outcome.repaired)
+        try:
+            return read_body(body, model=named, repaired=self.outcome.repaired)
+        except RecursionError:
+            return None  # it is nested so deeply that only its prompt can be compared
 
 
 def reread(record: Record) -> Seen:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from persist_cache.stability.causes.differences import Difference, differences_of
 from persist_cache.stability.causes.kinds import Kind
+from persist_cache.stability.causes.mended import mends
 from persist_cache.stability.causes.reading import Reading
 from persist_cache.stability.causes.shapes import shared
 from persist_cache.stability.lookalike import common_text, shown_apart
@@ -20,9 +21,6 @@ _SHOWN = 60
 _MATCHED = 32
 _SURE = 4
 """So many characters around a place say that it is the one where the tokens part."""
-_ONLY_IN = {Kind.DATE: "system", Kind.ENV: "system", Kind.THINKING: ""}
-"""Where alone these are mended: what stands elsewhere is the conversation's own, and a thought that
-the client leaves out is no matter of the template."""
 _MOVED = (Kind.DATE, Kind.ENV)
 
 
@@ -109,7 +107,8 @@ def cause_of(old: Reading, new: Reading, parting: Parting) -> Cause | None:
     found = [one for one in differences_of(old, new) if not _is_undone(one, repaired)]
     first = _at_parting(found, parting)
     if first is not None:
-        return _cause(first, parting, repaired)
+        is_first = bool(new.messages) and f"{first.at}.".startswith(f"{new.messages[0].at}.")
+        return _cause(first, parting, repaired, is_first=is_first)
     if parting.position >= min(parting.old_tokens - GENERATION_TOKENS, parting.new_tokens - 1):
         return None
     return _cause(Difference(_of_template(old, new, parting), "", ""), parting)
@@ -169,7 +168,9 @@ def _matched(one: Difference, left: str, old: str, new: str) -> int:
     )
 
 
-def _cause(one: Difference, parting: Parting, repaired: Collection[str] = ()) -> Cause:
+def _cause(
+    one: Difference, parting: Parting, repaired: Collection[str] = (), *, is_first: bool = False
+) -> Cause:
     old, new = one.old[one.character :], one.new[one.character :]
     head = one.new[max(0, one.character - _CONTEXT) : one.character]
     shown = shown_apart(old[:_SHOWN], new[:_SHOWN])
@@ -192,8 +193,7 @@ def _cause(one: Difference, parting: Parting, repaired: Collection[str] = ()) ->
             dict.fromkeys(
                 kind.known.repair
                 for kind in kinds
-                if kind.known.repair not in ("", *repaired)
-                and _ONLY_IN.get(kind, one.where) == one.where
+                if kind.known.repair not in repaired and mends(one, kind, is_first=is_first)
             )
         ),
         switches=tuple(kind.known.switch for kind in kinds if kind.known.switch),

@@ -100,6 +100,7 @@ def _text_difference(
     old, new = ("" if one is None else one.text for one in (before, after))
     place = after or before
     assert place is not None, "one of them is there"
+    role = "tool" if place.kind == "tool_result" else role
     character = shared(old, new)
     kinds = list(dict.fromkeys(_kinds(old, new, character)))
     if not kinds:

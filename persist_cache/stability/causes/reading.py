@@ -206,7 +206,8 @@ def _blocks(content: Any, at: str) -> Iterator[Block]:
         elif isinstance(one.get("text"), str):
             yield Block(here, "text", one["text"])
         elif kind == "tool_result":
-            yield from _blocks(one.get("content"), f"{here}.content")
+            for block in _blocks(one.get("content"), f"{here}.content"):
+                yield Block(block.at, kind, block.text)
         elif kind == "tool_use":
             yield Block(here, kind, _call_text(one))
         else:
