@@ -118,13 +118,13 @@ class Ticket:
         fetch: What the first look found; None before, and for a request that failed before.
         origin: The first look, for the inserts that follow.
         trail: The prompt's way through the store's index, for all looks of the request.
-        model_key: mlx-lm's key of the model that it was tokenized for, before it was queued; None
-            when that was not done.
+        model_key: mlx-lm's key of the model that it was tokenized for; None before that.
         ahead: What was read from the disk for it before it was queued.
         times: When what happened.
         tell_prompt: Called when the prompt is known.
         sign: Called while its answer is waited for, on the thread that answers. It raises a
             `ConnectionError` when the client is gone.
+        output_tokens: Tokens of its answer so far.
         computed: Tokens that have been computed for it, and how many there are to compute.
         stop_tokens: The tokens of each stop word of a protocol of ours, by which upstream
             recognizes it.
@@ -152,6 +152,7 @@ class Ticket:
         self.model_key: Hashable = None
         self.ahead: Ahead | None = None
         self.times = Times()
+        self.output_tokens = 0
         self.computed = (0, 0)
         self.stop_tokens: Mapping[str, Sequence[int]] = {}
         self.leave_tokens = 0

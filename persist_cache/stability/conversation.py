@@ -19,7 +19,6 @@ from persist_cache.stability.names import (
     TOOLS,
 )
 from persist_cache.stability.repairs import system_text
-from persist_cache.stability.volatile import take_out
 
 _CLEARED = re.compile(
     r"(\[Old tool result content cleared) at \d{4}-\d{2}-\d{2}[T ]\d{2}:\d{2}(?::\d{2}(?:\.\d+)?)?"
@@ -145,6 +144,9 @@ def _taken_out(messages: list[Any], chosen: Collection[str], names: set[str]) ->
     """Take out of a conversation what is to stand elsewhere; changes the list."""
     if _MOVING.isdisjoint(chosen) or _first_user(messages) is None:
         return []
+    # What it looks for takes long to compile, and most servers never ask for it.
+    from persist_cache.stability.volatile import take_out
+
     pieces: list[str] = []
     for at, message in enumerate(messages):
         if message.get("role") != "system":
@@ -173,6 +175,8 @@ def _taken_out(messages: list[Any], chosen: Collection[str], names: set[str]) ->
 
 def _without_dates_in_reminders(message: Any) -> tuple[Any, list[str]]:
     """A message without what its reminders tell of the date, and that."""
+    from persist_cache.stability.volatile import take_out
+
     taken: list[str] = []
 
     def edit(text: str) -> str:

@@ -22,6 +22,7 @@ from persist_cache.server.alone import Alone, tokens_looked_back_at
 from persist_cache.server.flight import Flight, Line
 from persist_cache.server.guard import ModelGuard
 from persist_cache.server.protocols.asked import Asked
+from persist_cache.server.recent.ring import Ring
 from persist_cache.server.streaming import SIGN_S
 from persist_cache.server.ticket import Ticket, TicketedCache
 from persist_cache.server.upstream.budget import Budget
@@ -47,6 +48,7 @@ class Generator(Prompts):
         self.guard: ModelGuard | None = None
         self.prefill_clock = PrefillClock()
         self.line = Line()
+        self.recent = Ring(decode=self.decode_beside, seconds=prompt_cache.prefill_s)
         self._changed = threading.Condition()
         self._tickets: WeakSet[Ticket] = WeakSet()
         """Those that the generation thread has seen."""
@@ -193,6 +195,7 @@ class Generator(Prompts):
                     progress_callback(*one)
                 continue
             ticket.times.first_token = ticket.times.first_token or time.monotonic()
+            ticket.output_tokens += 1
             ctx.prompt_cache_count = 0 if ticket.fetch is None else ticket.fetch.num_tokens
             yield one
         ticket.times.ended = time.monotonic()
@@ -230,6 +233,7 @@ class Generator(Prompts):
             raise self._no_more()
         request.ticket.model = args.model
         prompt = super()._tokenize(tokenizer, request, args)
+        request.ticket.model_key = self.model_provider.model_key
         self._take_over(request.ticket)
         with self._changed:
             self._tickets.add(request.ticket)
@@ -316,6 +320,8 @@ class Generator(Prompts):
     @_stop.setter
     def _stop(self, value: bool) -> None:
         self.is_ending = value
+        if value:
+            self.recent.close()
         for ticket in self._running() if value else []:
             ticket.underway.cut()
 

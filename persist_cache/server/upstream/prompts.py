@@ -24,7 +24,7 @@ from persist_cache.server.lengths import room
 from persist_cache.server.names import Names
 from persist_cache.server.protocols.asked import Asked
 from persist_cache.server.protocols.openai import one_head
-from persist_cache.server.rendering import unrenderable
+from persist_cache.server.rendering import decode, unrenderable
 from persist_cache.server.segments import (
     as_system,
     cut_at,
@@ -185,6 +185,15 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
             yield
         finally:
             self._tokenizing.release()
+
+    def decode_beside(self, model: Any, tokens: Sequence[int]) -> str:
+        """Tokens as text; "" while there is no spare tokenizer of that model."""
+        with self._tokenizing:
+            provider = self.model_provider
+            spare = getattr(provider, "spare", None)
+            if spare is None or model != provider.model_key:
+                return ""
+            return decode(spare.tokenizer, tokens)
 
     def count_tokens(self, asked: Asked, ticket: Ticket) -> int:
         """How many tokens the prompt of a request has.
