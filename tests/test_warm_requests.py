@@ -190,5 +190,11 @@ def test_heads_that_part_share_a_beginning_that_is_one_as_well() -> None:
     assert lengths(*known) == [(100, True, 2), (200, True, 1), (200, True, 1)]
 
 
+def test_heads_that_part_near_the_end_of_one_are_all_there_is_to_keep() -> None:
+    known = [Known([*HEAD, *[end] * 30, 1], 130) for end in (901, 902)]
+
+    assert lengths(*known) == [(130, True, 1), (130, True, 1)]
+
+
 def test_short_heads_are_left_out() -> None:
     assert lengths(Known([1, 2, 3], 2), Known([1, 2, 4], 2)) == []

@@ -69,8 +69,8 @@ def worth_keeping(known: Sequence[Known], *, least_tokens: int = LEAST_TOKENS) -
         shared = shared_tokens(known[a].tokens, known[b].tokens)
         if shared < least_tokens or shared >= len(known[a].tokens) - _BEGUN_TOKENS:
             continue  # too short, or the one continues the other
-        if any(0 <= shared - known[one].head <= _NEAR_TOKENS for one in (a, b)):
-            continue  # they part where the user begins to speak
+        if any(abs(shared - known[one].head) <= _NEAR_TOKENS for one in (a, b)):
+            continue  # they part where the head of one of them ends anyway
         places.setdefault(tuple(known[a].tokens[:shared]), a)
     found = []
     for tokens, at in places.items():
