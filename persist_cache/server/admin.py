@@ -18,7 +18,6 @@ from persist_cache.queries.as_json import (
     store_json,
 )
 from persist_cache.queries.totals import quarantined
-from persist_cache.server import metrics
 from persist_cache.server.admin_entries import Entries
 from persist_cache.server.admin_prompts import Ask, Prompts
 from persist_cache.server.admin_requests import Requests
@@ -106,6 +105,8 @@ class Admin:
             only(request, "GET")
             return page_response()
         if path == METRICS_PATH:
+            from persist_cache.server import metrics  # of prometheus-client, for who scrapes
+
             only(request, "GET")
             collector = metrics.CacheCollector(self._cache.stats, self._is_healthy)
             return Response(200, metrics.exposition(collector), metrics.CONTENT_TYPE)
