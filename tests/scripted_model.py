@@ -40,6 +40,12 @@ SCRIPTS: Mapping[str, Sequence[str]] = {
         'ock", "arguments": {"city": "Ulm"}}</tool_call>',
     ],
     "broken": ["So: ", '<tool_call>{"name": "clock", "arg', "</tool_call>"],
+    "patch": [
+        "So be it.\n",
+        '<tool_call>{"name": "patch", "argu',
+        'ments": {"input": "*** Begin\\n+ \\"a\\""}}</tool_call>',
+    ],
+    "day": ['<tool_call>{"name": "mcp__cal__day", "arguments": {}}', "</tool_call>"],
     "stop": ["One, ", "two, ", "STO", "P three", ", four"],
     "long": [f"{number}, " for number in range(100, 140)],
 }

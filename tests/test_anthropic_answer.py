@@ -16,7 +16,8 @@ import httpx2
 import pytest
 
 from persist_cache.server.protocols import anthropic_answer as answers
-from persist_cache.server.protocols.anthropic_answer import Answer, Event, Usage
+from persist_cache.server.protocols.answering import Event, Usage, as_bytes
+from persist_cache.server.protocols.anthropic_answer import MessageAnswer, usage_json
 from persist_cache.server.protocols.output import (
     BrokenCall,
     Call,
@@ -41,9 +42,9 @@ def client(body: bytes, status: int = 200, kind: str = "text/event-stream") -> a
     )
 
 
-def answer() -> Answer:
+def answer() -> MessageAnswer:
     numbers = itertools.count()
-    return Answer("claude-large", new_id=lambda: str(next(numbers)))
+    return MessageAnswer("claude-large", new_id=lambda: str(next(numbers)))
 
 
 def events(parts: Sequence[Part], finish: Finish = END) -> list[Event]:
@@ -58,12 +59,12 @@ def events(parts: Sequence[Part], finish: Finish = END) -> list[Event]:
 def message(parts: Sequence[Part], finish: Finish = END) -> dict[str, Any]:
     said = answer()
     said.say(parts)
-    return said.message(finish, USAGE)
+    return said.whole(finish, USAGE)
 
 
 def streamed(parts: Sequence[Part], finish: Finish = END) -> dict[str, Any]:
     """The message that the client makes of the stream."""
-    with client(answers.as_bytes(events(parts, finish))).messages.stream(
+    with client(as_bytes(events(parts, finish))).messages.stream(
         model="m", max_tokens=8, messages=[{"role": "user", "content": "a"}]
     ) as stream:
         return stream.get_final_message().to_dict()
@@ -187,13 +188,13 @@ def test_usage_is_disjoint_and_complete_at_the_end() -> None:
         "cache_creation_input_tokens": 7,
         "output_tokens": 5,
     }
-    hour = Usage(written=7, kept_s=3600).as_json()["cache_creation"]
+    hour = usage_json(Usage(written=7, kept_s=3600))["cache_creation"]
     assert hour == {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 7}
 
 
 def test_pings_and_early_starts_change_nothing() -> None:
     said = events([Text("a")])
-    with client(answers.as_bytes([said[0], answers.ping(), *said[1:]])).messages.stream(
+    with client(as_bytes([said[0], *answer().sign(), *said[1:]])).messages.stream(
         model="m", max_tokens=8, messages=[{"role": "user", "content": "a"}]
     ) as stream:
         found = stream.get_final_message().to_dict()
@@ -230,11 +231,11 @@ def test_refusals_have_the_protocols_form(
 
 
 def test_stream_that_fails_ends_with_an_error_event() -> None:
-    said = [*answer().start(), answers.failed(RefusedError(500, "The model failed."))]
+    said = [*answer().start(), *answer().fail(RefusedError(500, "The model failed."))]
 
     with (
         pytest.raises(anthropic.APIStatusError, match="The model failed"),
-        client(answers.as_bytes(said)).messages.stream(
+        client(as_bytes(said)).messages.stream(
             model="m", max_tokens=8, messages=[{"role": "user", "content": "a"}]
         ) as stream,
     ):

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from persist_cache.server.protocols.anthropic_messages import Mark
-from persist_cache.server.protocols.anthropic_request import MessagesRequest, read_messages
+from persist_cache.server.protocols.anthropic_request import read_messages
+from persist_cache.server.protocols.asked import Asked, Mark
 from persist_cache.server.validation import RefusedError
 from tests.anthropic_bodies import BILLING, COUNTDOWN, EPHEMERAL, agent_body, spoilt
 from tests.test_repairs import lookalikes
@@ -22,7 +22,7 @@ SOURCELESS = {"type": "document", "source": "a"}
 CLOCK = {"name": "clock", "input_schema": {"type": "object", "properties": {}}}
 
 
-def read(*content: Any, **body: Any) -> MessagesRequest:
+def read(*content: Any, **body: Any) -> Asked:
     """Read a request whose messages are the user's with that content, unless others are given."""
     messages = [{"role": "user", "content": one} for one in content or ("Hello",)]
     return read_messages({"model": "m", "max_tokens": 8, "messages": messages, **body})
@@ -309,7 +309,7 @@ def test_mark_on_a_text_that_was_dropped_is_behind_what_stands_before_it() -> No
 
 
 def test_prompt_is_the_same_whatever_the_billing_line_and_the_countdown_say() -> None:
-    def ask(version: str, digest: str, left: int, inline: str) -> MessagesRequest:
+    def ask(version: str, digest: str, left: int, inline: str) -> Asked:
         return read(
             system=[
                 text(BILLING.format(version, digest)),

@@ -34,9 +34,13 @@ FIELDS = [
     "frequency_penalty", "xtc_probability", "xtc_threshold", "logit_bias", "logprobs",
     "top_logprobs", "seed", "stop", "tools", "tool_choice", "adapters", "draft_model",
     "num_draft_tokens", "role_mapping", "chat_template_kwargs", "response_format", "user", "n",
+    "input", "instructions", "reasoning", "text", "include", "metadata", "previous_response_id",
 ]  # fmt: skip
 """All but the length of the answer, which may be asked to be long."""
-PATHS = ["/v1/chat/completions", "/v1/completions", "/v1/cache/explain", "/v1/cache/warm"]
+PATHS = [
+    *("/v1/chat/completions", "/v1/completions", "/v1/cache/explain", "/v1/cache/warm"),
+    "/v1/responses",
+]
 
 
 @pytest.fixture(scope="module")
@@ -90,14 +94,25 @@ def test_true_is_no_number(server: ServerProcess, changes: dict[str, Any]) -> No
 @example(path=PATHS[1], changes={"adapters": "a/" + "b" * 300})
 @BOUNDED
 def test_any_values_in_a_request(server: ServerProcess, path: str, changes: dict[str, Any]) -> None:
-    good = {"prompt": "Hello!"} if path == "/v1/completions" else CHAT
-    send(server, "POST", path, json.dumps({**good, **changes}).encode())
+    good = {"/v1/completions": {"prompt": "Hello!"}, "/v1/responses": {"input": "Hello!"}}
+    send(server, "POST", path, json.dumps({**good.get(path, CHAT), **changes}).encode())
 
 
 @given(
     message=st.dictionaries(
-        st.sampled_from(["role", "content", "tool_calls", "name", "tool_call_id", "reasoning"]),
-        VALUES | st.sampled_from(["system", "user", "assistant", "tool"]),
+        st.sampled_from(
+            [
+                "role",
+                "content",
+                "tool_calls",
+                "name",
+                "tool_call_id",
+                "reasoning",
+                "type",
+                "call_id",
+            ]
+        ),
+        VALUES | st.sampled_from(["system", "user", "assistant", "tool", "reasoning"]),
         max_size=3,
     )
 )
@@ -106,6 +121,7 @@ def test_any_message(server: ServerProcess, message: dict[str, Any]) -> None:
     for path in (PATHS[0], PATHS[2]):
         body = {"messages": [MESSAGE, {"role": "user", **message}]}
         send(server, "POST", path, json.dumps(body).encode())
+    send(server, "POST", "/v1/responses", json.dumps({"input": body["messages"]}).encode())
 
 
 @given(

@@ -11,7 +11,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from persist_cache.server.marks import place_marks
-from persist_cache.server.protocols.anthropic_messages import Mark
+from persist_cache.server.protocols.asked import Mark
 from tests import tiny_models
 from tests.test_templates import CLOCK, HOISTING, MESSAGES, render
 

@@ -1,4 +1,4 @@
-"""Bodies of Anthropic's Messages in files and in the admin API: they mean the prompt served."""
+"""Bodies of Messages and Responses in files and in the admin API: they mean the prompt served."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ import pytest
 
 from persist_cache import Store
 from persist_cache.entry import Tier
-from persist_cache.server.protocols.recognized import CHAT, MESSAGES, protocol_at, protocol_of
+from persist_cache.server.protocols.recognized import (
+    CHAT,
+    MESSAGES,
+    RESPONSES,
+    protocol_at,
+    protocol_of,
+)
+from tests import responses_bodies
 from tests.anthropic_bodies import EPHEMERAL, agent_body
 from tests.cli import Run, runner
 from tests.computed import CountedServer
@@ -38,6 +45,11 @@ RESULT = {"type": "tool_result", "tool_use_id": "toolu_1", "content": "Six."}
         ({"messages": [{"role": "tool", "content": "Six."}], "stop_sequences": ["x"]}, CHAT),
         ({"messages": "no list", "tools": 3}, CHAT),
         ({"system": "Be brief."}, MESSAGES),
+        ({"input": "Hello"}, RESPONSES),
+        ({"input": ASK, "instructions": "Be brief."}, RESPONSES),
+        ({"instructions": "Be brief.", "tools": [{"type": "function", "name": "a"}]}, RESPONSES),
+        ({"messages": ASK, "input": "Hello", "instructions": "Be brief."}, CHAT),
+        ({"input": None, "prompt": "Once"}, CHAT),
         # A chat's parts may have marks, too.
         (
             {
@@ -62,6 +74,8 @@ def test_recorded_bodies_are_of_the_protocol_of_their_path() -> None:
         assert protocol_of(recorded["body"]) == protocol_at(recorded["path"]) == CHAT
     assert protocol_of(agent_body(tools=1, tool_words=1, system_words=8, turns=1)) == MESSAGES
     assert protocol_at("/v1/messages/count_tokens?beta=true") == MESSAGES
+    assert protocol_of(responses_bodies.agent_body(tools=1, turns=1)) == RESPONSES
+    assert protocol_at("/v1/responses?a=b") == protocol_at("/responses/") == RESPONSES
     assert protocol_at("/somewhere") == ""
 
 
@@ -187,11 +201,77 @@ def test_admin_api_explains_and_warms_what_is_served(
     assert not server.prefilled()
 
 
+@pytest.fixture
+def response_body() -> dict[str, Any]:
+    whole = responses_bodies.agent_body(tools=2, tool_words=20, system_words=80, turns=2)
+    return {**whole, "stream": False, "max_output_tokens": 1}
+
+
+def test_response_that_is_warmed_from_a_file_is_what_the_server_reads(
+    model: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    response_body: dict[str, Any],
+) -> None:
+    run: Run = runner(tmp_path / "store", capfd)
+    body = response_body
+    recording = written(tmp_path / "body.json", {"path": "/v1/responses", "body": body})
+    items = written(tmp_path / "items.json", {**body, "instructions": None}["input"])
+
+    (warmed,) = run("warm", "--model", model, "--messages", recording, "--json").json
+    said = run(
+        *("explain", "--model", model, "--json"),
+        *("--messages", written(tmp_path / "plain.json", body)),
+    ).json
+    bare = run(
+        *("explain", "--model", model, "--json", "--protocol", "responses"),
+        *("--messages", items),
+    ).json
+
+    assert said["cached_tokens"] == warmed["num_tokens"] == said["num_tokens"] - 1
+    assert said["ignored"] == ["reasoning.effort", "text.verbosity", "tools"]
+    assert 0 < bare["num_tokens"] < said["num_tokens"]
+    with CountedServer(model, tmp_path / "store", tmp_path, min_free_bytes=0) as server:
+        usage = server.request("POST", "/v1/responses", json=body).json()["usage"]
+        assert usage["input_tokens_details"]["cached_tokens"] == warmed["num_tokens"]
+
+
+def test_head_of_responses_alone_can_be_warmed(
+    server: CountedServer, response_body: dict[str, Any]
+) -> None:
+    def post(path: str, asked: dict[str, Any]) -> dict[str, Any]:
+        answer = server.request("POST", path, json=asked)
+        assert answer.status_code == 200, answer.text
+        return dict(answer.json())
+
+    body = response_body
+    head = {"instructions": body["instructions"], "tools": body["tools"]}
+    with_developer = {**head, "input": body["input"][:1]}
+
+    first = post("/v1/cache/warm", head)
+    second = post("/v1/cache/warm", with_developer)
+    before = post("/v1/cache/explain", body)
+    whole = post("/v1/cache/warm", body)
+    server.calls()
+    usage = post("/v1/responses", body)["usage"]
+
+    assert first["tier"] == second["tier"] == "system"
+    assert first["num_tokens"] < second["num_tokens"] == before["cached_tokens"]
+    assert whole["num_tokens"] == usage["input_tokens_details"]["cached_tokens"]
+    assert not server.prefilled()
+
+
 @pytest.mark.parametrize(
     ("path", "asked", "said"),
     [
-        ("explain?protocol=telex", {"messages": ASK}, "protocol must be one of chat, messages."),
+        (
+            "explain?protocol=telex",
+            {"messages": ASK},
+            "protocol must be one of chat, messages, responses.",
+        ),
         ("explain?protocol=messages", {"messages": 3}, "messages must be a list"),
+        ("warm", {"input": [3]}, "input[0] must be an object."),
+        ("explain", {"instructions": "a", "input": 3}, "input must be a text"),
         ("warm", {"system": 3, "messages": ASK}, "system must be a text or a list of blocks."),
     ],
 )

@@ -14,9 +14,9 @@ from persist_cache import Store
 from persist_cache.entry import Tier
 from persist_cache.queries.details import tokens_of
 from persist_cache.server.form import Form
-from persist_cache.server.messages import usage_of
 from persist_cache.server.protocols.anthropic_request import read_messages
 from persist_cache.server.ticket import Ticket
+from persist_cache.server.translated import usage_of
 from persist_cache.stability import repairs
 from persist_cache.tokens import common_prefix_tokens, pack_tokens
 from tests.anthropic_bodies import EPHEMERAL, agent_body, as_messages

@@ -210,7 +210,7 @@ def test_thinking_and_options_go_where_the_template_looks_for_them() -> None:
 
     assert found.messages[1] == {"role": "assistant", "content": "Yes.", "reasoning": "Hm."}
     assert found.template_args == {"enable_thinking": True, "reasoning_effort": "low"}
-    assert found.ignored == ("thinking.budget_tokens",)
+    assert found.ignored == ("thinking_budget",)
 
 
 def test_template_that_refuses_everything_takes_nothing() -> None:

@@ -16,7 +16,7 @@ from persist_cache.errors import ModelError
 from persist_cache.fingerprint.identifier import Identifier
 from persist_cache.prefill.loading import load_tokenizer, model_errors
 from persist_cache.prefill.run import KVQuantization
-from persist_cache.server.protocols.recognized import PROTOCOLS, protocol_at
+from persist_cache.server.protocols.recognized import PROTOCOLS, RESPONSES, protocol_at
 from persist_cache.server.rendering import Prompt, PromptRequest, read_request, render
 from persist_cache.server.validation import RefusedError, check_template_args, decode_json
 
@@ -136,7 +136,8 @@ def protocol_option(command: F) -> F:
     option = click.option(
         "--protocol",
         type=click.Choice(PROTOCOLS),
-        help="What --messages is of: OpenAI's chat or Anthropic's Messages.  [default: by shape]",
+        help="What --messages is of: OpenAI's chat or Responses, or Anthropic's Messages.  "
+        "[default: by shape]",
     )
     return option(command)
 
@@ -241,8 +242,8 @@ def read_request_file(
     """
     found = _read_request_json(path, option)
     if isinstance(found, list):
-        found = {"messages": found}
-    elif not {"messages", "prompt"} & found.keys() and isinstance(found.get("body"), dict):
+        found = {"input" if protocol == RESPONSES else "messages": found}
+    elif not {"messages", "prompt", "input"} & found.keys() and isinstance(found.get("body"), dict):
         at, found = found.get("path"), found["body"]
         protocol = protocol or (protocol_at(at) if isinstance(at, str) else None)
     if tools is not None:
@@ -287,7 +288,7 @@ class ManifestPrompt(msgspec.Struct, forbid_unknown_fields=True):
     system: str | None = None
     messages: str | None = None
     tools: str | None = None
-    protocol: Literal["chat", "messages"] | None = None
+    protocol: Literal["chat", "messages", "responses"] | None = None
     adapter_path: str | None = None
     kv_bits: int | None = None
     kv_group_size: int = 64

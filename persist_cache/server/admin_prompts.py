@@ -20,7 +20,13 @@ from persist_cache.server.model import LoadedModel, Models
 from persist_cache.server.names import DEFAULT
 from persist_cache.server.parameters import choice, query_of
 from persist_cache.server.protocols.openai import lenient
-from persist_cache.server.protocols.recognized import CHAT, MESSAGES, PROTOCOLS, protocol_of
+from persist_cache.server.protocols.recognized import (
+    CHAT,
+    MESSAGES,
+    PROTOCOLS,
+    RESPONSES,
+    protocol_of,
+)
 from persist_cache.server.rendering import read_request, system_only
 from persist_cache.server.ticket import Part
 from persist_cache.server.validation import RefusedError, check_names, check_prompt, decode_object
@@ -37,6 +43,7 @@ _SHAPING = {
     MESSAGES: (
         *("model", "system", "messages", "tools", "thinking", "output_config", "cache_control"),
     ),
+    RESPONSES: ("model", "instructions", "input", "tools", "reasoning"),
 }
 """What of a body chooses the model and shapes the prompt, by its protocol."""
 
@@ -91,6 +98,12 @@ def _said(answer: Mapping[str, Any]) -> str:
     return str(message or "The model refused this prompt.")
 
 
+def _cached_tokens(usage: Mapping[str, Any]) -> int:
+    """What the usage of an answer says of the cache, whatever its protocol."""
+    details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details") or {}
+    return int(usage.get("cache_read_input_tokens", details.get("cached_tokens", 0)))
+
+
 class Prompts:
     """Answers that need the model. Thread safety: may be asked by many threads at once."""
 
@@ -105,7 +118,7 @@ class Prompts:
             check_prompt(body)
         check_names(body)
         store = self._views.store()
-        model = self._models.loaded(body, any_name=protocol == MESSAGES)
+        model = self._models.loaded(body, any_name=protocol != CHAT)
         if model.fingerprint is None:
             raise RefusedError(409, f"The model cannot be identified: {model.why}")
         prompt = model.render(body, protocol)
@@ -134,24 +147,22 @@ class Prompts:
         shaping = _SHAPING[protocol]
         body = {name: body[name] for name in shaping if body.get(name) is not None}
         if protocol == MESSAGES:
-            body.setdefault("model", DEFAULT)
+            body.setdefault("model", DEFAULT)  # which it must have
         if not whole:
             # Only what precedes the user message is wanted; nobody else says the same.
             message = {"role": "user", "content": secrets.token_hex(8)}
-            body["messages"] = [*body.get("messages", ()), message]
+            of = "input" if protocol == RESPONSES else "messages"
+            body[of] = [*(body.get(of) or ()), message]
         before = self._cache.stats()
         started = time.monotonic()
         keeps: Part = "prompt" if whole else "system"
-        status, answer = ask({**body, "stream": False, "max_tokens": 1}, keeps, protocol)
+        limit = "max_output_tokens" if protocol == RESPONSES else "max_tokens"
+        status, answer = ask({**body, "stream": False, limit: 1}, keeps, protocol)
         if status != 200:
             raise RefusedError(status, _said(answer))
         spent = time.monotonic() - started
-        usage = answer.get("usage", {})
-        if protocol == MESSAGES:
-            cached = usage.get("cache_read_input_tokens", 0)
-        else:
-            cached = usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)
-        model = self._models.loaded(body, any_name=protocol == MESSAGES)
+        cached = _cached_tokens(answer.get("usage", {}))
+        model = self._models.loaded(body, any_name=protocol != CHAT)
         prompt = model.render(body, protocol)
         # A request computes its last token itself.
         wanted = prompt.tokens[:-1] if whole else prompt.tokens[: prompt.system_tokens]
@@ -173,7 +184,7 @@ class Prompts:
                 label=marks.label,
                 tier=("user" if whole else "system") if entry is None else entry.tier.label,
                 num_tokens=len(wanted),
-                found_tokens=min(int(cached), len(wanted)),
+                found_tokens=min(cached, len(wanted)),
                 missing_tokens=max(0, len(wanted) - known),
                 written_bytes=after.written_bytes - before.written_bytes,
                 prefill_s=spent,

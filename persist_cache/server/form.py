@@ -16,8 +16,7 @@ from typing import Any
 
 from persist_cache.entry import Tier
 from persist_cache.server.marks import place_marks
-from persist_cache.server.protocols.anthropic_messages import Mark
-from persist_cache.server.protocols.anthropic_request import MessagesRequest
+from persist_cache.server.protocols.asked import Asked, Mark
 from persist_cache.server.templates import (
     SYSTEM_ROLE,
     TOOL_CALLS,
@@ -91,7 +90,7 @@ class Form:
     """
 
     def __init__(
-        self, request: MessagesRequest, templates: Templates, template_args: Mapping[str, Any]
+        self, request: Asked, templates: Templates, template_args: Mapping[str, Any]
     ) -> None:
         """Ask nothing yet.
 
@@ -121,8 +120,12 @@ class Form:
     @property
     def ignored(self) -> tuple[str, ...]:
         """Names of what was asked for and is not done."""
+        return tuple(sorted({*self._request.ignored, *self._unsaid()}))
+
+    def _unsaid(self) -> list[str]:
+        """What the template has no place for, as the client calls it."""
         fitted = () if self.fitted is None else self.fitted.ignored
-        return tuple(sorted({*self._request.ignored, *fitted}))
+        return [self._request.option_names.get(name, name) for name in fitted]
 
     def refuse_unfit(self) -> None:
         """Refuse what is asked for and was said in another form, or not at all, as it was fitted.
@@ -132,7 +135,7 @@ class Form:
         Raises:
             RefusedError: There is such a thing.
         """
-        fitted = () if self.fitted is None else (*self.fitted.names, *self.fitted.ignored)
+        fitted = () if self.fitted is None else (*self.fitted.names, *self._unsaid())
         if found := [_LACKS.get(name, name) for name in fitted if name != TURNS]:
             raise RefusedError(
                 400,

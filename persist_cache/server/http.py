@@ -86,6 +86,7 @@ class Front(BaseHTTPRequestHandler):
     _headers_buffer: list[bytes]
     _sent = False
     _body_left = False
+    _query = ""
     _ignored: list[str]
     """Fields of the request that are not done."""
 
@@ -116,8 +117,8 @@ class Front(BaseHTTPRequestHandler):
             if owns(self.path):
                 self._answer_admin()
                 return
-            # Some clients add a query to every path; none of these has a use for one.
-            self.path = self.path.partition("?")[0]
+            # Some clients add a query to every path; hardly one of these has a use for it.
+            self.path, _, self._query = self.path.partition("?")
             self._guard().check(self._request())
             if otherwise is None:
                 raise self._no_such_method()
@@ -176,7 +177,9 @@ class Front(BaseHTTPRequestHandler):
         if wanted:
             return {**said[0], "data": said}
         ends = {"first_id": said[0]["id"], "last_id": said[-1]["id"]} if said else {}
-        return {"object": "list", "data": said, "has_more": False, **ends}
+        # Codex asks in this way, for a catalogue of its own form, in which no model here is.
+        catalogue: dict[str, Any] = {"models": []} if "client_version=" in self._query else {}
+        return {"object": "list", "data": said, "has_more": False, **ends, **catalogue}
 
     def _checked_post(self) -> None:
         """Hand a request to upstream once it is known to be sound."""

@@ -17,9 +17,11 @@ from typing import Any
 from persist_cache.errors import ModelError
 from persist_cache.server.form import Form, Templates
 from persist_cache.server.names import DEFAULT
-from persist_cache.server.protocols.anthropic_request import MessagesRequest, read_messages
+from persist_cache.server.protocols.anthropic_request import read_messages
+from persist_cache.server.protocols.asked import Asked
 from persist_cache.server.protocols.openai import lenient
-from persist_cache.server.protocols.recognized import MESSAGES, protocol_of
+from persist_cache.server.protocols.recognized import CHAT, MESSAGES, RESPONSES, protocol_of
+from persist_cache.server.protocols.responses_request import read_responses
 from persist_cache.server.segments import system_end, system_tokens
 from persist_cache.server.validation import (
     RefusedError,
@@ -44,7 +46,7 @@ class PromptRequest:
         tools: Tool definitions, or None.
         role_mapping: Roles as text, for models without a chat template, or None.
         template_args: Arguments of the chat template; they win over those of the server.
-        asked: A request to Anthropic's Messages, with the same messages and tools; None for others.
+        asked: The request, with the same messages and tools, if it is of a protocol of ours.
         is_head: It is nothing but the head of others, and its last message stands for any.
     """
 
@@ -53,7 +55,7 @@ class PromptRequest:
     tools: list[dict[str, Any]] | None = None
     role_mapping: dict[str, str] | None = None
     template_args: Mapping[str, Any] = field(default_factory=dict)
-    asked: MessagesRequest | None = None
+    asked: Asked | None = None
     is_head: bool = False
 
 
@@ -86,14 +88,14 @@ def read_request(body: Mapping[str, Any], protocol: str = "") -> PromptRequest:
     A member that is null is absent.
 
     Args:
-        body: Of a chat, of a text completion, or of Anthropic's Messages.
+        body: Of a chat, of a text completion, of Anthropic's Messages or OpenAI's Responses.
         protocol: One of `PROTOCOLS`; "" to tell it by the body's shape.
 
     Raises:
         RefusedError: The server would not understand it either, or it has images.
     """
-    if (protocol or protocol_of(body)) == MESSAGES:
-        return _read_messages(body)
+    if (protocol := protocol or protocol_of(body)) != CHAT:
+        return _read_own(body, protocol)
     body = lenient(body)
     check_prompt(body)
     if body.get("messages") is None:
@@ -107,12 +109,18 @@ def read_request(body: Mapping[str, Any], protocol: str = "") -> PromptRequest:
     )
 
 
-def _read_messages(body: Mapping[str, Any]) -> PromptRequest:
-    is_head = not body.get("messages")
-    given = {**body, "model": body.get("model") or DEFAULT, "max_tokens": 1}
+def _read_own(body: Mapping[str, Any], protocol: str) -> PromptRequest:
+    """Read a request of a protocol of ours; without a conversation, it is a head."""
+    of = {MESSAGES: "messages", RESPONSES: "input"}[protocol]
+    items = body.get(of) or []
+    is_head = isinstance(items, list) and all(map(_is_system, items))
+    given = {**body, "model": body.get("model") or DEFAULT}
     if is_head:
-        given["messages"] = [_ANY_TURN]
-    asked = read_messages(given)
+        given[of] = [*items, _ANY_TURN]
+    if protocol == MESSAGES:
+        asked = read_messages({**given, "max_tokens": 1})
+    else:
+        asked, _ = read_responses(given)
     return PromptRequest(
         asked.messages,
         tools=asked.tools,
@@ -120,6 +128,10 @@ def _read_messages(body: Mapping[str, Any]) -> PromptRequest:
         asked=asked,
         is_head=is_head,
     )
+
+
+def _is_system(message: Any) -> bool:
+    return isinstance(message, dict) and message.get("role") in ("system", "developer")
 
 
 def system_only(request: PromptRequest) -> bool:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from persist_cache.server.protocols.anthropic_messages import THINKING_FIELD
+from persist_cache.server.protocols.asked import THINKING_FIELD
 from persist_cache.server.protocols.openai import one_head
 from persist_cache.stability.repairs import inline_system_as_user
 
@@ -25,8 +25,8 @@ SYSTEM_ROLE = "system-role"
 TOOL_CALLS = "tool-calls"
 TURNS = "turns"
 _THINKING_FIELDS = (THINKING_FIELD, "reasoning", "thinking")
-OPTIONS = {"thinking_budget": "thinking.budget_tokens", "reasoning_effort": "output_config.effort"}
-"""Options that not all templates have, and what clients call them."""
+OPTIONS = frozenset({"thinking_budget", "reasoning_effort"})
+"""Options that not all templates have."""
 _SHORT_ID = 9
 """The length of call ids that templates of the Mistral kind insist on."""
 _BETWEEN = "\n\n"
@@ -68,7 +68,7 @@ class Fitted:
         tools: Definitions, or None.
         template_args: Options that the template has.
         names: Of what had to be said in another form.
-        ignored: Of what could not be said at all.
+        ignored: Of what could not be said at all: options, or `tools`.
     """
 
     messages: list[dict[str, Any]]
@@ -131,7 +131,7 @@ def probe(render: Render, source: str = "") -> Abilities:
         calls=any(calls),
         short_ids=calls == [False, True],
         thinking_field=fields[0] if fields else THINKING_FIELD,
-        options=frozenset(OPTIONS).intersection(re.findall(r"\w+", source)),
+        options=OPTIONS.intersection(re.findall(r"\w+", source)),
     )
 
 
@@ -175,8 +175,8 @@ def fit(
         said = merged
     if takes.thinking_field != THINKING_FIELD:
         said = [_renamed(message, takes.thinking_field) for message in said]
-    unknown = {name for name in template_args if name in OPTIONS and name not in takes.options}
-    ignored = [OPTIONS[name] for name in unknown]
+    unknown = (OPTIONS - takes.options) & template_args.keys()
+    ignored = [*unknown]
     if tools and not takes.tools:
         tools = None
         ignored.append("tools")

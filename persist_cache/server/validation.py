@@ -80,7 +80,7 @@ class RefusedError(Exception):
         self.param = param
 
 
-def _wrong(name: str, what: str) -> RefusedError:
+def wrong(name: str, what: str) -> RefusedError:
     """The refusal of a field: its name, and what is wrong with it."""
     return RefusedError(400, f"{name} {what}", param=name)
 
@@ -189,13 +189,13 @@ def check_names(body: Mapping[str, Any]) -> None:
 def _check_text(body: Mapping[str, Any]) -> None:
     prompt = body.get("prompt")
     if not isinstance(prompt, str) or not prompt:
-        raise _wrong("prompt", "must be a text that is not empty.")
+        raise wrong("prompt", "must be a text that is not empty.")
 
 
 def _check_messages(body: Mapping[str, Any]) -> None:
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
-        raise _wrong("messages", "must be a list of at least one message.")
+        raise wrong("messages", "must be a list of at least one message.")
     for place, message in enumerate(messages):
         _check_message(message, f"messages[{place}]")
     _check_objects(body.get("tools"), "tools")
@@ -203,22 +203,22 @@ def _check_messages(body: Mapping[str, Any]) -> None:
     if mapping is not None and not (
         isinstance(mapping, dict) and all(isinstance(one, str) for one in mapping.values())
     ):
-        raise _wrong("role_mapping", "must be an object of texts.")
+        raise wrong("role_mapping", "must be an object of texts.")
     _check_template_args(body)
 
 
 def _check_message(message: Any, name: str) -> None:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise _wrong(name, "must be an object with a role.")
+        raise wrong(name, "must be an object with a role.")
     content = message.get("content")
     if isinstance(content, list):
         for part in content:
             if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-                raise _wrong(f"{name}.content", "must be a list of objects with a type.")
+                raise wrong(f"{name}.content", "must be a list of objects with a type.")
             if part["type"] == "text" and not isinstance(part.get("text"), str):
-                raise _wrong(f"{name}.content", "has a text part without a text.")
+                raise wrong(f"{name}.content", "has a text part without a text.")
     elif content is not None and not isinstance(content, str):
-        raise _wrong(f"{name}.content", "must be a text or a list of parts.")
+        raise wrong(f"{name}.content", "must be a text or a list of parts.")
     calls = message.get("tool_calls")
     _check_objects(calls, f"{name}.tool_calls")
     for place, call in enumerate(calls or []):
@@ -248,9 +248,9 @@ def refuse_parts(messages: Sequence[Mapping[str, Any]], *, why: str) -> None:
     for place, message in enumerate(messages):
         types = _types(message)
         if types & _IMAGE_TYPES:
-            raise _wrong(f"messages[{place}].content", f"has an image; {why}.")
+            raise wrong(f"messages[{place}].content", f"has an image; {why}.")
         if types - {"text"}:
-            raise _wrong(
+            raise wrong(
                 f"messages[{place}].content", "has a part that is neither text nor an image."
             )
 
@@ -259,20 +259,20 @@ def _check_function(function: Any, name: str) -> None:
     if not function:
         return
     if not isinstance(function, dict):
-        raise _wrong(name, "must be an object.")
+        raise wrong(name, "must be an object.")
     arguments = function.get("arguments")
     if isinstance(arguments, str) and arguments:
         try:
             json.loads(arguments)
         except (ValueError, RecursionError):
-            raise _wrong(f"{name}.arguments", "must be valid JSON.") from None
+            raise wrong(f"{name}.arguments", "must be valid JSON.") from None
 
 
 def _check_objects(value: Any, name: str) -> None:
     if value is not None and not (
         isinstance(value, list) and all(isinstance(one, dict) for one in value)
     ):
-        raise _wrong(name, "must be a list of objects.")
+        raise wrong(name, "must be a list of objects.")
 
 
 def _check_options(body: dict[str, Any], vocabulary: int | None) -> None:
@@ -284,21 +284,21 @@ def _check_options(body: dict[str, Any], vocabulary: int | None) -> None:
     _check_integer(body, "top_logprobs", -1, _MAX_TOP_LOGPROBS)
     for name in _NUMBERS:
         if isinstance(body.get(name), bool):
-            raise _wrong(name, "must be a number.")
+            raise wrong(name, "must be a number.")
     for name in ("xtc_probability", "xtc_threshold"):
         if isinstance(body.get(name), int):
             body[name] = float(body[name])  # upstream takes no other kind of number
     threshold = body.get("xtc_threshold")
     if isinstance(threshold, (int, float)) and not 0 <= threshold <= 0.5:
-        raise _wrong("xtc_threshold", "must be between 0 and 0.5.")
+        raise wrong("xtc_threshold", "must be between 0 and 0.5.")
     check_names(body)
-    _check_stop(body.get("stop"))
+    check_stop(body.get("stop"))
     _check_bias(body.get("logit_bias"), vocabulary)
     options = body.get("stream_options")
     if options is not None and not (
         isinstance(options, dict) and isinstance(options.setdefault("include_usage", False), bool)
     ):
-        raise _wrong("stream_options", "must be an object whose include_usage is true or false.")
+        raise wrong("stream_options", "must be an object whose include_usage is true or false.")
     _check_template_args(body)
 
 
@@ -315,10 +315,10 @@ def check_template_args(arguments: Any, name: str) -> None:
         RefusedError: They would change what rendering returns.
     """
     if not isinstance(arguments, dict):
-        raise _wrong(name, "must be an object.")
+        raise wrong(name, "must be an object.")
     reserved = sorted(_RESERVED_TEMPLATE_ARGS & arguments.keys())
     if reserved:
-        raise _wrong(name, f"must not set {reserved[0]}.")
+        raise wrong(name, f"must not set {reserved[0]}.")
 
 
 def _check_integer(body: dict[str, Any], name: str, low: int, high: int) -> None:
@@ -326,7 +326,7 @@ def _check_integer(body: dict[str, Any], name: str, low: int, high: int) -> None
     if value is None:
         return
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise _wrong(name, f"must be a whole number from {low} to {high}.")
+        raise wrong(name, f"must be a whole number from {low} to {high}.")
 
 
 def _check_path(path: Any, name: str) -> None:
@@ -335,10 +335,15 @@ def _check_path(path: Any, name: str) -> None:
         return
     parts = path.split("/") if isinstance(path, str) else []
     if not parts or any(len(part.encode(errors="replace")) > _MAX_FILE_NAME for part in parts):
-        raise _wrong(name, "must be a path or the name of a model.")
+        raise wrong(name, "must be a path or the name of a model.")
 
 
-def _check_stop(stop: Any) -> None:
+def check_stop(stop: Any) -> None:
+    """Check stop words of a body.
+
+    Raises:
+        RefusedError: They are no texts, empty or too many.
+    """
     words = [stop] if isinstance(stop, str) else stop
     if words is None or words == []:
         return
@@ -347,7 +352,7 @@ def _check_stop(stop: Any) -> None:
         or len(words) > MAX_STOP_WORDS
         or not all(isinstance(word, str) and word for word in words)
     ):
-        raise _wrong(
+        raise wrong(
             "stop", f"must be a text, or a list of at most {MAX_STOP_WORDS}, none of them empty."
         )
 
@@ -356,11 +361,11 @@ def _check_bias(bias: Any, vocabulary: int | None) -> None:
     if bias is None:
         return
     if not isinstance(bias, dict):
-        raise _wrong("logit_bias", "must be an object.")
+        raise wrong("logit_bias", "must be an object.")
     for token, value in bias.items():
         # MLX does not check indices: a token beyond the vocabulary writes beyond the buffer.
         known = token.isascii() and token.isdigit() and len(token) <= _MAX_DIGITS
         if not known or int(token) >= (vocabulary or _SAFE_VOCABULARY):
-            raise _wrong("logit_bias", "has a key that is no token id of this model.")
+            raise wrong("logit_bias", "has a key that is no token id of this model.")
         if not isinstance(value, (int, float)) or isinstance(value, bool):
-            raise _wrong("logit_bias", "must have numbers as its values.")
+            raise wrong("logit_bias", "must have numbers as its values.")

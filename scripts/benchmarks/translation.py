@@ -15,7 +15,8 @@ from typing import Any
 from mlx_lm.generate import TextStateMachine
 from mlx_lm.tool_parsers.json_tools import parse_tool_call
 
-from persist_cache.server.protocols.anthropic_answer import Answer, Usage, as_bytes
+from persist_cache.server.protocols.answering import Usage, as_bytes
+from persist_cache.server.protocols.anthropic_answer import MessageAnswer
 from persist_cache.server.protocols.anthropic_request import read_messages
 from persist_cache.server.protocols.output import Finish, OutputReader
 from scripts.benchmarks.common import Context, Report, Spread, Table, take_turns
@@ -116,7 +117,7 @@ def _timed(work: Any) -> float:
 
 def _say(pieces: list[str]) -> int:
     reader = OutputReader(TextStateMachine(_TRANSITIONS), parse=parse_tool_call)
-    answer = Answer("m")
+    answer = MessageAnswer("m")
     written = len(as_bytes(answer.start()))
     for piece in pieces:
         written += len(as_bytes(answer.say(reader.feed(piece))))

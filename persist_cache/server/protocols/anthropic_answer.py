@@ -1,7 +1,7 @@
 """Answers in the form of Anthropic's Messages: objects, events of a stream, and errors.
 
-`Answer` takes the parts of a model's output and says them as events; the whole message is what the
-events add up to, so a client gets the same with and without a stream.
+`MessageAnswer` takes the parts of a model's output and says them as events; the whole message is
+what the events add up to, so a client gets the same with and without a stream.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from persist_cache.server.lengths import TooLongError
+from persist_cache.server.protocols.answering import Event, Usage
 from persist_cache.server.protocols.output import Call, Finish, Part, Reasoning
 from persist_cache.server.validation import RefusedError
 
@@ -31,41 +31,8 @@ _TYPES = {
     529: "overloaded_error",
 }
 
-Event = tuple[str, dict[str, Any]]
 
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """Tokens of a request and its answer; the first three are disjoint, and make up the prompt.
-
-    Attributes:
-        input: Of the prompt, neither read from the cache nor written to it.
-        read: Of the prompt, that the cache had.
-        written: Of the prompt, that were queued for the disk when the answer began.
-        output: Of the answer.
-        kept_s: For how long the client asked to keep what is written.
-    """
-
-    input: int = 0
-    read: int = 0
-    written: int = 0
-    output: int = 0
-    kept_s: int = 300
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "input_tokens": self.input,
-            "cache_creation_input_tokens": self.written,
-            "cache_read_input_tokens": self.read,
-            "cache_creation": {
-                "ephemeral_5m_input_tokens": self.written if self.kept_s < 3600 else 0,
-                "ephemeral_1h_input_tokens": self.written if self.kept_s >= 3600 else 0,
-            },
-            "output_tokens": self.output,
-        }
-
-
-class Answer:
+class MessageAnswer:
     """One answer, while it is said.
 
     Thread safety: for one thread.
@@ -120,11 +87,19 @@ class Answer:
         events = self._flush() if self._open or not self._blocks else []
         events += self._close()
         delta = {"stop_reason": reason, "stop_sequence": word, "stop_details": None}
-        events.append(("message_delta", {"delta": delta, "usage": usage.as_json()}))
+        events.append(("message_delta", {"delta": delta, "usage": usage_json(usage)}))
         events.append(("message_stop", {}))
         return events
 
-    def message(self, finish: Finish, usage: Usage) -> dict[str, Any]:
+    def sign(self) -> list[Event]:
+        """A sign of life while there is nothing to say."""
+        return [("ping", {})]
+
+    def fail(self, refusal: RefusedError) -> list[Event]:
+        """The last event of a stream that fails."""
+        return [("error", {"error": error_object(refusal)["error"]})]
+
+    def whole(self, finish: Finish, usage: Usage) -> dict[str, Any]:
         """The whole message, once its parts were said."""
         self.end(finish, usage)
         return self._message(self._blocks, *self._reason(finish), usage)
@@ -145,7 +120,7 @@ class Answer:
             "stop_reason": reason,
             "stop_sequence": word,
             "stop_details": None,
-            "usage": usage.as_json(),
+            "usage": usage_json(usage),
         }
 
     def _reason(self, finish: Finish) -> tuple[str, str | None]:
@@ -224,22 +199,18 @@ class Answer:
         return [*events, ("content_block_stop", {"index": len(self._blocks) - 1})]
 
 
-def ping() -> Event:
-    """A sign of life while there is nothing to say."""
-    return "ping", {}
-
-
-def failed(refusal: RefusedError) -> Event:
-    """The last event of a stream that fails."""
-    return "error", {"error": error_object(refusal)["error"]}
-
-
-def as_bytes(events: Sequence[Event]) -> bytes:
-    """Events as a stream of server-sent events carries them."""
-    return b"".join(
-        f"event: {name}\ndata: {json.dumps({'type': name, **data})}\n\n".encode()
-        for name, data in events
-    )
+def usage_json(usage: Usage) -> dict[str, Any]:
+    """What was used, as the protocol says it."""
+    return {
+        "input_tokens": usage.input,
+        "cache_creation_input_tokens": usage.written,
+        "cache_read_input_tokens": usage.read,
+        "cache_creation": {
+            "ephemeral_5m_input_tokens": usage.written if usage.kept_s < 3600 else 0,
+            "ephemeral_1h_input_tokens": usage.written if usage.kept_s >= 3600 else 0,
+        },
+        "output_tokens": usage.output,
+    }
 
 
 def error_object(refusal: RefusedError) -> dict[str, Any]:

@@ -10,13 +10,17 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from persist_cache.server.validation import RefusedError
+from persist_cache.server.protocols.asked import (
+    BETWEEN_BLOCKS,
+    SERVER_TOOLS,
+    THINKING_FIELD,
+    Mark,
+    joined,
+)
+from persist_cache.server.protocols.fields import below, kind, text_of
+from persist_cache.server.validation import RefusedError, wrong
 from persist_cache.stability import repairs
 
-BETWEEN_BLOCKS = "\n\n"
-"""What separates texts that the protocol keeps in blocks of their own."""
-THINKING_FIELD = "reasoning_content"
-"""What most templates call what the model thought."""
 _TTLS = {"5m": 300, "1h": 3600}
 _ERROR = "Error: "
 _SAYS_ERROR = ("error", "<tool_use_error>")
@@ -26,27 +30,11 @@ _MEDIA = {
     "container_upload": "a file",
 }
 _CLOSED = "redacted_thinking"
-_OF_SERVERS = "server-tools"
 _SERVER_CALLS = ("server_tool_use", "mcp_tool_use")
 _SERVER_RESULT = "_tool_result"
 """Ends the type of what a tool of Anthropic's servers returned."""
 _TEXTUAL = ("text", "document", "search_result", "tool_reference")
 """Types of blocks in tool results that may be nothing but text."""
-
-
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """A place up to which the client asks for its prompt to be kept.
-
-    Attributes:
-        message: Index among the messages of the chat; -1 stands for the tools in front of them.
-        characters: Of that message's content, in front of the mark; None for the whole message.
-        ttl_s: For how long the client would keep it.
-    """
-
-    message: int
-    characters: int | None
-    ttl_s: int
 
 
 @dataclass(slots=True)
@@ -178,7 +166,7 @@ class Conversation:
                     calls.append(self._call(block, at))
                 case other if other in _SERVER_CALLS or other.endswith(_SERVER_RESULT):
                     # Of tools that this server does not have: templates have no form for them.
-                    self.ignored.add(_OF_SERVERS)
+                    self.ignored.add(SERVER_TOOLS)
                 case other:
                     raise _unfit(other, at)
             if (ttl_s := mark_of(block, at)) is not None:
@@ -199,16 +187,6 @@ class Conversation:
         return {"id": call, "type": "function", "function": {"name": tool, "arguments": given}}
 
 
-def joined(before: str, text: str) -> str:
-    """Two blocks of text as one text."""
-    return f"{before}{BETWEEN_BLOCKS}{text}" if before and text else before or text
-
-
-def wrong(name: str, what: str) -> RefusedError:
-    """The refusal of a field: its name, and what is wrong with it."""
-    return RefusedError(400, f"{name} {what}")
-
-
 def blocks(content: Any, name: str) -> Sequence[Mapping[str, Any]]:
     """Content as a list of blocks.
 
@@ -223,27 +201,6 @@ def blocks(content: Any, name: str) -> Sequence[Mapping[str, Any]]:
         if not isinstance(block, dict):
             raise wrong(f"{name}.{place}", "must be an object.")
     return content
-
-
-def kind(block: Mapping[str, Any], name: str) -> str:
-    """The type of a block.
-
-    Raises:
-        RefusedError: It has none.
-    """
-    return text_of(block, "type", name)
-
-
-def text_of(block: Mapping[str, Any], member: str, name: str) -> str:
-    """A text that a block must have.
-
-    Raises:
-        RefusedError: It has none.
-    """
-    found = block.get(member)
-    if not isinstance(found, str):
-        raise wrong(_below(name, member), "must be a text.")
-    return found
 
 
 def written(block: Mapping[str, Any], name: str) -> str:
@@ -294,7 +251,7 @@ def mark_of(block: Mapping[str, Any], name: str) -> int | None:
     mark = block.get("cache_control")
     if mark is None:
         return None
-    at = _below(name, "cache_control")
+    at = below(name, "cache_control")
     if not isinstance(mark, dict) or mark.get("type") != "ephemeral":
         raise wrong(at, "must be an object of the type ephemeral.")
     ttl = mark.get("ttl")
@@ -303,10 +260,6 @@ def mark_of(block: Mapping[str, Any], name: str) -> int | None:
     if not isinstance(ttl, str) or ttl not in _TTLS:
         raise wrong(f"{at}.ttl", "must be 5m or 1h.")
     return _TTLS[ttl]
-
-
-def _below(name: str, member: str) -> str:
-    return f"{name}.{member}" if name else member
 
 
 def _texts(

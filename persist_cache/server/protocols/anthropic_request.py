@@ -6,74 +6,46 @@ fields that are not known are accepted; what is known and cannot be done is name
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from persist_cache.server.protocols.anthropic_messages import (
     Conversation,
-    Mark,
-    kind,
     mark_of,
-    text_of,
-    wrong,
 )
-from persist_cache.server.validation import MAX_NEW_TOKENS, MAX_STOP_WORDS
+from persist_cache.server.protocols.asked import Asked
+from persist_cache.server.protocols.fields import (
+    check_whole,
+    flag,
+    is_a,
+    kind,
+    sampling,
+    text_of,
+)
+from persist_cache.server.validation import MAX_NEW_TOKENS, MAX_STOP_WORDS, wrong
 
-MAX_TOP_K = 10**9
 _THINKING = ("enabled", "adaptive", "between_tools", "disabled")
 _EFFORTS = {"low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high"}
 """Efforts that clients ask for, as those that templates know."""
+_OPTION_NAMES = {
+    "thinking_budget": "thinking.budget_tokens",
+    "reasoning_effort": "output_config.effort",
+}
+"""What this protocol calls options of templates."""
 _TOLD: dict[str, Callable[[Any], bool]] = {
     "container": bool,
-    "context_management": lambda value: not _is(value, dict) or _edits(value.get("edits")),
+    "context_management": lambda value: not is_a(value, dict) or _edits(value.get("edits")),
     "mcp_servers": bool,
     "output_format": bool,
 }
 """Fields that ask for what is not done, and when that makes a difference."""
 
 
-@dataclass(frozen=True, slots=True)
-class MessagesRequest:
-    """A request that was understood.
-
-    Attributes:
-        model: As the client names it.
-        messages: Of a chat, as templates take them; the system prompt is the first one.
-        tools: Definitions of functions, or None.
-        template_args: Options of the chat template, those that not all templates have among them.
-        max_tokens: Of the answer; 0 only fills the cache.
-        stream: The answer is wanted as events.
-        stop_words: That end the answer.
-        sampling: Temperature, `top_p` and `top_k`, where they are given.
-        may_call: What looks like a tool call is one.
-        one_call: The answer ends with its first tool call.
-        marks: Places up to which the prompt is to be kept, in order.
-        repaired: Names of the repairs that changed it.
-        ignored: Names of what was asked for and is not done.
-    """
-
-    model: str
-    messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]] | None = None
-    template_args: dict[str, Any] = field(default_factory=dict)
-    max_tokens: int = 0
-    stream: bool = False
-    stop_words: list[str] = field(default_factory=list)
-    sampling: dict[str, float | int] = field(default_factory=dict)
-    may_call: bool = False
-    one_call: bool = False
-    marks: list[Mark] = field(default_factory=list)
-    repaired: tuple[str, ...] = ()
-    ignored: tuple[str, ...] = ()
-
-
 def read_messages(
     body: Mapping[str, Any],
     *,
     counting: bool = False,
-) -> MessagesRequest:
+) -> Asked:
     """Read the body of a request.
 
     Args:
@@ -91,18 +63,19 @@ def read_messages(
     tools = _tools(body.get("tools"), said, ignored)
     _read_conversation(body, said, counting=counting)
     may_call, one_call = _tool_choice(body.get("tool_choice"), tools, ignored)
-    stream = _flag(body, "stream")
+    stream = bool(flag(body, "stream"))
     thinks, template_args = _thinking(body, ignored)
     _check_metadata(body.get("metadata"))
-    return MessagesRequest(
+    return Asked(
         model=model,
         messages=said.messages,
         tools=tools or None,
         template_args=template_args,
+        option_names=_OPTION_NAMES,
         max_tokens=0 if counting else _max_tokens(body, stream=stream, thinks=thinks),
         stream=stream,
         stop_words=_stop_words(body.get("stop_sequences")),
-        sampling=_sampling(body),
+        sampling=sampling(body, hottest=1),
         may_call=may_call,
         one_call=one_call,
         marks=said.marks,
@@ -201,7 +174,7 @@ def _thinking(body: Mapping[str, Any], ignored: set[str]) -> tuple[bool, dict[st
         found["enable_thinking"] = thinks
         budget = thinking.get("budget_tokens")
         if budget is not None or said == "enabled":
-            _whole(budget, "thinking.budget_tokens", 1, MAX_NEW_TOKENS)
+            check_whole(budget, "thinking.budget_tokens", 1, MAX_NEW_TOKENS)
             found["thinking_budget"] = budget
     output = body.get("output_config")
     if output is not None:
@@ -219,7 +192,7 @@ def _thinking(body: Mapping[str, Any], ignored: set[str]) -> tuple[bool, dict[st
 
 def _max_tokens(body: Mapping[str, Any], *, stream: bool, thinks: bool) -> int:
     limit = body.get("max_tokens")
-    _whole(limit, "max_tokens", 0, MAX_NEW_TOKENS)
+    check_whole(limit, "max_tokens", 0, MAX_NEW_TOKENS)
     structured = body.get("output_format") or (body.get("output_config") or {}).get("format")
     if limit == 0 and (stream or thinks or structured):
         raise wrong(
@@ -239,21 +212,6 @@ def _stop_words(given: Any) -> list[str]:
     return list(dict.fromkeys(given))
 
 
-def _sampling(body: Mapping[str, Any]) -> dict[str, float | int]:
-    found: dict[str, float | int] = {}
-    for name in ("temperature", "top_p"):
-        value = body.get(name)
-        if value is None:
-            continue
-        if not _is(value, int | float) or not math.isfinite(value) or not 0 <= value <= 1:
-            raise wrong(name, "must be a number from 0 to 1.")
-        found[name] = float(value)
-    if (top_k := body.get("top_k")) is not None:
-        _whole(top_k, "top_k", 0, MAX_TOP_K)
-        found["top_k"] = top_k
-    return found
-
-
 def _check_metadata(metadata: Any) -> None:
     if metadata is None:
         return
@@ -261,18 +219,6 @@ def _check_metadata(metadata: Any) -> None:
         raise wrong("metadata", "must be an object.")
     if not isinstance(metadata.get("user_id"), str | None):
         raise wrong("metadata.user_id", "must be a text.")
-
-
-def _flag(body: Mapping[str, Any], name: str) -> bool:
-    value = body.get(name)
-    if value is not None and not isinstance(value, bool):
-        raise wrong(name, "must be true or false.")
-    return bool(value)
-
-
-def _whole(value: Any, name: str, low: int, high: int) -> None:
-    if not _is(value, int) or not low <= value <= high:
-        raise wrong(name, f"must be a whole number from {low} to {high}.")
 
 
 def _edits(given: Any) -> bool:
@@ -284,8 +230,3 @@ def _edits(given: Any) -> bool:
         or edit.get("keep") != "all"
         for edit in edits
     )
-
-
-def _is(value: Any, kinds: Any) -> bool:
-    """Whether a value is of that kind; true and false are no numbers."""
-    return isinstance(value, kinds) and not isinstance(value, bool)

@@ -126,6 +126,11 @@ class OutputReader:
         self._call = ""
         self.finish: Finish | None = None
 
+    @property
+    def is_thinking(self) -> bool:
+        """Whether what comes next is a thought, as far as is certain."""
+        return self._name == "reasoning"
+
     def feed(
         self, text: str, token: int | None = None, finish_reason: str | None = None
     ) -> list[Part]:

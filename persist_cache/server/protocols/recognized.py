@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-CHAT, MESSAGES = "chat", "messages"
-PROTOCOLS = (CHAT, MESSAGES)
-"""OpenAI's chat and text completions, and Anthropic's Messages."""
+CHAT, MESSAGES, RESPONSES = "chat", "messages", "responses"
+PROTOCOLS = (CHAT, MESSAGES, RESPONSES)
+"""OpenAI's chat and text completions, Anthropic's Messages, and OpenAI's Responses."""
 
 _OWN_FIELDS = ("system", "stop_sequences", "anthropic_version")
 _OWN_BLOCKS = frozenset({"tool_use", "tool_result", "thinking", "redacted_thinking", "document"})
@@ -21,6 +21,8 @@ def protocol_of(body: Mapping[str, Any]) -> str:
     Many bodies are of both; they mean the same prompt in either, and count as chats. What only
     OpenAI's API has is stronger than what only the other one has.
     """
+    if _is_of_responses(body):
+        return RESPONSES
     return MESSAGES if _is_of_messages(body) and not _is_of_chat(body) else CHAT
 
 
@@ -29,7 +31,16 @@ def protocol_at(path: str) -> str:
     at = path.partition("?")[0].rstrip("/")
     if at.endswith(("/messages", "/messages/count_tokens")):
         return MESSAGES
+    if at.endswith(("/responses", "/responses/input_tokens")):
+        return RESPONSES
     return CHAT if at.endswith("/completions") else ""
+
+
+def _is_of_responses(body: Mapping[str, Any]) -> bool:
+    """Whether there is what neither of the others has, and no list that both of them have."""
+    if body.get("messages") is not None:
+        return False
+    return isinstance(body.get("input"), str | list) or isinstance(body.get("instructions"), str)
 
 
 def _is_of_messages(body: Mapping[str, Any]) -> bool:

@@ -22,7 +22,7 @@ from persist_cache.server.alone import Alone, tokens_looked_back_at
 from persist_cache.server.flight import Flight, Line
 from persist_cache.server.form import Templates
 from persist_cache.server.guard import ModelGuard
-from persist_cache.server.protocols.anthropic_request import MessagesRequest
+from persist_cache.server.protocols.asked import Asked
 from persist_cache.server.streaming import SIGN_S
 from persist_cache.server.ticket import Ticket, TicketedCache
 from persist_cache.server.upstream.budget import Budget
@@ -106,7 +106,7 @@ class Generator(Prompts):
         told = self._told(ctx, answers, ticket, progress_callback)
         return ctx, (one for one in told if not only_fills)
 
-    def answer(self, asked: MessagesRequest, ticket: Ticket) -> Any:
+    def answer(self, asked: Asked, ticket: Ticket) -> Any:
         """Answer a request that upstream has no handler for; as `generate`."""
         return self.generate(*self._as_upstreams(asked, ticket))
 

@@ -11,6 +11,7 @@ from persist_cache.cache.prompt_cache import PromptCache
 from persist_cache.server.answers import json_response
 from persist_cache.server.http import Front
 from persist_cache.server.messages import Messages
+from persist_cache.server.responses import Responses
 from persist_cache.server.streaming import Streaming
 from persist_cache.server.ticket import Ticket
 from persist_cache.server.upstream.requests import TicketedRequest
@@ -18,7 +19,7 @@ from persist_cache.server.upstream.requests import TicketedRequest
 log = logging.getLogger(__name__)
 
 
-class Handler(Messages, Streaming, Front, upstream.APIHandler):  # type: ignore[misc]
+class Handler(Messages, Responses, Streaming, Front, upstream.APIHandler):  # type: ignore[misc]
     """Upstream's HTTP handler behind our front, saying where the prompt's cache came from."""
 
     def handle_completion(self, request: Any, stop_words: list[str]) -> None:

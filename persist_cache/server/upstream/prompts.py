@@ -20,7 +20,7 @@ from persist_cache.prefill import loading
 from persist_cache.server.alone import tokens_looked_back_at
 from persist_cache.server.lengths import room
 from persist_cache.server.names import Names
-from persist_cache.server.protocols.anthropic_request import MessagesRequest
+from persist_cache.server.protocols.asked import Asked
 from persist_cache.server.protocols.openai import one_head
 from persist_cache.server.rendering import unrenderable
 from persist_cache.server.segments import (
@@ -177,7 +177,7 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
         finally:
             self._tokenizing.release()
 
-    def count_tokens(self, asked: MessagesRequest, ticket: Ticket) -> int:
+    def count_tokens(self, asked: Asked, ticket: Ticket) -> int:
         """How many tokens the prompt of a request has.
 
         Raises:
@@ -198,7 +198,7 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
         return len(self._cut_beside(spare, request, args).tokens)
 
     def _as_upstreams(
-        self, asked: MessagesRequest, ticket: Ticket
+        self, asked: Asked, ticket: Ticket
     ) -> tuple[TicketedRequest, upstream.GenerationArguments]:
         is_known = self.names is not None and self.names.is_here(asked.model)
         return as_upstreams(asked, ticket, self.model_provider, is_known=is_known)

@@ -10,7 +10,7 @@ from typing import Any
 from mlx_lm import server as upstream
 
 from persist_cache.server.names import DEFAULT
-from persist_cache.server.protocols.anthropic_request import MessagesRequest
+from persist_cache.server.protocols.asked import Asked
 from persist_cache.server.ticket import Ticket
 
 
@@ -30,7 +30,7 @@ class TicketedRequest(upstream.CompletionRequest):  # type: ignore[misc]
 
 
 def as_upstreams(
-    asked: MessagesRequest, ticket: Ticket, provider: Any, *, is_known: bool
+    asked: Asked, ticket: Ticket, provider: Any, *, is_known: bool
 ) -> tuple[TicketedRequest, upstream.GenerationArguments]:
     """A request of a protocol of our own, as upstream's loop takes it.
 
@@ -38,8 +38,8 @@ def as_upstreams(
         asked: What was asked.
         ticket: Of the request.
         provider: Has the model, and the options of the server.
-        is_known: Whether the model that it names is one of here. Clients of this protocol ask for
-            models of its maker, which stand for the one of the command line.
+        is_known: Whether the model that it names is one of here. Clients ask for models of their
+            protocol's maker, which stand for the one of the command line.
     """
     cli, sampling = provider.cli_args, asked.sampling
     args = upstream.GenerationArguments(
@@ -54,7 +54,7 @@ def as_upstreams(
         ),
         logits=upstream.LogitsProcessorArguments(None, 0.0, 20, 0.0, 20, 0.0, 20),
         stop_words=asked.stop_words,
-        max_tokens=asked.max_tokens,
+        max_tokens=cli.max_tokens if asked.max_tokens is None else asked.max_tokens,
         num_draft_tokens=cli.num_draft_tokens,
         logprobs=False,
         top_logprobs=-1,
