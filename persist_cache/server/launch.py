@@ -37,6 +37,7 @@ class ServeOptions:
         strict: Refuse what is asked for and not done, instead of saying so.
         context_tokens: Longest prompt and answer together, None for what the model's
             configuration says, 0 for no limit.
+        while_locked: End when nobody holds this file locked any more; None to stay.
     """
 
     store: str | None = None
@@ -52,6 +53,7 @@ class ServeOptions:
     aliases: Mapping[str, str] = field(default_factory=dict)
     strict: bool = False
     context_tokens: int | None = None
+    while_locked: str | None = None
 
 
 class Parser(argparse.ArgumentParser):
