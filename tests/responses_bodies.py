@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
+from collections.abc import Iterator
 from typing import Any
 
 from tests.anthropic_bodies import prose, tool
@@ -37,18 +39,19 @@ def agent_body(
     tools: int = 20,
     tool_words: int = 300,
     system_words: int = 4000,
+    turn_words: int = 100,
     turns: int = 10,
     seed: int = 0,
 ) -> dict[str, Any]:
     """A request in the middle of an agent's work; some 20,000 tokens unless told otherwise."""
     drawn = random.Random(seed)
     items: list[dict[str, Any]] = [
-        {"type": "message", "role": "developer", "content": [part(prose(drawn, 30))]},
+        {"type": "message", "role": "developer", "content": [part(prose(drawn, turn_words // 3))]},
         {
             "type": "message",
             "role": "user",
             "content": [
-                part(prose(drawn, 30)),
+                part(prose(drawn, turn_words // 3)),
                 part(f"<environment_context>{prose(drawn, 9)}</environment_context>"),
             ],
         },
@@ -56,7 +59,7 @@ def agent_body(
     ]
     for turn in range(turns):
         call = f"call_{turn:024d}"
-        thought = [part(prose(drawn, 20), "reasoning_text")]
+        thought = [part(prose(drawn, turn_words // 5), "reasoning_text")]
         items += [
             {"type": "reasoning", "summary": [], "content": thought, "encrypted_content": None},
             {
@@ -70,7 +73,7 @@ def agent_body(
                 "name": f"tool_{turn % max(tools, 1)}",
                 "arguments": json.dumps({"path": f"src/{turn}.py"}),
             },
-            {"type": "function_call_output", "call_id": call, "output": prose(drawn, 100)},
+            {"type": "function_call_output", "call_id": call, "output": prose(drawn, turn_words)},
         ]
     call = "call_patch"
     items += [
@@ -78,7 +81,7 @@ def agent_body(
         {"type": "custom_tool_call_output", "call_id": call, "output": [part("Done.")]},
         {"role": "user", "content": [part(prose(drawn, 9))]},
     ]
-    inner = [function(drawn, place, 20) for place in range(2)]
+    inner = [function(drawn, place, tool_words // 10) for place in range(2)]
     return {
         "model": "gpt-large",
         "instructions": prose(drawn, system_words),
@@ -99,3 +102,39 @@ def agent_body(
         "text": {"verbosity": "low"},
         "client_metadata": {"session": "1"},
     }
+
+
+def session(
+    *, user_turns: int, tool_turns: int, tools: int, words: int
+) -> Iterator[dict[str, Any]]:
+    """Bodies as an agent sends them, one after the other; `words` is the size of a tool.
+
+    The first of each turn is a request for a title, with a head of its own.
+    """
+    drawn = random.Random(3)
+    known = [function(drawn, place, words) for place in range(tools)]
+    instructions = prose(drawn, 15 * words)
+    items: list[dict[str, Any]] = [{"role": "developer", "content": prose(drawn, words)}]
+
+    def said(**more: Any) -> dict[str, Any]:
+        body = {"model": "m", "instructions": instructions, "tools": [*known, PATCH]}
+        return {**body, "max_output_tokens": 1, "input": copy.deepcopy(items), **more}
+
+    for turn in range(user_turns):
+        items.append({"role": "user", "content": [part(prose(drawn, 15)), part(prose(drawn, 9))]})
+        yield said(instructions="Write a title.", tools=None, input=prose(drawn, 20))
+        yield said()
+        for step in range(tool_turns):
+            call = f"call_{turn:02d}{step:02d}"
+            calls = {"type": "function_call", "name": f"tool_{step % tools}", "arguments": "{}"}
+            if step % 3 == 2:
+                calls = {"type": "custom_tool_call", "name": "patch", "input": prose(drawn, 9)}
+            output = {"type": f"{calls['type']}_output", "call_id": call}
+            items += [
+                {"type": "reasoning", "summary": [part(prose(drawn, 9), "summary_text")]},
+                {"role": "assistant", "content": [part(prose(drawn, 10), "output_text")]},
+                {**calls, "call_id": call},
+                {**output, "output": prose(drawn, 60)},
+            ]
+            yield said()
+        items.append({"role": "assistant", "content": prose(drawn, 30)})

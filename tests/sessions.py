@@ -20,6 +20,8 @@ from typing import Any
 
 from persist_cache.server.form import Form
 from persist_cache.server.protocols.anthropic_request import read_messages
+from persist_cache.server.protocols.recognized import RESPONSES, protocol_of
+from persist_cache.server.protocols.responses_request import read_responses
 from persist_cache.server.ticket import Ticket
 from persist_cache.tokens import common_prefix_tokens, pack_tokens
 from tests.anthropic_bodies import BILLING, COUNTDOWN, EPHEMERAL, prose, tool
@@ -170,8 +172,9 @@ def converse(
 
 
 def ask(loop: Loop, body: dict[str, Any]) -> Ticket:
-    """Have one body answered."""
-    request = read_messages(body)
+    """Have one body answered, of whichever protocol it is."""
+    is_response = protocol_of(body) == RESPONSES
+    request = read_responses(body)[0] if is_response else read_messages(body)
     ticket = Ticket(form=Form(request, loop.generator.templates, {}))
     with loop.generator.in_flight():
         context, pieces = loop.generator.answer(request, ticket)

@@ -231,7 +231,7 @@ def test_refusals_have_the_protocols_form(
 
 
 def test_stream_that_fails_ends_with_an_error_event() -> None:
-    said = [*answer().start(), *answer().fail(RefusedError(500, "The model failed."))]
+    said = [*answer().start(Usage()), *answer().fail(RefusedError(500, "The model failed."))]
 
     with (
         pytest.raises(anthropic.APIStatusError, match="The model failed"),

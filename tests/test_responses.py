@@ -171,6 +171,16 @@ def test_answer_that_is_cut_off_is_incomplete(client: openai.OpenAI, stream: boo
     assert found.usage.output_tokens == 3
 
 
+def test_answer_without_a_limit_goes_on_to_the_end_of_the_context(client: openai.OpenAI) -> None:
+    count = client.responses.input_tokens.count(**said("play long ")).input_tokens
+    padding = "<|endoftext|>" * (CONTEXT - count - 3)
+
+    found = client.responses.create(**said(f"play long {padding}"))
+
+    assert found.usage is not None
+    assert (found.status, found.usage.output_tokens) == ("incomplete", 3)
+
+
 def test_stop_word_ends_the_answer_in_front_of_it(client: openai.OpenAI) -> None:
     found = client.responses.create(**said("play stop"), extra_body={"stop": ["STOP"]})
 
@@ -429,14 +439,14 @@ def test_no_malformed_body_ends_a_thread_or_leaves_a_trace_in_the_log(
     server: CountedServer, client: openai.OpenAI
 ) -> None:
     secret = "xylophone"
-    whole = agent_body(tools=2, tool_words=5, system_words=20, turns=1)
+    whole = agent_body(tools=1, tool_words=5, system_words=5, turn_words=5, turns=1)
     drawn = random.Random(18)
     odd: list[Any] = [None, True, -1, 1e300, "", [], {}, [[]], [None], {"type": secret}]
     odd.append(f"{secret} {secret}")
     statuses = []
     for number in range(500):
         body = {**whole, "max_output_tokens": 1, "stream": number % 2 == 0}
-        path = f"{PATH}/input_tokens" if number % 3 else PATH
+        path = f"{PATH}/input_tokens" if number % 4 else PATH
         answer = post(server, spoilt(body, drawn, odd), path)
         statuses.append(answer.status_code)
         if answer.status_code != 200:

@@ -1,4 +1,4 @@
-"""An agent's session over Anthropic's Messages: its prefix holds, also after a restart."""
+"""An agent's session over Messages or Responses: its prefix holds, also after a restart."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from persist_cache.server.ticket import Ticket
 from persist_cache.server.translated import usage_of
 from persist_cache.stability import repairs
 from persist_cache.tokens import common_prefix_tokens, pack_tokens
+from tests import responses_bodies
 from tests.anthropic_bodies import EPHEMERAL, agent_body, as_messages
 from tests.loops import Loop, text_of, words
 from tests.sessions import SERVER, ask, converse, converse_until_killed, session
@@ -60,6 +61,23 @@ def test_what_could_be_reused_is_reused_before_and_after_a_kill(
         second = converse(loop, bodies[half:], prompts)
 
     for found in (first, second):
+        assert found.common > 0.7 * found.total, "the session has a prefix that holds"
+        assert found.share >= 0.99
+        assert found.read == found.total - found.computed
+
+
+def test_session_over_responses_is_reused_before_and_after_a_restart(
+    model: Path, tmp_path: Path
+) -> None:
+    bodies, prompts = list(responses_bodies.session(**SMALL)), list[bytes]()
+    half = len(bodies) // 2
+    for part in (bodies[:half], bodies[half:]):
+        with (
+            Store.open(tmp_path / "store", min_free_bytes=0) as store,
+            Loop(model, store, **SERVER) as loop,
+        ):
+            found = converse(loop, part, prompts)
+
         assert found.common > 0.7 * found.total, "the session has a prefix that holds"
         assert found.share >= 0.99
         assert found.read == found.total - found.computed

@@ -138,7 +138,7 @@ class Translated(BaseHTTPRequestHandler):
             if asked.one_call:
                 calls = [at for at, part in enumerate(parts) if isinstance(part, Call)]
                 parts = parts[: calls[0] + 1] if calls else parts
-            begun = self._start(usage_of(ticket, marks=asked.marks))
+            begun = [] if self._started else self._start(usage_of(ticket, marks=asked.marks))
             events = [*begun, *answer.say(parts)]
             if self.stream and (events or output == 1):
                 self._say_events(events, form)

@@ -28,8 +28,7 @@ MODELS = ("llama", "qwen3_5", "gpt_oss")
 WAYS: dict[str, dict[str, Any]] = {"batched": {}, "seed": {"seed": 1}}
 STEP_TOKENS = 128
 PROMPT_TOKENS = 3000
-PREFILL_S = 4.5
-GIVES_UP = 1 / 3
+GIVES_UP = 4 / 14
 """Of the prefill is over when the client gives up, or the server is told to end."""
 KILLED = 2 / 3
 PATIENCE_S = 1.0
@@ -80,17 +79,19 @@ class SlowServer(CountedServer):
 
 def run(context: Context) -> Report:
     models = context.pick(MODELS[:1], MODELS)
+    prefill_s = context.pick(4.5, 14.0)
     found = []
     for name in models:
         for way in WAYS:
             common.say(f"interrupted: {name}, {way}")
             with context.scratch() as scratch:
-                found.append({"model": name, "way": way, **_interrupt(scratch, name, way)})
+                one = _interrupt(scratch, name, way, prefill_s)
+            found.append({"model": name, "way": way, **one})
     written = {}
     with context.scratch() as scratch:
         for name in models:
-            written[name] = _write(scratch / name, name)
-    values = {"cases": found, "written": written}
+            written[name] = _write(scratch / name, name, prefill_s)
+    values = {"prefill_s": prefill_s, "cases": found, "written": written}
     return Report("interrupted", "Interrupted prefills", values, _tables(values))
 
 
@@ -99,10 +100,10 @@ def _body(number: int, **more: Any) -> dict[str, Any]:
     return {"prompt": prompt, "max_tokens": 8, "temperature": 0, "logprobs": 1, **more}
 
 
-def _interrupt(scratch: Path, name: str, way: str) -> dict[str, Any]:
+def _interrupt(scratch: Path, name: str, way: str, prefill_s: float) -> dict[str, Any]:
     """Interrupt prompts of one model in each of the cases."""
     model = write_kind(scratch / name, name)
-    token_s = PREFILL_S / PROMPT_TOKENS
+    token_s = prefill_s / PROMPT_TOKENS
     bodies = {case: _body(number, **WAYS[way]) for number, case in enumerate(CASES, 1)}
     found: dict[str, Any] = {}
     with SlowServer(model, scratch / "right", token_s=0.0) as server:
@@ -114,12 +115,12 @@ def _interrupt(scratch: Path, name: str, way: str) -> dict[str, Any]:
         with SlowServer(model, scratch / moment, token_s=token_s, **patience) as server:
             for case in (one for one in CASES if one.startswith(moment)):
                 with _asking(server, {**bodies[case], "stream": case.endswith("streamed")}):
-                    time.sleep(GIVES_UP * PREFILL_S)
+                    time.sleep(GIVES_UP * prefill_s)
                 if patience:
                     time.sleep(2 * PATIENCE_S)
                 said = _answer(server, bodies[case])
                 found[case] |= {"computed": server.computed(), "equal": said == right[case]}
-    for case, moment_s in (("SIGTERM", GIVES_UP * PREFILL_S), ("SIGKILL", KILLED * PREFILL_S)):
+    for case, moment_s in (("SIGTERM", GIVES_UP * prefill_s), ("SIGKILL", KILLED * prefill_s)):
         computed = 0
         with SlowServer(model, scratch / case, token_s=token_s) as server:
             with _asking(server, bodies[case]):
@@ -135,7 +136,7 @@ def _interrupt(scratch: Path, name: str, way: str) -> dict[str, Any]:
     return {"found": found}
 
 
-def _write(scratch: Path, name: str) -> dict[str, float]:
+def _write(scratch: Path, name: str, prefill_s: float) -> dict[str, float]:
     """Bytes that a prefill writes which nobody interrupts, and one that saves nothing on its way.
 
     The store has been idle for as long as it takes to merge what can be.
@@ -146,7 +147,7 @@ def _write(scratch: Path, name: str) -> dict[str, float]:
     written: dict[str, float] = {}
     for case, save_every_s in (("with", 2.0), ("without", 1e9)):
         folder = scratch / case
-        token_s = PREFILL_S / PROMPT_TOKENS
+        token_s = prefill_s / PROMPT_TOKENS
         with SlowServer(model, folder, token_s=token_s, SAVE_EVERY_S=save_every_s) as server:
             _answer(server, _body(1))
             time.sleep(3.0)
@@ -184,10 +185,11 @@ def _tables(values: Any) -> list[Table]:
             row.append(said if found["equal"] else f"{said}, another answer")
         rows.append(row)
     note = (
-        f"A prompt of {PROMPT_TOKENS:,} tokens in chunks of {STEP_TOKENS}, {PREFILL_S:.0f} s. Its "
-        f"client gives up, or SIGTERM comes, after {GIVES_UP:.0%} of that, SIGKILL after "
-        f"{KILLED:.0%}; then it is asked again. All answers were equal to those of a server that "
-        "nobody interrupted, with the log probabilities, unless it is said."
+        f"A prompt of {PROMPT_TOKENS:,} tokens in chunks of {STEP_TOKENS}, "
+        f"{values['prefill_s']:.0f} s. Its client gives up, or SIGTERM comes, after "
+        f"{GIVES_UP:.0%} of that, SIGKILL after {KILLED:.0%}; then it is asked again. All answers "
+        "were equal to those of a server that nobody interrupted, with the log probabilities, "
+        "unless it is said."
     )
     written = [
         [name, f"{one['with'] / one['without']:.3f}"] for name, one in values["written"].items()

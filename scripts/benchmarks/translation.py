@@ -118,7 +118,7 @@ def _timed(work: Any) -> float:
 def _say(pieces: list[str]) -> int:
     reader = OutputReader(TextStateMachine(_TRANSITIONS), parse=parse_tool_call)
     answer = MessageAnswer("m")
-    written = len(as_bytes(answer.start()))
+    written = len(as_bytes(answer.start(Usage())))
     for piece in pieces:
         written += len(as_bytes(answer.say(reader.feed(piece))))
     return written + len(as_bytes(answer.end(reader.finish or Finish("end"), Usage())))

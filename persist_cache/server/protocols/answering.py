@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal
 
-from persist_cache.server.protocols.output import Finish, Part
+from persist_cache.server.protocols.output import Call, Finish, Part, Reasoning
 from persist_cache.server.validation import RefusedError
 
 Event = tuple[str, dict[str, Any]]
 """The type of an event, and what else it has."""
+Kind = Literal["", "text", "thinking"]
+"""What of an answer is open; "" is nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,32 +38,95 @@ class Usage:
     kept_s: int = 300
 
 
-class Answer(Protocol):
+class Answer(ABC):
     """One answer, while it is said; the whole of it is what its events add up to.
+
+    White space in front of a tool call is left out: templates write their own there, and the next
+    request would not begin with what was said.
+
+    Thread safety: for one thread.
 
     Attributes:
         calls: How many tool calls it has so far.
     """
 
-    calls: int
+    def __init__(self) -> None:
+        self.calls = 0
+        self._open: Kind = ""
+        self._space = ""  # that may stand in front of a call
 
-    def start(self, usage: Usage, /) -> list[Event]:
-        """The first events."""
+    @abstractmethod
+    def start(self, usage: Usage) -> list[Event]:
+        """The first events; what was used is said again, and for good, in the end."""
 
-    def say(self, parts: Sequence[Part], /) -> list[Event]:
-        """Events for the next parts."""
-
+    @abstractmethod
     def sign(self) -> list[Event]:
-        """Signs of life for a client that waits, as far as they are due."""
+        """Signs of life while there is nothing to say, as far as they are due."""
 
-    def end(self, finish: Finish, usage: Usage, /) -> list[Event]:
+    @abstractmethod
+    def end(self, finish: Finish, usage: Usage) -> list[Event]:
         """The last events."""
 
-    def fail(self, refusal: RefusedError, /) -> list[Event]:
+    @abstractmethod
+    def fail(self, refusal: RefusedError) -> list[Event]:
         """The last events of a stream that fails."""
 
-    def whole(self, finish: Finish, usage: Usage, /) -> dict[str, Any]:
+    @abstractmethod
+    def whole(self, finish: Finish, usage: Usage) -> dict[str, Any]:
         """The whole answer, once its parts were said."""
+
+    def say(self, parts: Sequence[Part]) -> list[Event]:
+        """Events for the next parts."""
+        events: list[Event] = []
+        for part in parts:
+            if isinstance(part, Call):
+                self._space = ""
+                self.calls += 1
+                events += [*self._close(), *self._call(part)]
+            elif isinstance(part, Reasoning):
+                if self._open == "text":
+                    events += self._flush()
+                self._space = ""
+                events += self._said(part.text, "thinking")
+            else:
+                events += self._speak(part.text)
+        return events
+
+    def _speak(self, text: str) -> list[Event]:
+        events = self._close() if self._open == "thinking" else []
+        whole = self._space + text
+        said = whole.rstrip()
+        self._space = whole[len(said) :]
+        return events + (self._said(said, "text") if said else [])
+
+    def _flush(self) -> list[Event]:
+        """Say the white space that was held back."""
+        space, self._space = self._space, ""
+        return self._said(space, "text") if space else []
+
+    def _said(self, text: str, kind: Kind) -> list[Event]:
+        events: list[Event] = []
+        if self._open != kind:
+            events += self._close()
+            events += self._begin(kind)
+            self._open = kind
+        return [*events, self._add(text)]
+
+    @abstractmethod
+    def _begin(self, kind: Kind) -> list[Event]:
+        """Begin a text, or a thought."""
+
+    @abstractmethod
+    def _add(self, text: str) -> Event:
+        """Go on with what is open."""
+
+    @abstractmethod
+    def _close(self) -> list[Event]:
+        """End what is open, if anything is."""
+
+    @abstractmethod
+    def _call(self, call: Call) -> list[Event]:
+        """Say a whole call; nothing is open."""
 
 
 def as_bytes(events: Sequence[Event]) -> bytes:

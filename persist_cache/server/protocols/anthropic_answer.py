@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from persist_cache.server.lengths import TooLongError
-from persist_cache.server.protocols.answering import Event, Usage
-from persist_cache.server.protocols.output import Call, Finish, Part, Reasoning
+from persist_cache.server.protocols.answering import Answer, Event, Kind, Usage
+from persist_cache.server.protocols.output import Call, Finish
 from persist_cache.server.validation import RefusedError
 
 SIGNATURE = "unsigned"
@@ -32,17 +32,8 @@ _TYPES = {
 }
 
 
-class MessageAnswer:
-    """One answer, while it is said.
-
-    Thread safety: for one thread.
-
-    White space in front of a tool call is left out: templates write their own there, and the next
-    request would not begin with what was said.
-
-    Attributes:
-        calls: How many tool calls it has so far.
-    """
+class MessageAnswer(Answer):
+    """A message, while it is said."""
 
     def __init__(
         self,
@@ -56,33 +47,16 @@ class MessageAnswer:
             model: As the client named it.
             new_id: Makes ids for the message and for tool calls.
         """
+        super().__init__()
         self._model = model
         self._new_id = new_id
         self._id = f"msg_{new_id()}"
         self._blocks: list[dict[str, Any]] = []
-        self._open = False
-        self._space = ""
-        self.calls = 0
 
-    def start(self, usage: Usage | None = None) -> list[Event]:
-        """The first event; what was used is said again, and for good, in the end."""
-        usage = usage or Usage()
+    def start(self, usage: Usage) -> list[Event]:
         return [("message_start", {"message": self._message([], None, None, usage)})]
 
-    def say(self, parts: Sequence[Part]) -> list[Event]:
-        """Events for the next parts."""
-        events: list[Event] = []
-        for part in parts:
-            if isinstance(part, Call):
-                events += self._call(part)
-            elif isinstance(part, Reasoning):
-                events += self._think(part.text)
-            else:
-                events += self._text(part.text)
-        return events
-
     def end(self, finish: Finish, usage: Usage) -> list[Event]:
-        """The last events."""
         reason, word = self._reason(finish)
         events = self._flush() if self._open or not self._blocks else []
         events += self._close()
@@ -92,15 +66,12 @@ class MessageAnswer:
         return events
 
     def sign(self) -> list[Event]:
-        """A sign of life while there is nothing to say."""
         return [("ping", {})]
 
     def fail(self, refusal: RefusedError) -> list[Event]:
-        """The last event of a stream that fails."""
         return [("error", {"error": error_object(refusal)["error"]})]
 
     def whole(self, finish: Finish, usage: Usage) -> dict[str, Any]:
-        """The whole message, once its parts were said."""
         self.end(finish, usage)
         return self._message(self._blocks, *self._reason(finish), usage)
 
@@ -132,71 +103,49 @@ class MessageAnswer:
             return "model_context_window_exceeded", None
         return "tool_use" if self.calls else "end_turn", None
 
-    def _think(self, text: str) -> list[Event]:
-        events: list[Event] = []
-        if self._open and self._blocks[-1]["type"] == "text":
-            events = self._flush() + self._close()
-        self._space = ""
-        return events + self._said(text, "thinking")
+    def _begin(self, kind: Kind) -> list[Event]:
+        block = {"type": kind, kind: ""}
+        return [self._started(block | ({"signature": ""} if kind == "thinking" else {}))]
 
-    def _text(self, text: str) -> list[Event]:
-        events: list[Event] = []
-        if self._open and self._blocks[-1]["type"] == "thinking":
-            events = self._close()
-        whole = self._space + text
-        said = whole.rstrip()
-        self._space = whole[len(said) :]
-        return events + (self._said(said, "text") if said else [])
-
-    def _said(self, text: str, kind: str) -> list[Event]:
-        events: list[Event] = []
-        if not self._open:
-            block = {"type": kind, kind: ""}
-            if kind == "thinking":
-                block["signature"] = ""
-            events += self._begin(block)
-        self._blocks[-1][kind] += text
-        return [*events, self._delta({"type": f"{kind}_delta", kind: text})]
+    def _add(self, text: str) -> Event:
+        self._blocks[-1][self._open] += text
+        return self._delta({"type": f"{self._open}_delta", self._open: text})
 
     def _call(self, call: Call) -> list[Event]:
-        self._space = ""
-        events = self._close()
-        self.calls += 1
         block = {
             "type": "tool_use",
             "id": call.id or f"toolu_{self._new_id()}",
             "name": call.name,
             "input": {},
         }
-        events += self._begin(block)
         written = json.dumps(call.arguments, ensure_ascii=False)
-        events.append(self._delta({"type": "input_json_delta", "partial_json": written}))
+        said = [
+            self._started(block),
+            self._delta({"type": "input_json_delta", "partial_json": written}),
+        ]
         block["input"] = call.arguments
-        return events + self._close()
+        return [*said, self._stopped()]
 
-    def _flush(self) -> list[Event]:
-        """Say the white space that was held back."""
-        space, self._space = self._space, ""
-        return self._said(space, "text") if space else []
+    def _close(self) -> list[Event]:
+        was, self._open = self._open, ""
+        if not was:
+            return []
+        events: list[Event] = []
+        if was == "thinking":
+            self._blocks[-1]["signature"] = SIGNATURE
+            events.append(self._delta({"type": "signature_delta", "signature": SIGNATURE}))
+        return [*events, self._stopped()]
 
-    def _begin(self, block: dict[str, Any]) -> list[Event]:
+    def _started(self, block: dict[str, Any]) -> Event:
         self._blocks.append(block)
-        self._open = True
         started = {"index": len(self._blocks) - 1, "content_block": dict(block)}
-        return [("content_block_start", started)]
+        return "content_block_start", started
 
     def _delta(self, delta: dict[str, Any]) -> Event:
         return "content_block_delta", {"index": len(self._blocks) - 1, "delta": delta}
 
-    def _close(self) -> list[Event]:
-        if not self._open:
-            return []
-        events: list[Event] = []
-        if self._blocks[-1]["type"] == "thinking":
-            self._blocks[-1]["signature"] = SIGNATURE
-            events.append(self._delta({"type": "signature_delta", "signature": SIGNATURE}))
-        self._open = False
-        return [*events, ("content_block_stop", {"index": len(self._blocks) - 1})]
+    def _stopped(self) -> Event:
+        return "content_block_stop", {"index": len(self._blocks) - 1}
 
 
 def usage_json(usage: Usage) -> dict[str, Any]:

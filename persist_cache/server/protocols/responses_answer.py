@@ -10,12 +10,12 @@ import copy
 import json
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from persist_cache.server.protocols.answering import Event, Usage
-from persist_cache.server.protocols.output import Call, Finish, Part, Reasoning
+from persist_cache.server.protocols.answering import Answer, Event, Kind, Usage
+from persist_cache.server.protocols.output import Call, Finish
 from persist_cache.server.protocols.responses_items import sealed
 from persist_cache.server.protocols.responses_request import Manner
 from persist_cache.server.protocols.responses_tools import free_text
@@ -30,7 +30,6 @@ class _Piece:
     """A part of an item that is text, and the events that say it.
 
     Attributes:
-        item: The type of the item.
         member: Of the item, that holds the part.
         place: Of an event, that holds the part's index.
         part: Begins the types of events about the whole part.
@@ -40,7 +39,6 @@ class _Piece:
         also: What else events about its text have.
     """
 
-    item: str
     member: str
     place: str
     part: str
@@ -51,7 +49,6 @@ class _Piece:
 
 
 _TEXT = _Piece(
-    "message",
     "content",
     "content_index",
     "response.content_part",
@@ -61,7 +58,6 @@ _TEXT = _Piece(
     {"logprobs": []},
 )
 _THOUGHT = _Piece(
-    "reasoning",
     "content",
     "content_index",
     "response.content_part",
@@ -69,7 +65,6 @@ _THOUGHT = _Piece(
     "reasoning_text",
 )
 _SUMMARY = _Piece(
-    "reasoning",
     "summary",
     "summary_index",
     "response.reasoning_summary_part",
@@ -78,17 +73,8 @@ _SUMMARY = _Piece(
 )
 
 
-class ResponseAnswer:
-    """One answer, while it is said.
-
-    Thread safety: for one thread.
-
-    White space in front of a tool call is left out: templates write their own there, and the next
-    request would not begin with what was said.
-
-    Attributes:
-        calls: How many tool calls it has so far.
-    """
+class ResponseAnswer(Answer):
+    """A response, while it is said."""
 
     def __init__(
         self,
@@ -108,6 +94,7 @@ class ResponseAnswer:
             clock: Tells the time that passes.
             now: Tells the time of the day, in seconds of UTC.
         """
+        super().__init__()
         self._model = model
         self._manner = manner
         self._new_id = new_id
@@ -116,74 +103,66 @@ class ResponseAnswer:
         self._id = f"resp_{new_id()}"
         self._created = int(now())
         self._items: list[dict[str, Any]] = []
-        self._piece: _Piece | None = None  # that is open, in the last item
-        self._space = ""
+        self._piece = _TEXT  # that is open, or was
         self._number = 0
         self._told = clock()
-        self.calls = 0
 
-    def start(self, usage: Usage | None = None) -> list[Event]:
-        """The first events; what was used is said in the end."""
+    def start(self, usage: Usage) -> list[Event]:
         return [self._of_all("created"), self._of_all("in_progress")]
 
     def sign(self) -> list[Event]:
-        """A sign of life, if there was no event for long."""
         if self._clock() - self._told < SIGN_S:
             return []
         return [self._of_all("in_progress")]
 
-    def say(self, parts: Sequence[Part]) -> list[Event]:
-        """Events for the next parts."""
-        events: list[Event] = []
-        for part in parts:
-            if isinstance(part, Call):
-                events += self._call(part)
-            elif isinstance(part, Reasoning):
-                events += self._think(part.text)
-            else:
-                events += self._speak(part.text)
-        return events
-
     def end(self, finish: Finish, usage: Usage) -> list[Event]:
-        """The last events."""
         status = _status(finish)
-        events: list[Event] = []
-        if self._space and (self._piece is not None or not self._items):
-            events += self._said(self._space, _TEXT)
+        events = self._flush() if self._open or not self._items else []
         events += self._close(status)
         return [*events, self._of_all(status, self._ended(status, usage))]
 
     def fail(self, refusal: RefusedError) -> list[Event]:
-        """The last event of a stream that fails."""
         code = refusal.code or ("invalid_prompt" if refusal.status < 500 else "server_error")
         error = {"code": code, "message": str(refusal)}
         return [self._of_all("failed", {"status": "failed", "error": error})]
 
     def whole(self, finish: Finish, usage: Usage) -> dict[str, Any]:
-        """The whole response, once its parts were said."""
         self.end(finish, usage)
         return self._response(self._ended(_status(finish), usage))
 
     # ---- what is said ------------------------------------------------------------------------
 
-    def _think(self, text: str) -> list[Event]:
-        events: list[Event] = []
-        if self._piece is _TEXT and self._space:
-            events = self._said(self._space, _TEXT)
-        self._space = ""
-        return events + self._said(text, _SUMMARY if self._manner.as_summary else _THOUGHT)
+    def _begin(self, kind: Kind) -> list[Event]:
+        if kind == "text":
+            self._piece = _TEXT
+            item = {"id": f"msg_{self._new_id()}", "type": "message", "role": "assistant"}
+            begun = self._added({**item, "content": []})
+        else:
+            self._piece = _SUMMARY if self._manner.as_summary else _THOUGHT
+            item = {"id": f"rs_{self._new_id()}", "type": "reasoning"}
+            begun = self._added({**item, "summary": [], "content": [], "encrypted_content": None})
+        part = {"type": self._piece.kind, "text": "", **self._piece.more}
+        self._items[-1][self._piece.member].append(part)
+        return [begun, self._of_piece(f"{self._piece.part}.added", part=dict(part))]
 
-    def _speak(self, text: str) -> list[Event]:
-        events = [] if self._piece in (_TEXT, None) else self._close()
-        whole = self._space + text
-        said = whole.rstrip()
-        self._space = whole[len(said) :]
-        return events + (self._said(said, _TEXT) if said else [])
+    def _add(self, text: str) -> Event:
+        self._part["text"] += text
+        return self._of_piece(f"{self._piece.text}.delta", delta=text, **self._piece.also)
+
+    def _close(self, status: str = "completed") -> list[Event]:
+        was, self._open = self._open, ""
+        if not was:
+            return []
+        part, piece = dict(self._part), self._piece
+        if was == "thinking" and self._manner.seals:
+            self._items[-1]["encrypted_content"] = sealed(part["text"])
+        return [
+            self._of_piece(f"{piece.text}.done", text=part["text"], **piece.also),
+            self._of_piece(f"{piece.part}.done", part=part),
+            self._done(status),
+        ]
 
     def _call(self, call: Call) -> list[Event]:
-        self._space = ""
-        events = self._close()
-        self.calls += 1
         named = self._manner.tools.known(call.name)
         item = {
             "id": f"{'ctc' if named.is_custom else 'fc'}_{self._new_id()}",
@@ -198,55 +177,18 @@ class ResponseAnswer:
         else:
             said, written = "arguments", json.dumps(call.arguments, ensure_ascii=False)
             of = "response.function_call_arguments"
-        events.append(self._begin({**item, said: ""}))
-        events.append(self._of_item(f"{of}.delta", delta=written))
+        events = [self._added({**item, said: ""}), self._of_item(f"{of}.delta", delta=written)]
         self._items[-1][said] = written
         events.append(self._of_item(f"{of}.done", **{said: written}))
         return [*events, self._done("completed")]
 
-    def _said(self, text: str, piece: _Piece) -> list[Event]:
-        events: list[Event] = []
-        if self._piece is not piece:
-            events += self._close()
-            events += self._open(piece)
-        self._part["text"] += text
-        return [*events, self._of_piece(f"{piece.text}.delta", delta=text, **piece.also)]
-
-    def _open(self, piece: _Piece) -> list[Event]:
-        if piece is _TEXT:
-            item = {"id": f"msg_{self._new_id()}", "type": "message", "role": "assistant"}
-            begun = self._begin({**item, "content": []})
-        else:
-            item = {"id": f"rs_{self._new_id()}", "type": "reasoning"}
-            begun = self._begin({**item, "summary": [], "content": [], "encrypted_content": None})
-        self._piece = piece
-        part = {"type": piece.kind, "text": "", **piece.more}
-        self._items[-1][piece.member].append(part)
-        return [begun, self._of_piece(f"{piece.part}.added", part=dict(part))]
-
-    def _close(self, status: str = "completed") -> list[Event]:
-        piece = self._piece
-        if piece is None:
-            return []
-        part = dict(self._part)
-        if piece is not _TEXT and self._manner.seals:
-            self._items[-1]["encrypted_content"] = sealed(part["text"])
-        events = [
-            self._of_piece(f"{piece.text}.done", text=part["text"], **piece.also),
-            self._of_piece(f"{piece.part}.done", part=part),
-            self._done(status),
-        ]
-        self._piece = None
-        return events
-
     @property
     def _part(self) -> dict[str, Any]:
-        """The part that is open."""
-        assert self._piece is not None
+        """The part that is open, or was."""
         found: dict[str, Any] = self._items[-1][self._piece.member][-1]
         return found
 
-    def _begin(self, item: dict[str, Any]) -> Event:
+    def _added(self, item: dict[str, Any]) -> Event:
         self._items.append({**item, "status": "in_progress"})
         return self._event("response.output_item.added", **self._last())
 
@@ -269,7 +211,6 @@ class ResponseAnswer:
         return self._event(name, **where, **more)
 
     def _of_piece(self, name: str, **more: Any) -> Event:
-        assert self._piece is not None
         return self._of_item(name, **{self._piece.place: 0}, **more)
 
     def _of_all(self, status: str, more: Mapping[str, Any] | None = None) -> Event:
