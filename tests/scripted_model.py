@@ -85,6 +85,8 @@ def build_scripted_model(
     tokens = PreTrainedTokenizerFast.from_pretrained(path)
     starts = [f"<|play {name}|>" for name in scripts]
     chunks = [chunk for script in scripts.values() for chunk in script]
+    if len(set(chunks)) < len(chunks):
+        raise ValueError("what follows a chunk depends on it alone: no two may be the same")
     tokens.add_tokens([*starts, *chunks, "</think>"], special_tokens=True)
     tokens.chat_template = template
     tokens.save_pretrained(path)
