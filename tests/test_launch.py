@@ -417,6 +417,37 @@ def test_a_model_that_cannot_be_loaded_is_said_in_one_sentence_and_leaves_nothin
     assert not stub.said.exists()
 
 
+def test_a_port_that_is_taken_is_said_and_leaves_nothing(
+    server: ServerProcess, model: Path, tmp_path: Path, stub: Stub
+) -> None:
+    words = ["-q", "--model", model, "--port", server.port]
+    done = stub.launch(tmp_path / "store", "codex", *words)
+
+    refused(done, f"Cannot listen on 127.0.0.1:{server.port}", "choose another --port")
+    assert not list(stub.temporary.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_start_that_is_interrupted_leaves_nothing(
+    number: signal.Signals, model: Path, tmp_path: Path, stub: Stub
+) -> None:
+    with subprocess.Popen(
+        [SCRIPT, "--store", tmp_path / "store", "launch", "codex", "--model", model],
+        env=os.environ | stub.environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr is not None
+        assert "its log is" in process.stderr.readline()
+
+        process.send_signal(number)
+
+        assert process.wait(60) == 128 + number
+    assert not list(stub.temporary.iterdir())
+    assert not running_servers(tmp_path / "store")
+    assert not stub.said.exists()
+
+
 def test_a_client_that_is_not_installed_is_named_with_how_to_install_it(
     tmp_path: Path, stub: Stub
 ) -> None:
