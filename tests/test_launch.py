@@ -140,7 +140,9 @@ def test_claude_codes_own_prefix_breakers_are_off_where_nothing_is_lost() -> Non
 
     assert setup.environment["CLAUDE_CODE_ATTRIBUTION_HEADER"] == "0"
     assert setup.environment["CLAUDE_CODE_TOTAL_TOKENS_REMINDER"] == "off"
-    assert setup.arguments == ("--exclude-dynamic-system-prompt-sections",)
+    assert setup.arguments == ()
+    without_a_person = setup_of(CLIENTS["claude"], SERVED, {}, ["-p", "Hello"])
+    assert without_a_person.arguments == ("--exclude-dynamic-system-prompt-sections",)
     assert "CLAUDE_CODE_DISABLE_GIT_INSTRUCTIONS" not in setup.environment
 
 

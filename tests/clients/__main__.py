@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -87,25 +88,30 @@ def drive(driver: Driver, programs: Path, model: Path, folder: Path) -> Row:
 
 def _ask(words: Sequence[str], environment: Mapping[str, str], folder: Path, log: Path) -> str:
     """Ask a question; returns what went wrong, "" if it was answered."""
-    try:
-        done = subprocess.run(
+    with log.open("w") as output:
+        # In a session of its own: what it starts itself is to end with it.
+        process = subprocess.Popen(
             words,
             cwd=folder,
             env=environment,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=_PATIENCE_S,
-            check=False,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
         )
-    except subprocess.TimeoutExpired:
-        return f"no answer in {_PATIENCE_S} s"
-    log.write_text(done.stdout)
-    if done.returncode == 0 and DONE in done.stdout:
+        try:
+            status = process.wait(_PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            return f"no answer in {_PATIENCE_S} s"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    said = log.read_text(errors="replace")
+    if status == 0 and DONE in said:
         return ""
-    lines = done.stdout.strip().splitlines()
-    return f"status {done.returncode}: {lines[-1] if lines else 'it said nothing'}"
+    lines = said.strip().splitlines()
+    return f"status {status}: {lines[-1] if lines else 'it said nothing'}"
 
 
 def _environment(programs: Path, home: Path) -> dict[str, str]:

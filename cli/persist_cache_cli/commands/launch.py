@@ -119,7 +119,7 @@ def _path_of(client: Client) -> str:
 
 def _run(client: Client, path: str, words: Sequence[str], found: Connection) -> None:
     """Become the client."""
-    setup = setup_of(client, found.served, os.environ)
+    setup = setup_of(client, found.served, os.environ, words)
     for warning in _warnings(client, setup):
         _tell(f"Warning: {warning}")
     environment = {**os.environ, **setup.environment}
@@ -147,7 +147,7 @@ def _tell(sentence: str) -> None:
 def _show(
     client: Client, words: Sequence[str], served: Served, *, is_running: bool, as_json: bool
 ) -> None:
-    setup = setup_of(client, served, os.environ)
+    setup = setup_of(client, served, os.environ, words)
     warnings = _warnings(client, setup)
     environment = _without_key(setup.environment, served)
     line = [client.program, *setup.arguments, *words]

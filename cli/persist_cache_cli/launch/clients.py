@@ -3,13 +3,13 @@
 Pure: a server goes in, the client's environment, arguments and files come out. A client's switches
 are set only where nothing is lost by them: a billing line and a count of hosted tokens say nothing
 about a model of one's own, and what Claude Code moves out of its system prompt it says elsewhere.
-Switches were found in the versions that `scripts/clients` installs.
+Switches are those of the versions that docs/agents.md names.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ _CODEX_PROVIDER = "persist_cache"
 """Without a hyphen, because it is a part of a dotted key."""
 _SMALL_CONTEXT_TOKENS = 128_000
 _MOST_OUTPUT_TOKENS = 32_000
+_CLAUDE_MOVES = ("--exclude-dynamic-system-prompt-sections",)
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 
 
@@ -80,29 +81,33 @@ class Client:
         program: Its executable.
         title: Its name.
         install: The command that installs it.
-        setup: Makes its setup for a server; is given the environment as it is.
+        setup: Makes its setup for a server; is given the environment as it is, and the arguments
+            of the user's.
         is_launched: It needs no file of its own, so `launch` can start it.
     """
 
     program: str
     title: str
     install: str
-    setup: Callable[[Served, Mapping[str, str]], Setup]
+    setup: Callable[[Served, Mapping[str, str], Sequence[str]], Setup]
     is_launched: bool = False
 
 
-def setup_of(client: Client, served: Served, environment: Mapping[str, str]) -> Setup:
+def setup_of(
+    client: Client, served: Served, environment: Mapping[str, str], words: Sequence[str] = ()
+) -> Setup:
     """How a client is started to talk to a server.
 
     Args:
         client: The client.
         served: The server.
         environment: That it would be started in.
+        words: Arguments of the user's.
 
     Raises:
         click.ClickException: The environment has what cannot be added to.
     """
-    setup = client.setup(served, environment)
+    setup = client.setup(served, environment, words)
     more = _past_proxies(served, environment)
     if served.api_key is not None:
         more[KEY_VARIABLE] = served.api_key
@@ -125,7 +130,7 @@ def _past_proxies(served: Served, environment: Mapping[str, str]) -> dict[str, s
 # ---- the clients ---------------------------------------------------------------------------------
 
 
-def _claude(served: Served, environment: Mapping[str, str]) -> Setup:
+def _claude(served: Served, environment: Mapping[str, str], words: Sequence[str]) -> Setup:
     model = served.model
     said = {
         "ANTHROPIC_BASE_URL": served.url,
@@ -143,10 +148,13 @@ def _claude(served: Served, environment: Mapping[str, str]) -> Setup:
         said["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] = str(served.context_tokens)
         if served.context_tokens < _SMALL_CONTEXT_TOKENS:
             said["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] = str(served.output_tokens)
-    return Setup(("--exclude-dynamic-system-prompt-sections",), said, ("ANTHROPIC_API_KEY",))
+    # Without a person it says folder and git's status in the first message then; with one the
+    # switch does nothing, and earlier versions do not know it.
+    moves = _CLAUDE_MOVES if {"-p", "--print"}.intersection(words) else ()
+    return Setup(moves, said, ("ANTHROPIC_API_KEY",))
 
 
-def _codex(served: Served, environment: Mapping[str, str]) -> Setup:
+def _codex(served: Served, environment: Mapping[str, str], words: Sequence[str]) -> Setup:
     provider = {"name": PROVIDER, "base_url": f"{served.url}/v1", "wire_api": "responses"}
     if served.api_key is not None:
         provider["env_key"] = KEY_VARIABLE
@@ -166,7 +174,7 @@ def _toml(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _opencode(served: Served, environment: Mapping[str, str]) -> Setup:
+def _opencode(served: Served, environment: Mapping[str, str], words: Sequence[str]) -> Setup:
     model: dict[str, Any] = {"name": served.model, "tool_call": True}
     if served.context_tokens is not None:
         model["limit"] = {"context": served.context_tokens, "output": served.output_tokens}
@@ -220,7 +228,7 @@ def _merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     return said
 
 
-def _qwen(served: Served, environment: Mapping[str, str]) -> Setup:
+def _qwen(served: Served, environment: Mapping[str, str], words: Sequence[str]) -> Setup:
     said = {
         "OPENAI_BASE_URL": f"{served.url}/v1",
         "OPENAI_API_KEY": served.key,
@@ -229,7 +237,7 @@ def _qwen(served: Served, environment: Mapping[str, str]) -> Setup:
     return Setup(("--auth-type", "openai"), said)
 
 
-def _aider(served: Served, environment: Mapping[str, str]) -> Setup:
+def _aider(served: Served, environment: Mapping[str, str], words: Sequence[str]) -> Setup:
     said = {"OPENAI_API_BASE": f"{served.url}/v1", "OPENAI_API_KEY": served.key}
     named = f"openai/{served.model}"
     files = {}
@@ -242,7 +250,7 @@ def _aider(served: Served, environment: Mapping[str, str]) -> Setup:
     return Setup(("--model", named, "--no-show-model-warnings"), said, files=files)
 
 
-def _pi(served: Served, environment: Mapping[str, str]) -> Setup:
+def _pi(served: Served, environment: Mapping[str, str], words: Sequence[str]) -> Setup:
     model: dict[str, Any] = {"id": served.model}
     if served.context_tokens is not None:
         model |= {"contextWindow": served.context_tokens, "maxTokens": served.output_tokens}
