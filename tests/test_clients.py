@@ -69,17 +69,19 @@ def test_a_client_that_cannot_be_installed_is_named_with_the_reason(
         install(tmp_path / "one", "npm", ["some-client"])
 
     row = Row("Some client", "chat", trouble="not installed: npm error 404")
-    assert "| Some client | chat | no: not installed: npm error 404 | – | – | – |" in table([row])
+    assert "| Some client | chat | no: not installed: npm error 404 | – | – | – | – |" in table(
+        [row]
+    )
 
 
 def test_a_row_says_what_was_reused_of_what_was_asked_and_of_what_could_be() -> None:
-    first, later = Reuse(6, 1000, 800, 200), Reuse(6, 2000, 1900, 119)
+    first, later = Reuse(6, 1000, 800, 200, (90, 150)), Reuse(6, 2000, 1900, 119)
     steps = {"works": first, "turn 2": later, "after SIGKILL": later, "other folder": first}
     (*_, said) = table([Row("A client", "chat", "1.2", steps=steps)]).splitlines()
 
     assert said == (
         "| A client 1.2 | chat | yes, 6 requests; 800 of 1,000 (100.0%) | 1,881 of 2,000 (99.0%) "
-        "| 1,881 of 2,000 (99.0%) | 800 of 1,000 (100.0%) |"
+        "| 1,881 of 2,000 (99.0%) | 800 of 1,000 (100.0%) | 90 of 150 |"
     )
 
 

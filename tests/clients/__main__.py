@@ -137,14 +137,17 @@ def _version(driver: Driver, programs: Path) -> str:
 def table(rows: Sequence[Row]) -> str:
     """The rows in Markdown."""
     columns = [name for name in STEPS if name != "works"]
-    lines = ["| client | speaks | works | " + " | ".join(columns) + " |"]
-    lines.append("|---|---|---|" + "---:|" * len(columns))
+    headings = [*columns, "its first request"]
+    lines = ["| client | speaks | works | " + " | ".join(headings) + " |"]
+    lines.append("|---|---|---|" + "---:|" * len(headings))
     for row in rows:
         first = row.steps.get("works")
         works = f"no: {row.trouble}" if row.trouble else "yes"
         if first is not None and not row.trouble:
-            works = f"yes, {first.requests} requests; {cell(first)}"
+            counted = "a request" if first.requests == 1 else f"{first.requests} requests"
+            works = f"yes, {counted}; {cell(first)}"
         cells = [cell(row.steps[name]) if name in row.steps else "–" for name in columns]
+        cells.append(opening(row.steps["other folder"]) if "other folder" in row.steps else "–")
         named = f"{row.client} {row.version}".strip()
         lines.append(f"| {named} | {row.protocol} | {works} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -153,6 +156,12 @@ def table(rows: Sequence[Row]) -> str:
 def cell(found: Reuse) -> str:
     """Tokens reused of those asked, and how much that is of what could be."""
     return f"{found.reused:,} of {found.total:,} ({found.share:.1%})"
+
+
+def opening(found: Reuse) -> str:
+    """The same of the first request alone."""
+    reused, asked = found.opening
+    return f"{reused:,} of {asked:,}"
 
 
 @contextlib.contextmanager

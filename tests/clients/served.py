@@ -25,12 +25,14 @@ class Reuse:
         total: Tokens of their prompts.
         common: Tokens that each shares with the longest prefix of an earlier one.
         computed: Tokens of prompts that the model was called with.
+        opening: Tokens found for the first request, and asked by it; one for a title is none.
     """
 
     requests: int = 0
     total: int = 0
     common: int = 0
     computed: int = 0
+    opening: tuple[int, int] = (0, 0)
 
     @property
     def reused(self) -> int:
@@ -61,10 +63,13 @@ class NotingServer(CountedServer):
             return found
         with self._prompts.open() as file:
             file.seek(self._read_prompts)
-            lines = file.readlines()
+            looks = list(map(json.loads, file.readlines()))
             self._read_prompts = file.tell()
-        for line in lines:
-            tokens = json.loads(line)
+        longest_prompt = max((len(look["tokens"]) for look in looks), default=0)
+        for look in looks:
+            tokens = look["tokens"]
+            if not found.opening[1] and 2 * len(tokens) > longest_prompt:
+                found.opening = look["found"], len(tokens)
             packed = pack_tokens(tokens)
             longest = max((common_prefix_tokens(packed, one) for one in self._earlier), default=0)
             found.requests += 1
@@ -93,7 +98,8 @@ def main() -> None:
 
     def noting(ticket: Ticket, fetch: Any) -> None:
         if ticket.fetch is None and ticket.prompt is not None and not ticket.keeps:
-            log.write(json.dumps(list(map(int, ticket.prompt.tokens))) + "\n")
+            tokens = list(map(int, ticket.prompt.tokens))
+            log.write(json.dumps({"tokens": tokens, "found": fetch.num_tokens}) + "\n")
         looked(ticket, fetch)
 
     Ticket.looked = noting  # type: ignore[method-assign, assignment]

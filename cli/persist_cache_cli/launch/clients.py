@@ -25,6 +25,13 @@ _CODEX_PROVIDER = "persist_cache"
 _SMALL_CONTEXT_TOKENS = 128_000
 _MOST_OUTPUT_TOKENS = 32_000
 _CLAUDE_MOVES = ("--exclude-dynamic-system-prompt-sections",)
+_CLAUDE_ELSEWHERE = (
+    "ANTHROPIC_API_KEY",
+    "CLAUDE_CODE_USE_BEDROCK",
+    "CLAUDE_CODE_USE_FOUNDRY",
+    "CLAUDE_CODE_USE_VERTEX",
+)
+"""A key that would be sent beside ours, and other places that win over its address."""
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 
 
@@ -151,7 +158,7 @@ def _claude(served: Served, environment: Mapping[str, str], words: Sequence[str]
     # Without a person it says folder and git's status in the first message then; with one the
     # switch does nothing, and earlier versions do not know it.
     moves = _CLAUDE_MOVES if {"-p", "--print"}.intersection(words) else ()
-    return Setup(moves, said, ("ANTHROPIC_API_KEY",))
+    return Setup(moves, said, _CLAUDE_ELSEWHERE)
 
 
 def _codex(served: Served, environment: Mapping[str, str], words: Sequence[str]) -> Setup:
