@@ -503,3 +503,5 @@ def test_what_runs_is_found_by_the_models_other_names(
     other = stub.launch(server.store, "codex", "--print", "--json", "--model", "org/other")
     assert json.loads(other.out)["url"] == "http://127.0.0.1:8080"
     assert not json.loads(other.out)["running"]
+    shown = stub.launch(server.store, "pi", "--print", "--model", "org/other")
+    assert f"--store {server.store} serve --model org/other --port 8080" in shown.out

@@ -92,7 +92,10 @@ def command(
         )
     if is_printed:
         served = not_running(wanted) if found is None else found.served
-        _show(client, words, served, is_running=found is not None, as_json=as_json)
+        port_said = served.url.rpartition(":")[2]
+        start = f"serve --model {shlex.quote(served.model)} --port {port_said}"
+        start = "" if found is not None else command_line(given, start)
+        _show(client, words, served, start, as_json=as_json)
         return
     assert path is not None
     with contextlib.ExitStack() as starting:
@@ -145,8 +148,9 @@ def _tell(sentence: str) -> None:
 
 
 def _show(
-    client: Client, words: Sequence[str], served: Served, *, is_running: bool, as_json: bool
+    client: Client, words: Sequence[str], served: Served, start: str, *, as_json: bool
 ) -> None:
+    """Print what the client needs; `start` starts its server, "" if that runs."""
     setup = setup_of(client, served, os.environ, words)
     warnings = _warnings(client, setup)
     environment = _without_key(setup.environment, served)
@@ -157,7 +161,7 @@ def _show(
             "url": served.url,
             "model": served.model,
             "context_tokens": served.context_tokens,
-            "running": is_running,
+            "running": not start,
             "environment": environment,
             "unset": list(setup.unset),
             "files": dict(setup.files),
@@ -166,8 +170,9 @@ def _show(
         }
         click.echo(json.dumps(said, indent=2, ensure_ascii=False))
         return
-    state = "" if is_running else ", once it runs"
-    click.echo(f"# {client.title} with the server at {served.url}{state}: {served.model}")
+    click.echo(f"# {client.title} with the server at {served.url}: {served.model}")
+    if start:
+        click.echo(f"# It does not run yet: {start}")
     for warning in warnings:
         click.echo(f"# Warning: {warning}")
     for file, text in setup.files.items():
