@@ -29,12 +29,14 @@ from persist_cache.server.guard import (
     HEALTH_PATH,
     IGNORED_HEADER,
     MODELS_PATH,
+    STABILIZE_HEADER,
     ModelGuard,
     Request,
     owns,
 )
 from persist_cache.server.names import Names, names_of
 from persist_cache.server.protocols.openai import error_body, ignored, lenient, refusal_of, served
+from persist_cache.server.recent.diagnosis import comparison_response
 from persist_cache.server.ticket import Part
 from persist_cache.server.validation import (
     RefusedError,
@@ -200,6 +202,7 @@ class Front(BaseHTTPRequestHandler):
         if is_chat and has_images(body["messages"]) and not self._sees(body):
             # Before upstream fetches what is at their addresses.
             refuse_parts(body["messages"], why="this model reads text only")
+        comparison_response(body)  # refuses what is malformed
         self._tell_ignored(ignored(body, is_chat=is_chat))
         self._post(served(body, is_chat=is_chat))
 
@@ -337,7 +340,10 @@ class Front(BaseHTTPRequestHandler):
         """
         outside = self.path, self.wfile, self.headers
         self.keeps = keeps
+        chosen = self.headers.get(STABILIZE_HEADER)
         self.headers = Message()
+        if chosen is not None:
+            self.headers[STABILIZE_HEADER] = chosen
         answer = io.BytesIO()
         self.wfile = answer
         try:

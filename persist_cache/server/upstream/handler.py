@@ -9,6 +9,7 @@ from mlx_lm import server as upstream
 
 from persist_cache.cache.prompt_cache import PromptCache
 from persist_cache.server.answers import json_response
+from persist_cache.server.diagnosing import Diagnosing
 from persist_cache.server.http import Front
 from persist_cache.server.messages import Messages
 from persist_cache.server.responses import Responses
@@ -19,11 +20,11 @@ from persist_cache.server.upstream.requests import TicketedRequest
 log = logging.getLogger(__name__)
 
 
-class Handler(Messages, Responses, Streaming, Front, upstream.APIHandler):  # type: ignore[misc]
+class Handler(Messages, Responses, Diagnosing, Streaming, Front, upstream.APIHandler):  # type: ignore[misc]
     """Upstream's HTTP handler behind our front, saying where the prompt's cache came from."""
 
     def handle_completion(self, request: Any, stop_words: list[str]) -> None:
-        self.begin(Ticket(self.body_as_read, keeps=self.keeps))
+        self.begin(Ticket(self.body_as_read, keeps=self.keeps), self.request_id)
         try:
             with self.response_generator.in_flight():
                 super().handle_completion(TicketedRequest.of(request, self.ticket), stop_words)
@@ -36,7 +37,7 @@ class Handler(Messages, Responses, Streaming, Front, upstream.APIHandler):  # ty
             log.debug("the failure", exc_info=True)
             self.say_error(error)
         finally:
-            self.ticket = None
+            self.conclude()
 
     def handle_health_check(self) -> None:
         """Tell a sick disk from a sick model; only the latter makes the server unavailable."""
