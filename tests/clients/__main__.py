@@ -17,11 +17,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from persist_cache.stability.names import DEFAULTS, parse_names
 from persist_cache_cli.launch.clients import Served
 from tests.clients.agent_model import CONTEXT_TOKENS, DONE, build_agent_model
 from tests.clients.drivers import DRIVERS, Driver, Place
@@ -58,13 +59,24 @@ class Row:
     steps: dict[str, Reuse] = field(default_factory=dict)
 
 
-def drive(driver: Driver, programs: Path, model: Path, folder: Path) -> Row:
-    """Ask a client in all four ways, with a server and a store of its own."""
+def drive(
+    driver: Driver, programs: Path, model: Path, folder: Path, stabilize: Collection[str] = DEFAULTS
+) -> Row:
+    """Ask a client in all four ways, with a server and a store of its own.
+
+    Args:
+        driver: Of the client.
+        programs: The folder that its program is in.
+        model: The model's.
+        folder: For all that is made.
+        stabilize: Repairs that the server does.
+    """
     row = Row(driver.title, driver.protocol, _version(driver, programs))
     home, store = folder / "home", folder / "store"
     home.mkdir(parents=True)
     environment = _environment(programs, home)
-    with NotingServer(model, store, folder / "server") as server:
+    options = {"stabilize": sorted(stabilize)}
+    with NotingServer(model, store, folder / "server", **options) as server:
         # The model is there, and what it takes to tokenize beside it.
         server.chat(("user", "Hello"))
         server.settle()
@@ -181,6 +193,13 @@ def main() -> int:
         "--keep", type=Path, metavar="DIR", help="leave what is installed and said there"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
+    parser.add_argument(
+        "--stabilize",
+        type=parse_names,
+        default=DEFAULTS,
+        metavar="NAMES",
+        help="repairs that the server does, as for `persist-cache serve`",
+    )
     given = parser.parse_args()
     unknown = set(given.clients) - set(DRIVERS)
     if unknown:
@@ -204,7 +223,7 @@ def main() -> int:
                 rows.append(Row(driver.title, driver.protocol, trouble=f"not installed: {error}"))
                 continue
             run = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=folder))
-            rows.append(drive(driver, programs, model, run))
+            rows.append(drive(driver, programs, model, run, given.stabilize))
             print(f"  {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     print(table(rows))
     if given.json is not None:
