@@ -64,24 +64,39 @@ TEMPLATE = "".join(
 )
 
 
-def build_scripted_model(path: Path, **config: Any) -> Path:
+def build_scripted_model(
+    path: Path,
+    *,
+    scripts: Mapping[str, Sequence[str]] = SCRIPTS,
+    template: str = TEMPLATE,
+    tokenizer: Mapping[str, Any] | None = None,
+    **config: Any,
+) -> Path:
     """Write the model into the folder `path`.
 
     Args:
         path: The folder; made when it does not exist.
+        scripts: What it says, by name.
+        template: That ends a prompt with `<|play NAME|>`.
+        tokenizer: How to train one that is not the smallest; `build_model_dir` says how.
         config: Fields of config.json to add or to replace.
     """
-    tiny_models.build_model_dir(path)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
-    starts = [f"<|play {name}|>" for name in SCRIPTS]
-    chunks = [chunk for script in SCRIPTS.values() for chunk in script]
-    tokenizer.add_tokens([*starts, *chunks, "</think>"], special_tokens=True)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(path)
-    size = len(tokenizer)
+    tiny_models.build_model_dir(path, **(tokenizer or {}))
+    tokens = PreTrainedTokenizerFast.from_pretrained(path)
+    starts = [f"<|play {name}|>" for name in scripts]
+    chunks = [chunk for script in scripts.values() for chunk in script]
+    if len(set(chunks)) < len(chunks):
+        raise ValueError("what follows a chunk depends on it alone: no two may be the same")
+    tokens.add_tokens([*starts, *chunks, "</think>"], special_tokens=True)
+    tokens.chat_template = template
+    tokens.save_pretrained(path)
+    spoken = dict.fromkeys(tokens.convert_tokens_to_ids([*starts, *chunks]))
+    # One number for each token of a script, and one for all others.
+    place = {token: number for number, token in enumerate(spoken, start=1)}
+    size, width = len(tokens), len(spoken) + 1
     settings = {
         **json.loads((path / "config.json").read_text()),
-        "hidden_size": size,
+        "hidden_size": width,
         "intermediate_size": 8,
         "num_hidden_layers": 2,
         "num_attention_heads": 1,
@@ -91,17 +106,19 @@ def build_scripted_model(path: Path, **config: Any) -> Path:
         **config,
     }
     model = llama.Model(llama.ModelArgs.from_dict(settings))
-    follows = mx.zeros((size, size))
-    end = tokenizer.eos_token_id
-    follows[end, :] = 1.0
-    for name, script in SCRIPTS.items():
-        said = [f"<|play {name}|>", *script]
-        for before, after in zip(said, [*script, None], strict=True):
-            last = tokenizer.convert_tokens_to_ids(before)
-            follows[end, last] = 0.0
-            follows[end if after is None else tokenizer.convert_tokens_to_ids(after), last] = 1.0
+    means, follows = mx.zeros((size, width)), mx.zeros((size, width))
+    end = tokens.eos_token_id
+    means[:, 0] = 1.0
+    follows[end, 0] = 1.0
+    for token, number in place.items():
+        means[token, 0] = 0.0
+        means[token, number] = 1.0
+    for name, script in scripts.items():
+        said = tokens.convert_tokens_to_ids([f"<|play {name}|>", *script])
+        for before, after in zip(said, [*said[1:], end], strict=True):
+            follows[after, place[before]] = 1.0
     model.lm_head.weight = follows
-    model.model.embed_tokens.weight = mx.eye(size)
+    model.model.embed_tokens.weight = means
     for layer in model.layers:
         layer.self_attn.o_proj.weight = mx.zeros_like(layer.self_attn.o_proj.weight)
         layer.mlp.down_proj.weight = mx.zeros_like(layer.mlp.down_proj.weight)

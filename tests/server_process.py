@@ -199,6 +199,8 @@ def main() -> None:
     options = job["options"]
     if "persist" in options:
         options["persist"] = tuple(options["persist"])
+    if "stabilize" in options:
+        options["stabilize"] = frozenset(options["stabilize"])
     serve(job["flags"], ServeOptions(**options))
 
 

@@ -102,7 +102,7 @@ def test_examples_are_accepted(document: str) -> None:
     text = (ROOT / document).read_text()
     calls = re.findall(r"^(?:    |\$ )?(persist-cache [^\n`]+?)(?:  #.*)?$", text, re.MULTILINE)
     for call in calls:
-        words = shlex.split(call.split(" | ")[0].rstrip("\\ &"))[1:]
+        words = shlex.split(call.split(" | ")[0].split(" -- ")[0].rstrip("\\ &"))[1:]
         while words and words[0] in ("--store", "[--store"):
             words = words[2:]
         if not words or words[0].startswith(("-", "COMMAND")):

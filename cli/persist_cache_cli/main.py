@@ -37,6 +37,7 @@ class _Place(NamedTuple):
 
 _COMMANDS = {
     "serve": _Place("Run mlx_lm.server with a cache that survives restarts.", "serve"),
+    "launch": _Place("Run an agent with a server, which is started if none runs.", "launch"),
     "warm": _Place("Prefill prompts ahead of traffic.", "warm"),
     "explain": _Place("Say how much of a request is cached, and why not more.", "explain"),
     "watch": _Place("Show the requests of a running server as they come.", "watch"),

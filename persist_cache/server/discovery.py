@@ -36,6 +36,7 @@ class Serving(msgspec.Struct, frozen=True):
         model: Its own model, as `/v1/models` lists it; None if it has none.
         pid: Of its process; 0 where an earlier version made the file.
         started: When it began to listen, in UTC seconds.
+        while_locked: The file that is held locked by who needs it; "" for a server that stays.
     """
 
     url: str
@@ -43,6 +44,7 @@ class Serving(msgspec.Struct, frozen=True):
     model: str | None = None
     pid: int = 0
     started: float = 0.0
+    while_locked: str = ""
 
 
 class _Announcement:

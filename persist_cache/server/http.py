@@ -172,6 +172,7 @@ class Front(BaseHTTPRequestHandler):
                 "type": "model",
                 "display_name": name,
                 "created_at": at,  # Anthropic's
+                **self._context_of(name),
             }
             for name in ([wanted] if wanted else names.listed())
         ]
@@ -182,6 +183,13 @@ class Front(BaseHTTPRequestHandler):
         # Codex asks in this way, for a catalogue of its own form, in which no model here is.
         catalogue: dict[str, Any] = {"models": []} if "client_version=" in self._query else {}
         return {"object": "list", "data": said, "has_more": False, **ends, **catalogue}
+
+    def _context_of(self, name: str) -> dict[str, int]:
+        """How long prompt and answer may be, if that is known: of the model that is loaded."""
+        provider = self.response_generator.model_provider
+        if not provider.context or self._names().key(name) != provider.model_key:
+            return {}
+        return {"max_model_len": provider.context}
 
     def _checked_post(self) -> None:
         """Hand a request to upstream once it is known to be sound."""

@@ -36,6 +36,7 @@ from persist_cache.server.guard import (
 from persist_cache.server.launch import Parser, ServeOptions, open_disk, start_line
 from persist_cache.server.listening import NamelessServer
 from persist_cache.server.names import names_of, public_name
+from persist_cache.server.needed import when_free
 from persist_cache.server.upstream.generator import Generator
 from persist_cache.server.upstream.program import listen, main, place_in_group
 from persist_cache.store.store import Store, default_store_path
@@ -122,6 +123,8 @@ def _run(
             signal.signal(signal.SIGHUP, _interrupt)
         if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
             signal.signal(signal.SIGINT, _interrupt_again)
+        if options.while_locked is not None:
+            when_free(Path(options.while_locked), lambda: os.kill(os.getpid(), signal.SIGTERM))
         generator = Generator(provider, cache)  # which begins to load, and may say that it failed
         generator.prefill_clock = prefill_clock
         generator.admin = Admin(cache, token=token, host=host, generator=generator)
@@ -133,7 +136,9 @@ def _run(
 
                 def tell(bound_port: int) -> None:
                     cache.on_disk = told.enter_context(
-                        _page_told(host, bound_port, folder, token, args.model)
+                        _page_told(
+                            host, bound_port, folder, token, args.model, options.while_locked or ""
+                        )
                     )
 
                 answer_until_ended(host, port, generator, options.grace_s, tell)
@@ -243,7 +248,12 @@ def _cannot_listen(host: str, port: int, error: Exception) -> PersistCacheError:
 
 @contextlib.contextmanager
 def _page_told(
-    host: str, port: int, folder: Path, token: AdminToken, model: str | None
+    host: str,
+    port: int,
+    folder: Path,
+    token: AdminToken,
+    model: str | None,
+    while_locked: str,
 ) -> Iterator[Callable[[], None]]:
     """Tell people and commands where the page is; nothing of this goes to the log.
 
@@ -271,6 +281,7 @@ def _page_told(
         model=None if model is None else public_name(model),
         pid=os.getpid(),
         started=time.time(),
+        while_locked=while_locked,
     )
     with announced(folder, serving, tell) as again:
         yield again

@@ -82,6 +82,12 @@ from persist_cache_cli.parse import REPAIRS, SIZE
     type=click.IntRange(min=0),
     help="Longest prompt and answer together, where the model's configuration is wrong; 0: any.",
 )
+@click.option(
+    "--while-locked",
+    metavar="FILE",
+    type=click.Path(exists=True, dir_okay=False, resolve_path=True),
+    help="End when no process holds an flock on FILE any more.",
+)
 @click.option("-h", "--help", "show_help", is_flag=True, help="Show this, and upstream's flags.")
 @click.pass_context
 def command(
@@ -101,6 +107,7 @@ def command(
     strict: bool,
     stabilize: frozenset[str],
     context_tokens: int | None,
+    while_locked: str | None,
     show_help: bool,
 ) -> None:
     """Run mlx_lm.server with a prompt cache that survives restarts.
@@ -152,6 +159,7 @@ def command(
         strict=strict,
         context_tokens=context_tokens,
         stabilize=stabilize,
+        while_locked=while_locked,
     )
     for handler in list(logging.getLogger().handlers):
         # Upstream sets up logging as its --log-level says, but only where nobody has done so yet.
