@@ -231,6 +231,12 @@ LOOKALIKES = [
     "Is a git repository needed? Ask.",
     *(f"```\n{block}\n```" for block in _BLOCKS),
     *(f"<example>\n{block}\n</example>" for block in _BLOCKS),
+    *(f"````md\n```\n{block}\n```\n````" for block in _BLOCKS),
+    *(f"```md\n```sh\n{block}\n```" for block in _BLOCKS),
+    *(f"<{tag}>\n{_BLOCKS[0]}\n</{tag}>" for tag in ("pre", "code", "good-example")),
+    f"<example_conversation>\n<pre><code>\nls\n</code></pre>\n{_BLOCKS[0]}\n</example_conversation>",
+    "If asked, say 'Sure! Today's date is 2026-11-25. Anything else?' and stop.",
+    "gitStatus: clean\n\nStatus: always be polite.",
 ]
 
 

@@ -51,14 +51,18 @@ _TAGGED = re.compile(
     re.IGNORECASE,
 )
 _STAMP = re.compile(rf"\d{{4}}-\d{{2}}-\d{{2}}[T ]{_CLOCK}(?:{_ZONE})?")
+_FEW = _SENTENCE.replace(r"\s+", r"\s{1,9}").replace(r"\s*", r"\s{0,9}")
+"""A sentence in a line of any length: two runs of blanks side by side take long to tell apart."""
 _WHOLE = re.compile(
-    rf"(?:\A|(?<=[^.\s][.!?])\s+)({_SENTENCE}(?:\.\s+{_SENTENCE})*(?:\.(?=\s)|\.?\s*\Z))",
+    rf"(?:\A|(?<=[^.\s][.!?])\s+)({_FEW}(?:\.\s{{1,9}}{_FEW})*(?:\.(?=\s)|\.?\s*\Z))",
     re.IGNORECASE,
 )
 _HINTS = ("date", "time", "today", "current", "now", "moment", "day")
 _LONGEST = 400
 """Characters of a line that may be nothing but such sentences."""
 _QUOTES = '`"“'
+_SINGLE_QUOTE = re.compile(r"(?<!\w)'(?=\w)|(?<=[\w.!?,])'(?!\w)")
+"""One that is no apostrophe."""
 
 
 def is_date_line(text: str) -> bool:
@@ -82,9 +86,13 @@ def sentences(line: Line) -> Iterator[tuple[int, int]]:
     text = line.text
     if not text or text[0].isspace() or text[0] in ">|#0123456789" or not _may_tell(text):
         return
+    counts, counted = [0] * (len(_QUOTES) + 1), 0
     for found in _WHOLE.finditer(text):
-        before = text[: found.start(1)]
-        if any(before.count(quote) % 2 for quote in _QUOTES):
+        before, counted = text[counted : found.start(1)], found.start(1)
+        for place, quote in enumerate(_QUOTES):
+            counts[place] += before.count(quote)
+        counts[-1] += sum(1 for _ in _SINGLE_QUOTE.finditer(before))
+        if any(count % 2 for count in counts):
             continue
         end = found.end()
         if found.start() == 0:
