@@ -79,6 +79,14 @@ def test_whole_sentence_that_tells_the_date_leaves_a_line(text: str, left: str) 
     assert texts(done) == [left, "Hello\n\nToday's date is 2026-11-25."]
 
 
+def test_quotations_that_are_closed_and_apostrophes_hide_no_date() -> None:
+    said = "Read the users' notes (all), say \u201cno\u201d or 'yes'. {}Don't be late."
+
+    done = ask(said.format("Today is Monday. "), "Hello", names={"date"})
+
+    assert texts(done) == [said.format(""), "Hello\n\nToday is Monday."]
+
+
 def test_time_of_home_assistant_leaves_the_prompt() -> None:
     done = ask(HOME_ASSISTANT, "Light on", names={"date"})
 

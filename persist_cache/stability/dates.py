@@ -60,9 +60,10 @@ _WHOLE = re.compile(
 _HINTS = ("date", "time", "today", "current", "now", "moment", "day")
 _LONGEST = 400
 """Characters of a line that may be nothing but such sentences."""
-_QUOTES = '`"“'
-_SINGLE_QUOTE = re.compile(r"(?<!\w)'(?=\w)|(?<=[\w.!?,])'(?!\w)")
-"""One that is no apostrophe."""
+_EVEN = '`"'
+_PAIRS = ("()", "[]", "\u201c\u201d", "\u2018\u2019")
+_QUOTE = re.compile(r"((?<!\w)'(?=\w))|(?<=[\w.!?,])'(?!\w)")
+"""A single one that is no apostrophe: one that opens, or one that closes."""
 
 
 def is_date_line(text: str) -> bool:
@@ -86,18 +87,41 @@ def sentences(line: Line) -> Iterator[tuple[int, int]]:
     text = line.text
     if not text or text[0].isspace() or text[0] in ">|#0123456789" or not _may_tell(text):
         return
-    counts, counted = [0] * (len(_QUOTES) + 1), 0
+    quoted, at = _Quoted(), 0
     for found in _WHOLE.finditer(text):
-        before, counted = text[counted : found.start(1)], found.start(1)
-        for place, quote in enumerate(_QUOTES):
-            counts[place] += before.count(quote)
-        counts[-1] += sum(1 for _ in _SINGLE_QUOTE.finditer(before))
-        if any(count % 2 for count in counts):
+        quoted.read(text[at : found.start(1)])
+        at = found.start(1)
+        if quoted.is_open:
             continue
         end = found.end()
         if found.start() == 0:
             end += len(text[end:]) - len(text[end:].lstrip())
         yield line.start + found.start(), line.start + end
+
+
+class _Quoted:
+    """Whether a text is within a quotation, or in brackets, where it ends."""
+
+    def __init__(self) -> None:
+        self._even = dict.fromkeys(_EVEN, 0)
+        self._pairs = dict.fromkeys(_PAIRS, 0)
+        self._is_single = False
+
+    def read(self, text: str) -> None:
+        """Go on with a text."""
+        for mark in self._even:
+            self._even[mark] += text.count(mark)
+        for pair in self._pairs:
+            open_still = self._pairs[pair] + text.count(pair[0]) - text.count(pair[1])
+            self._pairs[pair] = max(0, open_still)
+        for found in _QUOTE.finditer(text):
+            self._is_single = found[1] is not None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether one has not been closed."""
+        odd = any(count % 2 for count in self._even.values())
+        return odd or any(self._pairs.values()) or self._is_single
 
 
 def _may_tell(text: str) -> bool:

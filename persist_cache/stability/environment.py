@@ -50,8 +50,8 @@ _COMPANION = re.compile(
     r"|(?:default\s+)?terminal|home|time\s*zone|locale|language|session(?:\s+id)?",
     re.IGNORECASE,
 )
-_SENTENCE_END = re.compile(r"[.!?](?:\s|\Z)")
-"""A value that is none: an instruction."""
+_INSTRUCTION = re.compile(r".*[.!?]\s+\S.*|\S+\s+\S+\s+\S.*[.!?]\s*")
+"""What is no value: several sentences, or one of three words or more."""
 _ABSOLUTE = re.compile(r"[`\"']?(?:~?/|[A-Za-z]:[\\/])\S")
 _TAG = re.compile(
     r"\s{0,6}<(env|environment|environment_(?:context|details|info)|env_info|system_info(?:rmation)?"
@@ -271,6 +271,6 @@ def _is_of_run(lines: Sequence[Line], place: int, start: int) -> bool:
     if place > start and _PATH_ITEM.fullmatch(text):
         return True
     field = _FIELD.fullmatch(text)
-    if field is None or _SENTENCE_END.search(field[2]):
+    if field is None or _INSTRUCTION.fullmatch(field[2]):
         return False
     return bool(_COMPANION.fullmatch(field[1].strip()) or _ABSOLUTE.match(field[2]))
