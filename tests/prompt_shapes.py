@@ -231,6 +231,14 @@ LOOKALIKES = [
     "Is a git repository needed? Ask.",
     *(f"```\n{block}\n```" for block in _BLOCKS),
     *(f"<example>\n{block}\n</example>" for block in _BLOCKS),
+    *(f"````md\n```\n{block}\n```\n````" for block in _BLOCKS),
+    *(f"```md\n```sh\n{block}\n```" for block in _BLOCKS),
+    *(f"<{tag}>\n{_BLOCKS[0]}\n</{tag}>" for tag in ("pre", "code", "good-example")),
+    f"<example_conversation>\n<pre><code>\nls\n</code></pre>\n{_BLOCKS[0]}\n</example_conversation>",
+    "If asked, say 'Sure! Today's date is 2026-11-25. Anything else?' and stop.",
+    "Never say \u2018Sure. Today is Monday. Bye\u2019 to them.",
+    "Answer as in (Sure. Today is Monday. Bye) here, or [so. Today is Monday. Bye].",
+    "gitStatus: clean\n\nStatus: always be polite.",
 ]
 
 

@@ -458,6 +458,22 @@ def test_no_malformed_body_ends_a_thread_or_leaves_a_trace_in_the_log(
     assert secret not in server.log.read_text()
 
 
+@pytest.mark.parametrize("levels", [400, 900])
+@pytest.mark.parametrize("stream", [False, True])
+def test_body_that_is_nested_too_deeply_for_a_repair_is_refused(
+    server: CountedServer, levels: int, stream: bool
+) -> None:
+    nested = '{"a":' * levels + "1" + "}" * levels
+    tools = f'[{{"type": "function", "name": "clock", "parameters": {nested}}}]'
+    body = f'{{"input": "play hello", "tools": {tools}, "stream": {str(stream).lower()}}}'
+    headers = {**KEY, "x-persist-cache-stabilize": "tools"}
+
+    answer = server.request("POST", PATH, data=body, headers=headers)
+
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == "The body is nested too deeply."
+
+
 # ---- while it takes long -------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,14 @@ def test_whole_sentence_that_tells_the_date_leaves_a_line(text: str, left: str) 
     done = ask(text, "Hello", names={"date"})
 
     assert texts(done) == [left, "Hello\n\nToday's date is 2026-11-25."]
+
+
+def test_quotations_that_are_closed_and_apostrophes_hide_no_date() -> None:
+    said = "Read the users' notes (all), say \u201cno\u201d or 'yes'. {}Don't be late."
+
+    done = ask(said.format("Today is Monday. "), "Hello", names={"date"})
+
+    assert texts(done) == [said.format(""), "Hello\n\nToday is Monday."]
 
 
 def test_time_of_home_assistant_leaves_the_prompt() -> None:
@@ -229,6 +238,42 @@ def test_conversation_of_another_client_gets_nothing_of_the_first_one() -> None:
     assert not any("secret" in text for text in said)
 
 
+@pytest.mark.parametrize(
+    ("text", "moved"),
+    [
+        ("Use:\n```sh\nls\n\npwd\n```\n{}\n\nBe brief.", "See `/home/u/.c/projects/-x/memory`."),
+        ("<a>\n{}\n</a>\n<rules>\nBe brief.\n</rules>", "# Memory\nIn /home/u/.c/projects/-x/."),
+        ("# One\n<a>\n{}\n# Two\nx\n</a>", "See /home/u/.c/projects/-x/."),
+        (
+            "{}\nSystem: refuse what is illegal.\nUser: Ada. Be kind to her.",
+            "Working directory: /a/b",
+        ),
+    ],
+)
+def test_what_stands_beside_the_folder_stays_whole(text: str, moved: str) -> None:
+    done = ask(text.format(moved), "Hello", names={"env"})
+
+    assert texts(done) == [text.replace("{}\n", ""), f"Hello\n\n{moved}"]
+
+
+@pytest.mark.parametrize(
+    "system",
+    [
+        "x-anthropic-billing-header: " + "<example " * 30_000,
+        "/.a/projects/-x\n\n" * 10_000,
+        "# A\n<x>\n" + "/.a/projects/-x\n\n" * 10_000,
+        "Today is Monday. A b c. " * 20_000,
+        "A. Today is " + " " * 200_000 + "x",
+    ],
+)
+def test_long_text_takes_no_longer_than_its_length_bounds(system: str) -> None:
+    begun = time.process_time()
+
+    ask(system, "Hello")
+
+    assert time.process_time() - begun < 8
+
+
 def test_what_is_remembered_is_bounded_and_forgetting_costs_reuse_alone() -> None:
     moves = Moves(max_requests=50, max_bytes=20_000)
     for number in range(500):
@@ -295,6 +340,25 @@ def test_lists_of_reminders_are_sorted_and_nothing_is_removed() -> None:
     assert found[0].messages == found[1].messages
     assert sorted(texts(found[0])[1].split()) == sorted(one.split())
     assert texts(found[0])[1].endswith("Fix it.\n- b\n- a")
+
+
+@pytest.mark.parametrize(
+    ("said", "left"),
+    [
+        (
+            "- z: Z.\n- b: B.\nTRIGGER when: b.\nSKIP: c.\n- a: A.",
+            "- a: A.\n- b: B.\nTRIGGER when: b.\nSKIP: c.\n- z: Z.",
+        ),
+        ("- b\n- a\n\n  More of a.", "- b\n- a\n\n  More of a."),
+        ("- b\n- a\nIs that of a, or of all?", "- b\n- a\nIs that of a, or of all?"),
+        ("- b\n- a\nOthers:\n- d\n- c", "- a\n- b\nOthers:\n- c\n- d"),
+        ("- b\n- a\n</list>", "- a\n- b\n</list>"),
+    ],
+)
+def test_lines_that_go_on_with_a_point_stay_below_it(said: str, left: str) -> None:
+    done = stabilize(chat("x", reminder(said)), None, {"reminders"})
+
+    assert texts(done)[1] == reminder(left)
 
 
 def test_instructions_of_a_project_keep_their_order_within_a_reminder() -> None:

@@ -93,6 +93,8 @@ class Admin:
             return json_response({"error": str(error)}, 503)
         except PersistCacheError as error:
             return json_response({"error": str(error)}, 409)
+        except RecursionError:  # of a repair, a copy or a template
+            return json_response({"error": "The body is nested too deeply."}, 400)
         except Exception as error:
             # The message may quote a prompt.
             log.error("the admin API failed: %s", type(error).__name__)

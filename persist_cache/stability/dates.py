@@ -51,14 +51,19 @@ _TAGGED = re.compile(
     re.IGNORECASE,
 )
 _STAMP = re.compile(rf"\d{{4}}-\d{{2}}-\d{{2}}[T ]{_CLOCK}(?:{_ZONE})?")
+_FEW = _SENTENCE.replace(r"\s+", r"\s{1,9}").replace(r"\s*", r"\s{0,9}")
+"""A sentence in a line of any length: two runs of blanks side by side take long to tell apart."""
 _WHOLE = re.compile(
-    rf"(?:\A|(?<=[^.\s][.!?])\s+)({_SENTENCE}(?:\.\s+{_SENTENCE})*(?:\.(?=\s)|\.?\s*\Z))",
+    rf"(?:\A|(?<=[^.\s][.!?])\s+)({_FEW}(?:\.\s{{1,9}}{_FEW})*(?:\.(?=\s)|\.?\s*\Z))",
     re.IGNORECASE,
 )
 _HINTS = ("date", "time", "today", "current", "now", "moment", "day")
 _LONGEST = 400
 """Characters of a line that may be nothing but such sentences."""
-_QUOTES = '`"“'
+_EVEN = '`"'
+_PAIRS = ("()", "[]", "\u201c\u201d", "\u2018\u2019")
+_QUOTE = re.compile(r"((?<!\w)'(?=\w))|(?<=[\w.!?,])'(?!\w)")
+"""A single one that is no apostrophe: one that opens, or one that closes."""
 
 
 def is_date_line(text: str) -> bool:
@@ -82,14 +87,41 @@ def sentences(line: Line) -> Iterator[tuple[int, int]]:
     text = line.text
     if not text or text[0].isspace() or text[0] in ">|#0123456789" or not _may_tell(text):
         return
+    quoted, at = _Quoted(), 0
     for found in _WHOLE.finditer(text):
-        before = text[: found.start(1)]
-        if any(before.count(quote) % 2 for quote in _QUOTES):
+        quoted.read(text[at : found.start(1)])
+        at = found.start(1)
+        if quoted.is_open:
             continue
         end = found.end()
         if found.start() == 0:
             end += len(text[end:]) - len(text[end:].lstrip())
         yield line.start + found.start(), line.start + end
+
+
+class _Quoted:
+    """Whether a text is within a quotation, or in brackets, where it ends."""
+
+    def __init__(self) -> None:
+        self._even = dict.fromkeys(_EVEN, 0)
+        self._pairs = dict.fromkeys(_PAIRS, 0)
+        self._is_single = False
+
+    def read(self, text: str) -> None:
+        """Go on with a text."""
+        for mark in self._even:
+            self._even[mark] += text.count(mark)
+        for pair in self._pairs:
+            open_still = self._pairs[pair] + text.count(pair[0]) - text.count(pair[1])
+            self._pairs[pair] = max(0, open_still)
+        for found in _QUOTE.finditer(text):
+            self._is_single = found[1] is not None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether one has not been closed."""
+        odd = any(count % 2 for count in self._even.values())
+        return odd or any(self._pairs.values()) or self._is_single
 
 
 def _may_tell(text: str) -> bool:

@@ -50,6 +50,8 @@ _COMPANION = re.compile(
     r"|(?:default\s+)?terminal|home|time\s*zone|locale|language|session(?:\s+id)?",
     re.IGNORECASE,
 )
+_INSTRUCTION = re.compile(r".*[.!?]\s+\S.*|\S+\s+\S+\s+\S.*[.!?]\s*")
+"""What is no value: several sentences, or one of three words or more."""
 _ABSOLUTE = re.compile(r"[`\"']?(?:~?/|[A-Za-z]:[\\/])\S")
 _TAG = re.compile(
     r"\s{0,6}<(env|environment|environment_(?:context|details|info)|env_info|system_info(?:rmation)?"
@@ -71,7 +73,7 @@ _GIT_HEAD = re.compile(
     r"\s*(?:#+\s+)?git\s*status(?:\s*\([^()\n]{1,100}\))?\s*:(?:\s.*)?", re.IGNORECASE
 )
 _GIT_FIELD = re.compile(
-    r"\s*(?:(?:current|main)\s+branch\b|git\s+user\s*:|(?:git\s+)?status\s*:"
+    r"\s*(?:(?:current|main)\s+branch\b|git\s+user\s*:|(?:git\s+)?status\s*:(?!.*[.!?]\s*\Z)"
     r"|(?:recent|last)\s+commits?\b|\(?clean\)?\s*\Z|nothing\s+to\s+commit|on\s+branch\b).*",
     re.IGNORECASE,
 )
@@ -80,6 +82,7 @@ _GIT_ITEM = re.compile(
 )
 """A commit, or a file with what became of it."""
 _OF_PROJECT = re.compile(r"[/\\]\.[\w-]+[/\\]projects[/\\]-[\w.%-]+")
+_LONE_TAG = re.compile(r"\s*<(/?)[A-Za-z][^<>]*(?<!/)>\s*")
 _HEADING = re.compile(r"#{1,6}\s+\S")
 _RULE = re.compile(r"(?:-{3,}|\*{3,}|_{3,})\s*")
 _MARKS = (":", "=", " is", "?", "<")
@@ -188,27 +191,50 @@ def _listed(lines: Sequence[Line]) -> list[tuple[int, int]]:
 def _of_project(lines: Sequence[Line]) -> list[tuple[int, int]]:
     """Sections that name a folder of the client's for this project, each up to the next heading."""
     found: list[tuple[int, int]] = []
+    heading, end = None, 0
     for place, line in enumerate(lines):
+        if _is_heading(line):
+            heading, end = place, _section_end(lines, place)
+        elif _is_rule(line):
+            heading = None
         if line.is_example or not _OF_PROJECT.search(line.text):
             continue
         if found and place < found[-1][1]:
             continue
-        start = place
-        while start > 0 and not _is_heading(lines[start]) and not _is_rule(lines[start - 1]):
-            start -= 1
-        if not _is_heading(lines[start]):
-            start = place  # no section: the paragraph
-            while start > 0 and not lines[start - 1].is_blank:
-                start -= 1
-            end = place + 1
-            while end < len(lines) and not lines[end].is_blank:
-                end += 1
+        if heading is not None and place < end:
+            found.append((heading, end))
         else:
-            end = start + 1
-            while end < len(lines) and not _is_heading(lines[end]) and not _is_rule(lines[end]):
-                end += 1
-        found.append((start, end))
+            found.append(_paragraph(lines, place))
     return found
+
+
+def _section_end(lines: Sequence[Line], heading: int) -> int:
+    """Where a section ends: a tag around it is not its own. Its beginning, if it breaks one."""
+    end, opened = heading + 1, 0
+    while end < len(lines) and not _is_heading(lines[end]) and not _is_rule(lines[end]):
+        tag = None if lines[end].is_example else _LONE_TAG.fullmatch(lines[end].text)
+        if tag is not None:
+            opened += -1 if tag[1] else 1
+        if opened < 0:
+            return end
+        end += 1
+    return heading if opened else end
+
+
+def _paragraph(lines: Sequence[Line], place: int) -> tuple[int, int]:
+    """The lines around one, up to the next that is blank, a heading, an example or a tag."""
+    start, end = place, place + 1
+    while start > 0 and _is_of_paragraph(lines[start - 1]):
+        start -= 1
+    while end < len(lines) and _is_of_paragraph(lines[end]):
+        end += 1
+    return start, end
+
+
+def _is_of_paragraph(line: Line) -> bool:
+    if line.is_blank or line.is_example or _is_heading(line):
+        return False
+    return _LONE_TAG.fullmatch(line.text) is None
 
 
 def _is_heading(line: Line) -> bool:
@@ -245,6 +271,6 @@ def _is_of_run(lines: Sequence[Line], place: int, start: int) -> bool:
     if place > start and _PATH_ITEM.fullmatch(text):
         return True
     field = _FIELD.fullmatch(text)
-    return field is not None and bool(
-        _COMPANION.fullmatch(field[1].strip()) or _ABSOLUTE.match(field[2])
-    )
+    if field is None or _INSTRUCTION.fullmatch(field[2]):
+        return False
+    return bool(_COMPANION.fullmatch(field[1].strip()) or _ABSOLUTE.match(field[2]))

@@ -6,8 +6,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_FENCES = ("```", "~~~")
-_EXAMPLE = re.compile(r"<(/?)(?:good_|bad_)?examples?\b[^>\n]*>", re.IGNORECASE)
+_FENCE = re.compile(r"\s*(`{3,}|~{3,})(.*)")
+_EXAMPLE = re.compile(
+    r"<(/?)(?:(?:[\w-]{0,40}[_-])?(?:examples?|samples?)(?:[_-][\w-]{0,40})?|pre|code|blockquote)\b"
+    r"[^<>\n]*>",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +21,7 @@ class Line:
     Attributes:
         start: Where it begins.
         text: Without its end.
-        is_example: It is within a code fence, or within a tag that says example.
+        is_example: It is within a code fence, or within a tag that says example or code.
     """
 
     start: int
@@ -39,18 +43,36 @@ def lines_of(text: str) -> list[Line]:
     """The lines of a text, in order."""
     found, at, fence, depth = [], 0, "", 0
     for text_line in text.split("\n"):
-        mark = text_line.lstrip()[:3]
-        is_fence = mark in _FENCES and mark == (fence or mark)
+        after = _fence_after(text_line, fence)
+        is_fence = after != fence
         tags = [] if fence or is_fence else list(_EXAMPLE.finditer(text_line))
-        # A tag that is mentioned within a sentence opens nothing.
-        begins = [tag for tag in tags if not tag[1] and not text_line[: tag.start()].strip()]
-        opened = depth + len(begins)
+        opened = depth + _opened(text_line, tags)
         found.append(Line(at, text_line, bool(fence or is_fence or opened)))
-        if is_fence:
-            fence = "" if fence else mark
+        fence = after
         depth = max(0, opened - sum(bool(tag[1]) for tag in tags))
         at += len(text_line) + 1
     return found
+
+
+def _fence_after(line: str, fence: str) -> str:
+    """The fence that is open after a line, or "": a shorter one within a longer one is text."""
+    mark = _FENCE.match(line)
+    if mark is None:
+        return fence
+    if not fence:
+        return "" if mark[1][0] == "`" and "`" in mark[2] else mark[1]
+    closes = mark[1].startswith(fence) and not mark[2].strip()
+    return "" if closes else fence
+
+
+def _opened(line: str, tags: Sequence[re.Match[str]]) -> int:
+    """How many tags a line begins with; one that is mentioned within a sentence opens nothing."""
+    opened = at = 0
+    for tag in tags:
+        if tag[1] or line[at : tag.start()].strip():
+            break
+        opened, at = opened + 1, tag.end()
+    return opened
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,8 @@ _INSTRUCTIONS = re.compile(
 )
 """Texts of the user's own, whose lists are nobody's to sort."""
 _ITEM = re.compile(r"[-*] \S")
+_WRAPPED = re.compile(r"(?![-*#<\s])\S.*[^:\s]\s*\Z")
+"""What may go on with a point: no heading, and no tag."""
 _WORD = re.compile(r"[A-Za-z][\w.:/@-]*")
 _SECTION = re.compile(r"## \S")
 _FENCES = ("```", "~~~")
@@ -88,10 +90,10 @@ def _sorted_lists(lines: Sequence[str]) -> list[str]:
     at = 0
     while at < len(lines):
         items, end = _items(lines, at)
-        if len(items) < 2:
+        if not items:
             end, run = _names(lines, at)
             items = [[name] for name in run]
-        if len(items) < 2:
+        if not items:
             found.append(lines[at])
             at += 1
             continue
@@ -102,17 +104,35 @@ def _sorted_lists(lines: Sequence[str]) -> list[str]:
 
 
 def _items(lines: Sequence[str], at: int) -> tuple[list[list[str]], int]:
-    """Points from a line on, and where they end."""
+    """Points from a line on, and where they end; none if it is open what belongs to the last one.
+
+    A line that is not indented goes on with the point above it, if another point follows. Behind
+    the last one it may as well be what the list is followed by.
+    """
     items: list[list[str]] = []
+    wrapped = 0
     while at < len(lines):
-        if _ITEM.match(lines[at]):
-            items.append([lines[at]])
-        elif items and lines[at].startswith((" ", "\t")) and lines[at].strip():
-            items[-1].append(lines[at])
+        line = lines[at]
+        if _ITEM.match(line):
+            items.append([line])
+            wrapped = 0
+        elif items and line.startswith((" ", "\t")) and line.strip():
+            items[-1].append(line)
+        elif items and _WRAPPED.match(line):
+            items[-1].append(line)
+            wrapped += 1
         else:
             break
         at += 1
-    return items, at
+    if len(items) < 2 or not (wrapped or _goes_on(lines, at)):
+        return items, at
+    return [[line for item in items for line in item]], at
+
+
+def _goes_on(lines: Sequence[str], at: int) -> bool:
+    """Whether the last point has another paragraph, behind blank lines."""
+    behind = next((lines[place] for place in range(at, len(lines)) if lines[place].strip()), "")
+    return behind.startswith((" ", "\t"))
 
 
 def _names(lines: Sequence[str], at: int) -> tuple[int, list[str]]:

@@ -65,6 +65,8 @@ def refusal_of(error: BaseException, status: int) -> RefusedError:
         return RefusedError(404, sentence, code="model_not_found", param="model")
     if isinstance(error, PersistCacheError):
         return RefusedError(503, sentence)
+    if isinstance(error, RecursionError):  # of a repair, a copy or a template
+        return RefusedError(400, "The body is nested too deeply.")
     if status == 400:
         return RefusedError(400, sentence)
     if str(error) == "generation thread died":
