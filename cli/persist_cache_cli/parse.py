@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from persist_cache.entry import check_group
+
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
@@ -116,6 +118,19 @@ class _Label(_Type):
         return parse_label(value)
 
 
+class _Group(_Type):
+    name = "key"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        try:
+            check_group(value)
+        except ValueError as error:
+            self.fail(f"{error}.")
+        if not value:
+            self.fail("an empty name is that of no group.")
+        return str(value)
+
+
 class _EntryId(_Type):
     """The beginning of an entry's id; the store decides whether it names just one."""
 
@@ -152,4 +167,5 @@ DURATION = _Duration()
 LIFETIME = _Lifetime()
 LABEL = _Label()
 ENTRY_ID = _EntryId()
+GROUP = _Group()
 TIER = click.Choice(["system", "user", "assistant"], case_sensitive=False)

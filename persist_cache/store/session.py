@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
-from msgspec import Struct
+from msgspec import Struct, field
 
 from persist_cache.blobs.folder import BlobFolder
 from persist_cache.errors import StoreError
@@ -34,6 +34,7 @@ class _Use(Struct):
     last_use: float
     hits: int = 0
     saved_s: float = 0.0
+    groups: set[str] = field(default_factory=set)
 
 
 def _sane(clock: Callable[[], float]) -> Callable[[], float]:
@@ -97,12 +98,14 @@ class Disk:
         with self.index.read() as txn:
             return txn.blob_number(name) is not None
 
-    def touch(self, entries: list[int], saved_s: float) -> None:
+    def touch(self, entries: list[int], saved_s: float, group: str) -> None:
         """Note a use of `entries`; the last one is credited with the hit. Writes nothing yet."""
         now = self.clock()
         with self._lock:
             for number in entries:
-                self._uses.setdefault(number, _Use(now)).last_use = now
+                use = self._uses.setdefault(number, _Use(now))
+                use.last_use = now
+                use.groups.add(group)
             if entries:
                 self._uses[entries[-1]].hits += 1
                 self._uses[entries[-1]].saved_s += saved_s
@@ -196,6 +199,8 @@ class Disk:
                             saved_s=record.saved_s + use.saved_s,
                         ),
                     )
+                    for group in sorted(use.groups):
+                        txn.join_group(number, group)
             for name, amount in counts.items():
                 txn.count(name, amount)
 
@@ -220,4 +225,5 @@ class Disk:
             if newer is not use:
                 newer.hits += use.hits
                 newer.saved_s += use.saved_s
+                newer.groups |= use.groups
         self._counts.update(counts)
