@@ -103,6 +103,18 @@ def test_a_use_joins_the_group_once_it_is_written(root: Path, ids: dict[str, str
         assert store.get(ids["system"]).groups == ("mine", "yours", "reader")
 
 
+def test_use_of_a_part_of_an_entry_does_not_join_its_group(root: Path, ids: dict[str, str]) -> None:
+    with Store.open(root, min_free_bytes=0) as store:
+        match = store.match(fingerprint(), [*MINE[:35], 8, 8])
+        assert match.entries[-1] in (ids["mine"], ids["system"])
+        store.touch(match, group="reader")
+        store.touch(store.match(fingerprint(), MINE), num_tokens=20, group="shorter")
+        store.flush()
+
+        assert store.get(ids["mine"]).groups == ("mine",)
+        assert store.get(ids["system"]).groups == ("mine", "yours", "reader")
+
+
 def test_marks_of_a_group_leave_what_others_use(run: Run, ids: dict[str, str]) -> None:
     assert [one["id"] for one in run("ttl", "--group", "mine", "12h", "--json").json] == [
         ids["mine"]

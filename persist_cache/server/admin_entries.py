@@ -69,12 +69,14 @@ class Entries:
 
     def list(self, request: Request) -> Response:
         query = query_of(
-            request, {"tier", "model", "label", "pinned", "sort", "limit", "offset", "parent"}
+            request,
+            {"tier", "model", "label", "group", "pinned", "sort", "limit", "offset", "parent"},
         )
         filters = Filters(
             tiers=(tier,) if (tier := choice(query, "tier", TIER_LABELS)) else (),
             models=(query["model"],) if "model" in query else (),
             label=query.get("label"),
+            group=query.get("group"),
             pinned=flag(query, "pinned") if "pinned" in query else None,
         )
         sort = choice(query, "sort", SORT_KEYS) or "used"

@@ -80,8 +80,8 @@ class Templates:
             self._heads[key] = tokens
 
 
-class Form:
-    """One request, to be put before a chat template.
+class Given:
+    """A request that is rendered as its client gave it, and what that asks of the cache.
 
     Thread safety: for one thread at a time.
 
@@ -104,44 +104,24 @@ class Form:
         self._defaults = dict(template_args)
         self.fitted: Fitted | None = None
 
-    def fit(self, tokenizer: Any) -> Fitted:
-        """The conversation as the tokenizer's template takes it."""
-        request = self._request
-        takes = self._templates.abilities(tokenizer, self._defaults)
-        self.fitted = fit(request.messages, request.tools, request.template_args, takes)
-        return self.fitted
+    @property
+    def group(self) -> str:
+        """That the request belongs to, or ""."""
+        return self._request.caching.group
 
     @property
-    def repaired(self) -> tuple[str, ...]:
-        """Names of what was changed."""
-        fitted = () if self.fitted is None else self.fitted.names
-        return tuple(sorted({*self._request.repaired, *fitted}))
+    def only_marked(self) -> bool:
+        """Whether nothing is to be kept but what ends at a mark."""
+        return self._request.caching.only_marked
 
-    @property
-    def ignored(self) -> tuple[str, ...]:
-        """Names of what was asked for and is not done."""
-        return tuple(sorted({*self._request.ignored, *self._unsaid()}))
-
-    def _unsaid(self) -> list[str]:
-        """What the template has no place for, as the client calls it."""
-        fitted = () if self.fitted is None else self.fitted.ignored
-        return [self._request.option_names.get(name, name) for name in fitted]
-
-    def refuse_unfit(self) -> None:
-        """Refuse what is asked for and was said in another form, or not at all, as it was fitted.
-
-        Messages of one role in a row are one turn in this protocol, however they are said.
-
-        Raises:
-            RefusedError: There is such a thing.
-        """
-        fitted = () if self.fitted is None else (*self.fitted.names, *self._unsaid())
-        if found := [_LACKS.get(name, name) for name in fitted if name != TURNS]:
-            raise RefusedError(
-                400,
-                f"The chat template of this model does not take {', '.join(found)}, and this "
-                "server was started with --strict; leave that out.",
-            )
+    def take(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        template_args: Mapping[str, Any],
+    ) -> None:
+        """Note what the prompt was made of."""
+        self.fitted = Fitted([dict(one) for one in messages], tools, dict(template_args))
 
     def keep_s(self, *, has_head: bool) -> dict[Tier, int]:
         """For how many seconds behind each use the client asks to keep what is stored, by tier.
@@ -152,7 +132,8 @@ class Form:
         """
         given = self._request.messages
         heads = next((at for at, one in enumerate(given) if one["role"] != "system"), len(given))
-        found: dict[Tier, int] = {}
+        asked_s = self._request.caching.ttl_s
+        found = {Tier.SYSTEM: asked_s, Tier.USER: asked_s} if asked_s else {}
         for mark in self._request.marks:
             tier = Tier.SYSTEM if has_head and mark.message < heads else Tier.USER
             found[tier] = max(found.get(tier, 0), mark.ttl_s)
@@ -175,11 +156,7 @@ class Form:
         """
         marks = self._marks()
         heads = self._heads()
-        head_mark = max(
-            (mark for mark in marks if mark.message < heads),
-            key=lambda mark: (mark.message, mark.characters or 0),
-            default=None,
-        )
+        head_mark = _head_mark(marks, heads)
         if trimmable:
             marks = [head_mark] if head_mark is not None and not system_tokens else []
         elif system_tokens:
@@ -190,8 +167,33 @@ class Form:
         key = self._head_key(head_mark, heads)
         if marks == [head_mark] and (remembered := self._templates.head(key)) is not None:
             return [remembered], max(remembered, system_tokens)
+        places = self._place(tokenizer, prompt, marks)
+        head = next((at for at, mark in zip(places, marks, strict=True) if mark == head_mark), None)
+        if head is not None:
+            self._templates.remember_head(key, head)
+        found = {place for place in places if place is not None}
+        # The system part ends as well as there.
+        found -= set(range(system_tokens, system_tokens + _NEAR_TOKENS))
+        return sorted(found), max(head or 0, system_tokens)
+
+    def marked(self, tokenizer: Any, prompt: Sequence[int]) -> tuple[list[int], int]:
+        """Find all places that are marked, whether the prompt is kept there anyway or not.
+
+        Returns:
+            The places, in order, and how much of the prompt is of the tier `system`.
+        """
+        marks = self._marks()
+        places = self._place(tokenizer, prompt, marks)
+        head_mark = _head_mark(marks, self._heads())
+        head = next((at for at, mark in zip(places, marks, strict=True) if mark == head_mark), None)
+        return sorted({place for place in places if place is not None}), head or 0
+
+    def _place(
+        self, tokenizer: Any, prompt: Sequence[int], marks: Sequence[Mark]
+    ) -> list[int | None]:
+        """The tokens in front of each mark; None where that cannot be told."""
         try:
-            places = place_marks(
+            return place_marks(
                 self._messages,
                 self._tools,
                 marks,
@@ -201,14 +203,7 @@ class Form:
             )
         except Exception as error:  # a template is a program of its own
             log.debug("no marks could be placed: %s", error)
-            return [], system_tokens
-        head = next((at for at, mark in zip(places, marks, strict=True) if mark == head_mark), None)
-        if head is not None:
-            self._templates.remember_head(key, head)
-        found = {place for place in places if place is not None}
-        # The system part ends as well as there.
-        found -= set(range(system_tokens, system_tokens + _NEAR_TOKENS))
-        return sorted(found), max(head or 0, system_tokens)
+            return [None] * len(marks)
 
     @property
     def _messages(self) -> list[dict[str, Any]]:
@@ -250,6 +245,58 @@ class Form:
         head = [self._messages[:heads], roles, self._tools, self._args(), place]
         whole = json.dumps(head, default=str).encode()
         return hashlib.blake2b(whole, digest_size=16).digest()
+
+
+class Form(Given):
+    """A request of a protocol of ours, to be put before a chat template."""
+
+    def fit(self, tokenizer: Any) -> Fitted:
+        """The conversation as the tokenizer's template takes it."""
+        request = self._request
+        takes = self._templates.abilities(tokenizer, self._defaults)
+        self.fitted = fit(request.messages, request.tools, request.template_args, takes)
+        return self.fitted
+
+    @property
+    def repaired(self) -> tuple[str, ...]:
+        """Names of what was changed."""
+        fitted = () if self.fitted is None else self.fitted.names
+        return tuple(sorted({*self._request.repaired, *fitted}))
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """Names of what was asked for and is not done."""
+        return tuple(sorted({*self._request.ignored, *self._unsaid()}))
+
+    def _unsaid(self) -> list[str]:
+        """What the template has no place for, as the client calls it."""
+        fitted = () if self.fitted is None else self.fitted.ignored
+        return [self._request.option_names.get(name, name) for name in fitted]
+
+    def refuse_unfit(self) -> None:
+        """Refuse what is asked for and was said in another form, or not at all, as it was fitted.
+
+        Messages of one role in a row are one turn in this protocol, however they are said.
+
+        Raises:
+            RefusedError: There is such a thing.
+        """
+        fitted = () if self.fitted is None else (*self.fitted.names, *self._unsaid())
+        if found := [_LACKS.get(name, name) for name in fitted if name != TURNS]:
+            raise RefusedError(
+                400,
+                f"The chat template of this model does not take {', '.join(found)}, and this "
+                "server was started with --strict; leave that out.",
+            )
+
+
+def _head_mark(marks: Sequence[Mark], heads: int) -> Mark | None:
+    """The last mark in tools and system messages, of which there are so many at the head."""
+    return max(
+        (mark for mark in marks if mark.message < heads),
+        key=lambda mark: (mark.message, mark.characters or 0),
+        default=None,
+    )
 
 
 def _text(

@@ -34,7 +34,15 @@ from persist_cache.server.guard import (
     owns,
 )
 from persist_cache.server.names import Names, names_of
-from persist_cache.server.protocols.openai import error_body, ignored, lenient, refusal_of, served
+from persist_cache.server.protocols.asked import Asked
+from persist_cache.server.protocols.openai import (
+    asked_of_cache,
+    error_body,
+    ignored,
+    lenient,
+    refusal_of,
+    served,
+)
 from persist_cache.server.ticket import Part
 from persist_cache.server.validation import (
     RefusedError,
@@ -87,6 +95,8 @@ class Front(BaseHTTPRequestHandler):
     _sent = False
     _body_left = False
     _query = ""
+    caching: Asked | None = None
+    """What a chat or a text asks of the cache, with the messages that its marks are in."""
     _ignored: list[str]
     """Fields of the request that are not done."""
 
@@ -193,7 +203,19 @@ class Front(BaseHTTPRequestHandler):
             # Before upstream fetches what is at their addresses.
             refuse_parts(body["messages"], why="this model reads text only")
         self._tell_ignored(ignored(body, is_chat=is_chat))
-        self._post(served(body, is_chat=is_chat))
+        self._post_read(body, is_chat=is_chat)
+
+    def _post_read(self, body: dict[str, Any], *, is_chat: bool) -> None:
+        """Let upstream answer a request that is known to be sound, with what it asks of the cache.
+
+        Raises:
+            RefusedError: What it asks of the cache is malformed.
+        """
+        self.caching = asked_of_cache(body, is_chat=is_chat)
+        try:
+            self._post(served(body, is_chat=is_chat))
+        finally:
+            self.caching = None
 
     def _tell_ignored(self, names: list[str]) -> None:
         """Note what of a request is not done, for the headers of its answer.
@@ -283,7 +305,16 @@ class Front(BaseHTTPRequestHandler):
         """As upstream; an answer of no tokens ends because of its length."""
         if self.max_tokens == 0 and finish_reason is not None:
             finish_reason = "length"
-        return super().generate_response(text, finish_reason, *args, **more)  # type: ignore[misc]
+        said = super().generate_response(text, finish_reason, *args, **more)  # type: ignore[misc]
+        return self.with_cache(said)
+
+    def completion_usage_response(self, *args: Any, **more: Any) -> Any:
+        """As upstream."""
+        return self.with_cache(super().completion_usage_response(*args, **more))  # type: ignore[misc]
+
+    def with_cache(self, said: Any) -> Any:
+        """A part of an answer, with the usage of the cache in it."""
+        return said
 
     def _set_completion_headers(self, status_code: int = 200) -> None:
         error = sys.exception()
@@ -346,7 +377,7 @@ class Front(BaseHTTPRequestHandler):
         """Answer a request of our own that is of this protocol; sets the path that it is for."""
         kind = "chat/completions" if "messages" in body else "completions"
         self.path = f"/v1/{kind}"
-        self._post(served(lenient(body), is_chat="messages" in body))
+        self._post_read(lenient(body), is_chat="messages" in body)
 
     def _refuse(self, refusal: RefusedError) -> None:
         """Send a refusal, in the form of the API that was asked."""

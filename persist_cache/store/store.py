@@ -491,13 +491,13 @@ class Store:
             match: What `match` or `fetch` gave.
             num_tokens: Tokens that were used, if it was memory that served them.
             spent_s: Seconds that serving them took.
-            group: That its entries belong to from now on, as for `put`.
+            group: That those of its entries belong to from now on that are used as a whole.
         """
         check_group(group)
         used = match.num_tokens if num_tokens is None else min(num_tokens, match.num_tokens)
         saved_s = match.saved_s * used / match.num_tokens if match.num_tokens else 0.0
         numbers = [int(one, 16) for one in match.entries]
-        self._disk.touch(numbers, max(0.0, saved_s - spent_s), group)
+        self._disk.touch(numbers, max(0.0, saved_s - spent_s), group, used)
 
     def count(self, name: str, amount: int = 1) -> None:
         """Add to a counter that `stats` shows. Buffered like `touch`."""
