@@ -85,6 +85,7 @@ def build_scripted_model(path: Path, **config: Any) -> Path:
         "intermediate_size": 8,
         "num_hidden_layers": 2,
         "num_attention_heads": 1,
+        "head_dim": 8,
         "vocab_size": size,
         "tie_word_embeddings": False,
         **config,

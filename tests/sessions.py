@@ -23,6 +23,7 @@ from persist_cache.server.protocols.anthropic_request import read_messages
 from persist_cache.server.protocols.recognized import RESPONSES, protocol_of
 from persist_cache.server.protocols.responses_request import read_responses
 from persist_cache.server.ticket import Ticket
+from persist_cache.stability.names import DEFAULTS
 from persist_cache.tokens import common_prefix_tokens, pack_tokens
 from tests.anthropic_bodies import BILLING, COUNTDOWN, EPHEMERAL, prose, tool
 from tests.loops import Loop
@@ -171,11 +172,12 @@ def converse(
     return found
 
 
-def ask(loop: Loop, body: dict[str, Any]) -> Ticket:
-    """Have one body answered, of whichever protocol it is."""
+def ask(loop: Loop, body: dict[str, Any], stabilize: frozenset[str] = DEFAULTS) -> Ticket:
+    """Have one body answered, of whichever protocol it is, with these repairs."""
     is_response = protocol_of(body) == RESPONSES
-    request = read_responses(body)[0] if is_response else read_messages(body)
+    request = read_responses(body)[0] if is_response else read_messages(body, stabilize=stabilize)
     ticket = Ticket(form=Form(request, loop.generator.templates, {}))
+    ticket.stabilize = stabilize
     with loop.generator.in_flight():
         context, pieces = loop.generator.answer(request, ticket)
         for _ in pieces:

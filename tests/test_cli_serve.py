@@ -190,6 +190,8 @@ def test_evict_of_what_a_server_is_reading(
         (["--store", ""], "--store"),
         (["--disk-bytes", "lots"], "--disk-bytes"),
         (["--persist", "tool"], "--persist"),
+        (["--stabilize", "dats"], "did you mean 'date'?"),
+        (["--stabilize", "none,env"], "stands alone"),
     ],
 )
 def test_wrong_flags_are_one_sentence(words: list[str], says: str, tmp_path: Path) -> None:
@@ -208,8 +210,13 @@ def test_one_line_at_the_start_says_what_the_cache_may_take(
     store = tmp_path / "store"
     if not is_usable:
         store.write_text("somebody else's")
-    with Serve(model, store, tmp_path, "--disk-bytes", "2GiB", "--persist", "system") as server:
+    flags = ("--disk-bytes", "2GiB", "--persist", "system", "--stabilize", "date")
+    with Serve(model, store, tmp_path, *flags) as server:
         assert server.request("GET", "/health").status_code == 200
+        head = {"role": "system", "content": "You help.\nToday's date is 2026-11-25."}
+        asked = {"messages": [head, {"role": "user", "content": "Hello"}], "max_tokens": 1}
+        told = server.request("POST", "/v1/chat/completions", json=asked)
+        assert told.headers["x-persist-cache"].endswith("; repaired=date")
         assert server.stop() == 0
 
     (line,) = [one for one in server.log.read_text().splitlines() if "prompt cache: " in one]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persist_cache.queries.lookalike import (
+from persist_cache.stability.lookalike import (
     common_text,
     difference,
     escaped,

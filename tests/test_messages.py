@@ -13,6 +13,7 @@ import pytest
 import requests
 
 from persist_cache.prefill.loading import load_tokenizer
+from persist_cache.stability.names import REPAIRS
 from tests.anthropic_bodies import BILLING, COUNTDOWN, EPHEMERAL, agent_body, spoilt
 from tests.computed import CountedServer
 from tests.scripted_model import SCRIPTS, THINKS, build_scripted_model
@@ -350,17 +351,47 @@ def test_billing_line_and_countdown_leave_the_prefix_and_are_told(server: Counte
     before = counted()
     first, second = ask("f27", "00000", 900_000), ask("b11", "12345", 7)
 
-    assert {name: count - before[name] for name, count in counted().items()} == {
-        "billing": 2,
-        "countdown": 2,
-        "inline-system": 0,
-    }
+    gained = {name: count - before[name] for name, count in counted().items()}
+    assert gained == {**dict.fromkeys(REPAIRS, 0), "billing": 2, "countdown": 2}
 
     usage = second.json()["usage"]
     assert usage["input_tokens"] == 1
     assert usage["cache_read_input_tokens"] > 50
     assert first.headers["x-persist-cache"].endswith("; repaired=billing,countdown")
     assert re.match(r"(memory|disk); tokens=\d+", second.headers["x-persist-cache"])
+
+
+def test_repairs_are_asked_for_by_a_header_in_all_protocols_and_counted(
+    server: CountedServer,
+) -> None:
+    def system(day: int) -> str:
+        return f"{SYSTEM} By header.\nToday's date: 2026-11-{day}"
+
+    def ask(path: str, day: int, names: str) -> requests.Response:
+        body = said("play hello", system=system(day))
+        if "chat" in path:
+            head = {"role": "system", "content": body.pop("system")}
+            body = {**body, "messages": [head, *body["messages"]], "model": "default_model"}
+        if "responses" in path:
+            body = {"model": "m", "instructions": system(day), "input": "play hello"}
+        headers = {"x-api-key": "secret", **VERSION, "x-persist-cache-stabilize": names}
+        return server.request("POST", path, json=body, headers=headers)
+
+    for path in ("/v1/messages", "/v1/chat/completions", "/v1/responses"):
+        first, second = (ask(path, day, "date,env") for day in (25, 26))
+        plain, unknown = ask(path, 27, "none"), ask(path, 27, "dats")
+
+        assert first.headers["x-persist-cache"].endswith("; repaired=date"), path
+        found = re.search(r"tokens=(\d+)", second.headers["x-persist-cache"])
+        assert found is not None
+        assert int(found[1]) > 50
+        assert "repaired" not in plain.headers["x-persist-cache"]
+        assert unknown.status_code == 400
+        assert "did you mean 'date'?" in unknown.json()["error"]["message"]
+    counted = ask("/v1/messages/count_tokens", 25, "date")
+    assert counted.headers["x-persist-cache"] == "repaired=date"
+    text = server.request("GET", "/metrics").text
+    assert 'repaired_requests_total{repair="date"} 6.0' in text
 
 
 def test_what_is_ignored_is_named(server: CountedServer) -> None:

@@ -164,14 +164,14 @@ def test_option_says_what_the_shape_does_not(
     model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run: Run = runner(tmp_path / "store", capfd)
-    reminder = [*ASK, {"role": "system", "content": "<total_tokens>5 tokens left</total_tokens>"}]
-    path = written(tmp_path / "body.json", {"messages": [*reminder, *ASK]})
+    parts = [{"type": "text", "text": "One."}, {"type": "text", "text": "Two."}]
+    path = written(tmp_path / "body.json", {"messages": [{"role": "user", "content": parts}]})
 
     def tokens(*options: str) -> int:
         said = run("explain", "--model", model, "--messages", path, "--json", *options).json
         return int(said["num_tokens"])
 
-    assert tokens() == tokens("--protocol", "chat") > tokens("--protocol", "messages")
+    assert tokens() == tokens("--protocol", "chat") < tokens("--protocol", "messages")
 
 
 def test_admin_api_explains_and_warms_what_is_served(

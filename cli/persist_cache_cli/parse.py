@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from persist_cache.entry import check_group
+from persist_cache.stability.names import parse_names
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -86,6 +87,18 @@ def parse_label(text: str) -> str:
     return text
 
 
+def parse_repairs(text: str) -> frozenset[str]:
+    """Names of the repairs that may be done.
+
+    Raises:
+        click.BadParameter: There is no such repair.
+    """
+    try:
+        return parse_names(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
 class _Size(_Type):
     name = "size"
 
@@ -131,6 +144,13 @@ class _Group(_Type):
         return str(value)
 
 
+class _Repairs(_Type):
+    name = "names"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> frozenset[str]:
+        return value if isinstance(value, frozenset) else parse_repairs(value)
+
+
 class _EntryId(_Type):
     """The beginning of an entry's id; the store decides whether it names just one."""
 
@@ -166,6 +186,7 @@ SIZE = _Size()
 DURATION = _Duration()
 LIFETIME = _Lifetime()
 LABEL = _Label()
+REPAIRS = _Repairs()
 ENTRY_ID = _EntryId()
 GROUP = _Group()
 TIER = click.Choice(["system", "user", "assistant"], case_sensitive=False)

@@ -19,6 +19,8 @@ from persist_cache.prefill.run import KVQuantization
 from persist_cache.server.protocols.recognized import PROTOCOLS, RESPONSES, protocol_at
 from persist_cache.server.rendering import Prompt, PromptRequest, read_request, render
 from persist_cache.server.validation import RefusedError, check_template_args, decode_json
+from persist_cache.stability.names import DEFAULTS
+from persist_cache_cli.parse import REPAIRS
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
@@ -142,6 +144,18 @@ def protocol_option(command: F) -> F:
     return option(command)
 
 
+def stabilize_option(command: F) -> F:
+    """Add the option that says which repairs may be done to prompts, as `serve` has it."""
+    option = click.option(
+        "--stabilize",
+        type=REPAIRS,
+        default=",".join(sorted(DEFAULTS)),
+        metavar="NAMES",
+        help="Repairs as the server's: date, env, tools, reminders, cleared, thinking, all, none.",
+    )
+    return option(command)
+
+
 def choose_template(
     chat_template_args: str | None, chat_template: str | None, use_default_chat_template: bool
 ) -> Template:
@@ -228,6 +242,7 @@ def read_request_file(
     *,
     tools: Path | None = None,
     protocol: str | None = None,
+    stabilize: frozenset[str] = DEFAULTS,
 ) -> PromptRequest:
     """A client's request: its body, a list of messages, or a recording with such a body.
 
@@ -236,30 +251,52 @@ def read_request_file(
         option: What it was given with.
         tools: File with tool definitions that take the place of those in the body, or None.
         protocol: Of the body; None to tell it by the path in a recording, or by the body's shape.
+        stabilize: Names of the repairs that may be done.
 
     Raises:
         click.ClickException: It cannot be read, or the server would not understand it.
     """
     found = _read_request_json(path, option)
-    if isinstance(found, list):
-        found = {"input" if protocol == RESPONSES else "messages": found}
-    elif not {"messages", "prompt", "input"} & found.keys() and isinstance(found.get("body"), dict):
-        at, found = found.get("path"), found["body"]
-        protocol = protocol or (protocol_at(at) if isinstance(at, str) else None)
     if tools is not None:
         definitions = _read_tools(tools)
-        if found.get("tools") and found["tools"] != definitions:
+        body, protocol = body_of(found, protocol)
+        if body.get("tools") and body["tools"] != definitions:
             click.echo(f"Note: --tools takes the place of the tools in {path}.", err=True)
-        found = {**found, "tools": definitions}
+        found = {**body, "tools": definitions}
     try:
-        return read_request(found, protocol or "")
+        return request_of(found, protocol, stabilize)
     except RefusedError as refusal:
         raise click.UsageError(f"{option} {path} has the wrong shape: {refusal}") from None
 
 
-def with_tools(messages: list[dict[str, Any]], tools: Path | None) -> PromptRequest:
+def request_of(
+    found: Any, protocol: str | None = None, stabilize: frozenset[str] = DEFAULTS
+) -> PromptRequest:
+    """A client's request, of its body, its messages, or a recording with such a body.
+
+    Raises:
+        RefusedError: The server would not understand it.
+    """
+    body, protocol = body_of(found, protocol)
+    return read_request(body, protocol or "", stabilize=stabilize)
+
+
+def body_of(found: Any, protocol: str | None = None) -> tuple[dict[str, Any], str | None]:
+    """The body of a request, and its protocol, where the path in a recording says it."""
+    if isinstance(found, list):
+        return {"input" if protocol == RESPONSES else "messages": found}, protocol
+    if not {"messages", "prompt", "input"} & found.keys() and isinstance(found.get("body"), dict):
+        at, found = found.get("path"), found["body"]
+        protocol = protocol or (protocol_at(at) if isinstance(at, str) else None)
+    return found, protocol
+
+
+def with_tools(
+    messages: list[dict[str, Any]], tools: Path | None, stabilize: frozenset[str] = DEFAULTS
+) -> PromptRequest:
     """A request with these messages, and the tools in a file."""
-    return PromptRequest(messages, tools=None if tools is None else _read_tools(tools) or None)
+    known = None if tools is None else _read_tools(tools) or None
+    return PromptRequest(messages, tools=known, stabilize=stabilize)
 
 
 def _read_tools(path: Path) -> list[dict[str, Any]]:
@@ -301,6 +338,7 @@ class ManifestPrompt(msgspec.Struct, forbid_unknown_fields=True):
     ttl: str | None = None
     label: str = ""
     salt: str = ""
+    stabilize: str = ""
 
 
 class Manifest(msgspec.Struct, forbid_unknown_fields=True):

@@ -216,6 +216,10 @@ class PromptCache:
         """Count a request that waited until another one had computed so many of its tokens."""
         self._tally.shared(num_tokens)
 
+    def prefill_s(self, model: Hashable, num_tokens: int) -> float:
+        """What computing so many tokens takes, by earlier prefills; 0 when too few were timed."""
+        return self._prefills.value(model, num_tokens)
+
     @property
     def last_fetch(self) -> Fetch:
         """How the calling thread's most recent `fetch_nearest_cache` was answered.

@@ -214,6 +214,12 @@ class Prefills:
             request.position, request.at = length, now
             return request.known_s
 
+    def value(self, model: Hashable, num_tokens: int) -> float:
+        """What computing so many tokens takes, or 0 when too few were timed to tell."""
+        with self._lock:
+            rate = self._rates.get(model)
+            return 0.0 if rate is None else rate.value(num_tokens)
+
     def _find(self, model: Hashable, packed: bytes, length: int) -> Prefill | None:
         """The latest request that a prefix, or a prompt with its reply, is of.
 

@@ -15,7 +15,6 @@ from msgspec.structs import asdict
 from persist_cache.entry import Entry, Tier
 from persist_cache.queries.details import Details
 from persist_cache.queries.ids import short_entry_ids
-from persist_cache.queries.lookalike import common_text, difference, escaped, shown_apart
 from persist_cache.queries.models import Model
 from persist_cache.queries.schema import (
     BytesJson,
@@ -36,6 +35,7 @@ from persist_cache.queries.schema import (
     VerdictJson,
 )
 from persist_cache.queries.totals import Amount, Quarantined, Removal, Survey
+from persist_cache.stability.lookalike import common_text, difference, escaped, shown_apart
 from persist_cache.store.catalog import StoreStats
 
 if TYPE_CHECKING:

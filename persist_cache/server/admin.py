@@ -21,6 +21,7 @@ from persist_cache.queries.totals import quarantined
 from persist_cache.server import metrics
 from persist_cache.server.admin_entries import Entries
 from persist_cache.server.admin_prompts import Ask, Prompts
+from persist_cache.server.admin_requests import Requests
 from persist_cache.server.answers import Response, json_response, refusal_response
 from persist_cache.server.guard import API_PATH, METRICS_PATH, PAGE_PATH, Guard, Request
 from persist_cache.server.model import Models
@@ -66,6 +67,7 @@ class Admin:
         models = Models(generator)
         self._entries = Entries(self._views, models)
         self._prompts = Prompts(cache, self._views, models)
+        self._requests = Requests(generator)
 
     def check(self, request: Request) -> None:
         """Decide whether a request may be answered, before its body is read.
@@ -122,6 +124,12 @@ class Admin:
             case ["tree"]:
                 only(request, "GET")
                 return self._entries.tree(request)
+            case ["requests"]:
+                only(request, "GET")
+                return self._requests.list(request)
+            case ["requests", id]:
+                only(request, "GET")
+                return self._requests.show(id, request)
             case ["stats"]:
                 only(request, "GET")
                 return json_response(self._stats())

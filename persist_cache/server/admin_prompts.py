@@ -28,6 +28,7 @@ from persist_cache.server.protocols.recognized import (
     protocol_of,
 )
 from persist_cache.server.rendering import read_request, system_only
+from persist_cache.server.stabilizing import chosen_by
 from persist_cache.server.ticket import Part
 from persist_cache.server.validation import RefusedError, check_names, check_prompt, decode_object
 from persist_cache.server.view import Views
@@ -121,7 +122,7 @@ class Prompts:
         model = self._models.loaded(body, any_name=protocol != CHAT)
         if model.fingerprint is None:
             raise RefusedError(409, f"The model cannot be identified: {model.why}")
-        prompt = model.render(body, protocol)
+        prompt = model.render(body, protocol, stabilize=self._chosen(request))
         found = explain(store, model.fingerprint, prompt.tokens, system_tokens=prompt.system_tokens)
         now, in_memory = self._cache.outlook(model.key, prompt.tokens)
         found = with_memory(found, now_tokens=now, memory_tokens=in_memory)
@@ -139,7 +140,8 @@ class Prompts:
     def warm(self, request: Request, ask: Ask | None) -> Response:
         body, protocol = _read(request)
         marks = Marks.of(body.pop("cache", None))
-        whole = not system_only(read_request(body, protocol))
+        chosen = self._chosen(request)
+        whole = not system_only(read_request(body, protocol, stabilize=chosen))
         check_names(body)
         if ask is None:
             raise RefusedError(409, "This server cannot run a model.")
@@ -163,7 +165,7 @@ class Prompts:
         spent = time.monotonic() - started
         cached = _cached_tokens(answer.get("usage", {}))
         model = self._models.loaded(body, any_name=protocol != CHAT)
-        prompt = model.render(body, protocol)
+        prompt = model.render(body, protocol, stabilize=chosen)
         # A request computes its last token itself.
         wanted = prompt.tokens[:-1] if whole else prompt.tokens[: prompt.system_tokens]
         if not wanted:
@@ -191,6 +193,10 @@ class Prompts:
                 disk_off=after.disk_off,
             )
         )
+
+    def _chosen(self, request: Request) -> frozenset[str]:
+        """Names of the repairs that may be done to the prompt of a request."""
+        return chosen_by(request.headers, self._models.generator)
 
     def _settle(self, model: LoadedModel, wanted: list[int]) -> Entry | None:
         """Wait until `wanted` is on disk; None when it does not get there."""

@@ -6,17 +6,20 @@ the form travels with the ticket, and is asked wherever the prompt is made.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from persist_cache.entry import Tier
-from persist_cache.server.marks import place_marks
+from persist_cache.server.chat_form import keeping_thinking
+from persist_cache.server.marks import moved_marks, place_marks
 from persist_cache.server.protocols.asked import Asked, Mark
+from persist_cache.server.protocols.openai import as_text
 from persist_cache.server.templates import (
     SYSTEM_ROLE,
     TOOL_CALLS,
@@ -27,7 +30,9 @@ from persist_cache.server.templates import (
     probe,
 )
 from persist_cache.server.validation import RefusedError
-from persist_cache.stability.repairs import INLINE_SYSTEM
+from persist_cache.stability.conversation import Stabilized, stabilize
+from persist_cache.stability.moved import Moves
+from persist_cache.stability.names import DEFAULTS, INLINE_SYSTEM, THINKING
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +108,8 @@ class Given:
         self._templates = templates
         self._defaults = dict(template_args)
         self.fitted: Fitted | None = None
+        self._chosen: Collection[str] = DEFAULTS
+        self._keeps_thinking: dict[str, bool] = {}
 
     @property
     def group(self) -> str:
@@ -113,6 +120,13 @@ class Given:
     def only_marked(self) -> bool:
         """Whether nothing is to be kept but what ends at a mark."""
         return self._request.caching.only_marked
+
+    def moved(self, done: Stabilized) -> None:
+        """Note how the conversation was repaired before it is rendered."""
+        said = [{**one, "content": as_text(one.get("content"))} for one in done.messages]
+        given, done = self._request, dataclasses.replace(done, messages=said)
+        marks = moved_marks(given.marks, given.messages, done)
+        self._request = dataclasses.replace(given, messages=said, marks=marks)
 
     def take(
         self,
@@ -250,18 +264,54 @@ class Given:
 class Form(Given):
     """A request of a protocol of ours, to be put before a chat template."""
 
+    def stabilize(
+        self, chosen: Collection[str], moves: Moves | None = None, *, keep: bool = True
+    ) -> None:
+        """Do the repairs that need no template; the others are done by `fit`.
+
+        Args:
+            chosen: Names of those that may be done.
+            moves: What was told where in earlier requests, or None.
+            keep: Remember where this one is told what.
+        """
+        given = self._request
+        done = stabilize(given.messages, given.tools, chosen, moves, keep=keep)
+        self._chosen = chosen
+        self._request = dataclasses.replace(
+            given,
+            messages=done.messages,
+            tools=None if done.tools is None else list(done.tools),
+            marks=moved_marks(given.marks, given.messages, done),
+            repaired=tuple(sorted({*given.repaired, *done.names})),
+        )
+
     def fit(self, tokenizer: Any) -> Fitted:
-        """The conversation as the tokenizer's template takes it."""
+        """The conversation as the tokenizer's template takes it.
+
+        Raises:
+            RefusedError: It could be said in a form that may not be used.
+        """
         request = self._request
         takes = self._templates.abilities(tokenizer, self._defaults)
-        self.fitted = fit(request.messages, request.tools, request.template_args, takes)
+        self._keeps_thinking = keeping_thinking(
+            takes, request.messages, {**self._defaults, **request.template_args}, self._chosen
+        )
+        options = {**self._keeps_thinking, **request.template_args}
+        self.fitted = fit(request.messages, request.tools, options, takes)
+        if INLINE_SYSTEM in self.fitted.names and INLINE_SYSTEM not in self._chosen:
+            raise RefusedError(
+                400,
+                "The chat template of this model takes no system message in mid-conversation; "
+                f"leave it out, or allow {INLINE_SYSTEM} to have it said as the user's.",
+            )
         return self.fitted
 
     @property
     def repaired(self) -> tuple[str, ...]:
         """Names of what was changed."""
         fitted = () if self.fitted is None else self.fitted.names
-        return tuple(sorted({*self._request.repaired, *fitted}))
+        thinking = [THINKING] * bool(self._keeps_thinking)
+        return tuple(sorted({*self._request.repaired, *fitted, *thinking}))
 
     @property
     def ignored(self) -> tuple[str, ...]:

@@ -23,6 +23,8 @@ HEALTH_PATH = "/health"
 MODELS_PATH = "/v1/models"
 OUTCOME_HEADER = "x-persist-cache"
 IGNORED_HEADER = "x-persist-cache-ignored"
+STABILIZE_HEADER = "x-persist-cache-stabilize"
+"""Of a request: names of the repairs that may be done to it."""
 LOOPBACK_ORIGINS = "loopback"
 """A word for `--allowed-origins`: pages of this machine, on any port."""
 _LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})

@@ -29,6 +29,7 @@ from persist_cache.server.guard import (
     HEALTH_PATH,
     IGNORED_HEADER,
     MODELS_PATH,
+    STABILIZE_HEADER,
     ModelGuard,
     Request,
     owns,
@@ -43,6 +44,7 @@ from persist_cache.server.protocols.openai import (
     refusal_of,
     served,
 )
+from persist_cache.server.recent.diagnosis import comparison_response
 from persist_cache.server.ticket import Part
 from persist_cache.server.validation import (
     RefusedError,
@@ -202,6 +204,7 @@ class Front(BaseHTTPRequestHandler):
         if is_chat and has_images(body["messages"]) and not self._sees(body):
             # Before upstream fetches what is at their addresses.
             refuse_parts(body["messages"], why="this model reads text only")
+        comparison_response(body)  # refuses what is malformed
         self._tell_ignored(ignored(body, is_chat=is_chat))
         self._post_read(body, is_chat=is_chat)
 
@@ -360,7 +363,10 @@ class Front(BaseHTTPRequestHandler):
         """
         outside = self.path, self.wfile, self.headers
         self.keeps = keeps
+        chosen = self.headers.get(STABILIZE_HEADER)
         self.headers = Message()
+        if chosen is not None:
+            self.headers[STABILIZE_HEADER] = chosen
         answer = io.BytesIO()
         self.wfile = answer
         try:

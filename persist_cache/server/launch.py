@@ -12,6 +12,7 @@ from typing import Any
 from persist_cache.errors import StoreError
 from persist_cache.server.guard import LOOPBACK_ORIGINS
 from persist_cache.server.lengths import NO_LIMIT
+from persist_cache.stability.names import DEFAULTS
 from persist_cache.store.opening import is_impossible
 from persist_cache.store.store import Store, default_store_path
 
@@ -37,6 +38,7 @@ class ServeOptions:
         strict: Refuse what is asked for and not done, instead of saying so.
         context_tokens: Longest prompt and answer together, None for what the model's
             configuration says, 0 for no limit.
+        stabilize: Names of the repairs that may be done to requests.
     """
 
     store: str | None = None
@@ -52,6 +54,7 @@ class ServeOptions:
     aliases: Mapping[str, str] = field(default_factory=dict)
     strict: bool = False
     context_tokens: int | None = None
+    stabilize: frozenset[str] = DEFAULTS
 
 
 class Parser(argparse.ArgumentParser):

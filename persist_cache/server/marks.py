@@ -9,9 +9,11 @@ from __future__ import annotations
 import bisect
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from persist_cache.server.protocols.asked import Mark
+from persist_cache.stability.conversation import Stabilized
 
 Message = Mapping[str, Any]
 Render = Callable[[Sequence[Message], Sequence[Mapping[str, Any]] | None], str]
@@ -125,6 +127,40 @@ class _Signed:
             self.tools[-1] = {**self.tools[-1], "function": {**function, "description": said}}
         number = self._tool
         return lambda found: found.get(number)
+
+
+def moved_marks(marks: Sequence[Mark], before: Sequence[Message], done: Stabilized) -> list[Mark]:
+    """Marks where they are after repairs; those in the midst of what was changed are left out.
+
+    Args:
+        marks: Of the request.
+        before: Its messages as they were given.
+        done: The same after the repairs.
+    """
+    found = []
+    for mark in marks:
+        place = done.places[mark.message] if mark.message >= 0 else mark.message
+        if place is None:
+            # All of it was taken out: what is in front of it ends there.
+            place = max((at for at in done.places[: mark.message] if at is not None), default=-1)
+            found.append(replace(mark, message=place, characters=None))
+            continue
+        characters = mark.characters
+        if characters is not None:
+            old, new = before[mark.message]["content"], done.messages[place]["content"]
+            characters = _moved(characters, old, new)
+            if characters is None:
+                continue
+        found.append(replace(mark, message=place, characters=characters))
+    return found
+
+
+def _moved(at: int, old: str, new: str) -> int | None:
+    """A place in a text, in another one that differs in its middle."""
+    if old[:at] == new[:at]:
+        return at
+    behind = old[at:]
+    return len(new) - len(behind) if new.endswith(behind) else None
 
 
 def _without_signs(text: str) -> tuple[str, dict[int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from typing import Any
 
@@ -9,6 +10,8 @@ from persist_cache.server import answers
 from persist_cache.server.protocols.anthropic_answer import MessageAnswer, error_object
 from persist_cache.server.protocols.anthropic_request import read_messages
 from persist_cache.server.protocols.recognized import MESSAGES
+from persist_cache.server.recent.diagnosis import of_messages, previous_message
+from persist_cache.server.stabilizing import chosen_by
 from persist_cache.server.translated import Translated
 from persist_cache.server.validation import RefusedError, decode_object
 
@@ -36,11 +39,15 @@ class Messages(Translated):
     def _answer_messages(self, raw: bytes) -> None:
         self.body_as_read = raw
         counts = self.path == COUNT_PATH
-        asked = read_messages(decode_object(raw), counting=counts)
+        chosen = chosen_by(self.headers, self.response_generator)
+        body = decode_object(raw)
+        asked = read_messages(body, counting=counts, stabilize=chosen)
+        is_asked, previous = previous_message(body)
         if counts:
             self.count_asked(asked, lambda counted: {"input_tokens": counted})
-        else:
-            self.answer_asked(asked, MessageAnswer(asked.model))
+            return
+        diagnose = functools.partial(of_messages, message_id=previous) if is_asked else None
+        self.answer_asked(asked, MessageAnswer(asked.model), diagnose)
 
     def _no_such_method(self) -> RefusedError:
         if self.path not in PATHS:

@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 
 from persist_cache.cache.stats import PromptCacheStats
 from persist_cache.entry import TIER_LABELS, MissReason
-from persist_cache.stability.repairs import REPAIRS
+from persist_cache.stability.names import REPAIRS
 from persist_cache.store.catalog import StoreStats
 from persist_cache.store.reasons import reason_of
 

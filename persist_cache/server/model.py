@@ -11,6 +11,7 @@ from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.server.names import Names, names_of
 from persist_cache.server.rendering import Prompt, decode, read_request, render
 from persist_cache.server.validation import RefusedError
+from persist_cache.stability.names import DEFAULTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,18 +24,23 @@ class LoadedModel:
     fingerprint: Fingerprint | None
     why: str
 
-    def render(self, body: Mapping[str, Any], protocol: str = "") -> Prompt:
+    def render(
+        self, body: Mapping[str, Any], protocol: str = "", *, stabilize: frozenset[str] = DEFAULTS
+    ) -> Prompt:
         """The prompt of a request as the server would read it.
 
         Args:
             body: Its body.
             protocol: Of the body; "" to tell it by its shape.
+            stabilize: Names of the repairs that may be done.
 
         Raises:
             RefusedError: It cannot be rendered, or has images.
         """
         defaults = self.generator.cli_args.chat_template_args
-        return render(self.tokenizer, read_request(body, protocol), template_args=defaults)
+        request = read_request(body, protocol, stabilize=stabilize)
+        moves = getattr(self.generator, "moves", None)
+        return render(self.tokenizer, request, template_args=defaults, moves=moves)
 
     def decode(self, tokens: list[int]) -> str:
         return decode(self.tokenizer, tokens)

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from persist_cache.errors import ModelError
+from persist_cache.server.chat_form import depends_on_template, fit_chat
 from persist_cache.server.form import Form, Templates
 from persist_cache.server.names import DEFAULT
 from persist_cache.server.protocols.anthropic_request import read_messages
@@ -29,6 +30,9 @@ from persist_cache.server.validation import (
     first_line,
     refuse_parts,
 )
+from persist_cache.stability.conversation import stabilize
+from persist_cache.stability.moved import Moves
+from persist_cache.stability.names import DEFAULTS
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +52,7 @@ class PromptRequest:
         template_args: Arguments of the chat template; they win over those of the server.
         asked: The request, with the same messages and tools, if it is of a protocol of ours.
         is_head: It is nothing but the head of others, and its last message stands for any.
+        stabilize: Names of the repairs that may be done.
     """
 
     messages: list[dict[str, Any]]
@@ -57,6 +62,7 @@ class PromptRequest:
     template_args: Mapping[str, Any] = field(default_factory=dict)
     asked: Asked | None = None
     is_head: bool = False
+    stabilize: frozenset[str] = DEFAULTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +88,9 @@ class Prompt:
     marks: int = 0
 
 
-def read_request(body: Mapping[str, Any], protocol: str = "") -> PromptRequest:
+def read_request(
+    body: Mapping[str, Any], protocol: str = "", *, stabilize: frozenset[str] = DEFAULTS
+) -> PromptRequest:
     """Take what shapes the prompt from the body of a request.
 
     A member that is null is absent.
@@ -90,12 +98,13 @@ def read_request(body: Mapping[str, Any], protocol: str = "") -> PromptRequest:
     Args:
         body: Of a chat, of a text completion, of Anthropic's Messages or OpenAI's Responses.
         protocol: One of `PROTOCOLS`; "" to tell it by the body's shape.
+        stabilize: Names of the repairs that may be done.
 
     Raises:
         RefusedError: The server would not understand it either, or it has images.
     """
     if (protocol := protocol or protocol_of(body)) != CHAT:
-        return _read_own(body, protocol)
+        return _read_own(body, protocol, stabilize)
     body = lenient(body)
     check_prompt(body)
     if body.get("messages") is None:
@@ -106,10 +115,11 @@ def read_request(body: Mapping[str, Any], protocol: str = "") -> PromptRequest:
         tools=body.get("tools") or None,
         role_mapping=body.get("role_mapping"),
         template_args=body.get("chat_template_kwargs") or {},
+        stabilize=stabilize,
     )
 
 
-def _read_own(body: Mapping[str, Any], protocol: str) -> PromptRequest:
+def _read_own(body: Mapping[str, Any], protocol: str, stabilize: frozenset[str]) -> PromptRequest:
     """Read a request of a protocol of ours; without a conversation, it is a head."""
     of = {MESSAGES: "messages", RESPONSES: "input"}[protocol]
     items = body.get(of) or []
@@ -118,7 +128,7 @@ def _read_own(body: Mapping[str, Any], protocol: str) -> PromptRequest:
     if is_head:
         given[of] = [*items, _ANY_TURN]
     if protocol == MESSAGES:
-        asked = read_messages({**given, "max_tokens": 1})
+        asked = read_messages({**given, "max_tokens": 1}, stabilize=stabilize)
     else:
         asked, _ = read_responses(given)
     return PromptRequest(
@@ -127,6 +137,7 @@ def _read_own(body: Mapping[str, Any], protocol: str) -> PromptRequest:
         template_args=asked.template_args,
         asked=asked,
         is_head=is_head,
+        stabilize=stabilize,
     )
 
 
@@ -142,7 +153,11 @@ def system_only(request: PromptRequest) -> bool:
 
 
 def render(
-    tokenizer: Any, request: PromptRequest, *, template_args: Mapping[str, Any] | None = None
+    tokenizer: Any,
+    request: PromptRequest,
+    *,
+    template_args: Mapping[str, Any] | None = None,
+    moves: Moves | None = None,
 ) -> Prompt:
     """Render a request as `mlx_lm.server` does, and find its system part.
 
@@ -150,6 +165,8 @@ def render(
         tokenizer: As mlx-lm loads it.
         request: What `read_request` found.
         template_args: The server's `--chat-template-args`.
+        moves: What a server remembers of moved text, which it does for conversations that it
+            answers; None where that is not known.
 
     Raises:
         RefusedError: The chat template refuses it; with what the template said.
@@ -158,10 +175,22 @@ def render(
     from persist_cache.server.upstream.prompts import tokenize
 
     defaults, own = dict(template_args or {}), dict(request.template_args)
-    messages, tools = request.messages, request.tools
     form: Form | None = None
-    if request.asked is not None:
+    names: frozenset[str] = frozenset()
+    if request.asked is None:
+        done = stabilize(request.messages, request.tools, request.stabilize, moves, keep=False)
+        messages, names = done.messages, frozenset(done.names)
+        tools = None if done.tools is None else list(done.tools)
+        if getattr(tokenizer, "has_chat_template", False) and depends_on_template(
+            messages, request.stabilize
+        ):
+            takes = Templates().abilities(tokenizer, defaults)
+            chat = fit_chat(takes, messages, {**defaults, **own}, request.stabilize)
+            messages, own = list(chat.messages), {**chat.template_args, **own}
+            names |= chat.names
+    else:
         form = Form(request.asked, Templates(), defaults)
+        form.stabilize(request.stabilize, moves, keep=False)
         fitted = form.fit(tokenizer)
         messages, own = fitted.messages, fitted.template_args
         tools = None if fitted.tools is None else [dict(tool) for tool in fitted.tools]
@@ -178,7 +207,7 @@ def render(
     if kinds == ["assistant"] and asked.messages:
         end = system_end(tokenizer, asked.messages, asked.tools, {**defaults, **own}, tokens)
     if form is None or request.asked is None:
-        return Prompt(list(tokens), end)
+        return Prompt(list(tokens), end, repaired=tuple(sorted(names)))
     places, end = form.cuts(tokenizer, tokens, end, trimmable=False)
     cuts = tuple(place for place in places if place > end)
     marks = len(request.asked.marks)
@@ -200,6 +229,7 @@ def render_chat(
     asked = PromptRequest(
         [dict(message) for message in messages],
         tools=[dict(tool) for tool in tools] if tools else None,
+        stabilize=frozenset(),
     )
     try:
         return render(tokenizer, asked, template_args=template_args)

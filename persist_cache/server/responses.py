@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from typing import Any
 
 from persist_cache.server.protocols.recognized import RESPONSES
 from persist_cache.server.protocols.responses_answer import ResponseAnswer
 from persist_cache.server.protocols.responses_request import read_responses
+from persist_cache.server.recent.diagnosis import comparison_response, of_openai
 from persist_cache.server.translated import Translated
 from persist_cache.server.validation import RefusedError, decode_object
 
@@ -35,7 +37,9 @@ class Responses(Translated):
 
     def _answer_responses(self, raw: bytes) -> None:
         self.body_as_read = raw
-        asked, manner = read_responses(decode_object(raw))
+        body = decode_object(raw)
+        asked, manner = read_responses(body)
+        named = comparison_response(body)
         if self.path == COUNT_PATH:
             self.count_asked(
                 asked,
@@ -45,7 +49,8 @@ class Responses(Translated):
         cli = self.response_generator.cli_args
         defaults = {"temperature": cli.temp, "top_p": cli.top_p}
         manner = dataclasses.replace(manner, fields={**defaults, **manner.fields})
-        self.answer_asked(asked, ResponseAnswer(asked.model, manner))
+        diagnose = None if named is None else functools.partial(of_openai, response_id=named)
+        self.answer_asked(asked, ResponseAnswer(asked.model, manner), diagnose)
 
     def _no_such_method(self) -> RefusedError:
         if self.path in PATHS:

@@ -126,6 +126,7 @@ def _run(
         generator.prefill_clock = prefill_clock
         generator.admin = Admin(cache, token=token, host=host, generator=generator)
         generator.names, generator.strict = names, options.strict
+        generator.stabilize = options.stabilize
         generator.guard = ModelGuard(args.allowed_origins, options.api_key)
         if rank == 0:
             with contextlib.ExitStack() as told:

@@ -10,11 +10,16 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 import time
 from http.server import BaseHTTPRequestHandler
+from typing import Any
 
 from persist_cache.server.guard import OUTCOME_HEADER
 from persist_cache.server.protocols.openai import error_object, refusal_of
+from persist_cache.server.recent.records import State
+from persist_cache.server.recent.ring import Ring
+from persist_cache.server.stabilizing import chosen_by
 from persist_cache.server.ticket import Ticket, cache_header
 
 SIGN_S = 0.2
@@ -31,19 +36,56 @@ class Streaming(BaseHTTPRequestHandler):
     A subclass sets `ticket` for the time of a request.
     """
 
+    response_generator: Any
     stream: bool
     ticket: Ticket | None = None
+    _remembered = ""
+    """The request's id among the latest ones."""
+    _has_failed = False
     _has_begun = False
     _headers_follow = True
     _signed = 0.0
 
-    def begin(self, ticket: Ticket) -> None:
-        """Begin to answer a request, which may be one of many on its connection."""
+    def begin(self, ticket: Ticket, response_id: str = "") -> None:
+        """Begin to answer a request, which may be one of many on its connection.
+
+        Args:
+            ticket: Of the request.
+            response_id: What its protocol calls the answer; "" for what is not remembered.
+
+        Raises:
+            RefusedError: It asks for repairs that there are not.
+        """
+        ticket.stabilize = chosen_by(self.headers, self.response_generator)
         self.ticket = ticket
+        self._has_failed, self._remembered = False, ""
+        if response_id and not ticket.keeps:
+            self._remembered = self.recent.begin(
+                ticket,
+                response_id=response_id,
+                path=self.path,
+                client=self.headers.get("User-Agent"),
+            )
         self._has_begun, self._headers_follow, self._signed = False, True, 0.0
         ticket.has_left, ticket.has_begun = self.has_left, self.has_begun
         if self.stream:
             ticket.sign = self.sign
+
+    def conclude(self) -> None:
+        """Let go of the request, whose answer is over: while an error passes, because of that."""
+        error = sys.exception()
+        is_left = isinstance(error, ConnectionError)
+        has_failed = error is not None or self._has_failed
+        self.ticket = None
+        if self._remembered:
+            state: State = "left" if is_left else "failed" if has_failed else "done"
+            self.recent.end(self._remembered, state)
+
+    @property
+    def recent(self) -> Ring:
+        """What is remembered of the latest requests."""
+        found: Ring = self.response_generator.recent
+        return found
 
     def has_begun(self) -> bool:
         """Whether the headers of a stream are out, so that what goes wrong is an event."""
@@ -70,7 +112,7 @@ class Streaming(BaseHTTPRequestHandler):
 
     def say_error(self, error: Exception) -> None:
         """Say in a stream that has begun what went wrong; nothing follows it."""
-        self.close_connection = True
+        self.close_connection = self._has_failed = True
         self._write(self.last_words(error))
 
     def last_words(self, error: Exception) -> str:
@@ -114,8 +156,7 @@ class Streaming(BaseHTTPRequestHandler):
     def _outcome(self) -> str | None:
         if self.ticket is None or self.ticket.fetch is None:
             return None
-        form = self.ticket.form
-        return cache_header(self.ticket.fetch, () if form is None else form.repaired)
+        return cache_header(self.ticket.fetch, self.ticket.repaired)
 
     def _write(self, text: str) -> None:
         self.wfile.write(text.encode())

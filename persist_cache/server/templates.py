@@ -16,6 +16,7 @@ from typing import Any
 
 from persist_cache.server.protocols.asked import THINKING_FIELD
 from persist_cache.server.protocols.openai import one_head
+from persist_cache.stability import thinking
 from persist_cache.stability.repairs import inline_system_as_user
 
 Message = Mapping[str, Any]
@@ -24,7 +25,6 @@ Render = Callable[[Sequence[Message], Sequence[Mapping[str, Any]] | None], str]
 SYSTEM_ROLE = "system-role"
 TOOL_CALLS = "tool-calls"
 TURNS = "turns"
-_THINKING_FIELDS = (THINKING_FIELD, "reasoning", "thinking")
 OPTIONS = frozenset({"thinking_budget", "reasoning_effort"})
 """Options that not all templates have."""
 _SHORT_ID = 9
@@ -46,6 +46,8 @@ class Abilities:
         short_ids: Calls have ids of nine letters or digits, and no others.
         thinking_field: Of a message, that holds what the model thought.
         options: Names of those options that clients may set.
+        keeps_thinking: The options by which it keeps what was thought in earlier turns, each with
+            its value for that.
     """
 
     system: bool = True
@@ -57,6 +59,7 @@ class Abilities:
     short_ids: bool = False
     thinking_field: str = THINKING_FIELD
     options: frozenset[str] = frozenset()
+    keeps_thinking: tuple[tuple[str, bool], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +119,7 @@ def probe(render: Render, source: str = "") -> Abilities:
         for one in turn
     ]
     fields = [
-        field for field in _THINKING_FIELDS if keeps("Qone Hone", user, {**answer, field: "Hone"})
+        field for field in thinking.FIELDS if keeps("Qone Hone", user, {**answer, field: "Hone"})
     ]
     return Abilities(
         system=system,
@@ -132,6 +135,7 @@ def probe(render: Render, source: str = "") -> Abilities:
         short_ids=calls == [False, True],
         thinking_field=fields[0] if fields else THINKING_FIELD,
         options=OPTIONS.intersection(re.findall(r"\w+", source)),
+        keeps_thinking=tuple(thinking.options_in(source).items()),
     )
 
 

@@ -21,6 +21,7 @@ from persist_cache.cache.stats import Fetch
 from persist_cache.server.segments import system_tokens
 from persist_cache.server.underway import Underway
 from persist_cache.server.wishes import Form, Wishes
+from persist_cache.stability.names import DEFAULTS
 from persist_cache.store.trail import Trail
 
 Part = Literal["", "prompt", "system"]
@@ -82,19 +83,21 @@ class Ticket:
             them, and the reply.
         keeps: What a request of our own leaves in the cache; "" for one of a client's, which is
             counted and leaves all of it.
+        stabilize: Names of the repairs that may be done.
+        changes: Names of those that changed it, but for what its form has done.
         prompt: As it is computed; None until it is tokenized.
         in_batch: It is computed in a batch, which copies the cache that it begins with.
         model: Upstream's name of the model that it is computed by; None while it waits.
         fetch: What the first look found; None before, and for a request that failed before.
         origin: The first look, for the inserts that follow.
         trail: The prompt's way through the store's index, for all looks of the request.
-        model_key: mlx-lm's key of the model that it was tokenized for, before it was queued; None
-            when that was not done.
+        model_key: mlx-lm's key of the model that it was tokenized for; None before that.
         ahead: What was read from the disk for it before it was queued.
         times: When what happened.
         tell_prompt: Called when the prompt is known.
         sign: Called while its answer is waited for, on the thread that answers. It raises a
             `ConnectionError` when the client is gone.
+        output_tokens: Tokens of its answer so far.
         computed: Tokens that have been computed for it, and how many there are to compute.
         stop_tokens: The tokens of each stop word of a protocol of ours, by which upstream
             recognizes it.
@@ -120,6 +123,8 @@ class Ticket:
         self.wishes = wishes or form
         self.keep_limit: int | None = None
         self.keeps: Part = keeps
+        self.stabilize: frozenset[str] = DEFAULTS
+        self.changes: frozenset[str] = frozenset()
         self.prompt: CutPrompt | None = None
         self.in_batch = False
         self.model: Any = None
@@ -132,6 +137,7 @@ class Ticket:
         self.model_key: Hashable = None
         self.ahead: Ahead | None = None
         self.times = Times()
+        self.output_tokens = 0
         self.computed = (0, 0)
         self.stop_tokens: Mapping[str, Sequence[int]] = {}
         self.leave_tokens = 0
@@ -147,7 +153,13 @@ class Ticket:
 
     def __reduce__(self) -> tuple[type[Ticket], tuple[bytes], dict[str, Any]]:
         # The ranks of a distributed group send each other their requests.
-        return Ticket, (b"",), {"keeps": self.keeps}
+        return Ticket, (b"",), {"keeps": self.keeps, "stabilize": self.stabilize}
+
+    @property
+    def repaired(self) -> tuple[str, ...]:
+        """Names of the repairs that changed the request."""
+        by_form = () if self.form is None else self.form.repaired
+        return tuple(sorted({*self.changes, *by_form}))
 
     @property
     def keep_tokens(self) -> int | None:

@@ -6,6 +6,7 @@ queued as a chat's is, and what the model says is handed on as it comes.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler
@@ -18,6 +19,7 @@ from persist_cache.server.protocols.answering import Answer, Event, Usage, as_by
 from persist_cache.server.protocols.asked import Asked, Mark
 from persist_cache.server.protocols.openai import refusal_of
 from persist_cache.server.protocols.output import Call, Finish, OutputReader, Reasoning
+from persist_cache.server.recent.ring import Ring
 from persist_cache.server.ticket import Part, Ticket
 
 log = logging.getLogger(__name__)
@@ -39,8 +41,18 @@ class Translated(BaseHTTPRequestHandler):
     _started = False
     _is_told = False
 
-    def answer_asked(self, asked: Asked, answer: Answer) -> None:
+    def answer_asked(
+        self,
+        asked: Asked,
+        answer: Answer,
+        diagnose: Callable[[Ring, Ticket], dict[str, Any] | None] | None = None,
+    ) -> None:
         """Answer a request, whose body was read.
+
+        Args:
+            asked: The request.
+            answer: Says what the model does.
+            diagnose: Says why the cache had no more, if the client asks for it.
 
         Raises:
             RefusedError: It cannot be answered, and nothing was sent.
@@ -48,11 +60,15 @@ class Translated(BaseHTTPRequestHandler):
         """
         self.stream = asked.stream
         ticket, form = self._begun(asked, answer)
+        if diagnose is not None:
+            ring = self.response_generator.recent
+            answer.diagnose = functools.partial(diagnose, ring, ticket)
         try:
             with self.response_generator.in_flight():
                 self._generate(asked, answer, ticket, form)
         finally:
-            self.ticket = self._answer = None
+            self._answer = None
+            self.conclude()  # type: ignore[attr-defined]
 
     def count_asked(self, asked: Asked, said: Callable[[int], dict[str, Any]]) -> None:
         """Answer with the number of tokens of a request's prompt.
@@ -77,7 +93,7 @@ class Translated(BaseHTTPRequestHandler):
         except Exception as error:
             raise refusal_of(error, 500) from error
         finally:
-            self.ticket = None
+            self.conclude()  # type: ignore[attr-defined]
 
     def _begun(self, asked: Asked, answer: Answer | None) -> tuple[Ticket, Form]:
         self._tell_ignored(list(asked.ignored))  # type: ignore[attr-defined]
@@ -86,7 +102,7 @@ class Translated(BaseHTTPRequestHandler):
         ticket = Ticket(self.body_as_read, keeps=self.keeps, form=form)
         self._answer = answer
         self._started = self._is_told = False
-        self.begin(ticket)  # type: ignore[attr-defined]
+        self.begin(ticket, "" if answer is None else answer.id)  # type: ignore[attr-defined]
         return ticket, form
 
     def _generate(self, asked: Asked, answer: Answer, ticket: Ticket, form: Form) -> None:

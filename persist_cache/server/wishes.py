@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 from persist_cache.entry import Tier
+from persist_cache.stability.conversation import Stabilized
+from persist_cache.stability.moved import Moves
 
 
 class Wishes(Protocol):
@@ -21,6 +23,9 @@ class Wishes(Protocol):
     @property
     def only_marked(self) -> bool:
         """Whether nothing is to be kept but what ends at a mark."""
+
+    def moved(self, done: Stabilized, /) -> None:
+        """Note how the conversation was repaired before it is rendered."""
 
     def take(self, messages: Any, tools: Any, template_args: Mapping[str, Any], /) -> None:
         """Note what the prompt was made of."""
@@ -39,6 +44,9 @@ class Wishes(Protocol):
 
 class Form(Wishes, Protocol):
     """How a request of a protocol that is not upstream's is put before a chat template."""
+
+    def stabilize(self, chosen: Collection[str], moves: Moves | None, /, *, keep: bool) -> None:
+        """Repair what breaks the prefix that the client's requests have in common."""
 
     def fit(self, tokenizer: Any, /) -> Any:
         """The messages, the tools and the template's options, as the template takes them."""

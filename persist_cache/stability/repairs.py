@@ -7,14 +7,12 @@ as it is. All are idempotent.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-BILLING = "billing"
-COUNTDOWN = "countdown"
-INLINE_SYSTEM = "inline-system"
-REPAIRS = (BILLING, COUNTDOWN, INLINE_SYSTEM)
+from persist_cache.stability.lines import lines_of
+from persist_cache.stability.names import BILLING, COUNTDOWN, DEFAULTS, INLINE_SYSTEM
 
 _BILLING_HEAD = "x-anthropic-billing-header: "
 _BILLING = re.compile(
@@ -22,7 +20,6 @@ _BILLING = re.compile(
     r"(?: cch=[0-9a-f]{5};)?(?: cc_workload=[0-9A-Za-z_-]{1,128};)?(?: cc_is_subagent=true;)?"
 )
 """The digest is sent to Anthropic's own servers; elsewhere the version alone changes."""
-_FENCES = ("```", "~~~")
 _COUNTDOWN_END = " tokens left</total_tokens>"
 _COUNTDOWN = re.compile(r"<total_tokens>[0-9]+ tokens left</total_tokens>\Z")
 
@@ -40,18 +37,19 @@ class Repaired:
     names: tuple[str, ...] = ()
 
 
-def system_text(text: str) -> Repaired:
+def system_text(text: str, chosen: Collection[str] = DEFAULTS) -> Repaired:
     """Take out of a system text what says nothing about the model that reads it.
 
     Args:
         text: A whole system prompt, one block of it, or a system message in mid-conversation.
             Texts of any other role are none of this function's business.
+        chosen: Names of the repairs that may be done.
     """
     names, before = [], None
     while text != before:  # what one of them leaves at the end may be the other one's
         before = text
         for name, repair in ((BILLING, without_billing), (COUNTDOWN, without_countdown)):
-            if (found := repair(text)) != text:
+            if name in chosen and (found := repair(text)) != text:
                 text = found
                 names.append(name)
     return Repaired(text, tuple(sorted(set(names))))
@@ -60,17 +58,13 @@ def system_text(text: str) -> Repaired:
 def without_billing(text: str) -> str:
     """Drop the lines in which a client accounts for its requests.
 
-    A line that is indented, quoted or within a code fence is an example, and stays.
+    A line that is indented, quoted, within a code fence or within a tag that says example stays.
     """
     if _BILLING_HEAD not in text:
         return text
-    kept, fence = [], ""
-    for line in text.split("\n"):
-        mark = line.lstrip()[:3]
-        if mark in _FENCES and mark == (fence or mark):
-            fence = "" if fence else mark
-        if fence or not _BILLING.fullmatch(line):
-            kept.append(line)
+    kept = [
+        line.text for line in lines_of(text) if line.is_example or not _BILLING.fullmatch(line.text)
+    ]
     return "\n".join(kept)
 
 

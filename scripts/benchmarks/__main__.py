@@ -13,7 +13,7 @@ from scripts.benchmarks import common
 
 ALL = (
     *("restore", "insert", "lookup", "growth", "turns", "interrupted", "flight", "signs"),
-    *("sessions", "ttft", "start", "memory", "stall", "commands", "translation"),
+    *("sessions", "ttft", "start", "memory", "stall", "commands", "translation", "repairs"),
 )
 """Modules of this package, in the order in which `all` runs them."""
 BENCHMARKS = (*ALL, "peers")

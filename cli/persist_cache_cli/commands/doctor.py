@@ -14,7 +14,9 @@ from persist_cache import Store, StoreStats
 from persist_cache.doctor import facts, judgement
 from persist_cache.doctor.facts import BreakEven, DiskSpeed, Folder, ModelCache
 from persist_cache.doctor.judgement import Finding
-from persist_cache.errors import StoreError
+from persist_cache.doctor.template import TemplateReport, judge_template, look_at_template
+from persist_cache.errors import PersistCacheError, StoreError
+from persist_cache.prefill.loading import load_tokenizer
 from persist_cache.queries.totals import Survey, quarantined
 from persist_cache.store.budget import DEFAULT_MAX_BYTES, DEFAULT_MIN_FREE_BYTES
 from persist_cache_cli import left_behind
@@ -73,6 +75,7 @@ class _Report:
     stats: StoreStats | None = None
     speed: DiskSpeed | None = None
     model: ModelCache | None = None
+    template: TemplateReport | None = None
     break_even: list[BreakEven] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=facts.versions)
@@ -140,6 +143,7 @@ class _Report:
                     {"class": layer.class_name, "storage": layer.storage} for layer in model.layers
                 ],
             },
+            "template": None if self.template is None else _template_json(self.template),
             "break_even": [
                 {
                     "fingerprint": one.fingerprint,
@@ -219,6 +223,7 @@ class _Report:
             ("model", printable(model.model) + (f" on {model.device}" if model.device else "")),
             ("fingerprint", model.fingerprint[:16]),
             ("layers", layers),
+            ("template", _template_line(self.template)),
         ]
 
     def _break_even_pairs(self) -> list[tuple[str, str]]:
@@ -275,6 +280,7 @@ def _examine(store: str | None, choice: ModelChoice | None) -> _Report:
     if choice is not None:
         report.model = _look_at_model(choice)
         report.findings += judgement.judge_model(report.model)
+        _look_at_template(choice, report)
     return report
 
 
@@ -323,6 +329,49 @@ def _look_into(store: Store, report: _Report, given: str | None) -> None:
     report.findings += [
         Finding("note", sentence) for sentence in left_behind.sentences(Survey(store), given)
     ]
+
+
+def _look_at_template(choice: ModelChoice, report: _Report) -> None:
+    if report.model is None or report.model.reason:
+        return  # which says what is wrong with it
+    try:
+        report.template = look_at_template(load_tokenizer(choice.model))
+    except PersistCacheError as error:
+        report.findings.append(Finding("note", f"The chat template was not looked at: {error}"))
+        return
+    if report.template is not None:
+        report.findings += judge_template(choice.model, report.template)
+
+
+def _template_line(found: TemplateReport | None) -> str:
+    if found is None:
+        return "none"
+    said = dict.fromkeys(("appends", "parts", "refused"), "")
+    for outcome in said:
+        said[outcome] = ", ".join(one.kind for one in found.checks if one.outcome == outcome)
+    words = {"appends": "appends", "parts": "does not only append", "refused": "refuses"}
+    return "; ".join(f"{words[outcome]}: {kinds}" for outcome, kinds in said.items() if kinds)
+
+
+def _template_json(found: TemplateReport) -> dict[str, Any]:
+    return {
+        "appends": found.appends,
+        "conversations": [
+            {
+                "kind": one.kind,
+                "outcome": one.outcome,
+                "before_text": one.before,
+                "earlier_text": one.earlier,
+                "later_text": one.later,
+                "lost_characters": one.lost_characters,
+                "reason": one.reason,
+            }
+            for one in found.checks
+        ],
+        "mends": found.mends,
+        "prints_date": found.prints_date,
+        "date_option": found.date_option or None,
+    }
 
 
 def _look_at_model(choice: ModelChoice) -> ModelCache:

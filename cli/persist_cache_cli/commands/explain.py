@@ -15,6 +15,7 @@ from persist_cache.queries.as_json import divergence_texts, explanation_json, ex
 from persist_cache.queries.explain import Explanation, explain
 from persist_cache.queries.schema import VerdictJson
 from persist_cache.server.rendering import Prompt, decode
+from persist_cache_cli.asking import admin_token_option
 from persist_cache_cli.output import format_duration, hanging, print_json, terminal_width
 from persist_cache_cli.prompts import (
     choose_model,
@@ -23,17 +24,20 @@ from persist_cache_cli.prompts import (
     protocol_option,
     read_json,
     read_request_file,
+    stabilize_option,
     template_options,
 )
+from persist_cache_cli.requests import show_last
 from persist_cache_cli.store_access import common_options, no_store, reading
 
 _AT_LEAST = 90.0
+_WITH_LAST = ("last", "admin_token", "as_json", "quiet")
 _MOST_MARKS = 4
 """As many as Anthropic's own servers take."""
 
 
 @click.command("explain")
-@click.option("--model", metavar="PATH_OR_HUB_ID", required=True, help="The model.")
+@click.option("--model", metavar="PATH_OR_HUB_ID", help="The model.")
 @click.option(
     "--messages",
     type=click.Path(path_type=Path),
@@ -50,6 +54,7 @@ _MOST_MARKS = 4
 @protocol_option
 @model_options
 @template_options
+@stabilize_option
 @click.option("--check", is_flag=True, help="Exit 3 if too little of it would be found.")
 @click.option(
     "--at-least",
@@ -57,13 +62,22 @@ _MOST_MARKS = 4
     type=click.FloatRange(0, 100),
     help="What is enough for --check, of the tokens that can be found.  [default: 90]",
 )
+@click.option(
+    "--last",
+    metavar="[N]",
+    type=click.IntRange(1, 1_000),
+    is_flag=False,
+    flag_value=1,
+    help="Explain the latest request of the running server instead, or the latest N.",
+)
+@admin_token_option
 @common_options(quiet="Print nothing; use with --check.")
-@click.pass_obj
+@click.pass_context
 def command(
-    store: str | None,
+    ctx: click.Context,
     /,
     *,
-    model: str,
+    model: str | None,
     messages: Path | None,
     tools: Path | None,
     tokens: Path | None,
@@ -71,8 +85,11 @@ def command(
     chat_template_args: str | None,
     chat_template: str | None,
     use_default_chat_template: bool,
+    stabilize: frozenset[str],
     check: bool,
     at_least: float | None,
+    last: int | None,
+    admin_token: str | None,
     as_json: bool,
     quiet: bool,
     **model_choice: Any,
@@ -80,12 +97,22 @@ def command(
     """Say how much of a request is cached on disk, and why it is not more.
 
     Names the first token that differs from what is stored, with the text on both sides; or what
-    changed about the model; or that a checkpoint is missing, or was evicted.
+    changed about the model; or that a checkpoint is missing, or was evicted. With --last it asks
+    the running server about its latest requests: what was reused, why not more, and what would
+    mend it.
 
     \b
     Example:
       persist-cache explain --model mlx-community/Qwen3-4B-4bit --messages request.json
+      persist-cache explain --last
     """
+    store: str | None = ctx.obj
+    if last is not None:
+        _refuse_others(ctx)
+        show_last(store, last, admin_token, as_json=as_json, quiet=quiet)
+        return
+    if model is None:
+        raise click.UsageError("Give --model and a request, or --last for a running server's.")
     choice = choose_model(model, **model_choice)
     if (messages is None) == (tokens is None):
         raise click.UsageError("Give either --messages or --tokens.")
@@ -100,7 +127,9 @@ def command(
         )
     # A request that cannot be understood is refused before anything is loaded for it.
     request = (
-        None if messages is None else read_request_file(messages, tools=tools, protocol=protocol)
+        None
+        if messages is None
+        else read_request_file(messages, tools=tools, protocol=protocol, stabilize=stabilize)
     )
     tokenizer = template.tokenizer(model)
     if request is None:
@@ -132,6 +161,16 @@ def command(
             click.echo(_sentence(verdict))
     if verdict is not None and not verdict.passed:
         sys.exit(3)
+
+
+def _refuse_others(ctx: click.Context) -> None:
+    """Refuse options that say nothing about requests of a server."""
+    for parameter in ctx.command.params:
+        name = str(parameter.name)
+        is_given = ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+        if is_given and name not in _WITH_LAST:
+            option = parameter.opts[0]
+            raise click.UsageError(f"--last asks a running server; leave out {option}.")
 
 
 def _show_form(prompt: Prompt) -> None:

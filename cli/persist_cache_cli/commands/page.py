@@ -10,12 +10,8 @@ import click
 
 from persist_cache.server.admin_token import stored_token
 from persist_cache.server.discovery import Serving, running_servers
-from persist_cache_cli.store_access import (
-    NothingFound,
-    command_line,
-    common_options,
-    store_path,
-)
+from persist_cache_cli.asking import admin_token_option, no_server, secret_of
+from persist_cache_cli.store_access import common_options, store_path
 
 
 @click.command("page")
@@ -24,12 +20,7 @@ from persist_cache_cli.store_access import (
     metavar="URL",
     help="Where the page is, as a browser finds it, if that is not where the server listens.",
 )
-@click.option(
-    "--admin-token",
-    envvar="PERSIST_CACHE_ADMIN_TOKEN",
-    show_envvar=True,
-    help="Secret that the server was started with.",
-)
+@admin_token_option
 @common_options()
 @click.pass_obj
 def command(
@@ -50,11 +41,7 @@ def command(
             raise click.UsageError("--url needs an address such as http://localhost:8080/cache.")
         servers = [Serving(url, servers[0].own_token if servers else False)]
     if not servers:
-        raise NothingFound(
-            f"No server runs on the store at {root}: start one with "
-            f"`{command_line(store, 'serve')}`, or name the store of the one that runs with "
-            "--store."
-        )
+        raise no_server(store)
     token = stored_token(root)
     links = [_link(server, token, admin_token) for server in servers]
     if as_json:
@@ -65,16 +52,7 @@ def command(
 
 
 def _link(server: Serving, stored: str | None, given: str | None) -> dict[str, Any]:
-    token = stored if given is None else given
-    if server.own_token and given is None:
-        raise click.ClickException(
-            f"The server at {server.url} was started with --admin-token; give this command the "
-            "same one."
-        )
-    if token is None:
-        raise click.ClickException(
-            "The store has no admin token; `persist-cache serve` makes one when it starts."
-        )
+    token = secret_of(server, stored, given)
     return {
         "url": server.url,
         "link": f"{server.url}#token={quote(token, safe='')}",

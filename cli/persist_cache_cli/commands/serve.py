@@ -16,7 +16,8 @@ from persist_cache.entry import TIER_LABELS
 from persist_cache.server.launch import DEFAULT_GRACE_S, ServeOptions
 from persist_cache.server.names import parse_aliases
 from persist_cache.server.run import serve
-from persist_cache_cli.parse import SIZE
+from persist_cache.stability.names import DEFAULTS
+from persist_cache_cli.parse import REPAIRS, SIZE
 
 
 @click.command(
@@ -69,6 +70,14 @@ from persist_cache_cli.parse import SIZE
     help="Refuse what is asked for and not done, such as response_format, instead of saying so.",
 )
 @click.option(
+    "--stabilize",
+    type=REPAIRS,
+    default=",".join(sorted(DEFAULTS)),
+    metavar="NAMES",
+    help="Further repairs of what breaks prefixes: date, env, tools, reminders, cleared, thinking; "
+    "or all, or none.",
+)
+@click.option(
     "--context-tokens",
     type=click.IntRange(min=0),
     help="Longest prompt and answer together, where the model's configuration is wrong; 0: any.",
@@ -90,6 +99,7 @@ def command(
     salt: str,
     aliases: tuple[str, ...],
     strict: bool,
+    stabilize: frozenset[str],
     context_tokens: int | None,
     show_help: bool,
 ) -> None:
@@ -141,6 +151,7 @@ def command(
         aliases=_aliases(aliases),
         strict=strict,
         context_tokens=context_tokens,
+        stabilize=stabilize,
     )
     for handler in list(logging.getLogger().handlers):
         # Upstream sets up logging as its --log-level says, but only where nobody has done so yet.

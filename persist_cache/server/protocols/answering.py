@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,6 +13,8 @@ from persist_cache.server.validation import RefusedError
 
 Event = tuple[str, dict[str, Any]]
 """The type of an event, and what else it has."""
+Diagnose = Callable[[], dict[str, Any] | None]
+"""Says why the cache had no more of a prompt, in the protocol's words."""
 Kind = Literal["", "text", "thinking"]
 """What of an answer is open; "" is nothing."""
 
@@ -47,10 +49,14 @@ class Answer(ABC):
     Thread safety: for one thread.
 
     Attributes:
+        id: What the protocol calls it.
+        diagnose: Says why the cache had no more; None if nobody asks.
         calls: How many tool calls it has so far.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, id: str) -> None:
+        self.id = id
+        self.diagnose: Diagnose | None = None
         self.calls = 0
         self._open: Kind = ""
         self._space = ""  # that may stand in front of a call

@@ -47,10 +47,9 @@ class MessageAnswer(Answer):
             model: As the client named it.
             new_id: Makes ids for the message and for tool calls.
         """
-        super().__init__()
+        super().__init__(f"msg_{new_id()}")
         self._model = model
         self._new_id = new_id
-        self._id = f"msg_{new_id()}"
         self._blocks: list[dict[str, Any]] = []
 
     def start(self, usage: Usage) -> list[Event]:
@@ -82,8 +81,10 @@ class MessageAnswer(Answer):
         word: str | None,
         usage: Usage,
     ) -> dict[str, Any]:
+        diagnosed = {} if self.diagnose is None else {"diagnostics": self.diagnose()}
         return {
-            "id": self._id,
+            "id": self.id,
+            **diagnosed,
             "type": "message",
             "role": "assistant",
             "model": self._model,

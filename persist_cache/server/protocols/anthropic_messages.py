@@ -21,6 +21,7 @@ from persist_cache.server.protocols.caching import breakpoint_of
 from persist_cache.server.protocols.fields import below, kind, text_of
 from persist_cache.server.validation import RefusedError, wrong
 from persist_cache.stability import repairs
+from persist_cache.stability.names import DEFAULTS
 
 _TTLS = {"5m": 300, "1h": 3600}
 _ERROR = "Error: "
@@ -43,12 +44,14 @@ class Conversation:
     """Messages of a chat, while they are translated.
 
     Attributes:
+        stabilize: Names of the repairs that may be done.
         messages: As templates take them; content is text.
         marks: In order.
         repaired: Names of the repairs that changed a system text.
         ignored: Names of what is not given to the model.
     """
 
+    stabilize: Collection[str] = DEFAULTS
     messages: list[dict[str, Any]] = field(default_factory=list)
     marks: list[Mark] = field(default_factory=list)
     repaired: set[str] = field(default_factory=set)
@@ -63,7 +66,7 @@ class Conversation:
         """
         said, index = "", len(self.messages)
         for text, ttl_s in _texts(content, name):
-            repaired = repairs.system_text(text)
+            repaired = repairs.system_text(text, self.stabilize)
             self.repaired.update(repaired.names)
             said = joined(said, repaired.text)
             if ttl_s is not None:

@@ -6,7 +6,7 @@ fields that are not known are accepted; what is known and cannot be done is name
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from persist_cache.server.protocols.anthropic_messages import (
@@ -24,6 +24,7 @@ from persist_cache.server.protocols.fields import (
     text_of,
 )
 from persist_cache.server.validation import MAX_NEW_TOKENS, MAX_STOP_WORDS, wrong
+from persist_cache.stability.names import DEFAULTS
 
 _THINKING = ("enabled", "adaptive", "between_tools", "disabled")
 _EFFORTS = {"low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high"}
@@ -46,12 +47,15 @@ def read_messages(
     body: Mapping[str, Any],
     *,
     counting: bool = False,
+    stabilize: Collection[str] = DEFAULTS,
 ) -> Asked:
     """Read the body of a request.
 
     Args:
         body: A JSON object.
         counting: It asks for the number of its tokens; there is no `max_tokens` then.
+        stabilize: Names of the repairs that may be done. Only those of single blocks of a system
+            prompt are done here, where blocks are known.
 
     Raises:
         RefusedError: It is malformed, or asks for what cannot be left out.
@@ -59,7 +63,7 @@ def read_messages(
     model = text_of(body, "model", "")
     if not model:
         raise wrong("model", "must not be empty.")
-    said = Conversation()
+    said = Conversation(stabilize)
     ignored = {name for name, asks in _TOLD.items() if body.get(name) and asks(body[name])}
     tools = _tools(body.get("tools"), said, ignored)
     _read_conversation(body, said, counting=counting)

@@ -135,7 +135,7 @@ def asked_of_cache(body: Mapping[str, Any], *, is_chat: bool) -> Asked:
         RefusedError: That is malformed.
     """
     messages = body["messages"] if is_chat else []
-    said = [{**one, "content": _text(one.get("content"))} for one in messages]
+    said = [{**one, "content": as_text(one.get("content"))} for one in messages]
     return Asked(
         model=str(body.get("model") or ""),
         messages=said,
@@ -177,6 +177,11 @@ def _is_count(value: Any) -> bool:
 
 def _kind(value: Any) -> Any:
     return value.get("type") if isinstance(value, dict) else value
+
+
+def as_text(content: Any) -> str:
+    """A message's content as the template gets it; "" for what is more than text."""
+    return _text(content) or ""
 
 
 def _text(content: Any) -> str | None:

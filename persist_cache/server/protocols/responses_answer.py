@@ -94,13 +94,12 @@ class ResponseAnswer(Answer):
             clock: Tells the time that passes.
             now: Tells the time of the day, in seconds of UTC.
         """
-        super().__init__()
+        super().__init__(f"resp_{new_id()}")
         self._model = model
         self._manner = manner
         self._new_id = new_id
         self._clock = clock
         self._now = now
-        self._id = f"resp_{new_id()}"
         self._created = int(now())
         self._items: list[dict[str, Any]] = []
         self._piece = _TEXT  # that is open, or was
@@ -218,7 +217,7 @@ class ResponseAnswer(Answer):
 
     def _response(self, more: Mapping[str, Any]) -> dict[str, Any]:
         return {
-            "id": self._id,
+            "id": self.id,
             "object": "response",
             "created_at": self._created,
             "completed_at": None,
@@ -256,7 +255,9 @@ class ResponseAnswer(Answer):
 
     def _ended(self, status: str, usage: Usage) -> dict[str, Any]:
         is_cut = status == "incomplete"
+        diagnosed = {} if self.diagnose is None else {"prompt_cache_diagnostics": self.diagnose()}
         return {
+            **diagnosed,
             "status": status,
             "completed_at": None if is_cut else int(self._now()),
             "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,

@@ -20,9 +20,9 @@ from persist_cache.prefill.run import even_out_draft
 from persist_cache.server.admin import Admin
 from persist_cache.server.alone import Alone, tokens_looked_back_at
 from persist_cache.server.flight import Flight, Line
-from persist_cache.server.form import Templates
 from persist_cache.server.guard import ModelGuard
 from persist_cache.server.protocols.asked import Asked
+from persist_cache.server.recent.ring import Ring
 from persist_cache.server.streaming import SIGN_S
 from persist_cache.server.ticket import Ticket, TicketedCache
 from persist_cache.server.upstream.budget import Budget
@@ -44,11 +44,11 @@ class Generator(Prompts):
     def __init__(self, model_provider: Any, prompt_cache: PromptCache) -> None:
         self._in_flight = 0
         self.is_ending = False
-        self.templates = Templates()
         self.admin: Admin | None = None
         self.guard: ModelGuard | None = None
         self.prefill_clock = PrefillClock()
         self.line = Line()
+        self.recent = Ring(decode=self.decode_beside, seconds=prompt_cache.prefill_s)
         self._changed = threading.Condition()
         self._tickets: WeakSet[Ticket] = WeakSet()
         """Those that the generation thread has seen."""
@@ -79,7 +79,7 @@ class Generator(Prompts):
             # What is compared and loaded; the answer says what the client said.
             generation_args.model = upstream.ModelDescription(key.model, key.draft, key.adapter)
         only_fills = generation_args.max_tokens == 0
-        request = TicketedRequest.of(request)
+        request = self._stabilized(TicketedRequest.of(request))
         ticket = request.ticket
         answers = Answers(ticket)
         try:
@@ -95,6 +95,8 @@ class Generator(Prompts):
                 if isinstance(said, Exception):
                     raise said
                 raise RuntimeError("The request was answered without a look into the cache.")
+            if ticket.form is None and ticket.changes:
+                self.cache.count_repairs(ticket.repaired)
             if known_before is not None:
                 self.cache.count_shared(max(0, ticket.fetch.num_tokens - known_before))
         except BaseException as error:
@@ -193,6 +195,7 @@ class Generator(Prompts):
                     progress_callback(*one)
                 continue
             ticket.times.first_token = ticket.times.first_token or time.monotonic()
+            ticket.output_tokens += 1
             ctx.prompt_cache_count = 0 if ticket.fetch is None else ticket.fetch.num_tokens
             yield one
         ticket.times.ended = time.monotonic()
@@ -230,6 +233,7 @@ class Generator(Prompts):
             raise self._no_more()
         request.ticket.model = args.model
         prompt = super()._tokenize(tokenizer, request, args)
+        request.ticket.model_key = self.model_provider.model_key
         self._take_over(request.ticket)
         with self._changed:
             self._tickets.add(request.ticket)
@@ -316,6 +320,8 @@ class Generator(Prompts):
     @_stop.setter
     def _stop(self, value: bool) -> None:
         self.is_ending = value
+        if value:
+            self.recent.close()
         for ticket in self._running() if value else []:
             ticket.underway.cut()
 

@@ -9,6 +9,7 @@ from mlx_lm import server as upstream
 
 from persist_cache.cache.prompt_cache import PromptCache
 from persist_cache.server.answers import json_response
+from persist_cache.server.diagnosing import Diagnosing
 from persist_cache.server.form import Given
 from persist_cache.server.http import Front
 from persist_cache.server.messages import Messages
@@ -21,7 +22,7 @@ from persist_cache.server.upstream.requests import TicketedRequest
 log = logging.getLogger(__name__)
 
 
-class Handler(Messages, Responses, Streaming, Front, upstream.APIHandler):  # type: ignore[misc]
+class Handler(Messages, Responses, Diagnosing, Streaming, Front, upstream.APIHandler):  # type: ignore[misc]
     """Upstream's HTTP handler behind our front, saying where the prompt's cache came from."""
 
     def handle_completion(self, request: Any, stop_words: list[str]) -> None:
@@ -29,7 +30,7 @@ class Handler(Messages, Responses, Streaming, Front, upstream.APIHandler):  # ty
         if self.caching is not None and not generator.model_provider.is_distributed:
             defaults = generator.cli_args.chat_template_args
             wishes = Given(self.caching, generator.templates, defaults)
-        self.begin(Ticket(self.body_as_read, keeps=self.keeps, wishes=wishes))
+        self.begin(Ticket(self.body_as_read, keeps=self.keeps, wishes=wishes), self.request_id)
         try:
             with self.response_generator.in_flight():
                 super().handle_completion(TicketedRequest.of(request, self.ticket), stop_words)
@@ -42,7 +43,7 @@ class Handler(Messages, Responses, Streaming, Front, upstream.APIHandler):  # ty
             log.debug("the failure", exc_info=True)
             self.say_error(error)
         finally:
-            self.ticket = None
+            self.conclude()
 
     def with_cache(self, said: Any) -> Any:
         """An answer of upstream's, with what the ticket knows of the cache."""

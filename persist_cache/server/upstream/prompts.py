@@ -18,11 +18,13 @@ from persist_cache.cache.ahead import Ahead
 from persist_cache.cache.prompt_cache import PromptCache
 from persist_cache.prefill import loading
 from persist_cache.server.alone import tokens_looked_back_at
+from persist_cache.server.chat_form import depends_on_template, fit_chat
+from persist_cache.server.form import Templates
 from persist_cache.server.lengths import room
 from persist_cache.server.names import Names
 from persist_cache.server.protocols.asked import Asked
 from persist_cache.server.protocols.openai import one_head
-from persist_cache.server.rendering import unrenderable
+from persist_cache.server.rendering import decode, unrenderable
 from persist_cache.server.segments import (
     as_system,
     cut_at,
@@ -37,6 +39,9 @@ from persist_cache.server.upstream.provider import Provider, Spare
 from persist_cache.server.upstream.requests import TicketedRequest, as_upstreams
 from persist_cache.server.validation import RefusedError
 from persist_cache.server.wishes import Wishes
+from persist_cache.stability.conversation import stabilize
+from persist_cache.stability.moved import Moves
+from persist_cache.stability.names import DEFAULTS
 from persist_cache.store.trail import Trail
 
 _MIN_BRANCH_TOKENS = 64
@@ -53,6 +58,8 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
     """Makes one key of all names of a model; without it they are taken as upstream takes them."""
     strict = False
     """Whether requests for what is not done are refused."""
+    stabilize = DEFAULTS
+    """Names of the repairs that may be done to requests that do not say which."""
     _in_flight = 0
     """Requests that are being answered."""
 
@@ -65,6 +72,8 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
             cache: The cache behind that.
         """
         self.cache = cache  # upstream deletes its own reference at the end
+        self.templates = Templates()
+        self.moves = Moves()
         self._tokenizing = threading.Lock()
         self._reader = ThreadPoolExecutor(1, "persist-cache-load-ahead")
         super().__init__(model_provider, prompt_cache)
@@ -179,13 +188,22 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
         finally:
             self._tokenizing.release()
 
+    def decode_beside(self, model: Any, tokens: Sequence[int]) -> str:
+        """Tokens as text; "" while there is no spare tokenizer of that model."""
+        with self._tokenizing:
+            provider = self.model_provider
+            spare = getattr(provider, "spare", None)
+            if spare is None or model != provider.model_key:
+                return ""
+            return decode(spare.tokenizer, tokens)
+
     def count_tokens(self, asked: Asked, ticket: Ticket) -> int:
         """How many tokens the prompt of a request has.
 
         Raises:
             RefusedError: No model is loaded, or the template refuses the request.
         """
-        request, args = self._as_upstreams(asked, ticket)
+        request, args = self._as_upstreams(asked, ticket, keep=False)
         provider, names = self.model_provider, self.names
         key = None if names is None else names.key(args.model.model)
         is_own = names is None or key == names.key(None)
@@ -200,10 +218,42 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
         return len(self._cut_beside(spare, request, args).tokens)
 
     def _as_upstreams(
-        self, asked: Asked, ticket: Ticket
+        self, asked: Asked, ticket: Ticket, *, keep: bool = True
     ) -> tuple[TicketedRequest, upstream.GenerationArguments]:
+        if ticket.form is not None:
+            ticket.form.stabilize(ticket.stabilize, self.moves, keep=keep and not ticket.keeps)
         is_known = self.names is not None and self.names.is_here(asked.model)
         return as_upstreams(asked, ticket, self.model_provider, is_known=is_known)
+
+    def _stabilized(self, request: TicketedRequest) -> TicketedRequest:
+        """A chat of upstream's own protocol with its repairs; those of others are their form's."""
+        ticket = request.ticket
+        if request.request_type != "chat" or ticket.form is not None:
+            return request
+        keep = not ticket.keeps
+        done = stabilize(request.messages, request.tools, ticket.stabilize, self.moves, keep=keep)
+        ticket.changes |= frozenset(done.names)
+        if ticket.wishes is not None:
+            ticket.wishes.moved(done)
+        request = copy.copy(request)
+        request.messages, request.tools = done.messages, done.tools
+        return request
+
+    def _as_template_takes(self, tokenizer: Any, request: Any, args: Any) -> Any:
+        """Do the repairs of a chat that depend on its template; returns the arguments for it."""
+        chosen = request.ticket.stabilize
+        if (
+            request.request_type != "chat"
+            or not tokenizer.has_chat_template
+            or not depends_on_template(request.messages, chosen)
+        ):
+            return args
+        defaults, own = self.cli_args.chat_template_args, args.chat_template_kwargs or {}
+        takes = self.templates.abilities(tokenizer, defaults)
+        fitted = fit_chat(takes, request.messages, {**defaults, **own}, chosen)
+        request.messages = list(fitted.messages)
+        request.ticket.changes |= fitted.names
+        return dataclasses.replace(args, chat_template_kwargs={**fitted.template_args, **own})
 
     # ---- on the generation thread --------------------------------------------------------------
 
@@ -248,6 +298,8 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
                 form.refuse_unfit()
             request.messages, request.tools = fitted.messages, fitted.tools
             args = dataclasses.replace(args, chat_template_kwargs=fitted.template_args)
+        else:
+            args = self._as_template_takes(tokenizer, request, args)
         tokenize = super()._tokenize
         tokens, segments, kinds, initial_state, vision = _rendered(
             request, lambda: tokenize(tokenizer, request, args)

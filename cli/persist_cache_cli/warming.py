@@ -1,0 +1,224 @@
+"""Working through prompts that are to be kept warm, for `persist-cache warm`."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from persist_cache import Store, Tier
+from persist_cache.entry import Match
+from persist_cache.errors import ModelError, PersistCacheError
+from persist_cache.fingerprint.identifier import Identifier
+from persist_cache.fingerprint.loads import Unidentified
+from persist_cache.fingerprint.value import Fingerprint
+from persist_cache.prefill.loading import load_model
+from persist_cache.queries.schema import WarmJson
+from persist_cache.server.rendering import Prompt, PromptRequest
+from persist_cache.warm import Warmed, warm
+from persist_cache_cli.output import format_bytes
+from persist_cache_cli.progress import bar
+from persist_cache_cli.prompts import ModelChoice, Template
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One prompt to keep warm.
+
+    Attributes:
+        whole: Store all of the conversation, not just its system part.
+        ttl_s: Seconds until it expires, or None.
+        tokens: What is to be stored, where that is not what the request says.
+    """
+
+    choice: ModelChoice
+    template: Template
+    request: PromptRequest
+    whole: bool
+    tier: Tier
+    pin: bool
+    ttl_s: float | None
+    label: str
+    tokens: Sequence[int] | None = None
+
+
+class Run:
+    """Works through jobs, loading each model and tokenizer at most once in a row."""
+
+    def __init__(self, store: Store, step_tokens: int, *, quiet: bool) -> None:
+        self._store = store
+        self._step_tokens = step_tokens
+        self._quiet = quiet
+        self._tokenizers: dict[tuple[str, str | None, bool], Any] = {}
+        self._model: tuple[ModelChoice, Any, Identifier] | None = None
+
+    def check(self, job: Job) -> WarmJson:
+        """Report what is there, changing nothing."""
+        tokens, match = self._find(job)
+        missing = len(tokens) - match.num_tokens
+        if missing:
+            self._say(f"{name_of(job)}: {match.num_tokens:,} of {len(tokens):,} tokens are stored.")
+        else:
+            self._say(f"{name_of(job)}: all {len(tokens):,} tokens are stored.")
+        return _report(job, match.entries[-1:], len(tokens), match.num_tokens, missing)
+
+    def warm(self, job: Job) -> WarmJson:
+        """Store what is missing."""
+        expires = None if job.ttl_s is None else time.time() + job.ttl_s
+        tokens, prompt = self._tokens(job)
+        model: Any = None
+        fingerprint = self._identify(job.choice)
+        if isinstance(fingerprint, Unidentified):
+            # A hub id that is not on this machine yet is fetched by loading it.
+            model, fingerprint = self._load(job.choice)
+        entry = self._stored_entry(fingerprint, tokens)
+        if entry is None and model is None:
+            # The files may have been replaced since: what is computed belongs to what was loaded.
+            model, loaded = self._load(job.choice)
+            if loaded != fingerprint:
+                fingerprint = loaded
+                entry = self._stored_entry(fingerprint, tokens)
+        if entry is not None:
+            self._mark(entry, job, expires)
+            self._say(f"{name_of(job)}: all {len(tokens):,} tokens were stored already.")
+            return _report(job, (entry,), len(tokens), len(tokens), 0)
+        with self._progress(job, len(tokens)) as progress:
+            done = warm(
+                self._store,
+                fingerprint,
+                model,
+                tokens,
+                tier=job.tier,
+                label=job.label,
+                pinned=job.pin,
+                expires=expires,
+                system_tokens=prompt.system_tokens,
+                cuts=prompt.cuts,
+                step_tokens=self._step_tokens,
+                quantize=job.choice.quantize,
+                progress=progress,
+            )
+        self._say(_sentence(job, done))
+        entries = () if done.entry is None else (done.entry,)
+        return _report(job, entries, done.num_tokens, done.found_tokens, 0, done)
+
+    def _find(self, job: Job) -> tuple[list[int], Match]:
+        tokens, _ = self._tokens(job)
+        fingerprint = self._identify(job.choice)
+        if isinstance(fingerprint, Unidentified):
+            raise _unidentified(job.choice, fingerprint.reason)
+        return tokens, self._store.match(fingerprint, tokens)
+
+    def _identify(self, choice: ModelChoice) -> Fingerprint | Unidentified:
+        """Identify the model that is loaded, or else its files as they are now."""
+        if self._model is not None and self._model[0] == choice:
+            return self._model[2].look_up(choice.key)
+        return choice.identifier().look_up(choice.key)
+
+    def _stored_entry(self, fingerprint: Fingerprint, tokens: list[int]) -> str | None:
+        """The entry that ends exactly here, if there is one."""
+        match = self._store.match(fingerprint, tokens)
+        if match.num_tokens == len(tokens) and match.entries:
+            entry = self._store.get(match.entries[-1])
+            if entry.num_tokens == len(tokens):
+                return entry.id
+        return None
+
+    def _mark(self, entry: str, job: Job, expires: float | None) -> None:
+        """Give a stored entry the marks that were asked for."""
+        if job.pin:
+            self._store.pin(entry)
+        if job.label:
+            self._store.set_label(entry, job.label)
+        if expires is not None:
+            self._store.expire_at(entry, expires)
+
+    def _tokens(self, job: Job) -> tuple[list[int], Prompt]:
+        """What to store of a prompt, and all of it."""
+        if job.tokens is not None:
+            head = 0 if job.whole else len(job.tokens)
+            return list(job.tokens), Prompt(list(job.tokens), head)
+        template = job.template
+        name = (job.choice.model, template.text, template.use_default)
+        if name not in self._tokenizers:
+            self._tokenizers[name] = template.tokenizer(job.choice.model)
+        prompt = template.render(self._tokenizers[name], job.request)
+        if job.whole:
+            # A request computes its last token itself.
+            return prompt.tokens[:-1], prompt
+        if not prompt.system_tokens:
+            raise PersistCacheError(
+                "This model's chat template puts nothing before the user message; "
+                "there is no system part to store."
+            )
+        return prompt.tokens[: prompt.system_tokens], prompt
+
+    def _load(self, choice: ModelChoice) -> tuple[Any, Fingerprint]:
+        """Load a model; returns it with the identity of what was loaded."""
+        if self._model is None or self._model[0] != choice:
+            self._model = None  # free the old one before the new one is loaded
+            self._say(f"Loading {choice.model} …")
+            identifier = choice.identifier()
+            model, _ = load_model(choice.model, choice.adapter_path, identifier=identifier)
+            self._model = (choice, model, identifier)
+        fingerprint = self._model[2].look_up(choice.key)
+        if isinstance(fingerprint, Unidentified):
+            raise _unidentified(choice, fingerprint.reason)
+        return self._model[1], fingerprint
+
+    @contextlib.contextmanager
+    def _progress(self, job: Job, total: int) -> Iterator[Callable[[int], None] | None]:
+        with bar(name_of(job), silent=self._quiet, unit="tokens", total=total) as draw:
+            yield None if draw is None else lambda done: draw(done, total)
+
+    def _say(self, text: str) -> None:
+        if not self._quiet:
+            click.echo(text)
+
+
+def _unidentified(choice: ModelChoice, reason: str) -> ModelError:
+    return ModelError(f"The model {choice.model!r} cannot be identified: {reason}")
+
+
+def name_of(job: Job) -> str:
+    return job.label or Path(job.choice.model).name
+
+
+def _sentence(job: Job, done: Warmed) -> str:
+    what = "this conversation" if job.whole else "this system prompt"
+    if job.tokens is not None:
+        what = "this beginning" if job.whole else "this head"
+    computed = done.num_tokens - done.found_tokens
+    rate = f" ({computed / done.seconds:,.0f} tokens/s)" if done.seconds and computed else ""
+    before = f"{done.found_tokens:,} were stored already; " if done.found_tokens else ""
+    return (
+        f"{name_of(job)}: requests with {what} will find {done.num_tokens:,} tokens. {before}"
+        f"{computed:,} computed in {done.seconds:.1f} s{rate}, "
+        f"{format_bytes(done.nbytes)} written."
+    )
+
+
+def _report(
+    job: Job,
+    entries: tuple[str, ...],
+    num_tokens: int,
+    found_tokens: int,
+    missing_tokens: int,
+    done: Warmed | None = None,
+) -> WarmJson:
+    return WarmJson(
+        id=entries[-1] if entries else None,
+        model=job.choice.model,
+        label=job.label,
+        tier=job.tier.label,
+        num_tokens=num_tokens,
+        found_tokens=found_tokens,
+        missing_tokens=missing_tokens,
+        written_bytes=0 if done is None else done.nbytes,
+        prefill_s=0.0 if done is None else done.seconds,
+    )
