@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
+import re
 import string
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -155,6 +157,48 @@ def test_usage_is_what_was_computed_and_what_is_stored(
     assert again == cold._replace(cached=cold.prompt - 1, written=0)
     assert cold.cached < longer.cached < longer.prompt - 1
     assert longer.cached + longer.written == longer.prompt - 1
+
+
+SOUND = ("a", "30m", "24h", "explicit", "implicit", True, None)
+ODD: tuple[Any, ...] = (
+    *(0, -1, 1.5, 2**53, False, "", "x" * 300, "\x00", "two\nlines", "ü"),
+    *([], {}, [None], {"ttl": "1h"}, {"mode": "explicit"}, {"mode": 3}, {"prewarm": "no"}),
+    *({"ttl": "99999999d"}, {"ttl": {}}, {"comparison_response_id": 3}, [{"ttl": "1h"}]),
+)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_any_value_of_these_fields_is_answered_or_refused_in_a_sentence(
+    server: CountedServer, path: str
+) -> None:
+    drawn = random.Random(path)
+    refused = 0
+    for _ in range(500):
+        values = drawn.choices([*ODD, *SOUND], k=6)
+        mark = {"mode": values[0], "ttl": values[1]} if drawn.random() < 0.5 else values[0]
+        fields = {
+            "prompt_cache_key": values[2],
+            "prompt_cache_retention": values[3],
+            "prompt_cache_options": {"mode": values[4], "ttl": values[5], "prewarm": values[0]},
+        }
+        chosen = drawn.sample(sorted(fields), drawn.randrange(1, 4))
+        more = {name: fields[name] for name in chosen}
+        if drawn.random() < 0.3:
+            more["prompt_cache_options"] = values[5]
+        body = body_of(path, "Hello", "Be brief.", **more)
+        if path != TEXT and drawn.random() < 0.3:
+            kind = "input_text" if path == RESPONSES else "text"
+            part = {"type": kind, "text": "Hello", "prompt_cache_breakpoint": mark}
+            body["input" if path == RESPONSES else "messages"][-1]["content"] = [part]
+        answer = post(server, path, body)
+        assert answer.status_code in (200, 400), (body, answer.text)
+        if answer.status_code == 400:
+            refused += 1
+            error = answer.json()["error"]
+            assert error["type"] == "invalid_request_error"
+            assert re.fullmatch(r"\S*prompt_cache_\w+(\.\w+)? must [^\n]+\.", error["message"])
+    assert 100 < refused < 490
+    assert server.chat(("user", "Are you there?")).status_code == 200
 
 
 # ---- groups --------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import logging
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from email.message import Message
@@ -22,9 +22,10 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import unquote
 
+from persist_cache.errors import PersistCacheError
 from persist_cache.prefill import loadable
 from persist_cache.server import admin, answers
-from persist_cache.server.bodies import MAX_BODY_BYTES, has_body, read_body
+from persist_cache.server.bodies import MAX_BODY_BYTES, body_pieces, has_body, read_body
 from persist_cache.server.guard import (
     HEALTH_PATH,
     IGNORED_HEADER,
@@ -33,6 +34,7 @@ from persist_cache.server.guard import (
     ModelGuard,
     Request,
     owns,
+    takes_upload,
 )
 from persist_cache.server.names import Names, names_of
 from persist_cache.server.protocols.asked import Asked
@@ -275,9 +277,18 @@ class Front(BaseHTTPRequestHandler):
         api.check(request)
         if self.command == "HEAD":
             request = replace(request, method="GET")
-        if self.command == "POST" and self._body_left:
-            request = replace(request, body=self._read_body())
+        if self.command in ("POST", "PUT") and self._body_left:
+            if takes_upload(request):
+                request = replace(request, receive=self._receive)
+            else:
+                request = replace(request, body=self._read_body())
         self._send(api.answer(request, self._ask))
+
+    def _receive(self, limit: int) -> Iterator[bytes]:
+        """Read a body of at most `limit` bytes piece by piece."""
+        yield from body_pieces(self.rfile, self.headers, limit=limit)
+        self._body_left = False
+        self.connection.settimeout(None)
 
     def _request(self) -> Request:
         here = self.connection.getsockname()[0]
@@ -399,7 +410,7 @@ class Front(BaseHTTPRequestHandler):
         try:
             self.send_response(response.status)
             self.send_header("Content-Type", response.content_type)
-            self.send_header("Content-Length", str(len(response.body)))
+            self.send_header("Content-Length", str(response.length))
             self.send_header("Cache-Control", "no-store")
             self.send_header("X-Content-Type-Options", "nosniff")
             for name, value in response.headers.items():
@@ -409,13 +420,28 @@ class Front(BaseHTTPRequestHandler):
                 self._set_cors_headers()
             self.end_headers()
             if self.command != "HEAD":
-                self.wfile.write(response.body)
+                self._write_body(response)
             self.wfile.flush()
             if self._body_left:
                 self._drain()
         except OSError as error:
             self.close_connection = True
             log.debug("a client went away: %s", error)
+        finally:
+            if response.pieces is not None:
+                response.pieces.close()
+
+    def _write_body(self, response: answers.Response) -> None:
+        """Send what follows the headers; its length tells the client if it is cut short."""
+        if response.pieces is None:
+            self.wfile.write(response.body)
+            return
+        try:
+            for piece in response.pieces:
+                self.wfile.write(piece)
+        except PersistCacheError as error:
+            self.close_connection = True
+            log.error("an export was cut short: %s", error)
 
     def _drain(self) -> None:
         """Read what is still on its way: a client that cannot send all of it sees no answer."""
