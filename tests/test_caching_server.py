@@ -320,14 +320,21 @@ def test_a_prompt_can_be_resumed_at_a_breakpoint(
         assert (cold.written > 0.9 * then.cached, then.written) == (True, 0)
 
 
-@pytest.mark.parametrize("path", [CHAT, MESSAGES, RESPONSES])
+@pytest.mark.parametrize(
+    ("path", "sampled"), [(CHAT, {}), (CHAT, {"seed": 1}), (MESSAGES, {}), (RESPONSES, {})]
+)
 def test_explicit_mode_keeps_up_to_the_mark_of_what_can_be_cut_anywhere(
-    server: CountedServer, path: str
+    server: CountedServer, path: str, sampled: dict[str, Any]
 ) -> None:
     first, key = f"{unique('First')} {SYSTEM}", unique("mark")
     more: dict[str, Any] = {"system": unique(SYSTEM), "prompt_cache_key": key}
     more["prompt_cache_options"] = {"mode": "explicit"}
+    more |= sampled  # a seed has it served alone
 
+    explained = server.request(
+        "POST", "/v1/cache/explain", json=marked(path, first, " Once upon a time", **more)
+    )
+    assert explained.json()["marks"] == 1
     cold = ask(server, path, marked(path, first, " Once upon a time", **more))
     again = ask(server, path, marked(path, first, " Once upon a time", **more))
 

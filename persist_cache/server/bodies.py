@@ -68,12 +68,7 @@ def _length(lengths: list[str], limit: int) -> int:
 
 
 def _read_length(stream: BufferedIOBase, length: int) -> Generator[bytes]:
-    while length > 0:
-        raw = stream.read(min(length, _PIECE_BYTES))
-        if not raw:
-            raise RefusedError(400, "The body is shorter than its Content-Length.")
-        length -= len(raw)
-        yield raw
+    return _exactly(stream, length, "The body is shorter than its Content-Length.")
 
 
 def _read_chunks(stream: BufferedIOBase, limit: int) -> Generator[bytes]:
@@ -83,12 +78,7 @@ def _read_chunks(stream: BufferedIOBase, limit: int) -> Generator[bytes]:
         left -= size
         if left < 0:
             raise _too_large(limit)
-        while size > 0:
-            chunk = stream.read(min(size, _PIECE_BYTES))
-            if not chunk:
-                raise RefusedError(400, "The body ends within a chunk.")
-            size -= len(chunk)
-            yield chunk
+        yield from _exactly(stream, size, "The body ends within a chunk.")
         if stream.read(2) != b"\r\n":
             raise RefusedError(400, _MALFORMED)
     for _ in range(_MAX_TRAILER_LINES):
@@ -98,6 +88,16 @@ def _read_chunks(stream: BufferedIOBase, limit: int) -> Generator[bytes]:
         if not _TRAILER.fullmatch(line):
             raise RefusedError(400, _MALFORMED)
     raise RefusedError(400, f"The body has more than {_MAX_TRAILER_LINES} trailers.")
+
+
+def _exactly(stream: BufferedIOBase, nbytes: int, too_short: str) -> Generator[bytes]:
+    """So many bytes in pieces, none of them large; `too_short` is said when there are less."""
+    while nbytes > 0:
+        piece = stream.read(min(nbytes, _PIECE_BYTES))
+        if not piece:
+            raise RefusedError(400, too_short)
+        nbytes -= len(piece)
+        yield piece
 
 
 def _chunk_size(stream: BufferedIOBase) -> int:
