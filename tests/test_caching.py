@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 
 from persist_cache.entry import MAX_GROUP
+from persist_cache.server.form import Given, Templates
 from persist_cache.server.protocols.anthropic_request import read_messages
 from persist_cache.server.protocols.asked import Asked, Caching, Mark
-from persist_cache.server.protocols.openai import asked_of_cache, lenient, served
+from persist_cache.server.protocols.openai import as_text, asked_of_cache, lenient, served
 from persist_cache.server.protocols.responses_request import read_responses
 from persist_cache.server.validation import RefusedError
+from persist_cache.stability.conversation import stabilize
+from persist_cache.stability.names import DEFAULTS
 
 SAID = {"role": "user", "content": "Hello!"}
 Read = Callable[[dict[str, Any]], Asked]
@@ -191,3 +194,20 @@ def test_a_malformed_breakpoint_is_refused_by_its_name(
         read({"messages": content, "input": content})
 
     assert refused.value.param == f"{name}.prompt_cache_breakpoint{ends}"
+
+
+def test_marks_of_a_chat_follow_what_repairs_leave_of_it() -> None:
+    billing = "x-anthropic-billing-header: cc_version=2.1.104.f27; cc_entrypoint=cli; cch=00000;"
+    head = [{"type": "text", "text": f"{billing}\nBe brief.", **MARK}]
+    said = [{"role": "system", "content": head}, {**SAID, "content": parts("text")}]
+    body = lenient({"messages": said})
+    given = Given(asked_of_cache(body, is_chat=True), Templates(), {})
+
+    done = stabilize(body["messages"], None, DEFAULTS)
+    given.moved(done)
+
+    assert done.names == ("billing",)
+    rendered = [{**one, "content": as_text(one["content"])} for one in done.messages]
+    assert rendered[0]["content"] == "Be brief."
+    given.take(rendered, None, {})
+    assert given.marks == [Mark(0, 9, 1800), Mark(1, 4, 1800), Mark(1, 14, 43200)]

@@ -168,7 +168,7 @@ class Given:
         Returns:
             The places, and how much of the prompt is of the tier `system`.
         """
-        marks = self._marks()
+        marks = self.marks
         heads = self._heads()
         head_mark = _head_mark(marks, heads)
         if trimmable:
@@ -196,7 +196,7 @@ class Given:
         Returns:
             The places, in order, and how much of the prompt is of the tier `system`.
         """
-        marks = self._marks()
+        marks = self.marks
         places = self._place(tokenizer, prompt, marks)
         head_mark = _head_mark(marks, self._heads())
         head = next((at for at, mark in zip(places, marks, strict=True) if mark == head_mark), None)
@@ -242,7 +242,8 @@ class Given:
         own = {} if self.fitted is None else self.fitted.template_args
         return {**self._defaults, **own}
 
-    def _marks(self) -> list[Mark]:
+    @property
+    def marks(self) -> list[Mark]:
         """Marks in the conversation as it is rendered."""
         given, said = self._request.messages, self._messages
         if len(given) != len(said):
