@@ -103,6 +103,16 @@ def test_list_waits_for_nothing_that_it_does_not_use(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+def test_a_server_starts_without_the_patterns_of_repairs_that_nobody_asked_for() -> None:
+    done = run(
+        "import sys\n"
+        "import persist_cache.server.run\n"
+        "print('persist_cache.stability.dates' in sys.modules)"
+    )
+
+    assert done.stdout == "False\n", done.stderr
+
+
 def test_no_package_called_cli_is_installed() -> None:
     done = run("import importlib.util as u; print(u.find_spec('persist_cache_cli').origin)")
     home = Path(done.stdout.strip()).parent

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from persist_cache.stability.causes.differences import Difference, differences_of
 from persist_cache.stability.causes.kinds import Kind
-from persist_cache.stability.causes.mended import mends
 from persist_cache.stability.causes.reading import Reading
 from persist_cache.stability.causes.shapes import shared
 from persist_cache.stability.lookalike import common_text, shown_apart
@@ -171,6 +170,9 @@ def _matched(one: Difference, left: str, old: str, new: str) -> int:
 def _cause(
     one: Difference, parting: Parting, repaired: Collection[str] = (), *, is_first: bool = False
 ) -> Cause:
+    # It compiles what dates and folders look like, which no start of a server waits for.
+    from persist_cache.stability.causes.mended import mends
+
     old, new = one.old[one.character :], one.new[one.character :]
     head = one.new[max(0, one.character - _CONTEXT) : one.character]
     shown = shown_apart(old[:_SHOWN], new[:_SHOWN])
