@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import tracemalloc
 from collections.abc import Iterator
 from email.message import Message
 from pathlib import Path
@@ -16,8 +17,9 @@ from persist_cache.bundle import Bundle
 from persist_cache.cache.prompt_cache import PromptCache
 from persist_cache.server.admin import Admin
 from persist_cache.server.guard import Request
-from tests.fakes import put
+from tests.fakes import fingerprint, put
 from tests.server_process import ServerProcess, sentence_in
+from tests.test_bundle import WIDE, WideSource
 from tests.tiny_models import build_model_dir
 
 SYSTEM = "You are a helpful assistant. " * 12
@@ -31,14 +33,18 @@ def admin(store: Store) -> Iterator[Admin]:
         yield Admin(cache, token=TOKEN, host="localhost")
 
 
-def ask(admin: Admin, method: str, target: str, body: Any = None) -> tuple[int, Any]:
+def request(method: str, target: str, **more: Any) -> Request:
     headers = Message()
     headers["Host"] = "localhost:8080"
     headers["Authorization"] = f"Bearer {TOKEN}"
+    return Request(method, f"/v1/cache/{target}", headers, **more)
+
+
+def ask(admin: Admin, method: str, target: str, body: Any = None) -> tuple[int, Any]:
     raw = b"" if body is None else json.dumps(body).encode()
-    request = Request(method, f"/v1/cache/{target}", headers, body=raw)
-    admin.check(request)
-    answer = admin.answer(request)
+    asked = request(method, target, body=raw)
+    admin.check(asked)
+    answer = admin.answer(asked)
     return answer.status, json.loads(answer.body)
 
 
@@ -151,6 +157,35 @@ def test_a_store_is_tidied_and_checked(admin: Admin, store: Store, ids: dict[str
     mended = ask(admin, "POST", "check?read_data=true&repair=true")[1]
     assert mended["repaired"]
     assert mended["quarantine"] != []
+
+
+def test_a_bundle_takes_the_memory_of_a_piece_of_it(tmp_path: Path) -> None:
+    tokens = list(range(12_000))
+    with (
+        Store.open(tmp_path / "a", min_free_bytes=0, run_tokens=512) as store,
+        PromptCache(store=store) as cache,
+        Store.open(tmp_path / "b", min_free_bytes=0, run_tokens=512) as other,
+        PromptCache(store=other) as second,
+        (tmp_path / "sent").open("w+b") as file,
+    ):
+        entry = store.put(fingerprint(), tokens, WideSource(tokens, layout=WIDE)).entry
+        there, here = (Admin(one, token=TOKEN, host="localhost") for one in (cache, second))
+        tracemalloc.start()
+        answer = there.answer(request("GET", f"export?ids={entry}"))
+        assert answer.pieces is not None
+        for piece in answer.pieces:
+            file.write(piece)
+        nbytes = file.tell()
+        file.seek(0)
+        upload = request("POST", "import", receive=lambda _: iter(lambda: file.read(1 << 20), b""))
+        done = here.answer(upload)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+
+        assert done.status == 200, done.body
+        assert [one.id for one in other.entries()] == [entry]
+    assert nbytes == answer.length > 24_000_000
+    assert peak < 8_000_000
 
 
 # ---- with a model --------------------------------------------------------------------------------
