@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import http.client
+import inspect
 import json
+import re
 import tracemalloc
 from collections.abc import Iterator
 from email.message import Message
@@ -186,6 +188,18 @@ def test_a_bundle_takes_the_memory_of_a_piece_of_it(tmp_path: Path) -> None:
         assert [one.id for one in other.entries()] == [entry]
     assert nbytes == answer.length > 24_000_000
     assert peak < 8_000_000
+
+
+def test_every_path_is_documented_and_every_documented_one_is_there(admin: Admin) -> None:
+    documented = (Path(__file__).parents[1] / "docs" / "http.md").read_text()
+    source = Path(inspect.getfile(Admin)).read_text()
+    routed = {path.split('"')[1] for path in re.findall(r"case \[([^]]+)\]:", source)}
+
+    named = set(re.findall(r"/v1/cache/([a-z]+)", documented))
+    assert named == routed | {"compact"}
+    for path in named - {"groups"}:
+        said = [ask(admin, method, path)[1] for method in ("GET", "POST")]
+        assert all("no such path" not in str(one) for one in said), path
 
 
 # ---- with a model --------------------------------------------------------------------------------

@@ -259,9 +259,12 @@ def test_a_ttl_is_how_long_its_prompt_is_kept_behind_each_use(
     assert path == TEXT or kept["system"] == 1800
 
 
+@pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("path", PATHS)
-def test_prewarming_leaves_the_prompt_and_says_nothing(server: CountedServer, path: str) -> None:
-    body = body_of(path, unique("The sky is"), unique(SYSTEM))
+def test_prewarming_leaves_the_prompt_and_says_nothing(
+    server: CountedServer, path: str, stream: bool
+) -> None:
+    body = body_of(path, unique("The sky is"), unique(SYSTEM), stream=stream)
     warm = ask(server, path, {**body, "prompt_cache_options": {"prewarm": True}})
     then = ask(server, path, body)
 

@@ -120,11 +120,9 @@ class Admin:
                 only(request, "GET", "POST", "DELETE")
                 if request.method == "POST":
                     return self._prompts.warm(request, ask)
-                return (
-                    self._entries.list(request)
-                    if request.method == "GET"
-                    else self._removals.evict_all(request)
-                )
+                if request.method == "DELETE":
+                    return self._removals.evict_all(request)
+                return self._entries.list(request)
             case ["entries", entry]:
                 only(request, "GET", "DELETE")
                 if request.method == "GET":
