@@ -45,6 +45,22 @@ PARTIAL_LABEL = "(partial)"
 one is stored whose beginning it is."""
 
 
+NO_GROUP = ""
+"""Stands, among the groups of an entry, for requests that name none."""
+MAX_GROUP = 256
+"""Characters of a group's name."""
+
+
+def check_group(group: str) -> None:
+    """Check the name of a group.
+
+    Raises:
+        ValueError: It is too long, or not one line of characters that can be printed.
+    """
+    if len(group) > MAX_GROUP or not group.isprintable():
+        raise ValueError(f"a group is one line of at most {MAX_GROUP} printable characters")
+
+
 class MissReason(enum.Enum):
     """Why no more of a prompt was found; `store.reasons` puts it into words.
 
@@ -92,6 +108,7 @@ class Entry(Struct, frozen=True):
         label: Name given by the user, or "".
         parent: Id of the nearest entry that is a prefix of this one, or None.
         keep_s: Seconds behind each use in which it goes after others of its tier.
+        groups: That use it, oldest first; among several, "" stands for requests of no group.
     """
 
     id: str
@@ -110,6 +127,7 @@ class Entry(Struct, frozen=True):
     label: str = ""
     parent: str | None = None
     keep_s: int = 0
+    groups: tuple[str, ...] = ()
 
 
 class Run(Struct, frozen=True):

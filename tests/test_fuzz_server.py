@@ -35,11 +35,12 @@ FIELDS = [
     "top_logprobs", "seed", "stop", "tools", "tool_choice", "adapters", "draft_model",
     "num_draft_tokens", "role_mapping", "chat_template_kwargs", "response_format", "user", "n",
     "input", "instructions", "reasoning", "text", "include", "metadata", "previous_response_id",
+    "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
 ]  # fmt: skip
 """All but the length of the answer, which may be asked to be long."""
 PATHS = [
     *("/v1/chat/completions", "/v1/completions", "/v1/cache/explain", "/v1/cache/warm"),
-    "/v1/responses",
+    *("/v1/responses", "/v1/cache/entries", "/v1/cache/import"),
 ]
 
 
@@ -127,11 +128,27 @@ def test_any_message(server: ServerProcess, message: dict[str, Any]) -> None:
 @given(
     method=st.sampled_from(["GET", "PUT", "POST", "DELETE"]),
     parts=st.lists(
-        st.sampled_from(["entries", "tree", "stats", "pin", "flush", "0" * 16]) | TEXTS,
+        st.sampled_from(
+            [
+                "entries",
+                "tree",
+                "stats",
+                "pin",
+                "flush",
+                "0" * 16,
+                "groups",
+                "label",
+                "ttl",
+                "export",
+            ]
+        )
+        | TEXTS,
         max_size=3,
     ),
     query=st.dictionaries(
-        st.sampled_from(["tier", "model", "sort", "limit", "offset", "parent", "text", "pinned"])
+        st.sampled_from(
+            ["tier", "model", "sort", "limit", "offset", "parent", "text", "pinned", "group", "ids"]
+        )
         | TEXTS,
         TEXTS | st.integers().map(str),
         max_size=2,

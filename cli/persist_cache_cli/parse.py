@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from persist_cache.entry import check_group
 from persist_cache.stability.names import parse_names
 
 if TYPE_CHECKING:
@@ -130,6 +131,19 @@ class _Label(_Type):
         return parse_label(value)
 
 
+class _Group(_Type):
+    name = "key"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        try:
+            check_group(value)
+        except ValueError as error:
+            self.fail(f"{error}.")
+        if not value:
+            self.fail("an empty name is that of no group.")
+        return str(value)
+
+
 class _Repairs(_Type):
     name = "names"
 
@@ -174,4 +188,5 @@ LIFETIME = _Lifetime()
 LABEL = _Label()
 REPAIRS = _Repairs()
 ENTRY_ID = _EntryId()
+GROUP = _Group()
 TIER = click.Choice(["system", "user", "assistant"], case_sensitive=False)

@@ -18,6 +18,7 @@ from persist_cache import Store, default_store_path
 from persist_cache.errors import StoreAccessError
 from persist_cache.queries.ids import find_departed, find_each, short_ids
 from persist_cache_cli.output import format_age
+from persist_cache_cli.parse import ENTRY_ID, GROUP
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -40,6 +41,42 @@ def common_options(quiet: str = "Print errors only.") -> Callable[[F], F]:
         return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
 
     return add
+
+
+class _EntryIds(click.Argument):
+    """Entries by their ids, which are not asked for where `--group` names some."""
+
+    def process_value(self, ctx: click.Context, value: Any) -> Any:
+        # What was not given is None, or a sentinel of click's.
+        has_ids = isinstance(value, (list, tuple)) and bool(value)
+        if not has_ids and isinstance(ctx.params.get("group"), str):
+            return ()
+        return super().process_value(ctx, value)
+
+
+def ids_or_group(said: str) -> Callable[[F], F]:
+    """Add the two ways to name entries; see `refuse_both`.
+
+    Args:
+        said: What `--group` means.
+    """
+
+    def add(command: F) -> F:
+        command = click.option("--group", type=GROUP, help=said)(command)
+        options = {"metavar": "ID...", "type": ENTRY_ID, "nargs": -1, "required": True}
+        return click.argument("ids", cls=_EntryIds, **options)(command)
+
+    return add
+
+
+def refuse_both(ids: Sequence[str], group: str | None) -> None:
+    """Have entries named in one way.
+
+    Raises:
+        click.UsageError: They are in both.
+    """
+    if ids and group is not None:
+        raise click.UsageError("Name the entries by their IDs or by --group, not by both.")
 
 
 def store_path(given: str | None) -> Path:

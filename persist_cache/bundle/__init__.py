@@ -9,7 +9,7 @@ cannot be told from the right one. Import only what you would run.
 """
 
 from persist_cache.bundle.entries import BundledEntry
-from persist_cache.bundle.exporting import Exported, export
+from persist_cache.bundle.exporting import Exported, Outgoing, export, outgoing
 from persist_cache.bundle.importing import Imported, Usability, load, preview, usability
 from persist_cache.bundle.reading import Bundle
 
@@ -18,9 +18,11 @@ __all__ = [
     "BundledEntry",
     "Exported",
     "Imported",
+    "Outgoing",
     "Usability",
     "export",
     "load",
+    "outgoing",
     "preview",
     "usability",
 ]

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 import xxhash
@@ -25,12 +26,13 @@ from persist_cache.bundle.container import (
     BlobSection,
     checksum_text,
 )
-from persist_cache.bundle.output import write_file
+from persist_cache.bundle.output import length_of, pieces_of, write_file
 from persist_cache.bundle.planning import BlobCut, Plan
 from persist_cache.codec import Tensor
 from persist_cache.errors import CorruptBlobError, StoreAccessError, StoreError
 from persist_cache.store.store import Store
 
+T = TypeVar("T")
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in total."""
 
@@ -92,9 +94,38 @@ def export(
         )
     if not force and os.path.lexists(file):
         raise FileExistsError(file)
+    return _tried(store, ids, lambda: _export(store, ids, file, force, progress))
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """A bundle that is sent piece by piece.
+
+    Attributes:
+        nbytes: Its length.
+        pieces: Its bytes, once. They end early with a `StoreError` when a blob cannot be read any
+            more; until they are closed, its entries are not evicted by this process.
+    """
+
+    nbytes: int
+    pieces: Generator[memoryview]
+
+
+def outgoing(store: Store, ids: Sequence[str]) -> Outgoing:
+    """Prepare a bundle of the entries `ids`, all of whose bytes are verified before the first one.
+
+    Raises:
+        KeyError: An entry is not stored.
+        StoreError: A blob is damaged, or was evicted meanwhile.
+    """
+    return _tried(store, ids, lambda: _outgoing(store, ids))
+
+
+def _tried(store: Store, ids: Sequence[str], attempt: Callable[[], T]) -> T:
+    """Make an attempt again while files are merged beside it."""
     for attempts_left in (2, 1, 0):
         try:
-            return _export(store, ids, file, force, progress)
+            return attempt()
         except _GoneError:
             # Merging and compaction, here or in another process, give rows a file of a new name.
             with store.read() as txn:
@@ -104,13 +135,40 @@ def export(
     raise AssertionError("unreachable")
 
 
+def _outgoing(store: Store, ids: Sequence[str]) -> Outgoing:
+    stack = contextlib.ExitStack()
+
+    def pieces(found: _Prepared) -> Generator[memoryview]:
+        with stack:
+            yield memoryview(b"")  # so that there is something to be closed from now on
+            yield from pieces_of(_members(found.manifest, found.blobs))
+
+    try:
+        found = stack.enter_context(_prepared(store, ids, None))
+    except BaseException:
+        stack.close()
+        raise
+    checksum = checksum_text(found.manifest)
+    sizes = [len(found.manifest), len(checksum), *(blob.nbytes for blob in found.blobs)]
+    sent = pieces(found)
+    next(sent)
+    return Outgoing(length_of(sizes), sent)
+
+
 class _GoneError(StoreError):
     """A blob is not there any more."""
 
 
-def _export(
-    store: Store, ids: Sequence[str], file: Path, force: bool, progress: Progress | None
-) -> Exported:
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    plan: Plan
+    blobs: Sequence[_Blob]
+    manifest: bytes
+
+
+@contextlib.contextmanager
+def _prepared(store: Store, ids: Sequence[str], progress: Progress | None) -> Iterator[_Prepared]:
+    """What a bundle of these entries is made of; they stay while the block lasts."""
     with store.read() as txn:
         plan = Plan(txn, list(dict.fromkeys(ids)))
     with store.serving(plan.ids), _read_errors():
@@ -121,13 +179,20 @@ def _export(
             blob.seal()
         sections = [blob.section() for blob in blobs]
         manifest = msgspec.json.encode(plan.manifest(sections, store.clock()))
-        nbytes = write_file(file, force, _members(manifest, blobs))
+        yield _Prepared(plan, blobs, manifest)
+
+
+def _export(
+    store: Store, ids: Sequence[str], file: Path, force: bool, progress: Progress | None
+) -> Exported:
+    with _prepared(store, ids, progress) as found:
+        nbytes = write_file(file, force, _members(found.manifest, found.blobs))
     return Exported(
         path=file,
         nbytes=nbytes,
-        entries=tuple(plan.ids),
-        blobs=len(blobs),
-        num_tokens=sum(cut.num_tokens for cut in plan.cuts.values()),
+        entries=tuple(found.plan.ids),
+        blobs=len(found.blobs),
+        num_tokens=sum(cut.num_tokens for cut in found.plan.cuts.values()),
     )
 
 

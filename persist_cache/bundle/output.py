@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from persist_cache import fs
-from persist_cache.bundle.container import END, MANIFEST, member_header, padding
+from persist_cache.bundle.container import BLOCK, END, MANIFEST, member_header, padding
 from persist_cache.errors import StoreAccessError
 
 _PART = re.compile(r"\..+\.[0-9a-f]{16}\.part")
@@ -109,6 +109,22 @@ def _remove_part(path: Path) -> bool:
         return True
     finally:
         os.close(fd)
+
+
+def pieces_of(
+    members: Iterable[tuple[str, int, Iterator[memoryview]]],
+) -> Iterator[memoryview]:
+    """The bytes of a bundle with these members; see `write_file`."""
+    for name, nbytes, pieces in members:
+        yield memoryview(member_header(name, nbytes))
+        yield from pieces
+        yield memoryview(padding(nbytes))
+    yield memoryview(END)
+
+
+def length_of(sizes: Iterable[int]) -> int:
+    """How many bytes a bundle has whose members have these sizes."""
+    return len(END) + sum(BLOCK + size + len(padding(size)) for size in sizes)
 
 
 def _write_one(fd: int, name: str, nbytes: int, pieces: Iterator[memoryview]) -> int:

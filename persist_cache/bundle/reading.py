@@ -46,8 +46,15 @@ class Bundle:
         entries: The shortest prefix first, so that one follows those that it continues.
     """
 
-    def __init__(self, path: Path, progress: Progress | None = None) -> None:
+    def __init__(
+        self, path: Path, progress: Progress | None = None, *, fd: int | None = None
+    ) -> None:
         """Open the bundle at `path` and verify all of it.
+
+        Args:
+            path: The file, or what it is called where it has no name.
+            progress: Called with bytes done and bytes in total.
+            fd: The file, open for reading; it stays open.
 
         Raises:
             StoreAccessError: It cannot be read.
@@ -57,7 +64,8 @@ class Bundle:
         self.path = path
         # A pipe would have us wait for ever.
         with self._errors():
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+            self._fd = os.open(path, flags) if fd is None else os.dup(fd)
         try:
             with self._errors():
                 status = os.fstat(self._fd)

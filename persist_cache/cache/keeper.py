@@ -126,6 +126,7 @@ class Keeper:
         nbytes = self._codec.nbytes(cache)
         held = Held(owner, packed, cache, nbytes, tier.label, prefill_s, partial=partial)
         held.keep_s = {} if ends else origin.keep_s
+        held.group = origin.group
         witness = getattr(self._codec, "witness", None)
         held.witness = None if witness is None else witness(cache)
         held.stays = self._sharing is not None and self._sharing.is_pieced(cache)

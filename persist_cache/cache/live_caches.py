@@ -41,6 +41,7 @@ class Held:
         stays: It is copied when it is used, not lent: the next one of the same conversation shares
             its buffers.
         keep_s: By tier, for how long its client asks to keep it on disk behind each use.
+        group: That its client counts it to, or "".
     """
 
     owner: Owner
@@ -56,6 +57,7 @@ class Held:
     passed: bool = False
     stays: bool = False
     keep_s: Mapping[Tier, int] = field(default_factory=dict)
+    group: str = ""
 
     @property
     def num_tokens(self) -> int:

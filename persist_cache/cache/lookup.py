@@ -94,6 +94,7 @@ class Lookup:
             A cache that the caller owns, or None; and the outcome.
         """
         match = self.match(owner, packed, limit, trail)
+        group = "" if origin is None else origin.group
         if origin is not None and origin.counts_written:
             # In this order: what is saved in between is seen on the disk.
             origin.arrived = self._saver.promised.arrived
@@ -103,7 +104,7 @@ class Lookup:
         taken = self.take(owner, packed, limit, on_disk=match, to_copy=to_copy)
         parting = taken.parting
         if taken.cache is None and match.num_tokens:
-            found = self._load(owner, packed, match, limit, taken.num_tokens + 1, counted)
+            found = self._load(owner, packed, match, limit, taken.num_tokens + 1, counted, group)
             if found is not None:
                 cache, match = found
                 used = match.num_tokens
@@ -122,12 +123,12 @@ class Lookup:
             ahead.is_used = True
             read = ahead.match
             if counted and store is not None:
-                store.touch(read, num_tokens=used, spent_s=ahead.seconds)
+                store.touch(read, num_tokens=used, spent_s=ahead.seconds, group=group)
             return taken.cache, Fetch(
                 "disk", used, said, ahead.seconds, read.nbytes, read.saved_s, why
             )
         if counted and store is not None and match.num_tokens:
-            store.touch(match, num_tokens=used)
+            store.touch(match, num_tokens=used, group=group)
         cost = taken.prefill_s
         return taken.cache, Fetch("memory", used, said, 0.0, 0, cost, why)
 
@@ -327,6 +328,7 @@ class Lookup:
         limit: int,
         min_tokens: int,
         counted: bool,
+        group: str = "",
     ) -> tuple[Any, Match] | None:
         """Read what was found on the disk, or what is there by now; None if that is too little."""
         store = self._saver.store
@@ -342,7 +344,7 @@ class Lookup:
             min_tokens=min_tokens,
         )
         if found is not None and counted:
-            store.touch(found[1], spent_s=time.monotonic() - started)
+            store.touch(found[1], spent_s=time.monotonic() - started, group=group)
         return found
 
 

@@ -27,6 +27,7 @@ class Origin:
         arrived: How many prompts had arrived on the disk then.
         keep_s: By tier, for how many seconds behind each use its client asks to keep what is stored
             of it.
+        group: That its client counts it to, or "".
         written_tokens: Of the prompt, that were queued for the disk because it was computed.
     """
 
@@ -36,4 +37,5 @@ class Origin:
     stored_tokens: int = 0
     arrived: int = 0
     keep_s: Mapping[Tier, int] = field(default_factory=dict)
+    group: str = ""
     written_tokens: int = 0

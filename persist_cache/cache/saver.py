@@ -329,6 +329,7 @@ class Saver:
                     tier=held.tier,
                     prefill_s=held.prefill_s,
                     keep_s=held.keep_s,
+                    group=held.group,
                     label=PARTIAL_LABEL if held.partial else "",
                 )
         except StoreError as error:

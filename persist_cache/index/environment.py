@@ -40,7 +40,7 @@ from persist_cache.index.records import (
     UNREADABLE,
     unpack_counter,
 )
-from persist_cache.index.transaction import DATABASES, KEPT, Reader, Writer
+from persist_cache.index.transaction import ADDED, DATABASES, Reader, Writer
 from persist_cache.index.writer_lock import LOCK_FILE, WriterLock
 from persist_cache.system import forked
 
@@ -610,11 +610,12 @@ class Index:
             if self.read_only:
                 with self._claiming():
                     found = {name: self._env.open_db(name, create=False) for name in DATABASES}
-                    with contextlib.suppress(lmdb.NotFoundError):
-                        found[KEPT] = self._env.open_db(KEPT, create=False)
+                    for name in ADDED:
+                        with contextlib.suppress(lmdb.NotFoundError):
+                            found[name] = self._env.open_db(name, create=False)
                     return found
             with self._env.begin(write=True) as txn:
-                return {name: self._env.open_db(name, txn=txn) for name in (*DATABASES, KEPT)}
+                return {name: self._env.open_db(name, txn=txn) for name in (*DATABASES, *ADDED)}
         except lmdb.NotFoundError:
             raise DamagedIndexError(f"{self.data_path} lacks tables of the index.") from None
         except lmdb.Error as error:

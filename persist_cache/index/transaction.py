@@ -14,6 +14,7 @@ import xxhash
 
 from persist_cache.errors import StoreFormatError
 from persist_cache.index.columns import BlobColumns, EdgeColumns, EntryColumns, Packed, Raw
+from persist_cache.index.groups import joined, pack_groups, unpack_groups
 from persist_cache.index.records import (
     COUNTER_BYTES,
     EXPIRY_KEY,
@@ -52,6 +53,10 @@ DATABASES = (
 )
 KEPT = b"kept"
 """Seconds for which entries are kept behind each use; missing in stores of earlier versions."""
+GROUPS = b"groups"
+"""Groups that entries belong to; missing in stores of earlier versions."""
+ADDED = (KEPT, GROUPS)
+"""What came later: without it, nothing is known of that."""
 _MOST_KEPT_S = 366 * 86400
 _TREE = (
     b"namespaces",
@@ -223,6 +228,20 @@ class Reader:
         pairs = zip(keys, values, strict=True)
         return {unpack_number(key): _seconds(value) for key, value in pairs if len(key) == 8}
 
+    def groups(self, number: int) -> tuple[str, ...]:
+        """The groups that an entry belongs to; see `joined`."""
+        if GROUPS not in self._db:
+            return ()
+        return unpack_groups(self._txn.get(pack_number(number), db=self._db[GROUPS]))
+
+    def all_groups(self) -> dict[int, tuple[str, ...]]:
+        """The same for all entries that belong to one, those that are gone included."""
+        if GROUPS not in self._db:
+            return {}
+        keys, values = self._table(GROUPS)
+        pairs = zip(keys, values, strict=True)
+        return {unpack_number(key): unpack_groups(value) for key, value in pairs if len(key) == 8}
+
     def entries_from(self, low: int) -> Iterator[int]:
         """Entry numbers from `low` upwards: how a short id is completed."""
         with self._txn.cursor(db=self._db[b"entries"]) as cursor:
@@ -378,15 +397,38 @@ class Writer(Reader):
             value = pack_counter(min(seconds, _MOST_KEPT_S))
             self._txn.put(pack_number(number), value, db=self._db[KEPT])
 
-    def forget_kept_of_nobody(self) -> None:
+    def join_group(self, number: int, group: str, *, is_new: bool = False) -> None:
+        """Note that a request of a group uses an entry, or one of `NO_GROUP`.
+
+        Args:
+            number: Of the entry.
+            group: Of the request.
+            is_new: The request has just stored it.
+        """
+        before = self.groups(number)
+        now = joined(before, group, is_new=is_new)
+        if now != before:
+            self._txn.put(pack_number(number), pack_groups(now), db=self._db[GROUPS])
+
+    def leave_group(self, number: int, group: str) -> None:
+        """Take an entry out of a group."""
+        left = tuple(one for one in self.groups(number) if one != group)
+        if any(left):
+            self._txn.put(pack_number(number), pack_groups(left), db=self._db[GROUPS])
+        else:
+            self._txn.delete(pack_number(number), db=self._db[GROUPS])
+
+    def forget_added_of_nobody(self) -> None:
         """Remove what earlier versions left behind, which know nothing of it."""
-        for key in self.keys(KEPT):
-            if not self.in_database(b"entries", key):
-                self._txn.delete(key, db=self._db[KEPT])
+        for database in ADDED:
+            for key in self.keys(database):
+                if not self.in_database(b"entries", key):
+                    self._txn.delete(key, db=self._db[database])
 
     def delete_entry(self, number: int) -> None:
         self._forget_order(number)
-        self._txn.delete(pack_number(number), db=self._db[KEPT])
+        for database in ADDED:
+            self._txn.delete(pack_number(number), db=self._db[database])
         self._txn.delete(pack_number(number), db=self._db[b"entries"])
 
     def _forget_order(self, number: int) -> None:

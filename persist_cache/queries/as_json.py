@@ -69,7 +69,15 @@ def entry_json(entry: Entry, model: Model, short: str) -> EntryJson:
         label=entry.label,
         parent=entry.parent,
         keep_s=entry.keep_s or UNSET,
+        group=next(filter(None, entry.groups), ""),
+        groups=list(filter(None, entry.groups)) if len(entry.groups) > 1 else UNSET,
     )
+
+
+def groups_said(groups: Sequence[str]) -> str:
+    """The groups of an entry for people, requests of none among them."""
+    others = ["others"] if groups and not groups[0] else []
+    return ", ".join([*filter(None, groups), *others])
 
 
 def details_json(details: Details, short: str, *, text: Text = UNSET) -> DetailsJson:
@@ -101,6 +109,7 @@ def removal_json(
     freed_bytes: int,
     unremoved_bytes: int = 0,
     skipped: Sequence[Entry] = (),
+    shared: Sequence[Entry] = (),
     reasons: Mapping[str, str] | None = None,
 ) -> RemovalJson:
     """An eviction, done or only planned.
@@ -113,6 +122,7 @@ def removal_json(
         freed_bytes: Bytes that went, or would go.
         unremoved_bytes: Bytes of files that should have gone and could not be unlinked.
         skipped: Entries that were chosen but are pinned.
+        shared: Those that were chosen by their group but others use, too.
         reasons: Per fingerprint why its entries go, "" by default.
     """
     short = short_entry_ids(survey)
@@ -131,6 +141,7 @@ def removal_json(
         dead_bytes=removal.dead_bytes,
         unremoved_bytes=0 if dry_run else unremoved_bytes,
         skipped_pinned=[entry.id for entry in skipped],
+        skipped_shared=[entry.id for entry in shared],
     )
 
 

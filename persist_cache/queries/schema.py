@@ -39,6 +39,8 @@ class EntryJson(Struct, frozen=True, kw_only=True):
         parent: Id of the entry that it continues, or null.
         keep_s: For how long after each use it goes after others of its tier, if its client asked
             for that.
+        group: That uses it, or ""; the first one of several.
+        groups: All of them, where there are several, or others use it that are of none.
     """
 
     id: str
@@ -59,6 +61,8 @@ class EntryJson(Struct, frozen=True, kw_only=True):
     label: str
     parent: str | None
     keep_s: int | UnsetType = UNSET
+    group: str = ""
+    groups: Sequence[str] | UnsetType = UNSET
 
 
 class IdentityJson(Struct, frozen=True, kw_only=True):
@@ -116,6 +120,8 @@ class RemovalJson(Struct, frozen=True, kw_only=True):
         dead_bytes: What no entry needs any more, but stays in files that others need.
         unremoved_bytes: Of files that should have gone and could not be unlinked.
         skipped_pinned: Ids that were chosen and stay, being pinned.
+        skipped_shared: Ids that were chosen by their group and stay, since others use them, too.
+            They leave the group.
     """
 
     dry_run: bool
@@ -126,6 +132,7 @@ class RemovalJson(Struct, frozen=True, kw_only=True):
     dead_bytes: int
     unremoved_bytes: int
     skipped_pinned: Sequence[str]
+    skipped_shared: Sequence[str] = ()
 
 
 class DivergenceJson(Struct, frozen=True, kw_only=True):

@@ -23,6 +23,7 @@ class Filters(Struct, frozen=True):
         unused_s: Not used for that many seconds.
         larger_than: More bytes of its own.
         pinned: Pinned, or not.
+        group: That they belong to.
     """
 
     ids: frozenset[str] | None = None
@@ -32,6 +33,7 @@ class Filters(Struct, frozen=True):
     unused_s: float | None = None
     larger_than: int | None = None
     pinned: bool | None = None
+    group: str | None = None
 
     def rows(self, survey: Survey, now: float) -> list[int]:
         """Places in `survey.entries` of those that pass."""
@@ -62,7 +64,17 @@ class Filters(Struct, frozen=True):
             rows = [row for row, nbytes in zip(rows, own, strict=True) if nbytes > self.larger_than]
         if self.pinned is not None:
             rows = [row for row in rows if bool(table.pinned[row]) == self.pinned]
+        if self.group is not None:
+            groups = survey.catalog.groups
+            rows = [row for row in rows if self.group in groups.get(table.numbers[row], ())]
         return rows
+
+
+def split_shared(survey: Survey, rows: Sequence[int], group: str) -> tuple[list[int], list[int]]:
+    """Those of these rows that only requests of a group use, and those that others use, too."""
+    table, groups = survey.catalog.table, survey.catalog.groups
+    alone = {row for row in rows if groups.get(table.numbers[row]) == (group,)}
+    return [row for row in rows if row in alone], [row for row in rows if row not in alone]
 
 
 def _is_named(model: Model, text: str) -> bool:

@@ -11,6 +11,7 @@ import secrets
 import time
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import unquote
 
 from persist_cache.cache.prompt_cache import PromptCache
 from persist_cache.errors import PersistCacheError, StoreError
@@ -18,9 +19,11 @@ from persist_cache.queries.as_json import (
     store_json,
 )
 from persist_cache.queries.totals import quarantined
+from persist_cache.server.admin_changes import EntryMarks, Removals
 from persist_cache.server.admin_entries import Entries
 from persist_cache.server.admin_prompts import Ask, Prompts
 from persist_cache.server.admin_requests import Requests
+from persist_cache.server.admin_store import Upkeep
 from persist_cache.server.answers import Response, json_response, refusal_response
 from persist_cache.server.guard import API_PATH, METRICS_PATH, PAGE_PATH, Guard, Request
 from persist_cache.server.model import Models
@@ -65,6 +68,9 @@ class Admin:
         self._views = Views(cache)
         models = Models(generator)
         self._entries = Entries(self._views, models)
+        self._removals = Removals(self._views, self._entries)
+        self._entry_marks = EntryMarks(self._views, self._entries)
+        self._upkeep = Upkeep(self._views, models)
         self._prompts = Prompts(cache, self._views, models)
         self._requests = Requests(generator)
 
@@ -114,16 +120,23 @@ class Admin:
             return Response(200, metrics.exposition(collector), metrics.CONTENT_TYPE)
         match path.removeprefix(API_PATH).split("/")[1:]:
             case ["entries"]:
-                only(request, "GET")
+                only(request, "GET", "POST", "DELETE")
+                if request.method == "POST":
+                    return self._prompts.warm(request, ask)
+                if request.method == "DELETE":
+                    return self._removals.evict_all(request)
                 return self._entries.list(request)
             case ["entries", entry]:
                 only(request, "GET", "DELETE")
                 if request.method == "GET":
                     return self._entries.show(entry, query_of(request, {"text"}))
-                return self._entries.evict(entry, query_of(request, {"below", "dry_run"}))
-            case ["entries", entry, "pin"]:
+                return self._removals.evict(entry, query_of(request, {"below", "dry_run"}))
+            case ["entries", entry, "pin" | "label" | "ttl" as mark]:
                 only(request, "PUT", "DELETE")
-                return self._entries.pin(entry, request.method == "PUT")
+                return self._entry_marks.of_entry(entry, mark, request)
+            case ["groups", group, "pin" | "label" | "ttl" as mark]:
+                only(request, "PUT", "DELETE")
+                return self._entry_marks.of_group(unquote(group), mark, request)
             case ["tree"]:
                 only(request, "GET")
                 return self._entries.tree(request)
@@ -139,6 +152,18 @@ class Admin:
             case ["flush"]:
                 only(request, "POST")
                 return self._flush()
+            case ["gc" | "compact"]:
+                only(request, "POST")
+                return self._upkeep.gc(request)
+            case ["check"]:
+                only(request, "POST")
+                return self._upkeep.check(request)
+            case ["export"]:
+                only(request, "GET")
+                return self._upkeep.export(self._entries.named(request))
+            case ["import"]:
+                only(request, "POST")
+                return self._upkeep.import_(request)
             case ["explain"]:
                 only(request, "POST")
                 return self._prompts.explain(request)
@@ -199,9 +224,3 @@ class Admin:
             why = stats.disk_off or f"{stats.queued_jobs} saves are still waiting"
             raise RefusedError(503, f"Not everything is on disk yet: {why.rstrip('.')}.")
         return json_response({"flushed": True, "saves": stats.saves, "disk_off": stats.disk_off})
-
-
-# ---- the page ----------------------------------------------------------------------------------
-
-
-# ---- reading requests --------------------------------------------------------------------------

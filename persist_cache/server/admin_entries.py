@@ -11,12 +11,11 @@ from msgspec import UNSET, Struct
 from msgspec.structs import asdict
 
 from persist_cache.entry import TIER_LABELS, Entry
-from persist_cache.queries.as_json import details_json, removal_json
+from persist_cache.queries.as_json import details_json
 from persist_cache.queries.details import details_of, tokens_of
 from persist_cache.queries.ids import find_departed, find_ids, short_id
-from persist_cache.queries.schema import EntryJson, MarkJson
+from persist_cache.queries.schema import EntryJson
 from persist_cache.queries.select import SORT_KEYS, Filters, order
-from persist_cache.queries.totals import left_in_trash
 from persist_cache.server.answers import Response, json_response
 from persist_cache.server.guard import Request
 from persist_cache.server.model import Models
@@ -27,6 +26,27 @@ from persist_cache.server.view import View, Views
 DEFAULT_LIMIT = 100
 MAX_LIMIT = 1000
 _ID = re.compile("[0-9a-f]{1,16}")
+
+
+FILTERS = frozenset({"tier", "model", "label", "group", "pinned"})
+"""Parameters that choose entries."""
+
+
+def filters_of(query: Mapping[str, str]) -> Filters:
+    """What a query chooses entries by.
+
+    Raises:
+        RefusedError: It is malformed.
+    """
+    if query.get("group") == "":
+        raise RefusedError(400, "An empty group is that of no request.")
+    return Filters(
+        tiers=(tier,) if (tier := choice(query, "tier", TIER_LABELS)) else (),
+        models=(query["model"],) if "model" in query else (),
+        label=query.get("label"),
+        group=query.get("group"),
+        pinned=flag(query, "pinned") if "pinned" in query else None,
+    )
 
 
 class _ChainedJson(EntryJson, frozen=True, kw_only=True):
@@ -69,14 +89,10 @@ class Entries:
 
     def list(self, request: Request) -> Response:
         query = query_of(
-            request, {"tier", "model", "label", "pinned", "sort", "limit", "offset", "parent"}
+            request,
+            {"tier", "model", "label", "group", "pinned", "sort", "limit", "offset", "parent"},
         )
-        filters = Filters(
-            tiers=(tier,) if (tier := choice(query, "tier", TIER_LABELS)) else (),
-            models=(query["model"],) if "model" in query else (),
-            label=query.get("label"),
-            pinned=flag(query, "pinned") if "pinned" in query else None,
-        )
+        filters = filters_of(query)
         sort = choice(query, "sort", SORT_KEYS) or "used"
         limit = number(query, "limit", DEFAULT_LIMIT, 1, MAX_LIMIT)
         offset = number(query, "offset", 0, 0, 1 << 53)
@@ -85,7 +101,7 @@ class Entries:
             return unchanged
         rows = filters.rows(view.survey, time.time())
         if "parent" in query:
-            parent = None if query["parent"] == "none" else self._resolve(query["parent"])
+            parent = None if query["parent"] == "none" else self.resolve(query["parent"])
             rows = [row for row in rows if view.survey.entries[row].parent == parent]
         rows = order(view.survey, rows, sort, view.names)
         shown = view.survey.entries_at(rows[offset : offset + limit])
@@ -111,11 +127,11 @@ class Entries:
         said: dict[str, Any] = {"branch": None, "entries": []}
         parent = None
         if "branch" in query:
-            first = self._resolve(query["branch"])
+            first = self.resolve(query["branch"])
             try:
                 chain = tree.branch(first).entries
             except KeyError:
-                raise self._gone(first) from None
+                raise self.gone(first) from None
             parent = chain[-1].id
             said["branch"] = first
             said["entries"] = [
@@ -154,7 +170,7 @@ class Entries:
             ),
         )
 
-    def _resolve(self, given: str) -> str:
+    def resolve(self, given: str) -> str:
         """The full id that `given` begins.
 
         Raises:
@@ -168,27 +184,46 @@ class Entries:
         if len(found) > 1:
             raise RefusedError(409, f"Several entries have an id that begins with {prefix}.")
         if not found:
-            raise self._gone(prefix)
+            raise self.gone(prefix)
         return found[0]
 
-    def _gone(self, prefix: str) -> RefusedError:
+    def named(self, request: Request) -> Sequence[str]:
+        """The full ids that a request names: `ids`, separated by commas, or a `group`.
+
+        Raises:
+            RefusedError: It names none, or both, or what is not there.
+        """
+        query = query_of(request, {"ids", "group"})
+        if len(query) != 1:
+            raise RefusedError(400, "Name the entries by ids, separated by commas, or by a group.")
+        if "ids" in query:
+            return list(dict.fromkeys(map(self.resolve, query["ids"].split(","))))
+        survey = self._views.now().survey
+        rows = filters_of(query).rows(survey, time.time())
+        found = [survey.ids[row] for row in rows]
+        if not found:
+            raise RefusedError(404, "No entry is of this group.")
+        return found
+
+    def gone(self, prefix: str) -> RefusedError:
+        """The refusal of an entry that is not there, and why, if that is known."""
         departed = find_departed(self._views.store(), prefix)
         if departed is not None:
             return RefusedError(404, f"Entry {departed.id} is no longer there: {departed.reason}.")
         return RefusedError(404, f"No entry has an id that begins with {prefix}.")
 
-    def _entry(self, view: View, given: str) -> Entry:
-        full = self._resolve(given)
+    def entry(self, view: View, given: str) -> Entry:
+        full = self.resolve(given)
         entry = next((one for one in view.survey.entries if one.id == full), None)
         if entry is None:
-            raise self._gone(full)
+            raise self.gone(full)
         return entry
 
     def show(self, given: str, query: Mapping[str, str]) -> Response:
-        full, store = self._resolve(given), self._views.store()
+        full, store = self.resolve(given), self._views.store()
         details = details_of(store, full)
         if details is None:
-            raise self._gone(full)
+            raise self.gone(full)
         text = self._text(details.entry) if flag(query, "text") else UNSET
         return json_response(details_json(details, short_id(store, full), text=text))
 
@@ -199,47 +234,5 @@ class Entries:
         try:
             tokens = tokens_of(self._views.store(), entry.id)
         except KeyError:
-            raise self._gone(entry.id) from None
+            raise self.gone(entry.id) from None
         return model.decode(tokens)
-
-    def pin(self, given: str, pinned: bool) -> Response:
-        full = self._resolve(given)
-        try:
-            self._views.store().pin(full, pinned)
-        except KeyError:
-            raise self._gone(full) from None
-        return json_response(
-            MarkJson(id=full, short_id=self._views.now().short.get(full, full), pinned=pinned)
-        )
-
-    def evict(self, given: str, query: Mapping[str, str]) -> Response:
-        view = self._views.now()
-        entry = self._entry(view, given)
-        dry_run = flag(query, "dry_run")
-        chosen, skipped = [entry], []
-        if flag(query, "below"):
-            chosen = view.branches.below(entry.id)
-            # As on the command line: what is pinned goes only when it is named itself.
-            skipped = [one for one in chosen if one.pinned and one.id != entry.id]
-            chosen = [one for one in chosen if not one.pinned or one.id == entry.id]
-        removal = view.survey.removal([one.id for one in chosen])
-        freed, stuck = removal.freed_bytes, 0
-        if not dry_run:
-            try:
-                freed = self._views.store().evict([one.id for one in chosen])
-                stuck = left_in_trash(self._views.store(), removal.freed_bytes - freed)
-            except KeyError:
-                raise RefusedError(
-                    409, "Some of these entries went meanwhile; look again."
-                ) from None
-        return json_response(
-            removal_json(
-                view.survey,
-                chosen,
-                removal,
-                dry_run=dry_run,
-                freed_bytes=freed,
-                unremoved_bytes=stuck,
-                skipped=skipped,
-            )
-        )

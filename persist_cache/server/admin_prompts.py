@@ -14,11 +14,13 @@ from persist_cache.entry import Entry
 from persist_cache.queries.as_json import explanation_json
 from persist_cache.queries.explain import explain, with_memory
 from persist_cache.queries.schema import WarmJson
+from persist_cache.server.admin_changes import checked_label, checked_ttl
 from persist_cache.server.answers import Response, json_response
 from persist_cache.server.guard import Request
 from persist_cache.server.model import LoadedModel, Models
 from persist_cache.server.names import DEFAULT
 from persist_cache.server.parameters import choice, query_of
+from persist_cache.server.protocols.caching import GROUP, OPTIONS, read_caching
 from persist_cache.server.protocols.openai import lenient
 from persist_cache.server.protocols.recognized import (
     CHAT,
@@ -34,7 +36,6 @@ from persist_cache.server.validation import RefusedError, check_names, check_pro
 from persist_cache.server.view import Views
 from persist_cache.store.store import Store
 
-MAX_LABEL = 200
 _SETTLE_S = 30.0
 _SHAPING = {
     CHAT: (
@@ -55,6 +56,7 @@ class Marks(msgspec.Struct, forbid_unknown_fields=True):
     pin: bool = False
     label: str = ""
     ttl_s: float | None = None
+    group: str = ""
 
     @classmethod
     def of(cls, value: Any) -> Marks:
@@ -62,12 +64,14 @@ class Marks(msgspec.Struct, forbid_unknown_fields=True):
             marks = msgspec.convert(value if value is not None else {}, cls)
         except msgspec.ValidationError:
             raise RefusedError(
-                400, "cache must be an object with pin (true or false), label (text), ttl_s."
+                400,
+                "cache must be an object with pin (true or false), label (text), ttl_s, group "
+                "(text).",
             ) from None
-        if len(marks.label) > MAX_LABEL or not marks.label.isprintable():
-            raise RefusedError(400, f"label must be one line of at most {MAX_LABEL} characters.")
-        if marks.ttl_s is not None and not 0 < marks.ttl_s < 100 * 366 * 86400:
-            raise RefusedError(400, "ttl_s must be a number of seconds, at most 100 years.")
+        checked_label(marks.label)
+        if marks.ttl_s is not None:
+            checked_ttl(marks.ttl_s)
+        read_caching({GROUP: marks.group})
         return marks
 
     def apply(self, store: Store, entry: str) -> None:
@@ -77,6 +81,8 @@ class Marks(msgspec.Struct, forbid_unknown_fields=True):
             store.set_label(entry, self.label)
         if self.ttl_s is not None:
             store.expire_at(entry, store.clock() + self.ttl_s)
+        if self.group:
+            store.set_group(entry, self.group)
 
 
 Ask = Callable[[dict[str, Any], Part, str], tuple[int, dict[str, Any]]]
@@ -147,7 +153,12 @@ class Prompts:
             raise RefusedError(409, "This server cannot run a model.")
         # How an answer would be sampled, and how long it would be, does not matter here.
         shaping = _SHAPING[protocol]
+        asked = read_caching(body)
         body = {name: body[name] for name in shaping if body.get(name) is not None}
+        if group := marks.group or asked.group:
+            body[GROUP] = group
+        if asked.ttl_s:
+            body[OPTIONS] = {"ttl": f"{asked.ttl_s}s"}
         if protocol == MESSAGES:
             body.setdefault("model", DEFAULT)  # which it must have
         if not whole:

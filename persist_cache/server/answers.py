@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,12 +14,28 @@ from persist_cache.server.validation import RefusedError
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """What to send back; there are never CORS headers."""
+    """What to send back; there are never CORS headers.
+
+    Attributes:
+        status: Of HTTP.
+        body: All of it, unless there are `pieces`.
+        content_type: Of the body.
+        headers: Further ones.
+        pieces: The body piece by piece, `num_bytes` in all; to be closed by who sends them.
+        num_bytes: Length of those.
+    """
 
     status: int
     body: bytes
     content_type: str = "application/json"
     headers: Mapping[str, str] = field(default_factory=dict)
+    pieces: Generator[memoryview] | None = None
+    num_bytes: int = 0
+
+    @property
+    def length(self) -> int:
+        """Bytes of the body."""
+        return len(self.body) if self.pieces is None else self.num_bytes
 
 
 def json_response(

@@ -6,12 +6,14 @@ What is refused leaves bytes unread, so the connection is of no further use then
 from __future__ import annotations
 
 import re
+from collections.abc import Generator
 from email.message import Message
 from io import BufferedIOBase
 
 from persist_cache.server.validation import RefusedError
 
 MAX_BODY_BYTES = 64 << 20
+_PIECE_BYTES = 1 << 20
 _MAX_LINE_BYTES = 4096
 _MAX_TRAILER_LINES = 100
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[^\r\n]*)?")
@@ -25,7 +27,12 @@ def has_body(headers: Message) -> bool:
 
 
 def read_body(stream: BufferedIOBase, headers: Message, *, limit: int = MAX_BODY_BYTES) -> bytes:
-    """Read the body that a request announces.
+    """Read the body that a request announces; as `body_pieces`."""
+    return b"".join(body_pieces(stream, headers, limit=limit))
+
+
+def body_pieces(stream: BufferedIOBase, headers: Message, *, limit: int) -> Generator[bytes]:
+    """Read the body that a request announces piece by piece, none of them large.
 
     Raises:
         RefusedError: There is none, it makes no sense, is beyond `limit`, ends early, or does not
@@ -42,8 +49,9 @@ def read_body(stream: BufferedIOBase, headers: Message, *, limit: int = MAX_BODY
                 )
             if [one.strip().lower() for one in codings] != ["chunked"]:
                 raise RefusedError(501, "The only Transfer-Encoding that is known is chunked.")
-            return _read_chunks(stream, limit)
-        return _read_length(stream, _length(lengths, limit))
+            yield from _read_chunks(stream, limit)
+        else:
+            yield from _read_length(stream, _length(lengths, limit))
     except TimeoutError:
         raise RefusedError(408, "The body did not arrive in time.") from None
 
@@ -59,32 +67,37 @@ def _length(lengths: list[str], limit: int) -> int:
     return int(text)
 
 
-def _read_length(stream: BufferedIOBase, length: int) -> bytes:
-    raw = stream.read(length)
-    if len(raw) < length:
-        raise RefusedError(400, "The body is shorter than its Content-Length.")
-    return raw
+def _read_length(stream: BufferedIOBase, length: int) -> Generator[bytes]:
+    return _exactly(stream, length, "The body is shorter than its Content-Length.")
 
 
-def _read_chunks(stream: BufferedIOBase, limit: int) -> bytes:
-    """Put the chunks together; extensions and trailers are read, and mean nothing here."""
-    body = bytearray()
+def _read_chunks(stream: BufferedIOBase, limit: int) -> Generator[bytes]:
+    """What is in the chunks; extensions and trailers are read, and mean nothing here."""
+    left = limit
     while size := _chunk_size(stream):
-        if len(body) + size > limit:
+        left -= size
+        if left < 0:
             raise _too_large(limit)
-        chunk = stream.read(size)
-        if len(chunk) < size:
-            raise RefusedError(400, "The body ends within a chunk.")
-        body += chunk
+        yield from _exactly(stream, size, "The body ends within a chunk.")
         if stream.read(2) != b"\r\n":
             raise RefusedError(400, _MALFORMED)
     for _ in range(_MAX_TRAILER_LINES):
         line = _line(stream)
         if not line:
-            return bytes(body)
+            return
         if not _TRAILER.fullmatch(line):
             raise RefusedError(400, _MALFORMED)
     raise RefusedError(400, f"The body has more than {_MAX_TRAILER_LINES} trailers.")
+
+
+def _exactly(stream: BufferedIOBase, nbytes: int, too_short: str) -> Generator[bytes]:
+    """So many bytes in pieces, none of them large; `too_short` is said when there are less."""
+    while nbytes > 0:
+        piece = stream.read(min(nbytes, _PIECE_BYTES))
+        if not piece:
+            raise RefusedError(400, too_short)
+        nbytes -= len(piece)
+        yield piece
 
 
 def _chunk_size(stream: BufferedIOBase) -> int:

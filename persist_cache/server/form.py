@@ -19,6 +19,7 @@ from persist_cache.entry import Tier
 from persist_cache.server.chat_form import keeping_thinking
 from persist_cache.server.marks import moved_marks, place_marks
 from persist_cache.server.protocols.asked import Asked, Mark
+from persist_cache.server.protocols.openai import as_text
 from persist_cache.server.templates import (
     SYSTEM_ROLE,
     TOOL_CALLS,
@@ -29,7 +30,7 @@ from persist_cache.server.templates import (
     probe,
 )
 from persist_cache.server.validation import RefusedError
-from persist_cache.stability.conversation import stabilize
+from persist_cache.stability.conversation import Stabilized, stabilize
 from persist_cache.stability.moved import Moves
 from persist_cache.stability.names import DEFAULTS, INLINE_SYSTEM, THINKING
 
@@ -84,8 +85,8 @@ class Templates:
             self._heads[key] = tokens
 
 
-class Form:
-    """One request, to be put before a chat template.
+class Given:
+    """A request that is rendered as its client gave it, and what that asks of the cache.
 
     Thread safety: for one thread at a time.
 
@@ -109,6 +110,160 @@ class Form:
         self.fitted: Fitted | None = None
         self._chosen: Collection[str] = DEFAULTS
         self._keeps_thinking: dict[str, bool] = {}
+
+    @property
+    def group(self) -> str:
+        """That the request belongs to, or ""."""
+        return self._request.caching.group
+
+    @property
+    def only_marked(self) -> bool:
+        """Whether nothing is to be kept but what ends at a mark."""
+        return self._request.caching.only_marked
+
+    def moved(self, done: Stabilized) -> None:
+        """Note how the conversation was repaired before it is rendered."""
+        said = [{**one, "content": as_text(one.get("content"))} for one in done.messages]
+        given, done = self._request, dataclasses.replace(done, messages=said)
+        marks = moved_marks(given.marks, given.messages, done)
+        self._request = dataclasses.replace(given, messages=said, marks=marks)
+
+    def take(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        template_args: Mapping[str, Any],
+    ) -> None:
+        """Note what the prompt was made of."""
+        self.fitted = Fitted([dict(one) for one in messages], tools, dict(template_args))
+
+    def keep_s(self, *, has_head: bool) -> dict[Tier, int]:
+        """For how many seconds behind each use the client asks to keep what is stored, by tier.
+
+        Args:
+            has_head: Some of the prompt is kept for all conversations; else what was asked for
+                that is asked for the whole.
+        """
+        given = self._request.messages
+        heads = next((at for at, one in enumerate(given) if one["role"] != "system"), len(given))
+        asked_s = self._request.caching.ttl_s
+        found = {Tier.SYSTEM: asked_s, Tier.USER: asked_s} if asked_s else {}
+        for mark in self._request.marks:
+            tier = Tier.SYSTEM if has_head and mark.message < heads else Tier.USER
+            found[tier] = max(found.get(tier, 0), mark.ttl_s)
+        return found
+
+    def cuts(
+        self, tokenizer: Any, prompt: Sequence[int], system_tokens: int, *, trimmable: bool
+    ) -> tuple[list[int], int]:
+        """Find where a prompt is to be kept because its client asks for it.
+
+        Args:
+            tokenizer: That made the prompt of what `fit` returned.
+            prompt: Token ids.
+            system_tokens: Length of the part that is kept anyway for all conversations.
+            trimmable: The model's cache can be resumed anywhere, so that it is of no use to keep
+                what stands in the middle of a conversation.
+
+        Returns:
+            The places, and how much of the prompt is of the tier `system`.
+        """
+        marks = self.marks
+        heads = self._heads()
+        head_mark = _head_mark(marks, heads)
+        if trimmable:
+            marks = [head_mark] if head_mark is not None and not system_tokens else []
+        elif system_tokens:
+            marks = [mark for mark in marks if not self._is_end(mark, heads - 1)]
+        marks = [mark for mark in marks if not self._is_end(mark, len(self._messages) - 1)]
+        if not marks:
+            return [], system_tokens
+        key = self._head_key(head_mark, heads)
+        if marks == [head_mark] and (remembered := self._templates.head(key)) is not None:
+            return [remembered], max(remembered, system_tokens)
+        places = self._place(tokenizer, prompt, marks)
+        head = next((at for at, mark in zip(places, marks, strict=True) if mark == head_mark), None)
+        if head is not None:
+            self._templates.remember_head(key, head)
+        found = {place for place in places if place is not None}
+        # The system part ends as well as there.
+        found -= set(range(system_tokens, system_tokens + _NEAR_TOKENS))
+        return sorted(found), max(head or 0, system_tokens)
+
+    def marked(self, tokenizer: Any, prompt: Sequence[int]) -> tuple[list[int], int]:
+        """Find all places that are marked, whether the prompt is kept there anyway or not.
+
+        Returns:
+            The places, in order, and how much of the prompt is of the tier `system`.
+        """
+        marks = self.marks
+        places = self._place(tokenizer, prompt, marks)
+        head_mark = _head_mark(marks, self._heads())
+        head = next((at for at, mark in zip(places, marks, strict=True) if mark == head_mark), None)
+        return sorted({place for place in places if place is not None}), head or 0
+
+    def _place(
+        self, tokenizer: Any, prompt: Sequence[int], marks: Sequence[Mark]
+    ) -> list[int | None]:
+        """The tokens in front of each mark; None where that cannot be told."""
+        try:
+            return place_marks(
+                self._messages,
+                self._tools,
+                marks,
+                prompt,
+                render=lambda messages, tools: _text(tokenizer, messages, tools, self._args()),
+                encode=lambda text: _encode(tokenizer, text),
+            )
+        except Exception as error:  # a template is a program of its own
+            log.debug("no marks could be placed: %s", error)
+            return [None] * len(marks)
+
+    @property
+    def _messages(self) -> list[dict[str, Any]]:
+        return [] if self.fitted is None else self.fitted.messages
+
+    @property
+    def _tools(self) -> Sequence[Mapping[str, Any]] | None:
+        return None if self.fitted is None else self.fitted.tools
+
+    def _heads(self) -> int:
+        """How many system messages are at the head."""
+        roles = [one["role"] for one in self._messages]
+        return next((at for at, role in enumerate(roles) if role != "system"), len(roles))
+
+    def _is_end(self, mark: Mark, message: int) -> bool:
+        """Whether a mark is at the end of a message, where the prompt is kept without it."""
+        if mark.message != message or message < 0:
+            return False
+        return mark.characters in (None, len(self._messages[message]["content"]))
+
+    def _args(self) -> dict[str, Any]:
+        own = {} if self.fitted is None else self.fitted.template_args
+        return {**self._defaults, **own}
+
+    @property
+    def marks(self) -> list[Mark]:
+        """Marks in the conversation as it is rendered."""
+        given, said = self._request.messages, self._messages
+        if len(given) != len(said):
+            return []  # Messages were put together: what was marked is not there any more.
+        return [
+            mark
+            for mark in self._request.marks
+            if mark.message < 0 or given[mark.message]["content"] == said[mark.message]["content"]
+        ]
+
+    def _head_key(self, mark: Mark | None, heads: int) -> bytes:
+        roles = [one["role"] for one in self._messages[heads : heads + 1]]
+        place = None if mark is None else (mark.message, mark.characters)
+        head = [self._messages[:heads], roles, self._tools, self._args(), place]
+        whole = json.dumps(head, default=str).encode()
+        return hashlib.blake2b(whole, digest_size=16).digest()
+
+
+class Form(Given):
+    """A request of a protocol of ours, to be put before a chat template."""
 
     def stabilize(
         self, chosen: Collection[str], moves: Moves | None = None, *, keep: bool = True
@@ -185,113 +340,14 @@ class Form:
                 "server was started with --strict; leave that out.",
             )
 
-    def keep_s(self, *, has_head: bool) -> dict[Tier, int]:
-        """For how many seconds behind each use the client asks to keep what is stored, by tier.
 
-        Args:
-            has_head: Some of the prompt is kept for all conversations; else what was asked for
-                that is asked for the whole.
-        """
-        given = self._request.messages
-        heads = next((at for at, one in enumerate(given) if one["role"] != "system"), len(given))
-        found: dict[Tier, int] = {}
-        for mark in self._request.marks:
-            tier = Tier.SYSTEM if has_head and mark.message < heads else Tier.USER
-            found[tier] = max(found.get(tier, 0), mark.ttl_s)
-        return found
-
-    def cuts(
-        self, tokenizer: Any, prompt: Sequence[int], system_tokens: int, *, trimmable: bool
-    ) -> tuple[list[int], int]:
-        """Find where a prompt is to be kept because its client asks for it.
-
-        Args:
-            tokenizer: That made the prompt of what `fit` returned.
-            prompt: Token ids.
-            system_tokens: Length of the part that is kept anyway for all conversations.
-            trimmable: The model's cache can be resumed anywhere, so that it is of no use to keep
-                what stands in the middle of a conversation.
-
-        Returns:
-            The places, and how much of the prompt is of the tier `system`.
-        """
-        marks = self._marks()
-        heads = self._heads()
-        head_mark = max(
-            (mark for mark in marks if mark.message < heads),
-            key=lambda mark: (mark.message, mark.characters or 0),
-            default=None,
-        )
-        if trimmable:
-            marks = [head_mark] if head_mark is not None and not system_tokens else []
-        elif system_tokens:
-            marks = [mark for mark in marks if not self._is_end(mark, heads - 1)]
-        marks = [mark for mark in marks if not self._is_end(mark, len(self._messages) - 1)]
-        if not marks:
-            return [], system_tokens
-        key = self._head_key(head_mark, heads)
-        if marks == [head_mark] and (remembered := self._templates.head(key)) is not None:
-            return [remembered], max(remembered, system_tokens)
-        try:
-            places = place_marks(
-                self._messages,
-                self._tools,
-                marks,
-                prompt,
-                render=lambda messages, tools: _text(tokenizer, messages, tools, self._args()),
-                encode=lambda text: _encode(tokenizer, text),
-            )
-        except Exception as error:  # a template is a program of its own
-            log.debug("no marks could be placed: %s", error)
-            return [], system_tokens
-        head = next((at for at, mark in zip(places, marks, strict=True) if mark == head_mark), None)
-        if head is not None:
-            self._templates.remember_head(key, head)
-        found = {place for place in places if place is not None}
-        # The system part ends as well as there.
-        found -= set(range(system_tokens, system_tokens + _NEAR_TOKENS))
-        return sorted(found), max(head or 0, system_tokens)
-
-    @property
-    def _messages(self) -> list[dict[str, Any]]:
-        return [] if self.fitted is None else self.fitted.messages
-
-    @property
-    def _tools(self) -> Sequence[Mapping[str, Any]] | None:
-        return None if self.fitted is None else self.fitted.tools
-
-    def _heads(self) -> int:
-        """How many system messages are at the head."""
-        roles = [one["role"] for one in self._messages]
-        return next((at for at, role in enumerate(roles) if role != "system"), len(roles))
-
-    def _is_end(self, mark: Mark, message: int) -> bool:
-        """Whether a mark is at the end of a message, where the prompt is kept without it."""
-        if mark.message != message or message < 0:
-            return False
-        return mark.characters in (None, len(self._messages[message]["content"]))
-
-    def _args(self) -> dict[str, Any]:
-        own = {} if self.fitted is None else self.fitted.template_args
-        return {**self._defaults, **own}
-
-    def _marks(self) -> list[Mark]:
-        """Marks in the conversation as it is rendered."""
-        given, said = self._request.messages, self._messages
-        if len(given) != len(said):
-            return []  # Messages were put together: what was marked is not there any more.
-        return [
-            mark
-            for mark in self._request.marks
-            if mark.message < 0 or given[mark.message]["content"] == said[mark.message]["content"]
-        ]
-
-    def _head_key(self, mark: Mark | None, heads: int) -> bytes:
-        roles = [one["role"] for one in self._messages[heads : heads + 1]]
-        place = None if mark is None else (mark.message, mark.characters)
-        head = [self._messages[:heads], roles, self._tools, self._args(), place]
-        whole = json.dumps(head, default=str).encode()
-        return hashlib.blake2b(whole, digest_size=16).digest()
+def _head_mark(marks: Sequence[Mark], heads: int) -> Mark | None:
+    """The last mark in tools and system messages, of which there are so many at the head."""
+    return max(
+        (mark for mark in marks if mark.message < heads),
+        key=lambda mark: (mark.message, mark.characters or 0),
+        default=None,
+    )
 
 
 def _text(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from email.message import Message
 from urllib.parse import urlsplit
@@ -19,6 +19,7 @@ from persist_cache.server.validation import RefusedError
 PAGE_PATH = "/cache"
 METRICS_PATH = "/metrics"
 API_PATH = "/v1/cache"
+IMPORT_PATH = f"{API_PATH}/import"
 HEALTH_PATH = "/health"
 MODELS_PATH = "/v1/models"
 OUTCOME_HEADER = "x-persist-cache"
@@ -45,6 +46,7 @@ class Request:
         headers: Its headers.
         local: Address it came to.
         body: Its body, once that was read.
+        receive: Reads a body that is too large for that, of at most so many bytes, in pieces.
     """
 
     method: str
@@ -52,6 +54,17 @@ class Request:
     headers: Message
     local: str = "127.0.0.1"
     body: bytes = b""
+    receive: Callable[[int], Iterator[bytes]] | None = None
+
+    def upload(self, limit: int) -> Iterator[bytes]:
+        """The body piece by piece.
+
+        Raises:
+            RefusedError: It makes no sense, is longer than `limit`, or does not arrive.
+        """
+        if self.receive is None:
+            return iter([self.body] if self.body else [])
+        return self.receive(limit)
 
     @property
     def path(self) -> str:
@@ -62,6 +75,11 @@ def owns(target: str) -> bool:
     """Whether a request target belongs to the admin API, the metrics or the page."""
     path = target.partition("?")[0]
     return path in (PAGE_PATH, METRICS_PATH, API_PATH) or path.startswith(API_PATH + "/")
+
+
+def takes_upload(request: Request) -> bool:
+    """Whether a request's body may be too large to be read as a whole."""
+    return request.method == "POST" and request.path == IMPORT_PATH
 
 
 class Guard:

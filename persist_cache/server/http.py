@@ -14,7 +14,7 @@ import logging
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from email.message import Message
@@ -22,9 +22,10 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import unquote
 
+from persist_cache.errors import PersistCacheError
 from persist_cache.prefill import loadable
 from persist_cache.server import admin, answers
-from persist_cache.server.bodies import MAX_BODY_BYTES, has_body, read_body
+from persist_cache.server.bodies import MAX_BODY_BYTES, body_pieces, has_body, read_body
 from persist_cache.server.guard import (
     HEALTH_PATH,
     IGNORED_HEADER,
@@ -33,9 +34,18 @@ from persist_cache.server.guard import (
     ModelGuard,
     Request,
     owns,
+    takes_upload,
 )
 from persist_cache.server.names import Names, names_of
-from persist_cache.server.protocols.openai import error_body, ignored, lenient, refusal_of, served
+from persist_cache.server.protocols.asked import Asked
+from persist_cache.server.protocols.openai import (
+    asked_of_cache,
+    error_body,
+    ignored,
+    lenient,
+    refusal_of,
+    served,
+)
 from persist_cache.server.recent.diagnosis import comparison_response
 from persist_cache.server.ticket import Part
 from persist_cache.server.validation import (
@@ -89,6 +99,8 @@ class Front(BaseHTTPRequestHandler):
     _sent = False
     _body_left = False
     _query = ""
+    caching: Asked | None = None
+    """What a chat or a text asks of the cache, with the messages that its marks are in."""
     _ignored: list[str]
     """Fields of the request that are not done."""
 
@@ -204,7 +216,19 @@ class Front(BaseHTTPRequestHandler):
             refuse_parts(body["messages"], why="this model reads text only")
         comparison_response(body)  # refuses what is malformed
         self._tell_ignored(ignored(body, is_chat=is_chat))
-        self._post(served(body, is_chat=is_chat))
+        self._post_read(body, is_chat=is_chat)
+
+    def _post_read(self, body: dict[str, Any], *, is_chat: bool) -> None:
+        """Let upstream answer a request that is known to be sound, with what it asks of the cache.
+
+        Raises:
+            RefusedError: What it asks of the cache is malformed.
+        """
+        self.caching = asked_of_cache(body, is_chat=is_chat)
+        try:
+            self._post(served(body, is_chat=is_chat))
+        finally:
+            self.caching = None
 
     def _tell_ignored(self, names: list[str]) -> None:
         """Note what of a request is not done, for the headers of its answer.
@@ -261,9 +285,18 @@ class Front(BaseHTTPRequestHandler):
         api.check(request)
         if self.command == "HEAD":
             request = replace(request, method="GET")
-        if self.command == "POST" and self._body_left:
-            request = replace(request, body=self._read_body())
+        if self.command in ("POST", "PUT") and self._body_left:
+            if takes_upload(request):
+                request = replace(request, receive=self._receive)
+            else:
+                request = replace(request, body=self._read_body())
         self._send(api.answer(request, self._ask))
+
+    def _receive(self, limit: int) -> Iterator[bytes]:
+        """Read a body of at most `limit` bytes piece by piece."""
+        yield from body_pieces(self.rfile, self.headers, limit=limit)
+        self._body_left = False
+        self.connection.settimeout(None)
 
     def _request(self) -> Request:
         here = self.connection.getsockname()[0]
@@ -294,7 +327,16 @@ class Front(BaseHTTPRequestHandler):
         """As upstream; an answer of no tokens ends because of its length."""
         if self.max_tokens == 0 and finish_reason is not None:
             finish_reason = "length"
-        return super().generate_response(text, finish_reason, *args, **more)  # type: ignore[misc]
+        said = super().generate_response(text, finish_reason, *args, **more)  # type: ignore[misc]
+        return self.with_cache(said)
+
+    def completion_usage_response(self, *args: Any, **more: Any) -> Any:
+        """As upstream."""
+        return self.with_cache(super().completion_usage_response(*args, **more))  # type: ignore[misc]
+
+    def with_cache(self, said: Any) -> Any:
+        """A part of an answer, with the usage of the cache in it."""
+        return said
 
     def _set_completion_headers(self, status_code: int = 200) -> None:
         error = sys.exception()
@@ -360,7 +402,7 @@ class Front(BaseHTTPRequestHandler):
         """Answer a request of our own that is of this protocol; sets the path that it is for."""
         kind = "chat/completions" if "messages" in body else "completions"
         self.path = f"/v1/{kind}"
-        self._post(served(lenient(body), is_chat="messages" in body))
+        self._post_read(lenient(body), is_chat="messages" in body)
 
     def _refuse(self, refusal: RefusedError) -> None:
         """Send a refusal, in the form of the API that was asked."""
@@ -376,7 +418,7 @@ class Front(BaseHTTPRequestHandler):
         try:
             self.send_response(response.status)
             self.send_header("Content-Type", response.content_type)
-            self.send_header("Content-Length", str(len(response.body)))
+            self.send_header("Content-Length", str(response.length))
             self.send_header("Cache-Control", "no-store")
             self.send_header("X-Content-Type-Options", "nosniff")
             for name, value in response.headers.items():
@@ -386,13 +428,28 @@ class Front(BaseHTTPRequestHandler):
                 self._set_cors_headers()
             self.end_headers()
             if self.command != "HEAD":
-                self.wfile.write(response.body)
+                self._write_body(response)
             self.wfile.flush()
             if self._body_left:
                 self._drain()
         except OSError as error:
             self.close_connection = True
             log.debug("a client went away: %s", error)
+        finally:
+            if response.pieces is not None:
+                response.pieces.close()
+
+    def _write_body(self, response: answers.Response) -> None:
+        """Send what follows the headers; its length tells the client if it is cut short."""
+        if response.pieces is None:
+            self.wfile.write(response.body)
+            return
+        try:
+            for piece in response.pieces:
+                self.wfile.write(piece)
+        except PersistCacheError as error:
+            self.close_connection = True
+            log.error("an export was cut short: %s", error)
 
     def _drain(self) -> None:
         """Read what is still on its way: a client that cannot send all of it sees no answer."""

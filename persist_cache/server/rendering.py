@@ -16,11 +16,11 @@ from typing import Any
 
 from persist_cache.errors import ModelError
 from persist_cache.server.chat_form import depends_on_template, fit_chat
-from persist_cache.server.form import Form, Templates
+from persist_cache.server.form import Form, Given, Templates
 from persist_cache.server.names import DEFAULT
 from persist_cache.server.protocols.anthropic_request import read_messages
 from persist_cache.server.protocols.asked import Asked
-from persist_cache.server.protocols.openai import lenient
+from persist_cache.server.protocols.openai import asked_of_cache, lenient
 from persist_cache.server.protocols.recognized import CHAT, MESSAGES, RESPONSES, protocol_of
 from persist_cache.server.protocols.responses_request import read_responses
 from persist_cache.server.segments import system_end, system_tokens
@@ -51,6 +51,7 @@ class PromptRequest:
         role_mapping: Roles as text, for models without a chat template, or None.
         template_args: Arguments of the chat template; they win over those of the server.
         asked: The request, with the same messages and tools, if it is of a protocol of ours.
+        caching: What it asks of the cache, if it is a chat.
         is_head: It is nothing but the head of others, and its last message stands for any.
         stabilize: Names of the repairs that may be done.
     """
@@ -61,6 +62,7 @@ class PromptRequest:
     role_mapping: dict[str, str] | None = None
     template_args: Mapping[str, Any] = field(default_factory=dict)
     asked: Asked | None = None
+    caching: Asked | None = None
     is_head: bool = False
     stabilize: frozenset[str] = DEFAULTS
 
@@ -77,7 +79,7 @@ class Prompt:
             use only for models whose cache cannot be cut anywhere.
         repaired: Names of what was changed before it was rendered.
         ignored: Names of what was asked for and cannot be said to the model.
-        marks: Places that its client marked with `cache_control`.
+        marks: Places that its client marked.
     """
 
     tokens: list[int]
@@ -115,6 +117,7 @@ def read_request(
         tools=body.get("tools") or None,
         role_mapping=body.get("role_mapping"),
         template_args=body.get("chat_template_kwargs") or {},
+        caching=asked_of_cache(body, is_chat=True),
         stabilize=stabilize,
     )
 
@@ -176,10 +179,13 @@ def render(
 
     defaults, own = dict(template_args or {}), dict(request.template_args)
     form: Form | None = None
+    given = None if request.caching is None else Given(request.caching, Templates(), defaults)
     names: frozenset[str] = frozenset()
     if request.asked is None:
         done = stabilize(request.messages, request.tools, request.stabilize, moves, keep=False)
         messages, names = done.messages, frozenset(done.names)
+        if given is not None:
+            given.moved(done)
         tools = None if done.tools is None else list(done.tools)
         if getattr(tokenizer, "has_chat_template", False) and depends_on_template(
             messages, request.stabilize
@@ -206,12 +212,16 @@ def render(
     end = system_tokens(segments, kinds)
     if kinds == ["assistant"] and asked.messages:
         end = system_end(tokenizer, asked.messages, asked.tools, {**defaults, **own}, tokens)
-    if form is None or request.asked is None:
+    if given is not None:
+        given.take(asked.messages, asked.tools, own)
+    wishes, wanted = form or given, request.asked or request.caching
+    if wishes is None or wanted is None:
         return Prompt(list(tokens), end, repaired=tuple(sorted(names)))
-    places, end = form.cuts(tokenizer, tokens, end, trimmable=False)
+    places, end = wishes.cuts(tokenizer, tokens, end, trimmable=False)
     cuts = tuple(place for place in places if place > end)
-    marks = len(request.asked.marks)
-    return Prompt(list(tokens), end, cuts, form.repaired, form.ignored, marks)
+    repaired = tuple(sorted(names)) if form is None else form.repaired
+    ignored = () if form is None else form.ignored
+    return Prompt(list(tokens), end, cuts, repaired, ignored, len(wanted.marks))
 
 
 def render_chat(

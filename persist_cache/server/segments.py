@@ -138,3 +138,11 @@ def cut_at(
             )
         start = end
     return segments, types
+
+
+def cut_only_at(places: Sequence[int], prompt: Sequence[int]) -> tuple[list[list[int]], list[str]]:
+    """Cut a prompt at these places, in order, and have nothing kept of what is behind them."""
+    inner = [place for place in places if 0 < place < len(prompt)]
+    cuts = list(itertools.pairwise([0, *inner, len(prompt)]))
+    pieces = [list(prompt[start:end]) for start, end in cuts]
+    return pieces, [*("user" for _ in inner), "assistant"]

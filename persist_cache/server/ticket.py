@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, SupportsIndex, overload
 
@@ -18,43 +18,13 @@ from persist_cache.cache.ahead import Ahead
 from persist_cache.cache.origin import Origin
 from persist_cache.cache.prompt_cache import PromptCache
 from persist_cache.cache.stats import Fetch
-from persist_cache.entry import Tier
 from persist_cache.server.segments import system_tokens
 from persist_cache.server.underway import Underway
-from persist_cache.stability.moved import Moves
+from persist_cache.server.wishes import Form, Wishes
 from persist_cache.stability.names import DEFAULTS
 from persist_cache.store.trail import Trail
 
 Part = Literal["", "prompt", "system"]
-
-
-class Form(Protocol):
-    """How a request of a protocol that is not upstream's is put before a chat template."""
-
-    def stabilize(self, chosen: Collection[str], moves: Moves | None, /, *, keep: bool) -> None:
-        """Repair what breaks the prefix that the client's requests have in common."""
-
-    def fit(self, tokenizer: Any, /) -> Any:
-        """The messages, the tools and the template's options, as the template takes them."""
-
-    def cuts(
-        self, tokenizer: Any, prompt: Sequence[int], system_tokens: int, /, *, trimmable: bool
-    ) -> tuple[list[int], int]:
-        """Further places where the prompt is to be kept, and how much of it is system part."""
-
-    def refuse_unfit(self) -> None:
-        """Refuse what the template lacks of what is asked for, as it was fitted."""
-
-    def keep_s(self, *, has_head: bool) -> Mapping[Tier, int]:
-        """For how long the client asks to keep what is stored, by tier."""
-
-    @property
-    def repaired(self) -> tuple[str, ...]:
-        """Names of what was changed in the request."""
-
-    @property
-    def ignored(self) -> tuple[str, ...]:
-        """Names of what was asked for and is not done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +78,9 @@ class Ticket:
     Attributes:
         body: The request as it was read, b"" when it did not come over HTTP.
         form: How it is put before the template; None for upstream's own protocol.
+        wishes: What its client asks of the cache; None when that is nothing.
+        keep_limit: How many of its first tokens it leaves in the cache at most; None for all of
+            them, and the reply.
         keeps: What a request of our own leaves in the cache; "" for one of a client's, which is
             counted and leaves all of it.
         stabilize: Names of the repairs that may be done.
@@ -137,9 +110,18 @@ class Ticket:
             whether it may go when a longer one comes. The generation thread's.
     """
 
-    def __init__(self, body: bytes = b"", *, keeps: Part = "", form: Form | None = None) -> None:
+    def __init__(
+        self,
+        body: bytes = b"",
+        *,
+        keeps: Part = "",
+        form: Form | None = None,
+        wishes: Wishes | None = None,
+    ) -> None:
         self.body = body
         self.form = form
+        self.wishes = wishes or form
+        self.keep_limit: int | None = None
         self.keeps: Part = keeps
         self.stabilize: frozenset[str] = DEFAULTS
         self.changes: frozenset[str] = frozenset()
@@ -147,7 +129,10 @@ class Ticket:
         self.in_batch = False
         self.model: Any = None
         self.fetch: Fetch | None = None
-        self.origin = Origin(counts_written=form is not None)
+        self.origin = Origin(
+            counts_written=self.wishes is not None,
+            group="" if self.wishes is None else self.wishes.group,
+        )
         self.trail = Trail()
         self.model_key: Hashable = None
         self.ahead: Ahead | None = None
@@ -180,10 +165,15 @@ class Ticket:
     def keep_tokens(self) -> int | None:
         """How much of its prompt it leaves in the cache; None when all of it, and the reply."""
         if not self.keeps or self.prompt is None:
-            return None
+            return self.keep_limit
         if self.keeps == "system":
             return system_tokens(self.prompt.segments, self.prompt.kinds)
         return len(self.prompt.tokens) - 1
+
+    @property
+    def shares_nothing(self) -> bool:
+        """Whether nobody is to wait for what it computes: it may keep little, or nothing."""
+        return bool(self.keeps) or (self.wishes is not None and self.wishes.only_marked)
 
     @property
     def written_tokens(self) -> int:

@@ -86,6 +86,8 @@ class Catalog:
         blobs: Per place the blob that the edge above it is of.
         shares: Per place the bytes of that blob that belong to the edge, by rows.
         users: Per place the number of entries there or below.
+        kept_s: Per entry the seconds that it is kept behind each use, where that was asked for.
+        groups: Per entry the groups that it belongs to, where it does.
         disk_bytes: Per blob what it takes on disk.
         table: The entries.
         rows: Per entry its row.
@@ -97,6 +99,7 @@ class Catalog:
         self.table = txn.entry_columns()
         self.rows = {number: row for row, number in enumerate(self.table.numbers)}
         self.kept_s = txn.all_kept_s()
+        self.groups = txn.all_groups()
         blobs = txn.blob_columns()
         self.disk_bytes = dict(zip(blobs.numbers, blobs.disk_bytes, strict=True))
         try:
@@ -180,6 +183,7 @@ class Catalog:
             "label": lambda: of(table.labels),
             "parent": parents,
             "keep_s": lambda: [self.kept_s.get(number, 0) for number in of(table.numbers)],
+            "groups": lambda: [self.groups.get(number, ()) for number in of(table.numbers)],
         }
         return {field: makers[field]() for field in fields}
 
@@ -260,6 +264,7 @@ def load_entry(txn: Reader, number: int) -> Entry | None:
         label=record.label,
         parent=None if parent == NO_ENTRY else entry_id(parent),
         keep_s=txn.kept_s(number),
+        groups=txn.groups(number),
     )
 
 

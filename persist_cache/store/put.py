@@ -100,6 +100,7 @@ class Insertion:
         wanted: EntryRecord,
         run_tokens: int,
         keep_s: Mapping[Tier, int],
+        group: str,
     ) -> None:
         self._disk = disk
         self._evictor = evictor
@@ -112,6 +113,7 @@ class Insertion:
         self._wanted = wanted
         self._run_tokens = run_tokens
         self._keep_s = keep_s
+        self._group = group
         self.partial: Sequence[int] = ()
         """Entries on the way that are there only until a longer one is: that one is stored now."""
 
@@ -283,6 +285,7 @@ class Insertion:
             else:
                 checkpoint = blob
         self._keep_heads(txn, path)
+        self._join_group(txn, path)
         node = tree.attach(txn, path, self._packed, pieces)
         total = sum(one.nbytes for one in written)
         if total:
@@ -326,9 +329,17 @@ class Insertion:
     def _place(self, txn: Writer, namespace: NamespaceRecord, node: int, checkpoint: int) -> int:
         """Make the entry end at `node`, keeping what an older entry there had earned."""
         wanted = self._wanted._replace(namespace=namespace.number, node=node, checkpoint=checkpoint)
+        before = txn.size_of(b"entries")
         number = place_entry(txn, self._key, self._packed, wanted)
+        txn.join_group(number, self._group, is_new=txn.size_of(b"entries") > before)
         txn.keep_for(number, self._keep_s.get(wanted.tier, 0))
         return number
+
+    def _join_group(self, txn: Writer, path: tree.Walk) -> None:
+        """Note that the group uses what the prompt begins with, stored by whomever."""
+        for step in path.steps:
+            if step.is_whole and step.edge.entry != NO_ENTRY:
+                txn.join_group(step.edge.entry, self._group)
 
     def _keep_heads(self, txn: Writer, path: tree.Walk) -> None:
         """Keep the system parts that the prompt begins with, stored by whomever."""

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
-from msgspec import Struct
+from msgspec import Struct, field
 
 from persist_cache.blobs.folder import BlobFolder
 from persist_cache.errors import StoreError
@@ -34,6 +34,8 @@ class _Use(Struct):
     last_use: float
     hits: int = 0
     saved_s: float = 0.0
+    groups: dict[str, int] = field(default_factory=dict)
+    """Of the requests, each with the tokens of a prompt of its that were found."""
 
 
 def _sane(clock: Callable[[], float]) -> Callable[[], float]:
@@ -97,12 +99,21 @@ class Disk:
         with self.index.read() as txn:
             return txn.blob_number(name) is not None
 
-    def touch(self, entries: list[int], saved_s: float) -> None:
-        """Note a use of `entries`; the last one is credited with the hit. Writes nothing yet."""
+    def touch(self, entries: list[int], saved_s: float, group: str, num_tokens: int) -> None:
+        """Note a use of `entries`; the last one is credited with the hit. Writes nothing yet.
+
+        Args:
+            entries: Numbers; the last one may be of a prompt that parts from the one it served.
+            saved_s: What the hit saved.
+            group: Of the request.
+            num_tokens: Tokens of its prompt that were used.
+        """
         now = self.clock()
         with self._lock:
             for number in entries:
-                self._uses.setdefault(number, _Use(now)).last_use = now
+                use = self._uses.setdefault(number, _Use(now))
+                use.last_use = now
+                use.groups[group] = max(num_tokens, use.groups.get(group, 0))
             if entries:
                 self._uses[entries[-1]].hits += 1
                 self._uses[entries[-1]].saved_s += saved_s
@@ -196,6 +207,9 @@ class Disk:
                             saved_s=record.saved_s + use.saved_s,
                         ),
                     )
+                    for group, num_tokens in use.groups.items():
+                        if record.num_tokens <= num_tokens:
+                            txn.join_group(number, group)
             for name, amount in counts.items():
                 txn.count(name, amount)
 
@@ -220,4 +234,6 @@ class Disk:
             if newer is not use:
                 newer.hits += use.hits
                 newer.saved_s += use.saved_s
+                for group, num_tokens in use.groups.items():
+                    newer.groups[group] = max(num_tokens, newer.groups.get(group, 0))
         self._counts.update(counts)

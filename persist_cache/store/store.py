@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from persist_cache.blobs.reader import BlobReader
 from persist_cache.codec import Blob, Source
-from persist_cache.entry import Entry, Match, Tier
+from persist_cache.entry import NO_GROUP, Entry, Match, Tier, check_group
 from persist_cache.errors import (
     StoreError,
     StoreReadOnlyError,
@@ -415,6 +415,7 @@ class Store:
         pinned: bool = False,
         expires: float | None = None,
         keep_s: Mapping[Tier, int] = MappingProxyType({}),
+        group: str = NO_GROUP,
     ) -> PutResult:
         """Store a prompt prefix durably: only the run that is not there yet, within the budget.
 
@@ -433,6 +434,8 @@ class Store:
             keep_s: By tier, for how many seconds behind each use the entry, or a system part that
                 it begins with, goes after others of that tier. It is never less than before, and
                 no room is refused for it.
+            group: That the entry, and those on the way to it, belong to from now on, besides
+                others that they belong to already.
 
         Returns:
             The entry's id and what was written.
@@ -441,7 +444,9 @@ class Store:
             StoreFullError: No room within the budget, or the disk is full; nothing was changed.
             StoreReadOnlyError: The store is open read-only.
             StoreError: The disk failed; nothing was changed.
+            ValueError: That can be no name of a group.
         """
+        check_group(group)
         if self.read_only:
             raise StoreReadOnlyError("The store is open read-only; nothing was stored.")
         packed = _packed(tokens)
@@ -453,7 +458,15 @@ class Store:
             prefill_s=prefill_s, label=_text(label), pinned=pinned, expires=_checked_date(expires)
         )
         insertion = Insertion(
-            self._disk, self._evictor, fingerprint, packed, source, wanted, self._run_tokens, keep_s
+            self._disk,
+            self._evictor,
+            fingerprint,
+            packed,
+            source,
+            wanted,
+            self._run_tokens,
+            keep_s,
+            group,
         )
         done = insertion.run()
         self._evictor.retire(insertion.partial)
@@ -461,7 +474,14 @@ class Store:
             self._upkeep.note(int(done.entry, 16))
         return done
 
-    def touch(self, match: Match, *, num_tokens: int | None = None, spent_s: float = 0.0) -> None:
+    def touch(
+        self,
+        match: Match,
+        *,
+        num_tokens: int | None = None,
+        spent_s: float = 0.0,
+        group: str = NO_GROUP,
+    ) -> None:
         """Note that `match` was served. Buffered: `flush` or the next put writes it.
 
         Its last entry is credited with the hit, and with what that saved: the prefill of the
@@ -471,10 +491,13 @@ class Store:
             match: What `match` or `fetch` gave.
             num_tokens: Tokens that were used, if it was memory that served them.
             spent_s: Seconds that serving them took.
+            group: That those of its entries belong to from now on that are used as a whole.
         """
+        check_group(group)
         used = match.num_tokens if num_tokens is None else min(num_tokens, match.num_tokens)
         saved_s = match.saved_s * used / match.num_tokens if match.num_tokens else 0.0
-        self._disk.touch([int(one, 16) for one in match.entries], max(0.0, saved_s - spent_s))
+        numbers = [int(one, 16) for one in match.entries]
+        self._disk.touch(numbers, max(0.0, saved_s - spent_s), group, used)
 
     def count(self, name: str, amount: int = 1) -> None:
         """Add to a counter that `stats` shows. Buffered like `touch`."""
@@ -542,6 +565,28 @@ class Store:
             KeyError: No entry has this id.
         """
         self._change(entry, lambda record: record._replace(label=_text(label)))
+
+    def set_group(self, entry: str, group: str) -> None:
+        """Have the entry whose id is `entry` belong to a group, besides others.
+
+        Raises:
+            KeyError: No entry has this id.
+            ValueError: That can be no name of a group.
+        """
+        check_group(group)
+
+        def join(txn: Writer, number: int, record: EntryRecord) -> None:
+            txn.join_group(number, group)
+
+        self._apply(entry, join)
+
+    def leave_group(self, entry: str, group: str) -> None:
+        """Have the entry whose id is `entry` belong to a group no longer.
+
+        Raises:
+            KeyError: No entry has this id.
+        """
+        self._apply(entry, lambda txn, number, record: txn.leave_group(number, group))
 
     def evict(
         self,
@@ -645,13 +690,16 @@ class Store:
         return self._upkeep.gc()
 
     def _change(self, entry: str, change: Callable[[EntryRecord], EntryRecord]) -> None:
+        self._apply(entry, lambda txn, number, record: txn.put_entry(number, change(record)))
+
+    def _apply(self, entry: str, change: Callable[[Writer, int, EntryRecord], None]) -> None:
         number = _number(entry)
 
         def apply(txn: Writer) -> None:
             record = txn.entry(number)
             if record is None:
                 raise KeyError(f"no entry has the id {entry}")
-            txn.put_entry(number, change(record))
+            change(txn, number, record)
 
         self._disk.index.update(apply)
 

@@ -74,7 +74,7 @@ class Upkeep:
         sweep.sweep(disk, self._evictor)
         sweep.remove_orphans(disk)
         self._evictor.expire()
-        disk.index.update(lambda txn: txn.forget_kept_of_nobody())
+        disk.index.update(lambda txn: txn.forget_added_of_nobody())
         sweep.forget_empty_namespaces(disk, _NAMESPACE_MEMORY_S)
         self._evictor.evict_to(disk.limits.max_bytes)
         with disk.index.read() as txn:

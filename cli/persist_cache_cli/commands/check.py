@@ -13,6 +13,7 @@ import click
 
 from persist_cache import Problem, Store
 from persist_cache.errors import DamagedIndexError
+from persist_cache.queries import upkeep
 from persist_cache.queries.totals import Quarantined, quarantined
 from persist_cache.store.opening import distrust
 from persist_cache_cli.output import (
@@ -98,19 +99,14 @@ class _Found:
         return bool(self.problems) and not self.left
 
     def as_json(self, read_data: bool) -> dict[str, Any]:
-        from persist_cache.queries.as_json import quarantine_json
-
-        return {
-            "blobs": self.blobs,
-            "read_data": read_data,
-            "problems": [
-                {"kind": one.kind, "message": one.message, "blob": one.blob}
-                for one in self.problems
-            ],
-            "rebuilt_blobs": self.rebuilt,
-            "repaired": self.repaired,
-            "quarantine": quarantine_json(self.aside),
-        }
+        return upkeep.checked_json(
+            self.problems,
+            self.left,
+            blobs=self.blobs,
+            aside=self.aside,
+            read_data=read_data,
+            rebuilt=self.rebuilt,
+        )
 
 
 def _examine(
@@ -127,7 +123,7 @@ def _examine(
                 found.rebuilt = opened.rebuild_index(progress)
         found.problems, found.left = _check(opened, read_data, repair, silent)
         found.aside = quarantined(opened)
-        found.blobs = _count_blobs(opened)
+        found.blobs = upkeep.count_blobs(opened)
     return found
 
 
@@ -159,16 +155,7 @@ def _check(
 ) -> tuple[list[Problem], list[Problem]]:
     """What was wrong, and what is wrong still."""
     with bar("Verifying", silent=silent or not read_data, unit="bytes") as progress:
-        problems = store.check(read_data=read_data, repair=repair, progress=progress)
-    if not problems or not repair:
-        return problems, list(problems)
-    # Of data that was read, what was bad is in quarantine now.
-    return problems, store.check()
-
-
-def _count_blobs(store: Store) -> int:
-    with store.read() as txn:
-        return txn.size_of(b"blobs")
+        return upkeep.check(store, read_data=read_data, repair=repair, progress=progress)
 
 
 def _print(found: _Found, read_data: bool, store: str | None, repaired: bool) -> None:

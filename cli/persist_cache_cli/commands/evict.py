@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ from itertools import compress
 from operator import not_
 
 import click
+import msgspec
 
 from persist_cache import Store
 from persist_cache.errors import PersistCacheError
@@ -16,7 +18,7 @@ from persist_cache.queries.as_json import removal_json
 from persist_cache.queries.details import tokens_of
 from persist_cache.queries.ids import short_entry_ids, short_model_names
 from persist_cache.queries.schema import RemovalJson
-from persist_cache.queries.select import Filters
+from persist_cache.queries.select import Filters, split_shared
 from persist_cache.queries.stale import stale_reason
 from persist_cache.queries.totals import Survey, left_in_trash, quarantined
 from persist_cache_cli.output import (
@@ -30,7 +32,7 @@ from persist_cache_cli.output import (
     table,
     terminal_width,
 )
-from persist_cache_cli.parse import DURATION, ENTRY_ID, SIZE, TIER
+from persist_cache_cli.parse import DURATION, ENTRY_ID, GROUP, SIZE, TIER
 from persist_cache_cli.store_access import (
     NothingFound,
     changing,
@@ -50,6 +52,7 @@ _ROWS_SHOWN = 20
     "--model", metavar="TEXT", multiple=True, help="Models with this in their name or path."
 )
 @click.option("--label", metavar="PATTERN", help="Labels like this; * stands for anything.")
+@click.option("--group", type=GROUP, help="What only requests with this `prompt_cache_key` use.")
 @click.option("--older-than", type=DURATION, help="Not used for this long, such as 30d.")
 @click.option("--larger-than", type=SIZE, help="More bytes of their own, such as 500MB.")
 @click.option("--stale", is_flag=True, help="Models that nothing installed here can use.")
@@ -69,6 +72,7 @@ def command(
     tier: tuple[str, ...],
     model: tuple[str, ...],
     label: str | None,
+    group: str | None,
     older_than: float | None,
     larger_than: int | None,
     stale: bool,
@@ -84,7 +88,8 @@ def command(
 
     What several options name must be true of an entry together; --tier and --model may be given
     several times, for any of them. Rows that other entries share
-    stay for those. Pinned entries go only when they are named by id, or with --all, which also
+    stay for those. With --group, so do entries that others than its requests use, too; they leave
+    the group. Pinned entries go only when they are named by id, or with --all, which also
     removes the damaged blobs that were put aside: they hold prompts, too.
 
     \b
@@ -97,7 +102,12 @@ def command(
         # Such as a variable of the shell that is not set.
         raise click.UsageError("An empty --model or --match means everything; say --all for that.")
     filters = Filters(
-        tiers=tier, models=model, label=label, unused_s=older_than, larger_than=larger_than
+        tiers=tier,
+        models=model,
+        label=label,
+        unused_s=older_than,
+        larger_than=larger_than,
+        group=group,
     )
     chosen_by = [*ids, stale, match is not None, to_bytes is not None, filters != Filters()]
     if everything and any(chosen_by):
@@ -112,13 +122,14 @@ def command(
         wanted = frozenset(resolve(opened, ids)) if ids else None
         assert opened is not None, "without a store there are no ids"
         survey = Survey(opened)
-        filters = Filters(wanted, tier, model, label, unused_s=older_than, larger_than=larger_than)
+        filters = msgspec.structs.replace(filters, ids=wanted)
         plan = _plan(opened, survey, filters, stale, match, to_bytes, everything)
-        if not plan.rows and not everything:
+        if not plan.rows and not plan.shared and not everything:
             _say_nothing(plan, as_json=as_json, dry_run=dry_run)
         if not dry_run:
             if plan.rows and not yes:
                 _ask(plan)
+            _leave(opened, plan, group)
             planned = plan.freed_bytes
             plan.freed_bytes = _evict(opened, plan, everything, to_bytes)
             plan.unremoved_bytes = left_in_trash(opened, planned - plan.freed_bytes)
@@ -137,10 +148,12 @@ class _Plan:
         rows: Sequence[int],
         skipped: Sequence[int],
         reasons: Mapping[str, str],
+        shared: Sequence[int] = (),
     ) -> None:
         self.survey = survey
         self.rows = rows
         self.skipped = skipped
+        self.shared = shared
         self.removal = survey.removal(self.ids)
         going = set(survey.columns(rows, ["fingerprint"])["fingerprint"]) if reasons else ()
         self.reasons = {one: reason for one, reason in reasons.items() if one in going}
@@ -161,11 +174,12 @@ class _Plan:
             freed_bytes=self.freed_bytes,
             unremoved_bytes=self.unremoved_bytes,
             skipped=self.survey.entries_at(self.skipped),
+            shared=self.survey.entries_at(self.shared),
             reasons=self.reasons,
         )
 
     def lines(self, dry_run: bool) -> list[str]:
-        if not self.rows and not self.damaged:
+        if not self.rows and not self.damaged and not self.shared:
             return ["The store was empty."]
         lines = self.table() if dry_run and self.rows else []
         count = plural(len(self.rows), "entry", "entries")
@@ -200,6 +214,10 @@ class _Plan:
         if self.skipped:
             verb = "stays" if len(self.skipped) == 1 else "stay"
             lines.append(f"{plural(len(self.skipped), 'pinned entry', 'pinned entries')} {verb}.")
+        if self.shared:
+            verb = "stays" if len(self.shared) == 1 else "stay"
+            count = plural(len(self.shared), "entry", "entries")
+            lines.append(f"{count} of the group {verb}: others use them, too.")
         names = short_model_names(self.survey.models)
         lines += [
             f"{printable(names[fingerprint])} is stale: {printable(reason)}."
@@ -265,10 +283,13 @@ def _plan(
     if match is not None:
         rows = _matching(store, survey, rows, match)
         skipped = []
+    shared: list[int] = []
+    if filters.group is not None:
+        rows, shared = split_shared(survey, rows, filters.group)
     if to_bytes is not None:
         by_id = {survey.ids[row]: row for row in rows}
         rows = [by_id[one] for one in store.victims_until(to_bytes, by_id.keys())]
-    plan = _Plan(survey, rows, skipped, reasons)
+    plan = _Plan(survey, rows, skipped, reasons, shared)
     if everything:
         aside = quarantined(store)
         plan.damaged = len(aside)
@@ -347,6 +368,13 @@ def _ask(plan: _Plan) -> None:
     for line in [*plan.table(), *plan.remarks()]:
         click.echo(line, err=True)
     click.confirm(f"Evict {count}, {format_bytes(plan.freed_bytes)}?", abort=True, err=True)
+
+
+def _leave(store: Store, plan: _Plan, group: str | None) -> None:
+    """Take out of the group what stays for others."""
+    for row in plan.shared:
+        with contextlib.suppress(KeyError):  # it was evicted meanwhile
+            store.leave_group(plan.survey.ids[row], group or "")
 
 
 def _evict(store: Store, plan: _Plan, everything: bool, to_bytes: int | None) -> int:

@@ -8,14 +8,23 @@ from pathlib import Path
 import click
 
 from persist_cache import bundle
+from persist_cache.queries.select import Filters
+from persist_cache.queries.totals import Survey
 from persist_cache_cli.output import format_bytes, plural, print_json, printable
-from persist_cache_cli.parse import ENTRY_ID
 from persist_cache_cli.progress import bar
-from persist_cache_cli.store_access import NothingFound, common_options, reading, resolve
+from persist_cache_cli.store_access import (
+    NothingFound,
+    common_options,
+    ids_or_group,
+    no_store,
+    reading,
+    refuse_both,
+    resolve,
+)
 
 
 @click.command("export")
-@click.argument("ids", metavar="ID...", type=ENTRY_ID, nargs=-1, required=True)
+@ids_or_group("What requests with this `prompt_cache_key` use.")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--force", is_flag=True, help="Replace FILE if it exists.")
 @common_options()
@@ -26,6 +35,7 @@ def command(
     ids: Sequence[str],
     file: Path,
     force: bool,
+    group: str | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -38,9 +48,18 @@ def command(
     Example:
       persist-cache export 3fa2b1 9ac001 agent.tar
     """
+    refuse_both(ids, group)
     with reading(store) as opened:
+        if opened is None and group is not None:
+            raise NothingFound(no_store(store))
         full = resolve(opened, ids)
         assert opened is not None, "without a store there are no ids"
+        if group is not None:
+            survey = Survey(opened)
+            rows = Filters(group=group).rows(survey, opened.clock())
+            full = [survey.ids[row] for row in rows]
+            if not full:
+                raise NothingFound(f"No entry is of the group {group!r}; nothing was written.")
         try:
             with bar("Exporting", silent=quiet or as_json, unit="bytes") as progress:
                 done = bundle.export(opened, full, file, force=force, progress=progress)

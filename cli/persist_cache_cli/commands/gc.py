@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from persist_cache.queries.upkeep import collected_json
 from persist_cache_cli.output import format_bytes, plural, print_json
 from persist_cache_cli.store_access import changing, common_options, no_store
 
@@ -39,33 +40,22 @@ def command(store: str | None, *, as_json: bool, quiet: bool) -> None:
             elif not quiet:
                 click.echo(no_store(store), err=True)
             return
-        before = opened.stats().entries
-        done = opened.gc()
-        after = opened.stats()
-    evicted = max(0, before - after.entries)
+        done = collected_json(opened)
     if as_json:
-        print_json(
-            {
-                "freed_bytes": done.freed_bytes,
-                "evicted": evicted,
-                "merged_blobs": done.merged,
-                "compacted_blobs": done.compacted,
-                "skipped_blobs": done.without_room,
-                "entries": after.entries,
-                "bytes": after.usage.total,
-            }
-        )
+        print_json(done)
     elif not quiet:
-        gone = plural(evicted, "entry", "entries")
+        gone = plural(done["evicted"], "entry", "entries")
         click.echo(
-            f"{format_bytes(done.freed_bytes)} freed, {gone} gone; {after.entries:,} left, "
-            f"{format_bytes(after.usage.total)} on disk."
+            f"{format_bytes(done['freed_bytes'])} freed, {gone} gone; {done['entries']:,} left, "
+            f"{format_bytes(done['bytes'])} on disk."
         )
-        if done.merged:
-            click.echo(f"{plural(done.merged, 'blob')} of short runs merged into few.")
-        if done.compacted:
-            click.echo(f"{plural(done.compacted, 'blob')} of mostly dead rows written anew.")
-        if done.without_room:
-            blobs = plural(done.without_room, "blob")
-            verb = "stays" if done.without_room == 1 else "stay"
+        if done["merged_blobs"]:
+            click.echo(f"{plural(done['merged_blobs'], 'blob')} of short runs merged into few.")
+        if done["compacted_blobs"]:
+            click.echo(
+                f"{plural(done['compacted_blobs'], 'blob')} of mostly dead rows written anew."
+            )
+        if done["skipped_blobs"]:
+            blobs = plural(done["skipped_blobs"], "blob")
+            verb = "stays" if done["skipped_blobs"] == 1 else "stay"
             click.echo(f"{blobs} of mostly dead rows {verb}: the budget has no room for a copy.")

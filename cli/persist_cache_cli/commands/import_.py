@@ -10,18 +10,10 @@ from typing import Any
 import click
 
 from persist_cache import Store
-from persist_cache.bundle import (
-    Bundle,
-    BundledEntry,
-    Imported,
-    Usability,
-    load,
-    preview,
-    usability,
-)
+from persist_cache.bundle import Bundle, BundledEntry, Imported, Usability, load, preview
+from persist_cache.bundle.as_json import imported_json, judged, model_name, usable
 from persist_cache.errors import ModelError
 from persist_cache.fingerprint.value import Fingerprint
-from persist_cache.queries.models import Model
 from persist_cache_cli.output import format_bytes, plural, print_json, printable
 from persist_cache_cli.progress import bar
 from persist_cache_cli.prompts import choose_model, model_options
@@ -67,10 +59,11 @@ def command(
     with bar("Verifying", silent=silent, unit="bytes") as progress:
         bundle = Bundle(file, progress)
     with bundle:
-        entries = [one for one in bundle.entries if here is None or _is_same(one, here)]
+        entries = usable(bundle, here)
         models, done = _import(store, bundle, entries, here, dry_run, silent)
     if as_json:
-        print_json(_as_json(bundle, models, done, dry_run))
+        said = imported_json(bundle, models, done, dry_run=dry_run)
+        print_json({"file": str(bundle.path), **said})
     elif not quiet:
         click.echo("\n".join(_lines(models, done, dry_run)))
     if not entries:
@@ -87,10 +80,6 @@ def _identify(model: str, **model_choice: Any) -> Fingerprint:
     return found
 
 
-def _is_same(entry: BundledEntry, here: Fingerprint) -> bool:
-    return entry.fingerprint.digest == here.digest
-
-
 def _import(
     store: str | None,
     bundle: Bundle,
@@ -100,60 +89,14 @@ def _import(
     silent: bool,
 ) -> tuple[list[tuple[Fingerprint, Usability]], list[Imported]]:
     """What can be used, and what was added."""
-    identities = {one.fingerprint.hex: one.fingerprint for one in bundle.entries}
-
-    def judge(opened: Store | None) -> list[tuple[Fingerprint, Usability]]:
-        return [(one, usability(one, here, opened)) for one in identities.values()]
-
     if dry_run or not entries:
         with changing(store) as opened:
-            return judge(opened), preview(opened, entries)
+            return judged(bundle, here, opened), preview(opened, entries)
     with Store.open(store_path(store)) as opened:
         # Before, because afterwards the store has entries of all these models.
-        models = judge(opened)
+        models = judged(bundle, here, opened)
         with bar("Storing", silent=silent) as progress:
             return models, load(opened, entries, here=here, progress=progress)
-
-
-def _as_json(
-    bundle: Bundle,
-    models: Sequence[tuple[Fingerprint, Usability]],
-    done: Sequence[Imported],
-    dry_run: bool,
-) -> dict[str, Any]:
-    return {
-        "file": str(bundle.path),
-        "file_bytes": bundle.nbytes,
-        "writer": bundle.writer,
-        "created": bundle.created,
-        "dry_run": dry_run,
-        "entries": [
-            {
-                "id": one.id,
-                "tier": one.tier.label,
-                "label": one.label,
-                "num_tokens": one.num_tokens,
-                "new_tokens": one.new_tokens,
-                "written_bytes": one.nbytes,
-                "was_there": one.was_there,
-            }
-            for one in done
-        ],
-        "models": [
-            {
-                "fingerprint": fingerprint.hex,
-                "model": _name(fingerprint),
-                "usable": found.usable,
-                "message": found.message,
-                "changes": [
-                    {"field": change.name, "stored": change.old, "now": change.new}
-                    for change in found.changes
-                ],
-                "identity": {"fields": dict(fingerprint.fields), "info": dict(fingerprint.info)},
-            }
-            for fingerprint, found in models
-        ],
-    }
 
 
 def _lines(
@@ -173,7 +116,7 @@ def _lines(
     for fingerprint, found in models:
         computed = fingerprint.fields.get("mlx_lm")
         by = f" (mlx-lm {printable(computed)})" if computed else ""
-        lines.append(f"{printable(_name(fingerprint))}{by}: {printable(found.message)}")
+        lines.append(f"{printable(model_name(fingerprint))}{by}: {printable(found.message)}")
         lines += [
             f"  {printable(change.name)}: {_value(change.old)} in the file, "
             f"{_value(change.new)} here"
@@ -184,7 +127,3 @@ def _lines(
 
 def _value(value: str | None) -> str:
     return "none" if value is None else printable(value)
-
-
-def _name(fingerprint: Fingerprint) -> str:
-    return Model(fingerprint.hex, fingerprint.fields, fingerprint.info).name

@@ -13,7 +13,7 @@ import click
 import msgspec
 
 from persist_cache.entry import Entry
-from persist_cache.queries.as_json import entry_json
+from persist_cache.queries.as_json import entry_json, groups_said
 from persist_cache.queries.ids import short_entry_ids, short_model_names
 from persist_cache.queries.schema import EntryJson
 from persist_cache.queries.select import SORT_KEYS, Filters, order
@@ -32,7 +32,7 @@ from persist_cache_cli.output import (
     table_of_columns,
     terminal_width,
 )
-from persist_cache_cli.parse import TIER
+from persist_cache_cli.parse import GROUP, TIER
 from persist_cache_cli.store_access import common_options, no_store, reading
 
 _ROWS_ON_A_TERMINAL = 100
@@ -45,6 +45,7 @@ _SHOWN_FIELDS = [field for field in Entry.__struct_fields__ if field not in ("pr
     "--model", metavar="TEXT", multiple=True, help="Only models with this in their name or path."
 )
 @click.option("--label", metavar="PATTERN", help="Only labels like this; * stands for anything.")
+@click.option("--group", type=GROUP, help="Only what requests with this `prompt_cache_key` use.")
 @click.option(
     "--sort",
     type=click.Choice(SORT_KEYS),
@@ -66,6 +67,7 @@ def command(
     tier: tuple[str, ...],
     model: tuple[str, ...],
     label: str | None,
+    group: str | None,
     sort: str,
     limit: int | None,
     tree: bool,
@@ -91,7 +93,7 @@ def command(
                 click.echo(no_store(store), err=True)
             return
         survey = Survey(opened)
-    filters = Filters(tiers=tier, models=model, label=label)
+    filters = Filters(tiers=tier, models=model, label=label, group=group)
     names = short_model_names(survey.models)
     rows = order(survey, filters.rows(survey, time.time()), sort, names)
     if limit is None and not as_json and not quiet and terminal_width() is not None:
@@ -175,10 +177,16 @@ def _table(
         Column("kept", style="good", drop=1): kept,
         Column("label", least=10, cut="end", drop=4): _each(columns["label"], printable),
     }
+    if any(columns["groups"]):
+        texts[Column("group", least=10, cut="end", drop=6)] = _each(columns["groups"], _groups)
     heading, *lines = table_of_columns(
         list(texts), list(texts.values()), width=terminal_width(), paint=painter()
     )
     return [heading, *map(dict(zip(places, lines, strict=True)).__getitem__, rows)]
+
+
+def _groups(groups: Sequence[str]) -> str:
+    return printable(groups_said(groups))
 
 
 def _each(values: Sequence[Any], show: Callable[[Any], str]) -> list[str]:

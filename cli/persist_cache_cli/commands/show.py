@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import click
 from msgspec import UNSET
 
-from persist_cache.queries.as_json import details_json
+from persist_cache.queries.as_json import details_json, groups_said
 from persist_cache.queries.details import Details, details_of, tokens_of
 from persist_cache.queries.ids import short_id
 from persist_cache_cli.output import (
@@ -83,6 +83,7 @@ def _lines(details: Details, short: dict[str, str], paint: Painter) -> list[str]
         [
             ("entry", entry.id),
             ("label", printable(entry.label)),
+            ("group", printable(groups_said(entry.groups))),
             ("model", printable(model.name)),
             ("tier", entry.tier.label),
             ("tokens", f"{entry.num_tokens:,}"),

@@ -17,6 +17,7 @@ from persist_cache.server.protocols.asked import (
     Mark,
     joined,
 )
+from persist_cache.server.protocols.caching import breakpoint_of
 from persist_cache.server.protocols.fields import below, kind, text_of
 from persist_cache.server.validation import RefusedError, wrong
 from persist_cache.stability import repairs
@@ -253,7 +254,7 @@ def mark_of(block: Mapping[str, Any], name: str) -> int | None:
     """
     mark = block.get("cache_control")
     if mark is None:
-        return None
+        return breakpoint_of(block, name)
     at = below(name, "cache_control")
     if not isinstance(mark, dict) or mark.get("type") != "ephemeral":
         raise wrong(at, "must be an object of the type ephemeral.")

@@ -14,6 +14,7 @@ from persist_cache.server.protocols.anthropic_messages import (
     mark_of,
 )
 from persist_cache.server.protocols.asked import Asked
+from persist_cache.server.protocols.caching import read_caching
 from persist_cache.server.protocols.fields import (
     check_whole,
     flag,
@@ -70,19 +71,22 @@ def read_messages(
     stream = bool(flag(body, "stream"))
     thinks, template_args = _thinking(body, ignored)
     _check_metadata(body.get("metadata"))
+    caching = read_caching(body)
+    limit = 0 if counting else _max_tokens(body, stream=stream, thinks=thinks)
     return Asked(
         model=model,
         messages=said.messages,
         tools=tools or None,
         template_args=template_args,
         option_names=_OPTION_NAMES,
-        max_tokens=0 if counting else _max_tokens(body, stream=stream, thinks=thinks),
+        max_tokens=0 if caching.prewarm else limit,
         stream=stream,
         stop_words=_stop_words(body.get("stop_sequences")),
         sampling=sampling(body, hottest=1),
         may_call=may_call,
         one_call=one_call,
         marks=said.marks,
+        caching=caching,
         repaired=tuple(sorted(said.repaired)),
         ignored=tuple(sorted(ignored | said.ignored)),
     )

@@ -33,6 +33,23 @@ class Mark:
 
 
 @dataclass(frozen=True, slots=True)
+class Caching:
+    """What is asked of the cache.
+
+    Attributes:
+        group: That the request belongs to, or "".
+        only_marked: Nothing is kept but what ends at a place that the client marks.
+        ttl_s: For how long after each use the client would keep the prompt; 0 for no matter.
+        prewarm: The prompt is to be computed and kept, and nothing generated.
+    """
+
+    group: str = ""
+    only_marked: bool = False
+    ttl_s: int = 0
+    prewarm: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Asked:
     """A request that was understood.
 
@@ -49,6 +66,7 @@ class Asked:
         may_call: What looks like a tool call is one.
         one_call: The answer ends with its first tool call.
         marks: Places up to which the prompt is to be kept, in order.
+        caching: What else is asked of the cache.
         repaired: Names of the repairs that changed it.
         ignored: Names of what was asked for and is not done.
     """
@@ -65,6 +83,7 @@ class Asked:
     may_call: bool = False
     one_call: bool = False
     marks: list[Mark] = field(default_factory=list)
+    caching: Caching = field(default_factory=Caching)
     repaired: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
 

@@ -49,15 +49,15 @@ def object_of(body: Mapping[str, Any], member: str, name: str = "") -> Mapping[s
     return found or {}
 
 
-def flag(body: Mapping[str, Any], name: str) -> bool | None:
+def flag(body: Mapping[str, Any], member: str, name: str = "") -> bool | None:
     """A member that is true, false or absent.
 
     Raises:
         RefusedError: It is something else.
     """
-    value = body.get(name)
+    value = body.get(member)
     if value is not None and not isinstance(value, bool):
-        raise wrong(name, "must be true or false.")
+        raise wrong(below(name, member), "must be true or false.")
     return value
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 from persist_cache.errors import ModelError, PersistCacheError
 from persist_cache.server.lengths import NO_LIMIT
+from persist_cache.server.protocols.asked import Asked
+from persist_cache.server.protocols.caching import marks_of_chat, read_caching
 from persist_cache.server.validation import RefusedError, first_line
 
 _TOLD: dict[str, Callable[[Any], bool]] = {
@@ -119,10 +121,29 @@ def served(body: Mapping[str, Any], *, is_chat: bool) -> dict[str, Any]:
     said = dict(body)
     if not is_chat and _is_count(said.get("logprobs")):
         del said["logprobs"]  # a count there, true or false here
+    if read_caching(said).prewarm:
+        said.pop("max_completion_tokens", None)
+        said["max_tokens"] = 0
     if said.get("max_completion_tokens", said.get("max_tokens")) == -1:
         said.pop("max_completion_tokens", None)
         said["max_tokens"] = NO_LIMIT
     return said
+
+
+def asked_of_cache(body: Mapping[str, Any], *, is_chat: bool) -> Asked:
+    """What a body that was checked asks of the cache; its messages are as the prompt has them.
+
+    Raises:
+        RefusedError: That is malformed.
+    """
+    messages = body["messages"] if is_chat else []
+    said = [{**one, "content": as_text(one.get("content"))} for one in messages]
+    return Asked(
+        model=str(body.get("model") or ""),
+        messages=said,
+        marks=marks_of_chat(messages),
+        caching=read_caching(body),
+    )
 
 
 def one_head(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
@@ -136,8 +157,20 @@ def one_head(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | No
     known = [text for text in texts if text is not None]
     if len(head) < 2 or len(known) < len(head):
         return None
-    first = {**head[0], "content": "\n\n".join(text for text in known if text)}
-    return [first, *map(dict, messages[len(head) :])]
+    content: Any = "\n\n".join(text for text in known if text)
+    if marks_of_chat(head):
+        content = _joined_parts([one.get("content") for one in head])
+    return [{**head[0], "content": content}, *map(dict, messages[len(head) :])]
+
+
+def _joined_parts(contents: Sequence[Any]) -> list[dict[str, Any]]:
+    """Texts of messages as the parts of one, which may be marked."""
+    parts: list[dict[str, Any]] = []
+    for content in contents:
+        if text := _text(content):
+            parts += [{"type": "text", "text": "\n\n"}] if parts else []
+            parts += content if isinstance(content, list) else [{"type": "text", "text": text}]
+    return parts
 
 
 def _is_count(value: Any) -> bool:
@@ -146,6 +179,11 @@ def _is_count(value: Any) -> bool:
 
 def _kind(value: Any) -> Any:
     return value.get("type") if isinstance(value, dict) else value
+
+
+def as_text(content: Any) -> str:
+    """A message's content as the template gets it; "" for what is more than text."""
+    return _text(content) or ""
 
 
 def _text(content: Any) -> str | None:

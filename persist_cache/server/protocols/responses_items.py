@@ -13,7 +13,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from persist_cache.server.protocols.asked import SERVER_TOOLS, THINKING_FIELD, joined
+from persist_cache.server.protocols.asked import SERVER_TOOLS, THINKING_FIELD, Mark, joined
+from persist_cache.server.protocols.caching import breakpoint_of
 from persist_cache.server.protocols.fields import kind, text_of
 from persist_cache.server.protocols.responses_tools import Named, Toolbox, arguments_of
 from persist_cache.server.validation import RefusedError, wrong
@@ -50,11 +51,13 @@ class Transcript:
     Attributes:
         tools: Of the request; items may add some.
         messages: As templates take them; content is text.
+        marks: Places up to which the prompt is to be kept, in order.
         ignored: Names of what is not given to the model.
     """
 
     tools: Toolbox
     messages: list[dict[str, Any]] = field(default_factory=list)
+    marks: list[Mark] = field(default_factory=list)
     ignored: set[str] = field(default_factory=set)
     _seen_names: dict[str, str] = field(default_factory=dict)
     _is_said: bool = False
@@ -113,18 +116,36 @@ class Transcript:
         at = f"{name}.content"
         match role:
             case "user":
-                self.messages.append({"role": "user", "content": _text(content, at)})
+                self.messages.append({"role": "user", "content": self._text(content, at)})
             case "system" | "developer":
-                self.instruct(_text(content, at))
+                self.instruct(self._text(content, at))
             case "assistant":
                 # The parts of an answer, with nothing between them that was not said.
-                text = "".join(_texts(content, at, (*_TEXTS, "refusal")))
+                parts = _parts(content, at, (*_TEXTS, "refusal"))
                 if was_said:
                     self.messages.append({"role": "assistant", "content": ""})
-                self._turn()["content"] += text
+                turn = self._turn()
+                for text, ttl_s in parts:
+                    turn["content"] += text
+                    self._mark(len(self.messages) - 1, turn["content"], ttl_s)
                 self._is_said = True
             case _:
                 raise wrong(f"{name}.role", "must be user, assistant, system or developer.")
+
+    def _text(self, content: Any, name: str) -> str:
+        """The text of the message that is added next, whose parts may be marked."""
+        said = ""
+        for text, ttl_s in _parts(content, name, _TEXTS):
+            said = joined(said, text)
+            self._mark(len(self.messages), said, ttl_s)
+        return said
+
+    def _mark(self, message: int, said: str, ttl_s: int | None) -> None:
+        """Mark the end of what a message says so far, if that is asked for."""
+        if ttl_s is not None:
+            # Without a text so far, it is behind what is in front of this message.
+            mark = Mark(message, len(said), ttl_s) if said else Mark(message - 1, None, ttl_s)
+            self.marks.append(mark)
 
     def _turn(self) -> dict[str, Any]:
         """The assistant's message that its items belong to."""
@@ -156,7 +177,7 @@ class Transcript:
     def _add_output(self, item: Mapping[str, Any], name: str) -> None:
         call = text_of(item, "call_id", name)
         message = {"role": "tool", "tool_call_id": call}
-        message["content"] = _text(item.get("output"), f"{name}.output")
+        message["content"] = self._text(item.get("output"), f"{name}.output")
         if call in self._seen_names:
             message["name"] = self._seen_names[call]
         self.messages.append(message)
@@ -191,14 +212,14 @@ def _type_of(item: Mapping[str, Any], name: str) -> str:
     return "message" if "role" in item or "id" not in item else "item_reference"
 
 
-def _text(content: Any, name: str) -> str:
-    return joined_all(_texts(content, name, _TEXTS))
-
-
 def _texts(content: Any, name: str, types: Collection[str]) -> list[str]:
-    """The texts of content that can hold nothing but parts of these types."""
+    return [text for text, _ in _parts(content, name, types)]
+
+
+def _parts(content: Any, name: str, types: Collection[str]) -> list[tuple[str, int | None]]:
+    """The texts of content that can hold nothing but parts of these types, each with its mark."""
     if isinstance(content, str):
-        return [content]
+        return [(content, None)]
     if not isinstance(content, list):
         raise wrong(name, "must be a text or a list of parts.")
     found = []
@@ -208,7 +229,8 @@ def _texts(content: Any, name: str, types: Collection[str]) -> list[str]:
             raise wrong(at, "must be an object.")
         if (other := kind(part, at)) not in types:
             raise _unfit(other, at)
-        found.append(text_of(part, "refusal" if other == "refusal" else "text", at))
+        text = text_of(part, "refusal" if other == "refusal" else "text", at)
+        found.append((text, breakpoint_of(part, at)))
     return found
 
 

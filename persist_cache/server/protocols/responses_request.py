@@ -14,6 +14,7 @@ from typing import Any
 from persist_cache.server.lengths import NO_LIMIT
 from persist_cache.server.names import DEFAULT
 from persist_cache.server.protocols.asked import Asked
+from persist_cache.server.protocols.caching import GROUP, RETENTION, read_caching
 from persist_cache.server.protocols.fields import (
     check_whole,
     flag,
@@ -54,7 +55,7 @@ _TOLD: dict[str, Callable[[Any], bool]] = {
 }
 """Fields that ask for what is not done, and when that makes a difference."""
 _NO_STATE = "this server keeps no responses; send the whole conversation as input."
-_LABELS = ("user", "safety_identifier", "prompt_cache_key")
+_LABELS = ("user", "safety_identifier", GROUP, RETENTION)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +98,7 @@ def read_responses(body: Mapping[str, Any]) -> tuple[Asked, Manner]:
     one_call = flag(body, "parallel_tool_calls") is False
     reasoning, template_args = _reasoning(body, ignored)
     _check_text(body, ignored)
-    limit = _limit(body)
+    caching, limit = read_caching(body), _limit(body)
     definitions = list(tools.definitions.values())
     sampled = sampling(body, hottest=2)
     asked = Asked(
@@ -106,12 +107,14 @@ def read_responses(body: Mapping[str, Any]) -> tuple[Asked, Manner]:
         tools=definitions or None,
         template_args=template_args,
         option_names=_OPTION_NAMES,
-        max_tokens=limit,
+        max_tokens=0 if caching.prewarm else limit,
         stream=bool(flag(body, "stream")),
         stop_words=_stop_words(body.get("stop")),
         sampling=sampled,
         may_call=may_call,
         one_call=one_call,
+        marks=said.marks,
+        caching=caching,
         ignored=tuple(sorted(ignored | said.ignored | tools.ignored)),
     )
     repeated: dict[str, Any] = {

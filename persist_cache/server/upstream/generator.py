@@ -121,7 +121,7 @@ class Generator(Prompts):
             What was known of its prompt before it waited for that; None if it did not.
         """
         ticket = request.ticket
-        if self._is_distributed or ticket.keeps:
+        if self._is_distributed or ticket.shares_nothing:
             self.tokenize_ahead(request, args)
             self.load_ahead(request, args)
             self.requests.put((answers, request, args))

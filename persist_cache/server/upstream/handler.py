@@ -10,11 +10,13 @@ from mlx_lm import server as upstream
 from persist_cache.cache.prompt_cache import PromptCache
 from persist_cache.server.answers import json_response
 from persist_cache.server.diagnosing import Diagnosing
+from persist_cache.server.form import Given
 from persist_cache.server.http import Front
 from persist_cache.server.messages import Messages
 from persist_cache.server.responses import Responses
 from persist_cache.server.streaming import Streaming
 from persist_cache.server.ticket import Ticket
+from persist_cache.server.translated import usage_of
 from persist_cache.server.upstream.requests import TicketedRequest
 
 log = logging.getLogger(__name__)
@@ -24,7 +26,11 @@ class Handler(Messages, Responses, Diagnosing, Streaming, Front, upstream.APIHan
     """Upstream's HTTP handler behind our front, saying where the prompt's cache came from."""
 
     def handle_completion(self, request: Any, stop_words: list[str]) -> None:
-        self.begin(Ticket(self.body_as_read, keeps=self.keeps), self.request_id)
+        generator, wishes = self.response_generator, None
+        if self.caching is not None and not generator.model_provider.is_distributed:
+            defaults = generator.cli_args.chat_template_args
+            wishes = Given(self.caching, generator.templates, defaults)
+        self.begin(Ticket(self.body_as_read, keeps=self.keeps, wishes=wishes), self.request_id)
         try:
             with self.response_generator.in_flight():
                 super().handle_completion(TicketedRequest.of(request, self.ticket), stop_words)
@@ -38,6 +44,16 @@ class Handler(Messages, Responses, Diagnosing, Streaming, Front, upstream.APIHan
             self.say_error(error)
         finally:
             self.conclude()
+
+    def with_cache(self, said: Any) -> Any:
+        """An answer of upstream's, with what the ticket knows of the cache."""
+        if self.ticket is not None and isinstance(said.get("usage"), dict):
+            usage = usage_of(self.ticket)
+            said["usage"]["prompt_tokens_details"] = {
+                "cached_tokens": usage.read,
+                "cache_write_tokens": usage.written,
+            }
+        return said
 
     def handle_health_check(self) -> None:
         """Tell a sick disk from a sick model; only the latter makes the server unavailable."""

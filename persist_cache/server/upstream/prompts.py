@@ -28,6 +28,7 @@ from persist_cache.server.rendering import decode, unrenderable
 from persist_cache.server.segments import (
     as_system,
     cut_at,
+    cut_only_at,
     cut_turn,
     system_tokens,
     thought_start,
@@ -37,6 +38,7 @@ from persist_cache.server.ticket import CutPrompt, Ticket, TicketTokens
 from persist_cache.server.upstream.provider import Provider, Spare
 from persist_cache.server.upstream.requests import TicketedRequest, as_upstreams
 from persist_cache.server.validation import RefusedError
+from persist_cache.server.wishes import Wishes
 from persist_cache.stability.conversation import stabilize
 from persist_cache.stability.moved import Moves
 from persist_cache.stability.names import DEFAULTS
@@ -231,6 +233,8 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
         keep = not ticket.keeps
         done = stabilize(request.messages, request.tools, ticket.stabilize, self.moves, keep=keep)
         ticket.changes |= frozenset(done.names)
+        if ticket.wishes is not None:
+            ticket.wishes.moved(done)
         request = copy.copy(request)
         request.messages, request.tools = done.messages, done.tools
         return request
@@ -270,9 +274,10 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
                 word: tokenizer.encode(word, add_special_tokens=False) for word in words
             }
         segments, kinds = [list(one) for one in prompt.segments], list(prompt.kinds)
-        if prompt.vision is None:
+        is_to_be_cut = ticket.wishes is None or not ticket.wishes.only_marked
+        if prompt.vision is None and is_to_be_cut:
             segments, kinds = self._cut_at_branch(prompt.tokens, segments, kinds, ticket.trail)
-        else:
+        if prompt.vision is not None:
             prompt.vision.cache_key = TicketTokens(prompt.vision.cache_key, ticket)
         ticket.tokenized(dataclasses.replace(prompt, segments=segments, kinds=kinds))
         # Upstream takes pieces away from its lists.
@@ -312,16 +317,46 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
             segments, kinds = cut_turn(
                 tokenizer, request.messages, request.tools, options, list(tokens)
             )
-        if form is not None and vision is None:
-            trimmable = getattr(self.model_provider, "is_trimmable", True)
-            head = system_tokens(segments, kinds)
-            places, head = form.cuts(tokenizer, tokens, head, trimmable=trimmable)
-            for place in places:
-                segments, kinds = cut_at(place, segments, kinds)
-            kinds = as_system(head, segments, kinds)
-            request.ticket.origin.keep_s = form.keep_s(has_head=head > 0)
+        wishes: Wishes | None = request.ticket.wishes
+        if wishes is not None and form is None:
+            wishes.take(request.messages, request.tools, args.chat_template_kwargs or {})
+        if wishes is not None:
+            segments, kinds = self._cut_as_wished(
+                wishes,
+                request.ticket,
+                tokenizer,
+                tokens,
+                segments,
+                kinds,
+                has_images=vision is not None,
+            )
         messages = request.messages
         return CutPrompt(tokenizer, messages, tokens, segments, kinds, initial_state, vision)
+
+    def _cut_as_wished(
+        self,
+        wishes: Wishes,
+        ticket: Ticket,
+        tokenizer: Any,
+        tokens: Sequence[int],
+        segments: list[list[int]],
+        kinds: list[str],
+        *,
+        has_images: bool,
+    ) -> tuple[list[list[int]], list[str]]:
+        """Cut a prompt where its client asks for it, and note for how long that is to be kept."""
+        head = system_tokens(segments, kinds)
+        if wishes.only_marked:
+            places, head = ([], 0) if has_images else wishes.marked(tokenizer, tokens)
+            segments, kinds = cut_only_at(places, tokens)
+            ticket.keep_limit = places[-1] if places else 0
+        elif not has_images:
+            trimmable = getattr(self.model_provider, "is_trimmable", True)
+            places, head = wishes.cuts(tokenizer, tokens, head, trimmable=trimmable)
+            for place in places:
+                segments, kinds = cut_at(place, segments, kinds)
+        ticket.origin.keep_s = wishes.keep_s(has_head=head > 0)
+        return segments, as_system(head, segments, kinds)
 
     def _room(self, prompt: CutPrompt, args: Any) -> int:
         """Tokens that the answer may have, by the context of the model that is loaded.

@@ -67,7 +67,7 @@ def as_upstreams(
         fitted = ticket.form.fit(provider.tokenizer)
         request.messages, request.tools = fitted.messages, fitted.tools
         args.chat_template_kwargs = fitted.template_args
-        ticket.form = None
+        ticket.form = ticket.wishes = None
     return request, args
 
 

@@ -1,0 +1,117 @@
+"""What a request asks of the cache, in the words of OpenAI's API; all protocols here take them.
+
+`read_caching` reads the fields of the body, `breakpoint_of` those of a part of its content. What
+is null is absent, and fields that are not known are accepted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from persist_cache.entry import MAX_GROUP, check_group
+from persist_cache.server.protocols.asked import Caching, Mark
+from persist_cache.server.protocols.fields import below, flag, object_of, text_of
+from persist_cache.server.validation import wrong
+
+GROUP, OPTIONS, RETENTION = "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"
+CACHING_FIELDS = (GROUP, OPTIONS, RETENTION)
+BREAKPOINT = "prompt_cache_breakpoint"
+_RETENTIONS = {"in_memory": 0, "in-memory": 0, "24h": 86400}
+"""Seconds for which an entry is to be kept at least; entries here are never in memory alone."""
+_BREAKPOINT_S = 30 * 60
+"""Of a breakpoint that names no time."""
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_TTL = re.compile(r"([0-9]{1,9})([smhd])")
+_MAX_TTL_S = 366 * 86400
+
+
+def read_caching(body: Mapping[str, Any]) -> Caching:
+    """Read what the body of a request asks of the cache.
+
+    Raises:
+        RefusedError: It is malformed.
+    """
+    options = object_of(body, OPTIONS)
+    mode = _one_of(options, "mode", OPTIONS, ("implicit", "explicit"))
+    retention = _one_of(body, RETENTION, "", tuple(_RETENTIONS))
+    ttl_s = _ttl(options, OPTIONS)
+    if ttl_s is None:
+        ttl_s = _RETENTIONS[retention or "in_memory"]
+    return Caching(
+        group=_group(body),
+        only_marked=mode == "explicit",
+        ttl_s=ttl_s,
+        prewarm=bool(flag(options, "prewarm", OPTIONS)),
+    )
+
+
+def breakpoint_of(part: Mapping[str, Any], name: str) -> int | None:
+    """For how many seconds what ends with this part is to be kept; None if it has no breakpoint.
+
+    Raises:
+        RefusedError: The breakpoint is malformed.
+    """
+    if part.get(BREAKPOINT) is None:
+        return None
+    at = below(name, BREAKPOINT)
+    found = object_of(part, BREAKPOINT, name)
+    _one_of(found, "mode", at, ("explicit",))
+    ttl_s = _ttl(found, at)
+    return _BREAKPOINT_S if ttl_s is None else ttl_s
+
+
+def marks_of_chat(messages: Sequence[Mapping[str, Any]]) -> list[Mark]:
+    """The places that a chat marks. Parts of a message's content are one text, as they are.
+
+    Raises:
+        RefusedError: A breakpoint is malformed.
+    """
+    marks = []
+    for index, message in enumerate(messages):
+        content, characters = message.get("content"), 0
+        for place, part in enumerate(content if isinstance(content, list) else ()):
+            characters += len(part.get("text") or "") if part.get("type") == "text" else 0
+            ttl_s = breakpoint_of(part, f"messages[{index}].content[{place}]")
+            if ttl_s is not None:
+                marks.append(Mark(index, characters, ttl_s))
+    return marks
+
+
+def _group(body: Mapping[str, Any]) -> str:
+    if body.get(GROUP) is None:
+        return ""
+    group = text_of(body, GROUP, "")
+    try:
+        check_group(group)
+    except ValueError:
+        raise wrong(
+            GROUP, f"must be one line of at most {MAX_GROUP} printable characters."
+        ) from None
+    return group
+
+
+def _ttl(options: Mapping[str, Any], name: str) -> int | None:
+    """A length of time in seconds; None where there is none."""
+    ttl = options.get("ttl")
+    if ttl is None:
+        return None
+    found = _TTL.fullmatch(ttl) if isinstance(ttl, str) else None
+    seconds = 0 if found is None else int(found[1]) * _UNITS[found[2]]
+    if not 0 < seconds <= _MAX_TTL_S:
+        raise wrong(
+            below(name, "ttl"), "must be a length of time such as 30m or 12h, at most 366 days."
+        )
+    return seconds
+
+
+def _one_of(
+    body: Mapping[str, Any], member: str, name: str, allowed: tuple[str, ...]
+) -> str | None:
+    value = body.get(member)
+    if value is None:
+        return None
+    if not isinstance(value, str) or value not in allowed:
+        raise wrong(below(name, member), f"must be {' or '.join(allowed)}.")
+    return value
