@@ -45,7 +45,7 @@ SCRIPTS: Mapping[str, Sequence[str]] = {
         '<tool_call>{"name": "patch", "argu',
         'ments": {"input": "*** Begin\\n+ \\"a\\""}}</tool_call>',
     ],
-    "day": ['<tool_call>{"name": "mcp__cal__day", "arguments": {}}', "</tool_call>"],
+    "day": ['<tool_call>{"name": "mcp__cal__day", "arguments": {}', "}</tool_call>"],
     "stop": ["One, ", "two, ", "STO", "P three", ", four"],
     "long": [f"{number}, " for number in range(100, 140)],
 }
