@@ -114,7 +114,10 @@ def ask(server: CountedServer, path: str, body: Mapping[str, Any]) -> Used:
     found = used(path, post(server, path, body))
     assert sum(map(len, server.prefilled())) == max(0, found.prompt - found.cached - 1)
     if (body.get("prompt_cache_options") or {}).get("mode") != "explicit":
-        assert found.written == max(0, found.prompt - 1 - max(known, found.cached))
+        new = max(0, found.prompt - 1 - max(known, found.cached))
+        # The row of the last token of an earlier prompt is its reply's until another goes on.
+        assert found.written - new in (0, int(found.cached > 0))
+        assert found.cached + found.written <= found.prompt
     flush(server)
     return found
 
@@ -156,7 +159,7 @@ def test_usage_is_what_was_computed_and_what_is_stored(
     assert after - before > cold.written * nbytes // cold.prompt // 2 > 0
     assert again == cold._replace(cached=cold.prompt - 1, written=0)
     assert cold.cached < longer.cached < longer.prompt - 1
-    assert longer.cached + longer.written == longer.prompt - 1
+    assert longer.cached + longer.written >= longer.prompt - 1
 
 
 SOUND = ("a", "30m", "24h", "explicit", "implicit", True, None)

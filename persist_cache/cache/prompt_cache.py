@@ -601,9 +601,6 @@ class PromptCache:
         )
         if cache is not None:
             self._owners.gave(owner, cache)
-        if origin is not None:
-            # A reply's rows may have been found as well, which nothing was computed for.
-            origin.stored_tokens = max(origin.stored_tokens, fetch.num_tokens)
         return cache, fetch
 
     def _account(self, num_tokens: int, packed: bytes | None, fetch: Fetch) -> None:
