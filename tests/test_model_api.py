@@ -349,8 +349,11 @@ def test_templates_that_take_one_system_message_get_one(
     rendered = render(tokenizer, read_request(body))
     assert rendered == render(tokenizer, read_request(one))
     assert answer["usage"]["prompt_tokens"] == len(rendered.tokens)
-    late = post(server, messages=[HELLO, messages[0]], model="short")
-    assert "at the beginning" in refused(late, 400)["message"]
+    late = {"messages": [HELLO, messages[0]], "model": "short"}
+    assert "repaired=inline-system" in post(server, **late).headers["x-persist-cache"]
+    none = {"x-persist-cache-stabilize": "none"}
+    unrepaired = server.request("POST", PATH, headers=none, json={**CHAT, **late})
+    assert "at the beginning" in refused(unrepaired, 400)["message"]
     assert post(server).status_code == 200
 
 
