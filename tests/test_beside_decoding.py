@@ -116,6 +116,17 @@ def test_what_a_client_that_left_was_to_get_is_released(
     assert again.ticket.fetch.source == "disk"
 
 
+class _Noting(Ticket):
+    """Notes which thread was the first to tokenize it for a model."""
+
+    tokenized_by = ""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "model_key" and value is not None and not self.tokenized_by:
+            self.tokenized_by = threading.current_thread().name
+        super().__setattr__(name, value)
+
+
 def test_requests_that_wait_for_the_model_are_tokenized_beside_the_first(
     model: Callable[[str], Path], store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,8 +139,11 @@ def test_requests_that_wait_for_the_model_are_tokenized_beside_the_first(
         load(self)
 
     monkeypatch.setattr(Provider, "load_default", slow)
-    tickets = [Ticket() for _ in range(3)]
-    with Loop(model("plain"), store, waits=False) as loop, ThreadPoolExecutor(3) as clients:
+    tickets = [_Noting() for _ in range(3)]
+    with (
+        Loop(model("plain"), store, waits=False) as loop,
+        ThreadPoolExecutor(3, "client") as clients,
+    ):
         loop.provider.is_loading = True
         asked = []
         for ticket in tickets:
@@ -139,7 +153,7 @@ def test_requests_that_wait_for_the_model_are_tokenized_beside_the_first(
         replies = [one.result(60).reply for one in asked]
 
     assert replies[0] == replies[1] == replies[2]
-    assert [one.model_key is None for one in tickets] == [True, False, False]
+    assert [one.tokenized_by.startswith("client") for one in tickets] == [False, True, True]
 
 
 def test_a_tokenizer_that_cannot_be_copied_keeps_nobody_waiting(

@@ -91,7 +91,7 @@ class _Recording(Generator):
     """Notes which model a request is answered by: a name says little where files are replaced."""
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
-        request.answered_by = self.model_provider.model
+        request.ticket.answered_by = self.model_provider.model
         return super()._tokenize(tokenizer, request, args)
 
 
@@ -134,7 +134,7 @@ class Session:
                     ctx.stop()
         except Exception as error:
             answer.error = f"{type(error).__name__}: {error}"
-        answer.model = getattr(request, "answered_by", None)
+        answer.model = getattr(ticket, "answered_by", None)
         return answer
 
     def ask_all(
