@@ -7,6 +7,7 @@ import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -18,8 +19,14 @@ from tests.fakes import Clock
 pytest_plugins = ["tests.real_model"]
 
 # The same examples each time, for a verdict that does not change from one run to the next; without
-# `--hypothesis-profile=ci` others are tried each time.
-hypothesis.settings.register_profile("ci", derandomize=True, print_blob=True)
+# `--hypothesis-profile=ci` others are tried each time. A slow machine is no fault in either.
+_UNTIMED: dict[str, Any] = {
+    "deadline": None,
+    "suppress_health_check": [hypothesis.HealthCheck.too_slow],
+}
+hypothesis.settings.register_profile("ci", derandomize=True, print_blob=True, **_UNTIMED)
+hypothesis.settings.register_profile("untimed", **_UNTIMED)
+hypothesis.settings.load_profile("untimed")
 
 # A shell makes what it runs in the background ignore it, and the commands under test inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
