@@ -83,9 +83,10 @@ class _BranchJson(EntryJson, frozen=True, kw_only=True):
 class Entries:
     """Answers about entries. Thread safety: may be asked by many threads at once."""
 
-    def __init__(self, views: Views, models: Models) -> None:
+    def __init__(self, views: Views, models: Models, *, texts: bool = True) -> None:
         self._views = views
         self._models = models
+        self._texts = texts
 
     def list(self, request: Request) -> Response:
         query = query_of(
@@ -224,7 +225,10 @@ class Entries:
         details = details_of(store, full)
         if details is None:
             raise self.gone(full)
-        text = self._text(details.entry) if flag(query, "text") else UNSET
+        wants_text = flag(query, "text")
+        if wants_text and not self._texts:
+            raise RefusedError(403, "This server was started with --no-text: it shows no prompts.")
+        text = self._text(details.entry) if wants_text else UNSET
         return json_response(details_json(details, short_id(store, full), text=text))
 
     def _text(self, entry: Entry) -> str:

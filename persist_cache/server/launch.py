@@ -39,6 +39,7 @@ class ServeOptions:
         context_tokens: Longest prompt and answer together, None for what the model's
             configuration says, 0 for no limit.
         stabilize: Names of the repairs that may be done to requests.
+        show_text: Whether page and admin API may show prompts as text.
         while_locked: End when nobody holds this file locked any more; None to stay.
     """
 
@@ -56,6 +57,7 @@ class ServeOptions:
     strict: bool = False
     context_tokens: int | None = None
     stabilize: frozenset[str] = DEFAULTS
+    show_text: bool = True
     while_locked: str | None = None
 
 

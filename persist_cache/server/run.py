@@ -127,7 +127,11 @@ def _run(
             when_free(Path(options.while_locked), lambda: os.kill(os.getpid(), signal.SIGTERM))
         generator = Generator(provider, cache)  # which begins to load, and may say that it failed
         generator.prefill_clock = prefill_clock
-        generator.admin = Admin(cache, token=token, host=host, generator=generator)
+        generator.admin = Admin(
+            cache, token=token, host=host, generator=generator, texts=options.show_text
+        )
+        if rank == 0:
+            generator.admin.history.disk.start()
         generator.names, generator.strict = names, options.strict
         generator.stabilize = options.stabilize
         generator.guard = ModelGuard(args.allowed_origins, options.api_key)

@@ -83,6 +83,13 @@ from persist_cache_cli.parse import REPAIRS, SIZE
     help="Longest prompt and answer together, where the model's configuration is wrong; 0: any.",
 )
 @click.option(
+    "--text/--no-text",
+    "show_text",
+    default=True,
+    show_default=True,
+    help="Whether the page and the admin API may show prompts.",
+)
+@click.option(
     "--while-locked",
     metavar="FILE",
     type=click.Path(exists=True, dir_okay=False, resolve_path=True),
@@ -107,6 +114,7 @@ def command(
     strict: bool,
     stabilize: frozenset[str],
     context_tokens: int | None,
+    show_text: bool,
     while_locked: str | None,
     show_help: bool,
 ) -> None:
@@ -159,6 +167,7 @@ def command(
         strict=strict,
         context_tokens=context_tokens,
         stabilize=stabilize,
+        show_text=show_text,
         while_locked=while_locked,
     )
     for handler in list(logging.getLogger().handlers):
