@@ -31,11 +31,13 @@ class Beginning(Struct, frozen=True):
         model: Whose entry it is.
         start: Tokens of the entry that it continues, 0 where there is none.
         tokens: What follows them, as far as it is needed.
+        is_cut: Whether there is more of it.
     """
 
     model: Model
     start: int
     tokens: list[int]
+    is_cut: bool
 
 
 def beginnings(store: Store, ids: Iterable[str]) -> dict[str, Beginning]:
@@ -62,18 +64,22 @@ def beginnings(store: Store, ids: Iterable[str]) -> dict[str, Beginning]:
                 if len(packed) >= MAX_TOKENS * TOKEN_BYTES:
                     break
             model = as_model(*namespace_of(txn, record))
-            found[id] = Beginning(model, start, unpack_tokens(packed))
+            is_cut = record.num_tokens - start > len(packed) // TOKEN_BYTES
+            found[id] = Beginning(model, start, unpack_tokens(packed), is_cut)
     return found
 
 
-def on_one_line(text: str, most: int = MAX_CHARACTERS) -> str:
+def on_one_line(text: str, *, is_cut: bool = False, most: int = MAX_CHARACTERS) -> str:
     """A decoded beginning as a title: harmless, of one line, without the role that it opens with.
 
     Args:
         text: Without the tokens that only structure it.
+        is_cut: Whether there is more of it.
         most: Characters that it may have.
     """
     line = " ".join(_ROLE.sub("", text, count=1).split()) if _ROLE.match(text) else ""
     line = line or " ".join(text.split())
-    shown = escaped(line[: 2 * most].rstrip("\ufffd"))
-    return shown if len(shown) <= most else f"{shown[: most - 1]}…"
+    shown = escaped(line[:most].rstrip("\ufffd") if is_cut else line[: most + 1])
+    if len(shown) <= most and not (is_cut and shown):
+        return shown
+    return f"{shown[: most - 1]}…"

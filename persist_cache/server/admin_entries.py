@@ -118,7 +118,7 @@ class Entries:
 
     def tree(self, request: Request) -> Response:
         """One level of the tree: the roots, or what is in and behind one branch."""
-        query = query_of(request, {"branch", "limit", "offset"})
+        query = query_of(request, {"branch", "limit", "offset", "sort"})
         limit = number(query, "limit", DEFAULT_LIMIT, 1, MAX_LIMIT)
         offset = number(query, "offset", 0, 0, 1 << 53)
         view = self._views.now()
@@ -142,6 +142,8 @@ class Entries:
                 for entry in chain
             ]
         below = tree.under(parent)
+        if choice(query, "sort", ("used", "size")) == "size":
+            below = sorted(below, key=lambda one: -tree.branch(one.id).totals.nbytes)
         said["branches"] = [
             self._branch_json(view, entry.id) for entry in below[offset : offset + limit]
         ]

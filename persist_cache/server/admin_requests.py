@@ -39,16 +39,19 @@ class Requests:
 
     def list(self, request: Request) -> Response:
         """The latest, the newest first."""
-        query = query_of(request, {"limit", "after", "wait_s"})
+        query = query_of(request, {"limit", "after", "before", "wait_s"})
         limit = number(query, "limit", _LIMIT, 1, MAX_REQUESTS)
         after = number(query, "after", 0, 0, _FAR)
+        before = number(query, "before", _FAR, 0, _FAR)
         wait_s = number(query, "wait_s", 0, 0, MAX_WAIT_S)
         ring = self._ring()
         if wait_s:
             ring.wait(after, wait_s)
         else:
             ring.settle()
-        return json_response([request_json(one, texts=False) for one in ring.latest(limit, after)])
+        return json_response(
+            [request_json(one, texts=False) for one in ring.latest(limit, after, before)]
+        )
 
     def show(self, id: str, request: Request) -> Response:
         """One of them, with the texts where prompts part, and what it went on from."""

@@ -91,7 +91,7 @@ class Previews:
     def _text(self, begin: Beginning, notes: dict[str, None]) -> str | None:
         with self._lock:
             try:
-                return on_one_line(self._decoder(begin.model)(begin.tokens))
+                return on_one_line(self._decoder(begin.model)(begin.tokens), is_cut=begin.is_cut)
             except PersistCacheError as error:
                 notes[str(error)] = None
                 return None

@@ -156,19 +156,21 @@ class Ring:
 
     # ---- who asks ------------------------------------------------------------------------------
 
-    def latest(self, limit: int, after: int = 0) -> list[Record]:
+    def latest(self, limit: int, after: int = 0, before: int | None = None) -> list[Record]:
         """The latest requests that are over, the newest first.
 
         Args:
             limit: So many at most.
             after: Only those with a larger number.
+            before: Only those with a smaller one.
         """
         with self._changed:
             found: list[Record] = []
             for record in reversed(self._records.values()):
                 if record.number <= after or len(found) >= limit:
                     break
-                found.append(record)
+                if before is None or record.number < before:
+                    found.append(record)
             return found
 
     def wait(self, after: int, timeout_s: float) -> bool:
