@@ -1,4 +1,4 @@
-"""The page of a real server: its link, its texts, what it has computed, and pages of other sites."""
+"""The page of a real server: its link, its texts, what it has computed; pages of other sites."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_a_recent_request_is_kept_ready(chromium: Any, real: ServerProcess) -> N
     chromium.find_element(By.CSS_SELECTOR, "#dialog [type=submit]").click()
     until(lambda: "Ready: " in chromium.find_element(By.ID, "done").text)
 
-    (kept,) = [one for one in real.get("/v1/cache/entries?label=kept")["entries"]]
+    (kept,) = real.get("/v1/cache/entries?label=kept")["entries"]
     assert kept["tier"] == "system"
     until(lambda: labelled(chromium, "system: kept"))
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from msgspec import Struct
 
 from persist_cache.errors import PersistCacheError, StoreError
-from persist_cache.queries.beginnings import Beginning, beginnings, on_one_line
+from persist_cache.queries.beginnings import Beginning, beginnings, titles
 from persist_cache.queries.decoder import Decoder
 from persist_cache.queries.details import tokens_of
 from persist_cache.queries.models import Model
@@ -78,20 +79,23 @@ class Previews:
         notes: dict[str, None] = {}
         found = {}
         users = self._users()
-        for id, begin in beginnings(store, ids).items():
-            text = self._text(begin, notes) if self._texts else None
+        begins = beginnings(store, ids)
+        texts: Mapping[str, str | None] = {}
+        if self._texts:
+            texts = titles(store, begins, partial(self._text, notes=notes))
+        for id, begin in begins.items():
             client, request = users(store, id, begin)
             found[id] = PreviewJson(
-                text=text, turns=view.turns.get(id, 0), client=client, request=request
+                text=texts.get(id), turns=view.turns.get(id, 0), client=client, request=request
             )
         return PreviewsJson(previews=found, notes=list(notes))
 
     # ---- texts ---------------------------------------------------------------------------------
 
-    def _text(self, begin: Beginning, notes: dict[str, None]) -> str | None:
+    def _text(self, model: Model, tokens: Sequence[int], notes: dict[str, None]) -> str | None:
         with self._lock:
             try:
-                return on_one_line(self._decoder(begin.model)(begin.tokens), is_cut=begin.is_cut)
+                return self._decoder(model)(tokens)
             except PersistCacheError as error:
                 notes[str(error)] = None
                 return None

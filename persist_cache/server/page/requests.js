@@ -73,7 +73,7 @@ function wentOn(one) {
   if (!one.entry) return one.entry === null ? "what was in memory; nothing of it is stored now" : "";
   const entry = one.entry;
   return [button("entry", said(entry.label || preview(entry.id).text || `${entry.tier} ${entry.id.slice(0, 6)}`), () => act(() => details(entry.id)), { class: "plain" }),
-    ` (${entry.tier}, ${plural(entry.num_tokens, "token")})`];
+    ` (${entry.tier}, ${plural(entry.num_tokens, "token")}${entry.num_tokens > one.cached_tokens ? `, of which it shares the first ${whole(one.cached_tokens)}` : ""})`];
 }
 function causeStory(one, parted) {
   const found = [h("p", {}, h("b", {}, said(parted.sentence)), parted.code ? h("span", { class: "soft" }, ` (${parted.code})`) : "")];

@@ -92,8 +92,8 @@ class RequestJson(Struct, frozen=True, kw_only=True):
         restore_s: Seconds that the look-up took, reading from the disk included, or None.
         saved_s: Seconds that this saved, less what reading took; None where nobody measured.
         replayable: Whether its body is remembered, so that it can be warmed.
-        entry: The longest stored entry that it went on from, as of now; None where none is stored
-            any more. Of one request alone.
+        entry: The stored entry that it went on from, as of now; it may be longer, and then its
+            beginning was used. None where none is stored any more. Of one request alone.
     """
 
     id: str
