@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import logging
 import os
 import signal
@@ -24,7 +25,6 @@ from persist_cache.errors import (
 )
 from persist_cache.fingerprint.identifier import Identifier
 from persist_cache.prefill.clock import PrefillClock
-from persist_cache.server.admin import Admin
 from persist_cache.server.admin_token import AdminToken
 from persist_cache.server.discovery import Serving, announced
 from persist_cache.server.guard import (
@@ -125,7 +125,11 @@ def _run(
             signal.signal(signal.SIGINT, _interrupt_again)
         if options.while_locked is not None:
             when_free(Path(options.while_locked), lambda: os.kill(os.getpid(), signal.SIGTERM))
+        # Modules stay for good: no search for garbage, in which no thread runs, need visit them.
+        gc.freeze()
         generator = Generator(provider, cache)  # which begins to load, and may say that it failed
+        from persist_cache.server.admin import Admin  # meanwhile
+
         generator.prefill_clock = prefill_clock
         generator.admin = Admin(cache, token=token, host=host, generator=generator)
         generator.names, generator.strict = names, options.strict
