@@ -184,6 +184,7 @@ class Saver:
             and self._writer is not None
             and held.tier in self._persist
             and held.num_tokens > 0
+            and not held.memory_only
             and held.owner.fingerprint is not None
         )
 

@@ -12,6 +12,7 @@ from typing import Any
 from persist_cache.errors import StoreError
 from persist_cache.server.guard import LOOPBACK_ORIGINS
 from persist_cache.server.lengths import NO_LIMIT
+from persist_cache.server.privacy import Rules
 from persist_cache.stability.names import DEFAULTS
 from persist_cache.store.opening import is_impossible
 from persist_cache.store.store import Store, default_store_path
@@ -39,6 +40,7 @@ class ServeOptions:
         context_tokens: Longest prompt and answer together, None for what the model's
             configuration says, 0 for no limit.
         stabilize: Names of the repairs that may be done to requests.
+        rules: What is kept of requests that do not say.
         while_locked: End when nobody holds this file locked any more; None to stay.
     """
 
@@ -57,6 +59,7 @@ class ServeOptions:
     context_tokens: int | None = None
     stabilize: frozenset[str] = DEFAULTS
     while_locked: str | None = None
+    rules: Rules = field(default_factory=Rules)
 
 
 class Parser(argparse.ArgumentParser):

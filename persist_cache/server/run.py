@@ -24,6 +24,7 @@ from persist_cache.errors import (
 )
 from persist_cache.fingerprint.identifier import Identifier
 from persist_cache.prefill.clock import PrefillClock
+from persist_cache.server import quiet
 from persist_cache.server.admin import Admin
 from persist_cache.server.admin_token import AdminToken
 from persist_cache.server.discovery import Serving, announced
@@ -76,6 +77,7 @@ def _run(
     host: str, port: int, provider: Any, options: ServeOptions, prefill_clock: PrefillClock
 ) -> None:
     args = provider.cli_args
+    quiet.install()
     rank, ranks = place_in_group()
     alone = ranks == 1
     if rank == 0:
@@ -129,7 +131,7 @@ def _run(
         generator.prefill_clock = prefill_clock
         generator.admin = Admin(cache, token=token, host=host, generator=generator)
         generator.names, generator.strict = names, options.strict
-        generator.stabilize = options.stabilize
+        generator.stabilize, generator.rules = options.stabilize, options.rules
         generator.guard = ModelGuard(args.allowed_origins, options.api_key)
         if rank == 0:
             with contextlib.ExitStack() as told:

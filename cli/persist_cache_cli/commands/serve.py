@@ -15,6 +15,7 @@ import click
 from persist_cache.entry import TIER_LABELS
 from persist_cache.server.launch import DEFAULT_GRACE_S, ServeOptions
 from persist_cache.server.names import parse_aliases
+from persist_cache.server.privacy import Rules
 from persist_cache.server.run import serve
 from persist_cache.stability.names import DEFAULTS
 from persist_cache_cli.parse import REPAIRS, SIZE
@@ -83,6 +84,22 @@ from persist_cache_cli.parse import REPAIRS, SIZE
     help="Longest prompt and answer together, where the model's configuration is wrong; 0: any.",
 )
 @click.option(
+    "--no-store-default",
+    is_flag=True,
+    help="Keep nothing of a request unless it says `x-persist-cache: store`.",
+)
+@click.option(
+    "--respect-store",
+    is_flag=True,
+    help="Keep nothing of a request with `store: false`; Codex always sends that.",
+)
+@click.option(
+    "--min-tokens",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Prompts with fewer tokens stay in memory alone.",
+)
+@click.option(
     "--while-locked",
     metavar="FILE",
     type=click.Path(exists=True, dir_okay=False, resolve_path=True),
@@ -107,6 +124,9 @@ def command(
     strict: bool,
     stabilize: frozenset[str],
     context_tokens: int | None,
+    no_store_default: bool,
+    respect_store: bool,
+    min_tokens: int,
     while_locked: str | None,
     show_help: bool,
 ) -> None:
@@ -160,6 +180,7 @@ def command(
         context_tokens=context_tokens,
         stabilize=stabilize,
         while_locked=while_locked,
+        rules=Rules(no_store_default, respect_store, min_tokens),
     )
     for handler in list(logging.getLogger().handlers):
         # Upstream sets up logging as its --log-level says, but only where nobody has done so yet.
