@@ -28,7 +28,9 @@ def patterns(texts: Iterable[str], tokens: Iterable[Sequence[int]]) -> list[byte
     """What texts and token ids look like as bytes, in each way in which they are kept."""
     found = [text.encode() for text in texts]
     for ids in tokens:
-        found += [np.array(ids, np.int64).tobytes(), np.array(ids, np.int32).tobytes()]
+        found.append(np.array(ids, np.int64).tobytes())
+        if max(ids) < 1 << 31:
+            found.append(np.array(ids, np.int32).tobytes())
     return found
 
 

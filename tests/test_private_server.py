@@ -81,8 +81,7 @@ def test_nothing_of_a_private_request_is_anywhere_afterwards(
     assert (again.cached, again.written) == (first.cached, 0)
     assert_nowhere(server, model, secret)
     assert {one["id"] for one in entries(server)} == {one["id"] for one in before}
-    told = server.get("/v1/cache/requests")["requests"]
-    assert secret not in str(told) and len(told) <= len(before) + 100
+    assert secret not in str(server.get("/v1/cache/requests"))
 
 
 def test_a_body_says_it_as_well_as_a_header(server: SearchedServer, model: Path) -> None:
@@ -152,7 +151,8 @@ def test_only_requests_of_one_salt_share_anything(server: SearchedServer) -> Non
             found.append(used(path, send(server, path, body, private=False)))
             flush(server)
 
-        assert [one.cached for one in found[:2]] == [found[4].cached] * 2
+        assert [one.cached for one in found[:2]] == [found[0].cached] * 2
+        assert found[4].cached < 20  # what all templates begin with
         assert [one.cached for one in found[2:4]] == [found[2].prompt - 1] * 2
 
 

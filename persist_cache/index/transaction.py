@@ -18,6 +18,7 @@ from persist_cache.index.groups import joined, pack_groups, unpack_groups
 from persist_cache.index.records import (
     COUNTER_BYTES,
     EXPIRY_KEY,
+    FAMILY_BYTES,
     MAX_COUNTER,
     NUMBER,
     RECENCY_KEY,
@@ -28,6 +29,8 @@ from persist_cache.index.records import (
     NamespaceRecord,
     SizedRecord,
     expiry_key,
+    family,
+    family_of,
     pack_counter,
     pack_number,
     recency_key,
@@ -57,6 +60,16 @@ GROUPS = b"groups"
 """Groups that entries belong to; missing in stores of earlier versions."""
 ADDED = (KEPT, GROUPS)
 """What came later: without it, nothing is known of that."""
+FAMILIES = b"families"
+"""Keys of the namespaces behind that of their family: those of one salt are told apart by it."""
+BLANK = b"blank"
+"""Zeros, while what eviction left in freed pages is overwritten; else empty."""
+LATER = (FAMILIES, BLANK)
+"""What came still later, and is not of entries."""
+ERASED = "erased"
+"""Counter: how often freed pages were overwritten. Whoever has written before opens the index anew
+before it writes again, because LMDB keeps the pages that it wrote and writes parts of them again.
+"""
 _MOST_KEPT_S = 366 * 86400
 _TREE = (
     b"namespaces",
@@ -73,6 +86,7 @@ _TREE = (
 _COUNTED = b"count:"
 """Prefix of the counters that people see; all others are the store's own."""
 _MAX_NAME_BYTES = 400
+_PAGE_HEADER_BYTES = 16
 
 
 def _seconds(raw: Any) -> int:
@@ -133,6 +147,30 @@ class Reader:
                         break
                     found.append((bytes(key), NamespaceRecord.unpack(value)))
         return found
+
+    def relatives(self, salt: str) -> list[tuple[bytes, NamespaceRecord]]:
+        """All namespaces of a salt, or of none; those of others are not even looked at."""
+        mine = family_of(salt)
+        if FAMILIES not in self._db:
+            return [one for one in self.namespaces() if family(one[1].identity) == mine]
+        found = []
+        with self._txn.cursor(db=self._db[FAMILIES]) as cursor:
+            if cursor.set_range(mine):
+                for key in cursor.iternext(values=False):
+                    raw = bytes(key)
+                    if not raw.startswith(mine):
+                        break
+                    record = self._txn.get(raw[FAMILY_BYTES:], db=self._db[b"namespaces"])
+                    if record is not None:  # else an earlier version removed it
+                        found.append((raw[FAMILY_BYTES:], NamespaceRecord.unpack(record)))
+        return found
+
+    def knows_all_families(self) -> bool:
+        """Whether each namespace is filed under its family; earlier versions file none."""
+        if FAMILIES not in self._db:
+            return False
+        filed = {key[FAMILY_BYTES:] for key in self.keys(FAMILIES)}
+        return filed == self.keys(b"namespaces")
 
     def edge(self, key: bytes) -> Edge | None:
         raw = self._txn.get(key, db=self._db[b"edges"])
@@ -308,6 +346,12 @@ class Reader:
             keys, values = tuple(zip(*cursor, strict=True)) or ((), ())
         return keys, values
 
+    def used_pages(self) -> int:
+        """Pages of all tables."""
+        found = [self._txn.stat(database) for database in self._db.values()]
+        kinds = ("branch_pages", "leaf_pages", "overflow_pages")
+        return sum(int(one[kind]) for one in found for kind in kinds)
+
     def size_of(self, database: bytes) -> int:
         """Number of records in a sub-database."""
         return int(self._txn.stat(self._db[database])["entries"])
@@ -350,14 +394,78 @@ class Writer(Reader):
 
     def clear_tree(self) -> None:
         """Forget all prompts and blobs; what is in the trash or counted stays."""
-        for database in _TREE:
+        for database in (*_TREE, FAMILIES):
             self._txn.drop(self._db[database], delete=False)
 
     def put_namespace(self, key: bytes, record: NamespaceRecord) -> None:
         self._txn.put(key, record.pack(), db=self._db[b"namespaces"])
+        self._txn.put(family(record.identity) + key, b"", db=self._db[FAMILIES])
 
     def delete_namespace(self, key: bytes) -> None:
+        raw = self._txn.get(key, db=self._db[b"namespaces"])
+        if raw is not None:
+            named = family(NamespaceRecord.unpack(raw).identity)
+            self._txn.delete(named + key, db=self._db[FAMILIES])
         self._txn.delete(key, db=self._db[b"namespaces"])
+
+    def file_families(self) -> None:
+        """File each namespace under its family, and nothing else."""
+        self._txn.drop(self._db[FAMILIES], delete=False)
+        for key, record in self.namespaces():
+            self._txn.put(family(record.identity) + key, b"", db=self._db[FAMILIES])
+
+    # ---- overwriting what was removed ----------------------------------------------------------
+
+    def rewrite(self, database: bytes) -> None:
+        """Write all of a table anew, in pages in which nothing else is."""
+        with self._txn.cursor(db=self._db[database]) as cursor:
+            records = [(bytes(key), bytes(value)) for key, value in cursor]
+        self._txn.drop(self._db[database], delete=False)
+        for key, value in records:
+            self._txn.put(key, value, db=self._db[database], append=True)
+
+    def rewrite_tokens(self, after: bytes, limit: int, page_bytes: int) -> bytes:
+        """Write anew the pages of as many runs' tokens that have others' beside them.
+
+        Args:
+            after: Key of the last run that was written anew; b"" at first.
+            limit: How many runs.
+            page_bytes: Of a page. What is longer has pages of its own, whose ends are zeros.
+
+        Returns:
+            Key of the last one; b"" when there are no more.
+        """
+        records: list[tuple[bytes, bytes]] = []
+        with self._txn.cursor(db=self._db[b"tokens"]) as cursor:
+            found = cursor.set_range(after)
+            if found and bytes(cursor.key()) == after:
+                found = cursor.next()
+            while found and len(records) < limit:
+                value = cursor.value()
+                is_short = len(value) <= page_bytes - _PAGE_HEADER_BYTES
+                records.append((bytes(cursor.key()), bytes(value) if is_short else b""))
+                found = cursor.next()
+        for key, value in records:
+            if value:
+                self._txn.put(key, value, db=self._db[b"tokens"])
+            else:  # something beside it has its page written
+                self._txn.put(key + b"\0", b"", db=self._db[b"tokens"])
+                self._txn.delete(key + b"\0", db=self._db[b"tokens"])
+        return records[-1][0] if len(records) == limit else b""
+
+    def fill(self, first: int, pages: int, page_bytes: int) -> None:
+        """Take so many free pages, and write zeros to each."""
+        zeros = bytes(page_bytes - _PAGE_HEADER_BYTES)
+        for number in range(first, first + pages):
+            self._txn.put(pack_number(number), zeros, db=self._db[BLANK], append=True)
+
+    def unfill(self) -> None:
+        """Give them back."""
+        self._txn.drop(self._db[BLANK], delete=False)
+
+    def forget_departed(self) -> None:
+        """Forget what went, and why: the numbers of entries are digests of prompts."""
+        self._txn.drop(self._db[b"departed"], delete=False)
 
     def put_edge(self, key: bytes, edge: Edge) -> None:
         """Write an edge and the way back from its node."""

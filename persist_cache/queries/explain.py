@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import msgspec
 from msgspec import Struct
 
-from persist_cache.entry import Match
+from persist_cache.entry import CACHE_SALT, Match
 from persist_cache.fingerprint.value import FieldChange, Fingerprint
 from persist_cache.index import tree
 from persist_cache.index.records import NO_ENTRY, entry_number
@@ -253,7 +253,7 @@ def _nearest_model(
     """
     best: tuple[int, int] | None = None
     nearest: Fingerprint | None = None
-    for key, namespace in txn.namespaces():
+    for key, namespace in txn.relatives(fingerprint.fields.get(CACHE_SALT, "")):
         if key.startswith(fingerprint.digest):
             continue
         other = identity_of(namespace)

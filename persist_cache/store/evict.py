@@ -49,8 +49,11 @@ class Evictor:
         *,
         to_bytes: int | None = None,
         missing_ok: bool = False,
+        mark: str = "",
     ) -> int:
         """Remove entries, and every file that nothing else needs; see `Store.evict`.
+
+        With a `mark`, that counter says from this commit on that more is to be done.
 
         The ballast is made anew afterwards if it was given up, as far as the budget, or
         `to_bytes`, has room for it.
@@ -68,6 +71,8 @@ class Evictor:
                     if txn.entry(number) is None:
                         raise KeyError(f"no entry has the id {entry_id(number)}")
             self._drop(txn, numbers, "evicted", reason)
+            if mark:
+                txn.add(mark, 1 - txn.counter(mark))
 
         freed = self._freed_by(drop)
         if to_bytes is not None:
@@ -257,7 +262,7 @@ class Evictor:
         gone = []
         for name in doomed:
             try:
-                self._disk.folder.remove(name.hex())
+                self._disk.folder.remove(name.hex(), overwrites=self._disk.overwrites)
                 gone.append(name)
             except OSError as error:
                 log.warning("blob %s cannot be removed: %s", name.hex(), error)

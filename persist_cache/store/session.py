@@ -74,6 +74,8 @@ class Disk:
         self._flushing: list[Counter[str]] = []
         self._flushes = 0
         self._serving: Counter[int] = Counter()
+        self.overwrites = False
+        """Whether files that go are overwritten before."""
 
     @contextlib.contextmanager
     def serving(self, entries: Iterable[int]) -> Iterator[None]:

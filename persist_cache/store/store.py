@@ -37,6 +37,7 @@ from persist_cache.index.transaction import Reader, Writer
 from persist_cache.store import catalog, opening
 from persist_cache.store.budget import Limits
 from persist_cache.store.catalog import Catalog, StoreStats
+from persist_cache.store.erase import UNFINISHED, Erased, erase, overwriting
 from persist_cache.store.evict import REQUESTED, Evictor
 from persist_cache.store.lookup import Lookup
 from persist_cache.store.put import Insertion, PutResult
@@ -614,6 +615,35 @@ class Store:
         """
         numbers = list(dict.fromkeys(map(_number, ids)))
         return self._evictor.evict(numbers, reason, to_bytes=to_bytes, missing_ok=missing_ok)
+
+    def erase(self, ids: Iterable[str] = ()) -> Erased:
+        """Remove entries, and all that is left in the folder of what was ever removed.
+
+        Rows in files that others need, damaged files, and tokens in free pages of the index. Files
+        are overwritten before they are unlinked. What the entries that stay need stays. When it
+        does not come to its end, the next call ends it. Processes of earlier versions that have the
+        store open may write pages again that they wrote before.
+
+        Args:
+            ids: Whole ids; those that are not there are passed over.
+
+        Returns:
+            What was done, and whether something is left.
+
+        Raises:
+            StoreError: The disk failed; what was done until then stays done.
+        """
+        numbers = list(dict.fromkeys(map(_number, ids)))
+        if numbers:
+            with overwriting(self._disk):
+                self._evictor.evict(numbers, REQUESTED, missing_ok=True, mark=UNFINISHED)
+        return erase(self._disk, self._evictor)
+
+    @property
+    def is_erasing(self) -> bool:
+        """Whether an erasure was begun and did not come to its end."""
+        with self.read() as txn:
+            return txn.counter(UNFINISHED) != 0
 
     def evict_to(self, max_bytes: int) -> int:
         """Evict in order until the store takes at most `max_bytes`, or the rest is pinned.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from persist_cache.blobs.folder import try_remove_orphan
 from persist_cache.errors import StoreBusyError, StoreError
-from persist_cache.index.transaction import Writer
+from persist_cache.index.transaction import BLANK, Writer
 from persist_cache.store.evict import Evictor
 from persist_cache.store.quarantine import correct_sizes, is_quarantined, move_aside
 from persist_cache.store.reservation import release_abandoned
@@ -24,6 +24,12 @@ def sweep(disk: Disk, evictor: Evictor) -> None:
     temporary and damaged files, never at all blobs.
     """
     release_abandoned(disk)
+    with disk.index.read() as txn:
+        is_filed, is_blank = txn.knows_all_families(), not txn.size_of(BLANK)
+    if not is_filed:
+        disk.index.update(Writer.file_families)
+    if not is_blank:
+        disk.index.update(Writer.unfill)  # of whoever died while it overwrote free pages
     disk.folder.remove_strays()
     evictor.redate()
     with disk.index.read() as txn:
