@@ -15,8 +15,8 @@ import contextlib
 import errno
 import fcntl
 import os
-import struct
 import stat
+import struct
 import sys
 import time
 from collections.abc import Iterator, Sequence

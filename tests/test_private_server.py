@@ -55,7 +55,7 @@ def send(
 
 
 def assert_nowhere(server: SearchedServer, model: Path, *texts: str) -> None:
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(str(model))
     ids = [tokenizer.encode(text, add_special_tokens=False)[2:-2] for text in texts]
     assert all(len(one) >= 3 for one in ids)
     flush(server)
@@ -168,7 +168,8 @@ def test_explain_speaks_of_the_salt_of_the_request(server: SearchedServer) -> No
         return int(said["cached_tokens"])
 
     assert explained(cache_salt="x") > 50
-    assert explained() == explained(cache_salt="y") < 20
+    assert explained() < 20  # what all templates begin with
+    assert explained(cache_salt="y") == 0
 
 
 def test_a_comparison_knows_no_answer_of_another_salt(server: SearchedServer) -> None:

@@ -504,9 +504,7 @@ class PromptCache:
         """
         return self._known(model, tokens, trail, salt)[0]
 
-    def outlook(
-        self, model: Hashable, tokens: Sequence[int], *, salt: str = ""
-    ) -> tuple[int, int]:
+    def outlook(self, model: Hashable, tokens: Sequence[int], *, salt: str = "") -> tuple[int, int]:
         """What a request with this prompt would get now; looks only, counts nothing.
 
         Args:

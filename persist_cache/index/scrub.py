@@ -14,7 +14,6 @@ from msgspec import Struct
 from persist_cache.index.environment import Index
 from persist_cache.index.transaction import (
     ADDED,
-    BLANK,
     DATABASES,
     ERASED,
     FAMILIES,

@@ -7,7 +7,7 @@ the trie, is that of `tree`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import xxhash
@@ -64,7 +64,9 @@ FAMILIES = b"families"
 """Keys of the namespaces behind that of their family: those of one salt are told apart by it."""
 BLANK = b"blank"
 """Zeros, while what eviction left in freed pages is overwritten; else empty."""
-LATER = (FAMILIES, BLANK)
+SPACES = b"spaces"
+"""Per blob the number of the namespace that it is of."""
+LATER = (FAMILIES, BLANK, SPACES)
 """What came still later, and is not of entries."""
 ERASED = "erased"
 """Counter: how often freed pages were overwritten. Whoever has written before opens the index anew
@@ -83,6 +85,8 @@ _TREE = (
     b"expiry",
 )
 """What a rebuild makes anew from the blobs."""
+_SPACE = "space:"
+"""Prefix of the counters of what the blobs of a namespace take."""
 _COUNTED = b"count:"
 """Prefix of the counters that people see; all others are the store's own."""
 _MAX_NAME_BYTES = 400
@@ -346,6 +350,29 @@ class Reader:
             keys, values = tuple(zip(*cursor, strict=True)) or ((), ())
         return keys, values
 
+    def space_of(self, blob: int) -> int:
+        """Number of the namespace that a blob is of; 0 where that is not known."""
+        raw = self._txn.get(pack_number(blob), db=self._db[SPACES]) if SPACES in self._db else None
+        return 0 if raw is None else unpack_number(raw)
+
+    def space_bytes(self) -> dict[int, int]:
+        """What the blobs of each namespace take on disk, by its number."""
+        named = self.numbers(_SPACE)
+        return {int(name): nbytes for name, nbytes in named.items() if name.isdigit() and nbytes}
+
+    def numbers(self, prefix: str) -> dict[str, int]:
+        """All numbers in `meta` whose names begin so, by the rest of the name."""
+        found: dict[str, int] = {}
+        with self._txn.cursor(db=self._db[b"meta"]) as cursor:
+            if cursor.set_range(prefix.encode()):
+                for key, value in cursor:
+                    name = bytes(key).decode("utf-8", "replace")
+                    if not name.startswith(prefix):
+                        break
+                    if len(value) == COUNTER_BYTES:
+                        found[name.removeprefix(prefix)] = unpack_counter(value)
+        return found
+
     def used_pages(self) -> int:
         """Pages of all tables."""
         found = [self._txn.stat(database) for database in self._db.values()]
@@ -396,6 +423,7 @@ class Writer(Reader):
         """Forget all prompts and blobs; what is in the trash or counted stays."""
         for database in (*_TREE, FAMILIES):
             self._txn.drop(self._db[database], delete=False)
+        self.forget_spaces()
 
     def put_namespace(self, key: bytes, record: NamespaceRecord) -> None:
         self._txn.put(key, record.pack(), db=self._db[b"namespaces"])
@@ -481,6 +509,31 @@ class Writer(Reader):
     def put_blob(self, number: int, record: BlobRecord) -> None:
         self._txn.put(pack_number(number), record.pack(), db=self._db[b"blobs"])
         self._txn.put(record.name, pack_number(number), db=self._db[b"names"])
+
+    def own(self, blob: int, namespace: int, disk_bytes: int) -> None:
+        """Note of which namespace a blob is, and what it takes."""
+        self._txn.put(pack_number(blob), pack_number(namespace), db=self._db[SPACES])
+        self.add(f"{_SPACE}{namespace}", disk_bytes)
+
+    def disown(self, blob: int, disk_bytes: int) -> int:
+        """Forget of which namespace a blob was; returns its number, 0 where it is not known."""
+        namespace = self.space_of(blob)
+        if namespace:
+            self._txn.delete(pack_number(blob), db=self._db[SPACES])
+            self.add(f"{_SPACE}{namespace}", -disk_bytes)
+        return namespace
+
+    def forget_spaces(self) -> None:
+        """Forget of which namespaces the blobs are."""
+        self._txn.drop(self._db[SPACES], delete=False)
+        self.set_numbers(_SPACE, {})
+
+    def set_numbers(self, prefix: str, numbers: Mapping[str, int]) -> None:
+        """Have these be all numbers in `meta` whose names begin so."""
+        for name in self.numbers(prefix):
+            self._txn.delete(f"{prefix}{name}".encode(), db=self._db[b"meta"])
+        for name, value in numbers.items():
+            self._txn.put(f"{prefix}{name}".encode(), pack_counter(value), db=self._db[b"meta"])
 
     def put_tokens(self, blob: int, packed: bytes) -> None:
         self._txn.put(pack_number(blob), packed, db=self._db[b"tokens"])

@@ -40,6 +40,8 @@ class ServeOptions:
         context_tokens: Longest prompt and answer together, None for what the model's
             configuration says, 0 for no limit.
         stabilize: Names of the repairs that may be done to requests.
+        quotas: Bytes on disk of models and salts; see `Store.open`. None as last set.
+        ttl: Default lifetimes in seconds; see there. None as last set.
         rules: What is kept of requests that do not say.
         while_locked: End when nobody holds this file locked any more; None to stay.
     """
@@ -59,6 +61,8 @@ class ServeOptions:
     context_tokens: int | None = None
     stabilize: frozenset[str] = DEFAULTS
     while_locked: str | None = None
+    quotas: Mapping[str, int] | None = None
+    ttl: Mapping[str, int] | None = None
     rules: Rules = field(default_factory=Rules)
 
 
@@ -101,6 +105,8 @@ def open_disk(
         max_bytes=options.disk_bytes,
         min_free_bytes=options.min_free_bytes,
         daily_write_bytes=options.daily_write_bytes,
+        quotas=options.quotas,
+        ttl=options.ttl,
     )
     try:
         return open_store(), "", None

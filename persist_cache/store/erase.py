@@ -1,8 +1,8 @@
 """Erasing: nothing of what was evicted is left in the folder.
 
 Eviction leaves rows of a file that others need, damaged files, and tokens in pages of the index
-that are free. Each step here is an eviction's, a rewrite's or an ordinary commit, so the process may
-die between any two; a mark in the index says that it is not done yet.
+that are free. Each step here is an eviction's, a rewrite's or an ordinary commit, so the process
+may die between any two; a mark in the index says that it is not done yet.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from persist_cache.index.environment import Index
 from persist_cache.index.records import LAST_DATE_S, MAX_HITS, UNREADABLE
 from persist_cache.index.transaction import Reader, Writer, counter_name
 from persist_cache.store.budget import Budget, Limits
+from persist_cache.store.quotas import Quotas
 from persist_cache.store.unreturned import Unreturned
 
 log = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ class Disk:
         self.clock = _sane(clock)
         self.budget = Budget(limits, index, folder, self.clock)
         self.ballast = self.budget.ballast
+        self.quotas = Quotas()
         self.unreturned = Unreturned(index, self.budget, self.clock)
         self._lock = threading.Lock()
         self._settled = threading.Condition(self._lock)

@@ -58,6 +58,8 @@ def _budget_afterwards() -> None:
         nbytes: int,
         num_tokens: int,
         protected: frozenset[int] | None,
+        *,
+        identity: str = "",
     ) -> None:
         share = SizedRecord(nbytes // len(names) + 1, disk.clock())
 

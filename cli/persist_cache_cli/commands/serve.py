@@ -18,7 +18,7 @@ from persist_cache.server.names import parse_aliases
 from persist_cache.server.privacy import Rules
 from persist_cache.server.run import serve
 from persist_cache.stability.names import DEFAULTS
-from persist_cache_cli.parse import REPAIRS, SIZE
+from persist_cache_cli.parse import REPAIRS, SIZE, parse_duration, parse_rules, parse_size
 
 
 @click.command(
@@ -84,6 +84,21 @@ from persist_cache_cli.parse import REPAIRS, SIZE
     help="Longest prompt and answer together, where the model's configuration is wrong; 0: any.",
 )
 @click.option(
+    "--quota",
+    "quotas",
+    metavar="WHAT=SIZE",
+    multiple=True,
+    help="Disk that each `model` or `salt` may take, or one: model:NAME=4GB, salt:TEXT=1GB. "
+    "`none` ends all quotas.",
+)
+@click.option(
+    "--ttl",
+    metavar="WHAT=TIME",
+    multiple=True,
+    help="How long entries stay after they were stored: a tier, `model`, `salt`, or one of them, "
+    "such as assistant=7d. `none` ends all of it.",
+)
+@click.option(
     "--no-store-default",
     is_flag=True,
     help="Keep nothing of a request unless it says `x-persist-cache: store`.",
@@ -124,6 +139,8 @@ def command(
     strict: bool,
     stabilize: frozenset[str],
     context_tokens: int | None,
+    quotas: tuple[str, ...],
+    ttl: tuple[str, ...],
     no_store_default: bool,
     respect_store: bool,
     min_tokens: int,
@@ -180,6 +197,8 @@ def command(
         context_tokens=context_tokens,
         stabilize=stabilize,
         while_locked=while_locked,
+        quotas=parse_rules(quotas, "--quota", parse_size, tiers=False),
+        ttl=parse_rules(ttl, "--ttl", parse_duration, tiers=True),
         rules=Rules(no_store_default, respect_store, min_tokens),
     )
     for handler in list(logging.getLogger().handlers):

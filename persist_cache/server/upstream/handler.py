@@ -30,12 +30,8 @@ class Handler(Messages, Responses, Diagnosing, Streaming, Front, upstream.APIHan
         if self.caching is not None and not generator.model_provider.is_distributed:
             defaults = generator.cli_args.chat_template_args
             is_remembered = not self.privacy.no_store
-            wishes = Given(
-                self.caching, generator.templates, defaults, is_remembered=is_remembered
-            )
-        ticket = Ticket(
-            self.body_as_read, keeps=self.keeps, wishes=wishes, privacy=self.privacy
-        )
+            wishes = Given(self.caching, generator.templates, defaults, is_remembered=is_remembered)
+        ticket = Ticket(self.body_as_read, keeps=self.keeps, wishes=wishes, privacy=self.privacy)
         self.begin(ticket, self.request_id)
         try:
             with self.response_generator.in_flight():
