@@ -72,6 +72,8 @@ ERASED = "erased"
 """Counter: how often freed pages were overwritten. Whoever has written before opens the index anew
 before it writes again, because LMDB keeps the pages that it wrote and writes parts of them again.
 """
+UNFINISHED = "erasing"
+"""Counter: not 0 from an eviction on until what it left is erased."""
 _MOST_KEPT_S = 366 * 86400
 _TREE = (
     b"namespaces",

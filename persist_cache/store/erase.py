@@ -13,14 +13,12 @@ from collections.abc import Iterator
 from msgspec import Struct
 
 from persist_cache.index.scrub import scrub
-from persist_cache.index.transaction import Writer
+from persist_cache.index.transaction import UNFINISHED, Writer
 from persist_cache.store import sweep
 from persist_cache.store.compact import compact
 from persist_cache.store.evict import Evictor
 from persist_cache.store.session import Disk
 
-UNFINISHED = "erasing"
-"""Counter: not 0 from the eviction on until what it left is erased."""
 CANNOT = (
     "snapshots of the file system, backups, what a disk keeps of blocks that were written over "
     "(SSD cells, copy-on-write file systems), swap, and the memory of running processes"

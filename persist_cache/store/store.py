@@ -33,11 +33,11 @@ from persist_cache.index.records import (
     EntryRecord,
 )
 from persist_cache.index.semaphores import Semaphores
-from persist_cache.index.transaction import Reader, Writer
+from persist_cache.index.transaction import UNFINISHED, Reader, Writer
 from persist_cache.store import catalog, opening
 from persist_cache.store.budget import Limits
 from persist_cache.store.catalog import Catalog, StoreStats
-from persist_cache.store.erase import UNFINISHED, Erased, erase, overwriting
+from persist_cache.store.erase import Erased, erase, overwriting
 from persist_cache.store.evict import REQUESTED, Evictor
 from persist_cache.store.lifetimes import TTL
 from persist_cache.store.lookup import Lookup
@@ -134,6 +134,10 @@ class Store:
             check_rules(rules or {}, tiers=rules is ttl)
         disk = opening.open_disk(root, asked, read_only=read_only, clock=clock)
         store = cls(disk, run_tokens, asked)
+        if not read_only and store.is_erasing:
+            log.warning(
+                "an erasure at %s did not come to its end; run `persist-cache gc --erase`", root
+            )
         try:
             for prefix, rules in ((QUOTA, quotas), (TTL, ttl)):
                 store._set_rules(prefix, rules)
