@@ -139,8 +139,7 @@ class Store:
                 "an erasure at %s did not come to its end; run `persist-cache gc --erase`", root
             )
         try:
-            for prefix, rules in ((QUOTA, quotas), (TTL, ttl)):
-                store._set_rules(prefix, rules)
+            store.set_rules(quotas=quotas, ttl=ttl)
         except BaseException:
             store.close()
             raise
@@ -170,16 +169,35 @@ class Store:
         left = None if timeout_s is None else timeout_s - (time.monotonic() - started)
         return self._disk.index.close(left)
 
-    def _set_rules(self, prefix: str, rules: Mapping[str, int] | None) -> None:
-        """Remember quotas or lifetimes in the index, so that all processes heed them."""
-        if rules is None or self.read_only:
-            return
+    def set_rules(
+        self, *, quotas: Mapping[str, int] | None = None, ttl: Mapping[str, int] | None = None
+    ) -> None:
+        """Set quotas or default lifetimes, for all processes, and apply them.
+
+        Args:
+            quotas: As `open`.
+            ttl: As `open`.
+
+        Raises:
+            ValueError: A rule is about nothing that there is.
+            StoreError: The disk failed.
+        """
+        for prefix, rules in ((QUOTA, quotas), (TTL, ttl)):
+            check_rules(rules or {}, tiers=prefix == TTL)
+            if rules is not None and not self.read_only:
+                self._remember(prefix, rules)
+
+    def _remember(self, prefix: str, rules: Mapping[str, int]) -> None:
         with self.read() as txn:
             if txn.numbers(prefix) == rules:
                 return
-        self._disk.index.update(lambda txn: txn.set_numbers(prefix, rules))
-        if prefix == QUOTA and rules:
-            self._disk.index.update(lambda txn: None if is_counted(txn) else recount(txn))
+
+        def remember(txn: Writer) -> None:
+            txn.set_numbers(prefix, rules)
+            if prefix == QUOTA and rules and not is_counted(txn):
+                recount(txn)
+
+        self._disk.index.update(remember)
         self._evictor.apply_quotas()
         self._evictor.expire()
 
