@@ -40,6 +40,8 @@ class ServeOptions:
             configuration says, 0 for no limit.
         stabilize: Names of the repairs that may be done to requests.
         while_locked: End when nobody holds this file locked any more; None to stay.
+        unload_after_s: Seconds without a request after which the model leaves memory, None for
+            never.
     """
 
     store: str | None = None
@@ -57,6 +59,7 @@ class ServeOptions:
     context_tokens: int | None = None
     stabilize: frozenset[str] = DEFAULTS
     while_locked: str | None = None
+    unload_after_s: float | None = None
 
 
 class Parser(argparse.ArgumentParser):

@@ -130,6 +130,10 @@ def _run(
         generator.admin = Admin(cache, token=token, host=host, generator=generator)
         generator.names, generator.strict = names, options.strict
         generator.stabilize = options.stabilize
+        if alone:
+            generator.unload_after_s = options.unload_after_s
+        elif options.unload_after_s is not None:
+            log.warning("--unload-after does nothing: several ranks share one model")
         generator.guard = ModelGuard(args.allowed_origins, options.api_key)
         if rank == 0:
             with contextlib.ExitStack() as told:

@@ -26,16 +26,16 @@ from persist_cache.server.recent.ring import Ring
 from persist_cache.server.streaming import SIGN_S
 from persist_cache.server.ticket import Ticket, TicketedCache
 from persist_cache.server.upstream.budget import Budget
-from persist_cache.server.upstream.prompts import Prompts
 from persist_cache.server.upstream.provider import Provider
 from persist_cache.server.upstream.requests import Answers, TicketedRequest, failing_answer
+from persist_cache.server.upstream.unloading import Unloading
 from persist_cache.server.validation import RefusedError
 
 _SAVED_S = 10.0
 """How long a request waits for what another one computed to be saved, if memory cannot hold it."""
 
 
-class Generator(Prompts):
+class Generator(Unloading):
     """Answers requests: as upstream's, which knows nothing of tickets."""
 
     _alone: Alone | None = None
@@ -162,7 +162,8 @@ class Generator(Prompts):
             return None
 
         def known(wanted: int) -> int:
-            look = functools.partial(self.cache.known_tokens, provider.model_key, prompt.tokens)
+            key = provider.model_key or ticket.model_key  # it may be let go at this moment
+            look = functools.partial(self.cache.known_tokens, key, prompt.tokens)
             give_up = time.monotonic() + _SAVED_S
             while True:
                 is_saving = self.cache.queued_jobs > 0 and time.monotonic() < give_up
@@ -312,10 +313,10 @@ class Generator(Prompts):
 
         What is being computed then is kept, because upstream drops the batch.
         """
-        if self.is_ending and threading.current_thread() is self._generation_thread:
+        if self.is_ending and self._is_generation_thread():
             for ticket in self._running():
                 ticket.underway.keep_now()
-        return self.is_ending
+        return self.is_ending or (self._leaves and self._is_generation_thread())
 
     @_stop.setter
     def _stop(self, value: bool) -> None:
@@ -324,6 +325,9 @@ class Generator(Prompts):
             self.recent.close()
         for ticket in self._running() if value else []:
             ticket.underway.cut()
+
+    def _is_generation_thread(self) -> bool:
+        return threading.current_thread() is self._generation_thread
 
     def _is_busy(self) -> bool:
         """Whether anything is computed: also for clients that are gone."""
@@ -344,6 +348,7 @@ class Generator(Prompts):
         finally:
             with self._changed:
                 self._in_flight -= 1
+                self._idle_since = time.monotonic()
                 self._changed.notify_all()
 
     def drain(self, grace_s: float) -> bool:
