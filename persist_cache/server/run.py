@@ -39,6 +39,7 @@ from persist_cache.server.names import names_of, public_name
 from persist_cache.server.needed import when_free
 from persist_cache.server.upstream.generator import Generator
 from persist_cache.server.upstream.program import listen, main, place_in_group
+from persist_cache.server.warming import Warming
 from persist_cache.store.store import Store, default_store_path
 from persist_cache.system import endings
 
@@ -130,6 +131,8 @@ def _run(
         generator.admin = Admin(cache, token=token, host=host, generator=generator)
         generator.names, generator.strict = names, options.strict
         generator.stabilize = options.stabilize
+        warming = Warming(options.warm)
+        generator.warming = warming
         if alone:
             generator.unload_after_s = options.unload_after_s
         elif options.unload_after_s is not None:
@@ -144,6 +147,7 @@ def _run(
                             host, bound_port, folder, token, args.model, options.while_locked or ""
                         )
                     )
+                    warming.start(page_url(host, bound_port), token())
 
                 answer_until_ended(host, port, generator, options.grace_s, tell)
         else:
@@ -203,6 +207,9 @@ def answer_until_ended(
         endings.arrived()
         if generator.model_provider.failed is not None:
             return
+        if generator.warming is not None:
+            generator.warming.stop()
+            generator.cut_own()
         log.info("stopping: waiting up to %.0f s for running requests", grace_s)
         if not generator.drain(grace_s):
             log.warning("running requests were cut after %.0f s", grace_s)

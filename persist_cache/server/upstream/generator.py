@@ -30,6 +30,7 @@ from persist_cache.server.upstream.provider import Provider
 from persist_cache.server.upstream.requests import Answers, TicketedRequest, failing_answer
 from persist_cache.server.upstream.unloading import Unloading
 from persist_cache.server.validation import RefusedError
+from persist_cache.server.warming import Warming
 
 _SAVED_S = 10.0
 """How long a request waits for what another one computed to be saved, if memory cannot hold it."""
@@ -45,6 +46,7 @@ class Generator(Unloading):
         self._in_flight = 0
         self.is_ending = False
         self.admin: Admin | None = None
+        self.warming: Warming | None = None
         self.guard: ModelGuard | None = None
         self.prefill_clock = PrefillClock()
         self.line = Line()
@@ -337,6 +339,12 @@ class Generator(Unloading):
         """Requests whose prompts may be computed at present, and may be cut."""
         with self._changed:
             return [] if self._is_distributed else list(self._tickets)
+
+    def cut_own(self) -> None:
+        """End prefills that are for no client, keeping what they have computed."""
+        for ticket in self._running():
+            if ticket.keeps:
+                ticket.underway.cut()
 
     @contextlib.contextmanager
     def in_flight(self) -> Iterator[None]:

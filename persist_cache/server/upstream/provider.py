@@ -12,6 +12,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from mlx.utils import tree_flatten
 from mlx_lm import server as upstream
 from mlx_lm.models.cache import make_prompt_cache
 
@@ -75,6 +76,8 @@ class Provider(upstream.ModelProvider):  # type: ignore[misc]
     """What counts instead; 0 for no limit."""
     asleep: Asleep | None = None
     """What was let go, until a model is loaded."""
+    nbytes = 0
+    """Of the weights that are loaded."""
     loaded_at = 0.0
     """When the loaded model was, by `time.monotonic`."""
     failed: ModelError | MissingDependencyError | None = None
@@ -156,6 +159,7 @@ class Provider(upstream.ModelProvider):  # type: ignore[misc]
             folder = folder_of(model_path) if model_path else None
             if self.context_given is None and folder is not None:
                 self.context = context_tokens(loadable.read_config(folder))
+        self.nbytes = _nbytes(self.model) + _nbytes(self.draft_model)
         self.state_layers = () if self.model is None else state_layers(self.model)
         self.is_trimmable = not self.state_layers
 
@@ -170,6 +174,13 @@ class Provider(upstream.ModelProvider):  # type: ignore[misc]
             self.has_no_spare = True
             log.warning("the tokenizer cannot be copied; requests are tokenized one by one")
             log.debug("why", exc_info=True)
+
+
+def _nbytes(model: Any) -> int:
+    """Of the weights of a model, or of none."""
+    if model is None:
+        return 0
+    return sum(int(one.nbytes) for _, one in tree_flatten(model.parameters()))
 
 
 def _check_draft(model: Any) -> None:

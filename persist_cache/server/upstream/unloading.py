@@ -43,6 +43,16 @@ class Unloading(Prompts):
     """The model that a thread waits for, by its key."""
 
     @property
+    def weights(self) -> str:
+        """Where a model's weights are: `loaded`, `loading`, `unloaded`, or `none` of any model."""
+        provider = self.model_provider
+        if getattr(provider, "is_loading", False):
+            return "loading"
+        if provider.model_key is not None:
+            return "loaded"
+        return "none" if getattr(provider, "asleep", None) is None else "unloaded"
+
+    @property
     def unloads_at(self) -> float | None:
         """When the model goes if nobody asks, by `time.monotonic`; None when it stays."""
         provider = self.model_provider
