@@ -103,6 +103,24 @@ def residence(generator: Any, cache: PromptCache) -> ResidenceJson:
     )
 
 
+def status_line(generator: Any) -> str:
+    """What a server is doing, for people who look at the service."""
+    model = _model(generator)
+    warming = generator.warming
+    if model is None:
+        said = "Ready, no model loaded"
+    elif model.weights == "loading":
+        said = f"Loading {model.name}"
+    elif model.weights == "unloaded":
+        said = f"Idle, {model.name} is unloaded"
+    else:
+        said = f"Ready, {model.name}"
+    if warming is not None and warming.is_running:
+        told = warming.told()
+        said += f"; warming, {told['done']} of {told['total']} prompts done"
+    return said
+
+
 def _model(generator: Any) -> ResidentModelJson | None:
     provider = getattr(generator, "model_provider", None)
     key = getattr(provider, "known_key", None)
