@@ -41,6 +41,8 @@ _COMMANDS = {
     "warm": _Place("Prefill prompts ahead of traffic.", "warm"),
     "explain": _Place("Say how much of a request is cached, and why not more.", "explain"),
     "watch": _Place("Show the requests of a running server as they come.", "watch"),
+    "ps": _Place("Show what a server has in memory, and what it computes.", "ps"),
+    "service": _Place("Have the server run as a service, from login on.", "service"),
     "page": _Place("Print a link to the page of a running server.", "page"),
     "list": _Place("List what is stored, as a table or a tree.", "list"),
     "show": _Place("Show everything about one entry.", "show"),

@@ -29,6 +29,7 @@ from persist_cache.server.guard import API_PATH, METRICS_PATH, PAGE_PATH, Guard,
 from persist_cache.server.model import Models
 from persist_cache.server.page import page_response
 from persist_cache.server.parameters import only, query_of
+from persist_cache.server.residence import residence
 from persist_cache.server.validation import RefusedError
 from persist_cache.server.view import Views, server_json
 
@@ -146,6 +147,9 @@ class Admin:
             case ["requests", id]:
                 only(request, "GET")
                 return self._requests.show(id, request)
+            case ["ps"]:
+                only(request, "GET")
+                return json_response(residence(self._generator, self._cache))
             case ["stats"]:
                 only(request, "GET")
                 return json_response(self._stats())

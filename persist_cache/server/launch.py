@@ -12,6 +12,7 @@ from typing import Any
 from persist_cache.errors import StoreError
 from persist_cache.server.guard import LOOPBACK_ORIGINS
 from persist_cache.server.lengths import NO_LIMIT
+from persist_cache.server.warming import WarmPrompt
 from persist_cache.stability.names import DEFAULTS
 from persist_cache.store.opening import is_impossible
 from persist_cache.store.store import Store, default_store_path
@@ -40,6 +41,9 @@ class ServeOptions:
             configuration says, 0 for no limit.
         stabilize: Names of the repairs that may be done to requests.
         while_locked: End when nobody holds this file locked any more; None to stay.
+        unload_after_s: Seconds without a request after which the model leaves memory, None for
+            never.
+        warm: Prompts to be computed at the start.
     """
 
     store: str | None = None
@@ -57,6 +61,8 @@ class ServeOptions:
     context_tokens: int | None = None
     stabilize: frozenset[str] = DEFAULTS
     while_locked: str | None = None
+    unload_after_s: float | None = None
+    warm: tuple[WarmPrompt, ...] = ()
 
 
 class Parser(argparse.ArgumentParser):

@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import NoReturn
 
 import click
@@ -17,7 +18,8 @@ from persist_cache.server.launch import DEFAULT_GRACE_S, ServeOptions
 from persist_cache.server.names import parse_aliases
 from persist_cache.server.run import serve
 from persist_cache.stability.names import DEFAULTS
-from persist_cache_cli.parse import REPAIRS, SIZE
+from persist_cache_cli.parse import DURATION, REPAIRS, SIZE
+from persist_cache_cli.warm_file import read_warm_file
 
 
 @click.command(
@@ -88,6 +90,18 @@ from persist_cache_cli.parse import REPAIRS, SIZE
     type=click.Path(exists=True, dir_okay=False, resolve_path=True),
     help="End when no process holds an flock on FILE any more.",
 )
+@click.option(
+    "--warm",
+    metavar="FILE.toml",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Prompts to compute at the start, a [[prompt]] each, while requests are answered.",
+)
+@click.option(
+    "--unload-after",
+    type=DURATION,
+    help="Free the model's memory after so long without a request, such as 15m; the next request "
+    "loads it again.",
+)
 @click.option("-h", "--help", "show_help", is_flag=True, help="Show this, and upstream's flags.")
 @click.pass_context
 def command(
@@ -108,6 +122,8 @@ def command(
     stabilize: frozenset[str],
     context_tokens: int | None,
     while_locked: str | None,
+    warm: Path | None,
+    unload_after: float | None,
     show_help: bool,
 ) -> None:
     """Run mlx_lm.server with a prompt cache that survives restarts.
@@ -160,6 +176,8 @@ def command(
         context_tokens=context_tokens,
         stabilize=stabilize,
         while_locked=while_locked,
+        warm=() if warm is None else read_warm_file(warm),
+        unload_after_s=unload_after,
     )
     for handler in list(logging.getLogger().handlers):
         # Upstream sets up logging as its --log-level says, but only where nobody has done so yet.

@@ -132,6 +132,11 @@ class Ring:
 
     # ---- who asks ------------------------------------------------------------------------------
 
+    def underway(self) -> list[tuple[About, Ticket]]:
+        """The requests that are answered now, the oldest first."""
+        with self._changed:
+            return [(one.about, one.ticket) for one in self._underway.values() if not one.outcome]
+
     def latest(self, limit: int, after: int = 0) -> list[Record]:
         """The latest requests that are over, the newest first.
 

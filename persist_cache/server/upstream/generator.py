@@ -25,10 +25,11 @@ from persist_cache.server.recent.ring import Ring
 from persist_cache.server.streaming import SIGN_S
 from persist_cache.server.ticket import Ticket, TicketedCache
 from persist_cache.server.upstream.budget import Budget
-from persist_cache.server.upstream.prompts import Prompts
 from persist_cache.server.upstream.provider import Provider
 from persist_cache.server.upstream.requests import Answers, TicketedRequest, failing_answer
+from persist_cache.server.upstream.unloading import Unloading
 from persist_cache.server.validation import RefusedError
+from persist_cache.server.warming import Warming
 
 if TYPE_CHECKING:
     from persist_cache.server.admin import Admin
@@ -37,7 +38,7 @@ _SAVED_S = 10.0
 """How long a request waits for what another one computed to be saved, if memory cannot hold it."""
 
 
-class Generator(Prompts):
+class Generator(Unloading):
     """Answers requests: as upstream's, which knows nothing of tickets."""
 
     _alone: Alone | None = None
@@ -47,6 +48,7 @@ class Generator(Prompts):
         self._in_flight = 0
         self.is_ending = False
         self.admin: Admin | None = None
+        self.warming: Warming | None = None
         self.guard: ModelGuard | None = None
         self.prefill_clock = PrefillClock()
         self.line = Line()
@@ -164,7 +166,8 @@ class Generator(Prompts):
             return None
 
         def known(wanted: int) -> int:
-            look = functools.partial(self.cache.known_tokens, provider.model_key, prompt.tokens)
+            key = provider.model_key or ticket.model_key  # it may be let go at this moment
+            look = functools.partial(self.cache.known_tokens, key, prompt.tokens)
             give_up = time.monotonic() + _SAVED_S
             while True:
                 is_saving = self.cache.queued_jobs > 0 and time.monotonic() < give_up
@@ -314,10 +317,10 @@ class Generator(Prompts):
 
         What is being computed then is kept, because upstream drops the batch.
         """
-        if self.is_ending and threading.current_thread() is self._generation_thread:
+        if self.is_ending and self._is_generation_thread():
             for ticket in self._running():
                 ticket.underway.keep_now()
-        return self.is_ending
+        return self.is_ending or (self._leaves and self._is_generation_thread())
 
     @_stop.setter
     def _stop(self, value: bool) -> None:
@@ -327,6 +330,9 @@ class Generator(Prompts):
         for ticket in self._running() if value else []:
             ticket.underway.cut()
 
+    def _is_generation_thread(self) -> bool:
+        return threading.current_thread() is self._generation_thread
+
     def _is_busy(self) -> bool:
         """Whether anything is computed: also for clients that are gone."""
         return self._in_flight > 0 or any(one.underway.is_running for one in self._running())
@@ -335,6 +341,12 @@ class Generator(Prompts):
         """Requests whose prompts may be computed at present, and may be cut."""
         with self._changed:
             return [] if self._is_distributed else list(self._tickets)
+
+    def cut_own(self) -> None:
+        """End prefills that are for no client, keeping what they have computed."""
+        for ticket in self._running():
+            if ticket.keeps:
+                ticket.underway.cut()
 
     @contextlib.contextmanager
     def in_flight(self) -> Iterator[None]:
@@ -346,6 +358,7 @@ class Generator(Prompts):
         finally:
             with self._changed:
                 self._in_flight -= 1
+                self._idle_since = time.monotonic()
                 self._changed.notify_all()
 
     def drain(self, grace_s: float) -> bool:
