@@ -729,8 +729,11 @@ def test_completion_names_commands_and_ids(root: Path, ids: dict[str, str]) -> N
         out = script(root, env=env).out
         return [line.partition(",")[2] for line in out.splitlines()]
 
+    with Store.open(root) as store:
+        store.set_label(ids["other"], "the other")
     assert complete("unp") == ["unpin"]
     assert complete(f"show {ids['reply'][:8]}") == [ids["reply"]]
+    assert complete("show the") == ["the agent", "the other"]
 
 
 LIGHT = """

@@ -25,6 +25,7 @@ import click
 
 from persist_cache import PersistCacheError, __version__
 from persist_cache.system import endings
+from persist_cache_cli.calling import ALIASES, check_store, suggestion, with_store
 
 
 class _Place(NamedTuple):
@@ -67,7 +68,7 @@ class LazyGroup(click.Group):
         return list(_COMMANDS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        place = _COMMANDS.get(name)
+        place = _COMMANDS.get(ALIASES.get(name, name))
         if place is None:
             return None
         # None of what an import makes is garbage; to look for some takes a tenth of the time.
@@ -79,11 +80,26 @@ class LazyGroup(click.Group):
             if was_enabled:
                 gc.enable()
         command: click.Command = getattr(module, place.attribute)
-        return command
+        return with_store(command)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in _COMMANDS and name not in ALIASES and not name.startswith("-"):
+            near = suggestion(name, _COMMANDS)
+            ctx.fail(f"No such command {name!r}.{f' Did you mean {near!r}?' if near else ''}")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl([(name, place.help) for name, place in _COMMANDS.items()])
+            also = {name: alias for alias, name in ALIASES.items()}
+            formatter.write_dl(
+                [
+                    (f"{name}, {also[name]}" if name in also else name, place.help)
+                    for name, place in _COMMANDS.items()
+                ]
+            )
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -97,8 +113,7 @@ class LazyGroup(click.Group):
 @click.pass_context
 def cli(ctx: click.Context, store: str | None) -> None:
     """A prompt cache for mlx-lm that survives restarts."""
-    if store == "":
-        raise click.UsageError("--store needs a folder, not an empty name.")
+    check_store(store)
     ctx.obj = store
 
 
@@ -215,8 +230,6 @@ def _fail(sentence: str, status: int) -> int:
 
 
 def _usage_sentence(error: click.UsageError) -> str:
-    if isinstance(error, click.NoSuchOption) and error.option_name == "--store":
-        return "--store goes before the command: persist-cache --store PATH COMMAND."
     message = error.format_message()
     if message[-1:] not in ".?!":
         message += "."

@@ -220,7 +220,7 @@ def parse_json(text: str, option: str, kind: type[T]) -> T:
 
 def _decode(text: str, what: str, kind: type[T]) -> T:
     try:
-        return msgspec.json.decode(text.encode(), type=kind)
+        return msgspec.json.decode(text.encode(errors="surrogateescape"), type=kind)
     except msgspec.ValidationError as error:
         raise click.UsageError(f"{what} has the wrong shape: {error}.") from None
     except msgspec.DecodeError as error:

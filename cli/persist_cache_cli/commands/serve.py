@@ -17,6 +17,7 @@ from persist_cache.server.launch import DEFAULT_GRACE_S, ServeOptions
 from persist_cache.server.names import parse_aliases
 from persist_cache.server.run import serve
 from persist_cache.stability.names import DEFAULTS
+from persist_cache_cli.calling import check_store
 from persist_cache_cli.parse import REPAIRS, SIZE
 
 
@@ -123,8 +124,7 @@ def command(
         click.echo("\nFlags of mlx_lm.server:\n")
         serve(["--help"], ServeOptions())
         return
-    if own_store == "":
-        raise click.UsageError("--store needs a folder, not an empty name.")
+    check_store(own_store)
     for name in ("PERSIST_CACHE_ADMIN_TOKEN", "PERSIST_CACHE_API_KEY"):
         # To click it is as if it were not set, and nothing would be asked for.
         if os.environ.get(name) == "":
