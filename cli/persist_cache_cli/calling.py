@@ -18,6 +18,10 @@ _KIN = {
 """What other programs call it; only suggested, because they may mean something else by it."""
 
 
+class Declined(click.ClickException):
+    """The user was asked, and does not want it: no error, and no success either."""
+
+
 def suggestion(name: str, known: Iterable[str]) -> str:
     """The command that was probably meant by `name`, or ""."""
     from difflib import get_close_matches

@@ -25,7 +25,7 @@ import click
 
 from persist_cache import PersistCacheError, __version__
 from persist_cache.system import endings
-from persist_cache_cli.calling import ALIASES, check_store, suggestion, with_store
+from persist_cache_cli.calling import ALIASES, Declined, check_store, suggestion, with_store
 
 
 class _Place(NamedTuple):
@@ -206,6 +206,9 @@ def _run(arguments: Sequence[str] | None) -> int:
         return 2
     except click.UsageError as error:
         return _fail(_usage_sentence(error), 2)
+    except Declined as error:
+        click.echo(error.format_message(), err=True)
+        return error.exit_code
     except click.ClickException as error:
         return _fail(error.format_message(), error.exit_code)
     except (click.Abort, KeyboardInterrupt):
