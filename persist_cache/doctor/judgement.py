@@ -129,7 +129,9 @@ def _judge_space(
 def judge_model(found: ModelCache) -> list[Finding]:
     """Say what is wrong with storing a model's caches."""
     if found.reason:
-        return [Finding("problem", f"{found.model}: {found.reason.rstrip('.')}.")]
+        reason = found.reason.removeprefix(f"{found.model}: ").rstrip(".")
+        what = "" if found.fingerprint else " cannot be identified"
+        return [Finding("problem", f"The model {found.model!r}{what}: {reason}.")]
     bad = sorted({one.class_name for one in found.layers if one.storage == "unsupported"})
     if bad:
         return [

@@ -17,6 +17,7 @@ from persist_cache.server.launch import DEFAULT_GRACE_S, ServeOptions
 from persist_cache.server.names import parse_aliases
 from persist_cache.server.run import serve
 from persist_cache.stability.names import DEFAULTS
+from persist_cache_cli.blas import advice
 from persist_cache_cli.calling import check_store
 from persist_cache_cli.parse import REPAIRS, SIZE
 
@@ -161,6 +162,8 @@ def command(
         stabilize=stabilize,
         while_locked=while_locked,
     )
+    if slow := advice("serve …"):
+        click.echo(f"Note: {slow}", err=True)
     for handler in list(logging.getLogger().handlers):
         # Upstream sets up logging as its --log-level says, but only where nobody has done so yet.
         logging.getLogger().removeHandler(handler)
