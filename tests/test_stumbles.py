@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -90,7 +91,7 @@ def test_model_that_is_known_and_cannot_be_loaded_is_not_called_unknown() -> Non
 @pytest.fixture
 def plain_linux(monkeypatch: pytest.MonkeyPatch) -> None:
     """A plain install on Linux: MLX's own BLAS, and no other one preloaded."""
-    monkeypatch.setattr(blas.sys, "platform", "linux")
+    monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(blas, "_has_reference_blas", lambda: True)
     monkeypatch.setattr(blas, "_is_preloaded", lambda: False)
 
@@ -122,7 +123,7 @@ def test_nothing_is_told_where_nothing_is_to_be_gained(
     monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     if change == "darwin":
-        monkeypatch.setattr(blas.sys, "platform", "darwin")
+        monkeypatch.setattr(sys, "platform", "darwin")
     else:
         monkeypatch.setattr(blas, change, lambda: change == "_is_preloaded")
 

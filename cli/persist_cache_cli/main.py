@@ -24,6 +24,7 @@ from typing import NamedTuple, NoReturn
 import click
 
 from persist_cache import PersistCacheError, __version__
+from persist_cache.fingerprint.versions import unknown_mlx_lm
 from persist_cache.system import endings
 from persist_cache_cli.calling import ALIASES, Declined, check_store, suggestion, with_store
 
@@ -224,6 +225,12 @@ def _run(arguments: Sequence[str] | None) -> int:
         return 0
     except OSError as error:
         return _fail(_os_sentence(error), 1)
+    except (ImportError, AttributeError, TypeError) as error:
+        # As another version of mlx-lm would have it, whose parts are elsewhere.
+        unknown = unknown_mlx_lm()
+        if not unknown:
+            raise
+        return _fail(f"{unknown}. It failed with {type(error).__name__}: {error}.", 1)
     return status if isinstance(status, int) else 0
 
 
