@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -186,10 +187,16 @@ def test_interrupted_warm_goes_on_where_the_last_step_ended(
     try:
         partial = _wait_for_partial(store, process)
         process.send_signal(how)
-        process.communicate(timeout=60)
+        said = process.communicate(timeout=60)[1].decode()
     finally:
         process.kill()
     assert process.returncode == (130 if how == signal.SIGINT else -9)
+    if how == signal.SIGINT:
+        found = re.search(
+            r": ([\d,]+) of ([\d,]+) tokens are stored; the same command goes on", said
+        )
+        assert found, said
+        assert partial <= int(found[1].replace(",", "")) < int(found[2].replace(",", ""))
     with Store.open(store) as opened:
         assert opened.check(read_data=True) == []
 

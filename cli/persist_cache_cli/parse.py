@@ -161,15 +161,15 @@ class _Repairs(_Type):
 
 
 class _EntryId(_Type):
-    """The beginning of an entry's id; the store decides whether it names just one."""
+    """The beginning of an entry's id, or its label; the store decides whether it names just one."""
 
     name = "id"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> str:
-        prefix = str(value).lower()
-        if not re.fullmatch("[0-9a-f]{1,16}", prefix):
-            self.fail(f"{value!r} is not an entry id: use the hex digits that `list` shows.")
-        return prefix
+        text = str(value)
+        if not text.strip():
+            self.fail("an entry has an id, and may have a label; this is neither.")
+        return text
 
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
@@ -177,15 +177,17 @@ class _EntryId(_Type):
         from click.shell_completion import CompletionItem
 
         from persist_cache.errors import PersistCacheError
-        from persist_cache.queries.ids import find_ids
+        from persist_cache.queries.ids import find_ids, is_id, labels_from
         from persist_cache_cli.store_access import reading
 
         root = ctx.find_root()
-        if incomplete and not re.fullmatch("[0-9a-f]{1,16}", incomplete):
-            return []
         try:
             with reading(root.params.get("store")) as store:
-                found = [] if store is None else find_ids(store, incomplete, limit=100)
+                if store is None:
+                    return []
+                found = labels_from(store, incomplete, limit=100)
+                if not incomplete or is_id(incomplete):
+                    found += find_ids(store, incomplete.lower(), limit=100 - len(found))
         except (PersistCacheError, OSError):
             return []
         return [CompletionItem(one) for one in found]

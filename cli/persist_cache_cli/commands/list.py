@@ -33,7 +33,7 @@ from persist_cache_cli.output import (
     terminal_width,
 )
 from persist_cache_cli.parse import GROUP, TIER
-from persist_cache_cli.store_access import common_options, no_store, reading
+from persist_cache_cli.store_access import NothingFound, common_options, no_store, reading
 
 _ROWS_ON_A_TERMINAL = 100
 _SHOWN_FIELDS = [field for field in Entry.__struct_fields__ if field not in ("prefill_s", "parent")]
@@ -99,13 +99,28 @@ def command(
     if limit is None and not as_json and not quiet and terminal_width() is not None:
         limit = _ROWS_ON_A_TERMINAL
     shown = _first(survey, rows, limit, tree)
+    nothing_matches = not rows and survey.num_entries
     if quiet and not as_json:
         if shown:
             click.echo("\n".join(map(survey.ids.__getitem__, shown)))
-        return
-    if not shown and not as_json:
-        click.echo("Nothing matches." if survey.num_entries else "The store is empty.", err=True)
-        return
+    elif not shown and not as_json and not nothing_matches:
+        click.echo("The store is empty.", err=True)
+    elif shown or as_json:
+        _show(survey, shown, len(rows) - len(shown), names, tree=tree, as_json=as_json)
+    if nothing_matches:
+        raise NothingFound("Nothing matches; `persist-cache list` shows what is stored.")
+
+
+def _show(
+    survey: Survey,
+    shown: list[int],
+    left_out: int,
+    names: Mapping[str, str],
+    *,
+    tree: bool,
+    as_json: bool,
+) -> None:
+    """Print entries, and how many others there are."""
     short = short_entry_ids(survey)
     if as_json:
         entries = survey.entries_at(shown)
@@ -117,8 +132,8 @@ def command(
     else:
         lines = _table(survey, shown, names, short)
     click.echo("\n".join(lines))
-    if len(shown) < len(rows):
-        click.echo(f"… and {len(rows) - len(shown):,} more; --limit 0 shows all.", err=True)
+    if left_out:
+        click.echo(f"… and {left_out:,} more; --limit 0 shows all.", err=True)
 
 
 def _first(survey: Survey, rows: list[int], limit: int | None, tree: bool) -> list[int]:
@@ -166,16 +181,16 @@ def _table(
     texts = {
         Column("id", style="id"): list(map(short.__getitem__, columns["id"])),
         Column("tier"): _each(columns["tier"], lambda tier: tier.label),
-        Column("model", least=16): _each(columns["fingerprint"], model),
+        Column("model", least=12): _each(columns["fingerprint"], model),
         Column("tokens", right=True): _each(columns["num_tokens"], "{:,}".format),
         Column("own", right=True): _each(columns["own_bytes"], format_bytes),
-        Column("shared", right=True, drop=2): _each(columns["shared_bytes"], format_bytes),
-        Column("hits", right=True): _each(columns["hits"], "{:,}".format),
-        Column("saved", right=True, drop=3): _each(columns["saved_s"], saved),
+        Column("shared", right=True, drop=4): _each(columns["shared_bytes"], format_bytes),
+        Column("hits", right=True, drop=3): _each(columns["hits"], "{:,}".format),
+        Column("saved", right=True, drop=5): _each(columns["saved_s"], saved),
         Column("used", right=True): _ages(columns["last_use"], now),
-        Column("age", right=True, drop=5): _ages(columns["created"], now),
-        Column("kept", style="good", drop=1): kept,
-        Column("label", least=10, cut="end", drop=4): _each(columns["label"], printable),
+        Column("age", right=True, drop=7): _ages(columns["created"], now),
+        Column("kept", style="good", drop=2): kept,
+        Column("label", least=10, cut="end", drop=1): _each(columns["label"], printable),
     }
     if any(columns["groups"]):
         texts[Column("group", least=10, cut="end", drop=6)] = _each(columns["groups"], _groups)
@@ -235,12 +250,12 @@ def _tree(survey: Survey, shown: Sequence[Entry], short: Mapping[str, str]) -> l
     columns = [
         Column("entry"),
         Column("tokens", right=True),
-        Column("new", right=True, drop=3),
-        Column("adds", right=True),
-        Column("hits", right=True),
+        Column("new", right=True, drop=5),
+        Column("adds", right=True, drop=4),
+        Column("hits", right=True, drop=3),
         Column("used", right=True),
-        Column("kept", style="good", drop=1),
-        Column("label", least=10, cut="end", drop=2),
+        Column("kept", style="good", drop=2),
+        Column("label", least=10, cut="end", drop=1),
     ]
     rows: list[tuple[str, ...] | str] = []
     for fingerprint, roots in _by_model(children.get(None, [])).items():

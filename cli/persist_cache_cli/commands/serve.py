@@ -18,6 +18,8 @@ from persist_cache.server.launch import DEFAULT_GRACE_S, ServeOptions
 from persist_cache.server.names import parse_aliases
 from persist_cache.server.run import serve
 from persist_cache.stability.names import DEFAULTS
+from persist_cache_cli.blas import advice
+from persist_cache_cli.calling import check_store
 from persist_cache_cli.parse import DURATION, REPAIRS, SIZE
 from persist_cache_cli.warm_file import read_warm_file
 
@@ -139,8 +141,7 @@ def command(
         click.echo("\nFlags of mlx_lm.server:\n")
         serve(["--help"], ServeOptions())
         return
-    if own_store == "":
-        raise click.UsageError("--store needs a folder, not an empty name.")
+    check_store(own_store)
     for name in ("PERSIST_CACHE_ADMIN_TOKEN", "PERSIST_CACHE_API_KEY"):
         # To click it is as if it were not set, and nothing would be asked for.
         if os.environ.get(name) == "":
@@ -179,6 +180,8 @@ def command(
         warm=() if warm is None else read_warm_file(warm),
         unload_after_s=unload_after,
     )
+    if slow := advice("serve …"):
+        click.echo(f"Note: {slow}", err=True)
     for handler in list(logging.getLogger().handlers):
         # Upstream sets up logging as its --log-level says, but only where nobody has done so yet.
         logging.getLogger().removeHandler(handler)
