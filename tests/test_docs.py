@@ -423,9 +423,7 @@ def test_the_program_restores_its_prompt(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_the_program_answers_the_same_with_a_real_model(
-    smollm2: Path, tmp_path: Path
-) -> None:
+def test_the_program_answers_the_same_with_a_real_model(smollm2: Path, tmp_path: Path) -> None:
     assert check_program(smollm2, tmp_path) == ["The capital of France is Paris."]
 
 

@@ -16,11 +16,19 @@ import click
 from persist_cache.entry import TIER_LABELS
 from persist_cache.server.launch import DEFAULT_GRACE_S, ServeOptions
 from persist_cache.server.names import parse_aliases
+from persist_cache.server.privacy import Rules
 from persist_cache.server.run import serve
 from persist_cache.stability.names import DEFAULTS
 from persist_cache_cli.blas import advice
 from persist_cache_cli.calling import check_store
-from persist_cache_cli.parse import DURATION, REPAIRS, SIZE
+from persist_cache_cli.parse import (
+    DURATION,
+    REPAIRS,
+    SIZE,
+    parse_duration,
+    parse_rules,
+    parse_size,
+)
 from persist_cache_cli.warm_file import read_warm_file
 
 
@@ -87,6 +95,37 @@ from persist_cache_cli.warm_file import read_warm_file
     help="Longest prompt and answer together, where the model's configuration is wrong; 0: any.",
 )
 @click.option(
+    "--quota",
+    "quotas",
+    metavar="WHAT=SIZE",
+    multiple=True,
+    help="Disk that each `model` or `salt` may take, or one: model:NAME=4GB, salt:TEXT=1GB. "
+    "`none` ends all quotas.",
+)
+@click.option(
+    "--ttl",
+    metavar="WHAT=TIME",
+    multiple=True,
+    help="How long entries stay after they were stored: a tier, `model`, `salt`, or one of them, "
+    "such as assistant=7d. `none` ends all of it.",
+)
+@click.option(
+    "--no-store-default",
+    is_flag=True,
+    help="Keep nothing of a request unless it says `x-persist-cache: store`.",
+)
+@click.option(
+    "--respect-store",
+    is_flag=True,
+    help="Keep nothing of a request with `store: false`; Codex always sends that.",
+)
+@click.option(
+    "--min-tokens",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Prompts with fewer tokens stay in memory alone.",
+)
+@click.option(
     "--while-locked",
     metavar="FILE",
     type=click.Path(exists=True, dir_okay=False, resolve_path=True),
@@ -123,6 +162,11 @@ def command(
     strict: bool,
     stabilize: frozenset[str],
     context_tokens: int | None,
+    quotas: tuple[str, ...],
+    ttl: tuple[str, ...],
+    no_store_default: bool,
+    respect_store: bool,
+    min_tokens: int,
     while_locked: str | None,
     warm: Path | None,
     unload_after: float | None,
@@ -179,6 +223,9 @@ def command(
         while_locked=while_locked,
         warm=() if warm is None else read_warm_file(warm),
         unload_after_s=unload_after,
+        quotas=parse_rules(quotas, "--quota", parse_size, tiers=False),
+        ttl=parse_rules(ttl, "--ttl", parse_duration, tiers=True),
+        rules=Rules(no_store_default, respect_store, min_tokens),
     )
     if slow := advice("serve …"):
         click.echo(f"Note: {slow}", err=True)

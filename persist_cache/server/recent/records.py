@@ -55,6 +55,7 @@ class Outcome:
         first_token_s: Seconds from its arrival to the first token, or None.
         total_s: Seconds that it took in all.
         repaired: Names of what was changed in it.
+        salt: Digest of its salt: it is compared with requests of the same one alone.
     """
 
     state: State
@@ -66,6 +67,7 @@ class Outcome:
     first_token_s: float | None = None
     total_s: float = 0.0
     repaired: tuple[str, ...] = ()
+    salt: str = ""
 
     @classmethod
     def of(cls, ticket: Ticket, state: State = "done") -> Outcome:
@@ -82,6 +84,7 @@ class Outcome:
             first_token_s=None if first is None else first - times.arrived,
             total_s=time.monotonic() - times.arrived,
             repaired=ticket.repaired,
+            salt=ticket.privacy.salt,
         )
 
 

@@ -198,6 +198,8 @@ class Ring:
         earlier = self._seen(response_id)
         if earlier is None or ticket.prompt is None:
             return None
+        if earlier.outcome.salt != ticket.privacy.salt:
+            return None
         mine = Seen(earlier.about, Outcome.of(ticket), ticket.body)
         return earlier, mine, self._comparer.parting(earlier, mine)
 
@@ -234,7 +236,8 @@ class Ring:
         body = self._chunks.add(cut_body(raw))
         tokens = self._chunks.add(cut_tokens(seen.outcome.tokens))
         with self._changed:
-            known = list(self._records.values())
+            salt = seen.outcome.salt
+            known = [one for one in self._records.values() if one.outcome.salt == salt]
         parted = self._comparer.parted(known, replace(seen, body=raw), body, tokens)
         with self._changed:
             if one.about.id not in self._underway:  # it was closed meanwhile
