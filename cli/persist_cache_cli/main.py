@@ -42,6 +42,7 @@ _COMMANDS = {
     "launch": _Place("Run an agent with a server, which is started if none runs.", "launch"),
     "warm": _Place("Prefill prompts ahead of traffic.", "warm"),
     "explain": _Place("Say how much of a request is cached, and why not more.", "explain"),
+    "top": _Place("Show what the cache of a running server does, kept up to date.", "top"),
     "watch": _Place("Show the requests of a running server as they come.", "watch"),
     "ps": _Place("Show what a server has in memory, and what it computes.", "ps"),
     "service": _Place("Have the server run as a service, from login on.", "service"),

@@ -44,6 +44,7 @@ class ServeOptions:
         quotas: Bytes on disk of models and salts; see `Store.open`. None as last set.
         ttl: Default lifetimes in seconds; see there. None as last set.
         rules: What is kept of requests that do not say.
+        show_text: Whether page and admin API may show prompts as text.
         while_locked: End when nobody holds this file locked any more; None to stay.
         unload_after_s: Seconds without a request after which the model leaves memory, None for
             never.
@@ -64,6 +65,7 @@ class ServeOptions:
     strict: bool = False
     context_tokens: int | None = None
     stabilize: frozenset[str] = DEFAULTS
+    show_text: bool = True
     while_locked: str | None = None
     unload_after_s: float | None = None
     warm: tuple[WarmPrompt, ...] = ()

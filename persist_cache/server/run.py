@@ -143,7 +143,11 @@ def _run(
         from persist_cache.server.admin import Admin  # meanwhile
 
         generator.prefill_clock = prefill_clock
-        generator.admin = Admin(cache, token=token, host=host, generator=generator)
+        generator.admin = Admin(
+            cache, token=token, host=host, generator=generator, texts=options.show_text
+        )
+        if rank == 0:
+            generator.admin.history.disk.start()
         generator.names, generator.strict = names, options.strict
         generator.stabilize, generator.rules = options.stabilize, options.rules
         warming = Warming(options.warm)

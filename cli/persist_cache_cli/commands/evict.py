@@ -344,7 +344,7 @@ def _matching(store: Store, survey: Survey, rows: Sequence[int], text: str) -> l
 
     Models without a tokenizer are skipped with a warning, unless that leaves none.
     """
-    from persist_cache_cli.texts import Decoder
+    from persist_cache.queries.decoder import Decoder
 
     decoders: dict[str, Decoder | None] = {}
     errors: list[PersistCacheError] = []

@@ -126,6 +126,13 @@ from persist_cache_cli.warm_file import read_warm_file
     help="Prompts with fewer tokens stay in memory alone.",
 )
 @click.option(
+    "--text/--no-text",
+    "show_text",
+    default=True,
+    show_default=True,
+    help="Whether the page and the admin API may show prompts.",
+)
+@click.option(
     "--while-locked",
     metavar="FILE",
     type=click.Path(exists=True, dir_okay=False, resolve_path=True),
@@ -167,6 +174,7 @@ def command(
     no_store_default: bool,
     respect_store: bool,
     min_tokens: int,
+    show_text: bool,
     while_locked: str | None,
     warm: Path | None,
     unload_after: float | None,
@@ -220,6 +228,7 @@ def command(
         strict=strict,
         context_tokens=context_tokens,
         stabilize=stabilize,
+        show_text=show_text,
         while_locked=while_locked,
         warm=() if warm is None else read_warm_file(warm),
         unload_after_s=unload_after,
