@@ -69,10 +69,10 @@ def run(root: Path, capfd: pytest.CaptureFixture[str]) -> Run:
         ("pin 0123456789abcdef", 3, "No entry"),
         ("ttl 0123456789abcdef 1d", 3, "No entry"),
         ("label 0123456789abcdef x", 3, "No entry"),
-        ("show xyz", 2, "'xyz' is not an entry id"),
-        ("show 0123456789abcdef0", 2, "not an entry id"),
+        ("show xyz", 3, "No entry has the label 'xyz', and it is no id"),
+        ("show 0123456789abcdef0", 3, "No entry has the label"),
         ("pin", 2, "ID"),
-        ("unpin ''", 2, "not an entry id"),
+        ("unpin ''", 2, "this is neither"),
         ("show", 2, "ID"),
         ("ttl {id}", 2, "Missing argument"),
         ("ttl {id} soon", 2, "'soon' is not a length of time"),
@@ -87,8 +87,11 @@ def run(root: Path, capfd: pytest.CaptureFixture[str]) -> Run:
         ("list --limit many", 2, "--limit"),
         ("list --nonsense", 2, "--nonsense"),
         ("list extra", 2, "extra"),
-        ("lst", 2, "No such command 'lst'"),
-        ("list --store elsewhere", 2, "--store goes before the command"),
+        ("lst", 2, "No such command 'lst'. Did you mean 'list'?"),
+        ("delete {id}", 2, "Did you mean 'evict'?"),
+        ("Evict", 2, "Did you mean 'evict'?"),
+        ("frobnicate", 2, "No such command 'frobnicate'. See"),
+        ("list --store=", 2, "--store needs a folder"),
         ("evict", 2, "Say which entries"),
         ("evict --all --tier user", 2, "--all goes with no other"),
         ("evict --tier boss --yes", 2, "'system'"),
@@ -474,3 +477,8 @@ def test_profiler_can_write_what_it_found(root: Path, tmp_path: Path) -> None:
     )
 
     assert found.stat().st_size > 0
+
+
+def test_an_option_without_its_value_points_to_the_help_of_its_command(run: Run) -> None:
+    for words in (("evict", "--group"), ("list", "--tier"), ("ttl", "3fa2b1", "--group")):
+        assert run(*words).err.endswith(f" See `persist-cache {words[0]} --help`.\n"), words

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -111,6 +112,20 @@ def test_warming_again_computes_nothing_and_sets_the_marks(model: Path, store: P
     assert entry.expires == pytest.approx(time.time() + 7 * 86400, abs=600)
 
 
+def test_what_is_warmed_belongs_to_a_group_with_all_that_it_begins_with(
+    model: Path, store: Path, tmp_path: Path
+) -> None:
+    chat = request(tmp_path / "chat.json", "Hello!")
+    words = ("warm", "--model", model, "--messages", chat, "--group")
+
+    for group in ("team", "other"):
+        assert prepared_script(store, *words, group).status == 0
+        with Store.open(store) as opened:
+            found = {entry.tier.label: entry.groups for entry in opened.entries()}
+        wanted = ("team", "other")[: 1 + (group == "other")]
+        assert found == {"system": wanted, "user": wanted}
+
+
 def test_check_reports_and_changes_nothing(model: Path, store: Path) -> None:
     missing = prepared_script(store, "warm", "--model", model, "--system", SYSTEM, "--check")
     prepared_script(store, "warm", "--model", model, "--system", SYSTEM)
@@ -159,7 +174,9 @@ def test_manifest_warms_several_prompts(model: Path, store: Path, tmp_path: Path
         assert {entry.label for entry in opened.entries()} == {"one", ""}
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "how", [pytest.param(signal.SIGINT, marks=pytest.mark.long), signal.SIGKILL]
+)
 def test_interrupted_warm_goes_on_where_the_last_step_ended(
     model: Path, store: Path, how: signal.Signals
 ) -> None:
@@ -170,10 +187,16 @@ def test_interrupted_warm_goes_on_where_the_last_step_ended(
     try:
         partial = _wait_for_partial(store, process)
         process.send_signal(how)
-        process.communicate(timeout=60)
+        said = process.communicate(timeout=60)[1].decode()
     finally:
         process.kill()
     assert process.returncode == (130 if how == signal.SIGINT else -9)
+    if how == signal.SIGINT:
+        found = re.search(
+            r": ([\d,]+) of ([\d,]+) tokens are stored; the same command goes on", said
+        )
+        assert found, said
+        assert partial <= int(found[1].replace(",", "")) < int(found[2].replace(",", ""))
     with Store.open(store) as opened:
         assert opened.check(read_data=True) == []
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -360,6 +361,24 @@ def test_a_server_is_started_shared_and_ends_with_its_last_client(
     until(lambda: not list(stub.temporary.iterdir()))
 
 
+def test_launches_at_once_share_one_server(model: Path, tmp_path: Path, stub: Stub) -> None:
+    store = tmp_path / "store"
+    words = ("--model", model)
+    clients = [stub.waiting(store, name, *words, said=name) for name in ("codex", "opencode")]
+    with contextlib.ExitStack() as both:
+        for client in clients:
+            both.push(client)
+        with ThreadPoolExecutor() as threads:
+            list(threads.map(lambda client: client.__enter__(), clients))
+
+        (serving,) = running_servers(store)
+        url = serving.url.removesuffix("/cache")
+        assert f"{url}/v1" in json.dumps(stub.told("codex")["arguments"])
+        assert f"{url}/v1" in json.dumps(stub.told("opencode")["environment"])
+    until(lambda: not _lives(serving.pid))
+    until(lambda: not list(stub.temporary.iterdir()))
+
+
 def _lives(pid: int) -> bool:
     """Whether a process does more than wait for its parent to take note of its end."""
     said = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
@@ -489,6 +508,17 @@ def test_a_variable_of_opencode_that_cannot_be_added_to_is_said(
     more = {"OPENCODE_CONFIG_CONTENT": "{ // a comment", "PERSIST_CACHE_API_KEY": KEY}
 
     refused(stub.launch(server.store, "opencode", **more), "OPENCODE_CONFIG_CONTENT is set")
+
+
+def test_what_cannot_be_added_to_is_said_before_a_server_is_started(
+    tmp_path: Path, stub: Stub
+) -> None:
+    words = ("opencode", "--model", tmp_path / "none")
+
+    done = stub.launch(tmp_path / "store", *words, OPENCODE_CONFIG_CONTENT="[")
+
+    refused(done, "OPENCODE_CONFIG_CONTENT is set")
+    assert "Starting" not in done.err
 
 
 def test_what_runs_is_found_by_the_models_other_names(

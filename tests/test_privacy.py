@@ -145,9 +145,7 @@ def test_a_private_look_leaves_memory_and_store_as_they_are(store: Store) -> Non
         origin = Origin(keeps_nothing=True)
 
         held, rest, fetch = cache.look_up("m", [1, 2, 3, 4, 5, 6], origin=origin)
-        cache.insert_cache(
-            "m", [1, 2, 3, 4, 5, 6], [FakeLayer([1, 2, 3, 4, 5, 6])], origin=origin
-        )
+        cache.insert_cache("m", [1, 2, 3, 4, 5, 6], [FakeLayer([1, 2, 3, 4, 5, 6])], origin=origin)
         cache.flush()
 
         assert held is not None and (len(rest), fetch.num_tokens) == (2, 4)

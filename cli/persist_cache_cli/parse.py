@@ -100,6 +100,21 @@ def parse_repairs(text: str) -> frozenset[str]:
         raise click.BadParameter(str(error)) from None
 
 
+def parse_group(text: str) -> str:
+    """Check the name of a group.
+
+    Raises:
+        click.BadParameter: It can be none.
+    """
+    try:
+        check_group(text)
+    except ValueError as error:
+        raise click.BadParameter(f"{error}.") from None
+    if not text:
+        raise click.BadParameter("an empty name is that of no group.")
+    return text
+
+
 def parse_rules(
     given: Sequence[str], option: str, parse: Callable[[str], float], *, tiers: bool
 ) -> dict[str, int] | None:
@@ -180,13 +195,7 @@ class _Group(_Type):
     name = "key"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> str:
-        try:
-            check_group(value)
-        except ValueError as error:
-            self.fail(f"{error}.")
-        if not value:
-            self.fail("an empty name is that of no group.")
-        return str(value)
+        return parse_group(value)
 
 
 class _Repairs(_Type):
@@ -197,15 +206,15 @@ class _Repairs(_Type):
 
 
 class _EntryId(_Type):
-    """The beginning of an entry's id; the store decides whether it names just one."""
+    """The beginning of an entry's id, or its label; the store decides whether it names just one."""
 
     name = "id"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> str:
-        prefix = str(value).lower()
-        if not re.fullmatch("[0-9a-f]{1,16}", prefix):
-            self.fail(f"{value!r} is not an entry id: use the hex digits that `list` shows.")
-        return prefix
+        text = str(value)
+        if not text.strip():
+            self.fail("an entry has an id, and may have a label; this is neither.")
+        return text
 
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
@@ -213,15 +222,17 @@ class _EntryId(_Type):
         from click.shell_completion import CompletionItem
 
         from persist_cache.errors import PersistCacheError
-        from persist_cache.queries.ids import find_ids
+        from persist_cache.queries.ids import find_ids, is_id, labels_from
         from persist_cache_cli.store_access import reading
 
         root = ctx.find_root()
-        if incomplete and not re.fullmatch("[0-9a-f]{1,16}", incomplete):
-            return []
         try:
             with reading(root.params.get("store")) as store:
-                found = [] if store is None else find_ids(store, incomplete, limit=100)
+                if store is None:
+                    return []
+                found = labels_from(store, incomplete, limit=100)
+                if not incomplete or is_id(incomplete):
+                    found += find_ids(store, incomplete.lower(), limit=100 - len(found))
         except (PersistCacheError, OSError):
             return []
         return [CompletionItem(one) for one in found]

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from persist_cache import Store, Tier
-from persist_cache.entry import Match
+from persist_cache.entry import NO_GROUP, Match
 from persist_cache.errors import ModelError, PersistCacheError
 from persist_cache.fingerprint.identifier import Identifier
 from persist_cache.fingerprint.loads import Unidentified
@@ -21,9 +21,13 @@ from persist_cache.prefill.loading import load_model
 from persist_cache.queries.schema import WarmJson
 from persist_cache.server.rendering import Prompt, PromptRequest
 from persist_cache.warm import Warmed, warm
+from persist_cache_cli.blas import advice
 from persist_cache_cli.output import format_bytes
 from persist_cache_cli.progress import bar
 from persist_cache_cli.prompts import ModelChoice, Template
+
+Progress = Callable[[int], None]
+"""Takes the tokens that are done so far."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,7 @@ class Job:
     Attributes:
         whole: Store all of the conversation, not just its system part.
         ttl_s: Seconds until it expires, or None.
+        group: That it, and what it begins with, is to belong to; `NO_GROUP` for none.
         tokens: What is to be stored, where that is not what the request says.
     """
 
@@ -45,6 +50,7 @@ class Job:
     ttl_s: float | None
     label: str
     tokens: Sequence[int] | None = None
+    group: str = NO_GROUP
 
 
 class Run:
@@ -56,6 +62,7 @@ class Run:
         self._quiet = quiet
         self._tokenizers: dict[tuple[str, str | None, bool], Any] = {}
         self._model: tuple[ModelChoice, Any, Identifier] | None = None
+        self._advised = False
 
     def check(self, job: Job) -> WarmJson:
         """Report what is there, changing nothing."""
@@ -80,18 +87,21 @@ class Run:
         if isinstance(fingerprint, Unidentified):
             # A hub id that is not on this machine yet is fetched by loading it.
             model, fingerprint = self._load(job)
-        entry = self._stored_entry(fingerprint, tokens)
-        if entry is None and model is None:
+        way = self._stored(fingerprint, tokens)
+        if not way and model is None:
             # The files may have been replaced since: what is computed belongs to what was loaded.
             model, loaded = self._load(job)
             if loaded != fingerprint:
                 fingerprint = loaded
-                entry = self._stored_entry(fingerprint, tokens)
-        if entry is not None:
-            self._mark(entry, job, expires)
+                way = self._stored(fingerprint, tokens)
+        if way:
+            self._mark(way, job, expires)
             self._say(f"{name_of(job)}: all {len(tokens):,} tokens were stored already.")
-            return _report(job, (entry,), len(tokens), len(tokens), 0)
-        with self._progress(job, len(tokens)) as progress:
+            return _report(job, way, len(tokens), len(tokens), 0)
+        with (
+            self._progress(job, len(tokens)) as progress,
+            _told_if_interrupted(job, tokens) as note,
+        ):
             done = warm(
                 self._store,
                 fingerprint,
@@ -101,11 +111,12 @@ class Run:
                 label=job.label,
                 pinned=job.pin,
                 expires=expires,
+                group=job.group,
                 system_tokens=prompt.system_tokens,
                 cuts=prompt.cuts,
                 step_tokens=self._step_tokens,
                 quantize=job.choice.quantize,
-                progress=progress,
+                progress=note(progress),
             )
         self._say(_sentence(job, done))
         entries = () if done.entry is None else (done.entry,)
@@ -126,23 +137,27 @@ class Run:
         found = identifier.look_up(choice.key)
         return found if isinstance(found, Unidentified) else found.salted(job.request.salt)
 
-    def _stored_entry(self, fingerprint: Fingerprint, tokens: list[int]) -> str | None:
-        """The entry that ends exactly here, if there is one."""
+    def _stored(self, fingerprint: Fingerprint, tokens: list[int]) -> tuple[str, ...]:
+        """The entry that ends exactly here, behind those on the way to it; none without it."""
         match = self._store.match(fingerprint, tokens)
         if match.num_tokens == len(tokens) and match.entries:
             entry = self._store.get(match.entries[-1])
             if entry.num_tokens == len(tokens):
-                return entry.id
-        return None
+                return match.entries
+        return ()
 
-    def _mark(self, entry: str, job: Job, expires: float | None) -> None:
-        """Give a stored entry the marks that were asked for."""
+    def _mark(self, way: Sequence[str], job: Job, expires: float | None) -> None:
+        """Give a stored entry, which ends this way, the marks that were asked for."""
+        entry = way[-1]
         if job.pin:
             self._store.pin(entry)
         if job.label:
             self._store.set_label(entry, job.label)
         if expires is not None:
             self._store.expire_at(entry, expires)
+        if job.group != NO_GROUP:
+            for one in way:
+                self._store.set_group(one, job.group)
 
     def _tokens(self, job: Job) -> tuple[list[int], Prompt]:
         """What to store of a prompt, and all of it."""
@@ -170,6 +185,9 @@ class Run:
         if self._model is None or self._model[0] != choice:
             self._model = None  # free the old one before the new one is loaded
             self._say(f"Loading {choice.model} …")
+            if not self._quiet and not self._advised and (slow := advice("warm …")):
+                click.echo(f"Note: {slow}", err=True)
+            self._advised = True
             identifier = choice.identifier()
             model, _ = load_model(choice.model, choice.adapter_path, identifier=identifier)
             self._model = (choice, model, identifier)
@@ -179,13 +197,46 @@ class Run:
         return self._model[1], fingerprint.salted(job.request.salt)
 
     @contextlib.contextmanager
-    def _progress(self, job: Job, total: int) -> Iterator[Callable[[int], None] | None]:
+    def _progress(self, job: Job, total: int) -> Iterator[Progress | None]:
         with bar(name_of(job), silent=self._quiet, unit="tokens", total=total) as draw:
             yield None if draw is None else lambda done: draw(done, total)
 
     def _say(self, text: str) -> None:
         if not self._quiet:
             click.echo(text)
+
+
+@contextlib.contextmanager
+def _told_if_interrupted(
+    job: Job, tokens: Sequence[int]
+) -> Iterator[Callable[[Progress | None], Progress]]:
+    """Say what was kept when a signal ends the prefill within.
+
+    Yields:
+        What makes a report of progress one that is noted.
+    """
+    kept = 0
+
+    def noting(progress: Progress | None) -> Progress:
+        def note(done: int) -> None:
+            nonlocal kept
+            kept = done
+            if progress is not None:
+                progress(done)
+
+        return note
+
+    try:
+        yield noting
+    except Exception:
+        raise
+    except BaseException:  # a signal
+        click.echo(
+            f"{name_of(job)}: {kept:,} of {len(tokens):,} tokens are stored; the same command "
+            "goes on from there.",
+            err=True,
+        )
+        raise
 
 
 def _unidentified(choice: ModelChoice, reason: str) -> ModelError:

@@ -575,6 +575,14 @@ class PromptCache:
         """
         return self._saver.flush(timeout_s)
 
+    def unload(self) -> int:
+        """Let go of all caches in memory but those that are to be on the disk and are not yet.
+
+        Returns:
+            How many are left.
+        """
+        return self._saver.unload()
+
     def close(self, timeout_s: float | None = None) -> None:
         """Save what is not on disk yet, and end the writer thread. Further calls do nothing.
 

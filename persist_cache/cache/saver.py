@@ -269,6 +269,17 @@ class Saver:
         self._flush_uses(left())
         return done
 
+    def unload(self) -> int:
+        """Let go of what memory need not keep; returns how many caches wait for the disk."""
+        is_late = self._late is not None and self._store is None and not self._closed
+        with self._lock:
+            if self.queue()[0]:
+                return len(self._resident)  # a save may fail, and has to be tried again
+            for held in self._resident.held():
+                if not (held.wanted or (is_late and held.tier in self._persist)):
+                    self._resident.remove(held)
+            return len(self._resident)
+
     def close(self, timeout_s: float | None = None) -> None:
         """Save what is not on disk yet, and end the writer thread. Further calls do nothing.
 

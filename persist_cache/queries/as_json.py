@@ -91,13 +91,12 @@ def details_json(details: Details, short: str, *, text: Text = UNSET) -> Details
     """
     model = details.model
     return DetailsJson(
-        **asdict(entry_json(details.entry, model, short)),
+        **asdict(msgspec.structs.replace(entry_json(details.entry, model, short), text=text)),
         children=details.children,
         runs=details.runs,
         checkpoint=details.checkpoint,
         identity=IdentityJson(fields=dict(model.fields), info=dict(model.info)),
         layout=as_json_object(details.layout),
-        text=text,
     )
 
 

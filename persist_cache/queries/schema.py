@@ -41,6 +41,8 @@ class EntryJson(Struct, frozen=True, kw_only=True):
             for that.
         group: That uses it, or ""; the first one of several.
         groups: All of them, where there are several, or others use it that are of none.
+        text: How its own part begins, on one line, where that was asked for; null where it cannot
+            be decoded.
     """
 
     id: str
@@ -63,6 +65,7 @@ class EntryJson(Struct, frozen=True, kw_only=True):
     keep_s: int | UnsetType = UNSET
     group: str = ""
     groups: Sequence[str] | UnsetType = UNSET
+    text: Text = UNSET
 
 
 class IdentityJson(Struct, frozen=True, kw_only=True):
@@ -89,7 +92,6 @@ class DetailsJson(EntryJson, frozen=True, kw_only=True):
     checkpoint: RunDetails | None
     identity: IdentityJson
     layout: object
-    text: Text = UNSET
 
 
 class MarkJson(Struct, frozen=True, kw_only=True):

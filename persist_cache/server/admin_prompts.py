@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -14,7 +16,7 @@ from persist_cache.entry import Entry
 from persist_cache.fingerprint.value import Fingerprint, salt_digest
 from persist_cache.queries.as_json import explanation_json
 from persist_cache.queries.explain import explain, with_memory
-from persist_cache.queries.schema import WarmJson
+from persist_cache.queries.schema import ExplanationJson, WarmJson
 from persist_cache.server.admin_changes import checked_label, checked_ttl
 from persist_cache.server.answers import Response, json_response
 from persist_cache.server.guard import Request
@@ -26,6 +28,7 @@ from persist_cache.server.protocols.caching import (
     GROUP,
     OPTIONS,
     SALT,
+    checked_group,
     no_store_of,
     read_caching,
     salt_of,
@@ -36,9 +39,10 @@ from persist_cache.server.protocols.recognized import (
     MESSAGES,
     PROTOCOLS,
     RESPONSES,
+    protocol_at,
     protocol_of,
 )
-from persist_cache.server.rendering import read_request, system_only
+from persist_cache.server.rendering import head_of, read_request, system_only
 from persist_cache.server.stabilizing import chosen_by
 from persist_cache.server.ticket import Part
 from persist_cache.server.validation import RefusedError, check_names, check_prompt, decode_object
@@ -74,13 +78,13 @@ class Marks(msgspec.Struct, forbid_unknown_fields=True):
         except msgspec.ValidationError:
             raise RefusedError(
                 400,
-                "cache must be an object with pin (true or false), label (text), ttl_s, group "
-                "(text).",
+                "cache must be an object with pin (true or false), label (text), ttl_s "
+                "(seconds), group (text).",
             ) from None
         checked_label(marks.label)
         if marks.ttl_s is not None:
             checked_ttl(marks.ttl_s)
-        read_caching({GROUP: marks.group})
+        checked_group(marks.group, "cache.group")
         return marks
 
     def apply(self, store: Store, entry: str) -> None:
@@ -94,9 +98,22 @@ class Marks(msgspec.Struct, forbid_unknown_fields=True):
             store.set_group(entry, self.group)
 
 
+_NOT_SHOWN = "(not shown: --no-text)"
+
 Ask = Callable[[dict[str, Any], Part, str], tuple[int, dict[str, Any]]]
 """Answers a request of a protocol as if it had come from outside, and keeps that part: status and
 answer."""
+
+
+def _without_texts(said: ExplanationJson) -> ExplanationJson:
+    """An explanation that quotes nothing of what is stored."""
+    parting = said.divergence
+    if parting is None:
+        return said
+    hidden = msgspec.structs.replace(
+        parting, before_text=_NOT_SHOWN, stored_text=_NOT_SHOWN, stored_tokens=()
+    )
+    return msgspec.structs.replace(said, divergence=hidden)
 
 
 def _read(request: Request) -> tuple[dict[str, Any], str]:
@@ -123,8 +140,11 @@ def _cached_tokens(usage: Mapping[str, Any]) -> int:
 class Prompts:
     """Answers that need the model. Thread safety: may be asked by many threads at once."""
 
-    def __init__(self, cache: PromptCache, views: Views, models: Models) -> None:
+    def __init__(
+        self, cache: PromptCache, views: Views, models: Models, *, texts: bool = True
+    ) -> None:
         self._cache = cache
+        self._texts = texts
         self._views = views
         self._models = models
 
@@ -152,7 +172,36 @@ class Prompts:
             ignored=prompt.ignored,
             marks=prompt.marks,
         )
-        return json_response(said)
+        return json_response(said if self._texts else _without_texts(said))
+
+    def warm_again(self, request: Request, path: str, raw: bytes, ask: Ask | None) -> Response:
+        """Warm the prompt of a request that was answered, or its system part alone.
+
+        Args:
+            request: With what is to be said about the entry: `cache`, and `part`.
+            path: That the earlier one was sent to.
+            raw: The body of that.
+            ask: Runs a request.
+        """
+        query_of(request, set())
+        said = decode_object(request.body) if request.body else {}
+        if not said.keys() <= {"cache", "part"}:
+            raise RefusedError(400, "The body may have cache and part, and nothing else.")
+        part = said.get("part", "prompt")
+        if part not in ("prompt", "system"):
+            raise RefusedError(400, "part must be prompt or system.")
+        body = decode_object(raw)
+        protocol = protocol_at(path) or protocol_of(body)
+        if part == "system":
+            body = head_of(body, protocol)
+        body["cache"] = said.get("cache")
+        body.pop("stream", None)
+        again = replace(
+            request,
+            target=f"{request.path}?protocol={protocol}",
+            body=json.dumps(body).encode(),
+        )
+        return self.warm(again, ask)
 
     def warm(self, request: Request, ask: Ask | None) -> Response:
         body, protocol = _read(request)

@@ -212,7 +212,7 @@ class Front(BaseHTTPRequestHandler):
     def _context_of(self, name: str) -> dict[str, int]:
         """How long prompt and answer may be, if that is known: of the model that is loaded."""
         provider = self.response_generator.model_provider
-        if not provider.context or self._names().key(name) != provider.model_key:
+        if not provider.context or self._names().key(name) != provider.known_key:
             return {}
         return {"max_model_len": provider.context}
 
@@ -277,6 +277,9 @@ class Front(BaseHTTPRequestHandler):
         """Token ids of the model that will answer, if it is the one that is loaded."""
         provider = self.response_generator.model_provider
         key, tokenizer = provider.model_key, provider.tokenizer
+        asleep = getattr(provider, "asleep", None)
+        if asleep is not None and self._names().of(body) == asleep.key:
+            return int(asleep.vocabulary)
         if key is None or tokenizer is None or self._names().of(body) != key:
             return None
         return len(tokenizer)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import logging
 import os
 import signal
@@ -25,7 +26,6 @@ from persist_cache.errors import (
 from persist_cache.fingerprint.identifier import Identifier
 from persist_cache.prefill.clock import PrefillClock
 from persist_cache.server import quiet
-from persist_cache.server.admin import Admin
 from persist_cache.server.admin_token import AdminToken
 from persist_cache.server.discovery import Serving, announced
 from persist_cache.server.guard import (
@@ -37,11 +37,14 @@ from persist_cache.server.guard import (
 from persist_cache.server.launch import Parser, ServeOptions, open_disk, start_line
 from persist_cache.server.listening import NamelessServer
 from persist_cache.server.names import names_of, public_name
-from persist_cache.server.needed import when_free
+from persist_cache.server.needed import is_held, when_free
+from persist_cache.server.residence import status_line
 from persist_cache.server.upstream.generator import Generator
 from persist_cache.server.upstream.program import listen, main, place_in_group
+from persist_cache.server.warming import Warming
 from persist_cache.store.store import Store, default_store_path
 from persist_cache.system import endings
+from persist_cache.system.notify import Notifier
 
 log = logging.getLogger(__name__)
 LEAST_SAVE_S = 3.0
@@ -61,7 +64,8 @@ def serve(upstream_args: Sequence[str], options: ServeOptions) -> None:
         options: What is not in it.
 
     Raises:
-        PersistCacheError: The port is taken, or the model, or that of an alias, cannot be loaded.
+        PersistCacheError: The port is taken, or the model, or that of an alias, cannot be loaded,
+            or nobody holds the file of `while_locked`.
     """
 
     clock = PrefillClock()
@@ -76,13 +80,19 @@ def serve(upstream_args: Sequence[str], options: ServeOptions) -> None:
 def _run(
     host: str, port: int, provider: Any, options: ServeOptions, prefill_clock: PrefillClock
 ) -> None:
-    args = provider.cli_args
+    args, manager = provider.cli_args, Notifier.of()
     quiet.install()
     rank, ranks = place_in_group()
     alone = ranks == 1
     if rank == 0:
         # Before anything is loaded: threads of MLX that are cut short abort the process.
         _try_to_bind(host, port)
+    if options.while_locked is not None and not is_held(Path(options.while_locked)):
+        raise PersistCacheError(
+            f"No process holds {options.while_locked} locked, so nobody needs this server; take "
+            "the lock before it starts, as `flock -s FILE COMMAND` does, or leave out "
+            "--while-locked."
+        )
     identifier = Identifier(
         kv_bits=args.kv_bits,
         kv_group_size=args.kv_group_size,
@@ -127,13 +137,33 @@ def _run(
             signal.signal(signal.SIGINT, _interrupt_again)
         if options.while_locked is not None:
             when_free(Path(options.while_locked), lambda: os.kill(os.getpid(), signal.SIGTERM))
+        # Modules stay for good: no search for garbage, in which no thread runs, need visit them.
+        gc.freeze()
         generator = Generator(provider, cache)  # which begins to load, and may say that it failed
+        from persist_cache.server.admin import Admin  # meanwhile
+
         generator.prefill_clock = prefill_clock
-        generator.admin = Admin(cache, token=token, host=host, generator=generator)
+        generator.admin = Admin(
+            cache, token=token, host=host, generator=generator, texts=options.show_text
+        )
+        if rank == 0:
+            generator.admin.history.disk.start()
         generator.names, generator.strict = names, options.strict
         generator.stabilize, generator.rules = options.stabilize, options.rules
+        warming = Warming(options.warm)
+        generator.warming = warming
+        if alone:
+            generator.unload_after_s = options.unload_after_s
+        elif options.unload_after_s is not None:
+            log.warning("--unload-after does nothing: several ranks share one model")
         generator.guard = ModelGuard(args.allowed_origins, options.api_key)
         if rank == 0:
+
+            def stopping() -> None:
+                manager.stopping()
+                warming.stop()
+                generator.cut_own()
+
             with contextlib.ExitStack() as told:
 
                 def tell(bound_port: int) -> None:
@@ -142,8 +172,13 @@ def _run(
                             host, bound_port, folder, token, args.model, options.while_locked or ""
                         )
                     )
+                    warming.start(page_url(host, bound_port), token())
+                    manager.say(READY=1)
+                    manager.keep_saying(
+                        lambda: status_line(generator), lambda: bool(generator.is_healthy)
+                    )
 
-                answer_until_ended(host, port, generator, options.grace_s, tell)
+                answer_until_ended(host, port, generator, options.grace_s, tell, stopping)
         else:
             generator.join()
     except KeyboardInterrupt:
@@ -151,6 +186,7 @@ def _run(
             raise
     finally:
         endings.arrived()
+        manager.stopping()
         _close(cache, store, _stopped or time.monotonic(), options.grace_s)
     if provider.failed is not None:
         raise provider.failed
@@ -187,9 +223,26 @@ def _close(cache: PromptCache, store: Store | None, stopped: float, grace_s: flo
 
 
 def answer_until_ended(
-    host: str, port: int, generator: Generator, grace_s: float, tell: Callable[[int], None]
+    host: str,
+    port: int,
+    generator: Generator,
+    grace_s: float,
+    tell: Callable[[int], None],
+    stopping: Callable[[], None] = lambda: None,
 ) -> None:
-    """Answer requests until the process is to end; `tell` is called once somebody can ask."""
+    """Answer requests until the process is to end.
+
+    Args:
+        host: To listen on.
+        port: To listen on.
+        generator: Answers.
+        grace_s: What running requests get to end.
+        tell: Called once somebody can ask, with the port.
+        stopping: Called when the end begins.
+
+    Raises:
+        PersistCacheError: It cannot listen.
+    """
     stop = generator.stop_and_join
 
     class Listening(NamelessServer):
@@ -201,6 +254,7 @@ def answer_until_ended(
         endings.arrived()
         if generator.model_provider.failed is not None:
             return
+        stopping()
         log.info("stopping: waiting up to %.0f s for running requests", grace_s)
         if not generator.drain(grace_s):
             log.warning("running requests were cut after %.0f s", grace_s)

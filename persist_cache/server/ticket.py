@@ -219,12 +219,14 @@ class Ticket:
         """How many of the tokens that were not found are on their way to the disk.
 
         A prompt that follows a reply takes the rows of that along, which were found. They are
-        counted where something was computed for them, or nowhere.
+        counted where something that is kept was computed for them, or nowhere.
         """
         if self.prompt is None or self.fetch is None:
             return 0
-        computed = len(self.prompt.tokens) - self.fetch.num_tokens
-        return min(self.origin.written_tokens, computed)
+        kept = len(self.prompt.tokens)
+        if self.keep_tokens is not None:
+            kept = min(kept, self.keep_tokens)
+        return min(self.origin.written_tokens, max(0, kept - self.fetch.num_tokens))
 
     @property
     def is_over(self) -> bool:

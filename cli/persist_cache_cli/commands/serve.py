@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import NoReturn
 
 import click
@@ -18,7 +19,17 @@ from persist_cache.server.names import parse_aliases
 from persist_cache.server.privacy import Rules
 from persist_cache.server.run import serve
 from persist_cache.stability.names import DEFAULTS
-from persist_cache_cli.parse import REPAIRS, SIZE, parse_duration, parse_rules, parse_size
+from persist_cache_cli.blas import advice
+from persist_cache_cli.calling import check_store
+from persist_cache_cli.parse import (
+    DURATION,
+    REPAIRS,
+    SIZE,
+    parse_duration,
+    parse_rules,
+    parse_size,
+)
+from persist_cache_cli.warm_file import read_warm_file
 
 
 @click.command(
@@ -115,10 +126,29 @@ from persist_cache_cli.parse import REPAIRS, SIZE, parse_duration, parse_rules, 
     help="Prompts with fewer tokens stay in memory alone.",
 )
 @click.option(
+    "--text/--no-text",
+    "show_text",
+    default=True,
+    show_default=True,
+    help="Whether the page and the admin API may show prompts.",
+)
+@click.option(
     "--while-locked",
     metavar="FILE",
     type=click.Path(exists=True, dir_okay=False, resolve_path=True),
     help="End when no process holds an flock on FILE any more.",
+)
+@click.option(
+    "--warm",
+    metavar="FILE.toml",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Prompts to compute at the start, a [[prompt]] each, while requests are answered.",
+)
+@click.option(
+    "--unload-after",
+    type=DURATION,
+    help="Free the model's memory after so long without a request, such as 15m; the next request "
+    "loads it again.",
 )
 @click.option("-h", "--help", "show_help", is_flag=True, help="Show this, and upstream's flags.")
 @click.pass_context
@@ -144,7 +174,10 @@ def command(
     no_store_default: bool,
     respect_store: bool,
     min_tokens: int,
+    show_text: bool,
     while_locked: str | None,
+    warm: Path | None,
+    unload_after: float | None,
     show_help: bool,
 ) -> None:
     """Run mlx_lm.server with a prompt cache that survives restarts.
@@ -160,8 +193,7 @@ def command(
         click.echo("\nFlags of mlx_lm.server:\n")
         serve(["--help"], ServeOptions())
         return
-    if own_store == "":
-        raise click.UsageError("--store needs a folder, not an empty name.")
+    check_store(own_store)
     for name in ("PERSIST_CACHE_ADMIN_TOKEN", "PERSIST_CACHE_API_KEY"):
         # To click it is as if it were not set, and nothing would be asked for.
         if os.environ.get(name) == "":
@@ -196,11 +228,16 @@ def command(
         strict=strict,
         context_tokens=context_tokens,
         stabilize=stabilize,
+        show_text=show_text,
         while_locked=while_locked,
+        warm=() if warm is None else read_warm_file(warm),
+        unload_after_s=unload_after,
         quotas=parse_rules(quotas, "--quota", parse_size, tiers=False),
         ttl=parse_rules(ttl, "--ttl", parse_duration, tiers=True),
         rules=Rules(no_store_default, respect_store, min_tokens),
     )
+    if slow := advice("serve …"):
+        click.echo(f"Note: {slow}", err=True)
     for handler in list(logging.getLogger().handlers):
         # Upstream sets up logging as its --log-level says, but only where nobody has done so yet.
         logging.getLogger().removeHandler(handler)

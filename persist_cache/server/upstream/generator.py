@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from queue import Empty
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import mlx.core as mx
@@ -17,7 +17,6 @@ from mlx_lm import server as upstream
 from persist_cache.cache.prompt_cache import PromptCache
 from persist_cache.prefill.clock import PrefillClock
 from persist_cache.prefill.run import even_out_draft
-from persist_cache.server.admin import Admin
 from persist_cache.server.alone import Alone, tokens_looked_back_at
 from persist_cache.server.flight import Flight, Line
 from persist_cache.server.guard import ModelGuard
@@ -28,16 +27,20 @@ from persist_cache.server.streaming import SIGN_S
 from persist_cache.server.ticket import Ticket, TicketedCache
 from persist_cache.server.upstream.budget import Budget
 from persist_cache.server.upstream.leftovers import Leftovers
-from persist_cache.server.upstream.prompts import Prompts
 from persist_cache.server.upstream.provider import Provider
 from persist_cache.server.upstream.requests import Answers, TicketedRequest, failing_answer
+from persist_cache.server.upstream.unloading import Unloading
 from persist_cache.server.validation import RefusedError
+from persist_cache.server.warming import Warming
+
+if TYPE_CHECKING:
+    from persist_cache.server.admin import Admin
 
 _SAVED_S = 10.0
 """How long a request waits for what another one computed to be saved, if memory cannot hold it."""
 
 
-class Generator(Prompts):
+class Generator(Unloading):
     """Answers requests: as upstream's, which knows nothing of tickets."""
 
     _alone: Alone | None = None
@@ -47,6 +50,7 @@ class Generator(Prompts):
         self._in_flight = 0
         self.is_ending = False
         self.admin: Admin | None = None
+        self.warming: Warming | None = None
         self.guard: ModelGuard | None = None
         self.prefill_clock = PrefillClock()
         self.line = Line()
@@ -166,11 +170,9 @@ class Generator(Prompts):
             return None
 
         def known(wanted: int) -> int:
+            key = provider.model_key or ticket.model_key  # it may be let go at this moment
             look = functools.partial(
-                self.cache.known_tokens,
-                provider.model_key,
-                prompt.tokens,
-                salt=ticket.privacy.salt,
+                self.cache.known_tokens, key, prompt.tokens, salt=ticket.privacy.salt
             )
             give_up = time.monotonic() + _SAVED_S
             while True:
@@ -329,10 +331,10 @@ class Generator(Prompts):
 
         What is being computed then is kept, because upstream drops the batch.
         """
-        if self.is_ending and threading.current_thread() is self._generation_thread:
+        if self.is_ending and self._is_generation_thread():
             for ticket in self._running():
                 ticket.underway.keep_now()
-        return self.is_ending
+        return self.is_ending or (self._leaves and self._is_generation_thread())
 
     @_stop.setter
     def _stop(self, value: bool) -> None:
@@ -342,6 +344,9 @@ class Generator(Prompts):
         for ticket in self._running() if value else []:
             ticket.underway.cut()
 
+    def _is_generation_thread(self) -> bool:
+        return threading.current_thread() is self._generation_thread
+
     def _is_busy(self) -> bool:
         """Whether anything is computed: also for clients that are gone."""
         return self._in_flight > 0 or any(one.underway.is_running for one in self._running())
@@ -350,6 +355,12 @@ class Generator(Prompts):
         """Requests whose prompts may be computed at present, and may be cut."""
         with self._changed:
             return [] if self._is_distributed else list(self._tickets)
+
+    def cut_own(self) -> None:
+        """End prefills that are for no client, keeping what they have computed."""
+        for ticket in self._running():
+            if ticket.keeps:
+                ticket.underway.cut()
 
     @contextlib.contextmanager
     def in_flight(self) -> Iterator[None]:
@@ -361,6 +372,7 @@ class Generator(Prompts):
         finally:
             with self._changed:
                 self._in_flight -= 1
+                self._idle_since = time.monotonic()
                 self._changed.notify_all()
 
     def drain(self, grace_s: float) -> bool:

@@ -61,10 +61,14 @@ class Handler(Messages, Responses, Diagnosing, Streaming, Front, upstream.APIHan
         """Tell a sick disk from a sick model; only the latter makes the server unavailable."""
         healthy = self.response_generator.is_healthy
         said = health_said(self.response_generator.cache, healthy=healthy)
+        said["weights"] = self.response_generator.weights
+        warming = getattr(self.response_generator, "warming", None)
+        if warming is not None and warming.told()["total"]:
+            said["warming"] = warming.told()
         self._send(json_response(said, 200 if healthy else 503))
 
 
-def health_said(cache: PromptCache, *, healthy: bool) -> dict[str, str]:
+def health_said(cache: PromptCache, *, healthy: bool) -> dict[str, Any]:
     """What `/health` answers.
 
     Args:

@@ -17,8 +17,8 @@ from mlx_lm import server as upstream
 from persist_cache.prefill.clock import PrefillClock
 from persist_cache.server.upstream.batch import Batch
 from persist_cache.server.upstream.generator import Generator
-from persist_cache.server.upstream.handler import Handler
 from persist_cache.server.upstream.provider import Provider
+from persist_cache.server.upstream.seam import check
 
 
 def main(
@@ -34,7 +34,11 @@ def main(
         run: Called with host, port and model provider.
         parser: Class of the parser.
         prefill_clock: Times the prefill of batches.
+
+    Raises:
+        PersistCacheError: mlx-lm moved what this is built on.
     """
+    check(upstream)
     with (
         _replaced(
             upstream,
@@ -55,6 +59,9 @@ def listen(host: str, port: int, generator: Generator, server: type[HTTPServer])
     Raises:
         OSError: The port cannot be listened on.
     """
+    # What answers requests is read while the generation thread loads the model.
+    from persist_cache.server.upstream.handler import Handler
+
     upstream._run_http_server(host, port, generator, server_class=server, handler_class=Handler)
 
 
