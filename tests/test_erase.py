@@ -196,9 +196,11 @@ def test_what_cannot_be_erased_is_told(
 ) -> None:
     path, gone, kept = template
     shutil.copytree(path, tmp_path / "store")
-    with Store.open(tmp_path / "store", max_bytes=1, min_free_bytes=0) as store:
-        with pytest.raises(StoreFullError, match="Not everything was erased"):
-            store.erase(gone[2::3])
+    with (
+        Store.open(tmp_path / "store", max_bytes=1, min_free_bytes=0) as store,
+        pytest.raises(StoreFullError, match="Not everything was erased"),
+    ):
+        store.erase(gone[2::3])
 
     with Store.open(tmp_path / "store", max_bytes=1 << 30, min_free_bytes=0) as store:
         assert store.is_erasing

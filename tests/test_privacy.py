@@ -92,7 +92,8 @@ def test_store_is_read_only_where_it_is_respected() -> None:
 def test_a_salt_is_kept_as_its_digest(salt: str) -> None:
     found = privacy_of(headers(), {"cache_salt": salt}, ASKED_NOT)
 
-    assert found.salt == salt_digest(salt) and len(found.salt) == 64
+    assert found.salt == salt_digest(salt)
+    assert len(found.salt) == 64
     assert not found.may_publish
 
 
@@ -108,7 +109,8 @@ def test_a_salt_is_kept_as_its_digest(salt: str) -> None:
 def test_a_body_in_a_file_says_it_in_each_protocol(body: dict[str, Any]) -> None:
     assert read_request({**body, "cache_salt": "x"}).salt == salt_digest("x")
     assert read_request({**body, "no_store": True}).no_store
-    assert read_request(body).salt == "" and not read_request(body).no_store
+    assert read_request(body).salt == ""
+    assert not read_request(body).no_store
 
 
 def test_salted_identities_differ_by_that_alone() -> None:
@@ -116,9 +118,11 @@ def test_salted_identities_differ_by_that_alone() -> None:
     salted = plain.salted(salt_digest("x"))
 
     assert salted.digest != plain.digest != plain.salted(salt_digest("y")).digest
-    assert salted.salted("") == plain and plain.salted("") is plain
+    assert salted.salted("") == plain
+    assert plain.salted("") is plain
     assert [one.name for one in salted.diff(plain.fields)] == ["cache_salt"]
-    assert plain.may_publish and not salted.may_publish
+    assert plain.may_publish
+    assert not salted.may_publish
 
 
 def test_a_short_prompt_stays_in_memory_alone(store: Store) -> None:
@@ -148,7 +152,8 @@ def test_a_private_look_leaves_memory_and_store_as_they_are(store: Store) -> Non
         cache.insert_cache("m", [1, 2, 3, 4, 5, 6], [FakeLayer([1, 2, 3, 4, 5, 6])], origin=origin)
         cache.flush()
 
-        assert held is not None and (len(rest), fetch.num_tokens) == (2, 4)
+        assert held is not None
+        assert (len(rest), fetch.num_tokens) == (2, 4)
         assert (store.entries(), len(cache), cache.nbytes) == before
         assert cache.recent_fetches()[-1].digest == b""
 
@@ -162,13 +167,15 @@ def test_what_is_read_ahead_for_a_private_request_is_its_alone(store: Store) -> 
         cache.flush()
         cache.trim_to(n_sequences=0)
         ahead = cache.load_ahead("m", [*tokens, 7, 8], in_passing=True)
-        assert ahead is not None and len(cache) == 0
+        assert ahead is not None
+        assert len(cache) == 0
 
         held, rest, fetch = cache.look_up(
             "m", [*tokens, 7, 8], origin=Origin(keeps_nothing=True), ahead=ahead
         )
 
-        assert held is not None and held[0].tokens == tokens
+        assert held is not None
+        assert held[0].tokens == tokens
         assert (len(rest), fetch.source, fetch.num_tokens, len(cache)) == (2, "disk", 50, 0)
 
 
@@ -178,7 +185,8 @@ def test_scrub_empties_what_others_hold() -> None:
 
     scrub(outer)
 
-    assert outer == {} and inner == []
+    assert outer == {}
+    assert inner == []
 
 
 def test_a_quiet_thread_logs_no_details(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,4 +1,4 @@
-"""Private and stored requests mixed, clients that leave, kills in between: the former are nowhere."""
+"""Private and stored requests mixed, clients that leave, kills: of the former nothing is left."""
 
 from __future__ import annotations
 

@@ -88,7 +88,8 @@ def _marked(store: Store) -> list[str]:
 
 
 def _erase(folder: Path, dice: random.Random, seconds: float) -> tuple[list[str], int, int]:
-    root, findings, kills, rounds = folder / "store", [], 0, 0
+    root, kills, rounds = folder / "store", 0, 0
+    findings: list[str] = []
     give_up = time.monotonic() + seconds
     kept = [[7, 8, 9, number] for number in range(20)]
 
@@ -147,7 +148,8 @@ def _fill(root: Path, seed: int) -> None:
 
 
 def _quotas(folder: Path, dice: random.Random, seconds: float) -> tuple[list[str], int, int]:
-    root, findings, kills, samples = folder / "store", [], 0, 0
+    root, kills, samples = folder / "store", 0, 0
+    findings: list[str] = []
     rules = partial(Store.open, root, min_free_bytes=0, quotas=_QUOTAS, ttl={"assistant": _TTL_S})
     in_child(lambda: rules().close())
     give_up = time.monotonic() + seconds
