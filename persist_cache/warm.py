@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from persist_cache.entry import PARTIAL_LABEL, Tier
+from persist_cache.entry import NO_GROUP, PARTIAL_LABEL, Tier
 from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.prefill.clock import PrefillClock, Rate, whole_s
 from persist_cache.prefill.run import KVQuantization, new_cache, prefill
@@ -50,6 +50,7 @@ def warm(
     label: str = "",
     pinned: bool = False,
     expires: float | None = None,
+    group: str = NO_GROUP,
     system_tokens: int = 0,
     cuts: Collection[int] = (),
     step_tokens: int = WARM_STEP_TOKENS,
@@ -64,7 +65,7 @@ def warm(
         fingerprint: Identity that `model` was loaded with, its KV options included.
         model: The model.
         tokens: The prefix to store.
-        tier, label, pinned, expires: As in `Store.put`.
+        tier, label, pinned, expires, group: As in `Store.put`.
         system_tokens: Length of the system part of `tokens`. Where they go on behind it, an entry
             of its own is left there, as a server does: not every cache can be cut there later.
         cuts: Further places where an entry of its own is left, if the cache cannot be cut there.
@@ -107,6 +108,7 @@ def warm(
             label=label if last else "" if lasts else PARTIAL_LABEL,
             pinned=pinned and last,
             expires=expires if last else None,
+            group=group,
         )
         nbytes += result.nbytes
         done = end

@@ -87,6 +87,18 @@ def test_json_of_both(ids: dict[str, str], run: Run, there: Run, file: Path) -> 
             assert f"`{name}`" in section("import"), name
 
 
+def test_what_is_imported_may_join_a_group(
+    ids: dict[str, str], run: Run, there: Run, file: Path, tmp_path: Path
+) -> None:
+    run("export", ids["system"], ids["reply"], file)
+
+    for group in ("team", "other"):
+        assert there("import", file, "--group", group).status == 0
+
+    with Store.open(tmp_path / "there") as store:
+        assert [entry.groups for entry in store.entries()] == [("team", "other")] * 2
+
+
 def test_quiet_says_nothing(ids: dict[str, str], run: Run, there: Run, file: Path) -> None:
     for done in (run("export", ids["reply"], file, "-q"), there("import", file, "-q")):
         assert (done.status, done.out, done.err) == (0, "", "")

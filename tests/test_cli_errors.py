@@ -477,3 +477,8 @@ def test_profiler_can_write_what_it_found(root: Path, tmp_path: Path) -> None:
     )
 
     assert found.stat().st_size > 0
+
+
+def test_an_option_without_its_value_points_to_the_help_of_its_command(run: Run) -> None:
+    for words in (("evict", "--group"), ("list", "--tier"), ("ttl", "3fa2b1", "--group")):
+        assert run(*words).err.endswith(f" See `persist-cache {words[0]} --help`.\n"), words

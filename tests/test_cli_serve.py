@@ -251,6 +251,20 @@ def test_model_that_cannot_be_loaded_ends_it_with_one_sentence(
     assert "Traceback" not in done.err
 
 
+def test_a_file_that_nobody_holds_is_said_before_anything_is_loaded(
+    model: Path, tmp_path: Path
+) -> None:
+    needed = tmp_path / "needed"
+    needed.touch()
+
+    words = ("serve", "--model", model, "--port", 0, "--while-locked", needed)
+    done = prepared_script(tmp_path / "store", *words)
+
+    assert done.status == 1
+    assert f"No process holds {needed} locked" in done.sentence
+    assert not (tmp_path / "store").exists()
+
+
 def test_model_of_a_request_that_is_nowhere_is_one_sentence(model: Path, tmp_path: Path) -> None:
     with Serve(model, tmp_path / "store", tmp_path) as server:
         done = server.chat(("user", "Hello!"), model=str(tmp_path / "nowhere"))

@@ -112,6 +112,20 @@ def test_warming_again_computes_nothing_and_sets_the_marks(model: Path, store: P
     assert entry.expires == pytest.approx(time.time() + 7 * 86400, abs=600)
 
 
+def test_what_is_warmed_belongs_to_a_group_with_all_that_it_begins_with(
+    model: Path, store: Path, tmp_path: Path
+) -> None:
+    chat = request(tmp_path / "chat.json", "Hello!")
+    words = ("warm", "--model", model, "--messages", chat, "--group")
+
+    for group in ("team", "other"):
+        assert prepared_script(store, *words, group).status == 0
+        with Store.open(store) as opened:
+            found = {entry.tier.label: entry.groups for entry in opened.entries()}
+        wanted = ("team", "other")[: 1 + (group == "other")]
+        assert found == {"system": wanted, "user": wanted}
+
+
 def test_check_reports_and_changes_nothing(model: Path, store: Path) -> None:
     missing = prepared_script(store, "warm", "--model", model, "--system", SYSTEM, "--check")
     prepared_script(store, "warm", "--model", model, "--system", SYSTEM)

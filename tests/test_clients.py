@@ -56,6 +56,15 @@ def test_a_request_without_tools_is_answered_at_once(tokenizer: Any) -> None:
     assert last_word(tokenizer, 0, []) == last_word(tokenizer, 0, ["read"]) == "<|play done|>"
 
 
+def test_tokens_are_those_of_the_latest_measurement(tokenizer: Any) -> None:
+    said = "Working directory: /home/ada/parser\nPlatform: linux\nToday's date: Wed Nov 25 2026\n"
+    sent = (ROOT / "tests" / "requests" / "qwen-01.json").read_text()
+
+    counted = [len(tokenizer.encode(text)) for text in (said, sent)]
+
+    assert counted == [31, 21591], "scripts/clients has to be run again, for docs/agents.md"
+
+
 def test_a_client_that_cannot_be_installed_is_named_with_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

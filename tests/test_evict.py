@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import random
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -344,8 +345,12 @@ def source_of(tokens: list[int]):  # type: ignore[no-untyped-def]
 def test_entry_larger_than_the_budget_evicts_nothing(small: Store) -> None:
     put(small, [1, 2, 3])
 
-    with pytest.raises(StoreFullError, match="larger than the budget"):
+    with pytest.raises(StoreFullError, match="larger than the budget") as refused:
         put(small, list(range(20_000)))
+
+    entry, budget, fixed = map(int, re.findall(r"\d+", str(refused.value)))
+    assert budget == small.limits.max_bytes
+    assert entry + fixed > budget
 
     assert len(small.entries()) == 1
     assert list((small.root / "tmp").iterdir()) == []

@@ -26,22 +26,24 @@ from tests.torture.seam import ERRORS, Seam, at_step
 
 KINDS = (*ERRORS, "short", "slow")
 STRIDES = {
-    "put": 4,
-    "put with a state": 5,
-    "put into a full store": 5,
-    "evict all": 2,
-    "make room": 15,
-    "load": 2,
-    "gc": 8,
-    "compact": 9,
-    "merge": 13,
-    "load what is damaged": 4,
-    "check and repair": 4,
-    "rebuild": 8,
+    "put": 6,
+    "put with a state": 8,
+    "put into a full store": 9,
+    "evict all": 3,
+    "make room": 22,
+    "load": 3,
+    "gc": 12,
+    "compact": 15,
+    "merge": 22,
+    "load what is damaged": 6,
+    "check and repair": 6,
+    "rebuild": 12,
     "open without index": 4,
-    "import": 16,
+    "import": 25,
+    "quarantine": 2,
+    "open": 2,
 }
-"""Operations of some thirty steps or more, and to which of them something happens.
+"""Operations of some fifteen steps or more, and to which of them something happens.
 
 None is a multiple of the number of `KINDS`, so that every kind has its turn.
 """

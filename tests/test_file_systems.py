@@ -602,8 +602,12 @@ def after_every_step(monkeypatch: pytest.MonkeyPatch, look: Callable[[], None]) 
 
 @pytest.mark.parametrize(
     ("most_tokens", "run_tokens", "limit", "prompts"),
-    [(60_000, 9_000, 24_000_000, 60), (250_000, 250_000, 48_000_000, 15)],
-    ids=["many files", "large files"],
+    [
+        (15_000, 2_200, 4_000_000, 30),
+        (250_000, 250_000, 48_000_000, 15),
+        pytest.param(60_000, 9_000, 24_000_000, 60, marks=pytest.mark.long),
+    ],
+    ids=["many files", "large files", "more files"],
 )
 @pytest.mark.parametrize("kind", disks.KINDS)
 def test_du_never_exceeds_the_budget_on_any_file_system(
@@ -656,9 +660,14 @@ def test_index_of_an_earlier_version_gives_back_what_was_taken_ahead_for_it(fold
 
 
 @pytest.mark.parametrize(
-    ("most_tokens", "run_tokens", "prompts"),
-    [(300, 64, 220), (6_000, 2_000, 70), (40_000, 9_000, 60)],
-    ids=["small", "middling", "large"],
+    ("most_tokens", "run_tokens", "room", "prompts"),
+    [
+        (300, 64, 4 * MIB, 90),
+        (40_000, 9_000, 10 * MIB, 40),
+        pytest.param(300, 64, 10 * MIB, 220, marks=pytest.mark.long),
+        pytest.param(6_000, 2_000, 10 * MIB, 70, marks=pytest.mark.long),
+    ],
+    ids=["small", "large", "many small", "middling"],
 )
 @pytest.mark.parametrize("kind", [*disks.KINDS, "btrfs --mixed"])
 def test_free_space_floor_holds_on_any_file_system(
@@ -667,6 +676,7 @@ def test_free_space_floor_holds_on_any_file_system(
     monkeypatch: pytest.MonkeyPatch,
     most_tokens: int,
     run_tokens: int,
+    room: int,
     prompts: int,
 ) -> None:
     """A file system also writes records of its own; a mixed btrfs has them among the files."""
@@ -679,7 +689,7 @@ def test_free_space_floor_holds_on_any_file_system(
 
     kind, *make = kind.split()
     with disk_of(kind, 64 * MIB, folder, make=make) as place:
-        floor = fs.free_bytes(place) - 10 * MIB
+        floor = fs.free_bytes(place) - room
         after_every_step(monkeypatch, look)
         with Store.open(
             place / "store", max_bytes=BUDGET, min_free_bytes=floor, run_tokens=run_tokens
@@ -691,7 +701,7 @@ def test_free_space_floor_holds_on_any_file_system(
                     fs.sync_file_system(place)
                     look()
             assert store.stats().counters["evicted"] > 5
-            assert store.stats().usage.total > 4 * MIB, "no more went than was needed"
+            assert store.stats().usage.total > 0.4 * room, "no more went than was needed"
 
     assert least >= floor
 

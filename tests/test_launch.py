@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -356,6 +357,24 @@ def test_a_server_is_started_shared_and_ends_with_its_last_client(
 
             second.kill()  # how a client ends makes no difference
     until(lambda: not running_servers(store))
+    until(lambda: not _lives(serving.pid))
+    until(lambda: not list(stub.temporary.iterdir()))
+
+
+def test_launches_at_once_share_one_server(model: Path, tmp_path: Path, stub: Stub) -> None:
+    store = tmp_path / "store"
+    words = ("--model", model)
+    clients = [stub.waiting(store, name, *words, said=name) for name in ("codex", "opencode")]
+    with contextlib.ExitStack() as both:
+        for client in clients:
+            both.push(client)
+        with ThreadPoolExecutor() as threads:
+            list(threads.map(lambda client: client.__enter__(), clients))
+
+        (serving,) = running_servers(store)
+        url = serving.url.removesuffix("/cache")
+        assert f"{url}/v1" in json.dumps(stub.told("codex")["arguments"])
+        assert f"{url}/v1" in json.dumps(stub.told("opencode")["environment"])
     until(lambda: not _lives(serving.pid))
     until(lambda: not list(stub.temporary.iterdir()))
 

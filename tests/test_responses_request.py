@@ -113,6 +113,39 @@ def test_answers_one_after_the_other_stay_two_messages() -> None:
     assert "name" not in found.messages[3], "nothing says which tool it was"
 
 
+def test_a_thought_behind_what_was_said_begins_another_message() -> None:
+    found = read(
+        said("user", "a"),
+        thought("Hm."),
+        said("assistant", "b"),
+        thought("So."),
+        said("assistant", "c"),
+        call("clock", "x"),
+        thought("And."),
+        call("clock", "y"),
+    )
+
+    assert [(one["content"], one.get("reasoning_content")) for one in found.messages] == [
+        ("a", None),
+        ("b", "Hm."),
+        ("c", "So.And."),
+    ]
+    assert [one["id"] for one in found.messages[2]["tool_calls"]] == ["x", "y"]
+
+
+def test_what_is_no_thought_joins_no_answers() -> None:
+    empty = {"type": "reasoning", "summary": []}
+
+    found = read(said("user", "a"), said("assistant", "b"), empty, said("assistant", "c"))
+
+    assert [one["content"] for one in found.messages] == ["a", "b", "c"]
+
+
+def test_a_reference_is_refused_with_what_to_set() -> None:
+    with pytest.raises(RefusedError, match="store: false"):
+        read(said("user", "a"), {"type": "item_reference", "id": "msg_1"}, said("user", "b"))
+
+
 def test_thought_is_found_wherever_a_client_kept_it() -> None:
     summary = [{"type": "summary_text", "text": "Hm."}, {"type": "summary_text", "text": "So."}]
     kept = [

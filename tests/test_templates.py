@@ -136,6 +136,20 @@ def test_what_a_template_takes_is_left_as_it_is() -> None:
     assert (found.tools, found.names, found.ignored) == ([CLOCK], (), ())
 
 
+def test_neighbours_of_one_role_are_one_message_where_roles_have_to_alternate() -> None:
+    answers: list[dict[str, Any]] = [
+        {"role": "assistant", "content": "I look.", "reasoning_content": "Hm."},
+        {"role": "assistant", "content": "Six.", "reasoning_content": "So."},
+    ]
+    said = [{"role": "user", "content": "What time is it?"}, *answers]
+
+    found = fit(said, None, {}, abilities(REFUSING_SYSTEM))
+
+    assert "I look.\n\nSix." in render(REFUSING_SYSTEM, found.messages)
+    assert found.messages[1]["reasoning_content"] == "Hm.\n\nSo."
+    assert found.names == ("turns",)
+
+
 @pytest.mark.parametrize(
     ("template", "names"),
     [

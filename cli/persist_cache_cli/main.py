@@ -19,7 +19,7 @@ import threading
 from collections.abc import Sequence
 from importlib import import_module
 from types import FrameType
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import click
 
@@ -91,6 +91,16 @@ class LazyGroup(click.Group):
             near = suggestion(name, _COMMANDS)
             ctx.fail(f"No such command {name!r}.{f' Did you mean {near!r}?' if near else ''}")
         return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except click.UsageError as error:
+            name = ctx.invoked_subcommand
+            if error.ctx is None and name is not None and (command := self.get_command(ctx, name)):
+                # Click does not say which command's options it could not read.
+                error.ctx = click.Context(command, info_name=name, parent=ctx)
+            raise
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

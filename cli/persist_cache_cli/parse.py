@@ -99,6 +99,21 @@ def parse_repairs(text: str) -> frozenset[str]:
         raise click.BadParameter(str(error)) from None
 
 
+def parse_group(text: str) -> str:
+    """Check the name of a group.
+
+    Raises:
+        click.BadParameter: It can be none.
+    """
+    try:
+        check_group(text)
+    except ValueError as error:
+        raise click.BadParameter(f"{error}.") from None
+    if not text:
+        raise click.BadParameter("an empty name is that of no group.")
+    return text
+
+
 class _Size(_Type):
     name = "size"
 
@@ -135,13 +150,7 @@ class _Group(_Type):
     name = "key"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> str:
-        try:
-            check_group(value)
-        except ValueError as error:
-            self.fail(f"{error}.")
-        if not value:
-            self.fail("an empty name is that of no group.")
-        return str(value)
+        return parse_group(value)
 
 
 class _Repairs(_Type):

@@ -350,6 +350,7 @@ class ManifestPrompt(msgspec.Struct, forbid_unknown_fields=True):
     pin: bool = False
     ttl: str | None = None
     label: str = ""
+    group: str = ""
     salt: str = ""
     stabilize: str = ""
 

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from persist_cache import Store, Tier
-from persist_cache.entry import Match
+from persist_cache.entry import NO_GROUP, Match
 from persist_cache.errors import ModelError, PersistCacheError
 from persist_cache.fingerprint.identifier import Identifier
 from persist_cache.fingerprint.loads import Unidentified
@@ -37,6 +37,7 @@ class Job:
     Attributes:
         whole: Store all of the conversation, not just its system part.
         ttl_s: Seconds until it expires, or None.
+        group: That it, and what it begins with, is to belong to; `NO_GROUP` for none.
         tokens: What is to be stored, where that is not what the request says.
     """
 
@@ -49,6 +50,7 @@ class Job:
     ttl_s: float | None
     label: str
     tokens: Sequence[int] | None = None
+    group: str = NO_GROUP
 
 
 class Run:
@@ -81,17 +83,17 @@ class Run:
         if isinstance(fingerprint, Unidentified):
             # A hub id that is not on this machine yet is fetched by loading it.
             model, fingerprint = self._load(job.choice)
-        entry = self._stored_entry(fingerprint, tokens)
-        if entry is None and model is None:
+        way = self._stored(fingerprint, tokens)
+        if not way and model is None:
             # The files may have been replaced since: what is computed belongs to what was loaded.
             model, loaded = self._load(job.choice)
             if loaded != fingerprint:
                 fingerprint = loaded
-                entry = self._stored_entry(fingerprint, tokens)
-        if entry is not None:
-            self._mark(entry, job, expires)
+                way = self._stored(fingerprint, tokens)
+        if way:
+            self._mark(way, job, expires)
             self._say(f"{name_of(job)}: all {len(tokens):,} tokens were stored already.")
-            return _report(job, (entry,), len(tokens), len(tokens), 0)
+            return _report(job, way, len(tokens), len(tokens), 0)
         with (
             self._progress(job, len(tokens)) as progress,
             _told_if_interrupted(job, tokens) as note,
@@ -105,6 +107,7 @@ class Run:
                 label=job.label,
                 pinned=job.pin,
                 expires=expires,
+                group=job.group,
                 system_tokens=prompt.system_tokens,
                 cuts=prompt.cuts,
                 step_tokens=self._step_tokens,
@@ -128,23 +131,27 @@ class Run:
             return self._model[2].look_up(choice.key)
         return choice.identifier().look_up(choice.key)
 
-    def _stored_entry(self, fingerprint: Fingerprint, tokens: list[int]) -> str | None:
-        """The entry that ends exactly here, if there is one."""
+    def _stored(self, fingerprint: Fingerprint, tokens: list[int]) -> tuple[str, ...]:
+        """The entry that ends exactly here, behind those on the way to it; none without it."""
         match = self._store.match(fingerprint, tokens)
         if match.num_tokens == len(tokens) and match.entries:
             entry = self._store.get(match.entries[-1])
             if entry.num_tokens == len(tokens):
-                return entry.id
-        return None
+                return match.entries
+        return ()
 
-    def _mark(self, entry: str, job: Job, expires: float | None) -> None:
-        """Give a stored entry the marks that were asked for."""
+    def _mark(self, way: Sequence[str], job: Job, expires: float | None) -> None:
+        """Give a stored entry, which ends this way, the marks that were asked for."""
+        entry = way[-1]
         if job.pin:
             self._store.pin(entry)
         if job.label:
             self._store.set_label(entry, job.label)
         if expires is not None:
             self._store.expire_at(entry, expires)
+        if job.group != NO_GROUP:
+            for one in way:
+                self._store.set_group(one, job.group)
 
     def _tokens(self, job: Job) -> tuple[list[int], Prompt]:
         """What to store of a prompt, and all of it."""

@@ -8,6 +8,7 @@ from typing import Any
 from persist_cache.bundle.entries import BundledEntry
 from persist_cache.bundle.importing import Imported, Usability, load, preview, usability
 from persist_cache.bundle.reading import Bundle
+from persist_cache.entry import NO_GROUP
 from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.queries.models import Model
 from persist_cache.store.store import Store
@@ -27,7 +28,12 @@ def usable(bundle: Bundle, here: Fingerprint | None) -> list[BundledEntry]:
 
 
 def imported(
-    store: Store, bundle: Bundle, here: Fingerprint | None, *, dry_run: bool
+    store: Store,
+    bundle: Bundle,
+    here: Fingerprint | None,
+    *,
+    group: str = NO_GROUP,
+    dry_run: bool,
 ) -> tuple[Judged, list[Imported]]:
     """Put into a store what a model can use of a bundle, or say what that would do.
 
@@ -39,7 +45,7 @@ def imported(
     models = judged(bundle, here, store)
     if dry_run or not entries:
         return models, preview(store, entries)
-    return models, load(store, entries, here=here)
+    return models, load(store, entries, here=here, group=group)
 
 
 def imported_json(

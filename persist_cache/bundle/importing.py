@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from persist_cache.bundle.entries import BundledEntry
-from persist_cache.entry import Tier
+from persist_cache.entry import NO_GROUP, Tier
 from persist_cache.errors import StoreError
 from persist_cache.fingerprint.value import FieldChange, Fingerprint
 from persist_cache.fingerprint.versions import installed_version
@@ -137,17 +137,19 @@ def load(
     entries: Sequence[BundledEntry],
     *,
     here: Fingerprint | None = None,
+    group: str = NO_GROUP,
     progress: Progress | None = None,
 ) -> list[Imported]:
     """Put entries of a bundle into a store.
 
-    Tier, label and date come along; pins, expiry and uses belong to the store they were in.
+    Tier, label and date come along; pins, groups, expiry and uses belong to the store they were in.
 
     Args:
         store: An open store.
         entries: Of a bundle that stays open, in its order.
         here: Identity of a model on this machine; if it is the bundle's, its names and paths are
             recorded instead of those in the bundle.
+        group: That all of them belong to from now on, those that are there already, too.
         progress: Called after each entry.
 
     Raises:
@@ -163,7 +165,7 @@ def load(
     with contextlib.ExitStack() as stack:
         try:
             for entry in entries:
-                one = _load_one(store, entry, here, added)
+                one = _load_one(store, entry, here, group, added)
                 found.append(one)
                 stack.enter_context(store.serving([one.id]))
                 done += entry.num_tokens
@@ -178,12 +180,15 @@ def load(
 
 
 def _load_one(
-    store: Store, entry: BundledEntry, here: Fingerprint | None, added: list[str]
+    store: Store, entry: BundledEntry, here: Fingerprint | None, group: str, added: list[str]
 ) -> Imported:
     """Put one entry; its id joins `added` before that, since a put may fail behind its commit."""
     with store.read() as txn:
-        if _need(txn, entry).is_there:
-            return _imported(entry, entry.id, 0, 0, was_there=True)
+        is_there = _need(txn, entry).is_there
+    if is_there:
+        if group != NO_GROUP:
+            store.set_group(entry.id, group)
+        return _imported(entry, entry.id, 0, 0, was_there=True)
     added.append(entry.id)
     known_here = here is not None and here.digest == entry.fingerprint.digest
     done = store.put(
@@ -193,6 +198,7 @@ def _load_one(
         tier=entry.tier,
         prefill_s=entry.prefill_s,
         label=entry.label,
+        group=group,
     )
     assert done.entry is not None, "an entry of a bundle has tokens"
     store.date_back(done.entry, entry.created)

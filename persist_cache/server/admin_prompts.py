@@ -20,7 +20,7 @@ from persist_cache.server.guard import Request
 from persist_cache.server.model import LoadedModel, Models
 from persist_cache.server.names import DEFAULT
 from persist_cache.server.parameters import choice, query_of
-from persist_cache.server.protocols.caching import GROUP, OPTIONS, read_caching
+from persist_cache.server.protocols.caching import GROUP, OPTIONS, checked_group, read_caching
 from persist_cache.server.protocols.openai import lenient
 from persist_cache.server.protocols.recognized import (
     CHAT,
@@ -65,13 +65,13 @@ class Marks(msgspec.Struct, forbid_unknown_fields=True):
         except msgspec.ValidationError:
             raise RefusedError(
                 400,
-                "cache must be an object with pin (true or false), label (text), ttl_s, group "
-                "(text).",
+                "cache must be an object with pin (true or false), label (text), ttl_s "
+                "(seconds), group (text).",
             ) from None
         checked_label(marks.label)
         if marks.ttl_s is not None:
             checked_ttl(marks.ttl_s)
-        read_caching({GROUP: marks.group})
+        checked_group(marks.group, "cache.group")
         return marks
 
     def apply(self, store: Store, entry: str) -> None:

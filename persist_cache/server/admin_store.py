@@ -11,6 +11,7 @@ from pathlib import Path
 from persist_cache import fs
 from persist_cache.bundle import Bundle, outgoing
 from persist_cache.bundle.as_json import imported, imported_json
+from persist_cache.entry import NO_GROUP
 from persist_cache.errors import CorruptBlobError, StoreFormatError, StoreFullError
 from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.queries.totals import quarantined
@@ -19,6 +20,7 @@ from persist_cache.server.answers import Response, json_response
 from persist_cache.server.guard import Request
 from persist_cache.server.model import Models
 from persist_cache.server.parameters import flag, query_of
+from persist_cache.server.protocols.caching import checked_group
 from persist_cache.server.validation import RefusedError
 from persist_cache.server.view import Views
 from persist_cache.store.store import Store
@@ -67,13 +69,14 @@ class Upkeep:
 
     def import_(self, request: Request) -> Response:
         """Put a bundle into the store: all of it, or nothing."""
-        query = query_of(request, {"dry_run", "loaded"})
+        query = query_of(request, {"dry_run", "loaded", "group"})
         dry_run, store = flag(query, "dry_run"), self._views.store()
+        group = checked_group(query.get("group", NO_GROUP), "group")
         here = self._loaded() if flag(query, "loaded") else None
         with _received(store, request.upload(store.limits.max_bytes)) as fd:
             try:
                 with Bundle(_NAME, fd=fd) as bundle:
-                    models, done = imported(store, bundle, here, dry_run=dry_run)
+                    models, done = imported(store, bundle, here, group=group, dry_run=dry_run)
                     return json_response(imported_json(bundle, models, done, dry_run=dry_run))
             except CorruptBlobError as error:
                 raise RefusedError(400, f"The bundle cannot be used: {error.reason}.") from None

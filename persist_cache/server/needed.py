@@ -40,6 +40,16 @@ def is_last(fd: int) -> bool:
     return fs.try_lock(fd)
 
 
+def is_held(path: Path) -> bool:
+    """Whether somebody holds the file; nobody does if it is gone."""
+    fd = _open(path)
+    if fd is None:
+        return False
+    is_free = fs.try_lock(fd)
+    os.close(fd)
+    return not is_free
+
+
 def when_free(path: Path, end: Callable[[], object]) -> None:
     """Call `end` once nobody holds the file, or it is gone; from a thread of its own."""
 

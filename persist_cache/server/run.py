@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import logging
 import os
 import signal
@@ -24,7 +25,6 @@ from persist_cache.errors import (
 )
 from persist_cache.fingerprint.identifier import Identifier
 from persist_cache.prefill.clock import PrefillClock
-from persist_cache.server.admin import Admin
 from persist_cache.server.admin_token import AdminToken
 from persist_cache.server.discovery import Serving, announced
 from persist_cache.server.guard import (
@@ -36,7 +36,7 @@ from persist_cache.server.guard import (
 from persist_cache.server.launch import Parser, ServeOptions, open_disk, start_line
 from persist_cache.server.listening import NamelessServer
 from persist_cache.server.names import names_of, public_name
-from persist_cache.server.needed import when_free
+from persist_cache.server.needed import is_held, when_free
 from persist_cache.server.upstream.generator import Generator
 from persist_cache.server.upstream.program import listen, main, place_in_group
 from persist_cache.store.store import Store, default_store_path
@@ -60,7 +60,8 @@ def serve(upstream_args: Sequence[str], options: ServeOptions) -> None:
         options: What is not in it.
 
     Raises:
-        PersistCacheError: The port is taken, or the model, or that of an alias, cannot be loaded.
+        PersistCacheError: The port is taken, or the model, or that of an alias, cannot be loaded,
+            or nobody holds the file of `while_locked`.
     """
 
     clock = PrefillClock()
@@ -81,6 +82,12 @@ def _run(
     if rank == 0:
         # Before anything is loaded: threads of MLX that are cut short abort the process.
         _try_to_bind(host, port)
+    if options.while_locked is not None and not is_held(Path(options.while_locked)):
+        raise PersistCacheError(
+            f"No process holds {options.while_locked} locked, so nobody needs this server; take "
+            "the lock before it starts, as `flock -s FILE COMMAND` does, or leave out "
+            "--while-locked."
+        )
     identifier = Identifier(
         kv_bits=args.kv_bits,
         kv_group_size=args.kv_group_size,
@@ -125,7 +132,11 @@ def _run(
             signal.signal(signal.SIGINT, _interrupt_again)
         if options.while_locked is not None:
             when_free(Path(options.while_locked), lambda: os.kill(os.getpid(), signal.SIGTERM))
+        # Modules stay for good: no search for garbage, in which no thread runs, need visit them.
+        gc.freeze()
         generator = Generator(provider, cache)  # which begins to load, and may say that it failed
+        from persist_cache.server.admin import Admin  # meanwhile
+
         generator.prefill_clock = prefill_clock
         generator.admin = Admin(cache, token=token, host=host, generator=generator)
         generator.names, generator.strict = names, options.strict

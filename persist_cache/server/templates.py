@@ -40,7 +40,7 @@ class Abilities:
         system: A system message at the head.
         heads: Several of them there.
         inline_system: One in mid-conversation, which stays in its place.
-        turns: Several messages of the user in a row.
+        turns: Several messages of the user in a row; of the assistant, too, where it takes those.
         tools: Definitions of tools.
         calls: Tool calls of the assistant, and their results.
         short_ids: Calls have ids of nine letters or digits, and no others.
@@ -222,15 +222,26 @@ def _head(messages: Sequence[Message]) -> tuple[str, list[Message]]:
 
 
 def _in_turns(messages: Sequence[Message]) -> list[Message]:
-    """Messages with neighbours of the user's as one."""
+    """Messages with neighbours of the user's, and of the assistant's, as one."""
     found: list[Message] = []
     for message in messages:
-        if found and message.get("role") == found[-1].get("role") == "user":
-            texts = [found[-1].get("content") or "", message.get("content") or ""]
-            found[-1] = {**found[-1], "content": _BETWEEN.join(filter(None, texts))}
+        if found and message.get("role") == found[-1].get("role") in ("user", "assistant"):
+            found[-1] = _merged(found[-1], message)
         else:
             found.append(message)
     return found
+
+
+def _merged(one: Message, other: Message) -> dict[str, Any]:
+    """Two messages of one role as one: texts with an empty line between them, calls in order."""
+    said = {**one, **other}
+    for name in ("content", THINKING_FIELD):
+        if name in one and name in other:
+            texts = [one[name] or "", other[name] or ""]
+            said[name] = _BETWEEN.join(filter(None, texts))
+    if calls := [*(one.get("tool_calls") or ()), *(other.get("tool_calls") or ())]:
+        said["tool_calls"] = calls
+    return said
 
 
 def _plain(message: Any) -> Any:

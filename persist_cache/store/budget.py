@@ -110,11 +110,12 @@ class Budget:
             StoreFullError: Larger than the budget, or today's write budget is spent.
         """
         fixed = self._index.file_bytes() + self._folder.overhead_bytes()
-        fixed += self.ballast.disk_bytes()
-        if nbytes + self._index_growth(num_tokens) + fixed > self.limits.max_bytes:
+        fixed += self.ballast.disk_bytes() + self._index_growth(num_tokens)
+        if nbytes + fixed > self.limits.max_bytes:
             raise StoreFullError(
-                f"An entry of {nbytes} bytes is larger than the budget of "
-                f"{self.limits.max_bytes} bytes; raise it or keep shorter prompts."
+                f"An entry of {nbytes} bytes is larger than the budget: of "
+                f"{self.limits.max_bytes} bytes index, folders and ballast take {fixed}; "
+                "raise it or keep shorter prompts."
             )
         daily = self.limits.daily_write_bytes
         if daily is not None and txn.counter(written_today(self._clock())) + nbytes > daily:

@@ -19,6 +19,7 @@ STEPS = 5
 DONE = "All steps are done."
 CONTEXT_TOKENS = 131_072
 _VOCABULARY = 4096
+_RECORDED = Path(__file__).parents[1] / "requests"
 _TOOLS: Mapping[str, Mapping[str, Any]] = {
     "exec_command": {"cmd": "echo step NUMBER"},
     "shell_command": {"command": "echo step NUMBER"},
@@ -80,6 +81,9 @@ def _scripts() -> dict[str, Sequence[str]]:
 
 
 def _corpus() -> list[str]:
-    """Texts whose words clients' prompts have, so that those are not cut into letters."""
-    root = Path(__file__).parents[2]
-    return [path.read_text() for path in (*root.glob("docs/*.md"), *root.glob("tests/*.py"))]
+    """What clients have sent, whose words are not to be cut into letters.
+
+    Recordings stay as they are: what is measured would differ with each change of a text that is
+    worked on.
+    """
+    return [path.read_text() for path in sorted(_RECORDED.glob("*.json"))]

@@ -12,9 +12,11 @@ import click
 from persist_cache import Store
 from persist_cache.bundle import Bundle, BundledEntry, Imported, Usability, load, preview
 from persist_cache.bundle.as_json import imported_json, judged, model_name, usable
+from persist_cache.entry import NO_GROUP
 from persist_cache.errors import ModelError
 from persist_cache.fingerprint.value import Fingerprint
 from persist_cache_cli.output import format_bytes, plural, print_json, printable
+from persist_cache_cli.parse import GROUP
 from persist_cache_cli.progress import bar
 from persist_cache_cli.prompts import choose_model, model_options
 from persist_cache_cli.store_access import changing, common_options, store_path
@@ -28,6 +30,7 @@ from persist_cache_cli.store_access import changing, common_options, store_path
     help="Add only what this model can use, as the server is given it.",
 )
 @model_options
+@click.option("--group", type=GROUP, help="The `prompt_cache_key` that it is to belong to.")
 @click.option("--dry-run", is_flag=True, help="Verify it and say what would be added.")
 @common_options()
 @click.pass_obj
@@ -37,6 +40,7 @@ def command(
     *,
     file: Path,
     model: str | None,
+    group: str | None,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
@@ -62,7 +66,7 @@ def command(
         bundle = Bundle(file, progress)
     with bundle:
         entries = usable(bundle, here)
-        models, done = _import(store, bundle, entries, here, dry_run, silent)
+        models, done = _import(store, bundle, entries, here, group or NO_GROUP, dry_run, silent)
     if as_json:
         said = imported_json(bundle, models, done, dry_run=dry_run)
         print_json({"file": str(bundle.path), **said})
@@ -87,6 +91,7 @@ def _import(
     bundle: Bundle,
     entries: Sequence[BundledEntry],
     here: Fingerprint | None,
+    group: str,
     dry_run: bool,
     silent: bool,
 ) -> tuple[list[tuple[Fingerprint, Usability]], list[Imported]]:
@@ -98,7 +103,7 @@ def _import(
         # Before, because afterwards the store has entries of all these models.
         models = judged(bundle, here, opened)
         with bar("Storing", silent=silent) as progress:
-            return models, load(opened, entries, here=here, progress=progress)
+            return models, load(opened, entries, here=here, group=group, progress=progress)
 
 
 def _lines(

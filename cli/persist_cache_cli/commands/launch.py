@@ -16,7 +16,7 @@ import click
 from persist_cache_cli.calling import check_store
 from persist_cache_cli.launch.become import become, need_until_end
 from persist_cache_cli.launch.clients import CLIENTS, KEY_VARIABLE, Client, Served, Setup, setup_of
-from persist_cache_cli.launch.server import Connection, Wanted, not_running, running, started
+from persist_cache_cli.launch.server import Connection, Wanted, connected, not_running, running
 from persist_cache_cli.launch.settings import overruled
 from persist_cache_cli.store_access import command_line, store_path
 
@@ -101,7 +101,7 @@ def command(
     with contextlib.ExitStack() as starting:
         if found is None:
             tell = (lambda sentence: None) if quiet else _tell
-            found = starting.enter_context(started(wanted, tell))
+            found = starting.enter_context(connected(wanted, tell))
         _run(client, path, words, found)
 
 

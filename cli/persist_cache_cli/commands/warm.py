@@ -10,13 +10,22 @@ from typing import Any
 import click
 
 from persist_cache import Store, Tier
+from persist_cache.entry import NO_GROUP
 from persist_cache.queries.schema import WarmJson
 from persist_cache.server.rendering import PromptRequest, system_only
 from persist_cache.stability.names import DEFAULTS
 from persist_cache.stability.prefixes import LEAST_TOKENS
 from persist_cache.warm import WARM_STEP_TOKENS
 from persist_cache_cli.output import plural, print_json, printable
-from persist_cache_cli.parse import DURATION, LABEL, parse_duration, parse_label, parse_repairs
+from persist_cache_cli.parse import (
+    DURATION,
+    GROUP,
+    LABEL,
+    parse_duration,
+    parse_group,
+    parse_label,
+    parse_repairs,
+)
 from persist_cache_cli.prompts import (
     ManifestPrompt,
     ModelChoice,
@@ -68,6 +77,7 @@ from persist_cache_cli.warming import Job, Run
 @click.option("--pin", is_flag=True, help="Exempt it from eviction.")
 @click.option("--ttl", type=DURATION, help="Let it expire after this time, such as 7d.")
 @click.option("--label", type=LABEL, default="", help="A name for it.")
+@click.option("--group", type=GROUP, help="The `prompt_cache_key` that it is to belong to.")
 @click.option(
     "--prefill-step-size",
     type=click.IntRange(min=1),
@@ -98,6 +108,7 @@ def command(
     pin: bool,
     ttl: float | None,
     label: str,
+    group: str | None,
     prefill_step_size: int,
     check: bool,
     dry_run: bool,
@@ -145,6 +156,8 @@ def command(
                 label=label,
             )
         ]
+    if group is not None:
+        jobs = [replace(job, group=job.group or group) for job in jobs]
     reports: list[WarmJson] = []
     with Store.open(store_path(store)) as opened:
         run = Run(opened, prefill_step_size, quiet=quiet or as_json)
@@ -222,6 +235,7 @@ def _job_of(prompt: ManifestPrompt) -> Job:
         pin=prompt.pin,
         ttl_s=None if prompt.ttl is None else parse_duration(prompt.ttl),
         label=parse_label(prompt.label),
+        group=parse_group(prompt.group) if prompt.group else NO_GROUP,
     )
 
 
@@ -238,6 +252,7 @@ def _make_job(
     pin: bool,
     ttl_s: float | None,
     label: str,
+    group: str = NO_GROUP,
 ) -> Job:
     if (system is None) == (messages is None):
         raise click.UsageError("Give either --system or --messages.")
@@ -255,4 +270,4 @@ def _make_job(
         parsed = Tier.parse(tier or ("user" if whole else "system"))
     except ValueError as error:
         raise click.UsageError(f"{error}.") from None
-    return Job(choice, template, request, whole, parsed, pin, ttl_s, label)
+    return Job(choice, template, request, whole, parsed, pin, ttl_s, label, group=group)

@@ -27,6 +27,7 @@ from urllib.parse import urlsplit
 
 import click
 
+from persist_cache import fs
 from persist_cache.fingerprint.model_files import folder_of
 from persist_cache.server.discovery import Serving, running_servers
 from persist_cache.server.guard import MODELS_PATH, PAGE_PATH
@@ -41,6 +42,8 @@ _HOST = "127.0.0.1"
 _PATIENCE_S = 10.0
 _ENDING_S = 60.0
 """What a server may take to end: its grace, and what it has to save."""
+_FOUND_S = 2.0
+"""What a server that listens may take to say so in its store's folder."""
 _PAUSE_S = 0.05
 _TOLD = re.compile(rf"^Page: (http://\S+?){PAGE_PATH}(?:[#\s]|$)", re.MULTILINE)
 
@@ -134,7 +137,60 @@ def not_running(wanted: Wanted) -> Served:
 
 
 @contextlib.contextmanager
-def started(wanted: Wanted, tell: Callable[[str], object]) -> Iterator[Connection]:
+def connected(wanted: Wanted, tell: Callable[[str], object]) -> Iterator[Connection]:
+    """A server that another launch started meanwhile, or one that is started now.
+
+    Launches take turns until the server of one can be found by the next: two of them would load a
+    model twice, or want the same port.
+
+    Args:
+        wanted: Names the model.
+        tell: Told, in a sentence, what is waited for.
+
+    Raises:
+        click.ClickException: It could not be started, or used.
+    """
+    with contextlib.ExitStack() as turn:
+        turn.enter_context(_turn())
+        if (found := running(wanted)) is None:
+            with started(wanted, tell, turn.close) as found:
+                yield found
+            return
+    yield found
+
+
+@contextlib.contextmanager
+def _turn() -> Iterator[None]:
+    """Wait for other launches of this user that start a server; not for one that takes too long."""
+    give_up = time.monotonic() + _ENDING_S
+    fd = None
+    with contextlib.suppress(OSError):  # where there can be no such file, nobody waits
+        path = Path(tempfile.gettempdir()) / f"persist-cache-starts-{os.getuid()}"
+        while fd is None and time.monotonic() < give_up:
+            fd = _taken(path, give_up - time.monotonic())
+    try:
+        yield
+    finally:
+        if fd is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+            os.close(fd)
+
+
+def _taken(path: Path, patience_s: float) -> int | None:
+    """The locked file at `path`, which is made; None if it was removed by who had it."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    with contextlib.suppress(OSError):
+        if fs.lock(fd, patience_s) and os.path.samestat(os.fstat(fd), os.lstat(path)):
+            return fd
+    os.close(fd)
+    return None
+
+
+@contextlib.contextmanager
+def started(
+    wanted: Wanted, tell: Callable[[str], object], findable: Callable[[], object]
+) -> Iterator[Connection]:
     """Start a server that ends when nobody needs it, and wait until its model is loaded.
 
     It is ended at once where the block is left by an exception.
@@ -142,6 +198,7 @@ def started(wanted: Wanted, tell: Callable[[str], object]) -> Iterator[Connectio
     Args:
         wanted: Names the model.
         tell: Told, in a sentence, what is waited for.
+        findable: Called once `running` finds it, or would not find it later, either.
 
     Raises:
         click.ClickException: It could not be started.
@@ -158,6 +215,8 @@ def started(wanted: Wanted, tell: Callable[[str], object]) -> Iterator[Connectio
             process = _spawn(wanted, lock, log)
         tell(f"Starting a server with {wanted.model}; its log is {log}.")
         url = _wait(process, log, lambda: _told_url(log))
+        _wait_until_found(process, wanted.root)
+        findable()
         model = public_name(wanted.model)
         _wait_for_model(process, log, url, wanted.api_key)
         served = Served(url, model, _context(url, model, wanted.api_key), wanted.api_key)
@@ -215,6 +274,15 @@ def _wait(process: subprocess.Popen[bytes], log: Path, ask: Callable[[], str]) -
             raise click.ClickException(_last_words(log, process.returncode))
         time.sleep(_PAUSE_S)
     return said
+
+
+def _wait_until_found(process: subprocess.Popen[bytes], root: Path) -> None:
+    """Wait until commands can find a server that listens; some folders cannot tell of it."""
+    give_up = time.monotonic() + _FOUND_S
+    while process.poll() is None and time.monotonic() < give_up:
+        if any(one.pid == process.pid for one in running_servers(root)):
+            return
+        time.sleep(_PAUSE_S)
 
 
 def _wait_for_model(

@@ -47,6 +47,20 @@ def read_caching(body: Mapping[str, Any]) -> Caching:
     )
 
 
+def checked_group(group: str, name: str) -> str:
+    """The name of a group, as it is.
+
+    Raises:
+        RefusedError: It can be none; `name` is what the request calls it.
+    """
+    try:
+        check_group(group)
+    except ValueError:
+        said = f"must be one line of at most {MAX_GROUP} printable characters."
+        raise wrong(name, said) from None
+    return group
+
+
 def breakpoint_of(part: Mapping[str, Any], name: str) -> int | None:
     """For how many seconds what ends with this part is to be kept; None if it has no breakpoint.
 
@@ -82,14 +96,7 @@ def marks_of_chat(messages: Sequence[Mapping[str, Any]]) -> list[Mark]:
 def _group(body: Mapping[str, Any]) -> str:
     if body.get(GROUP) is None:
         return ""
-    group = text_of(body, GROUP, "")
-    try:
-        check_group(group)
-    except ValueError:
-        raise wrong(
-            GROUP, f"must be one line of at most {MAX_GROUP} printable characters."
-        ) from None
-    return group
+    return checked_group(text_of(body, GROUP, ""), GROUP)
 
 
 def _ttl(options: Mapping[str, Any], name: str) -> int | None:

@@ -32,7 +32,10 @@ _MEDIA = {
     "computer_screenshot": "an image",
 }
 _REFUSED = {
-    "item_reference": "refers to an item, and this server keeps none; send the item itself.",
+    "item_reference": (
+        "refers to an item, and this server keeps none; send the item itself, as the AI SDK does "
+        "with `store: false` in providerOptions.openai."
+    ),
     "compaction": "is another server's compaction, which cannot be read; send the conversation.",
     "compaction_trigger": "asks for a compaction, which this server does not do.",
 }
@@ -92,7 +95,7 @@ class Transcript:
             case "message":
                 self._add_message(item, name, was_said=was_said)
             case "reasoning":
-                self._add_thought(item, name)
+                self._add_thought(item, name, was_said=was_said)
             case "function_call":
                 self._add_call(item, _arguments(item, name), name)
             case "custom_tool_call":
@@ -153,7 +156,7 @@ class Transcript:
             self.messages.append({"role": "assistant", "content": ""})
         return self.messages[-1]
 
-    def _add_thought(self, item: Mapping[str, Any], name: str) -> None:
+    def _add_thought(self, item: Mapping[str, Any], name: str, *, was_said: bool) -> None:
         thought = "".join(_texts(item.get("content") or [], f"{name}.content", _THOUGHTS))
         summary = joined_all(_texts(item.get("summary") or [], f"{name}.summary", _SUMMARIES))
         sealed = item.get("encrypted_content")
@@ -162,8 +165,13 @@ class Transcript:
             if not thought and not summary:
                 self.ignored.add(SEALED)
         if thought := thought or summary:
+            if was_said:
+                # Templates put a thought in front of what its message says.
+                self.messages.append({"role": "assistant", "content": ""})
             turn = self._turn()
             turn[THINKING_FIELD] = turn.get(THINKING_FIELD, "") + thought
+        else:
+            self._is_said = was_said
 
     def _add_call(self, item: Mapping[str, Any], arguments: dict[str, Any], name: str) -> None:
         call, tool = text_of(item, "call_id", name), text_of(item, "name", name)

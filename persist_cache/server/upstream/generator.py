@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from queue import Empty
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import mlx.core as mx
@@ -17,7 +17,6 @@ from mlx_lm import server as upstream
 from persist_cache.cache.prompt_cache import PromptCache
 from persist_cache.prefill.clock import PrefillClock
 from persist_cache.prefill.run import even_out_draft
-from persist_cache.server.admin import Admin
 from persist_cache.server.alone import Alone, tokens_looked_back_at
 from persist_cache.server.flight import Flight, Line
 from persist_cache.server.guard import ModelGuard
@@ -30,6 +29,9 @@ from persist_cache.server.upstream.prompts import Prompts
 from persist_cache.server.upstream.provider import Provider
 from persist_cache.server.upstream.requests import Answers, TicketedRequest, failing_answer
 from persist_cache.server.validation import RefusedError
+
+if TYPE_CHECKING:
+    from persist_cache.server.admin import Admin
 
 _SAVED_S = 10.0
 """How long a request waits for what another one computed to be saved, if memory cannot hold it."""

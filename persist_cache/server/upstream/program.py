@@ -17,7 +17,6 @@ from mlx_lm import server as upstream
 from persist_cache.prefill.clock import PrefillClock
 from persist_cache.server.upstream.batch import Batch
 from persist_cache.server.upstream.generator import Generator
-from persist_cache.server.upstream.handler import Handler
 from persist_cache.server.upstream.provider import Provider
 from persist_cache.server.upstream.seam import check
 
@@ -60,6 +59,9 @@ def listen(host: str, port: int, generator: Generator, server: type[HTTPServer])
     Raises:
         OSError: The port cannot be listened on.
     """
+    # What answers requests is read while the generation thread loads the model.
+    from persist_cache.server.upstream.handler import Handler
+
     upstream._run_http_server(host, port, generator, server_class=server, handler_class=Handler)
 
 
