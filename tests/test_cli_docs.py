@@ -22,6 +22,8 @@ ROOT = Path(__file__).parents[1]
 CLI_MD = (ROOT / "docs" / "cli.md").read_text()
 CONTEXT = click.Context(cli)
 COMMANDS = cli.list_commands(CONTEXT)
+OF_SERVE = ("serve", "service", "config")
+"""Commands that take the flags of `serve`."""
 
 
 def section(title: str) -> str:
@@ -109,7 +111,8 @@ def test_examples_are_accepted(document: str) -> None:
             continue
         name, given = words[0], {word.split("=")[0] for word in words if word.startswith("--")}
         assert name in COMMANDS, call
-        assert given <= (flags_of_serve() if name == "serve" else options(name)), call
+        known = options(name) | (flags_of_serve() if name in OF_SERVE else set())
+        assert given <= known, call
 
 
 @pytest.mark.parametrize("name", COMMANDS)

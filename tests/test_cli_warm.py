@@ -174,7 +174,9 @@ def test_manifest_warms_several_prompts(model: Path, store: Path, tmp_path: Path
         assert {entry.label for entry in opened.entries()} == {"one", ""}
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "how", [pytest.param(signal.SIGINT, marks=pytest.mark.long), signal.SIGKILL]
+)
 def test_interrupted_warm_goes_on_where_the_last_step_ended(
     model: Path, store: Path, how: signal.Signals
 ) -> None:

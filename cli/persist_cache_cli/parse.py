@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -112,6 +113,50 @@ def parse_group(text: str) -> str:
     if not text:
         raise click.BadParameter("an empty name is that of no group.")
     return text
+
+
+def parse_rules(
+    given: Sequence[str], option: str, parse: Callable[[str], float], *, tiers: bool
+) -> dict[str, int] | None:
+    """Rules such as `model=4GB` or `salt:alice=1GB`, by what they are about.
+
+    Args:
+        given: The rules, each as `WHAT=VALUE`; or `none` alone.
+        option: What they are given to, for the sentence.
+        parse: Reads a value.
+        tiers: A tier is something to make a rule about.
+
+    Returns:
+        The rules; none if they are to end, None if nothing was said.
+
+    Raises:
+        click.UsageError: One of them is something else.
+    """
+    from persist_cache.fingerprint.value import salt_digest
+    from persist_cache.store.quotas import check_rules
+
+    if not given:
+        return None
+    if "none" in given:
+        if len(given) > 1:
+            raise click.UsageError(f"{option}: none goes with no other rule.")
+        return {}
+    found: dict[str, int] = {}
+    for one in given:
+        what, _, value = one.rpartition("=")
+        kind, colon, name = what.partition(":")
+        if kind == "salt" and name:
+            what = f"salt{colon}{salt_digest(name)}"
+        if what in found:
+            raise click.UsageError(f"{option}: {one!r} is the second rule about the same.")
+        try:
+            found[what] = int(parse(value))
+            check_rules({what: found[what]}, tiers=tiers)
+        except click.BadParameter as error:
+            raise click.UsageError(f"{option}: {error.message}") from None
+        except ValueError as error:
+            raise click.UsageError(f"{option}: {error}.") from None
+    return found
 
 
 class _Size(_Type):

@@ -269,7 +269,7 @@ def read_request_file(
     Raises:
         click.ClickException: It cannot be read, or the server would not understand it.
     """
-    found = _read_request_json(path, option)
+    found = read_request_json(path, option)
     if tools is not None:
         definitions = _read_tools(tools)
         body, protocol = body_of(found, protocol)
@@ -313,13 +313,13 @@ def with_tools(
 
 
 def _read_tools(path: Path) -> list[dict[str, Any]]:
-    found = _read_request_json(path, "--tools")
+    found = read_request_json(path, "--tools")
     if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
         raise click.UsageError(f"--tools {path} has the wrong shape: no list of objects.")
     return found
 
 
-def _read_request_json(path: Path, option: str) -> Any:
+def read_request_json(path: Path, option: str) -> Any:
     """JSON as the server decodes it: what another decoder makes of it may be another prompt."""
     try:
         found = decode_json(_read_file(path, option).encode())

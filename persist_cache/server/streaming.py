@@ -63,7 +63,7 @@ class Streaming(BaseHTTPRequestHandler):
         ticket.stabilize = chosen_by(self.headers, self.response_generator)
         self.ticket = ticket
         self._has_failed, self._remembered = False, ""
-        if response_id and not ticket.keeps:
+        if response_id and not ticket.keeps and not ticket.privacy.no_store:
             self._remembered = self.recent.begin(
                 ticket,
                 response_id=response_id,
@@ -81,6 +81,8 @@ class Streaming(BaseHTTPRequestHandler):
         is_left = isinstance(error, ConnectionError)
         has_failed = error is not None or self._has_failed
         ticket, self.ticket = self.ticket, None
+        if ticket is not None:
+            self.response_generator.forget(ticket)
         if self._remembered:
             state: State = "left" if is_left else "failed" if has_failed else "done"
             if ticket is not None:

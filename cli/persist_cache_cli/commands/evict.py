@@ -22,6 +22,7 @@ from persist_cache.queries.select import Filters, split_shared
 from persist_cache.queries.stale import stale_reason
 from persist_cache.queries.totals import Survey, left_in_trash, quarantined
 from persist_cache_cli.calling import Declined
+from persist_cache_cli.erasing import CANNOT_BE_ERASED, erased, refuse_incomplete
 from persist_cache_cli.output import (
     Column,
     format_age,
@@ -63,6 +64,11 @@ _ROWS_SHOWN = 20
 @click.option(
     "--all", "everything", is_flag=True, help="All entries, and damaged blobs in quarantine."
 )
+@click.option(
+    "--erase",
+    is_flag=True,
+    help="Leave nothing of them in the store's folder, nor of what went before.",
+)
 @click.option("--dry-run", is_flag=True, help="Only say what would go.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 @common_options()
@@ -81,6 +87,7 @@ def command(
     match: str | None,
     to_bytes: int | None,
     everything: bool,
+    erase: bool,
     dry_run: bool,
     yes: bool,
     as_json: bool,
@@ -97,6 +104,10 @@ def command(
     Before it asks, it lists what is to go. "own" are bytes that only this entry needs, "frees" what
     the entries down to this one free together: rows that they share are freed with the last of
     them.
+
+    What goes leaves rows in files that others need, and tokens in free pages of the index. With
+    --erase it does not, and files are overwritten before they are unlinked. What it cannot erase
+    it says.
 
     \b
     Examples:
@@ -137,12 +148,19 @@ def command(
                 _ask(plan)
             _leave(opened, plan, group)
             planned = plan.freed_bytes
-            plan.freed_bytes = _evict(opened, plan, everything, to_bytes)
+            if erase:
+                plan.freed_bytes, left = erased(opened, plan.ids)
+            else:
+                plan.freed_bytes, left = _evict(opened, plan, everything, to_bytes), []
             plan.unremoved_bytes = left_in_trash(opened, planned - plan.freed_bytes)
     if as_json:
         print_json(plan.as_json(dry_run))
     elif not quiet:
         click.echo("\n".join(plan.lines(dry_run)))
+        if erase and not dry_run:
+            click.echo(CANNOT_BE_ERASED)
+    if not dry_run:
+        refuse_incomplete(left)
 
 
 class _Plan:
@@ -326,7 +344,7 @@ def _matching(store: Store, survey: Survey, rows: Sequence[int], text: str) -> l
 
     Models without a tokenizer are skipped with a warning, unless that leaves none.
     """
-    from persist_cache_cli.texts import Decoder
+    from persist_cache.queries.decoder import Decoder
 
     decoders: dict[str, Decoder | None] = {}
     errors: list[PersistCacheError] = []

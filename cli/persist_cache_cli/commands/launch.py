@@ -100,6 +100,8 @@ def command(
     assert path is not None
     with contextlib.ExitStack() as starting:
         if found is None:
+            # What the client cannot be given is said before a model is loaded for it.
+            setup_of(client, not_running(wanted), os.environ, words)
             tell = (lambda sentence: None) if quiet else _tell
             found = starting.enter_context(connected(wanted, tell))
         _run(client, path, words, found)

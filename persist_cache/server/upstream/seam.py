@@ -17,6 +17,8 @@ log = logging.getLogger(__name__)
 SEAM = {
     "run": ("host", "port", "model_provider", "server_class", "handler_class"),
     "_run_http_server": ("host", "port", "response_generator", "server_class", "handler_class"),
+    "ResponseGenerator._run_generate": ("self",),
+    "ResponseGenerator._next_request": ("self", "timeout"),
     "ResponseGenerator._tokenize": ("self", "tokenizer", "request", "args"),
     "ResponseGenerator._serve_single": ("self", "request", "stream"),
     "ResponseGenerator._is_batchable": ("self", "args"),
@@ -32,6 +34,8 @@ SEAM = {
     "BatchGenerator.remove": ("self", "uids", "return_prompt_caches"),
     "TimeBudget.__iter__": ("self",),
     "TimeBudget.__next__": ("self",),
+    "ModelProvider.reset": ("self",),
+    "ModelProvider.load": ("self", "model_path", "adapter_path", "draft_model_path"),
     "ModelProvider.load_default": ("self",),
     "ModelProvider._load": ("self", "model_path", "adapter_path", "draft_model_path"),
     "APIHandler.handle_completion": ("self", "request", "stop_words"),
