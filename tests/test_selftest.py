@@ -300,6 +300,24 @@ pool.run = lambda tasks, num_threads: None
 """,
         "answered differently",
     ),
+    "the model does not leave memory": (
+        "unload",
+        """
+from persist_cache.selftest import restarting
+restarting._SAVE_LIMIT_S = 3.0
+serving = restarting.serving
+restarting.serving = lambda folder, *flags: serving(folder)
+""",
+        "did not leave memory",
+    ),
+    "what comes back is not the same": (
+        "unload",
+        """
+from persist_cache.tensors import pool
+pool.run = lambda tasks, num_threads: None
+""",
+        "answered differently",
+    ),
     "nothing is evicted on a full disk": (
         "full-disk",
         """

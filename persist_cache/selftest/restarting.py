@@ -1,8 +1,9 @@
-"""The installed command: a server is killed in the midst of its work, and the next one goes on."""
+"""The installed command: a server that is killed, or whose model leaves memory, goes on."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from persist_cache.entry import Tier
 from persist_cache.errors import PersistCacheError
 from persist_cache.selftest.checks import Failed, Result, Setting
 from persist_cache.selftest.runner import environment
-from persist_cache.selftest.serving import ask, drain, free_port, wait_for, write_model
+from persist_cache.selftest.serving import ask, drain, free_port, request, wait_for, write_model
 from persist_cache.store.store import Store
 
 _SAVE_LIMIT_S = 30.0
@@ -46,6 +47,33 @@ def killed_server_goes_on(setting: Setting) -> Result:
         "answer",
         {"up_s": up_s, "restored_tokens": second.cached_tokens},
     )
+
+
+def idle_server_lets_go(setting: Setting) -> Result:
+    """Serve, ask, wait until the model has left memory, and ask the same again."""
+    write_model(setting.folder / "model")
+    with serving(setting.folder, "--unload-after", "1s") as (_, port):
+        first = ask(port)
+        _wait_until(lambda: _weights(port) == "unloaded", "the model did not leave memory")
+        started = time.monotonic()
+        second = ask(port)
+        back_s = time.monotonic() - started
+        if _weights(port) not in ("loaded", "unloaded"):
+            raise Failed("after an answer the model is neither loaded nor unloaded")
+    if not second.found.startswith("disk"):
+        raise Failed(f"after an unload nothing was restored ({second.found or 'no header'})")
+    if second.text != first.text:
+        raise Failed("after an unload the same question was answered differently")
+    return Result(
+        f"the model left memory when nobody asked, and answered {back_s:.2f} s after the next "
+        f"request, with {second.cached_tokens} tokens restored",
+        {"back_s": back_s, "restored_tokens": second.cached_tokens},
+    )
+
+
+def _weights(port: int) -> str:
+    said: str = json.loads(request(port, "GET", "/health")[1]).get("weights", "")
+    return said
 
 
 @contextlib.contextmanager

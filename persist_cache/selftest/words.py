@@ -27,6 +27,8 @@ MEANINGS = {
     "names": "The server starts, but late; its machine's name cannot be looked up quickly.",
     "sigterm": "The latest answers are lost when a server is ended; end it while it is idle.",
     "restart": "A server does not find again what was stored before it was killed.",
+    "unload": "Do not use `serve --unload-after`: what comes back is not what left. Please report "
+    "this.",
     "full-disk": "Keep room on the disk (--min-free): a full one may cost what is stored.",
     "backups": "Backups may take a copy of the store: exclude its folder by hand.",
     "descriptors": "mlx-lm cannot be imported, or too few files may be open; raise the limit "
