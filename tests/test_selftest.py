@@ -462,7 +462,17 @@ def test_all_of_it_is_put_in_words(verdicts: list[Verdict], says: str) -> None:
     assert verdict(outcomes) == says
 
 
-@pytest.mark.parametrize("name", [check.name for check in CHECKS])
+LATER = {"caches", "sigterm"}
+"""Checks that take long: by `scripts/test --all`, and the second one as on a Mac."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(check.name, marks=[pytest.mark.long] if check.name in LATER else [])
+        for check in CHECKS
+    ],
+)
 def test_a_check_is_green_here(name: str, on_disk: Path) -> None:
     found = outcome(name, on_disk)
 
