@@ -57,6 +57,7 @@ _COMMANDS = {
     "check": _Place("Compare the index with the blobs, and mend.", "check"),
     "gc": _Place("Tidy up now.", "gc"),
     "demo": _Place("Watch a real model restart without computing its system prompt.", "demo"),
+    "bench": _Place("Time an agent's session: cold, cached, after a restart.", "bench"),
     "export": _Place("Write entries into one file, for another machine.", "export"),
     "import": _Place("Add the entries of such a file.", "import_"),
     "doctor": _Place("Look at versions, disk, limits, and a model's caches.", "doctor"),
