@@ -82,7 +82,7 @@ def test_wheel_says_that_both_packages_are_typed(wheel: Path) -> None:
 
     assert b"Typing :: Typed" in classifiers
     assert {"persist_cache/py.typed", "persist_cache_cli/py.typed"} <= names
-    assert "persist_cache/server/page.html" in names
+    assert "persist_cache/server/page/page.html" in names
 
 
 @pytest.mark.long
