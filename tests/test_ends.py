@@ -30,7 +30,7 @@ def test_busy_port_is_one_sentence_and_status_1(model: Path, tmp_path: Path) -> 
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        done = script(tmp_path / "store", "serve", "--model", model, "--port", port, timeout=120)
+        done = prepared_script(tmp_path / "store", "serve", "--model", model, "--port", port)
 
     assert done.status == 1, done.err
     assert [line for line in done.err.splitlines() if line.startswith("Error: ")] == [
@@ -92,7 +92,9 @@ def test_server_refuses_a_path_that_can_be_no_store(tmp_path: Path, place: str) 
     assert "Error: " in done.err
 
 
-@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "ending", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.long)]
+)
 def test_demo_that_is_told_to_end_leaves_no_store(
     model: Path, tmp_path: Path, ending: signal.Signals
 ) -> None:

@@ -16,6 +16,7 @@ import pytest
 from persist_cache.system import endings
 from tests.cli import SCRIPT, script
 from tests.tiny_models import build_model_dir
+from tests.waiting import until
 
 SWALLOWED = """
 import os, signal, socketserver, subprocess, sys, weakref
@@ -113,9 +114,9 @@ def test_signal_that_is_swallowed_ends_a_command_all_the_same(
 @pytest.mark.parametrize(
     ("words", "when"),
     [
-        (["serve", "--port", "0", "--model"], "mlx_lm.server"),
+        pytest.param(["serve", "--port", "0", "--model"], "mlx_lm.server", marks=pytest.mark.long),
         (["demo", "--model"], "rich.table"),
-        (["doctor", "--model"], "mlx_lm.models.cache"),
+        pytest.param(["doctor", "--model"], "mlx_lm.models.cache", marks=pytest.mark.long),
         (["check", "--read-data"], "persist_cache_cli.commands.check"),
         (["list", "--json"], "persist_cache_cli.commands.list"),
         (["stats", "--watch", "--json"], "persist_cache_cli.commands.stats"),
@@ -133,7 +134,18 @@ def test_signal_that_is_swallowed_ends_every_command(
     assert list(tmp_path.glob("persist-cache-demo-*")) == []
 
 
-@pytest.mark.parametrize(("how", "ending"), SWALLOWERS)
+@pytest.mark.parametrize(
+    ("how", "ending"),
+    [
+        ("caught", signal.SIGINT),
+        ("weak reference", signal.SIGTERM),
+        *(
+            pytest.param(how, ending, marks=pytest.mark.long)
+            for how, ending in SWALLOWERS
+            if (how, ending) not in (("caught", signal.SIGINT), ("weak reference", signal.SIGTERM))
+        ),
+    ],
+)
 def test_signal_that_is_swallowed_ends_a_server_in_order(
     model: Path, tmp_path: Path, how: str, ending: signal.Signals
 ) -> None:
@@ -271,7 +283,7 @@ main()
     ("first", "second"),
     [
         (signal.SIGINT, signal.SIGTERM),
-        (signal.SIGINT, signal.SIGINT),
+        pytest.param(signal.SIGINT, signal.SIGINT, marks=pytest.mark.long),
     ],
 )
 def test_two_signals_at_once_end_the_demo_after_its_worker(
@@ -347,23 +359,23 @@ def test_worker_of_the_demo_ends_when_the_demo_is_killed(model: Path, tmp_path: 
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 60
-    children: list[int] = []
-    while not children:
-        assert time.monotonic() < deadline, "it did not begin"
-        found = subprocess.run(
-            ["ps", "-o", "pid=,args=", "--ppid", str(holder.pid)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        lines = [line for line in found.stdout.splitlines() if "demo.worker" in line]
-        children = [int(line.split()[0]) for line in lines]
+    children = until(lambda: workers_of(holder.pid), "it did not begin")
     holder.kill()
     holder.wait()
 
-    while any(map(is_running, children)):
-        assert time.monotonic() < deadline, "it outlived the demo"
+    until(lambda: not any(map(is_running, children)), "it outlived the demo")
+
+
+def workers_of(demo: int) -> list[int]:
+    """Process ids of the workers of a running demo."""
+    found = subprocess.run(
+        ["ps", "-o", "pid=,args=", "--ppid", str(demo)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = [line for line in found.stdout.splitlines() if "demo.worker" in line]
+    return [int(line.split()[0]) for line in lines]
 
 
 @pytest.fixture

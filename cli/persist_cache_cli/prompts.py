@@ -199,9 +199,22 @@ def read_text(argument: str, option: str) -> str:
         text = _read_file(Path(argument[1:]), option)
     else:
         text = argument
+        if _names_a_file(text):
+            click.echo(
+                f"Warning: {option} {text} is taken as the text itself; to read the file of that "
+                f"name, write {option} @{text}.",
+                err=True,
+            )
     if not text.strip():
         raise click.UsageError(f"{option} is empty; give the text, @FILE, or - for standard input.")
     return text
+
+
+def _names_a_file(text: str) -> bool:
+    try:
+        return "\n" not in text and Path(text).is_file()
+    except (OSError, ValueError):  # too long for a name, or with a zero in it
+        return False
 
 
 def read_json(path: Path, option: str, kind: type[T]) -> T:
@@ -220,7 +233,7 @@ def parse_json(text: str, option: str, kind: type[T]) -> T:
 
 def _decode(text: str, what: str, kind: type[T]) -> T:
     try:
-        return msgspec.json.decode(text.encode(), type=kind)
+        return msgspec.json.decode(text.encode(errors="surrogateescape"), type=kind)
     except msgspec.ValidationError as error:
         raise click.UsageError(f"{what} has the wrong shape: {error}.") from None
     except msgspec.DecodeError as error:
@@ -256,7 +269,7 @@ def read_request_file(
     Raises:
         click.ClickException: It cannot be read, or the server would not understand it.
     """
-    found = _read_request_json(path, option)
+    found = read_request_json(path, option)
     if tools is not None:
         definitions = _read_tools(tools)
         body, protocol = body_of(found, protocol)
@@ -300,13 +313,13 @@ def with_tools(
 
 
 def _read_tools(path: Path) -> list[dict[str, Any]]:
-    found = _read_request_json(path, "--tools")
+    found = read_request_json(path, "--tools")
     if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
         raise click.UsageError(f"--tools {path} has the wrong shape: no list of objects.")
     return found
 
 
-def _read_request_json(path: Path, option: str) -> Any:
+def read_request_json(path: Path, option: str) -> Any:
     """JSON as the server decodes it: what another decoder makes of it may be another prompt."""
     try:
         found = decode_json(_read_file(path, option).encode())

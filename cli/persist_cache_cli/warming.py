@@ -21,9 +21,13 @@ from persist_cache.prefill.loading import load_model
 from persist_cache.queries.schema import WarmJson
 from persist_cache.server.rendering import Prompt, PromptRequest
 from persist_cache.warm import Warmed, warm
+from persist_cache_cli.blas import advice
 from persist_cache_cli.output import format_bytes
 from persist_cache_cli.progress import bar
 from persist_cache_cli.prompts import ModelChoice, Template
+
+Progress = Callable[[int], None]
+"""Takes the tokens that are done so far."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,7 @@ class Run:
         self._quiet = quiet
         self._tokenizers: dict[tuple[str, str | None, bool], Any] = {}
         self._model: tuple[ModelChoice, Any, Identifier] | None = None
+        self._advised = False
 
     def check(self, job: Job) -> WarmJson:
         """Report what is there, changing nothing."""
@@ -72,16 +77,20 @@ class Run:
     def warm(self, job: Job) -> WarmJson:
         """Store what is missing."""
         expires = None if job.ttl_s is None else time.time() + job.ttl_s
+        if job.request.no_store:
+            raise PersistCacheError(
+                "Nothing of a request is kept that says no_store; leave it out."
+            )
         tokens, prompt = self._tokens(job)
         model: Any = None
-        fingerprint = self._identify(job.choice)
+        fingerprint = self._identify(job)
         if isinstance(fingerprint, Unidentified):
             # A hub id that is not on this machine yet is fetched by loading it.
-            model, fingerprint = self._load(job.choice)
+            model, fingerprint = self._load(job)
         way = self._stored(fingerprint, tokens)
         if not way and model is None:
             # The files may have been replaced since: what is computed belongs to what was loaded.
-            model, loaded = self._load(job.choice)
+            model, loaded = self._load(job)
             if loaded != fingerprint:
                 fingerprint = loaded
                 way = self._stored(fingerprint, tokens)
@@ -89,7 +98,10 @@ class Run:
             self._mark(way, job, expires)
             self._say(f"{name_of(job)}: all {len(tokens):,} tokens were stored already.")
             return _report(job, way, len(tokens), len(tokens), 0)
-        with self._progress(job, len(tokens)) as progress:
+        with (
+            self._progress(job, len(tokens)) as progress,
+            _told_if_interrupted(job, tokens) as note,
+        ):
             done = warm(
                 self._store,
                 fingerprint,
@@ -104,7 +116,7 @@ class Run:
                 cuts=prompt.cuts,
                 step_tokens=self._step_tokens,
                 quantize=job.choice.quantize,
-                progress=progress,
+                progress=note(progress),
             )
         self._say(_sentence(job, done))
         entries = () if done.entry is None else (done.entry,)
@@ -112,16 +124,18 @@ class Run:
 
     def _find(self, job: Job) -> tuple[list[int], Match]:
         tokens, _ = self._tokens(job)
-        fingerprint = self._identify(job.choice)
+        fingerprint = self._identify(job)
         if isinstance(fingerprint, Unidentified):
             raise _unidentified(job.choice, fingerprint.reason)
         return tokens, self._store.match(fingerprint, tokens)
 
-    def _identify(self, choice: ModelChoice) -> Fingerprint | Unidentified:
+    def _identify(self, job: Job) -> Fingerprint | Unidentified:
         """Identify the model that is loaded, or else its files as they are now."""
-        if self._model is not None and self._model[0] == choice:
-            return self._model[2].look_up(choice.key)
-        return choice.identifier().look_up(choice.key)
+        choice = job.choice
+        loaded = self._model is not None and self._model[0] == choice
+        identifier = self._model[2] if self._model and loaded else choice.identifier()
+        found = identifier.look_up(choice.key)
+        return found if isinstance(found, Unidentified) else found.salted(job.request.salt)
 
     def _stored(self, fingerprint: Fingerprint, tokens: list[int]) -> tuple[str, ...]:
         """The entry that ends exactly here, behind those on the way to it; none without it."""
@@ -165,27 +179,64 @@ class Run:
             )
         return prompt.tokens[: prompt.system_tokens], prompt
 
-    def _load(self, choice: ModelChoice) -> tuple[Any, Fingerprint]:
+    def _load(self, job: Job) -> tuple[Any, Fingerprint]:
         """Load a model; returns it with the identity of what was loaded."""
+        choice = job.choice
         if self._model is None or self._model[0] != choice:
             self._model = None  # free the old one before the new one is loaded
             self._say(f"Loading {choice.model} …")
+            if not self._quiet and not self._advised and (slow := advice("warm …")):
+                click.echo(f"Note: {slow}", err=True)
+            self._advised = True
             identifier = choice.identifier()
             model, _ = load_model(choice.model, choice.adapter_path, identifier=identifier)
             self._model = (choice, model, identifier)
         fingerprint = self._model[2].look_up(choice.key)
         if isinstance(fingerprint, Unidentified):
             raise _unidentified(choice, fingerprint.reason)
-        return self._model[1], fingerprint
+        return self._model[1], fingerprint.salted(job.request.salt)
 
     @contextlib.contextmanager
-    def _progress(self, job: Job, total: int) -> Iterator[Callable[[int], None] | None]:
+    def _progress(self, job: Job, total: int) -> Iterator[Progress | None]:
         with bar(name_of(job), silent=self._quiet, unit="tokens", total=total) as draw:
             yield None if draw is None else lambda done: draw(done, total)
 
     def _say(self, text: str) -> None:
         if not self._quiet:
             click.echo(text)
+
+
+@contextlib.contextmanager
+def _told_if_interrupted(
+    job: Job, tokens: Sequence[int]
+) -> Iterator[Callable[[Progress | None], Progress]]:
+    """Say what was kept when a signal ends the prefill within.
+
+    Yields:
+        What makes a report of progress one that is noted.
+    """
+    kept = 0
+
+    def noting(progress: Progress | None) -> Progress:
+        def note(done: int) -> None:
+            nonlocal kept
+            kept = done
+            if progress is not None:
+                progress(done)
+
+        return note
+
+    try:
+        yield noting
+    except Exception:
+        raise
+    except BaseException:  # a signal
+        click.echo(
+            f"{name_of(job)}: {kept:,} of {len(tokens):,} tokens are stored; the same command "
+            "goes on from there.",
+            err=True,
+        )
+        raise
 
 
 def _unidentified(choice: ModelChoice, reason: str) -> ModelError:

@@ -184,6 +184,7 @@ class Saver:
             and self._writer is not None
             and held.tier in self._persist
             and held.num_tokens > 0
+            and not held.memory_only
             and held.owner.fingerprint is not None
         )
 
@@ -268,6 +269,17 @@ class Saver:
         self._flush_uses(left())
         return done
 
+    def unload(self) -> int:
+        """Let go of what memory need not keep; returns how many caches wait for the disk."""
+        is_late = self._late is not None and self._store is None and not self._closed
+        with self._lock:
+            if self.queue()[0]:
+                return len(self._resident)  # a save may fail, and has to be tried again
+            for held in self._resident.held():
+                if not (held.wanted or (is_late and held.tier in self._persist)):
+                    self._resident.remove(held)
+            return len(self._resident)
+
     def close(self, timeout_s: float | None = None) -> None:
         """Save what is not on disk yet, and end the writer thread. Further calls do nothing.
 
@@ -309,6 +321,7 @@ class Saver:
             # With nothing to save, only a commit of its own can tell whether the disk is back.
             self._store.count("disk_retries")
         self._flush_uses()
+        self._tidy()
         self._merge_runs()
 
     def _save(self, held: Held, sources: list[Source]) -> None:
@@ -403,6 +416,15 @@ class Saver:
             if patience_s is not None and isinstance(error, StoreBusyError):
                 return  # the caller's time is over, which says nothing of the disk
             self.failed(error)
+
+    def _tidy(self) -> None:
+        """Remove what has expired, and what exceeds a quota."""
+        if self._store is None or self._disk_error is not None:
+            return
+        try:
+            self._store.tidy()
+        except StoreError as error:
+            log.warning("what has expired could not be removed: %s", error)
 
     def _merge_runs(self) -> None:
         """Make the next restart's first answer of a long conversation faster, while idle."""

@@ -27,6 +27,7 @@ from persist_cache.queries.schema import (
     LeftBehindJson,
     ModelJson,
     QuarantinedJson,
+    QuotaJson,
     RemovalJson,
     RemovedJson,
     StoreJson,
@@ -188,6 +189,7 @@ def explanation_json(
         repaired=list(repaired) or UNSET,
         ignored=list(ignored) or UNSET,
         marks=marks or UNSET,
+        expires=found.expires or UNSET,
     )
 
 
@@ -334,6 +336,17 @@ def store_json(
         disk_off=disk_off,
         eviction_paused=stats.eviction_paused,
         counters=dict(stats.counters),
+        quotas=[
+            QuotaJson(
+                kind=one.kind,
+                name=one.name,
+                bytes=one.nbytes,
+                max_bytes=one.max_bytes,
+                near=one.is_near,
+            )
+            for one in stats.quotas
+        ],
+        ttl_s=dict(stats.ttl),
     )
 
 

@@ -202,6 +202,7 @@ class ExplanationJson(Struct, frozen=True, kw_only=True):
         repaired: What was changed in the request before it was rendered, if anything was.
         ignored: What it asks for and cannot be said to the model, if there is anything.
         marks: Places in it that its client marked to be kept, if there are any.
+        expires: When the entry with most of it expires, if it does.
     """
 
     outcome: str
@@ -220,6 +221,7 @@ class ExplanationJson(Struct, frozen=True, kw_only=True):
     repaired: Sequence[str] | UnsetType = UNSET
     ignored: Sequence[str] | UnsetType = UNSET
     marks: int | UnsetType = UNSET
+    expires: float | UnsetType = UNSET
 
 
 class WarmJson(Struct, frozen=True, kw_only=True):
@@ -284,6 +286,24 @@ class ModelJson(Struct, frozen=True, kw_only=True):
     saved_s: float
 
 
+class QuotaJson(Struct, frozen=True, kw_only=True):
+    """How much of a quota is used.
+
+    Attributes:
+        kind: `model` or `salt`.
+        name: Of the model; of a salt its digest.
+        bytes: What its files take.
+        max_bytes: What they may take.
+        near: It is nearly used up.
+    """
+
+    kind: str
+    name: str
+    bytes: int
+    max_bytes: int
+    near: bool
+
+
 class LeftBehindJson(Struct, frozen=True, kw_only=True):
     """Entries that nothing finds any more, for one reason."""
 
@@ -332,6 +352,8 @@ class StoreJson(Struct, frozen=True, kw_only=True):
         disk_off: Why nothing can be written, or "".
         eviction_paused: Why nothing is evicted for the free-space floor, or "".
         counters: All counters as they are stored.
+        quotas: How much of each quota is used, the fullest first.
+        ttl_s: Default lifetimes by what they are about.
     """
 
     store: str
@@ -360,3 +382,5 @@ class StoreJson(Struct, frozen=True, kw_only=True):
     disk_off: str
     eviction_paused: str
     counters: dict[str, int]
+    quotas: Sequence[QuotaJson]
+    ttl_s: dict[str, int]

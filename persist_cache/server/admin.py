@@ -31,6 +31,7 @@ from persist_cache.server.model import Models
 from persist_cache.server.page import page_response
 from persist_cache.server.parameters import only, query_of
 from persist_cache.server.previews import MAX_IDS, Previews
+from persist_cache.server.residence import residence
 from persist_cache.server.validation import RefusedError
 from persist_cache.server.view import Views, server_json
 
@@ -154,6 +155,9 @@ class Admin:
             case ["requests", id]:
                 only(request, "GET")
                 return self._requests.show(id, request)
+            case ["ps"]:
+                only(request, "GET")
+                return json_response(residence(self._generator, self._cache))
             case ["requests", id, "warm"]:
                 only(request, "POST")
                 return self._prompts.warm_again(request, *self._requests.replayed(id), ask)

@@ -12,6 +12,8 @@ from typing import Any
 from persist_cache.errors import StoreError
 from persist_cache.server.guard import LOOPBACK_ORIGINS
 from persist_cache.server.lengths import NO_LIMIT
+from persist_cache.server.privacy import Rules
+from persist_cache.server.warming import WarmPrompt
 from persist_cache.stability.names import DEFAULTS
 from persist_cache.store.opening import is_impossible
 from persist_cache.store.store import Store, default_store_path
@@ -39,8 +41,14 @@ class ServeOptions:
         context_tokens: Longest prompt and answer together, None for what the model's
             configuration says, 0 for no limit.
         stabilize: Names of the repairs that may be done to requests.
+        quotas: Bytes on disk of models and salts; see `Store.open`. None as last set.
+        ttl: Default lifetimes in seconds; see there. None as last set.
+        rules: What is kept of requests that do not say.
         show_text: Whether page and admin API may show prompts as text.
         while_locked: End when nobody holds this file locked any more; None to stay.
+        unload_after_s: Seconds without a request after which the model leaves memory, None for
+            never.
+        warm: Prompts to be computed at the start.
     """
 
     store: str | None = None
@@ -59,10 +67,23 @@ class ServeOptions:
     stabilize: frozenset[str] = DEFAULTS
     show_text: bool = True
     while_locked: str | None = None
+    unload_after_s: float | None = None
+    warm: tuple[WarmPrompt, ...] = ()
+    quotas: Mapping[str, int] | None = None
+    ttl: Mapping[str, int] | None = None
+    rules: Rules = field(default_factory=Rules)
 
 
 class Parser(argparse.ArgumentParser):
-    """Upstream's parser, with a help that is true here: we give some flags another default."""
+    """Upstream's parser, with a help that is true here: we give some flags another default.
+
+    Attributes:
+        known: Its flags.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self.known: list[argparse.Action] = []
+        super().__init__(*args, **options)
 
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
         if "--allowed-origins" in names:
@@ -76,7 +97,9 @@ class Parser(argparse.ArgumentParser):
                 "Default maximum number of tokens to generate (default: to the end of the model's "
                 "context)"
             )
-        return super().add_argument(*names, **options)
+        action = super().add_argument(*names, **options)
+        self.known.append(action)
+        return action
 
 
 def open_disk(
@@ -100,6 +123,8 @@ def open_disk(
         max_bytes=options.disk_bytes,
         min_free_bytes=options.min_free_bytes,
         daily_write_bytes=options.daily_write_bytes,
+        quotas=options.quotas,
+        ttl=options.ttl,
     )
     try:
         return open_store(), "", None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from persist_cache.fingerprint.value import Fingerprint
+from persist_cache.fingerprint.value import Fingerprint, salt_digest
 from persist_cache.server.names import Names, names_of
+from persist_cache.server.protocols.caching import salt_of
 from persist_cache.server.rendering import Prompt, decode, read_request, render
 from persist_cache.server.validation import RefusedError
 from persist_cache.stability.names import DEFAULTS
@@ -39,8 +41,13 @@ class LoadedModel:
         """
         defaults = self.generator.cli_args.chat_template_args
         request = read_request(body, protocol, stabilize=stabilize)
-        moves = getattr(self.generator, "moves", None)
+        salted = getattr(self.generator, "moves", None)
+        moves = None if salted is None else salted.of(salt_digest(salt_of(body)))
         return render(self.tokenizer, request, template_args=defaults, moves=moves)
+
+    def identity_for(self, salt: str) -> Fingerprint | None:
+        """Identity of the model for requests of a salt, of which this is the digest."""
+        return None if self.fingerprint is None else self.fingerprint.salted(salt)
 
     def decode(self, tokens: list[int]) -> str:
         return decode(self.tokenizer, tokens)
@@ -52,7 +59,7 @@ class Models:
     def __init__(self, generator: Any) -> None:
         """Look at the `ResponseGenerator` of the server; None where no model can run."""
         self.generator = generator
-        self._tokenizer: tuple[Any, Any] | None = None
+        self._copies: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
     def loaded(self, body: Mapping[str, Any], *, any_name: bool = False) -> LoadedModel:
         """The model that a request would be answered by, if that is the one that is loaded.
@@ -65,6 +72,9 @@ class Models:
             RefusedError: None is loaded, or another one.
         """
         provider = getattr(self.generator, "model_provider", None)
+        asleep = getattr(provider, "asleep", None)
+        if asleep is not None:
+            self.generator.wake(asleep.key[0])
         key = getattr(provider, "model_key", None)
         tokenizer = getattr(provider, "tokenizer", None)
         if provider is None or key is None or tokenizer is None:
@@ -79,10 +89,10 @@ class Models:
             raise RefusedError(409, f"Another model is loaded: {key[0]}.")
         if wanted != key:
             raise RefusedError(409, "The model is loaded with another adapter or draft model.")
-        if self._tokenizer is None or self._tokenizer[0] is not tokenizer:
+        if (own := self._copies.get(tokenizer)) is None:
             # The generation thread uses the other one; not all tokenizers bear company.
-            self._tokenizer = (tokenizer, copy.deepcopy(tokenizer))
+            own = self._copies[tokenizer] = copy.deepcopy(tokenizer)
         identify = getattr(provider, "identifier", None)
         fingerprint = None if identify is None else identify(key)
         why = "" if fingerprint is not None or identify is None else str(identify.reason(key))
-        return LoadedModel(self.generator, key, self._tokenizer[1], fingerprint, why)
+        return LoadedModel(self.generator, key, own, fingerprint, why)

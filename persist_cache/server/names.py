@@ -199,7 +199,7 @@ def names_of(provider: Any, aliases: Mapping[str, str] | None = None) -> Names:
         draft=getattr(args, "draft_model", None),
         aliases=aliases,
         trust_remote_code=getattr(args, "trust_remote_code", False),
-        loaded=lambda: provider.model_key,
+        loaded=lambda: getattr(provider, "known_key", provider.model_key),
     )
 
 

@@ -25,6 +25,7 @@ from persist_cache.errors import (
 )
 from persist_cache.fingerprint.identifier import Identifier
 from persist_cache.prefill.clock import PrefillClock
+from persist_cache.server import quiet
 from persist_cache.server.admin_token import AdminToken
 from persist_cache.server.discovery import Serving, announced
 from persist_cache.server.guard import (
@@ -37,10 +38,13 @@ from persist_cache.server.launch import Parser, ServeOptions, open_disk, start_l
 from persist_cache.server.listening import NamelessServer
 from persist_cache.server.names import names_of, public_name
 from persist_cache.server.needed import is_held, when_free
+from persist_cache.server.residence import status_line
 from persist_cache.server.upstream.generator import Generator
-from persist_cache.server.upstream.program import listen, main, place_in_group
+from persist_cache.server.upstream.program import flags_parser, listen, main, place_in_group
+from persist_cache.server.warming import Warming
 from persist_cache.store.store import Store, default_store_path
 from persist_cache.system import endings
+from persist_cache.system.notify import Notifier
 
 log = logging.getLogger(__name__)
 LEAST_SAVE_S = 3.0
@@ -73,10 +77,19 @@ def serve(upstream_args: Sequence[str], options: ServeOptions) -> None:
     main(["--allowed-origins", LOOPBACK_ORIGINS, *upstream_args], run, Parser, clock)
 
 
+def flags_of_upstream() -> Parser:
+    """The parser of `mlx_lm.server`'s flags, with the defaults that they have here."""
+    found = flags_parser(Parser)
+    assert isinstance(found, Parser)
+    found.set_defaults(allowed_origins=LOOPBACK_ORIGINS)
+    return found
+
+
 def _run(
     host: str, port: int, provider: Any, options: ServeOptions, prefill_clock: PrefillClock
 ) -> None:
-    args = provider.cli_args
+    args, manager = provider.cli_args, Notifier.of()
+    quiet.install()
     rank, ranks = place_in_group()
     alone = ranks == 1
     if rank == 0:
@@ -144,9 +157,21 @@ def _run(
         if rank == 0:
             generator.admin.history.disk.start()
         generator.names, generator.strict = names, options.strict
-        generator.stabilize = options.stabilize
+        generator.stabilize, generator.rules = options.stabilize, options.rules
+        warming = Warming(options.warm)
+        generator.warming = warming
+        if alone:
+            generator.unload_after_s = options.unload_after_s
+        elif options.unload_after_s is not None:
+            log.warning("--unload-after does nothing: several ranks share one model")
         generator.guard = ModelGuard(args.allowed_origins, options.api_key)
         if rank == 0:
+
+            def stopping() -> None:
+                manager.stopping()
+                warming.stop()
+                generator.cut_own()
+
             with contextlib.ExitStack() as told:
 
                 def tell(bound_port: int) -> None:
@@ -155,8 +180,13 @@ def _run(
                             host, bound_port, folder, token, args.model, options.while_locked or ""
                         )
                     )
+                    warming.start(page_url(host, bound_port), token())
+                    manager.say(READY=1)
+                    manager.keep_saying(
+                        lambda: status_line(generator), lambda: bool(generator.is_healthy)
+                    )
 
-                answer_until_ended(host, port, generator, options.grace_s, tell)
+                answer_until_ended(host, port, generator, options.grace_s, tell, stopping)
         else:
             generator.join()
     except KeyboardInterrupt:
@@ -164,6 +194,7 @@ def _run(
             raise
     finally:
         endings.arrived()
+        manager.stopping()
         _close(cache, store, _stopped or time.monotonic(), options.grace_s)
     if provider.failed is not None:
         raise provider.failed
@@ -200,9 +231,26 @@ def _close(cache: PromptCache, store: Store | None, stopped: float, grace_s: flo
 
 
 def answer_until_ended(
-    host: str, port: int, generator: Generator, grace_s: float, tell: Callable[[int], None]
+    host: str,
+    port: int,
+    generator: Generator,
+    grace_s: float,
+    tell: Callable[[int], None],
+    stopping: Callable[[], None] = lambda: None,
 ) -> None:
-    """Answer requests until the process is to end; `tell` is called once somebody can ask."""
+    """Answer requests until the process is to end.
+
+    Args:
+        host: To listen on.
+        port: To listen on.
+        generator: Answers.
+        grace_s: What running requests get to end.
+        tell: Called once somebody can ask, with the port.
+        stopping: Called when the end begins.
+
+    Raises:
+        PersistCacheError: It cannot listen.
+    """
     stop = generator.stop_and_join
 
     class Listening(NamelessServer):
@@ -214,6 +262,7 @@ def answer_until_ended(
         endings.arrived()
         if generator.model_provider.failed is not None:
             return
+        stopping()
         log.info("stopping: waiting up to %.0f s for running requests", grace_s)
         if not generator.drain(grace_s):
             log.warning("running requests were cut after %.0f s", grace_s)

@@ -36,7 +36,7 @@ from persist_cache_cli.output import (
     terminal_width,
 )
 from persist_cache_cli.parse import GROUP, TIER
-from persist_cache_cli.store_access import common_options, no_store, reading
+from persist_cache_cli.store_access import NothingFound, common_options, no_store, reading
 
 _ROWS_ON_A_TERMINAL = 100
 _SHOWN_FIELDS = [field for field in Entry.__struct_fields__ if field not in ("prefill_s", "parent")]
@@ -110,29 +110,45 @@ def command(
         if limit is None and not as_json and not quiet and terminal_width() is not None:
             limit = _ROWS_ON_A_TERMINAL
         shown = _first(survey, rows, limit, tree)
-        begin = _titles(opened, [survey.ids[row] for row in shown]) if text else {}
+        begin = _titles(opened, [survey.ids[row] for row in shown]) if text else None
+    nothing_matches = not rows and survey.num_entries
     if quiet and not as_json:
         if shown:
             click.echo("\n".join(map(survey.ids.__getitem__, shown)))
-        return
-    if not shown and not as_json:
-        click.echo("Nothing matches." if survey.num_entries else "The store is empty.", err=True)
-        return
+    elif not shown and not as_json and not nothing_matches:
+        click.echo("The store is empty.", err=True)
+    elif shown or as_json:
+        _show(survey, shown, len(rows) - len(shown), names, begin, tree=tree, as_json=as_json)
+    if nothing_matches:
+        raise NothingFound("Nothing matches; `persist-cache list` shows what is stored.")
+
+
+def _show(
+    survey: Survey,
+    shown: list[int],
+    left_out: int,
+    names: Mapping[str, str],
+    begin: Mapping[str, str | None] | None,
+    *,
+    tree: bool,
+    as_json: bool,
+) -> None:
+    """Print entries, with how they begin if that was asked for, and how many others there are."""
     short = short_entry_ids(survey)
     if as_json:
         entries = survey.entries_at(shown)
         flat = [entry_json(entry, survey.model_of(entry), short[entry.id]) for entry in entries]
-        if text:
+        if begin is not None:
             flat = [msgspec.structs.replace(one, text=begin.get(one.id)) for one in flat]
         print_json(_nested(flat, _shown_parents(survey, entries)) if tree else flat)
         return
     if tree:
-        lines = _tree(survey, survey.entries_at(shown), short, begin)
+        lines = _tree(survey, survey.entries_at(shown), short, begin or {})
     else:
-        lines = _table(survey, shown, names, short, begin)
+        lines = _table(survey, shown, names, short, begin or {})
     click.echo("\n".join(lines))
-    if len(shown) < len(rows):
-        click.echo(f"… and {len(rows) - len(shown):,} more; --limit 0 shows all.", err=True)
+    if left_out:
+        click.echo(f"… and {left_out:,} more; --limit 0 shows all.", err=True)
 
 
 def _titles(store: Store, ids: Sequence[str]) -> dict[str, str | None]:
@@ -204,16 +220,16 @@ def _table(
     texts = {
         Column("id", style="id"): list(map(short.__getitem__, columns["id"])),
         Column("tier"): _each(columns["tier"], lambda tier: tier.label),
-        Column("model", least=16): _each(columns["fingerprint"], model),
+        Column("model", least=12): _each(columns["fingerprint"], model),
         Column("tokens", right=True): _each(columns["num_tokens"], "{:,}".format),
         Column("own", right=True): _each(columns["own_bytes"], format_bytes),
-        Column("shared", right=True, drop=2): _each(columns["shared_bytes"], format_bytes),
-        Column("hits", right=True): _each(columns["hits"], "{:,}".format),
-        Column("saved", right=True, drop=3): _each(columns["saved_s"], saved),
+        Column("shared", right=True, drop=4): _each(columns["shared_bytes"], format_bytes),
+        Column("hits", right=True, drop=3): _each(columns["hits"], "{:,}".format),
+        Column("saved", right=True, drop=5): _each(columns["saved_s"], saved),
         Column("used", right=True): _ages(columns["last_use"], now),
-        Column("age", right=True, drop=5): _ages(columns["created"], now),
-        Column("kept", style="good", drop=1): kept,
-        Column("label", least=10, cut="end", drop=4): _each(columns["label"], printable),
+        Column("age", right=True, drop=7): _ages(columns["created"], now),
+        Column("kept", style="good", drop=2): kept,
+        Column("label", least=10, cut="end", drop=1): _each(columns["label"], printable),
     }
     if any(columns["groups"]):
         texts[Column("group", least=10, cut="end", drop=6)] = _each(columns["groups"], _groups)
@@ -282,12 +298,12 @@ def _tree(
     columns = [
         Column("entry"),
         Column("tokens", right=True),
-        Column("new", right=True, drop=3),
-        Column("adds", right=True),
-        Column("hits", right=True),
+        Column("new", right=True, drop=5),
+        Column("adds", right=True, drop=4),
+        Column("hits", right=True, drop=3),
         Column("used", right=True),
-        Column("kept", style="good", drop=1),
-        Column("label", least=10, cut="end", drop=2),
+        Column("kept", style="good", drop=2),
+        Column("label", least=10, cut="end", drop=1),
         *([Column("text", least=24, cut="end")] if begin else []),
     ]
     rows: list[tuple[str, ...] | str] = []

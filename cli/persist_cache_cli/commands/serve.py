@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import NoReturn
 
 import click
@@ -15,9 +16,21 @@ import click
 from persist_cache.entry import TIER_LABELS
 from persist_cache.server.launch import DEFAULT_GRACE_S, ServeOptions
 from persist_cache.server.names import parse_aliases
-from persist_cache.server.run import serve
+from persist_cache.server.privacy import Rules
+from persist_cache.server.run import flags_of_upstream, serve
 from persist_cache.stability.names import DEFAULTS
-from persist_cache_cli.parse import REPAIRS, SIZE
+from persist_cache_cli.blas import advice
+from persist_cache_cli.calling import check_store
+from persist_cache_cli.config import config_of
+from persist_cache_cli.parse import (
+    DURATION,
+    REPAIRS,
+    SIZE,
+    parse_duration,
+    parse_rules,
+    parse_size,
+)
+from persist_cache_cli.warm_file import read_warm_file
 
 
 @click.command(
@@ -83,6 +96,37 @@ from persist_cache_cli.parse import REPAIRS, SIZE
     help="Longest prompt and answer together, where the model's configuration is wrong; 0: any.",
 )
 @click.option(
+    "--quota",
+    "quotas",
+    metavar="WHAT=SIZE",
+    multiple=True,
+    help="Disk that each `model` or `salt` may take, or one: model:NAME=4GB, salt:TEXT=1GB. "
+    "`none` ends all quotas.",
+)
+@click.option(
+    "--ttl",
+    metavar="WHAT=TIME",
+    multiple=True,
+    help="How long entries stay after they were stored: a tier, `model`, `salt`, or one of them, "
+    "such as assistant=7d. `none` ends all of it.",
+)
+@click.option(
+    "--no-store-default",
+    is_flag=True,
+    help="Keep nothing of a request unless it says `x-persist-cache: store`.",
+)
+@click.option(
+    "--respect-store",
+    is_flag=True,
+    help="Keep nothing of a request with `store: false`; Codex always sends that.",
+)
+@click.option(
+    "--min-tokens",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Prompts with fewer tokens stay in memory alone.",
+)
+@click.option(
     "--text/--no-text",
     "show_text",
     default=True,
@@ -94,6 +138,18 @@ from persist_cache_cli.parse import REPAIRS, SIZE
     metavar="FILE",
     type=click.Path(exists=True, dir_okay=False, resolve_path=True),
     help="End when no process holds an flock on FILE any more.",
+)
+@click.option(
+    "--warm",
+    metavar="FILE.toml",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Prompts to compute at the start, a [[prompt]] each, while requests are answered.",
+)
+@click.option(
+    "--unload-after",
+    type=DURATION,
+    help="Free the model's memory after so long without a request, such as 15m; the next request "
+    "loads it again.",
 )
 @click.option("-h", "--help", "show_help", is_flag=True, help="Show this, and upstream's flags.")
 @click.pass_context
@@ -114,8 +170,15 @@ def command(
     strict: bool,
     stabilize: frozenset[str],
     context_tokens: int | None,
+    quotas: tuple[str, ...],
+    ttl: tuple[str, ...],
+    no_store_default: bool,
+    respect_store: bool,
+    min_tokens: int,
     show_text: bool,
     while_locked: str | None,
+    warm: Path | None,
+    unload_after: float | None,
     show_help: bool,
 ) -> None:
     """Run mlx_lm.server with a prompt cache that survives restarts.
@@ -131,13 +194,14 @@ def command(
         click.echo("\nFlags of mlx_lm.server:\n")
         serve(["--help"], ServeOptions())
         return
-    if own_store == "":
-        raise click.UsageError("--store needs a folder, not an empty name.")
+    check_store(own_store)
     for name in ("PERSIST_CACHE_ADMIN_TOKEN", "PERSIST_CACHE_API_KEY"):
         # To click it is as if it were not set, and nothing would be asked for.
         if os.environ.get(name) == "":
             raise click.UsageError(f"{name} is empty; give it a secret, or unset it.")
-    _check_port(ctx.args)
+    config = config_of(ctx)
+    upstream = config.flags(ctx.command, flags_of_upstream().known) if config.serve else []
+    _check_port([*upstream, *ctx.args])
     for name, secret in (("--admin-token", admin_token), ("--api-key", api_key)):
         # It has to fit into a header, and be the same when it arrives.
         if secret is not None and not (
@@ -169,12 +233,19 @@ def command(
         stabilize=stabilize,
         show_text=show_text,
         while_locked=while_locked,
+        warm=() if warm is None else read_warm_file(warm),
+        unload_after_s=unload_after,
+        quotas=parse_rules(quotas, "--quota", parse_size, tiers=False),
+        ttl=parse_rules(ttl, "--ttl", parse_duration, tiers=True),
+        rules=Rules(no_store_default, respect_store, min_tokens),
     )
+    if slow := advice("serve …"):
+        click.echo(f"Note: {slow}", err=True)
     for handler in list(logging.getLogger().handlers):
         # Upstream sets up logging as its --log-level says, but only where nobody has done so yet.
         logging.getLogger().removeHandler(handler)
-    with _errors_in_one_sentence():
-        serve(ctx.args, options)
+    with errors_in_one_sentence():
+        serve([*upstream, *ctx.args], options)
 
 
 def _aliases(given: tuple[str, ...]) -> dict[str, str]:
@@ -194,7 +265,7 @@ def _check_port(upstream: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def _errors_in_one_sentence() -> Iterator[None]:
+def errors_in_one_sentence() -> Iterator[None]:
     """Have upstream's parser complain as ours does, without a page of usage."""
 
     def refuse(_: argparse.ArgumentParser, message: str) -> NoReturn:

@@ -55,6 +55,7 @@ class Outcome:
         first_token_s: Seconds from its arrival to the first token, or None.
         total_s: Seconds that it took in all.
         repaired: Names of what was changed in it.
+        salt: Digest of its salt: it is compared with requests of the same one alone.
         waited_s: Seconds until the cache was asked for it, or None: it was tokenized, and stood in
             the line.
         saved_s: Seconds that what was found saved, less what reading it took; None where nobody
@@ -70,6 +71,7 @@ class Outcome:
     first_token_s: float | None = None
     total_s: float = 0.0
     repaired: tuple[str, ...] = ()
+    salt: str = ""
     waited_s: float | None = None
     saved_s: float | None = None
 
@@ -88,6 +90,7 @@ class Outcome:
             first_token_s=None if first is None else first - times.arrived,
             total_s=time.monotonic() - times.arrived,
             repaired=ticket.repaired,
+            salt=ticket.privacy.salt,
             waited_s=None if looked is None else looked - times.arrived,
         )
 

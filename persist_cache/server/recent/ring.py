@@ -156,6 +156,11 @@ class Ring:
 
     # ---- who asks ------------------------------------------------------------------------------
 
+    def underway(self) -> list[tuple[About, Ticket]]:
+        """The requests that are answered now, the oldest first."""
+        with self._changed:
+            return [(one.about, one.ticket) for one in self._underway.values() if not one.outcome]
+
     def latest(self, limit: int, after: int = 0, before: int | None = None) -> list[Record]:
         """The latest requests that are over, the newest first.
 
@@ -239,6 +244,8 @@ class Ring:
         earlier = self._seen(response_id)
         if earlier is None or ticket.prompt is None:
             return None
+        if earlier.outcome.salt != ticket.privacy.salt:
+            return None
         mine = Seen(earlier.about, Outcome.of(ticket), ticket.body)
         return earlier, mine, self._comparer.parting(earlier, mine)
 
@@ -275,7 +282,9 @@ class Ring:
         body = self._chunks.add(cut_body(raw))
         tokens = self._chunks.add(cut_tokens(seen.outcome.tokens))
         with self._changed:
-            known = list(islice(reversed(self._records.values()), _COMPARED))
+            salt = seen.outcome.salt
+            alike = (one for one in reversed(self._records.values()) if one.outcome.salt == salt)
+            known = list(islice(alike, _COMPARED))
         parted = self._comparer.parted(known, replace(seen, body=raw), body, tokens)
         with self._changed:
             if one.about.id not in self._underway:  # it was closed meanwhile

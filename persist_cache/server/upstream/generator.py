@@ -21,14 +21,17 @@ from persist_cache.server.alone import Alone, tokens_looked_back_at
 from persist_cache.server.flight import Flight, Line
 from persist_cache.server.guard import ModelGuard
 from persist_cache.server.protocols.asked import Asked
+from persist_cache.server.quiet import quiet
 from persist_cache.server.recent.ring import Ring
 from persist_cache.server.streaming import SIGN_S
 from persist_cache.server.ticket import Ticket, TicketedCache
 from persist_cache.server.upstream.budget import Budget
-from persist_cache.server.upstream.prompts import Prompts
+from persist_cache.server.upstream.leftovers import Leftovers
 from persist_cache.server.upstream.provider import Provider
 from persist_cache.server.upstream.requests import Answers, TicketedRequest, failing_answer
+from persist_cache.server.upstream.unloading import Unloading
 from persist_cache.server.validation import RefusedError
+from persist_cache.server.warming import Warming
 
 if TYPE_CHECKING:
     from persist_cache.server.admin import Admin
@@ -37,7 +40,7 @@ _SAVED_S = 10.0
 """How long a request waits for what another one computed to be saved, if memory cannot hold it."""
 
 
-class Generator(Prompts):
+class Generator(Unloading):
     """Answers requests: as upstream's, which knows nothing of tickets."""
 
     _alone: Alone | None = None
@@ -47,11 +50,13 @@ class Generator(Prompts):
         self._in_flight = 0
         self.is_ending = False
         self.admin: Admin | None = None
+        self.warming: Warming | None = None
         self.guard: ModelGuard | None = None
         self.prefill_clock = PrefillClock()
         self.line = Line()
         self.recent = Ring(decode=self.decode_beside, seconds=prompt_cache.prefill_s)
         self._changed = threading.Condition()
+        self._leftovers = Leftovers()
         self._tickets: WeakSet[Ticket] = WeakSet()
         """Those that the generation thread has seen."""
         prompt_cache.is_busy = self._is_busy
@@ -131,6 +136,7 @@ class Generator(Prompts):
         flight = Flight(
             ticket,
             (args.model.model, args.model.adapter, args.model.draft),
+            salt=ticket.privacy.salt.encode(),
             leave_tokens=max(1, tokens_looked_back_at(args.logits)),
             shares_nothing=any(upstream._image_parts(request.messages)),
         )
@@ -164,7 +170,10 @@ class Generator(Prompts):
             return None
 
         def known(wanted: int) -> int:
-            look = functools.partial(self.cache.known_tokens, provider.model_key, prompt.tokens)
+            key = provider.model_key or ticket.model_key  # it may be let go at this moment
+            look = functools.partial(
+                self.cache.known_tokens, key, prompt.tokens, salt=ticket.privacy.salt
+            )
             give_up = time.monotonic() + _SAVED_S
             while True:
                 is_saving = self.cache.queued_jobs > 0 and time.monotonic() < give_up
@@ -224,7 +233,14 @@ class Generator(Prompts):
 
     # ---- on the generation thread ------------------------------------------------------------
 
+    def forget(self, ticket: Ticket) -> None:
+        """Let go of a request whose answer is over, if nothing of it is to be kept."""
+        if ticket.privacy.no_store:
+            ticket.body = b""
+            self._leftovers.forget(ticket)
+
     def _next_request(self, timeout: float | None = None) -> Any:
+        self._leftovers.clear(self.requests)
         is_idle = timeout is not None and self.requests.empty()
         if is_idle or getattr(self.model_provider, "wants_spare", False):
             self._make_spare()
@@ -234,7 +250,8 @@ class Generator(Prompts):
         if self.is_ending:
             raise self._no_more()
         request.ticket.model = args.model
-        prompt = super()._tokenize(tokenizer, request, args)
+        with quiet(request.ticket.privacy.no_store):
+            prompt = super()._tokenize(tokenizer, request, args)
         request.ticket.model_key = self.model_provider.model_key
         self._take_over(request.ticket)
         with self._changed:
@@ -314,10 +331,10 @@ class Generator(Prompts):
 
         What is being computed then is kept, because upstream drops the batch.
         """
-        if self.is_ending and threading.current_thread() is self._generation_thread:
+        if self.is_ending and self._is_generation_thread():
             for ticket in self._running():
                 ticket.underway.keep_now()
-        return self.is_ending
+        return self.is_ending or (self._leaves and self._is_generation_thread())
 
     @_stop.setter
     def _stop(self, value: bool) -> None:
@@ -327,6 +344,9 @@ class Generator(Prompts):
         for ticket in self._running() if value else []:
             ticket.underway.cut()
 
+    def _is_generation_thread(self) -> bool:
+        return threading.current_thread() is self._generation_thread
+
     def _is_busy(self) -> bool:
         """Whether anything is computed: also for clients that are gone."""
         return self._in_flight > 0 or any(one.underway.is_running for one in self._running())
@@ -335,6 +355,12 @@ class Generator(Prompts):
         """Requests whose prompts may be computed at present, and may be cut."""
         with self._changed:
             return [] if self._is_distributed else list(self._tickets)
+
+    def cut_own(self) -> None:
+        """End prefills that are for no client, keeping what they have computed."""
+        for ticket in self._running():
+            if ticket.keeps:
+                ticket.underway.cut()
 
     @contextlib.contextmanager
     def in_flight(self) -> Iterator[None]:
@@ -346,6 +372,7 @@ class Generator(Prompts):
         finally:
             with self._changed:
                 self._in_flight -= 1
+                self._idle_since = time.monotonic()
                 self._changed.notify_all()
 
     def drain(self, grace_s: float) -> bool:

@@ -18,6 +18,7 @@ from persist_cache.prefill.clock import PrefillClock
 from persist_cache.server.upstream.batch import Batch
 from persist_cache.server.upstream.generator import Generator
 from persist_cache.server.upstream.provider import Provider
+from persist_cache.server.upstream.seam import check
 
 
 def main(
@@ -33,7 +34,11 @@ def main(
         run: Called with host, port and model provider.
         parser: Class of the parser.
         prefill_clock: Times the prefill of batches.
+
+    Raises:
+        PersistCacheError: mlx-lm moved what this is built on.
     """
+    check(upstream)
     with (
         _replaced(
             upstream,
@@ -46,6 +51,29 @@ def main(
         _replaced(sys, "argv", ["persist-cache serve", *args]),
     ):
         upstream.main()
+
+
+def flags_parser(parser: type[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    """Upstream's own parser, as an object of the class `parser`; nothing is run."""
+
+    class Made(Exception):
+        """It is complete."""
+
+    made: list[argparse.ArgumentParser] = []
+
+    class Reading(parser):  # type: ignore[misc, valid-type]
+        def parse_args(self, *_: Any, **__: Any) -> Any:
+            made.append(self)
+            raise Made
+
+    with (
+        _replaced(
+            upstream, "argparse", SimpleNamespace(**{**vars(argparse), "ArgumentParser": Reading})
+        ),
+        contextlib.suppress(Made),
+    ):
+        upstream.main()
+    return made[0]
 
 
 def listen(host: str, port: int, generator: Generator, server: type[HTTPServer]) -> None:

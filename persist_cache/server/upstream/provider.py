@@ -7,8 +7,12 @@ import copy
 import logging
 import os
 import signal
+import time
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from mlx.utils import tree_flatten
 from mlx_lm import server as upstream
 from mlx_lm.models.cache import make_prompt_cache
 
@@ -35,6 +39,21 @@ class Spare(NamedTuple):
     tokenizer: Any
 
 
+@dataclass(frozen=True, slots=True)
+class Asleep:
+    """A model that was let go because nobody asked, and is loaded again when somebody does.
+
+    Another object takes its place when an attempt to load it has failed.
+
+    Attributes:
+        key: mlx-lm's key of it.
+        vocabulary: How many token ids it has.
+    """
+
+    key: tuple[str, str | None, str | None]
+    vocabulary: int
+
+
 class Provider(upstream.ModelProvider):  # type: ignore[misc]
     """Upstream's model provider; a model's identity is that of the files it was loaded from."""
 
@@ -55,10 +74,35 @@ class Provider(upstream.ModelProvider):  # type: ignore[misc]
     """Tokens that the loaded model was made for, if its configuration says so."""
     context_given: int | None = None
     """What counts instead; 0 for no limit."""
+    asleep: Asleep | None = None
+    """What was let go, until a model is loaded."""
+    nbytes = 0
+    """Of the weights that are loaded."""
+    loaded_at = 0.0
+    """When the loaded model was, by `time.monotonic`."""
     failed: ModelError | MissingDependencyError | None = None
     """Why the model of the command line could not be loaded, which ends the server."""
 
+    @property
+    def known_key(self) -> Hashable:
+        """The key of what is loaded, or was before it was let go; None for nothing."""
+        if self.model_key is None and self.asleep is not None:
+            return self.asleep.key
+        key: Hashable = self.model_key
+        return key
+
+    def doze(self) -> None:
+        """Note that the loaded model is let go; what holds its weights is the caller's to drop."""
+        if self.model_key is not None and self.tokenizer is not None:
+            self.asleep = Asleep(self.model_key, len(self.tokenizer))
+
+    def reset(self) -> None:
+        super().reset()
+        self.spare = None
+
     def load_default(self) -> None:
+        if self.asleep is not None:
+            return  # the loop begins again, and the request to come says which
         try:
             super().load_default()
         except (ModelError, MissingDependencyError) as error:
@@ -74,6 +118,11 @@ class Provider(upstream.ModelProvider):  # type: ignore[misc]
         self.is_loading, self.has_no_spare = True, False
         try:
             self._load_identified(model_path, adapter_path, draft_model_path)
+            self.asleep, self.loaded_at = None, time.monotonic()
+        except BaseException:
+            if self.asleep is not None:
+                self.asleep = replace(self.asleep)
+            raise
         finally:
             self.is_loading = False
 
@@ -110,6 +159,7 @@ class Provider(upstream.ModelProvider):  # type: ignore[misc]
             folder = folder_of(model_path) if model_path else None
             if self.context_given is None and folder is not None:
                 self.context = context_tokens(loadable.read_config(folder))
+        self.nbytes = _nbytes(self.model) + _nbytes(self.draft_model)
         self.state_layers = () if self.model is None else state_layers(self.model)
         self.is_trimmable = not self.state_layers
 
@@ -124,6 +174,13 @@ class Provider(upstream.ModelProvider):  # type: ignore[misc]
             self.has_no_spare = True
             log.warning("the tokenizer cannot be copied; requests are tokenized one by one")
             log.debug("why", exc_info=True)
+
+
+def _nbytes(model: Any) -> int:
+    """Of the weights of a model, or of none."""
+    if model is None:
+        return 0
+    return sum(int(one.nbytes) for _, one in tree_flatten(model.parameters()))
 
 
 def _check_draft(model: Any) -> None:
