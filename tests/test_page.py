@@ -107,6 +107,20 @@ def test_empty_store_says_what_fills_it(chromium: Any, tmp_path: Path) -> None:
         assert complaints(chromium) == []
 
 
+def test_warming_says_how_far_it_is(chromium: Any, tmp_path: Path) -> None:
+    with serving(tmp_path, []) as server:
+        told = {"state": "running", "done": 2, "total": 5, "failed": ["rules.txt is not there."]}
+        server.health.update(weights="unloaded", warming=told)
+        open_page(chromium, server)
+
+        said = until(lambda: text_of(chromium, "model"))
+
+        assert "unloaded; the next request loads it" in said
+        assert "warming: 2 of 5 prompts done" in said
+        assert "not warmed: rules.txt is not there." in said
+        assert axe.violations(chromium) == []
+
+
 def test_disk_that_is_off_says_why(chromium: Any) -> None:
     server = PageServer(None, disk_off="the folder is another user's")
     open_page(chromium, server)
