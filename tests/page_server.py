@@ -41,9 +41,6 @@ class Nothing(BaseHTTPRequestHandler):
     def do_OPTIONS(self) -> None:
         raise RefusedError(404, "There is nothing here.")
 
-    def handle_health_check(self) -> None:
-        self._send(json_response(self.response_generator.health))
-
     def log_message(self, format: str, *args: Any) -> None:
         pass
 
@@ -54,6 +51,9 @@ class Pages(Front, Nothing):
     def __init__(self, generator: Any, *args: Any) -> None:
         self.response_generator = generator
         super().__init__(*args)
+
+    def handle_health_check(self) -> None:
+        self._send(json_response(self.response_generator.health))
 
 
 class PageServer:
@@ -77,7 +77,7 @@ class PageServer:
     ) -> None:
         self.store: Any = store
         self.ring = Ring(decode=decode, seconds=lambda model, tokens: tokens * 1e-3)
-        cache = PromptCache(store=store, disk_off=disk_off)
+        cache = self._cache = PromptCache(store=store, disk_off=disk_off)
         provider = SimpleNamespace(model_key=None, tokenizer=None, identifier=lambda key: MODEL)
         generator = SimpleNamespace(
             recent=self.ring,
@@ -99,6 +99,7 @@ class PageServer:
         self._http.shutdown()
         self._http.server_close()
         self.ring.close()
+        self._cache.close()
 
 
 @contextlib.contextmanager

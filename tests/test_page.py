@@ -376,8 +376,8 @@ def test_pin_label_and_lifetime_are_set(chromium: Any, tmp_path: Path) -> None:
         labelled(chromium, "system: ").click()
         for key, field, value in (("label", "label", "mine"), ("ttl", "ttl", "7 days")):
             choose = f'#dialog [data-key="{key}"]'
-            until(lambda at=choose: chromium.find_element(By.CSS_SELECTOR, at)).click()
-            element = until(lambda at=field: chromium.find_element(By.ID, at))
+            until(partial(chromium.find_element, By.CSS_SELECTOR, choose)).click()
+            element = until(partial(chromium.find_element, By.ID, field))
             element.send_keys(value, Keys.TAB)
             chromium.find_element(By.CSS_SELECTOR, "#dialog [type=submit]").click()
             until(lambda: chromium.find_element(By.CSS_SELECTOR, '#dialog [data-key="evict"]'))
