@@ -648,12 +648,10 @@ def test_no_task_is_long_with_many_entries_and_requests(large: PageServer) -> No
         open_page(driver, large)
         until(lambda: driver.execute_script("return state.requests.length") == 2000)
         for place in range(20):
-            driver.execute_script(
-                f"document.querySelector('#strip').scrollLeft = {place * 1200};"
-                f"document.querySelector('#requests').scrollTop = {place * 3000};"
-                f"document.querySelector('#entries').scrollTop = {place * 400}"
-            )
-            driver.execute_async_script("requestAnimationFrame(arguments[0])")
+            for id, step in (("strip", 1200), ("requests", 3000), ("entries", 400)):
+                scroll = f"document.querySelector('#{id}').scroll({place * step}, {place * step})"
+                driver.execute_script(scroll)
+                driver.execute_async_script("requestAnimationFrame(arguments[0])")
         driver.find_element(By.ID, "as-list").click()
         until(lambda: rows(driver) == 5000)
         driver.execute_async_script("tick(true).then(arguments[0])")
