@@ -42,7 +42,7 @@ class Nothing(BaseHTTPRequestHandler):
         raise RefusedError(404, "There is nothing here.")
 
     def handle_health_check(self) -> None:
-        self._send(json_response({"status": "ok", "model": "ok", "disk": "ok"}))
+        self._send(json_response(self.response_generator.health))
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -63,6 +63,7 @@ class PageServer:
         url: Where it answers.
         store: What it shows, if there is one.
         ring: The requests that it shows.
+        health: What `/health` answers.
     """
 
     def __init__(
@@ -85,8 +86,10 @@ class PageServer:
             stabilize=frozenset({"billing"}),
             cli_args=SimpleNamespace(model=None, host="127.0.0.1"),
             cache=cache,
+            health={"status": "ok", "model": "ok", "disk": "ok"},
         )
         generator.admin = Admin(cache, token=token, generator=generator, texts=texts)
+        self.health = generator.health
         self.admin = generator.admin
         self._http = NamelessServer(("127.0.0.1", 0), partial(Pages, generator))
         self.url = f"http://127.0.0.1:{self._http.server_port}"
