@@ -15,6 +15,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import stat
 import struct
 import sys
 import time
@@ -45,6 +46,7 @@ _LONGEST_NAP_S = 0.02
 _NOT_OFFERED = frozenset((errno.ENOTSUP, errno.ENOTTY, errno.EINVAL))
 """What a file system says that knows no F_FULLFSYNC, such as exFAT."""
 _F_RDADVISE = 44  # macOS, <sys/fcntl.h>; Python does not name it
+_OVERWRITTEN_AT_ONCE = 1 << 20
 _OF_THE_FILE = frozenset(
     (errno.EIO, errno.ENOENT, errno.ELOOP, errno.EISDIR, errno.EACCES, errno.EPERM)
 )
@@ -281,6 +283,27 @@ def rename(source: Path, target: Path) -> None:
 def unlink(path: Path) -> None:
     """Remove the name `path`; processes that have the file open keep reading it."""
     os.unlink(path)
+
+
+def overwrite(path: Path) -> bool:
+    """Put zeros in the place of a file's bytes; processes that have it open read those.
+
+    Returns:
+        False for what is not ours alone: a link, or a file with other names.
+    """
+    fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+            return False
+        zeros = memoryview(bytes(min(status.st_size, _OVERWRITTEN_AT_ONCE)))
+        left = status.st_size
+        while left > 0:
+            left -= write_all(fd, [zeros[:left]])
+        sync(fd)
+    finally:
+        os.close(fd)
+    return True
 
 
 def remove_folder(path: Path) -> None:

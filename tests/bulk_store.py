@@ -95,6 +95,7 @@ def _put(txn: Writer, root: Path, prompt: Prompt, now: float, bytes_per_token: i
     blob = add_blob(
         txn,
         Written(name, nbytes, nbytes, bytes(16)),
+        namespace=namespace.number,
         kind=BlobKind.RUN,
         created=now - prompt.age_s,
         start=start,

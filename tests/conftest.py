@@ -13,28 +13,30 @@ import hypothesis
 import pytest
 
 from persist_cache.store.store import Store
-from tests import memory
+from tests import examples, memory
 from tests.fakes import Clock
 
 pytest_plugins = ["tests.real_model"]
-
-# The same examples each time, for a verdict that does not change from one run to the next; without
-# `--hypothesis-profile=ci` others are tried each time. A slow machine is no fault in either.
-_UNTIMED: dict[str, Any] = {
-    "deadline": None,
-    "suppress_health_check": [hypothesis.HealthCheck.too_slow],
-}
-hypothesis.settings.register_profile("ci", derandomize=True, print_blob=True, **_UNTIMED)
-hypothesis.settings.register_profile("untimed", **_UNTIMED)
-hypothesis.settings.load_profile("untimed")
 
 # A shell makes what it runs in the background ignore it, and the commands under test inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and nohup this one
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     memory.use_for_temporary_folders()
+    examples.decide(config.option.markexpr)
+    # The same examples each time, for a verdict that does not change from one run to the next;
+    # without `--hypothesis-profile=ci` others are tried each time. A slow machine is no fault in
+    # either.
+    untimed: dict[str, Any] = {
+        "deadline": None,
+        "max_examples": examples.examples(30, 100),
+        "suppress_health_check": [hypothesis.HealthCheck.too_slow],
+    }
+    hypothesis.settings.register_profile("ci", derandomize=True, print_blob=True, **untimed)
+    hypothesis.settings.register_profile("untimed", **untimed)
+    hypothesis.settings.load_profile("untimed")
 
 
 def pytest_report_header() -> str:

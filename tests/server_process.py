@@ -193,6 +193,7 @@ def running(
 
 def main() -> None:
     from persist_cache.server.launch import ServeOptions
+    from persist_cache.server.privacy import Rules
     from persist_cache.server.run import serve
 
     job = json.loads(Path(sys.argv[1]).read_text())
@@ -201,6 +202,8 @@ def main() -> None:
         options["persist"] = tuple(options["persist"])
     if "stabilize" in options:
         options["stabilize"] = frozenset(options["stabilize"])
+    if "rules" in options:
+        options["rules"] = Rules(**options["rules"])
     serve(job["flags"], ServeOptions(**options))
 
 

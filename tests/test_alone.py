@@ -53,8 +53,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return made
 
 
-@pytest.mark.parametrize("role", ["user", "tool"])
-@pytest.mark.parametrize("sampling", [{}, {"seed": 1}], ids=["batched", "seed"])
+@pytest.mark.parametrize(
+    ("sampling", "role"),
+    [
+        pytest.param({}, "user", id="batched-user"),
+        pytest.param({"seed": 1}, "tool", id="seed-tool"),
+        pytest.param({}, "tool", id="batched-tool", marks=pytest.mark.long),
+        pytest.param({"seed": 1}, "user", id="seed-user", marks=pytest.mark.long),
+    ],
+)
 @pytest.mark.parametrize("kind", ["plain", "sliding", "hybrid"])
 def test_a_turn_computes_what_is_new_in_it(
     model: Callable[..., Path],

@@ -57,8 +57,17 @@ def restoring(monkeypatch: pytest.MonkeyPatch) -> list[threading.Thread]:
     return threads
 
 
-@pytest.mark.parametrize("sampling", [{}, SEED], ids=["batched", "seed"])
-@pytest.mark.parametrize("kind", ["plain", "sliding", "hybrid"])
+@pytest.mark.parametrize(
+    ("kind", "sampling"),
+    [
+        pytest.param("plain", {}, id="plain-batched"),
+        pytest.param("sliding", SEED, id="sliding-seed"),
+        pytest.param("hybrid", {}, id="hybrid-batched"),
+        pytest.param("plain", SEED, id="plain-seed", marks=pytest.mark.long),
+        pytest.param("sliding", {}, id="sliding-batched", marks=pytest.mark.long),
+        pytest.param("hybrid", SEED, id="hybrid-seed", marks=pytest.mark.long),
+    ],
+)
 def test_a_cache_is_restored_off_the_generation_thread(
     model: Callable[[str], Path],
     store: Store,

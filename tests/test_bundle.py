@@ -51,6 +51,7 @@ from persist_cache.queries.ids import find_departed
 from persist_cache.store.store import Store
 from persist_cache.tokens import pack_tokens
 from tests.bundles import Parts, pack
+from tests.examples import examples
 from tests.fakes import (
     Clock,
     FakeSource,
@@ -910,7 +911,7 @@ _JSON = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(30, 150), deadline=None)
 @given(st.binary(max_size=200) | _JSON.map(lambda value: json.dumps(value).encode()))
 def test_any_bytes_are_a_manifest_or_malformed(raw: bytes) -> None:
     with suppress(MalformedError):
@@ -918,7 +919,7 @@ def test_any_bytes_are_a_manifest_or_malformed(raw: bytes) -> None:
 
 
 @settings(
-    max_examples=80,
+    max_examples=examples(20, 80),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
@@ -954,7 +955,7 @@ def test_any_change_of_a_manifest_is_taken_or_refused(good: Path, data: st.DataO
 
 
 @given(st.binary(max_size=600))
-@settings(max_examples=50)
+@settings(max_examples=examples(15, 50))
 def test_any_header_is_right_or_refused(raw: bytes) -> None:
     with pytest.raises(MalformedError):
         member_size(raw, MANIFEST)

@@ -110,7 +110,7 @@ def prompt(dice: random.Random) -> list[int]:
 
 
 @pytest.mark.usefixtures("_eager_switches")
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.long)])
 @pytest.mark.parametrize("kept_in", ["store", "own store", "memory"])
 def test_offset_and_rest_make_up_the_prompt_whatever_happens_at_once(
     tmp_path: Path, seed: int, kept_in: str

@@ -17,6 +17,7 @@ import requests
 from persist_cache.prefill.loading import load_tokenizer
 from tests.computed import CountedServer
 from tests.scripted_model import build_scripted_model
+from tests.server_process import ServerProcess
 from tests.tiny_models import build_model_dir
 
 SYSTEM = "You are a helpful assistant. Answer the question of the user in a short sentence. " * 4
@@ -122,11 +123,11 @@ def ask(server: CountedServer, path: str, body: Mapping[str, Any]) -> Used:
     return found
 
 
-def flush(server: CountedServer) -> None:
+def flush(server: ServerProcess) -> None:
     assert server.request("POST", "/v1/cache/flush").status_code == 200
 
 
-def entries(server: CountedServer, query: str = "") -> list[dict[str, Any]]:
+def entries(server: ServerProcess, query: str = "") -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = server.get(f"/v1/cache/entries?limit=1000{query}")["entries"]
     return found
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from persist_cache_cli import dashboard
 from persist_cache_cli.output import text_width
 from persist_cache_cli.requests import bar, block, line
 
@@ -129,3 +130,40 @@ def test_a_request_that_goes_on_has_no_cause_to_show() -> None:
 
     assert "None: it goes on from request 81ce05b2f6a7." in text
     assert "mended" not in text
+
+
+STATS: dict[str, Any] = {
+    "model": "org/客户端\x1b[31m" * 9,
+    "time": 1_790_000_000.0,
+    "server": {"disk_off": ""},
+    "store": {
+        "bytes": {"total": 5 << 30},
+        "max_bytes": 1 << 30,
+        "written_today_bytes": 1 << 20,
+        "daily_write_bytes": None,
+        "tiers": [{"tier": name, "bytes": 1 << 29} for name in ("system", "user", "assistant")],
+    },
+}
+WINDOW = {
+    "window": "hour", "since": 0.0, "requests": 3, "failed": 0, "left": 0, "tokens_asked": 10**9,
+    "tokens_reused": {"disk": 10**8, "memory": 3}, "saved_s": 1e6, "unmeasured": 0,
+}  # fmt: skip
+BRANCH = {
+    "id": "a" * 16, "short_id": "aaa", "labels": ["\x07客" * 80], "tier": "system",
+    "below": {"bytes": 1 << 40, "entries": 10**6},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("off", ["", "the folder is \x1b[31manother user's, and that is long"])
+@pytest.mark.parametrize("size", [(40, 10), (80, 24), (200, 60)])
+def test_top_fits_the_terminal_and_obeys_nothing(size: tuple[int, int], off: str) -> None:
+    width, height = size
+    stats = {**STATS, "server": {"disk_off": off}}
+    history = {"windows": [WINDOW, {**WINDOW, "window": "start"}]}
+
+    shown = dashboard.lines(
+        stats, history, [request()] * 50, [BRANCH] * 9, {}, width=width, height=height
+    )
+
+    assert all(text_width(one) <= max(width, 60) for one in shown)
+    assert all(one.isprintable() for one in shown)

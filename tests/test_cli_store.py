@@ -19,6 +19,7 @@ from persist_cache import Store
 from persist_cache.fingerprint.identifier import identify
 from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.queries.totals import Survey
+from persist_cache_cli.output import format_bytes
 from tests.bulk_store import conversations
 from tests.bulk_store import fill as fill_bulk
 from tests.cli import OTHER, QUESTION, REPLY, SYSTEM, Run, contents, fill, runner, script
@@ -200,6 +201,48 @@ def test_evict_says_what_stays(ids: dict[str, str], run: Run) -> None:
 
     assert "1 entry would go, 0 B to free." in out
     assert "3 other entries need them, too." in out
+
+
+def test_evict_tells_pins_and_what_the_entries_free_together(ids: dict[str, str], run: Run) -> None:
+    run("pin", ids["other"])
+
+    heading, *rows = run("evict", "--all", "--dry-run").out.split("\n\n")[0].splitlines()
+
+    assert {"own", "shared", "frees", "kept"} <= set(heading.split())
+    assert ["pinned" in row for row in rows].count(True) == 1
+    at = heading.index("frees") + len("frees")
+    frees = [row[:at].split()[-2:] for row in rows]
+    total = run("evict", "--all", "--dry-run", "--json").json["freed_bytes"]
+    assert frees[-1] == format_bytes(total).split()
+    assert frees == sorted(frees, key=lambda one: float(one[0]))
+
+
+def test_label_stays_at_80_columns(
+    ids: dict[str, str], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from persist_cache_cli.commands import evict, list
+
+    for module in (list, evict):
+        monkeypatch.setattr(module, "terminal_width", lambda: 80)
+    run("label", ids["reply"], "the answer of the support agent")
+    run("pin", ids["reply"])
+    run("ttl", ids["reply"], "1d")
+
+    for words in (["list"], ["list", "--tree"], ["evict", "--all", "--dry-run"]):
+        lines = run(*words).out.splitlines()
+
+        assert "label" in lines[0]
+        assert any("the answer" in line for line in lines)
+        assert max(map(len, lines[: 1 + len(ids)])) <= 80
+
+
+def test_list_without_a_match_says_so_and_ends_with_3(ids: dict[str, str], run: Run) -> None:
+    done = run("list", "--label", "nobody*")
+
+    assert done.status == 3
+    assert "Nothing matches" in done.sentence
+    assert run("list", "--label", "nobody*", "--json").json == []
+    assert run("list", "--label", "nobody*", "--quiet").status == 3
 
 
 def test_evict_filters_must_all_be_true(ids: dict[str, str], run: Run) -> None:
@@ -424,8 +467,10 @@ def test_evict_on_a_terminal_asks(root: Path, ids: dict[str, str]) -> None:
     refused = answer("n\n")
     agreed = answer("y\n")
 
-    assert refused[0] == 130
+    assert refused[0] == 1
     assert "Evict 1 entry" in refused[1]
+    assert refused[1].rstrip().endswith("Nothing was evicted.")
+    assert "Error" not in refused[1]
     assert agreed[0] == 0
     assert "1 entry gone" in agreed[1]
 
@@ -729,8 +774,11 @@ def test_completion_names_commands_and_ids(root: Path, ids: dict[str, str]) -> N
         out = script(root, env=env).out
         return [line.partition(",")[2] for line in out.splitlines()]
 
+    with Store.open(root) as store:
+        store.set_label(ids["other"], "the other")
     assert complete("unp") == ["unpin"]
     assert complete(f"show {ids['reply'][:8]}") == [ids["reply"]]
+    assert complete("show the") == ["the agent", "the other"]
 
 
 LIGHT = """

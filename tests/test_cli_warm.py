@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -173,7 +174,9 @@ def test_manifest_warms_several_prompts(model: Path, store: Path, tmp_path: Path
         assert {entry.label for entry in opened.entries()} == {"one", ""}
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "how", [pytest.param(signal.SIGINT, marks=pytest.mark.long), signal.SIGKILL]
+)
 def test_interrupted_warm_goes_on_where_the_last_step_ended(
     model: Path, store: Path, how: signal.Signals
 ) -> None:
@@ -184,10 +187,16 @@ def test_interrupted_warm_goes_on_where_the_last_step_ended(
     try:
         partial = _wait_for_partial(store, process)
         process.send_signal(how)
-        process.communicate(timeout=60)
+        said = process.communicate(timeout=60)[1].decode()
     finally:
         process.kill()
     assert process.returncode == (130 if how == signal.SIGINT else -9)
+    if how == signal.SIGINT:
+        found = re.search(
+            r": ([\d,]+) of ([\d,]+) tokens are stored; the same command goes on", said
+        )
+        assert found, said
+        assert partial <= int(found[1].replace(",", "")) < int(found[2].replace(",", ""))
     with Store.open(store) as opened:
         assert opened.check(read_data=True) == []
 

@@ -48,11 +48,13 @@ from tests.reader import (
     xxh3_128,
 )
 from tests.tiny_caches import Layer, Spec, feed, new_cache
+from tests.tiny_models import build_model_dir
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+STORE = (ROOT / "docs" / "store.md").read_text(encoding="utf-8")
+LIBRARY = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
+DOCUMENTS = sorted((ROOT / "docs").glob("*.md"))
 FORMAT = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
-DESIGN = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
 
 
 def live_rows(array: Any, first: int, last: int) -> np.ndarray:
@@ -376,26 +378,27 @@ def test_every_table_and_every_key_is_documented(sample: Sample) -> None:
         assert Blob.read(path).metadata.keys() <= documented
 
 
-@pytest.mark.parametrize("document", [README, FORMAT], ids=["README", "format"])
+@pytest.mark.parametrize("document", [STORE, FORMAT], ids=["store", "format"])
 def test_the_drawn_folder_is_the_real_one(document: str, tmp_path: Path) -> None:
     with Store.open(tmp_path / "store", min_free_bytes=0):
         names = {path.name for path in (tmp_path / "store").iterdir()}
     drawn = set(re.findall(r"^[├└]─ ([\w.]+)", document, re.MULTILINE))
 
     # A server leaves its token there, which is no part of the format.
-    assert drawn == names | ({TOKEN_FILE} if document is README else set())
+    assert drawn == names | ({TOKEN_FILE} if document is STORE else set())
 
 
-# ---- README --------------------------------------------------------------------------------------
+# ---- the program -------------------------------------------------------------------------------
 
 
 def program() -> str:
-    (found,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (found,) = re.findall(r"```python\n(.*?)```", LIBRARY, re.DOTALL)
     return str(found)
 
 
-def test_the_readme_s_program_restores_its_prompt(smollm2: Path, tmp_path: Path) -> None:
-    code, count = re.subn(r'(?m)^MODEL = ".*"$', f"MODEL = {str(smollm2)!r}", program())
+def check_program(model: Path, tmp_path: Path) -> list[str]:
+    """The library's program restores its prompt when it is run again; returns what it answers."""
+    code, count = re.subn(r'(?m)^MODEL = ".*"$', f"MODEL = {str(model)!r}", program())
     env = os.environ | preload_env() | {"PERSIST_CACHE_HOME": str(tmp_path / "store")}
 
     def run() -> list[str]:
@@ -411,20 +414,52 @@ def test_the_readme_s_program_restores_its_prompt(smollm2: Path, tmp_path: Path)
     assert len(program().splitlines()) <= 15
     (total,) = re.findall(r"0 of (\d+) prompt tokens restored", first[-1])
     assert second[-1] == f"{int(total) - 1} of {total} prompt tokens restored"
-    assert first[:-1] == second[:-1] == ["The capital of France is Paris."]
+    assert first[:-1] == second[:-1]
+    return first[:-1]
 
 
-def test_documents_link_to_what_exists() -> None:
-    for folder, text in ((ROOT, README), (ROOT / "docs", DESIGN), (ROOT / "docs", FORMAT)):
-        for target in re.findall(r"\]\(([^)#]+)\)", text):
-            assert target.startswith("https://") or (folder / target).exists(), target
-        for script in re.findall(r"`((?:scripts|tests)/[\w./]+)`", text):
-            assert (ROOT / script).exists(), script
+def test_the_program_restores_its_prompt(tmp_path: Path) -> None:
+    assert check_program(build_model_dir(tmp_path / "model"), tmp_path)
+
+
+@pytest.mark.long
+def test_the_program_answers_the_same_with_a_real_model(smollm2: Path, tmp_path: Path) -> None:
+    assert check_program(smollm2, tmp_path) == ["The capital of France is Paris."]
+
+
+def anchors(text: str) -> set[str]:
+    """What a link may name in a document, as GitHub makes it of the headings."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", one.lower()).replace(" ", "-") for one in headings}
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *DOCUMENTS], ids=lambda path: path.name)
+def test_documents_link_to_what_exists(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)]+))?\)", text):
+        if target.startswith("https://"):
+            continue
+        there = path.parent / target if target else path
+        assert there.exists(), target
+        if anchor:
+            assert anchor in anchors(there.read_text(encoding="utf-8")), f"{target}#{anchor}"
+    for script in re.findall(r"`((?:scripts|tests)/[\w./]+)`", text):
+        assert (ROOT / script).exists(), script
+
+
+def test_readme_is_short_and_leads_to_every_document() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+
+    assert len(text.splitlines()) <= 130
+    assert text.count("![") == 2
+    for path in DOCUMENTS:
+        assert f"](docs/{path.name})" in text, path.name
 
 
 # ---- scripts -------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_bytes_written_shows_what_it_promises() -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "bytes_written"), "--tiny", "--turns", "2"],

@@ -92,7 +92,9 @@ def test_server_refuses_a_path_that_can_be_no_store(tmp_path: Path, place: str) 
     assert "Error: " in done.err
 
 
-@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "ending", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.long)]
+)
 def test_demo_that_is_told_to_end_leaves_no_store(
     model: Path, tmp_path: Path, ending: signal.Signals
 ) -> None:

@@ -423,8 +423,9 @@ def test_folder_that_lets_nothing_go_does_not_cost_all_entries(
     [
         (12, 96, "nobody"),
         (12, 96, "a reader"),
-        (250, 40_000, "a reader"),
+        pytest.param(250, 40_000, "a reader", marks=pytest.mark.long),
         pytest.param(250, 40_000, "nobody", marks=pytest.mark.long),
+        (80, 15_000, "a reader"),
     ],
 )
 def test_put_that_no_eviction_makes_room_for_evicts_nothing(

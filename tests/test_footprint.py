@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from persist_cache.cache.footprint import Footprint
+from tests.examples import examples
 
 KEYS = st.integers(0, 6)
 
@@ -40,4 +41,6 @@ class FootprintMachine(RuleBasedStateMachine):
 
 
 TestFootprintMachine = FootprintMachine.TestCase
-TestFootprintMachine.settings = settings(deadline=None, max_examples=60, stateful_step_count=30)
+TestFootprintMachine.settings = settings(
+    deadline=None, max_examples=examples(15, 60), stateful_step_count=30
+)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from persist_cache import Store
 from persist_cache_cli.main import cli, main
 from tests.cli import fill
+from tests.examples import examples
 from tests.memory import fast_folder
 
 CONTEXT = click.Context(cli)
@@ -97,7 +98,9 @@ def run(words: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
 def test_any_arguments(name: str, folder: Path) -> None:
     ids = filled(folder / "store")
 
-    @settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=examples(25, 120), deadline=None, suppress_health_check=list(HealthCheck)
+    )
     @given(words=arguments(name, ids))
     @example(words=[])
     @example(words=["\udcff"])
@@ -122,7 +125,9 @@ def test_any_arguments_of_the_whole(folder: Path) -> None:
     filled(folder / "store")
     short = sorted(set(NAMES) - set(LIMITED))
 
-    @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=examples(50, 200), deadline=None, suppress_health_check=list(HealthCheck)
+    )
     @given(words=st.lists(st.sampled_from([*HOSTILE, *short, "--version", "-h"]), max_size=4))
     def check(words: list[str]) -> None:
         with pytest.MonkeyPatch.context() as patch:

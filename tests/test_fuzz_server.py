@@ -11,11 +11,14 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from tests.examples import examples
 from tests.memory import fast_folder
 from tests.server_process import ServerProcess, sentence_in
 from tests.tiny_models import build_model_dir
 
-BOUNDED = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+BOUNDED = settings(
+    max_examples=examples(30, 150), deadline=None, suppress_health_check=list(HealthCheck)
+)
 NUMBERS = st.sampled_from([0, 1, -1, 2**31, 2**53, 2**63, -(2**60), 0.5, -0.0, 1e308])
 TEXTS = st.text(max_size=8) | st.sampled_from(["", "\x00", "<|im_end|>", "{{ 1/0 }}", "é" * 900])
 VALUES: st.SearchStrategy[Any] = st.recursive(

@@ -23,11 +23,12 @@ from persist_cache.queries.totals import Survey
 from persist_cache.store.store import Store
 from persist_cache.tokens import TOKEN_BYTES
 from tests import forge
+from tests.examples import examples
 from tests.fakes import Clock, blob_files, fetched, fingerprint, put
 from tests.memory import fast_folder
 
 BOUNDED = settings(
-    max_examples=150,
+    max_examples=examples(40, 150),
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
@@ -176,7 +177,7 @@ def scribble(store: Store, table: str, key: bytes | None, value: bytes) -> None:
 
 
 @given(data=st.data(), table=st.sampled_from(TABLES))
-@settings(BOUNDED, max_examples=40)
+@settings(BOUNDED, max_examples=examples(15, 40))
 def test_any_bytes_as_a_record(data: st.DataObject, table: str) -> None:
     """Nothing but announced errors, never other bytes than asked for, and a repair mends it."""
     with (
@@ -250,7 +251,7 @@ ORDERS = st.permutations(range(9))
 
 
 @given(injuries=INJURIES, order=ORDERS)
-@settings(BOUNDED, max_examples=60)
+@settings(BOUNDED, max_examples=examples(20, 60))
 def test_any_damage_to_sound_records(injuries: list[Any], order: list[int]) -> None:
     """As above; besides, whoever refuses to read an index sees `check` complain of it, too."""
     damage_and_mend(injuries, order)
@@ -258,7 +259,7 @@ def test_any_damage_to_sound_records(injuries: list[Any], order: list[int]) -> N
 
 @pytest.mark.long
 @given(injuries=INJURIES, order=ORDERS)
-@settings(BOUNDED, max_examples=400)
+@settings(BOUNDED, max_examples=examples(80, 400))
 def test_any_damage_to_sound_records_at_length(injuries: list[Any], order: list[int]) -> None:
     damage_and_mend(injuries, order)
 

@@ -113,29 +113,6 @@ def test_model_with_entries_of_its_own_is_told_of_its_prompts(store: Store) -> N
     assert store.match(identity(), [7, 8, 9], limit=0).reason == ""
 
 
-def test_answer_is_looked_up_once_for_each_state_of_the_index(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from persist_cache.store import kin
-
-    asked: list[Fingerprint] = []
-
-    def counted(txn: Any, model: Fingerprint) -> Any:
-        asked.append(model)
-        return look(txn, model)
-
-    look = kin.nearest_changes
-    monkeypatch.setattr(kin, "nearest_changes", counted)
-    put(store, identity())
-    new = identity(mlx_lm="0.32.2")
-
-    assert {reason(store, new) for _ in range(5)} == {reason(store, new)}
-    assert len(asked) == 1
-    put(store, new, [7])
-    assert reason(store, new) == "no stored prompt begins with the first token"
-    assert len(asked) == 1
-
-
 def test_look_up_of_kin_reads_namespaces_and_no_prompts(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -510,6 +510,17 @@ def test_a_variable_of_opencode_that_cannot_be_added_to_is_said(
     refused(stub.launch(server.store, "opencode", **more), "OPENCODE_CONFIG_CONTENT is set")
 
 
+def test_what_cannot_be_added_to_is_said_before_a_server_is_started(
+    tmp_path: Path, stub: Stub
+) -> None:
+    words = ("opencode", "--model", tmp_path / "none")
+
+    done = stub.launch(tmp_path / "store", *words, OPENCODE_CONFIG_CONTENT="[")
+
+    refused(done, "OPENCODE_CONFIG_CONTENT is set")
+    assert "Starting" not in done.err
+
+
 def test_what_runs_is_found_by_the_models_other_names(
     server: ServerProcess, model: Path, stub: Stub, tmp_path: Path
 ) -> None:

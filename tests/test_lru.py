@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from persist_cache.cache.lru import TieredLRU
 from persist_cache.entry import TIER_LABELS
+from tests.examples import examples
 
 KEYS = st.integers(0, 12)
 TIERS = st.sampled_from(TIER_LABELS)
@@ -107,7 +108,9 @@ class LRUMachine(RuleBasedStateMachine):
 
 
 TestLRUMachine = LRUMachine.TestCase
-TestLRUMachine.settings = settings(deadline=None, max_examples=60, stateful_step_count=40)
+TestLRUMachine.settings = settings(
+    deadline=None, max_examples=examples(20, 60), stateful_step_count=40
+)
 
 
 def test_pop_balances_tiers_as_upstream_does() -> None:

@@ -2,144 +2,39 @@
 
 from __future__ import annotations
 
-import contextlib
+import json
 import re
 import shlex
-import shutil
-import threading
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 from functools import partial
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import requests
 
-from persist_cache.cache.prompt_cache import PromptCache
 from persist_cache.fingerprint.value import Fingerprint
-from persist_cache.server.admin import Admin
-from persist_cache.server.http import Front
-from persist_cache.server.listening import NamelessServer
-from persist_cache.server.validation import RefusedError
-from persist_cache.store.store import Store
-from tests import waiting
-from tests.bulk_store import Prompt, conversations, fill
+from persist_cache.server.page import page_response
+from tests import axe, browser
+from tests.browser import complaints, needs_chromium, size, until
+from tests.bulk_store import Prompt, conversations
 from tests.fakes import FakeSource
-from tests.server_process import ServerProcess, running
-from tests.tiny_models import build_model_dir
+from tests.page_server import MODEL, TOKEN, PageServer, many, relabelled, remember, serving
+from tests.pairs import chat
 
 selenium = pytest.importorskip("selenium", reason="the page's tests need selenium")
 
-from selenium import webdriver  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None or DRIVER is None,
-    reason="CHROMIUM IS MISSING: the page was not tested (apt install chromium chromium-driver)",
-)
-
+pytestmark = needs_chromium
 HOSTILE = '<img src=x onerror="document.title=1"><b>&amp;'
-TOKEN = "t0ken-of_this-test"
-MODEL = Fingerprint.from_fields({"weights": "w0"}, {"name": "org/A-Model-4bit"})
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    options = webdriver.ChromeOptions()
-    assert CHROMIUM is not None
-    options.binary_location = CHROMIUM
-    for flag in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-dev-shm-usage",
-        "--hide-scrollbars",
-    ):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    size(driver, 1280, 900)
-    yield driver
-    driver.quit()
-
-
-def size(driver: Any, width: int, height: int) -> None:
-    """Give the page a viewport; windows themselves have a least width."""
-    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
-    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-
-
-class Nothing(BaseHTTPRequestHandler):
-    """Stands for upstream's handler, and has none of its answers."""
-
-    def do_GET(self) -> None:
-        raise RefusedError(404, "There is nothing here.")
-
-    def do_OPTIONS(self) -> None:
-        raise RefusedError(404, "There is nothing here.")
-
-
-class Pages(Front, Nothing):
-    """The front alone, without mlx_lm.server behind it, so that it starts at once."""
-
-    def __init__(self, generator: Any, *args: Any) -> None:
-        self.response_generator = generator
-        super().__init__(*args)
-
-
-class PageServer:
-    """A page over a store in this process.
-
-    Attributes:
-        url: Where it answers.
-        store: What it shows, if there is one.
-    """
-
-    def __init__(self, store: Store | None, token: str = TOKEN) -> None:
-        self.store: Any = store
-        cache = PromptCache(store=store)
-        generator = SimpleNamespace(admin=Admin(cache, token=token))
-        self._http = NamelessServer(("127.0.0.1", 0), partial(Pages, generator))
-        self.url = f"http://127.0.0.1:{self._http.server_port}"
-        threading.Thread(target=self._http.serve_forever, daemon=True).start()
-
-    def stop(self) -> None:
-        self._http.shutdown()
-        self._http.server_close()
-
-
-@contextlib.contextmanager
-def serving(folder: Path, prompts: list[Prompt], token: str = TOKEN) -> Iterator[PageServer]:
-    """A page over a store with `prompts`."""
-    with Store.open(folder / "store", max_bytes=1 << 30, min_free_bytes=0) as store:
-        fill(store, iter(prompts))
-        server = PageServer(store, token)
-        yield server
-        server.stop()
-
-
-def relabelled(prompts: list[Prompt], label: str) -> list[Prompt]:
-    """The same prompts, the first of them with a label."""
-    made: dict[int, Prompt] = {}
-    for place, prompt in enumerate(prompts):
-        before = None if prompt.before is None else made[id(prompt.before)]
-        made[id(prompt)] = replace(prompt, before=before, label=label if place == 0 else "")
-    return list(made.values())
-
-
-def until(condition: Callable[[], Any], timeout_s: float = 60) -> Any:
-    def found() -> Any:
-        with contextlib.suppress(selenium.common.exceptions.WebDriverException):
-            return condition()
-        return None
-
-    return waiting.until(found, "the page did not get there", timeout_s)
+def chromium() -> Iterator[Any]:
+    with browser.started() as driver:
+        yield driver
 
 
 def open_page(driver: Any, server: PageServer) -> None:
@@ -152,52 +47,98 @@ def open_page(driver: Any, server: PageServer) -> None:
 
 def labelled(driver: Any, label: str) -> Any:
     """The first button whose accessible name begins so."""
-    return driver.find_element(By.CSS_SELECTOR, f'button[aria-label^="{label}"]')
+    return driver.find_element(By.CSS_SELECTOR, f'#entries button[aria-label^="{label}"]')
 
 
 def rows(driver: Any) -> int:
-    return len(driver.find_elements(By.CSS_SELECTOR, "ul.tree .row"))
+    """Rows that there would be, were all of them in sight."""
+    first = driver.find_elements(By.CSS_SELECTOR, "#entries li")
+    return int(first[0].get_attribute("aria-setsize")) if first else 0
+
+
+def text_of(driver: Any, id: str) -> str:
+    return str(driver.find_element(By.ID, id).text)
 
 
 def says(driver: Any, text: str) -> bool:
     """Whether the dialog has this text."""
-    return text in driver.find_element(By.ID, "dialog").text
+    return text in text_of(driver, "dialog")
 
 
-def complaints(driver: Any) -> list[str]:
-    """What the browser logged: errors of the script, and what the policy forbade."""
-    return [one["message"] for one in driver.get_log("browser") if "favicon" not in one["message"]]
+def prompts_with_requests(server: PageServer, prompts: list[Prompt]) -> None:
+    """Have the beginnings of some of these prompts asked for."""
+    for place, prompt in enumerate(prompts[:8]):
+        tokens = list(prompt.all_tokens())
+        remember(server.ring, [*tokens, 7], len(tokens), client=f"client-{place}/1")
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PageServer]:
-    """Two system prompts with nine conversations of two entries each."""
-    prompts = list(conversations(MODEL, 20, systems=2, turns=1))
-    with serving(tmp_path_factory.mktemp("small"), relabelled(prompts, HOSTILE)) as server:
+    """Two system prompts with nine conversations of two entries each; some requests."""
+    prompts = relabelled(list(conversations(MODEL, 20, systems=2, turns=1)), HOSTILE)
+    with serving(tmp_path_factory.mktemp("small"), prompts) as server:
+        prompts_with_requests(server, prompts)
+        first, second = (
+            chat(f"You help. Today's date is 2026-03-0{day}. Be kind.") for day in "12"
+        )
+        for body in (first, second):
+            said = json.dumps(body).encode()
+            tokens = [ord(one) for one in body["messages"][0]["content"]]
+            remember(server.ring, tokens, body=said, client="dated/1", first_s=2.5)
+        many(server.ring, 20)
         yield server
 
 
-def test_empty_store_says_so(browser: Any, tmp_path: Path) -> None:
+# ---- states ------------------------------------------------------------------------------------
+
+
+def test_empty_store_says_what_fills_it(chromium: Any, tmp_path: Path) -> None:
     with serving(tmp_path, []) as server:
-        open_page(browser, server)
+        open_page(chromium, server)
+        entries = text_of(chromium, "entries")
 
-        assert "The store is empty" in browser.find_element(By.ID, "entries").text
-        assert "is on" in browser.find_element(By.ID, "h-disk").text
-        assert complaints(browser) == []
+        assert "The store is empty" in entries
+        assert f"curl {server.url}/v1/chat/completions" in entries
+        assert "persist-cache warm --model" in entries
+        assert "persist-cache launch" in entries
+        assert "is on" in text_of(chromium, "h-disk")
+        assert "No request yet" in text_of(chromium, "card-last")
+        assert axe.violations(chromium) == []
+        assert complaints(chromium) == []
 
 
-def test_disk_that_is_off_says_why(browser: Any) -> None:
-    server = PageServer(None)
-    open_page(browser, server)
+def test_disk_that_is_off_says_why(chromium: Any) -> None:
+    server = PageServer(None, disk_off="the folder is another user's")
+    open_page(chromium, server)
 
-    assert "is off" in browser.find_element(By.ID, "h-disk").text
-    assert "Nothing is kept on disk" in browser.find_element(By.ID, "entries").text
-    assert complaints(browser) == []
+    assert "is off: the folder is another user's" in text_of(chromium, "h-disk")
+    assert "Off" in text_of(chromium, "card-disk")
+    assert "the folder is another user's" in text_of(chromium, "card-disk")
+    assert "Nothing is kept on disk: the folder is another user's." in text_of(chromium, "entries")
+    assert axe.violations(chromium) == []
+    assert complaints(chromium) == []
     server.stop()
 
 
+def test_token_is_asked_for_and_kept_for_the_tab(chromium: Any, tmp_path: Path) -> None:
+    with serving(tmp_path, list(conversations(MODEL, 1)), token="s3cret") as server:
+        chromium.get(f"{server.url}/cache")
+        for given, said in (("wrong", "needs the server's"), ("s3cret", "not right")):
+            until(partial(says, chromium, said))
+            assert axe.violations(chromium) == []
+            chromium.find_element(By.ID, "token").send_keys(given, Keys.ENTER)
+        until(lambda: labelled(chromium, "Pin"))
+
+        chromium.get("about:blank")
+        chromium.get(f"{server.url}/cache")
+        until(lambda: labelled(chromium, "Pin"))
+
+        assert rows(chromium) == 1
+        assert not chromium.find_element(By.ID, "dialog").is_displayed()
+
+
 def test_what_an_upgrade_left_behind_is_shown_with_what_removes_it(
-    browser: Any, tmp_path: Path
+    chromium: Any, tmp_path: Path
 ) -> None:
     folder = tmp_path / "it's <b>here"
     folder.mkdir()
@@ -205,13 +146,14 @@ def test_what_an_upgrade_left_behind_is_shown_with_what_removes_it(
         for number, (mlx_lm, layout) in enumerate((("0.30.0", 1), ("0.30.0", 1), ("", 99))):
             model = Fingerprint.from_fields({"mlx_lm": mlx_lm, "layout": layout, "n": number}, {})
             server.store.put(model, [1, 2], FakeSource([1, 2]), pinned=number == 0)
-        open_page(browser, server)
-        left = until(lambda: browser.find_element(By.ID, "left").text)
-        size(browser, 360, 700)
-        width = browser.execute_script("return document.documentElement.scrollWidth")
-        size(browser, 1280, 900)
+        open_page(chromium, server)
+        stale = "#left li.stale"
+        until(lambda: chromium.find_elements(By.CSS_SELECTOR, stale))
+        lines = [one.text for one in chromium.find_elements(By.CSS_SELECTOR, stale)]
+        size(chromium, 360, 700)
+        width = chromium.execute_script("return document.documentElement.scrollWidth")
+        size(chromium, 1280, 900)
         found = {one["reason"] for one in server_left_behind(server)}
-        lines = left.splitlines()
 
         assert len(lines) == len(found) == 2
         for reason in found:
@@ -225,11 +167,11 @@ def test_what_an_upgrade_left_behind_is_shown_with_what_removes_it(
             "persist-cache", "--store", str(folder / "store"), "evict", "--stale"
         ]  # fmt: skip
         assert width <= 360
-        assert complaints(browser) == []
+        assert complaints(chromium) == []
 
         for entry in server.store.entries():
             server.store.evict([entry.id])
-        until(lambda: not browser.find_element(By.ID, "left").text)
+        until(lambda: not chromium.find_elements(By.CSS_SELECTOR, stale))
 
 
 def server_left_behind(server: PageServer) -> list[dict[str, Any]]:
@@ -239,153 +181,339 @@ def server_left_behind(server: PageServer) -> list[dict[str, Any]]:
     return found
 
 
-def test_labels_are_texts_and_nothing_else(browser: Any, small: PageServer) -> None:
-    open_page(browser, small)
+def test_polling_sees_changes_and_rests_when_paused_or_hidden(
+    chromium: Any, tmp_path: Path
+) -> None:
+    with serving(tmp_path, list(conversations(MODEL, 1))) as server:
+        open_page(chromium, server)
+        (entry,) = server.store.entries()
 
-    names = [one.text for one in browser.find_elements(By.CSS_SELECTOR, "ul.tree .name .cut")]
+        server.store.pin(entry.id)
+        until(lambda: labelled(chromium, "Unpin"))
+        chromium.find_element(By.ID, "pause").click()
+        server.store.pin(entry.id, False)
+        chromium.execute_async_script("tick().then(arguments[0])")
+        assert labelled(chromium, "Unpin")
+        chromium.find_element(By.ID, "pause").click()
+        until(lambda: labelled(chromium, "Pin"))
+
+        hide = "Object.defineProperty(document, 'hidden', {value: %s, configurable: true});"
+        changed = "document.dispatchEvent(new Event('visibilitychange'));"
+        chromium.execute_script(hide % "true" + changed)
+        server.store.pin(entry.id)
+        chromium.execute_async_script("tick().then(arguments[0])")
+        assert labelled(chromium, "Pin")
+        chromium.execute_script(hide % "false" + changed)
+        until(lambda: labelled(chromium, "Unpin"))
+
+        server.stop()
+        chromium.execute_async_script("tick(true).then(arguments[0])")
+        assert "cannot be reached since" in text_of(chromium, "alert")
+        assert labelled(chromium, "Unpin"), "what is known stays in sight"
+        assert axe.violations(chromium) == []
+
+
+# ---- requests ----------------------------------------------------------------------------------
+
+
+def test_a_request_tells_where_its_prompt_came_from_by_its_name(
+    chromium: Any, small: PageServer
+) -> None:
+    open_page(chromium, small)
+
+    names = [
+        one.get_attribute("aria-label")
+        for one in chromium.find_elements(By.CSS_SELECTOR, "#bars button")
+    ]
+
+    (dated,) = (one for one in names if "dated/1" in one and "date" in one.split("; ")[-1])
+    assert re.match(r"\d\d:\d\d:\d\d; 46 tokens: 46 computed; first token after 2\.5 s", dated)
+    assert any("64 from memory, 1 computed" in one for one in names)
+    assert len(names) == 30
+
+
+def test_the_timeline_is_walked_and_opened_by_keys(chromium: Any, small: PageServer) -> None:
+    open_page(chromium, small)
+    chromium.execute_script("document.querySelector('#bars button[tabindex=\"0\"]').focus()")
+
+    names = []
+    for key in (Keys.HOME, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_LEFT, Keys.END):
+        chromium.switch_to.active_element.send_keys(key)
+        names.append(chromium.switch_to.active_element.get_attribute("data-request"))
+    readout = text_of(chromium, "readout")
+    name = chromium.switch_to.active_element.get_attribute("aria-label")
+    chromium.switch_to.active_element.send_keys(Keys.ENTER)
+    until(partial(says, chromium, "Request of"))
+    chromium.switch_to.active_element.send_keys(Keys.ESCAPE)
+    until(lambda: not chromium.find_element(By.ID, "dialog").is_displayed())
+
+    assert names[1] == names[3]
+    assert len(set(names)) == 4
+    assert readout == name
+    assert chromium.switch_to.active_element.get_attribute("data-request") == names[-1]
+
+
+def test_a_request_is_explained_with_both_texts_and_what_mends_it(
+    chromium: Any, small: PageServer
+) -> None:
+    open_page(chromium, small)
+
+    find = "state.requests.find(one => one.parted && one.parted.cause === 'date').id"
+    chromium.execute_async_script(f"requestDetails({find}).then(arguments[0])")
+    marks = [one.text for one in chromium.find_elements(By.CSS_SELECTOR, "#dialog mark")]
+
+    assert marks == ["1", "2"]
+    assert says(chromium, "Today's date is 2026-03-0")
+    assert says(chromium, "A date or time differs.")
+    assert says(chromium, "--stabilize billing,date")
+    assert says(chromium, "Lost: ")
+    assert axe.violations(chromium) == []
+    chromium.find_element(By.CSS_SELECTOR, "#dialog .command button").click()
+    until(partial(says, chromium, "Copied"))
+
+
+def test_cards_answer_what_is_asked_first(chromium: Any, small: PageServer) -> None:
+    open_page(chromium, small)
+    until(lambda: "tokens were reused" in text_of(chromium, "card-saved"))
+
+    assert "to the first token" in text_of(chromium, "card-last")
+    assert "computed" in text_of(chromium, "card-last")
+    assert "Counted since" in text_of(chromium, "card-saved")
+    assert "when the server was started" in text_of(chromium, "card-saved")
+    assert "All right" in text_of(chromium, "card-disk")
+    assert HOSTILE in text_of(chromium, "card-most")
+    assert "that go on from it" in text_of(chromium, "card-most")
+
+
+# ---- entries -----------------------------------------------------------------------------------
+
+
+def test_labels_are_texts_and_nothing_else(chromium: Any, small: PageServer) -> None:
+    open_page(chromium, small)
+
+    names = [one.text for one in chromium.find_elements(By.CSS_SELECTOR, "#entries .title")]
 
     assert HOSTILE in names
-    assert browser.title == "Prompt cache"
-    assert browser.find_elements(By.CSS_SELECTOR, "#entries img, #entries b") == []
-    assert complaints(browser) == []
+    assert chromium.title == "Prompt cache"
+    assert chromium.find_elements(By.CSS_SELECTOR, "main img") == []
+    assert complaints(chromium) == []
 
 
-def test_tree_opens_by_click_and_by_arrow_keys(browser: Any, small: PageServer) -> None:
-    open_page(browser, small)
-    assert rows(browser) == 2
+def test_tree_opens_by_click_and_by_arrow_keys(chromium: Any, small: PageServer) -> None:
+    open_page(chromium, small)
+    assert rows(chromium) == 2
 
-    labelled(browser, "Open").click()
-    opened = until(lambda: rows(browser) if rows(browser) > 2 else 0)
-    focused = browser.switch_to.active_element
+    labelled(chromium, "Open").click()
+    opened = until(lambda: rows(chromium) if rows(chromium) > 2 else 0)
+    focused = chromium.switch_to.active_element
     assert focused.get_attribute("aria-expanded") == "true"
     focused.send_keys(Keys.ARROW_DOWN)
-    browser.switch_to.active_element.send_keys(Keys.ARROW_RIGHT)
-    until(lambda: rows(browser) == opened + 2)
-    browser.switch_to.active_element.send_keys(Keys.ARROW_LEFT)
-    until(lambda: rows(browser) == opened)
-    browser.switch_to.active_element.send_keys(Keys.ARROW_UP)
-    browser.switch_to.active_element.send_keys(Keys.ARROW_LEFT)
+    chromium.switch_to.active_element.send_keys(Keys.ARROW_RIGHT)
+    until(lambda: rows(chromium) == opened + 2)
+    chromium.switch_to.active_element.send_keys(Keys.ARROW_LEFT)
+    until(lambda: rows(chromium) == opened)
+    chromium.switch_to.active_element.send_keys(Keys.ARROW_UP)
+    chromium.switch_to.active_element.send_keys(Keys.ARROW_LEFT)
 
-    until(lambda: rows(browser) == 2)
-    assert complaints(browser) == []
+    until(lambda: rows(chromium) == 2)
+    assert complaints(chromium) == []
 
 
-def test_focus_is_visible(browser: Any, small: PageServer) -> None:
-    open_page(browser, small)
+def test_focus_is_visible(chromium: Any, small: PageServer) -> None:
+    open_page(chromium, small)
 
-    browser.find_element(By.TAG_NAME, "body").send_keys(Keys.TAB)
+    chromium.find_element(By.TAG_NAME, "body").send_keys(Keys.TAB)
 
     style = "return getComputedStyle(document.activeElement).outlineStyle"
-    assert browser.switch_to.active_element.get_attribute("id") == "pause"
-    assert browser.execute_script(style) == "solid"
+    assert chromium.switch_to.active_element.get_attribute("id") == "pause"
+    assert chromium.execute_script(style) == "solid"
 
 
-def test_details_are_shown_and_closed_with_escape(browser: Any, small: PageServer) -> None:
-    open_page(browser, small)
+def test_details_have_the_last_client_and_are_closed_with_escape(
+    chromium: Any, small: PageServer
+) -> None:
+    open_page(chromium, small)
 
-    labelled(browser, "Details of").click()
-    dialog = browser.find_element(By.ID, "dialog")
+    labelled(chromium, "system: ").click()
+    dialog = chromium.find_element(By.ID, "dialog")
     until(dialog.is_displayed)
 
     assert "org/A-Model-4bit" in dialog.text
     assert "Show text" in dialog.text
+    assert "client-" in dialog.text
+    assert axe.violations(chromium) == []
     dialog.send_keys(Keys.ESCAPE)
     until(lambda: not dialog.is_displayed())
+    focused = chromium.switch_to.active_element
+    assert focused.get_attribute("aria-label").startswith("system: ")
 
 
-def test_pin_and_unpin_by_click(browser: Any, tmp_path: Path) -> None:
+def test_pin_label_and_lifetime_are_set(chromium: Any, tmp_path: Path) -> None:
     with serving(tmp_path, list(conversations(MODEL, 1))) as server:
-        open_page(browser, server)
+        open_page(chromium, server)
 
-        labelled(browser, "Pin").click()
-        unpin = until(lambda: labelled(browser, "Unpin"))
+        labelled(chromium, "Pin").click()
+        unpin = until(lambda: labelled(chromium, "Unpin"))
         assert server.store.entries()[0].pinned
         unpin.click()
-        until(lambda: labelled(browser, "Pin"))
-
+        until(lambda: labelled(chromium, "Pin"))
         assert not server.store.entries()[0].pinned
-        assert complaints(browser) == []
+
+        labelled(chromium, "system: ").click()
+        for key, field, value in (("label", "label", "mine"), ("ttl", "ttl", "7 days")):
+            choose = f'#dialog [data-key="{key}"]'
+            until(lambda at=choose: chromium.find_element(By.CSS_SELECTOR, at)).click()
+            element = until(lambda at=field: chromium.find_element(By.ID, at))
+            element.send_keys(value, Keys.TAB)
+            chromium.find_element(By.CSS_SELECTOR, "#dialog [type=submit]").click()
+            until(lambda: chromium.find_element(By.CSS_SELECTOR, '#dialog [data-key="evict"]'))
+        entry = server.store.entries()[0]
+
+        assert entry.label == "mine"
+        assert entry.expires is not None
+        assert 6 * 86400 < entry.expires - server.store.clock() <= 7 * 86400
+        assert complaints(chromium) == []
 
 
-def test_evict_asks_first_and_then_evicts(browser: Any, tmp_path: Path) -> None:
+def test_evict_asks_first_and_takes_what_the_command_would(chromium: Any, tmp_path: Path) -> None:
     with serving(tmp_path, list(conversations(MODEL, 7, turns=3))) as server:
-        open_page(browser, server)
-        dialog = browser.find_element(By.ID, "dialog")
+        root = next(one for one in server.store.entries() if one.parent is None)
+        leaf = max(server.store.entries(), key=lambda one: one.num_tokens)
+        server.store.pin(leaf.id)
+        server.store.pin(root.id)
+        open_page(chromium, server)
+        dialog = chromium.find_element(By.ID, "dialog")
 
-        labelled(browser, "Evict").click()
+        labelled(chromium, "Evict").click()
         until(dialog.is_displayed)
-        assert "Evict 7 entries?" in dialog.text
-        assert browser.switch_to.active_element.text == "Cancel"
-        browser.switch_to.active_element.send_keys(Keys.ENTER)
+        assert f"persist-cache evict {root.id[:3]}" in dialog.text
+        assert "This entry is pinned, and goes because it is named." in dialog.text
+        assert "goes because it is named; 1 other pinned entry stays." in dialog.text
+        assert axe.violations(chromium) == []
+        assert chromium.switch_to.active_element.text == "Cancel"
+        chromium.switch_to.active_element.send_keys(Keys.ENTER)
         until(lambda: not dialog.is_displayed())
         assert len(server.store.entries()) == 7
 
-        labelled(browser, "Evict").click()
+        labelled(chromium, "Evict").click()
         until(dialog.is_displayed)
-        browser.find_element(By.ID, "really").click()
-        until(lambda: "The store is empty" in browser.find_element(By.ID, "entries").text)
+        chromium.find_element(By.ID, "really").click()
+        until(lambda: len(server.store.entries()) == 6)
+        until(lambda: "evicted" in text_of(chromium, "done"))
+        until(lambda: root.id not in {one.id for one in server.store.entries()})
+        until(lambda: not dialog.is_displayed())
+        until(lambda: "6 entries" in text_of(chromium, "count"))
+        labelled(chromium, "Evict").click()
+        until(dialog.is_displayed)
+        chromium.find_element(By.ID, "really-below").click()
+        until(lambda: len(server.store.entries()) == 1)
 
-        assert server.store.entries() == []
-        assert complaints(browser) == []
-
-
-def test_five_thousand_entries_are_paged_and_quick(browser: Any, tmp_path: Path) -> None:
-    prompts = list(conversations(MODEL, 5000, systems=150, turns=2))
-    with serving(tmp_path, relabelled(prompts, "the one")) as server:
-        started = time.monotonic()
-        open_page(browser, server)
-        loaded_s = time.monotonic() - started
-
-        assert rows(browser) == 100
-        browser.find_element(By.CSS_SELECTOR, ".more button").click()
-        until(lambda: rows(browser) == 150)
-        browser.find_element(By.ID, "as-list").click()
-        pager = until(lambda: browser.find_element(By.CSS_SELECTOR, ".pager"))
-        assert "1–100 of 5,000" in pager.text
-        browser.find_element(By.CSS_SELECTOR, '[data-key="next"]').click()
-        until(lambda: "101–200" in browser.find_element(By.CSS_SELECTOR, ".pager").text)
-        browser.find_element(By.ID, "f-label").send_keys("the o")
-        until(lambda: "1–1 of 1" in browser.find_element(By.CSS_SELECTOR, ".pager").text)
-
-        assert loaded_s < 8
-        assert complaints(browser) == []
+        assert [one.id for one in server.store.entries()] == [leaf.id]
+        assert complaints(chromium) == []
 
 
-def test_narrow_screens_do_not_scroll_sideways(browser: Any, small: PageServer) -> None:
-    size(browser, 390, 844)
+def test_an_entry_is_exported_as_a_bundle(chromium: Any, tmp_path: Path) -> None:
+    with serving(tmp_path, []) as server:
+        server.store.put(MODEL, [1, 2, 3], FakeSource([1, 2, 3]))
+        folder = {"behavior": "allow", "downloadPath": str(tmp_path)}
+        chromium.execute_cdp_cmd("Browser.setDownloadBehavior", folder)
+        open_page(chromium, server)
+
+        labelled(chromium, "assistant: ").click()
+        until(lambda: chromium.find_element(By.CSS_SELECTOR, '[data-key="export"]')).click()
+        (bundle,) = until(lambda: list(tmp_path.glob("persist-cache-*.tar")))
+
+        assert until(lambda: bundle.stat().st_size) > 1000
+        assert complaints(chromium) == []
+
+
+# ---- many --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PageServer]:
+    prompts = relabelled(list(conversations(MODEL, 5000, systems=150, turns=2)), "the one")
+    with serving(tmp_path_factory.mktemp("large"), prompts) as server:
+        yield server
+
+
+def test_of_five_thousand_entries_only_those_in_sight_are_there(
+    chromium: Any, large: PageServer
+) -> None:
+    open_page(chromium, large)
+
+    assert len(chromium.find_elements(By.CSS_SELECTOR, "#entries li")) < 60
+    chromium.execute_script("document.querySelector('#entries').scrollTop = 1e6")
+    until(lambda: rows(chromium) == 150)
+    chromium.find_element(By.ID, "as-list").click()
+    until(lambda: rows(chromium) == 5000)
+    chromium.execute_script("document.querySelector('#entries').scrollTop = 1e6")
+    until(
+        lambda: (
+            "Pin" in chromium.find_element(By.CSS_SELECTOR, '#entries [aria-posinset="5000"]').text
+        )
+    )
+    assert len(chromium.find_elements(By.CSS_SELECTOR, "#entries li")) < 60
+    chromium.find_element(By.ID, "f-label").send_keys("the o")
+    until(lambda: rows(chromium) == 1)
+
+    assert complaints(chromium) == []
+
+
+# ---- manners -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [360, 380, 768, 1280, 3840])
+def test_nothing_is_wider_than_the_screen_and_nothing_lies_on_a_button(
+    chromium: Any, small: PageServer, width: int
+) -> None:
+    size(chromium, width, 900)
     try:
-        open_page(browser, small)
-        labelled(browser, "Open").click()
-        until(lambda: rows(browser) > 2)
-        tree = browser.execute_script("return document.documentElement.scrollWidth")
-        browser.find_element(By.ID, "as-list").click()
-        until(lambda: browser.find_element(By.CSS_SELECTOR, ".pager"))
-        listed = browser.execute_script("return document.documentElement.scrollWidth")
+        open_page(chromium, small)
+        labelled(chromium, "Open").click()
+        until(lambda: rows(chromium) > 2)
+        wide = chromium.execute_script("return document.documentElement.scrollWidth")
+        covered = chromium.execute_script(COVERED)
     finally:
-        size(browser, 1280, 900)
+        size(chromium, 1280, 900)
 
-    assert tree == listed == 390
+    assert wide <= width
+    assert covered == []
+
+
+COVERED = """
+document.querySelector('#entries').scrollIntoView();
+const buttons = document.querySelectorAll('#entries button, header button, .tools button');
+return [...buttons].filter(one => {
+  const box = one.getBoundingClientRect(), frame = one.closest('.rows')?.getBoundingClientRect();
+  const x = box.x + box.width / 2, y = box.y + box.height / 2;
+  if (getComputedStyle(one).visibility === 'hidden' || y < 0 || y > innerHeight) return false;
+  if (frame && (y < frame.top || y > frame.bottom)) return false;
+  const there = document.elementFromPoint(x, y);
+  return !(there && (one === there || one.contains(there)));
+}).map(one => one.getAttribute('aria-label') || one.textContent);
+"""
 
 
 @pytest.mark.parametrize(("scheme", "dark"), [("light", False), ("dark", True)])
 def test_colours_follow_the_system_and_are_legible(
-    browser: Any, small: PageServer, scheme: str, dark: bool
+    chromium: Any, small: PageServer, scheme: str, dark: bool
 ) -> None:
-    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-    open_page(browser, small)
+    browser.theme(chromium, scheme)
+    open_page(chromium, small)
     colours = """
         const style = getComputedStyle(document.documentElement);
         return ["--panel", "--ink", "--soft", "--link", "--good", "--bad"]
             .map(name => style.getPropertyValue(name).trim());
     """
 
-    panel, *inks = map(luminance, browser.execute_script(colours))
+    panel, *inks = map(luminance, chromium.execute_script(colours))
 
     assert (panel < 0.2) is dark
     for ink in inks:
         lighter, darker = max(panel, ink), min(panel, ink)
         assert (lighter + 0.05) / (darker + 0.05) >= 4.5
+    assert axe.violations(chromium) == []
 
 
 def luminance(colour: str) -> float:
@@ -395,54 +523,10 @@ def luminance(colour: str) -> float:
     return sum(weight * one for weight, one in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
 
-def test_polling_sees_changes_and_rests_when_paused_or_hidden(browser: Any, tmp_path: Path) -> None:
-    with serving(tmp_path, list(conversations(MODEL, 1))) as server:
-        open_page(browser, server)
-        (entry,) = server.store.entries()
+def test_nothing_is_asked_of_another_host(chromium: Any, small: PageServer) -> None:
+    open_page(chromium, small)
 
-        server.store.pin(entry.id)
-        until(lambda: labelled(browser, "Unpin"))
-        browser.find_element(By.ID, "pause").click()
-        server.store.pin(entry.id, False)
-        browser.execute_async_script("tick().then(arguments[0])")
-        assert labelled(browser, "Unpin")
-        browser.find_element(By.ID, "pause").click()
-        until(lambda: labelled(browser, "Pin"))
-
-        hide = "Object.defineProperty(document, 'hidden', {value: %s, configurable: true});"
-        changed = "document.dispatchEvent(new Event('visibilitychange'));"
-        browser.execute_script(hide % "true" + changed)
-        server.store.pin(entry.id)
-        browser.execute_async_script("tick().then(arguments[0])")
-        assert labelled(browser, "Pin")
-        browser.execute_script(hide % "false" + changed)
-        until(lambda: labelled(browser, "Unpin"))
-
-        server.stop()
-        browser.execute_async_script("tick(true).then(arguments[0])")
-        assert "cannot be reached" in browser.find_element(By.ID, "alert").text
-
-
-def test_token_is_asked_for_and_kept_for_the_tab(browser: Any, tmp_path: Path) -> None:
-    with serving(tmp_path, list(conversations(MODEL, 1)), token="s3cret") as server:
-        browser.get(f"{server.url}/cache")
-        for given, said in (("wrong", "needs the server's"), ("s3cret", "not right")):
-            until(partial(says, browser, said))
-            browser.find_element(By.ID, "token").send_keys(given, Keys.ENTER)
-        until(lambda: labelled(browser, "Pin"))
-
-        browser.get("about:blank")
-        browser.get(f"{server.url}/cache")
-        until(lambda: labelled(browser, "Pin"))
-
-        assert rows(browser) == 1
-        assert not browser.find_element(By.ID, "dialog").is_displayed()
-
-
-def test_nothing_is_asked_of_another_host(browser: Any, small: PageServer) -> None:
-    open_page(browser, small)
-
-    asked = browser.execute_script(
+    asked = chromium.execute_script(
         "return performance.getEntriesByType('resource').map(one => one.name)"
     )
 
@@ -450,116 +534,28 @@ def test_nothing_is_asked_of_another_host(browser: Any, small: PageServer) -> No
     assert all(one.startswith(small.url + "/") for one in asked)
 
 
-# ---- a real server -----------------------------------------------------------------------------
+def test_an_update_moves_nothing(chromium: Any, small: PageServer) -> None:
+    open_page(chromium, small)
+    watch = """
+        window.moved = [];
+        const told = one => one.sources.map(at => at.node && at.node.outerHTML.slice(0, 80));
+        const seen = list => window.moved.push(...list.getEntries().map(told));
+        new PerformanceObserver(seen).observe({type: 'layout-shift'});
+    """
+    chromium.execute_script(watch)
+
+    many(small.ring, 3, seed=1)
+    chromium.execute_async_script(
+        "tick(true).then(() => requestAnimationFrame(() => requestAnimationFrame(arguments[0])))"
+    )
+
+    assert chromium.execute_script("return state.requests.length") > 30
+    assert chromium.execute_script("return window.moved") == []
 
 
-@pytest.fixture(scope="module")
-def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    folder = tmp_path_factory.mktemp("real")
-    model = build_model_dir(folder / "model")
-    with running(model, folder / "store", folder, min_free_bytes=0) as started:
-        assert started.chat(("system", "You answer. " * 20), ("user", "Hi")).status_code == 200
-        # The conversation with its reply is handed over after the client has read the answer.
-        until(lambda: len(started.get("/v1/cache/entries")["entries"]) == 3)
-        yield started
+def test_the_page_is_one_small_file_that_names_no_other() -> None:
+    page = page_response().body.decode()
 
-
-def test_the_printed_link_is_all_it_takes(browser: Any, real: ServerProcess) -> None:
-    link = re.search(r"^Page: (\S+)$", real.log.read_text(), re.MULTILINE)
-    assert link is not None
-    browser.get("about:blank")
-    complaints(browser)
-
-    browser.get(link[1])
-    until(lambda: labelled(browser, "Pin"))
-    labelled(browser, "Pin").click()
-    until(lambda: labelled(browser, "Unpin"))
-
-    assert any(entry["pinned"] for entry in real.get("/v1/cache/entries")["entries"])
-    assert browser.current_url == f"{real.url}/cache"
-    assert real.token not in browser.page_source
-    assert browser.execute_script("return JSON.stringify(Object.entries(localStorage))") == "[]"
-    browser.refresh()
-    until(lambda: labelled(browser, "Unpin"))
-    assert complaints(browser) == []
-    # Another tab knows nothing of it.
-    browser.switch_to.new_window("tab")
-    browser.get(f"{real.url}/cache")
-    until(partial(says, browser, "needs the server's token"))
-    # … until the link is pasted there.
-    browser.get(link[1])
-    until(lambda: labelled(browser, "Unpin"))
-    assert browser.current_url == f"{real.url}/cache"
-    browser.close()
-    browser.switch_to.window(browser.window_handles[0])
-
-
-ATTACKS = """
-const [url, entry, done] = arguments;
-const chat = JSON.stringify({messages: [{role: "user", content: "Hi"}], max_tokens: 2});
-const asked = [];
-const ask = (path, options) => asked.push(fetch(url + path, options).then(
-  async answer => [path, answer.type, answer.status, await answer.text()],
-  error => [path, "failed", 0, ""]));
-for (const mode of ["cors", "no-cors"]) {
-  for (const type of ["application/json", "text/plain"])
-    for (const path of ["/v1/chat/completions", "/chat/completions", "/v1/cache/explain"])
-      ask(path, {method: "POST", mode, body: chat, headers: {"Content-Type": type}});
-  for (const path of ["/v1/models", "/health", "/metrics", "/cache", "/v1/cache/stats",
-                      "/v1/cache/entries", "/v1/cache/entries/" + entry])
-    ask(path, {mode});
-  ask("/v1/cache/flush", {method: "POST", mode});
-  ask("/v1/chat/completions", {method: "POST", mode, body: '{"model": "no/such",' + chat.slice(1)});
-}
-ask("/v1/cache/entries/" + entry, {method: "DELETE"});
-ask("/v1/cache/entries/" + entry + "/pin", {method: "PUT"});
-const frame = document.createElement("iframe");
-frame.name = "target";
-document.body.append(frame);
-const form = document.createElement("form");
-form.method = "post"; form.enctype = "text/plain"; form.target = "target";
-form.action = url + "/v1/chat/completions";
-const field = document.createElement("input");
-field.name = chat.slice(0, -1) + ',"x":"'; field.value = '"}';
-form.append(field); document.body.append(form);
-asked.push(new Promise(resolve => {
-  frame.addEventListener("load", () => resolve(["form", "opaque", 0, ""]));
-  form.submit();
-}));
-Promise.all(asked).then(done);
-"""
-
-
-def test_a_page_of_another_origin_can_neither_read_nor_change_nor_compute(
-    browser: Any, real: ServerProcess
-) -> None:
-    class Foreign(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.send_header("Content-Type", "text/html")
-            self.end_headers()
-            self.wfile.write(b"<!doctype html><title>elsewhere</title><body>")
-
-    def state() -> Any:
-        stats = real.get("/v1/cache/stats")
-        found = real.get("/v1/cache/entries")["entries"]
-        return stats["recent"], stats["model"], [(one["id"], one["pinned"]) for one in found]
-
-    before = state()
-    entry = before[2][0][0]
-    elsewhere = NamelessServer(("127.0.0.1", 0), Foreign)
-    threading.Thread(target=elsewhere.serve_forever, daemon=True).start()
-    # Chromium takes every name below `localhost` for this machine, but for another site.
-    browser.get(f"http://evil.localhost:{elsewhere.server_port}/")
-    assert browser.title == "elsewhere"
-
-    answers = browser.execute_async_script(ATTACKS, real.url, entry)
-    elsewhere.shutdown()
-    elsewhere.server_close()
-
-    assert len(answers) == 2 * (6 + 7 + 2) + 3
-    for path, kind, status, text in answers:
-        assert kind in ("failed", "opaque"), (path, kind)
-        assert (status, text) == (0, ""), path
-    assert state() == before
-    complaints(browser)
+    assert len(page.encode()) < 200 << 10
+    assert re.findall(r"(?:src|href)=|@import|url\(", page) == []
+    assert set(re.findall(r"https?://[^\s\"']+", page)) == {"http://www.w3.org/2000/svg"}

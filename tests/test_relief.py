@@ -54,7 +54,20 @@ def sound(disk: Path) -> int:
     return sum(found)
 
 
-@pytest.mark.parametrize("how", ["one", "by size", "all"])
+@pytest.mark.parametrize(
+    ("disk", "how"),
+    [
+        *((kind, "one") for kind in disks.KINDS),
+        *(("btrfs", how) for how in ("by size", "all")),
+        *(
+            pytest.param(kind, how, marks=pytest.mark.long)
+            for kind in disks.KINDS
+            for how in ("by size", "all")
+            if kind != "btrfs"
+        ),
+    ],
+    indirect=["disk"],
+)
 def test_full_disk_of_a_store_without_a_ballast_is_relieved_by_eviction(
     disk: Path, how: str
 ) -> None:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from persist_cache.stability import repairs
+from tests.examples import examples
 
 BILLING = "x-anthropic-billing-header: cc_version=2.1.104.f27; cc_entrypoint=cli; cch=00000;"
 SHORT_BILLING = "x-anthropic-billing-header: cc_version=2.1.197.1c0; cc_entrypoint=sdk-cli;"
@@ -121,7 +122,7 @@ PIECES = st.sampled_from(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(60, 300))
 @given(st.lists(PIECES, max_size=12).map("".join))
 def test_repairs_are_idempotent(text: str) -> None:
     once = repairs.system_text(text)

@@ -268,7 +268,7 @@ def test_exact_resend_of_prompt_and_completion_answers(
         assert running.get("/health")["status"] == "ok"
 
 
-@pytest.mark.parametrize("name", ["model", "sliding"])
+@pytest.mark.parametrize("name", ["model", pytest.param("sliding", marks=pytest.mark.long)])
 def test_long_conversation_is_merged_while_idle_and_goes_on_the_same(
     request: pytest.FixtureRequest, store: Path, tmp_path: Path, name: str
 ) -> None:

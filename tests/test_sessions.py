@@ -45,12 +45,18 @@ MODELS: dict[str, dict[str, Any]] = {
 SMALL: dict[str, Any] = {"user_turns": 2, "tool_turns": 4, "tools": 4, "words": 30}
 
 
+ONE = [pytest.param("llama"), pytest.param("sliding", marks=pytest.mark.long)]
+OTHER = [pytest.param("llama", marks=pytest.mark.long), pytest.param("sliding")]
+"""For what takes long: the other model comes with `scripts/test --all`."""
+
+
 @pytest.fixture(scope="module", params=MODELS)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     name = request.param
     return build_model_dir(tmp_path_factory.mktemp(name) / "model", **MODELS[name])
 
 
+@pytest.mark.parametrize("model", ONE, indirect=True)
 def test_what_could_be_reused_is_reused_before_and_after_a_kill(
     model: Path, tmp_path: Path
 ) -> None:
@@ -66,6 +72,7 @@ def test_what_could_be_reused_is_reused_before_and_after_a_kill(
         assert found.read == found.total - found.computed
 
 
+@pytest.mark.parametrize("model", OTHER, indirect=True)
 def test_session_over_responses_is_reused_before_and_after_a_restart(
     model: Path, tmp_path: Path
 ) -> None:
@@ -96,6 +103,7 @@ def rows_of_prompts(store: Store) -> int:
     return rows
 
 
+@pytest.mark.parametrize("model", OTHER, indirect=True)
 def test_what_was_said_to_be_written_is_what_the_store_gained(model: Path, tmp_path: Path) -> None:
     bodies = list(session(**SMALL))
     with Store.open(tmp_path / "store", min_free_bytes=0) as store:

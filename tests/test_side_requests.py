@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from persist_cache import PromptCache
 from persist_cache.entry import TIER_LABELS
+from tests.examples import examples
 from tests.fakes import fingerprint
 from tests.live_fakes import MODEL, FakeCodec, FakeLayer
 
@@ -33,7 +34,7 @@ def prompt(name: int, num_tokens: int) -> list[int]:
     return [1_000 * name + position for position in range(num_tokens)]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(30, 60))
 @given(
     data=st.data(),
     conversations=st.integers(1, 4),

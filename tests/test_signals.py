@@ -113,9 +113,9 @@ def test_signal_that_is_swallowed_ends_a_command_all_the_same(
 @pytest.mark.parametrize(
     ("words", "when"),
     [
-        (["serve", "--port", "0", "--model"], "mlx_lm.server"),
+        pytest.param(["serve", "--port", "0", "--model"], "mlx_lm.server", marks=pytest.mark.long),
         (["demo", "--model"], "rich.table"),
-        (["doctor", "--model"], "mlx_lm.models.cache"),
+        pytest.param(["doctor", "--model"], "mlx_lm.models.cache", marks=pytest.mark.long),
         (["check", "--read-data"], "persist_cache_cli.commands.check"),
         (["list", "--json"], "persist_cache_cli.commands.list"),
         (["stats", "--watch", "--json"], "persist_cache_cli.commands.stats"),
@@ -133,7 +133,18 @@ def test_signal_that_is_swallowed_ends_every_command(
     assert list(tmp_path.glob("persist-cache-demo-*")) == []
 
 
-@pytest.mark.parametrize(("how", "ending"), SWALLOWERS)
+@pytest.mark.parametrize(
+    ("how", "ending"),
+    [
+        ("caught", signal.SIGINT),
+        ("weak reference", signal.SIGTERM),
+        *(
+            pytest.param(how, ending, marks=pytest.mark.long)
+            for how, ending in SWALLOWERS
+            if (how, ending) not in (("caught", signal.SIGINT), ("weak reference", signal.SIGTERM))
+        ),
+    ],
+)
 def test_signal_that_is_swallowed_ends_a_server_in_order(
     model: Path, tmp_path: Path, how: str, ending: signal.Signals
 ) -> None:
@@ -271,7 +282,7 @@ main()
     ("first", "second"),
     [
         (signal.SIGINT, signal.SIGTERM),
-        (signal.SIGINT, signal.SIGINT),
+        pytest.param(signal.SIGINT, signal.SIGINT, marks=pytest.mark.long),
     ],
 )
 def test_two_signals_at_once_end_the_demo_after_its_worker(

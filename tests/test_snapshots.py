@@ -139,7 +139,7 @@ def test_the_pauses_grow(full: Store, disk: Disk, now: list[float]) -> None:
 
     while now[0] < start + 86_400:
         refused(full)
-        now[0] += 600
+        now[0] += 1200
 
     assert count(full) >= ENTRIES // 4
 

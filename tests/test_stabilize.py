@@ -17,6 +17,7 @@ from persist_cache.stability.conversation import Stabilized, stabilize
 from persist_cache.stability.dates import is_date_line
 from persist_cache.stability.moved import Moves
 from persist_cache.stability.names import DEFAULTS, REPAIRS
+from tests.examples import examples
 from tests.prompt_shapes import (
     CLAUDE_CODE,
     CODEX,
@@ -444,7 +445,7 @@ TEXT = st.lists(PIECES, max_size=12).map("\n".join)
 TURNS = st.lists(TEXT, min_size=1, max_size=4)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(80, 400), deadline=None)
 @given(TEXT, TURNS, st.sets(st.sampled_from(REPAIRS)))
 def test_repairs_are_idempotent_and_lose_nothing(
     system: str, turns: list[str], names: set[str]
@@ -467,7 +468,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(50, 200), deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("abcd"), JSON), max_size=5))
 def test_tools_are_equal_but_for_their_order(given: list[tuple[str, Any]]) -> None:
     tools = [tool(name, extra=value) for name, value in given]
@@ -478,7 +479,7 @@ def test_tools_are_equal_but_for_their_order(given: list[tuple[str, Any]]) -> No
     assert kept == sorted(tools, key=lambda one: str(one["function"]["name"]))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(50, 200), deadline=None)
 @given(st.text(max_size=60))
 def test_no_text_at_all_is_a_date_without_a_number_or_a_day(text: str) -> None:
     if is_date_line(text):

@@ -443,11 +443,11 @@ def fingerprint_of(model: str) -> Fingerprint:
 
 
 class LongStoreMachine(StoreMachine):
-    """The same, tried ten times as often."""
+    """The same, tried twenty times as often."""
 
 
 COMMON = settings(deadline=None, suppress_health_check=list(HealthCheck))
-StoreMachine.TestCase.settings = settings(COMMON, max_examples=12, stateful_step_count=30)
-LongStoreMachine.TestCase.settings = settings(COMMON, max_examples=120, stateful_step_count=50)
+StoreMachine.TestCase.settings = settings(COMMON, max_examples=7, stateful_step_count=30)
+LongStoreMachine.TestCase.settings = settings(COMMON, max_examples=140, stateful_step_count=50)
 TestStoreMachine = StoreMachine.TestCase
 TestStoreMachineLong = pytest.mark.long(LongStoreMachine.TestCase)

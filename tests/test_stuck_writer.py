@@ -297,12 +297,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_model_dir(tmp_path_factory.mktemp("models") / "llama")
 
 
-@pytest.mark.parametrize("grace_s", [4.0])
 def test_server_beside_a_stopped_process_says_so_and_ends_in_time(
-    model: Path,
-    tmp_path: Path,
-    grace_s: float,
+    model: Path, tmp_path: Path
 ) -> None:
+    grace_s = 4.0
     store = tmp_path / "store"
     with serve(model, store, tmp_path, grace_s=grace_s) as running:
         ask(running, "Ada", source="miss")

@@ -41,6 +41,7 @@ from persist_cache.tensors import pool
 from persist_cache.tensors.empty import empty
 from persist_cache.tensors.layers import DTYPES
 from tests import tiny_caches
+from tests.examples import examples
 from tests.tiny_caches import CACHES, MODELS, feed, new_cache
 from tests.waiting import until
 
@@ -291,7 +292,7 @@ def prefix_sources() -> list[tuple[list[Any], int, tensors.CacheSource]]:
 
 
 @settings(
-    max_examples=40,
+    max_examples=examples(20, 40),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

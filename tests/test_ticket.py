@@ -15,7 +15,8 @@ from mlx_lm.tokenizer_utils import load as load_tokenizer
 
 from persist_cache import PromptCache
 from persist_cache.cache.origin import Origin
-from persist_cache.server.ticket import Ticket, TicketTokens, ticket_of
+from persist_cache.cache.stats import Fetch
+from persist_cache.server.ticket import CutPrompt, Ticket, TicketTokens, ticket_of
 from persist_cache.server.upstream.requests import TicketedRequest
 from persist_cache.server.validation import RefusedError
 from tests.loops import Loop, arguments
@@ -52,6 +53,20 @@ def test_tokens_keep_their_ticket_when_they_are_copied_and_extended() -> None:
     assert ticket_of(copied[:]) is ticket
     assert tokens == [1, 2, 3]
     assert tokens[0] == 1
+
+
+def test_what_is_not_kept_is_not_written() -> None:
+    ticket = Ticket()
+    ticket.prompt = CutPrompt(None, [], range(161), [range(161)], ["user"], "normal")
+    ticket.fetch = Fetch("memory", 116, "")
+    ticket.origin.written_tokens = 54  # the rows of a reply that was found among them
+    assert ticket.written_tokens == 161 - 116
+
+    ticket.keep_limit = 158
+    assert ticket.written_tokens == 158 - 116
+
+    ticket.keep_limit = 100
+    assert ticket.written_tokens == 0
 
 
 @pytest.mark.parametrize("sampling", [{}, {"seed": 1}], ids=["batched", "alone"])

@@ -66,9 +66,9 @@ def test_replaced_model_is_not_answered_for_by_the_cache_of_another() -> None:
     [
         ("checksum", ("wrong bytes were served", "wrong in a reader: bytes of")),
         ("order", ("its file is missing", "no record names this file", "usage says")),
-        ("budget", ("bytes on disk, the budget is",)),
-        ("memory-by-name", ("without a cache",)),
-        ("identified-late", ("without a cache",)),
+        pytest.param("budget", ("bytes on disk, the budget is",), marks=pytest.mark.long),
+        pytest.param("memory-by-name", ("without a cache",), marks=pytest.mark.long),
+        pytest.param("identified-late", ("without a cache",), marks=pytest.mark.long),
         ("two-looks", ("are said to be in it",)),
         ("only-lengths", ("rows of another prompt were handed out",)),
     ],

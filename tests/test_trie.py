@@ -12,6 +12,7 @@ import persist_cache.cache.trie
 from persist_cache.cache.trie import PromptTrie, TrieMatch
 from persist_cache.tokens import TOKEN_BYTES, common_prefix_tokens, pack_tokens
 from tests import forge
+from tests.examples import examples
 
 MODEL = ("model", None, None)
 
@@ -94,7 +95,7 @@ OPERATIONS = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=examples(60, 300))
 @given(OPERATIONS, st.lists(st.tuples(MODELS, PROMPTS), min_size=1, max_size=5))
 def test_behaves_like_a_dict_searched_by_brute_force(
     operations: list[tuple[str, str, tuple[int, ...], int]],

@@ -24,8 +24,10 @@ from typing import Any, NamedTuple, NoReturn
 import click
 
 from persist_cache import PersistCacheError, __version__
+from persist_cache.fingerprint.versions import unknown_mlx_lm
 from persist_cache.system import endings
 from persist_cache_cli import config_place
+from persist_cache_cli.calling import ALIASES, Declined, check_store, suggestion, with_store
 
 
 class _Place(NamedTuple):
@@ -41,6 +43,7 @@ _COMMANDS = {
     "launch": _Place("Run an agent with a server, which is started if none runs.", "launch"),
     "warm": _Place("Prefill prompts ahead of traffic.", "warm"),
     "explain": _Place("Say how much of a request is cached, and why not more.", "explain"),
+    "top": _Place("Show what the cache of a running server does, kept up to date.", "top"),
     "watch": _Place("Show the requests of a running server as they come.", "watch"),
     "ps": _Place("Show what a server has in memory, and what it computes.", "ps"),
     "config": _Place("Say what the settings of the server are, and where from.", "config"),
@@ -72,7 +75,7 @@ class LazyGroup(click.Group):
         return list(_COMMANDS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        place = _COMMANDS.get(name)
+        place = _COMMANDS.get(ALIASES.get(name, name))
         if place is None:
             return None
         # None of what an import makes is garbage; to look for some takes a tenth of the time.
@@ -84,7 +87,16 @@ class LazyGroup(click.Group):
             if was_enabled:
                 gc.enable()
         command: click.Command = getattr(module, place.attribute)
-        return command
+        return with_store(command)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in _COMMANDS and name not in ALIASES and not name.startswith("-"):
+            near = suggestion(name, _COMMANDS)
+            ctx.fail(f"No such command {name!r}.{f' Did you mean {near!r}?' if near else ''}")
+        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -98,7 +110,13 @@ class LazyGroup(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl([(name, place.help) for name, place in _COMMANDS.items()])
+            also = {name: alias for alias, name in ALIASES.items()}
+            formatter.write_dl(
+                [
+                    (f"{name}, {also[name]}" if name in also else name, place.help)
+                    for name, place in _COMMANDS.items()
+                ]
+            )
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -118,18 +136,9 @@ class LazyGroup(click.Group):
 @click.pass_context
 def cli(ctx: click.Context, store: str | None, config: str | None) -> None:
     """A prompt cache for mlx-lm that survives restarts."""
-    if store == "":
-        raise click.UsageError("--store needs a folder, not an empty name.")
+    check_store(store)
     ctx.obj = store
-    if (file := config_place.find(config)) is None:
-        return
-    from persist_cache_cli.config import read_config, use
-
-    settings = read_config(file)
-    use(ctx, settings)
-    if config is not None and ctx.invoked_subcommand == "launch":
-        os.environ[config_place.VARIABLE] = str(file)  # the server that it starts reads the same
-    ctx.obj = settings.store if store is None else store
+    config_place.apply(ctx, config)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -221,6 +230,9 @@ def _run(arguments: Sequence[str] | None) -> int:
         return 2
     except click.UsageError as error:
         return _fail(_usage_sentence(error), 2)
+    except Declined as error:
+        click.echo(error.format_message(), err=True)
+        return error.exit_code
     except click.ClickException as error:
         return _fail(error.format_message(), error.exit_code)
     except (click.Abort, KeyboardInterrupt):
@@ -236,6 +248,12 @@ def _run(arguments: Sequence[str] | None) -> int:
         return 0
     except OSError as error:
         return _fail(_os_sentence(error), 1)
+    except (ImportError, AttributeError, TypeError) as error:
+        # As another version of mlx-lm would have it, whose parts are elsewhere.
+        unknown = unknown_mlx_lm()
+        if not unknown:
+            raise
+        return _fail(f"{unknown}. It failed with {type(error).__name__}: {error}.", 1)
     return status if isinstance(status, int) else 0
 
 
@@ -245,8 +263,6 @@ def _fail(sentence: str, status: int) -> int:
 
 
 def _usage_sentence(error: click.UsageError) -> str:
-    if isinstance(error, click.NoSuchOption) and error.option_name == "--store":
-        return "--store goes before the command: persist-cache --store PATH COMMAND."
     message = error.format_message()
     if message[-1:] not in ".?!":
         message += "."

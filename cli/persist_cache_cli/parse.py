@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -114,6 +115,50 @@ def parse_group(text: str) -> str:
     return text
 
 
+def parse_rules(
+    given: Sequence[str], option: str, parse: Callable[[str], float], *, tiers: bool
+) -> dict[str, int] | None:
+    """Rules such as `model=4GB` or `salt:alice=1GB`, by what they are about.
+
+    Args:
+        given: The rules, each as `WHAT=VALUE`; or `none` alone.
+        option: What they are given to, for the sentence.
+        parse: Reads a value.
+        tiers: A tier is something to make a rule about.
+
+    Returns:
+        The rules; none if they are to end, None if nothing was said.
+
+    Raises:
+        click.UsageError: One of them is something else.
+    """
+    from persist_cache.fingerprint.value import salt_digest
+    from persist_cache.store.quotas import check_rules
+
+    if not given:
+        return None
+    if "none" in given:
+        if len(given) > 1:
+            raise click.UsageError(f"{option}: none goes with no other rule.")
+        return {}
+    found: dict[str, int] = {}
+    for one in given:
+        what, _, value = one.rpartition("=")
+        kind, colon, name = what.partition(":")
+        if kind == "salt" and name:
+            what = f"salt{colon}{salt_digest(name)}"
+        if what in found:
+            raise click.UsageError(f"{option}: {one!r} is the second rule about the same.")
+        try:
+            found[what] = int(parse(value))
+            check_rules({what: found[what]}, tiers=tiers)
+        except click.BadParameter as error:
+            raise click.UsageError(f"{option}: {error.message}") from None
+        except ValueError as error:
+            raise click.UsageError(f"{option}: {error}.") from None
+    return found
+
+
 class _Size(_Type):
     name = "size"
 
@@ -161,15 +206,15 @@ class _Repairs(_Type):
 
 
 class _EntryId(_Type):
-    """The beginning of an entry's id; the store decides whether it names just one."""
+    """The beginning of an entry's id, or its label; the store decides whether it names just one."""
 
     name = "id"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> str:
-        prefix = str(value).lower()
-        if not re.fullmatch("[0-9a-f]{1,16}", prefix):
-            self.fail(f"{value!r} is not an entry id: use the hex digits that `list` shows.")
-        return prefix
+        text = str(value)
+        if not text.strip():
+            self.fail("an entry has an id, and may have a label; this is neither.")
+        return text
 
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
@@ -177,15 +222,17 @@ class _EntryId(_Type):
         from click.shell_completion import CompletionItem
 
         from persist_cache.errors import PersistCacheError
-        from persist_cache.queries.ids import find_ids
+        from persist_cache.queries.ids import find_ids, is_id, labels_from
         from persist_cache_cli.store_access import reading
 
         root = ctx.find_root()
-        if incomplete and not re.fullmatch("[0-9a-f]{1,16}", incomplete):
-            return []
         try:
             with reading(root.params.get("store")) as store:
-                found = [] if store is None else find_ids(store, incomplete, limit=100)
+                if store is None:
+                    return []
+                found = labels_from(store, incomplete, limit=100)
+                if not incomplete or is_id(incomplete):
+                    found += find_ids(store, incomplete.lower(), limit=100 - len(found))
         except (PersistCacheError, OSError):
             return []
         return [CompletionItem(one) for one in found]

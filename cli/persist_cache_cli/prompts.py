@@ -199,9 +199,22 @@ def read_text(argument: str, option: str) -> str:
         text = _read_file(Path(argument[1:]), option)
     else:
         text = argument
+        if _names_a_file(text):
+            click.echo(
+                f"Warning: {option} {text} is taken as the text itself; to read the file of that "
+                f"name, write {option} @{text}.",
+                err=True,
+            )
     if not text.strip():
         raise click.UsageError(f"{option} is empty; give the text, @FILE, or - for standard input.")
     return text
+
+
+def _names_a_file(text: str) -> bool:
+    try:
+        return "\n" not in text and Path(text).is_file()
+    except (OSError, ValueError):  # too long for a name, or with a zero in it
+        return False
 
 
 def read_json(path: Path, option: str, kind: type[T]) -> T:
@@ -220,7 +233,7 @@ def parse_json(text: str, option: str, kind: type[T]) -> T:
 
 def _decode(text: str, what: str, kind: type[T]) -> T:
     try:
-        return msgspec.json.decode(text.encode(), type=kind)
+        return msgspec.json.decode(text.encode(errors="surrogateescape"), type=kind)
     except msgspec.ValidationError as error:
         raise click.UsageError(f"{what} has the wrong shape: {error}.") from None
     except msgspec.DecodeError as error:

@@ -16,10 +16,18 @@ import click
 
 from persist_cache import Store, default_store_path
 from persist_cache.errors import StoreAccessError
-from persist_cache.queries.ids import find_departed, find_each, short_ids
-from persist_cache_cli.output import format_age
+from persist_cache.queries.ids import (
+    SHORT_ID_DIGITS,
+    find_departed,
+    find_each,
+    find_labelled,
+    is_id,
+    short_ids,
+)
+from persist_cache_cli.output import format_age, printable
 from persist_cache_cli.parse import ENTRY_ID, GROUP
 
+_CANDIDATES = 8
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -158,33 +166,55 @@ def no_store(given: str | None) -> str:
     return f"There is no store at {store_path(given)} yet."
 
 
-def resolve(store: Store | None, prefixes: Sequence[str]) -> list[str]:
-    """Full ids of the entries that `prefixes` name, each once, in that order.
+def resolve(store: Store | None, names: Sequence[str]) -> list[str]:
+    """Full ids of the entries that `names` name, each once, in that order.
+
+    A name is the beginning of an id, or a label. An id goes first, but where so few digits are
+    given that they may be a label as well, that is looked for, too.
 
     Raises:
         NothingFound: One of them names no entry.
         click.ClickException: One of them names several.
     """
-    found = [[] for _ in prefixes] if store is None else find_each(store, prefixes)
-    ids = (_only_one(store, prefix, one) for prefix, one in zip(prefixes, found, strict=True))
+    if store is None:
+        for name in names:
+            raise _no_entry(name)
+        return []
+    prefixes = [name.lower() for name in names if is_id(name)]
+    by_id = dict(zip(prefixes, find_each(store, prefixes), strict=True))
+    unclear = {name for name in names if not by_id.get(name.lower()) or len(name) < SHORT_ID_DIGITS}
+    by_label = find_labelled(store, unclear) if unclear else {}
+    ids = (
+        _only_one(store, name, by_id.get(name.lower(), []), by_label.get(name, []))
+        for name in names
+    )
     return list(dict.fromkeys(ids))
 
 
-def _only_one(store: Store | None, prefix: str, found: Sequence[str]) -> str:
-    """The id in `found`, which has those that begin with `prefix`."""
+def _only_one(store: Store, name: str, by_id: Sequence[str], labelled: Sequence[str]) -> str:
+    """The id among those that begin with `name`, and those of the entries with that label."""
+    found = sorted({*by_id, *labelled})
     if len(found) == 1:
         return found[0]
     if found:
-        short = list(short_ids(found).values())
-        more = ", …" if len(found) == 8 else ""
+        short = list(short_ids(found).values())[:_CANDIDATES]
+        more = ", …" if len(found) >= _CANDIDATES else ""
+        both = " or the label" if by_id and labelled else ""
+        what = f"an id that begins with{both}" if by_id else "the label"
         raise click.ClickException(
-            f"Several entries have an id that begins with {prefix}: {', '.join(short)}{more}."
+            f"Several entries have {what} {printable(name)}: {', '.join(short)}{more}."
         )
-    departed = None if store is None else find_departed(store, prefix)
-    if store is not None and departed is not None:
+    departed = find_departed(store, name.lower()) if is_id(name) else None
+    if departed is not None:
         ago = format_age(store.clock() - departed.since)
         raise NothingFound(
             f"Entry {departed.id} is no longer there: {departed.reason}, "
             f"{'just now' if ago == 'now' else ago + ' ago'}."
         )
-    raise NothingFound(f"No entry has an id that begins with {prefix}.")
+    raise _no_entry(name)
+
+
+def _no_entry(name: str) -> NothingFound:
+    if is_id(name):
+        return NothingFound(f"No entry has an id that begins with {name.lower()}, or that label.")
+    return NothingFound(f"No entry has the label {printable(name)!r}, and it is no id.")

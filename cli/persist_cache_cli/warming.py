@@ -21,9 +21,13 @@ from persist_cache.prefill.loading import load_model
 from persist_cache.queries.schema import WarmJson
 from persist_cache.server.rendering import Prompt, PromptRequest
 from persist_cache.warm import Warmed, warm
+from persist_cache_cli.blas import advice
 from persist_cache_cli.output import format_bytes
 from persist_cache_cli.progress import bar
 from persist_cache_cli.prompts import ModelChoice, Template
+
+Progress = Callable[[int], None]
+"""Takes the tokens that are done so far."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,7 @@ class Run:
         self._quiet = quiet
         self._tokenizers: dict[tuple[str, str | None, bool], Any] = {}
         self._model: tuple[ModelChoice, Any, Identifier] | None = None
+        self._advised = False
 
     def check(self, job: Job) -> WarmJson:
         """Report what is there, changing nothing."""
@@ -89,7 +94,10 @@ class Run:
             self._mark(way, job, expires)
             self._say(f"{name_of(job)}: all {len(tokens):,} tokens were stored already.")
             return _report(job, way, len(tokens), len(tokens), 0)
-        with self._progress(job, len(tokens)) as progress:
+        with (
+            self._progress(job, len(tokens)) as progress,
+            _told_if_interrupted(job, tokens) as note,
+        ):
             done = warm(
                 self._store,
                 fingerprint,
@@ -104,7 +112,7 @@ class Run:
                 cuts=prompt.cuts,
                 step_tokens=self._step_tokens,
                 quantize=job.choice.quantize,
-                progress=progress,
+                progress=note(progress),
             )
         self._say(_sentence(job, done))
         entries = () if done.entry is None else (done.entry,)
@@ -170,6 +178,9 @@ class Run:
         if self._model is None or self._model[0] != choice:
             self._model = None  # free the old one before the new one is loaded
             self._say(f"Loading {choice.model} …")
+            if not self._quiet and not self._advised and (slow := advice("warm …")):
+                click.echo(f"Note: {slow}", err=True)
+            self._advised = True
             identifier = choice.identifier()
             model, _ = load_model(choice.model, choice.adapter_path, identifier=identifier)
             self._model = (choice, model, identifier)
@@ -179,13 +190,46 @@ class Run:
         return self._model[1], fingerprint
 
     @contextlib.contextmanager
-    def _progress(self, job: Job, total: int) -> Iterator[Callable[[int], None] | None]:
+    def _progress(self, job: Job, total: int) -> Iterator[Progress | None]:
         with bar(name_of(job), silent=self._quiet, unit="tokens", total=total) as draw:
             yield None if draw is None else lambda done: draw(done, total)
 
     def _say(self, text: str) -> None:
         if not self._quiet:
             click.echo(text)
+
+
+@contextlib.contextmanager
+def _told_if_interrupted(
+    job: Job, tokens: Sequence[int]
+) -> Iterator[Callable[[Progress | None], Progress]]:
+    """Say what was kept when a signal ends the prefill within.
+
+    Yields:
+        What makes a report of progress one that is noted.
+    """
+    kept = 0
+
+    def noting(progress: Progress | None) -> Progress:
+        def note(done: int) -> None:
+            nonlocal kept
+            kept = done
+            if progress is not None:
+                progress(done)
+
+        return note
+
+    try:
+        yield noting
+    except Exception:
+        raise
+    except BaseException:  # a signal
+        click.echo(
+            f"{name_of(job)}: {kept:,} of {len(tokens):,} tokens are stored; the same command "
+            "goes on from there.",
+            err=True,
+        )
+        raise
 
 
 def _unidentified(choice: ModelChoice, reason: str) -> ModelError:

@@ -117,14 +117,20 @@ class BlobFolder:
                 if STRAY_PROBE.fullmatch(path.name) or not 0 <= age_s < _MEMO_MADE_S:
                     fs.unlink(path)
 
-    def remove(self, name: str) -> None:
+    def remove(self, name: str, *, overwrites: bool = False) -> None:
         """Unlink a blob, published or in quarantine; one that is gone already is fine.
+
+        Args:
+            name: Of the blob.
+            overwrites: Put zeros in the place of its bytes before.
 
         Raises:
             OSError: The folder does not let go of it; the caller tries again later.
         """
         for path in (self.path(name), self.quarantine_path(name)):
             with contextlib.suppress(FileNotFoundError):
+                if overwrites and path.is_file():
+                    fs.overwrite(path)
                 _unlink_or_rmdir(path)
 
     def quarantine(self, name: str) -> bool:

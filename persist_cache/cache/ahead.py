@@ -19,9 +19,11 @@ class Ahead:
         match: What was found on the disk.
         seconds: How long reading it took.
         is_used: The request it was read for has it.
+        is_shared: Memory has it, for others as well.
     """
 
     held: Any
     match: Match
     seconds: float
     is_used: bool = False
+    is_shared: bool = True

@@ -62,9 +62,9 @@ class Keeper:
         self._prefills = prefills
         self._tally = tally
 
-    def owner(self, model: Hashable) -> Owner:
+    def owner(self, model: Hashable, salt: str = "") -> Owner:
         """Whose KV a model computes now; what others left under its key goes."""
-        owner = self._owners.of(model, may_read=self._saver.wants_disk)
+        owner = self._owners.of(model, may_read=self._saver.wants_disk, salt=salt)
         self._saver.serves(owner)
         with self._lock:
             if self._resident.now_computed_by(owner):
@@ -96,8 +96,10 @@ class Keeper:
             partial: It is on the way to a longer one.
         """
         origin = origin or Origin()
+        if origin.keeps_nothing:
+            return
         packed = pack_tokens(tokens)
-        owner = self.owner(model)
+        owner = self.owner(model, origin.salt)
         try:
             num_tokens = self._prepare(owner, packed, cache)
         except UnsupportedCacheError as error:
@@ -127,6 +129,7 @@ class Keeper:
         held = Held(owner, packed, cache, nbytes, tier.label, prefill_s, partial=partial)
         held.keep_s = {} if ends else origin.keep_s
         held.group = origin.group
+        held.memory_only = origin.memory_only
         witness = getattr(self._codec, "witness", None)
         held.witness = None if witness is None else witness(cache)
         held.stays = self._sharing is not None and self._sharing.is_pieced(cache)

@@ -42,6 +42,7 @@ class Held:
             its buffers.
         keep_s: By tier, for how long its client asks to keep it on disk behind each use.
         group: That its client counts it to, or "".
+        memory_only: It is never to be on disk.
     """
 
     owner: Owner
@@ -58,6 +59,7 @@ class Held:
     stays: bool = False
     keep_s: Mapping[Tier, int] = field(default_factory=dict)
     group: str = ""
+    memory_only: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -190,14 +192,15 @@ class Resident:
             calling thread was overtaken by a load, and nothing is noted.
         """
         former = self._current.get(owner.model, owner)
-        if former != owner and owner.is_older(former):
+        is_other = not former.is_same_model(owner)
+        if is_other and owner.is_older(former):
             return False
         self._current[owner.model] = owner
-        return former != owner
+        return is_other
 
     def is_current(self, owner: Owner) -> bool:
         """Whether its model key stands for no other weights than these."""
-        return self._current.get(owner.model, owner) == owner
+        return self._current.get(owner.model, owner).is_same_model(owner)
 
     def of_former_owners(self) -> list[Held]:
         """Caches of weights that their model key stands for no more."""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from typing import Any, NamedTuple
@@ -95,25 +96,40 @@ class Lookup:
         """
         match = self.match(owner, packed, limit, trail)
         group = "" if origin is None else origin.group
+        leaves_no_trace = origin is not None and origin.keeps_nothing
+        counted = counted and not leaves_no_trace
         if origin is not None and origin.counts_written:
             # In this order: what is saved in between is seen on the disk.
             origin.arrived = self._saver.promised.arrived
             promised = self._saver.promised.tokens(owner, packed, origin.arrived)
             origin.stored_tokens = max(promised, self._prompt_tokens(owner, packed, trail))
         asks_disk = self._saver.disk is not None and owner.fingerprint is not None
-        taken = self.take(owner, packed, limit, on_disk=match, to_copy=to_copy)
+        if ahead is not None and not ahead.is_shared:
+            found_ahead = self._taken_alone(owner, packed, limit, ahead)
+            if found_ahead is not None:
+                read, used = ahead.match, ahead.held.num_tokens
+                with self._lock:
+                    parting = self._resident.parting(owner, packed)
+                why, said = why_no_more(used, limit, read, parting, asked_disk=asks_disk)
+                return found_ahead, Fetch(
+                    "disk", used, said, ahead.seconds, read.nbytes, read.saved_s, why
+                )
+        take = functools.partial(
+            self.take, owner, packed, limit, to_copy=to_copy, in_passing=leaves_no_trace
+        )
+        taken = take(on_disk=match)
         parting = taken.parting
         if taken.cache is None and match.num_tokens:
             found = self._load(owner, packed, match, limit, taken.num_tokens + 1, counted, group)
             if found is not None:
                 cache, match = found
                 used = match.num_tokens
-                if to_copy:
+                if to_copy and not leaves_no_trace:
                     cache = self._promote(owner, packed, cache, match)
                 why, said = why_no_more(used, limit, match, parting, asked_disk=asks_disk)
                 return cache, Fetch("disk", used, said, 0.0, match.nbytes, match.saved_s, why)
             match = nothing(MissReason.UNREADABLE)
-            taken = self.take(owner, packed, limit, on_disk=match, to_copy=to_copy)
+            taken = take(on_disk=match)
         used = 0 if taken.cache is None else taken.num_tokens
         why, said = why_no_more(used, limit, match, parting, asked_disk=asks_disk)
         if taken.cache is None:
@@ -131,6 +147,17 @@ class Lookup:
             store.touch(match, num_tokens=used, group=group)
         cost = taken.prefill_s
         return taken.cache, Fetch("memory", used, said, 0.0, 0, cost, why)
+
+    def _taken_alone(self, owner: Owner, packed: bytes, limit: int, ahead: Ahead) -> Any | None:
+        """What was read for one request alone, if memory has no more by now."""
+        held: Held = ahead.held
+        with self._lock:
+            candidate = self._resident.find(owner, packed, limit)
+        in_memory = 0 if candidate is None else candidate.num_tokens
+        if held.owner != owner or not in_memory <= held.num_tokens <= limit:
+            return None
+        ahead.is_used = True
+        return held.cache if self._sharing is None else self._sharing.join(held.cache)
 
     def outlook(self, owner: Owner, packed: bytes, limit: int) -> tuple[int, int]:
         """Tokens that would not be computed, and how many memory alone would serve."""
@@ -160,11 +187,12 @@ class Lookup:
         trail: Trail | None = None,
         *,
         to_copy: bool,
+        in_passing: bool = False,
     ) -> Ahead | None:
         """Read from the disk into memory what `answer` would, for a request that still waits.
 
         It is held as the caches of others are, and counted with them, until it is used or
-        released, or its room is needed for others.
+        released, or its room is needed for others; with `in_passing`, it is that request's alone.
 
         Returns:
             What was read; None when nothing is worth it. What memory may not hold is left to the
@@ -191,9 +219,10 @@ class Lookup:
         with self._lock:
             if held.nbytes > self._resident.max_bytes or not self._resident.is_current(owner):
                 return None
-            self._saver.spill(self._resident.add(held))
+            if not in_passing:
+                self._saver.spill(self._resident.add(held))
         self._tally.read_ahead(match.nbytes)
-        return Ahead(held, match, time.monotonic() - started)
+        return Ahead(held, match, time.monotonic() - started, is_shared=not in_passing)
 
     def release(self, ahead: Ahead) -> None:
         """Let go of what was read for a request that is not answered."""
@@ -243,9 +272,18 @@ class Lookup:
             return 0  # of which `match` has said what there is to say
 
     def take(
-        self, owner: Owner, packed: bytes, limit: int, *, on_disk: Match, to_copy: bool = False
+        self,
+        owner: Owner,
+        packed: bytes,
+        limit: int,
+        *,
+        on_disk: Match,
+        to_copy: bool = False,
+        in_passing: bool = False,
     ) -> Taken:
         """Give away the best cache in memory, unless the disk's is worth reading instead.
+
+        With `in_passing` it is a copy, and memory stays as it is.
 
         Returns:
             The cache and its length; without a cache, the length of the one that stays behind.
@@ -256,7 +294,7 @@ class Lookup:
                 gain = on_disk.num_tokens - used
                 if on_disk.num_tokens and (used <= 0 or gain >= _ENOUGH_GAIN_TOKENS):
                     return Taken(None, used, parting)
-                cache = self._give(candidate, to_copy)
+                cache = self._give(candidate, to_copy, in_passing)
                 if cache is not None:
                     taken = Taken(cache, used, parting, _cost(candidate, on_disk), candidate.held)
                     break
@@ -267,7 +305,7 @@ class Lookup:
                 return Taken(None, 0, self._resident.parting(owner, packed))
         return taken._replace(cache=self._joined(candidate, cache))
 
-    def _give(self, candidate: Candidate, to_copy: bool) -> Any | None:
+    def _give(self, candidate: Candidate, to_copy: bool, in_passing: bool) -> Any | None:
         """Give a cache away, or a copy of it; the caller holds the lock.
 
         A cache that is on disk is lent: decoding on a copy would copy all of it at the first
@@ -279,7 +317,9 @@ class Lookup:
             The cache, cut to the candidate's length; None if that cannot be done.
         """
         held, used = candidate.held, candidate.num_tokens
-        if not held.saved or used != held.num_tokens or held.tier == Tier.SYSTEM.label:
+        if in_passing:
+            pass
+        elif not held.saved or used != held.num_tokens or held.tier == Tier.SYSTEM.label:
             self._resident.touch(held)
         elif to_copy or held.stays:
             self._resident.spare(held)

@@ -28,6 +28,11 @@ class Origin:
         keep_s: By tier, for how many seconds behind each use its client asks to keep what is stored
             of it.
         group: That its client counts it to, or "".
+        salt: Digest of its salt (`fingerprint.value.salt_digest`), or "": it finds what was stored
+            with the same one, and nothing else.
+        keeps_nothing: What it computes is not kept, neither in memory nor on disk, and what it uses
+            is not noted.
+        memory_only: What it computes is kept in memory alone.
         written_tokens: Of the prompt, that were queued for the disk because it was computed.
     """
 
@@ -38,4 +43,7 @@ class Origin:
     arrived: int = 0
     keep_s: Mapping[Tier, int] = field(default_factory=dict)
     group: str = ""
+    salt: str = ""
+    keeps_nothing: bool = False
+    memory_only: bool = False
     written_tokens: int = 0

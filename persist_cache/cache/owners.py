@@ -21,6 +21,7 @@ from persist_cache.tokens import PrefixDigests
 
 _ATTEMPTS = 8
 _REMEMBERED = 128
+_MOST_SALTED = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,8 @@ class Owner:
         fingerprint: Of the weights, or None when they are not identified.
         reason: Why they are not, or "".
         load: Number of the load; None when `identify` counts none.
+        salt: Digest of the salt of the requests that may have it; "" for those without one.
+            `identity` is that of the weights alone, `fingerprint` depends on it.
     """
 
     model: Hashable
@@ -40,11 +43,21 @@ class Owner:
     fingerprint: Fingerprint | None = field(default=None, compare=False)
     reason: str = field(default="", compare=False)
     load: int | None = field(default=None, compare=False)
+    salt: str = ""
+
+    def is_same_model(self, other: Owner) -> bool:
+        """Whether both are of the same weights, whatever their salts."""
+        return (self.model, self.identity) == (other.model, other.identity)
 
     def is_same_load(self, other: Owner) -> bool:
-        """Whether both are the same weights, though one may be from before they were identified."""
+        """Whether both are the same weights, though one may be from before they were identified.
+
+        Of another salt is another's.
+        """
         return self == other or (
-            self.model == other.model and self.load is not None and self.load == other.load
+            (self.model, self.salt) == (other.model, other.salt)
+            and self.load is not None
+            and self.load == other.load
         )
 
     def is_older(self, other: Owner) -> bool:
@@ -80,12 +93,14 @@ class Owners:
         self._asked_by_any: deque[_Asked] = deque(maxlen=_REMEMBERED)
         self._of_thread = threading.local()
         self._given: weakref.WeakKeyDictionary[Any, Owner] = weakref.WeakKeyDictionary()
+        self._salted: dict[tuple[bytes, str], Fingerprint] = {}
 
-    def of(self, model: Hashable, *, may_read: bool) -> Owner:
+    def of(self, model: Hashable, *, may_read: bool, salt: str = "") -> Owner:
         """The owner of what the model computes now.
 
         Args:
             model: The model key.
+            salt: Digest of the request's salt, or "".
             may_read: Whether the model's files may be read for it. If not, an `Identifier` that
                 has not settled an answer gives none.
         """
@@ -96,7 +111,22 @@ class Owners:
             if number == before:
                 break  # not loaded again in between
         identity: Hashable = ("load", number) if fingerprint is None else fingerprint.digest
-        return Owner(model, identity, fingerprint, reason, number)
+        if fingerprint is not None and salt:
+            fingerprint = self._with_salt(fingerprint, salt)
+        return Owner(model, identity, fingerprint, reason, number, salt)
+
+    def _with_salt(self, fingerprint: Fingerprint, salt: str) -> Fingerprint:
+        """The fingerprint for one salt, which takes longer to make than to look up."""
+        key = (fingerprint.digest, salt)
+        with self._lock:
+            found = self._salted.get(key)
+        if found is None:
+            found = fingerprint.salted(salt)
+            with self._lock:
+                if len(self._salted) >= _MOST_SALTED:
+                    self._salted.clear()
+                self._salted[key] = found
+        return found
 
     def identify_now(self, model: Any) -> Fingerprint | Unidentified:
         """Identify a model that has just been loaded, whatever was known of it before."""

@@ -313,6 +313,8 @@ class PromptCache:
         fetch = replace(fetch, seconds=fetch.seconds + time.monotonic() - started)
         if counted:
             try:
+                if origin is not None and origin.keeps_nothing:
+                    packed = None  # of its prompt nothing but numbers is remembered
                 self._account(len(tokens), packed, fetch)
             except Exception:
                 log.exception("a look-up could not be counted")
@@ -346,7 +348,7 @@ class PromptCache:
             keep_tokens: How many leading tokens to keep at most; all when None. For a prompt that
                 is run to have its beginning computed. What cannot be cut there is not kept.
             origin: What `look_up` was given for the request that computed it. Without one, it is
-                searched among the latest look-ups.
+                searched among the latest look-ups. Where it `keeps_nothing`, so does this.
             partial: It is on the way to a longer prompt, which is being computed or was cut there.
                 When one comes whose beginning it is, it goes, from the disk as well.
         """
@@ -411,7 +413,12 @@ class PromptCache:
         return found
 
     def read_ahead(
-        self, model: Hashable, tokens: Sequence[int], *, trail: Trail | None = None
+        self,
+        model: Hashable,
+        tokens: Sequence[int],
+        *,
+        trail: Trail | None = None,
+        salt: str = "",
     ) -> int:
         """Have the system read what a fetch of this prompt would, for a request that waits.
 
@@ -422,6 +429,7 @@ class PromptCache:
             model: mlx-lm's model key.
             tokens: The prompt.
             trail: Of the request; as for `look_up`.
+            salt: Digest of the request's salt; see `Origin`.
 
         Returns:
             Bytes of the files; 0 when memory serves the prompt, or nothing was asked of the model
@@ -430,7 +438,7 @@ class PromptCache:
         with self._nothing_raised():
             if self.store is None:
                 return 0
-            owner = self._owners.of(model, may_read=False)
+            owner = self._owners.of(model, may_read=False, salt=salt)
             return self._lookup.read_ahead(owner, pack_tokens(tokens), len(tokens), trail)
         return 0
 
@@ -442,6 +450,8 @@ class PromptCache:
         trail: Trail | None = None,
         leave_tokens: int = 0,
         to_copy: bool = False,
+        salt: str = "",
+        in_passing: bool = False,
     ) -> Ahead | None:
         """Read from the disk what a fetch of this prompt would, for a request that waits.
 
@@ -454,6 +464,8 @@ class PromptCache:
             trail: Of the request; as for `look_up`.
             leave_tokens: As for `look_up`.
             to_copy: As for `look_up`.
+            salt: Digest of the request's salt; see `Origin`.
+            in_passing: The request keeps nothing: what is read is its alone.
 
         Returns:
             What to give to `look_up`, or to `release`; None when there is nothing to read, or
@@ -462,10 +474,12 @@ class PromptCache:
         with self._nothing_raised():
             if self.store is None:
                 return None
-            owner = self._owners.of(model, may_read=False)
+            owner = self._owners.of(model, may_read=False, salt=salt)
             limit = max(0, len(tokens) - max(leave_tokens, self._leave_tokens))
             packed = pack_tokens(tokens)
-            return self._lookup.load_ahead(owner, packed, limit, trail, to_copy=to_copy)
+            return self._lookup.load_ahead(
+                owner, packed, limit, trail, to_copy=to_copy, in_passing=in_passing
+            )
         return None
 
     def release(self, ahead: Ahead) -> None:
@@ -473,7 +487,12 @@ class PromptCache:
         self._lookup.release(ahead)
 
     def known_tokens(
-        self, model: Hashable, tokens: Sequence[int], *, trail: Trail | None = None
+        self,
+        model: Hashable,
+        tokens: Sequence[int],
+        *,
+        trail: Trail | None = None,
+        salt: str = "",
     ) -> int:
         """Length of the longest prefix that a fetch would serve; looks only, counts nothing.
 
@@ -481,11 +500,17 @@ class PromptCache:
             model: mlx-lm's model key.
             tokens: The prompt.
             trail: Of the request; as for `look_up`.
+            salt: Digest of the request's salt; see `Origin`.
         """
-        return self._known(model, tokens, trail)[0]
+        return self._known(model, tokens, trail, salt)[0]
 
-    def outlook(self, model: Hashable, tokens: Sequence[int]) -> tuple[int, int]:
+    def outlook(self, model: Hashable, tokens: Sequence[int], *, salt: str = "") -> tuple[int, int]:
         """What a request with this prompt would get now; looks only, counts nothing.
+
+        Args:
+            model: mlx-lm's model key.
+            tokens: The prompt.
+            salt: Digest of the request's salt; see `Origin`.
 
         Returns:
             Tokens that would not be computed, and how many memory alone would serve. Nothing where
@@ -493,7 +518,7 @@ class PromptCache:
         """
         with self._nothing_raised():
             limit = max(0, len(tokens) - self._leave_tokens)
-            owner = self._owners.of(model, may_read=self._saver.wants_disk)
+            owner = self._owners.of(model, may_read=self._saver.wants_disk, salt=salt)
             return self._lookup.outlook(owner, pack_tokens(tokens), limit)
         return 0, 0
 
@@ -504,6 +529,7 @@ class PromptCache:
         *,
         min_gain_tokens: int = 1,
         trail: Trail | None = None,
+        salt: str = "",
     ) -> int:
         """Where a prompt leaves what is known, if it cannot be resumed there; else 0.
 
@@ -515,19 +541,20 @@ class PromptCache:
             tokens: The prompt.
             min_gain_tokens: How far behind the last position that can be resumed it has to lie.
             trail: Of the request; as for `look_up`.
+            salt: Digest of the request's salt; see `Origin`.
         """
-        known, common = self._known(model, tokens, trail)
+        known, common = self._known(model, tokens, trail, salt)
         if common == 0:
             return 0
         common = min(common, len(tokens) - 1)
         return common if common - known >= min_gain_tokens else 0
 
     def _known(
-        self, model: Hashable, tokens: Sequence[int], trail: Trail | None = None
+        self, model: Hashable, tokens: Sequence[int], trail: Trail | None, salt: str
     ) -> tuple[int, int]:
         """Tokens that can be served, and tokens shared with anything that is known."""
         with self._nothing_raised():
-            owner = self._owners.of(model, may_read=self._saver.wants_disk)
+            owner = self._owners.of(model, may_read=self._saver.wants_disk, salt=salt)
             return self._lookup.known(owner, pack_tokens(tokens), len(tokens), trail)
         return 0, 0
 
@@ -599,7 +626,7 @@ class PromptCache:
     ) -> tuple[Any | None, Fetch]:
         self._saver.poke()
         self._computing_until = time.monotonic() + _LONGEST_ANSWER_S
-        owner = self._keeper.owner(model)
+        owner = self._keeper.owner(model, "" if origin is None else origin.salt)
         if origin is None:
             self._owners.asked(owner, packed)
         else:

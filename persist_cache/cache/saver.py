@@ -184,6 +184,7 @@ class Saver:
             and self._writer is not None
             and held.tier in self._persist
             and held.num_tokens > 0
+            and not held.memory_only
             and held.owner.fingerprint is not None
         )
 
@@ -320,6 +321,7 @@ class Saver:
             # With nothing to save, only a commit of its own can tell whether the disk is back.
             self._store.count("disk_retries")
         self._flush_uses()
+        self._tidy()
         self._merge_runs()
 
     def _save(self, held: Held, sources: list[Source]) -> None:
@@ -414,6 +416,15 @@ class Saver:
             if patience_s is not None and isinstance(error, StoreBusyError):
                 return  # the caller's time is over, which says nothing of the disk
             self.failed(error)
+
+    def _tidy(self) -> None:
+        """Remove what has expired, and what exceeds a quota."""
+        if self._store is None or self._disk_error is not None:
+            return
+        try:
+            self._store.tidy()
+        except StoreError as error:
+            log.warning("what has expired could not be removed: %s", error)
 
     def _merge_runs(self) -> None:
         """Make the next restart's first answer of a long conversation faster, while idle."""

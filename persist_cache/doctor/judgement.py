@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from persist_cache.doctor.facts import MLX_LM_OPEN_FILES, Folder, ModelCache
+from persist_cache.fingerprint.versions import unknown_mlx_lm
 
 _NETWORK = frozenset(
     {"nfs", "nfs4", "cifs", "smb3", "smbfs", "afpfs", "webdav", "9p", "ceph", "glusterfs", "lustre"}
@@ -48,6 +49,8 @@ def judge(
             yield Finding(
                 "note", f"{name} is not installed: pip install {name} to compute or serve prompts."
             )
+    if unknown := unknown_mlx_lm():
+        yield Finding("problem", f"{unknown}.")
     where = f"{folder.path} " if folder.exists else f"The place for {folder.path} "
     if folder.is_taken:
         yield Finding(
@@ -129,7 +132,9 @@ def _judge_space(
 def judge_model(found: ModelCache) -> list[Finding]:
     """Say what is wrong with storing a model's caches."""
     if found.reason:
-        return [Finding("problem", f"{found.model}: {found.reason.rstrip('.')}.")]
+        reason = found.reason.removeprefix(f"{found.model}: ").rstrip(".")
+        what = "" if found.fingerprint else " cannot be identified"
+        return [Finding("problem", f"The model {found.model!r}{what}: {reason}.")]
     bad = sorted({one.class_name for one in found.layers if one.storage == "unsupported"})
     if bad:
         return [

@@ -249,7 +249,10 @@ def _locate(name: str, read: Callable[[Path], bytes]) -> tuple[Path, str]:
     try:
         commit = read(repository / "refs" / "main").decode().strip()
     except FileNotFoundError:
-        raise CannotIdentify(f"{name}: no such folder, and not in the Hugging Face cache") from None
+        fetch = f"; `hf download {name}` fetches it" if "/" in name else ""
+        raise CannotIdentify(
+            f"{name}: no such folder, and not in the Hugging Face cache{fetch}"
+        ) from None
     if not re.fullmatch(r"\w+", commit):
         raise CannotIdentify(f"{name}: refs/main in the Hugging Face cache names no commit")
     return repository / "snapshots" / commit, commit

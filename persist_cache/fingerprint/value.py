@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NamedTuple, TypeAlias
 
-from persist_cache.fingerprint.contents import pack
+from persist_cache.entry import CACHE_SALT
+from persist_cache.fingerprint.contents import blake2b, pack
 
 # json, msgspec, importlib.metadata, platformdirs and concurrent.futures are imported where they
 # are used: they would more than double the time of this import, and `list` needs none of them.
@@ -22,6 +23,11 @@ LAYOUT_VERSION = 1
 
 
 Scalar: TypeAlias = str | int | float | bool | None
+
+
+def salt_digest(salt: str) -> str:
+    """What is kept of a request's salt; "" where there is none."""
+    return blake2b(salt.encode("utf-8", "surrogatepass")) if salt else ""
 
 
 class FieldChange(NamedTuple):
@@ -59,6 +65,17 @@ class Fingerprint:
     @property
     def hex(self) -> str:
         return self.digest.hex()
+
+    def salted(self, digest: str) -> Fingerprint:
+        """The same model for requests of one salt alone.
+
+        Args:
+            digest: What `salt_digest` made of the salt; "" for requests without one.
+        """
+        if self.fields.get(CACHE_SALT, "") == digest:
+            return self
+        fields = {name: value for name, value in self.fields.items() if name != CACHE_SALT}
+        return Fingerprint(fields | ({CACHE_SALT: digest} if digest else {}), self.info)
 
     @classmethod
     def from_fields(

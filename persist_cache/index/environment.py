@@ -40,7 +40,7 @@ from persist_cache.index.records import (
     UNREADABLE,
     unpack_counter,
 )
-from persist_cache.index.transaction import ADDED, DATABASES, Reader, Writer
+from persist_cache.index.transaction import ADDED, DATABASES, ERASED, LATER, Reader, Writer
 from persist_cache.index.writer_lock import LOCK_FILE, WriterLock
 from persist_cache.system import forked
 
@@ -69,6 +69,10 @@ T = TypeVar("T")
 
 class _TableInChangeError(Exception):
     """Another process begins or closes the environment at this moment; try again."""
+
+
+class _ErasedError(Exception):
+    """Pages were erased since the environment was opened; it is to be opened anew."""
 
 
 class _UndoError(Exception):
@@ -112,6 +116,7 @@ class Index:
         self._growing = False
         self._closed = False
         self._data_fd = -1
+        self._erased = 0
         self._terms = threading.local()
         self._map_bytes = map_bytes
         self._spare = Spare(root) if spare is None else spare
@@ -304,6 +309,8 @@ class Index:
         while True:
             try:
                 return self._commit(change)
+            except _ErasedError:
+                self._renew()
             except lmdb.MapFullError:
                 self._resize(data_file.larger_map(self._env.info()["map_size"]))
             except lmdb.MapResizedError:
@@ -368,9 +375,23 @@ class Index:
         self._enter()
         try:
             with self._env.begin(write=True, buffers=True) as txn:
-                return change(Writer(txn, self._db))
+                writer = Writer(txn, self._db)
+                if writer.counter(ERASED) != self._erased:
+                    raise _ErasedError
+                return change(writer)
         finally:
             self._leave()
+
+    @property
+    def last_page(self) -> int:
+        """Number of the last page of the file."""
+        return int(self._env.info()["last_pgno"])
+
+    def oldest_reader(self) -> int | None:
+        """Number of the oldest commit that somebody reads; None when nobody reads."""
+        told = (line.split() for line in str(self._env.readers()).splitlines())
+        commits = [int(one[2]) for one in told if len(one) == 3 and one[2].isdigit()]
+        return min(commits, default=None)
 
     def sync(self) -> None:
         """Make commits durable now; a power cut may otherwise take the last one back."""
@@ -610,12 +631,15 @@ class Index:
             if self.read_only:
                 with self._claiming():
                     found = {name: self._env.open_db(name, create=False) for name in DATABASES}
-                    for name in ADDED:
+                    for name in (*ADDED, *LATER):
                         with contextlib.suppress(lmdb.NotFoundError):
                             found[name] = self._env.open_db(name, create=False)
                     return found
             with self._env.begin(write=True) as txn:
-                return {name: self._env.open_db(name, txn=txn) for name in (*DATABASES, *ADDED)}
+                names = (*DATABASES, *ADDED, *LATER)
+                found = {name: self._env.open_db(name, txn=txn) for name in names}
+                self._erased = Reader(txn, found).counter(ERASED)
+                return found
         except lmdb.NotFoundError:
             raise DamagedIndexError(f"{self.data_path} lacks tables of the index.") from None
         except lmdb.Error as error:
@@ -661,7 +685,7 @@ def _opened(
         os.fsencode(root),
         lib_version=0,
         map_size=map_bytes,
-        max_dbs=16,
+        max_dbs=32,
         max_readers=readers,
         max_spare_txns=1,
         metasync=False,

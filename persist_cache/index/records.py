@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, NoReturn
 import msgspec
 import xxhash
 
-from persist_cache.entry import Tier
+from persist_cache.entry import CACHE_SALT, Tier
 from persist_cache.errors import StoreFormatError
 
 RECORD_VERSION = 1
@@ -342,6 +342,28 @@ def recency_key(tier: Tier, last_use_us: int, entry: int) -> bytes:
 def namespace_key(fingerprint: bytes, layout: str) -> bytes:
     """Fingerprint (32 bytes), then the digest of the layout: one prefix lists all layouts."""
     return fingerprint + xxhash.xxh3_128_digest(layout.encode())
+
+
+FAMILY_BYTES = 16
+_NO_SALT = bytes(FAMILY_BYTES)
+
+
+def family(identity: str) -> bytes:
+    """What only the namespaces have in common that may know of each other: the salt of requests.
+
+    Args:
+        identity: JSON of the readable identity.
+    """
+    try:
+        fields = msgspec.json.decode(identity, type=dict[str, dict[str, str]]).get("fields", {})
+    except msgspec.MsgspecError:
+        return _NO_SALT
+    return family_of(fields.get(CACHE_SALT, ""))
+
+
+def family_of(salt: str) -> bytes:
+    """The same of the field `cache_salt`, "" where there is none."""
+    return xxhash.xxh3_128_digest(salt.encode()) if salt else _NO_SALT
 
 
 def entry_number(namespace: bytes, packed: bytes | memoryview) -> int:

@@ -7,7 +7,7 @@ the trie, is that of `tree`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import xxhash
@@ -18,6 +18,7 @@ from persist_cache.index.groups import joined, pack_groups, unpack_groups
 from persist_cache.index.records import (
     COUNTER_BYTES,
     EXPIRY_KEY,
+    FAMILY_BYTES,
     MAX_COUNTER,
     NUMBER,
     RECENCY_KEY,
@@ -28,6 +29,8 @@ from persist_cache.index.records import (
     NamespaceRecord,
     SizedRecord,
     expiry_key,
+    family,
+    family_of,
     pack_counter,
     pack_number,
     recency_key,
@@ -57,6 +60,18 @@ GROUPS = b"groups"
 """Groups that entries belong to; missing in stores of earlier versions."""
 ADDED = (KEPT, GROUPS)
 """What came later: without it, nothing is known of that."""
+FAMILIES = b"families"
+"""Keys of the namespaces behind that of their family: those of one salt are told apart by it."""
+BLANK = b"blank"
+"""Zeros, while what eviction left in freed pages is overwritten; else empty."""
+SPACES = b"spaces"
+"""Per blob the number of the namespace that it is of."""
+LATER = (FAMILIES, BLANK, SPACES)
+"""What came still later, and is not of entries."""
+ERASED = "erased"
+"""Counter: how often freed pages were overwritten. Whoever has written before opens the index anew
+before it writes again, because LMDB keeps the pages that it wrote and writes parts of them again.
+"""
 _MOST_KEPT_S = 366 * 86400
 _TREE = (
     b"namespaces",
@@ -70,9 +85,12 @@ _TREE = (
     b"expiry",
 )
 """What a rebuild makes anew from the blobs."""
+_SPACE = "space:"
+"""Prefix of the counters of what the blobs of a namespace take."""
 _COUNTED = b"count:"
 """Prefix of the counters that people see; all others are the store's own."""
 _MAX_NAME_BYTES = 400
+_PAGE_HEADER_BYTES = 16
 
 
 def _seconds(raw: Any) -> int:
@@ -133,6 +151,30 @@ class Reader:
                         break
                     found.append((bytes(key), NamespaceRecord.unpack(value)))
         return found
+
+    def relatives(self, salt: str) -> list[tuple[bytes, NamespaceRecord]]:
+        """All namespaces of a salt, or of none; those of others are not even looked at."""
+        mine = family_of(salt)
+        if FAMILIES not in self._db:
+            return [one for one in self.namespaces() if family(one[1].identity) == mine]
+        found = []
+        with self._txn.cursor(db=self._db[FAMILIES]) as cursor:
+            if cursor.set_range(mine):
+                for key in cursor.iternext(values=False):
+                    raw = bytes(key)
+                    if not raw.startswith(mine):
+                        break
+                    record = self._txn.get(raw[FAMILY_BYTES:], db=self._db[b"namespaces"])
+                    if record is not None:  # else an earlier version removed it
+                        found.append((raw[FAMILY_BYTES:], NamespaceRecord.unpack(record)))
+        return found
+
+    def knows_all_families(self) -> bool:
+        """Whether each namespace is filed under its family; earlier versions file none."""
+        if FAMILIES not in self._db:
+            return False
+        filed = {key[FAMILY_BYTES:] for key in self.keys(FAMILIES)}
+        return filed == self.keys(b"namespaces")
 
     def edge(self, key: bytes) -> Edge | None:
         raw = self._txn.get(key, db=self._db[b"edges"])
@@ -308,6 +350,35 @@ class Reader:
             keys, values = tuple(zip(*cursor, strict=True)) or ((), ())
         return keys, values
 
+    def space_of(self, blob: int) -> int:
+        """Number of the namespace that a blob is of; 0 where that is not known."""
+        raw = self._txn.get(pack_number(blob), db=self._db[SPACES]) if SPACES in self._db else None
+        return 0 if raw is None else unpack_number(raw)
+
+    def space_bytes(self) -> dict[int, int]:
+        """What the blobs of each namespace take on disk, by its number."""
+        named = self.numbers(_SPACE)
+        return {int(name): nbytes for name, nbytes in named.items() if name.isdigit() and nbytes}
+
+    def numbers(self, prefix: str) -> dict[str, int]:
+        """All numbers in `meta` whose names begin so, by the rest of the name."""
+        found: dict[str, int] = {}
+        with self._txn.cursor(db=self._db[b"meta"]) as cursor:
+            if cursor.set_range(prefix.encode()):
+                for key, value in cursor:
+                    name = bytes(key).decode("utf-8", "replace")
+                    if not name.startswith(prefix):
+                        break
+                    if len(value) == COUNTER_BYTES:
+                        found[name.removeprefix(prefix)] = unpack_counter(value)
+        return found
+
+    def used_pages(self) -> int:
+        """Pages of all tables."""
+        found = [self._txn.stat(database) for database in self._db.values()]
+        kinds = ("branch_pages", "leaf_pages", "overflow_pages")
+        return sum(int(one[kind]) for one in found for kind in kinds)
+
     def size_of(self, database: bytes) -> int:
         """Number of records in a sub-database."""
         return int(self._txn.stat(self._db[database])["entries"])
@@ -350,14 +421,79 @@ class Writer(Reader):
 
     def clear_tree(self) -> None:
         """Forget all prompts and blobs; what is in the trash or counted stays."""
-        for database in _TREE:
+        for database in (*_TREE, FAMILIES):
             self._txn.drop(self._db[database], delete=False)
+        self.forget_spaces()
 
     def put_namespace(self, key: bytes, record: NamespaceRecord) -> None:
         self._txn.put(key, record.pack(), db=self._db[b"namespaces"])
+        self._txn.put(family(record.identity) + key, b"", db=self._db[FAMILIES])
 
     def delete_namespace(self, key: bytes) -> None:
+        raw = self._txn.get(key, db=self._db[b"namespaces"])
+        if raw is not None:
+            named = family(NamespaceRecord.unpack(raw).identity)
+            self._txn.delete(named + key, db=self._db[FAMILIES])
         self._txn.delete(key, db=self._db[b"namespaces"])
+
+    def file_families(self) -> None:
+        """File each namespace under its family, and nothing else."""
+        self._txn.drop(self._db[FAMILIES], delete=False)
+        for key, record in self.namespaces():
+            self._txn.put(family(record.identity) + key, b"", db=self._db[FAMILIES])
+
+    # ---- overwriting what was removed ----------------------------------------------------------
+
+    def rewrite(self, database: bytes) -> None:
+        """Write all of a table anew, in pages in which nothing else is."""
+        with self._txn.cursor(db=self._db[database]) as cursor:
+            records = [(bytes(key), bytes(value)) for key, value in cursor]
+        self._txn.drop(self._db[database], delete=False)
+        for key, value in records:
+            self._txn.put(key, value, db=self._db[database], append=True)
+
+    def rewrite_tokens(self, after: bytes, limit: int, page_bytes: int) -> bytes:
+        """Write anew the pages of as many runs' tokens that have others' beside them.
+
+        Args:
+            after: Key of the last run that was written anew; b"" at first.
+            limit: How many runs.
+            page_bytes: Of a page. What is longer has pages of its own, whose ends are zeros.
+
+        Returns:
+            Key of the last one; b"" when there are no more.
+        """
+        records: list[tuple[bytes, bytes]] = []
+        with self._txn.cursor(db=self._db[b"tokens"]) as cursor:
+            found = cursor.set_range(after)
+            if found and bytes(cursor.key()) == after:
+                found = cursor.next()
+            while found and len(records) < limit:
+                value = cursor.value()
+                is_short = len(value) <= page_bytes - _PAGE_HEADER_BYTES
+                records.append((bytes(cursor.key()), bytes(value) if is_short else b""))
+                found = cursor.next()
+        for key, value in records:
+            if value:
+                self._txn.put(key, value, db=self._db[b"tokens"])
+            else:  # something beside it has its page written
+                self._txn.put(key + b"\0", b"", db=self._db[b"tokens"])
+                self._txn.delete(key + b"\0", db=self._db[b"tokens"])
+        return records[-1][0] if len(records) == limit else b""
+
+    def fill(self, first: int, pages: int, page_bytes: int) -> None:
+        """Take so many free pages, and write zeros to each."""
+        zeros = bytes(page_bytes - _PAGE_HEADER_BYTES)
+        for number in range(first, first + pages):
+            self._txn.put(pack_number(number), zeros, db=self._db[BLANK], append=True)
+
+    def unfill(self) -> None:
+        """Give them back."""
+        self._txn.drop(self._db[BLANK], delete=False)
+
+    def forget_departed(self) -> None:
+        """Forget what went, and why: the numbers of entries are digests of prompts."""
+        self._txn.drop(self._db[b"departed"], delete=False)
 
     def put_edge(self, key: bytes, edge: Edge) -> None:
         """Write an edge and the way back from its node."""
@@ -373,6 +509,31 @@ class Writer(Reader):
     def put_blob(self, number: int, record: BlobRecord) -> None:
         self._txn.put(pack_number(number), record.pack(), db=self._db[b"blobs"])
         self._txn.put(record.name, pack_number(number), db=self._db[b"names"])
+
+    def own(self, blob: int, namespace: int, disk_bytes: int) -> None:
+        """Note of which namespace a blob is, and what it takes."""
+        self._txn.put(pack_number(blob), pack_number(namespace), db=self._db[SPACES])
+        self.add(f"{_SPACE}{namespace}", disk_bytes)
+
+    def disown(self, blob: int, disk_bytes: int) -> int:
+        """Forget of which namespace a blob was; returns its number, 0 where it is not known."""
+        namespace = self.space_of(blob)
+        if namespace:
+            self._txn.delete(pack_number(blob), db=self._db[SPACES])
+            self.add(f"{_SPACE}{namespace}", -disk_bytes)
+        return namespace
+
+    def forget_spaces(self) -> None:
+        """Forget of which namespaces the blobs are."""
+        self._txn.drop(self._db[SPACES], delete=False)
+        self.set_numbers(_SPACE, {})
+
+    def set_numbers(self, prefix: str, numbers: Mapping[str, int]) -> None:
+        """Have these be all numbers in `meta` whose names begin so."""
+        for name in self.numbers(prefix):
+            self._txn.delete(f"{prefix}{name}".encode(), db=self._db[b"meta"])
+        for name, value in numbers.items():
+            self._txn.put(f"{prefix}{name}".encode(), pack_counter(value), db=self._db[b"meta"])
 
     def put_tokens(self, blob: int, packed: bytes) -> None:
         self._txn.put(pack_number(blob), packed, db=self._db[b"tokens"])

@@ -426,7 +426,9 @@ def _unrefer(txn: Writer, blob: int, now: float) -> None:
     record = _refer(txn, blob, -1)
     if record.references == 0:
         txn.delete_blob(blob, record.name)
-        txn.put_sized(b"trash", record.name, SizedRecord(record.disk_bytes, now))
+        namespace = txn.disown(blob, record.disk_bytes)
+        note = str(namespace) if namespace else ""
+        txn.put_sized(b"trash", record.name, SizedRecord(record.disk_bytes, now, note))
         txn.add(BLOB_BYTES, -record.disk_bytes)
 
 

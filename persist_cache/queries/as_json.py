@@ -27,6 +27,7 @@ from persist_cache.queries.schema import (
     LeftBehindJson,
     ModelJson,
     QuarantinedJson,
+    QuotaJson,
     RemovalJson,
     RemovedJson,
     StoreJson,
@@ -90,13 +91,12 @@ def details_json(details: Details, short: str, *, text: Text = UNSET) -> Details
     """
     model = details.model
     return DetailsJson(
-        **asdict(entry_json(details.entry, model, short)),
+        **asdict(msgspec.structs.replace(entry_json(details.entry, model, short), text=text)),
         children=details.children,
         runs=details.runs,
         checkpoint=details.checkpoint,
         identity=IdentityJson(fields=dict(model.fields), info=dict(model.info)),
         layout=as_json_object(details.layout),
-        text=text,
     )
 
 
@@ -189,6 +189,7 @@ def explanation_json(
         repaired=list(repaired) or UNSET,
         ignored=list(ignored) or UNSET,
         marks=marks or UNSET,
+        expires=found.expires or UNSET,
     )
 
 
@@ -335,6 +336,17 @@ def store_json(
         disk_off=disk_off,
         eviction_paused=stats.eviction_paused,
         counters=dict(stats.counters),
+        quotas=[
+            QuotaJson(
+                kind=one.kind,
+                name=one.name,
+                bytes=one.nbytes,
+                max_bytes=one.max_bytes,
+                near=one.is_near,
+            )
+            for one in stats.quotas
+        ],
+        ttl_s=dict(stats.ttl),
     )
 
 

@@ -5,12 +5,13 @@ Reads the index only, so it works beside a running server and without a model's 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import msgspec
 from msgspec import Struct
 
-from persist_cache.entry import Match
+from persist_cache.entry import CACHE_SALT, Match
 from persist_cache.fingerprint.value import FieldChange, Fingerprint
 from persist_cache.index import tree
 from persist_cache.index.records import NO_ENTRY, entry_number
@@ -22,6 +23,7 @@ from persist_cache.store.store import Store
 from persist_cache.tokens import TOKEN_BYTES, pack_tokens, unpack_tokens
 
 _CONTEXT_TOKENS = 24
+_UNITS = (("day", 86400), ("hour", 3600), ("minute", 60))
 _MANY_MORE_TOKENS = 16
 """What a chat template puts before a prompt is stored under each version of a model."""
 
@@ -60,6 +62,7 @@ class Explanation(Struct, frozen=True):
         now_tokens: Tokens that a running server would not compute, its memory included; None
             where no server was asked.
         memory_tokens: Tokens that the server's memory alone would serve; None as before.
+        expires: When that entry expires, in UTC seconds, or None.
     """
 
     num_tokens: int
@@ -73,6 +76,7 @@ class Explanation(Struct, frozen=True):
     changes: list[FieldChange] = []
     now_tokens: int | None = None
     memory_tokens: int | None = None
+    expires: float | None = None
 
 
 def explain(
@@ -103,6 +107,12 @@ def explain(
         if match.num_tokens < limit:
             former, common = _nearest_model(txn, fingerprint, packed, only_kin=True)
     found = _explain_match(match, tokens, limit, system_tokens, divergence)
+    with contextlib.suppress(KeyError):  # it was evicted meanwhile
+        expires = None if found.entry is None else store.get(found.entry).expires
+        if expires is not None:
+            found = msgspec.structs.replace(
+                found, expires=expires, message=f"{found.message} {_expiry(store, expires)}"
+            )
     if former is None or common - match.common_tokens < _MANY_MORE_TOKENS:
         return found
     # A model that stored one prompt since it was upgraded still misses all others.
@@ -112,6 +122,19 @@ def explain(
         message=f"{found.message} Of the same model, {common:,} tokens are {told(changes)}.",
         changes=changes,
     )
+
+
+def _expiry(store: Store, expires: float) -> str:
+    left_s = expires - store.clock()
+    if left_s <= 0:
+        return "Its entry has expired, and is about to go."
+    unit, size = next(
+        ((unit, size) for unit, size in _UNITS if left_s >= size), ("less than a minute", 0)
+    )
+    if not size:
+        return f"Its entry expires in {unit}."
+    count = int(left_s // size)
+    return f"Its entry expires in {count} {unit}{'' if count == 1 else 's'}."
 
 
 def with_memory(found: Explanation, *, now_tokens: int, memory_tokens: int) -> Explanation:
@@ -253,7 +276,7 @@ def _nearest_model(
     """
     best: tuple[int, int] | None = None
     nearest: Fingerprint | None = None
-    for key, namespace in txn.namespaces():
+    for key, namespace in txn.relatives(fingerprint.fields.get(CACHE_SALT, "")):
         if key.startswith(fingerprint.digest):
             continue
         other = identity_of(namespace)

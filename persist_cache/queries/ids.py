@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import compress, count, islice
 from operator import eq
 
 from msgspec import Struct
 
+from persist_cache.entry import PARTIAL_LABEL
 from persist_cache.index.records import entry_id, unpack_number
 from persist_cache.index.transaction import Reader
 from persist_cache.queries.models import Model
@@ -54,6 +56,31 @@ def short_ids(ids: Sequence[str], at_least: int = SHORT_ID_DIGITS) -> dict[str, 
             length += 1
         short[one] = one[:length]
     return short
+
+
+def is_id(text: str) -> bool:
+    """Whether an id may begin with `text`."""
+    return re.fullmatch("[0-9A-Fa-f]{1,16}", text) is not None
+
+
+def find_labelled(store: Store, labels: Collection[str]) -> dict[str, list[str]]:
+    """Ids of the entries that have each of these labels, in order."""
+    found: dict[str, list[str]] = {label: [] for label in labels}
+    survey = Survey(store)
+    for one, label in zip(survey.ids, _labels(survey), strict=True):
+        if label in found:
+            found[label].append(one)
+    return found
+
+
+def labels_from(store: Store, prefix: str, limit: int) -> list[str]:
+    """Labels that begin with `prefix`, sorted, at most `limit` of them."""
+    found = {label for label in _labels(Survey(store)) if label.startswith(prefix)}
+    return sorted(found - {"", PARTIAL_LABEL})[:limit]
+
+
+def _labels(survey: Survey) -> Sequence[str]:
+    return survey.columns(range(survey.num_entries), ["label"])["label"]
 
 
 def find_ids(store: Store, prefix: str, limit: int = 8) -> list[str]:

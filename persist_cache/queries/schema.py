@@ -41,6 +41,8 @@ class EntryJson(Struct, frozen=True, kw_only=True):
             for that.
         group: That uses it, or ""; the first one of several.
         groups: All of them, where there are several, or others use it that are of none.
+        text: How its own part begins, on one line, where that was asked for; null where it cannot
+            be decoded.
     """
 
     id: str
@@ -63,6 +65,7 @@ class EntryJson(Struct, frozen=True, kw_only=True):
     keep_s: int | UnsetType = UNSET
     group: str = ""
     groups: Sequence[str] | UnsetType = UNSET
+    text: Text = UNSET
 
 
 class IdentityJson(Struct, frozen=True, kw_only=True):
@@ -89,7 +92,6 @@ class DetailsJson(EntryJson, frozen=True, kw_only=True):
     checkpoint: RunDetails | None
     identity: IdentityJson
     layout: object
-    text: Text = UNSET
 
 
 class MarkJson(Struct, frozen=True, kw_only=True):
@@ -200,6 +202,7 @@ class ExplanationJson(Struct, frozen=True, kw_only=True):
         repaired: What was changed in the request before it was rendered, if anything was.
         ignored: What it asks for and cannot be said to the model, if there is anything.
         marks: Places in it that its client marked to be kept, if there are any.
+        expires: When the entry with most of it expires, if it does.
     """
 
     outcome: str
@@ -218,6 +221,7 @@ class ExplanationJson(Struct, frozen=True, kw_only=True):
     repaired: Sequence[str] | UnsetType = UNSET
     ignored: Sequence[str] | UnsetType = UNSET
     marks: int | UnsetType = UNSET
+    expires: float | UnsetType = UNSET
 
 
 class WarmJson(Struct, frozen=True, kw_only=True):
@@ -282,6 +286,24 @@ class ModelJson(Struct, frozen=True, kw_only=True):
     saved_s: float
 
 
+class QuotaJson(Struct, frozen=True, kw_only=True):
+    """How much of a quota is used.
+
+    Attributes:
+        kind: `model` or `salt`.
+        name: Of the model; of a salt its digest.
+        bytes: What its files take.
+        max_bytes: What they may take.
+        near: It is nearly used up.
+    """
+
+    kind: str
+    name: str
+    bytes: int
+    max_bytes: int
+    near: bool
+
+
 class LeftBehindJson(Struct, frozen=True, kw_only=True):
     """Entries that nothing finds any more, for one reason."""
 
@@ -330,6 +352,8 @@ class StoreJson(Struct, frozen=True, kw_only=True):
         disk_off: Why nothing can be written, or "".
         eviction_paused: Why nothing is evicted for the free-space floor, or "".
         counters: All counters as they are stored.
+        quotas: How much of each quota is used, the fullest first.
+        ttl_s: Default lifetimes by what they are about.
     """
 
     store: str
@@ -358,3 +382,5 @@ class StoreJson(Struct, frozen=True, kw_only=True):
     disk_off: str
     eviction_paused: str
     counters: dict[str, int]
+    quotas: Sequence[QuotaJson]
+    ttl_s: dict[str, int]

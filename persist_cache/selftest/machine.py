@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from persist_cache.doctor import facts
 from persist_cache.filenames import UNSEARCHED_FILE
+from persist_cache.fingerprint.versions import unknown_mlx_lm
 from persist_cache.selftest import material, parts
 from persist_cache.selftest.checks import Failed, NotApplicable, Number, Result, Setting
 from persist_cache.store import exclusion
@@ -56,7 +57,7 @@ def platform_is_supported(setting: Setting) -> Result:
         sys.version_info[:2],
         tuple(name for name, version in versions.items() if not version),
     )
-    if why := unsupported(here):
+    if why := unsupported(here) or unknown_mlx_lm():
         raise Failed(why)
     import mlx.core as mx
 

@@ -21,6 +21,7 @@ from persist_cache.queries.as_json import (
 from persist_cache.queries.totals import quarantined
 from persist_cache.server.admin_changes import EntryMarks, Removals
 from persist_cache.server.admin_entries import Entries
+from persist_cache.server.admin_history import History
 from persist_cache.server.admin_prompts import Ask, Prompts
 from persist_cache.server.admin_requests import Requests
 from persist_cache.server.admin_store import Upkeep
@@ -29,6 +30,7 @@ from persist_cache.server.guard import API_PATH, METRICS_PATH, PAGE_PATH, Guard,
 from persist_cache.server.model import Models
 from persist_cache.server.page import page_response
 from persist_cache.server.parameters import only, query_of
+from persist_cache.server.previews import MAX_IDS, Previews
 from persist_cache.server.residence import residence
 from persist_cache.server.validation import RefusedError
 from persist_cache.server.view import Views, server_json
@@ -37,6 +39,7 @@ log = logging.getLogger(__name__)
 
 _FLUSH_S = 60.0
 _RECENT = 20
+_HEX = frozenset("0123456789abcdef")
 
 
 class Admin:
@@ -53,6 +56,7 @@ class Admin:
         token: str | Callable[[], str] | None = None,
         host: str = "127.0.0.1",
         generator: Any = None,
+        texts: bool = True,
     ) -> None:
         """Answer for `cache`.
 
@@ -61,6 +65,7 @@ class Admin:
             token: Secret to ask for, or what tells it; None lets nobody in.
             host: Name or address that the server was bound to.
             generator: The server's `ResponseGenerator`, for what needs its model.
+            texts: Whether prompts may be shown as text.
         """
         self._cache = cache
         secret = secrets.token_urlsafe(32) if token is None else token
@@ -68,12 +73,15 @@ class Admin:
         self._generator = generator
         self._views = Views(cache)
         models = Models(generator)
-        self._entries = Entries(self._views, models)
+        self._texts = texts
+        self._entries = Entries(self._views, models, texts=texts)
         self._removals = Removals(self._views, self._entries)
         self._entry_marks = EntryMarks(self._views, self._entries)
         self._upkeep = Upkeep(self._views, models)
-        self._prompts = Prompts(cache, self._views, models)
-        self._requests = Requests(generator)
+        self._prompts = Prompts(cache, self._views, models, texts=texts)
+        self._requests = Requests(generator, self._views, texts=texts)
+        self._previews = Previews(self._views, models, texts=texts)
+        self.history = History(self._views, generator)
 
     def check(self, request: Request) -> None:
         """Decide whether a request may be answered, before its body is read.
@@ -150,6 +158,15 @@ class Admin:
             case ["ps"]:
                 only(request, "GET")
                 return json_response(residence(self._generator, self._cache))
+            case ["requests", id, "warm"]:
+                only(request, "POST")
+                return self._prompts.warm_again(request, *self._requests.replayed(id), ask)
+            case ["history"]:
+                only(request, "GET")
+                return self.history.show(request)
+            case ["previews"]:
+                only(request, "GET")
+                return self._preview(request)
             case ["stats"]:
                 only(request, "GET")
                 return json_response(self._stats())
@@ -176,6 +193,26 @@ class Admin:
                 return self._prompts.warm(request, ask)
         raise RefusedError(404, "The admin API has no such path.")
 
+    def _preview(self, request: Request) -> Response:
+        ids = [one for one in query_of(request, {"ids"}).get("ids", "").split(",") if one]
+        if not 0 < len(ids) <= MAX_IDS:
+            raise RefusedError(400, f"Name one to {MAX_IDS} entries by ids, separated by commas.")
+        if not all(len(id) == 16 and set(id) <= _HEX for id in ids):
+            raise RefusedError(400, "A preview needs whole ids, of 16 hex digits.")
+        return json_response(self._previews.of(ids))
+
+    def _model_state(self) -> str:
+        """`ready`, `loading`, `none` where no model was named, or `failed`."""
+        if self._generator is None:
+            return "none"
+        if not self._is_healthy():
+            return "failed"
+        provider = getattr(self._generator, "model_provider", None)
+        if getattr(provider, "model_key", None) is not None:
+            return "ready"
+        args = getattr(self._generator, "cli_args", None)
+        return "loading" if getattr(args, "model", None) else "none"
+
     def _is_healthy(self) -> bool:
         return self._generator is None or bool(self._generator.is_healthy)
 
@@ -188,7 +225,9 @@ class Admin:
             "time": time.time(),
             "healthy": self._is_healthy(),
             "model": None,
-            "texts": True,  # there was a time without a token, and without texts then
+            "texts": self._texts,
+            "stabilize": sorted(getattr(self._generator, "stabilize", ())),
+            "model_state": self._model_state(),
             "server": server_json(
                 stats, max_size=self._cache.max_size, max_bytes=self._cache.max_bytes
             ),

@@ -83,9 +83,10 @@ class _BranchJson(EntryJson, frozen=True, kw_only=True):
 class Entries:
     """Answers about entries. Thread safety: may be asked by many threads at once."""
 
-    def __init__(self, views: Views, models: Models) -> None:
+    def __init__(self, views: Views, models: Models, *, texts: bool = True) -> None:
         self._views = views
         self._models = models
+        self._texts = texts
 
     def list(self, request: Request) -> Response:
         query = query_of(
@@ -117,7 +118,7 @@ class Entries:
 
     def tree(self, request: Request) -> Response:
         """One level of the tree: the roots, or what is in and behind one branch."""
-        query = query_of(request, {"branch", "limit", "offset"})
+        query = query_of(request, {"branch", "limit", "offset", "sort"})
         limit = number(query, "limit", DEFAULT_LIMIT, 1, MAX_LIMIT)
         offset = number(query, "offset", 0, 0, 1 << 53)
         view = self._views.now()
@@ -141,6 +142,8 @@ class Entries:
                 for entry in chain
             ]
         below = tree.under(parent)
+        if choice(query, "sort", ("used", "size")) == "size":
+            below = sorted(below, key=lambda one: -tree.branch(one.id).totals.nbytes)
         said["branches"] = [
             self._branch_json(view, entry.id) for entry in below[offset : offset + limit]
         ]
@@ -224,7 +227,10 @@ class Entries:
         details = details_of(store, full)
         if details is None:
             raise self.gone(full)
-        text = self._text(details.entry) if flag(query, "text") else UNSET
+        wants_text = flag(query, "text")
+        if wants_text and not self._texts:
+            raise RefusedError(403, "This server was started with --no-text: it shows no prompts.")
+        text = self._text(details.entry) if wants_text else UNSET
         return json_response(details_json(details, short_id(store, full), text=text))
 
     def _text(self, entry: Entry) -> str:

@@ -2,34 +2,47 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 
 from persist_cache.cache.prompt_cache import PromptCache
 from persist_cache.entry import Entry
+from persist_cache.fingerprint.value import Fingerprint, salt_digest
 from persist_cache.queries.as_json import explanation_json
 from persist_cache.queries.explain import explain, with_memory
-from persist_cache.queries.schema import WarmJson
+from persist_cache.queries.schema import ExplanationJson, WarmJson
 from persist_cache.server.admin_changes import checked_label, checked_ttl
 from persist_cache.server.answers import Response, json_response
 from persist_cache.server.guard import Request
-from persist_cache.server.model import LoadedModel, Models
+from persist_cache.server.model import Models
 from persist_cache.server.names import DEFAULT
 from persist_cache.server.parameters import choice, query_of
-from persist_cache.server.protocols.caching import GROUP, OPTIONS, checked_group, read_caching
+from persist_cache.server.privacy import wants_no_store
+from persist_cache.server.protocols.caching import (
+    GROUP,
+    OPTIONS,
+    SALT,
+    checked_group,
+    no_store_of,
+    read_caching,
+    salt_of,
+)
 from persist_cache.server.protocols.openai import lenient
 from persist_cache.server.protocols.recognized import (
     CHAT,
     MESSAGES,
     PROTOCOLS,
     RESPONSES,
+    protocol_at,
     protocol_of,
 )
-from persist_cache.server.rendering import read_request, system_only
+from persist_cache.server.rendering import head_of, read_request, system_only
 from persist_cache.server.stabilizing import chosen_by
 from persist_cache.server.ticket import Part
 from persist_cache.server.validation import RefusedError, check_names, check_prompt, decode_object
@@ -85,9 +98,22 @@ class Marks(msgspec.Struct, forbid_unknown_fields=True):
             store.set_group(entry, self.group)
 
 
+_NOT_SHOWN = "(not shown: --no-text)"
+
 Ask = Callable[[dict[str, Any], Part, str], tuple[int, dict[str, Any]]]
 """Answers a request of a protocol as if it had come from outside, and keeps that part: status and
 answer."""
+
+
+def _without_texts(said: ExplanationJson) -> ExplanationJson:
+    """An explanation that quotes nothing of what is stored."""
+    parting = said.divergence
+    if parting is None:
+        return said
+    hidden = msgspec.structs.replace(
+        parting, before_text=_NOT_SHOWN, stored_text=_NOT_SHOWN, stored_tokens=()
+    )
+    return msgspec.structs.replace(said, divergence=hidden)
 
 
 def _read(request: Request) -> tuple[dict[str, Any], str]:
@@ -114,8 +140,11 @@ def _cached_tokens(usage: Mapping[str, Any]) -> int:
 class Prompts:
     """Answers that need the model. Thread safety: may be asked by many threads at once."""
 
-    def __init__(self, cache: PromptCache, views: Views, models: Models) -> None:
+    def __init__(
+        self, cache: PromptCache, views: Views, models: Models, *, texts: bool = True
+    ) -> None:
         self._cache = cache
+        self._texts = texts
         self._views = views
         self._models = models
 
@@ -126,13 +155,15 @@ class Prompts:
         check_names(body)
         store = self._views.store()
         model = self._models.loaded(body, any_name=protocol != CHAT)
-        if model.fingerprint is None:
+        salt = salt_digest(salt_of(body))
+        fingerprint = model.identity_for(salt)
+        if fingerprint is None:
             raise RefusedError(409, f"The model cannot be identified: {model.why}")
         prompt = model.render(body, protocol, stabilize=self._chosen(request))
-        found = explain(store, model.fingerprint, prompt.tokens, system_tokens=prompt.system_tokens)
-        now, in_memory = self._cache.outlook(model.key, prompt.tokens)
+        found = explain(store, fingerprint, prompt.tokens, system_tokens=prompt.system_tokens)
+        now, in_memory = self._cache.outlook(model.key, prompt.tokens, salt=salt)
         found = with_memory(found, now_tokens=now, memory_tokens=in_memory)
-        known = self._cache.known_tokens(model.key, prompt.tokens[:-1])
+        known = self._cache.known_tokens(model.key, prompt.tokens[:-1], salt=salt)
         said = explanation_json(
             found,
             model.decode,
@@ -141,7 +172,36 @@ class Prompts:
             ignored=prompt.ignored,
             marks=prompt.marks,
         )
-        return json_response(said)
+        return json_response(said if self._texts else _without_texts(said))
+
+    def warm_again(self, request: Request, path: str, raw: bytes, ask: Ask | None) -> Response:
+        """Warm the prompt of a request that was answered, or its system part alone.
+
+        Args:
+            request: With what is to be said about the entry: `cache`, and `part`.
+            path: That the earlier one was sent to.
+            raw: The body of that.
+            ask: Runs a request.
+        """
+        query_of(request, set())
+        said = decode_object(request.body) if request.body else {}
+        if not said.keys() <= {"cache", "part"}:
+            raise RefusedError(400, "The body may have cache and part, and nothing else.")
+        part = said.get("part", "prompt")
+        if part not in ("prompt", "system"):
+            raise RefusedError(400, "part must be prompt or system.")
+        body = decode_object(raw)
+        protocol = protocol_at(path) or protocol_of(body)
+        if part == "system":
+            body = head_of(body, protocol)
+        body["cache"] = said.get("cache")
+        body.pop("stream", None)
+        again = replace(
+            request,
+            target=f"{request.path}?protocol={protocol}",
+            body=json.dumps(body).encode(),
+        )
+        return self.warm(again, ask)
 
     def warm(self, request: Request, ask: Ask | None) -> Response:
         body, protocol = _read(request)
@@ -153,10 +213,14 @@ class Prompts:
             raise RefusedError(409, "This server cannot run a model.")
         # How an answer would be sampled, and how long it would be, does not matter here.
         shaping = _SHAPING[protocol]
-        asked = read_caching(body)
+        asked, salt = read_caching(body), salt_digest(salt_of(body))
+        if no_store_of(body, respects_store=False) or wants_no_store(request.headers):
+            raise RefusedError(400, "Nothing of a prompt is kept that is sent with no-store.")
         body = {name: body[name] for name in shaping if body.get(name) is not None}
         if group := marks.group or asked.group:
             body[GROUP] = group
+        if asked.salt:
+            body[SALT] = asked.salt
         if asked.ttl_s:
             body[OPTIONS] = {"ttl": f"{asked.ttl_s}s"}
         if protocol == MESSAGES:
@@ -185,10 +249,10 @@ class Prompts:
                 "This model's chat template puts nothing before the user message; "
                 "there is no system part to store.",
             )
-        entry = self._settle(model, wanted)
+        entry = self._settle(model.identity_for(salt), wanted)
         if entry is not None:
             marks.apply(self._views.store(), entry.id)
-        known = self._cache.known_tokens(model.key, wanted)
+        known = self._cache.known_tokens(model.key, wanted, salt=salt)
         after = self._cache.stats()
         return json_response(
             WarmJson(
@@ -209,14 +273,14 @@ class Prompts:
         """Names of the repairs that may be done to the prompt of a request."""
         return chosen_by(request.headers, self._models.generator)
 
-    def _settle(self, model: LoadedModel, wanted: list[int]) -> Entry | None:
+    def _settle(self, fingerprint: Fingerprint | None, wanted: list[int]) -> Entry | None:
         """Wait until `wanted` is on disk; None when it does not get there."""
         store = self._cache.store
-        if store is None or model.fingerprint is None:
+        if store is None or fingerprint is None:
             return None
         deadline = time.monotonic() + _SETTLE_S
         while True:
-            match = store.match(model.fingerprint, wanted)
+            match = store.match(fingerprint, wanted)
             if match.num_tokens == len(wanted) and match.entries:
                 return store.get(match.entries[-1])
             self._cache.flush(_SETTLE_S)

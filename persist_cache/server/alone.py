@@ -113,7 +113,7 @@ class Alone:
         underway = self._ticket.underway
 
         def insert(kind: str, *, partial: bool = False) -> None:
-            if underway.is_new(work.num_tokens):
+            if underway.is_new(work.num_tokens) and not self._ticket.privacy.no_store:
                 keep.insert_cache(
                     model,
                     tokens[: work.num_tokens],

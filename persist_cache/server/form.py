@@ -95,7 +95,12 @@ class Given:
     """
 
     def __init__(
-        self, request: Asked, templates: Templates, template_args: Mapping[str, Any]
+        self,
+        request: Asked,
+        templates: Templates,
+        template_args: Mapping[str, Any],
+        *,
+        is_remembered: bool = True,
     ) -> None:
         """Ask nothing yet.
 
@@ -103,7 +108,9 @@ class Given:
             request: What was asked.
             templates: What is known of templates.
             template_args: Options of the server, which those of the request win over.
+            is_remembered: Its prompt's head may be remembered, by a digest.
         """
+        self._is_remembered = is_remembered
         self._request = request
         self._templates = templates
         self._defaults = dict(template_args)
@@ -183,7 +190,7 @@ class Given:
             return [remembered], max(remembered, system_tokens)
         places = self._place(tokenizer, prompt, marks)
         head = next((at for at, mark in zip(places, marks, strict=True) if mark == head_mark), None)
-        if head is not None:
+        if head is not None and self._is_remembered:
             self._templates.remember_head(key, head)
         found = {place for place in places if place is not None}
         # The system part ends as well as there.
@@ -257,7 +264,8 @@ class Given:
     def _head_key(self, mark: Mark | None, heads: int) -> bytes:
         roles = [one["role"] for one in self._messages[heads : heads + 1]]
         place = None if mark is None else (mark.message, mark.characters)
-        head = [self._messages[:heads], roles, self._tools, self._args(), place]
+        salt = self._request.caching.salt
+        head = [self._messages[:heads], roles, self._tools, self._args(), place, salt]
         whole = json.dumps(head, default=str).encode()
         return hashlib.blake2b(whole, digest_size=16).digest()
 

@@ -24,7 +24,7 @@ from urllib.parse import unquote
 
 from persist_cache.errors import PersistCacheError
 from persist_cache.prefill import loadable
-from persist_cache.server import admin, answers
+from persist_cache.server import admin, answers, quiet
 from persist_cache.server.bodies import MAX_BODY_BYTES, body_pieces, has_body, read_body
 from persist_cache.server.guard import (
     HEALTH_PATH,
@@ -37,6 +37,7 @@ from persist_cache.server.guard import (
     takes_upload,
 )
 from persist_cache.server.names import Names, names_of
+from persist_cache.server.privacy import Privacy, Rules, privacy_of, wants_no_store
 from persist_cache.server.protocols.asked import Asked
 from persist_cache.server.protocols.openai import (
     asked_of_cache,
@@ -95,6 +96,8 @@ class Front(BaseHTTPRequestHandler):
     """The body of the request that is answered, as the client sent it."""
     keeps: Part = ""
     """What a request of our own leaves in the cache; see `Ticket`."""
+    privacy = Privacy()
+    _is_quiet = False
     _headers_buffer: list[bytes]
     _sent = False
     _body_left = False
@@ -124,10 +127,14 @@ class Front(BaseHTTPRequestHandler):
 
     def _dispatch(self, otherwise: Callable[[], None] | None) -> None:
         """Answer, or let `otherwise` do it; whatever goes wrong costs this request only."""
+        before = set(vars(self))
         self._sent = False
         self._ignored = []
         self._body_left = has_body(self.headers)
         try:
+            if wants_no_store(self.headers):
+                self._is_quiet = True
+                quiet.begin()
             if owns(self.path):
                 self._answer_admin()
                 return
@@ -149,6 +156,12 @@ class Front(BaseHTTPRequestHandler):
             self.close_connection = True
             if not self._sent:
                 self._refuse(RefusedError(500, "The request failed; the server's log says more."))
+        finally:
+            if self._is_quiet:
+                quiet.end()
+            # What is known of a request ends with it, not with the connection.
+            for name in set(vars(self)) - before:
+                delattr(self, name)
 
     def _no_such_method(self) -> RefusedError:
         if self.path in _CHECKS:
@@ -209,6 +222,7 @@ class Front(BaseHTTPRequestHandler):
             raise self._no_such_method()
         self.body_as_read = self._read_body()
         body, is_chat = lenient(decode_object(self.body_as_read)), "chat" in self.path
+        self.read_privacy(body)
         check_names(body)
         _CHECKS[self.path](body, vocabulary=self._vocabulary(body))
         if is_chat and has_images(body["messages"]) and not self._sees(body):
@@ -229,6 +243,20 @@ class Front(BaseHTTPRequestHandler):
             self._post(served(body, is_chat=is_chat))
         finally:
             self.caching = None
+
+    def read_privacy(self, body: dict[str, Any]) -> None:
+        """Note whether a request is to be kept, before anything else is read of it.
+
+        Raises:
+            RefusedError: That is not understood.
+        """
+        rules = vars(self.response_generator).get("rules", Rules())
+        if self.keeps:
+            rules = Rules()  # it asks for its prompt to be stored
+        self.privacy = privacy_of(self.headers, body, rules)
+        if self.privacy.no_store and not self._is_quiet:
+            self._is_quiet = True
+            quiet.begin()
 
     def _tell_ignored(self, names: list[str]) -> None:
         """Note what of a request is not done, for the headers of its answer.
@@ -405,7 +433,9 @@ class Front(BaseHTTPRequestHandler):
         """Answer a request of our own that is of this protocol; sets the path that it is for."""
         kind = "chat/completions" if "messages" in body else "completions"
         self.path = f"/v1/{kind}"
-        self._post_read(lenient(body), is_chat="messages" in body)
+        body = lenient(body)
+        self.read_privacy(body)
+        self._post_read(body, is_chat="messages" in body)
 
     def _refuse(self, refusal: RefusedError) -> None:
         """Send a refusal, in the form of the API that was asked."""

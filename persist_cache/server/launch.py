@@ -12,6 +12,7 @@ from typing import Any
 from persist_cache.errors import StoreError
 from persist_cache.server.guard import LOOPBACK_ORIGINS
 from persist_cache.server.lengths import NO_LIMIT
+from persist_cache.server.privacy import Rules
 from persist_cache.server.warming import WarmPrompt
 from persist_cache.stability.names import DEFAULTS
 from persist_cache.store.opening import is_impossible
@@ -40,6 +41,10 @@ class ServeOptions:
         context_tokens: Longest prompt and answer together, None for what the model's
             configuration says, 0 for no limit.
         stabilize: Names of the repairs that may be done to requests.
+        quotas: Bytes on disk of models and salts; see `Store.open`. None as last set.
+        ttl: Default lifetimes in seconds; see there. None as last set.
+        rules: What is kept of requests that do not say.
+        show_text: Whether page and admin API may show prompts as text.
         while_locked: End when nobody holds this file locked any more; None to stay.
         unload_after_s: Seconds without a request after which the model leaves memory, None for
             never.
@@ -60,9 +65,13 @@ class ServeOptions:
     strict: bool = False
     context_tokens: int | None = None
     stabilize: frozenset[str] = DEFAULTS
+    show_text: bool = True
     while_locked: str | None = None
     unload_after_s: float | None = None
     warm: tuple[WarmPrompt, ...] = ()
+    quotas: Mapping[str, int] | None = None
+    ttl: Mapping[str, int] | None = None
+    rules: Rules = field(default_factory=Rules)
 
 
 class Parser(argparse.ArgumentParser):
@@ -114,6 +123,8 @@ def open_disk(
         max_bytes=options.disk_bytes,
         min_free_bytes=options.min_free_bytes,
         daily_write_bytes=options.daily_write_bytes,
+        quotas=options.quotas,
+        ttl=options.ttl,
     )
     try:
         return open_store(), "", None

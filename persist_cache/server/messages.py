@@ -41,6 +41,7 @@ class Messages(Translated):
         counts = self.path == COUNT_PATH
         chosen = chosen_by(self.headers, self.response_generator)
         body = decode_object(raw)
+        self.read_privacy(body)  # type: ignore[attr-defined]
         asked = read_messages(body, counting=counts, stabilize=chosen)
         is_asked, previous = previous_message(body)
         if counts:

@@ -169,6 +169,13 @@ def _store(store: StoreStats) -> Iterator[CounterMetricFamily | GaugeMetricFamil
             "Bytes that may be written in a UTC day.",
             store.daily_write_bytes,
         )
+    shares: dict[str, float] = {"model": 0.0, "salt": 0.0}
+    near: dict[str, float] = {"model": 0, "salt": 0}
+    for one in store.quotas:
+        shares[one.kind] = max(shares[one.kind], one.nbytes / (one.max_bytes or 1))
+        near[one.kind] += one.is_near
+    yield _gauge_by("quota_used_ratio", "Share of the fullest quota.", "kind", shares)
+    yield _gauge_by("quotas_near", "Quotas that are nearly used up.", "kind", near)
     counters = store.counters
     yield _counter(
         "disk_written_bytes", "Bytes written in the life of the store.", store.written_bytes

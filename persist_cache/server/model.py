@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from persist_cache.fingerprint.value import Fingerprint
+from persist_cache.fingerprint.value import Fingerprint, salt_digest
 from persist_cache.server.names import Names, names_of
+from persist_cache.server.protocols.caching import salt_of
 from persist_cache.server.rendering import Prompt, decode, read_request, render
 from persist_cache.server.validation import RefusedError
 from persist_cache.stability.names import DEFAULTS
@@ -40,8 +41,13 @@ class LoadedModel:
         """
         defaults = self.generator.cli_args.chat_template_args
         request = read_request(body, protocol, stabilize=stabilize)
-        moves = getattr(self.generator, "moves", None)
+        salted = getattr(self.generator, "moves", None)
+        moves = None if salted is None else salted.of(salt_digest(salt_of(body)))
         return render(self.tokenizer, request, template_args=defaults, moves=moves)
+
+    def identity_for(self, salt: str) -> Fingerprint | None:
+        """Identity of the model for requests of a salt, of which this is the digest."""
+        return None if self.fingerprint is None else self.fingerprint.salted(salt)
 
     def decode(self, tokens: list[int]) -> str:
         return decode(self.tokenizer, tokens)

@@ -8,6 +8,7 @@ answers with, so that an explanation cannot speak of another prompt than the one
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -155,6 +156,22 @@ def system_only(request: PromptRequest) -> bool:
     return bool(request.messages) and request.messages[-1].get("role") == "system"
 
 
+def head_of(body: Mapping[str, Any], protocol: str) -> dict[str, Any]:
+    """The body of what precedes the first turn of a request: its system part.
+
+    Raises:
+        RefusedError: It has none.
+    """
+    of = "input" if protocol == RESPONSES else "messages"
+    items = body.get(of)
+    listed = items if isinstance(items, list) else []
+    head = list(itertools.takewhile(_is_system, listed))
+    apart = {MESSAGES: ("system", "tools"), RESPONSES: ("instructions", "tools")}.get(protocol, ())
+    if not head and not any(body.get(name) for name in apart):
+        raise RefusedError(409, "This request has no system part.")
+    return {**body, of: head}
+
+
 def render(
     tokenizer: Any,
     request: PromptRequest,
@@ -254,7 +271,17 @@ def unrenderable(error: Exception) -> RefusedError:
     return RefusedError(400, sentence, param="messages")
 
 
-def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
-    """Tokens as text, to the letter; ids that stand for no text, such as images, are left out."""
+def decode(tokenizer: Any, tokens: Sequence[int], *, plain: bool = False) -> str:
+    """Tokens as text, to the letter; ids that stand for no text, such as images, are left out.
+
+    Args:
+        tokenizer: As mlx-lm loads it.
+        tokens: Token ids.
+        plain: Leave out the tokens that only structure a prompt, too.
+    """
     known = [token for token in tokens if 0 <= token < len(tokenizer)]
-    return str(tokenizer.decode(known, clean_up_tokenization_spaces=False)) if known else ""
+    if not known:
+        return ""
+    return str(
+        tokenizer.decode(known, skip_special_tokens=plain, clean_up_tokenization_spaces=False)
+    )

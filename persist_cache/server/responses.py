@@ -38,6 +38,7 @@ class Responses(Translated):
     def _answer_responses(self, raw: bytes) -> None:
         self.body_as_read = raw
         body = decode_object(raw)
+        self.read_privacy(body)  # type: ignore[attr-defined]
         asked, manner = read_responses(body)
         named = comparison_response(body)
         if self.path == COUNT_PATH:

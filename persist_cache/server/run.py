@@ -25,6 +25,7 @@ from persist_cache.errors import (
 )
 from persist_cache.fingerprint.identifier import Identifier
 from persist_cache.prefill.clock import PrefillClock
+from persist_cache.server import quiet
 from persist_cache.server.admin_token import AdminToken
 from persist_cache.server.discovery import Serving, announced
 from persist_cache.server.guard import (
@@ -88,6 +89,7 @@ def _run(
     host: str, port: int, provider: Any, options: ServeOptions, prefill_clock: PrefillClock
 ) -> None:
     args, manager = provider.cli_args, Notifier.of()
+    quiet.install()
     rank, ranks = place_in_group()
     alone = ranks == 1
     if rank == 0:
@@ -149,9 +151,13 @@ def _run(
         from persist_cache.server.admin import Admin  # meanwhile
 
         generator.prefill_clock = prefill_clock
-        generator.admin = Admin(cache, token=token, host=host, generator=generator)
+        generator.admin = Admin(
+            cache, token=token, host=host, generator=generator, texts=options.show_text
+        )
+        if rank == 0:
+            generator.admin.history.disk.start()
         generator.names, generator.strict = names, options.strict
-        generator.stabilize = options.stabilize
+        generator.stabilize, generator.rules = options.stabilize, options.rules
         warming = Warming(options.warm)
         generator.warming = warming
         if alone:

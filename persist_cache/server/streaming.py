@@ -9,6 +9,7 @@ what goes wrong is an event.
 from __future__ import annotations
 
 import json
+import logging
 import socket
 import sys
 import time
@@ -17,10 +18,13 @@ from typing import Any
 
 from persist_cache.server.guard import OUTCOME_HEADER
 from persist_cache.server.protocols.openai import error_object, refusal_of
-from persist_cache.server.recent.records import State
+from persist_cache.server.recent.records import Outcome, State
 from persist_cache.server.recent.ring import Ring
 from persist_cache.server.stabilizing import chosen_by
 from persist_cache.server.ticket import Ticket, cache_header
+from persist_cache.server.told import line_of
+
+log = logging.getLogger(__name__)
 
 SIGN_S = 0.2
 """How often a sign of life may be due."""
@@ -59,7 +63,7 @@ class Streaming(BaseHTTPRequestHandler):
         ticket.stabilize = chosen_by(self.headers, self.response_generator)
         self.ticket = ticket
         self._has_failed, self._remembered = False, ""
-        if response_id and not ticket.keeps:
+        if response_id and not ticket.keeps and not ticket.privacy.no_store:
             self._remembered = self.recent.begin(
                 ticket,
                 response_id=response_id,
@@ -76,9 +80,13 @@ class Streaming(BaseHTTPRequestHandler):
         error = sys.exception()
         is_left = isinstance(error, ConnectionError)
         has_failed = error is not None or self._has_failed
-        self.ticket = None
+        ticket, self.ticket = self.ticket, None
+        if ticket is not None:
+            self.response_generator.forget(ticket)
         if self._remembered:
             state: State = "left" if is_left else "failed" if has_failed else "done"
+            if ticket is not None:
+                log.info("%s", line_of(self.path, Outcome.of(ticket, state)))
             self.recent.end(self._remembered, state)
 
     @property

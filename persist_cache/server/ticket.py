@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import threading
 import time
+import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, SupportsIndex, overload
@@ -18,6 +19,7 @@ from persist_cache.cache.ahead import Ahead
 from persist_cache.cache.origin import Origin
 from persist_cache.cache.prompt_cache import PromptCache
 from persist_cache.cache.stats import Fetch
+from persist_cache.server.privacy import Privacy, scrub
 from persist_cache.server.segments import system_tokens
 from persist_cache.server.underway import Underway
 from persist_cache.server.wishes import Form, Wishes
@@ -25,6 +27,7 @@ from persist_cache.stability.names import DEFAULTS
 from persist_cache.store.trail import Trail
 
 Part = Literal["", "prompt", "system"]
+_SHARED = Privacy()
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,7 @@ class Ticket:
         body: The request as it was read, b"" when it did not come over HTTP.
         form: How it is put before the template; None for upstream's own protocol.
         wishes: What its client asks of the cache; None when that is nothing.
+        privacy: Whether it is kept, and with whose requests it may meet.
         keep_limit: How many of its first tokens it leaves in the cache at most; None for all of
             them, and the reply.
         keeps: What a request of our own leaves in the cache; "" for one of a client's, which is
@@ -117,10 +121,12 @@ class Ticket:
         keeps: Part = "",
         form: Form | None = None,
         wishes: Wishes | None = None,
+        privacy: Privacy = _SHARED,
     ) -> None:
         self.body = body
         self.form = form
         self.wishes = wishes or form
+        self.privacy = privacy
         self.keep_limit: int | None = None
         self.keeps: Part = keeps
         self.stabilize: frozenset[str] = DEFAULTS
@@ -132,6 +138,8 @@ class Ticket:
         self.origin = Origin(
             counts_written=self.wishes is not None,
             group="" if self.wishes is None else self.wishes.group,
+            salt=privacy.salt,
+            keeps_nothing=privacy.no_store,
         )
         self.trail = Trail()
         self.model_key: Hashable = None
@@ -150,10 +158,40 @@ class Ticket:
         self._settled = threading.Event()
         self._dropped = False
         self._stop: Callable[[], None] = lambda: None
+        self._copies: list[weakref.ref[TicketTokens]] = []
+        if privacy.no_store:
+            self.underway.hurry()  # a retry would find nothing of it
 
-    def __reduce__(self) -> tuple[type[Ticket], tuple[bytes], dict[str, Any]]:
+    def __reduce__(self) -> tuple[Callable[[bytes], Ticket], tuple[bytes], dict[str, Any]]:
         # The ranks of a distributed group send each other their requests.
-        return Ticket, (b"",), {"keeps": self.keeps, "stabilize": self.stabilize}
+        make = functools.partial(Ticket, keeps=self.keeps, privacy=self.privacy)
+        return make, (b"",), {"stabilize": self.stabilize}
+
+    def copied(self, tokens: TicketTokens) -> None:
+        """Note a list of its tokens, if they are to be forgotten."""
+        if self.privacy.no_store:
+            self._copies.append(weakref.ref(tokens))
+
+    def forget(self) -> None:
+        """Let go of everything that says what a private request was, wherever it still is.
+
+        For the generation thread, once nothing of it is computed any more.
+        """
+        if not self.privacy.no_store:
+            return
+        if self.prompt is not None:
+            scrub(self.prompt.tokens, self.prompt.segments, self.prompt.messages)
+        for one in self._copies:
+            if (tokens := one()) is not None:
+                tokens.clear()
+        self._copies.clear()
+        self.body, self.prompt, self.form, self.wishes = b"", None, None, None
+        self.ahead, self.origin.prefill = None, None
+        self.stop_tokens = {}
+        self.trail.forget()
+        self.tell_prompt = self.sign = lambda: None
+        self.has_left = self.has_begun = lambda: True
+        self.keep = lambda tokens, cache, partial: None
 
     @property
     def repaired(self) -> tuple[str, ...]:
@@ -173,19 +211,22 @@ class Ticket:
     @property
     def shares_nothing(self) -> bool:
         """Whether nobody is to wait for what it computes: it may keep little, or nothing."""
-        return bool(self.keeps) or (self.wishes is not None and self.wishes.only_marked)
+        explicit = self.wishes is not None and self.wishes.only_marked
+        return bool(self.keeps) or explicit or self.privacy.no_store
 
     @property
     def written_tokens(self) -> int:
         """How many of the tokens that were not found are on their way to the disk.
 
         A prompt that follows a reply takes the rows of that along, which were found. They are
-        counted where something was computed for them, or nowhere.
+        counted where something that is kept was computed for them, or nowhere.
         """
         if self.prompt is None or self.fetch is None:
             return 0
-        computed = len(self.prompt.tokens) - self.fetch.num_tokens
-        return min(self.origin.written_tokens, computed)
+        kept = len(self.prompt.tokens)
+        if self.keep_tokens is not None:
+            kept = min(kept, self.keep_tokens)
+        return min(self.origin.written_tokens, max(0, kept - self.fetch.num_tokens))
 
     @property
     def is_over(self) -> bool:
@@ -227,6 +268,8 @@ class Ticket:
     def is_begun_for(self, other: Ticket) -> bool:
         """Whether nobody waits for its prefill, and all of it is of another one's prompt, too."""
         if not self.underway.is_nobodys or self.prompt is None or other.prompt is None:
+            return False
+        if self.privacy.salt != other.privacy.salt:
             return False
         done = self.underway.computed_tokens
         return list(self.prompt.tokens[:done]) == list(other.prompt.tokens[:done])
@@ -286,6 +329,7 @@ class TicketTokens(list[int]):
     def __init__(self, tokens: Sequence[int], ticket: Ticket) -> None:
         super().__init__(tokens)
         self.ticket = ticket
+        ticket.copied(self)
 
     @overload
     def __getitem__(self, index: SupportsIndex) -> int: ...
@@ -352,6 +396,10 @@ class TicketedCache:
         if ticket is None:
             self._cache.insert_cache(model, tokens, cache, cache_type=cache_type)
             return
+        if ticket.privacy.no_store:
+            scrub(cache)  # upstream's loop holds the list until it has another one
+            ticket.underway.kept(len(tokens))
+            return
         self._desk.even_out(cache)
         self._cache.insert_cache(
             model,
@@ -385,7 +433,8 @@ class TicketedCache:
             self._cache.release(ticket.ahead)
             ticket.ahead = None
         ticket.trail.forget()
-        ticket.keep = functools.partial(self._keep, model)
+        if not ticket.privacy.no_store:
+            ticket.keep = functools.partial(self._keep, model)
         ticket.looked(fetch)
         return self._desk.complete(model, tokens, cache, rest)
 

@@ -15,6 +15,7 @@ from typing import Any
 from persist_cache.server import answers
 from persist_cache.server.form import Form
 from persist_cache.server.guard import IGNORED_HEADER, OUTCOME_HEADER
+from persist_cache.server.privacy import Privacy
 from persist_cache.server.protocols.answering import Answer, Event, Usage, as_bytes
 from persist_cache.server.protocols.asked import Asked, Mark
 from persist_cache.server.protocols.openai import refusal_of
@@ -35,6 +36,7 @@ class Translated(BaseHTTPRequestHandler):
     stream: bool
     ticket: Ticket | None
     keeps: Part
+    privacy: Privacy
     body_as_read: bytes
     _ignored: list[str]
     _answer: Answer | None = None
@@ -98,8 +100,13 @@ class Translated(BaseHTTPRequestHandler):
     def _begun(self, asked: Asked, answer: Answer | None) -> tuple[Ticket, Form]:
         self._tell_ignored(list(asked.ignored))  # type: ignore[attr-defined]
         generator = self.response_generator
-        form = Form(asked, generator.templates, generator.cli_args.chat_template_args)
-        ticket = Ticket(self.body_as_read, keeps=self.keeps, form=form)
+        form = Form(
+            asked,
+            generator.templates,
+            generator.cli_args.chat_template_args,
+            is_remembered=not self.privacy.no_store,
+        )
+        ticket = Ticket(self.body_as_read, keeps=self.keeps, form=form, privacy=self.privacy)
         self._answer = answer
         self._started = self._is_told = False
         self.begin(ticket, "" if answer is None else answer.id)  # type: ignore[attr-defined]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 from persist_cache.cache.prompt_cache import PromptCache
@@ -90,6 +92,27 @@ class View:
         if self._branches is None:
             self._branches = Branches(self.survey)
         return self._branches
+
+    @cached_property
+    def turns(self) -> Mapping[str, int]:
+        """Per entry the user turns up to its end, as far as they are entries."""
+        turns: dict[str, int] = {}
+        for entry in sorted(self.survey.entries, key=lambda one: one.num_tokens):
+            turns[entry.id] = turns.get(entry.parent or "", 0) + (entry.tier == Tier.USER)
+        return turns
+
+    @cached_property
+    def reclaimable(self) -> dict[str, int]:
+        """Bytes that would come free, by why they may."""
+        table, ids = self.survey.catalog.table, self.survey.ids
+        now = time.time()
+        expired = [id for id, when in zip(ids, table.expires, strict=True) if 0 < when < now]
+        loose = [id for id, pinned in zip(ids, table.pinned, strict=True) if not pinned]
+        return {
+            "expired": self.survey.removal(expired).freed_bytes,
+            "left_behind": sum(one.nbytes for one in self.survey.left_behind),
+            "not_pinned": self.survey.removal(loose).freed_bytes,
+        }
 
     def unchanged(self, request: Request) -> Response | None:
         """The answer to a client that has seen this version already."""

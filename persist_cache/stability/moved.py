@@ -122,6 +122,37 @@ class Moves:
         return True
 
 
+class SaltedMoves:
+    """A `Moves` for each salt of requests, which are not to meet; those used last are remembered.
+
+    Thread safety: may be shared between threads; `_lock` guards the collection.
+    """
+
+    def __init__(self, *, max_salts: int = 32) -> None:
+        """Remember nothing yet.
+
+        Args:
+            max_salts: So many at most, besides the requests without one.
+        """
+        self._max_salts = max_salts
+        self._lock = threading.Lock()
+        self._shared = Moves()
+        self._salted: OrderedDict[str, Moves] = OrderedDict()
+
+    def of(self, salt: str) -> Moves:
+        """What is remembered of requests of one salt."""
+        if not salt:
+            return self._shared
+        with self._lock:
+            found = self._salted.get(salt)
+            if found is None:
+                found = self._salted[salt] = Moves(max_requests=512, max_bytes=1 << 20)
+            self._salted.move_to_end(salt)
+            while len(self._salted) > self._max_salts:
+                self._salted.popitem(last=False)
+            return found
+
+
 def _told_next(before: Told | None, users: Sequence[int], latest: tuple[str, ...]) -> Told:
     if before is None:
         return Told(((users[0], "\n".join(latest)),) if latest else (), latest)

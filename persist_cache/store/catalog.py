@@ -28,7 +28,9 @@ from persist_cache.index.records import (
     tiers_of,
 )
 from persist_cache.index.transaction import Reader
+from persist_cache.store import lifetimes
 from persist_cache.store.budget import WRITTEN_BYTES, Usage, written_today
+from persist_cache.store.quotas import Used
 from persist_cache.store.session import Disk
 
 if TYPE_CHECKING:
@@ -53,6 +55,8 @@ class StoreStats(Struct, frozen=True):
         written_bytes: Bytes written in the store's life.
         counters: Hits, misses by reason, evictions, quarantined, and so on, over its life.
         eviction_paused: Why nothing is evicted for the free-space floor at present, or "".
+        quotas: How much of each quota is used, the fullest first.
+        ttl: Default lifetimes in seconds.
     """
 
     path: str
@@ -67,6 +71,8 @@ class StoreStats(Struct, frozen=True):
     written_bytes: int
     counters: Mapping[str, int] = {}
     eviction_paused: str = ""
+    quotas: tuple[Used, ...] = ()
+    ttl: Mapping[str, int] = {}
 
 
 class Catalog:
@@ -88,6 +94,7 @@ class Catalog:
         users: Per place the number of entries there or below.
         kept_s: Per entry the seconds that it is kept behind each use, where that was asked for.
         groups: Per entry the groups that it belongs to, where it does.
+        expires: Per row when the entry expires, in UTC seconds, 0 for never.
         disk_bytes: Per blob what it takes on disk.
         table: The entries.
         rows: Per entry its row.
@@ -100,6 +107,7 @@ class Catalog:
         self.rows = {number: row for row, number in enumerate(self.table.numbers)}
         self.kept_s = txn.all_kept_s()
         self.groups = txn.all_groups()
+        self.expires = lifetimes.ends(self.table, lifetimes.of_store(txn))
         blobs = txn.blob_columns()
         self.disk_bytes = dict(zip(blobs.numbers, blobs.disk_bytes, strict=True))
         try:
@@ -179,7 +187,7 @@ class Catalog:
             "saved_s": lambda: of(table.saved_s),
             "prefill_s": lambda: of(table.prefills_s),
             "pinned": lambda: list(map(bool, of(table.pinned))),
-            "expires": lambda: [when or None for when in of(table.expires)],
+            "expires": lambda: [when or None for when in of(self.expires)],
             "label": lambda: of(table.labels),
             "parent": parents,
             "keep_s": lambda: [self.kept_s.get(number, 0) for number in of(table.numbers)],
@@ -260,12 +268,21 @@ def load_entry(txn: Reader, number: int) -> Entry | None:
         saved_s=record.saved_s,
         prefill_s=record.prefill_s,
         pinned=record.pinned,
-        expires=record.expires or None,
+        expires=_expires(txn, record),
         label=record.label,
         parent=None if parent == NO_ENTRY else entry_id(parent),
         keep_s=txn.kept_s(number),
         groups=txn.groups(number),
     )
+
+
+def _expires(txn: Reader, record: EntryRecord) -> float | None:
+    """When an entry expires: by a date of its own, or else by default."""
+    lives = None if record.expires else lifetimes.of_store(txn)
+    seconds = None if lives is None else lives(record.tier, record.namespace)
+    if seconds is None:
+        return record.expires or None
+    return record.created_us / 1e6 + seconds
 
 
 def namespace_of(txn: Reader, record: EntryRecord) -> tuple[bytes, NamespaceRecord]:
@@ -313,6 +330,7 @@ def store_stats(disk: Disk) -> StoreStats:
         number_of_blobs = txn.size_of(b"blobs")
         today = txn.counter(written_today(disk.clock()))
         paused = disk.unreturned.said(txn)
+        quotas, ttl = tuple(disk.quotas.used(txn)), txn.numbers(lifetimes.TTL)
     return StoreStats(
         path=str(disk.root),
         entries=number_of_entries,
@@ -326,4 +344,6 @@ def store_stats(disk: Disk) -> StoreStats:
         written_bytes=written_bytes,
         counters=dict(sorted(counters.items())),
         eviction_paused=paused,
+        quotas=quotas,
+        ttl=ttl,
     )

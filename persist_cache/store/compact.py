@@ -48,10 +48,15 @@ _MOST_BESIDE = 3
 _Edges = list[tuple[bytes, Edge]]
 
 
-def compact(disk: Disk, evictor: Evictor) -> tuple[int, int]:
+def compact(disk: Disk, evictor: Evictor, *, any_dead: bool = False) -> tuple[int, int]:
     """Write blobs anew of which more than half is dead, the shortest copies first.
 
     Nothing is evicted for that. A blob that turns out to be damaged goes to quarantine.
+
+    Args:
+        disk: The store.
+        evictor: Its evictor.
+        any_dead: Also those of which less is.
 
     Returns:
         How many were written anew, and how many stay because there is no room for a copy.
@@ -60,7 +65,7 @@ def compact(disk: Disk, evictor: Evictor) -> tuple[int, int]:
         StoreError: The disk failed.
     """
     with disk.index.read() as txn:
-        jobs = sorted(_mostly_dead(txn), key=lambda run: run.num_tokens)
+        jobs = sorted(_mostly_dead(txn, any_dead), key=lambda run: run.num_tokens)
     blobs = without_room = 0
     for run in jobs:
         try:
@@ -132,7 +137,7 @@ def is_mostly_dead(record: BlobRecord, living: int) -> bool:
     return 2 * dead * (record.nbytes - ALIGNMENT) > record.num_tokens * record.nbytes
 
 
-def _mostly_dead(txn: Reader) -> Iterator[LivingRun]:
+def _mostly_dead(txn: Reader, any_dead: bool) -> Iterator[LivingRun]:
     living: Counter[int] = Counter()
     first: dict[int, bytes] = {}
     for key, edge in txn.edges():
@@ -140,7 +145,10 @@ def _mostly_dead(txn: Reader) -> Iterator[LivingRun]:
         if edge.first_row == 0:
             first[edge.blob] = key
     for number, record in txn.blobs():
-        if record.kind == BlobKind.RUN and is_mostly_dead(record, living[number]):
+        if record.kind != BlobKind.RUN:
+            continue
+        dead = living[number] < record.num_tokens
+        if dead and (any_dead or is_mostly_dead(record, living[number])):
             yield living_run(txn, first[number])
 
 

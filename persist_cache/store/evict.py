@@ -17,6 +17,7 @@ from persist_cache.errors import StoreError, StoreFullError
 from persist_cache.index import order, tree
 from persist_cache.index.records import SizedRecord, entry_id, recency_key, unpack_number
 from persist_cache.index.transaction import Reader, Writer
+from persist_cache.store import lifetimes
 from persist_cache.store.relief import Relief
 from persist_cache.store.session import Disk
 
@@ -49,8 +50,11 @@ class Evictor:
         *,
         to_bytes: int | None = None,
         missing_ok: bool = False,
+        mark: str = "",
     ) -> int:
         """Remove entries, and every file that nothing else needs; see `Store.evict`.
+
+        With a `mark`, that counter says from this commit on that more is to be done.
 
         The ballast is made anew afterwards if it was given up, as far as the budget, or
         `to_bytes`, has room for it.
@@ -68,6 +72,8 @@ class Evictor:
                     if txn.entry(number) is None:
                         raise KeyError(f"no entry has the id {entry_id(number)}")
             self._drop(txn, numbers, "evicted", reason)
+            if mark:
+                txn.add(mark, 1 - txn.counter(mark))
 
         freed = self._freed_by(drop)
         if to_bytes is not None:
@@ -224,13 +230,48 @@ class Evictor:
                 ) from error
 
     def expire(self) -> int:
-        """Remove entries past their expiry; returns how many."""
-        with self._disk.index.read() as txn:
-            if not txn.expired(self._disk.clock()):
+        """Remove entries past their expiry, or past their default lifetime; returns how many."""
+        now = self._disk.clock()
+        with self._disk.index.read(copies=True) as txn:
+            if not txn.expired(now) and not lifetimes.due(txn, now):
                 return 0
-        dropped = self.update(lambda txn: self._drop_expired(txn, set()))
+
+        def drop(txn: Writer) -> int:
+            served = self._disk.nodes_served(txn)
+            due = [
+                number
+                for number in lifetimes.due(txn, now)
+                if (entry := txn.entry(number)) is not None and entry.node not in served
+            ]
+            return self._drop_expired(txn, served) + self._drop(txn, due, "expired", "expired")
+
+        dropped = self.update(drop)
         self.empty_trash()
         return dropped
+
+    def apply_quotas(self) -> int:
+        """Evict what exceeds the quota of a model or a salt; returns the bytes."""
+        quotas = self._disk.quotas
+        with self._disk.index.read() as txn:
+            if not quotas.is_exceeded(txn):
+                return 0
+        freed = self.update(lambda txn: quotas.apply(txn, self))
+        self.empty_trash()
+        return freed
+
+    def free_among(self, txn: Writer, excess: int, protected: frozenset[int]) -> int:
+        """As `free`, but what is in quarantine or has expired elsewhere is left alone."""
+        start = txn.counter(tree.BLOB_BYTES)
+        shielded = protected | self._disk.nodes_served(txn)
+
+        def victims() -> Iterator[int]:
+            for number in order.victims(txn, shielded, self._disk.clock()):
+                if start - txn.counter(tree.BLOB_BYTES) >= excess:
+                    return
+                yield number
+
+        self._drop(txn, victims(), "evicted", "evicted to keep a quota")
+        return start - txn.counter(tree.BLOB_BYTES)
 
     def purge_quarantine(self) -> int:
         """Remove the damaged files that were put aside; returns their bytes.
@@ -257,7 +298,7 @@ class Evictor:
         gone = []
         for name in doomed:
             try:
-                self._disk.folder.remove(name.hex())
+                self._disk.folder.remove(name.hex(), overwrites=self._disk.overwrites)
                 gone.append(name)
             except OSError as error:
                 log.warning("blob %s cannot be removed: %s", name.hex(), error)

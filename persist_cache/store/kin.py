@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from persist_cache.entry import Match, MissReason
+from persist_cache.entry import CACHE_SALT, Match, MissReason
 from persist_cache.index.transaction import Reader
 from persist_cache.store.reasons import nothing, sentence
 
@@ -22,41 +22,32 @@ if TYPE_CHECKING:
 _FOLLOW_KV_BITS = frozenset({"kv_group_size", "quantized_kv_start"})
 _TOLD = _FOLLOW_KV_BITS | {"kv_bits", "layout", "max_kv_size", "mlx_lm", "model_type"}
 """Fields whose values mean something to people, and give nothing of theirs away."""
-_MAX_REMEMBERED = 64
 
 
 class Kin:
-    """Answers for a store, remembered until the index changes."""
-
-    def __init__(self) -> None:
-        self._known: dict[bytes, tuple[int, Match]] = {}
+    """Answers for a store."""
 
     def nothing(self, txn: Reader, fingerprint: Fingerprint) -> Match:
         """The match of a model for which nothing is stored, with the reason."""
-        commit, match = self._known.get(fingerprint.digest, (-1, None))
-        if match is None or commit != txn.commit_id:
-            changes = nearest_changes(txn, fingerprint)
-            match = nothing(MissReason.NOTHING_STORED)
-            if changes:
-                match = nothing(MissReason.OTHER_IDENTITY, _fields(changes))
-            if len(self._known) >= _MAX_REMEMBERED:
-                self._known.clear()
-            self._known[fingerprint.digest] = txn.commit_id, match
-        return match
+        changes = nearest_changes(txn, fingerprint)
+        if changes:
+            return nothing(MissReason.OTHER_IDENTITY, _fields(changes))
+        return nothing(MissReason.NOTHING_STORED)
 
 
 def nearest_changes(txn: Reader, fingerprint: Fingerprint) -> list[FieldChange]:
     """The fields that differ from the most similar identity of this model that has entries.
 
     Of this model is what was loaded from the same folder, or under the same name, or has the same
-    weights. Looks at namespaces only, whatever is stored in them.
+    weights. Looks at namespaces of the same salt only, whatever is stored in them: what others
+    store changes neither the answer nor what it takes to find it.
 
     Returns:
         Changes from what is stored to `fingerprint`; empty when nothing of this model is stored.
     """
     best: tuple[int, float] | None = None
     nearest: list[FieldChange] = []
-    for key, namespace in txn.namespaces():
+    for key, namespace in txn.relatives(fingerprint.fields.get(CACHE_SALT, "")):
         if key.startswith(fingerprint.digest):
             continue
         try:

@@ -230,7 +230,15 @@ class Insertion:
             for part in parts
         )
         num_tokens = sum(part.end - part.start for part in parts)
-        reservation.reserve(self._disk, self._evictor, names, nbytes, num_tokens, protected)
+        reservation.reserve(
+            self._disk,
+            self._evictor,
+            names,
+            nbytes,
+            num_tokens,
+            protected,
+            identity=self._identity,
+        )
         with undone(self._disk, writers):
             yield
 
@@ -279,7 +287,7 @@ class Insertion:
         pieces = [revived] if revived else []
         checkpoint = NO_BLOB
         for part, one in zip(parts, written, strict=True):
-            blob = self._add_blob(txn, part, one)
+            blob = self._add_blob(txn, namespace, part, one)
             if part.kind == BlobKind.RUN:
                 pieces.append(tree.Piece(blob, part.end - part.start, self._source.complete))
             else:
@@ -316,10 +324,11 @@ class Insertion:
         txn.put_namespace(self._key, record)
         return record
 
-    def _add_blob(self, txn: Writer, part: _Part, one: Written) -> int:
+    def _add_blob(self, txn: Writer, namespace: NamespaceRecord, part: _Part, one: Written) -> int:
         return add_blob(
             txn,
             one,
+            namespace=namespace.number,
             kind=part.kind,
             created=self._wanted.created_us / 1e6,
             start=part.start,

@@ -223,6 +223,7 @@ def _place(txn: Writer, one: _Found, packed: bytes) -> bool:
         blob = add_blob(
             txn,
             one.written,
+            namespace=namespace.number,
             kind=BlobKind.RUN,
             created=header.created,
             start=header.start,
@@ -243,6 +244,7 @@ def _place(txn: Writer, one: _Found, packed: bytes) -> bool:
     blob = add_blob(
         txn,
         one.written,
+        namespace=namespace.number,
         kind=BlobKind.CHECKPOINT,
         created=header.created,
         start=header.start,

@@ -21,7 +21,14 @@ from persist_cache.tokens import TOKEN_BYTES
 
 
 def add_blob(
-    txn: Writer, one: Written, *, kind: BlobKind, created: float, start: int, packed: bytes
+    txn: Writer,
+    one: Written,
+    *,
+    namespace: int,
+    kind: BlobKind,
+    created: float,
+    start: int,
+    packed: bytes,
 ) -> int:
     """Record a published file, with its tokens and as yet without references."""
     number = txn.add("next_blob", 1)
@@ -40,6 +47,7 @@ def add_blob(
     if kind == BlobKind.RUN:
         txn.put_tokens(number, packed)
     txn.add(tree.BLOB_BYTES, one.disk_bytes)
+    txn.own(number, namespace, one.disk_bytes)
     txn.delete_sized(b"pending", record.name)
     return number
 

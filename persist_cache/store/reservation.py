@@ -34,6 +34,8 @@ def reserve(
     nbytes: int,
     num_tokens: int,
     protected: frozenset[int] | None,
+    *,
+    identity: str = "",
 ) -> None:
     """Make room for files called `names`, and note in the index that the room is taken.
 
@@ -45,6 +47,7 @@ def reserve(
         num_tokens: New tokens, for the growth of the index.
         protected: Nodes whose entries must stay: the path that is being extended. None:
             nothing is to be evicted for it.
+        identity: JSON of the model's identity, by whose quotas they are bounded as well.
 
     Raises:
         StoreFullError: There is not enough that may go; nothing was evicted.
@@ -55,6 +58,7 @@ def reserve(
     swept = False
     share = nbytes // len(names) + 1
     now = disk.clock()
+    note = disk.quotas.note(identity)
     budget.settle(nbytes, num_tokens)
 
     rounds = Rounds(disk.unreturned, budget, disk.index)
@@ -64,11 +68,13 @@ def reserve(
         nonlocal unlinked
         unlinked = 0
         budget.refuse_impossible(txn, nbytes, num_tokens)
+        if disk.quotas.lacks(txn, identity, nbytes, evictor, protected):
+            return True
         over, missing = budget.lacks(txn, nbytes, num_tokens)
         excess = max(over, missing)
         if excess <= 0:
             for name in names:
-                txn.put_sized(b"pending", name, SizedRecord(share, now))
+                txn.put_sized(b"pending", name, SizedRecord(share, now, note))
             return False
         if not swept:
             return True

@@ -190,7 +190,13 @@ def _reserve(
     nbytes += num_runs * _PAGES_PER_RUN * mmap.PAGESIZE
     num_tokens = header.end - header.start
     reservation.reserve(
-        disk, evictor, [bytes.fromhex(writer.name)], nbytes, num_tokens, protected=None
+        disk,
+        evictor,
+        [bytes.fromhex(writer.name)],
+        nbytes,
+        num_tokens,
+        protected=None,
+        identity=header.identity,
     )
 
 
@@ -209,9 +215,11 @@ def _commit(disk: Disk, txn: Writer, runs: Sequence[LivingRun], written: Written
         if rows > run.num_tokens or (rows < run.num_tokens and run is not runs[-1]):
             raise NotRewrittenError("a run has other living rows")
         edges += found
+    namespace = txn.space_of(edges[-1][1].blob)
     blob = add_blob(
         txn,
         written,
+        namespace=namespace,
         kind=BlobKind.RUN,
         created=runs[-1].record.created,
         start=runs[0].record.start,

@@ -22,6 +22,7 @@ from persist_cache.index.environment import Index
 from persist_cache.index.records import LAST_DATE_S, MAX_HITS, UNREADABLE
 from persist_cache.index.transaction import Reader, Writer, counter_name
 from persist_cache.store.budget import Budget, Limits
+from persist_cache.store.quotas import Quotas
 from persist_cache.store.unreturned import Unreturned
 
 log = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ class Disk:
         self.clock = _sane(clock)
         self.budget = Budget(limits, index, folder, self.clock)
         self.ballast = self.budget.ballast
+        self.quotas = Quotas()
         self.unreturned = Unreturned(index, self.budget, self.clock)
         self._lock = threading.Lock()
         self._settled = threading.Condition(self._lock)
@@ -74,6 +76,8 @@ class Disk:
         self._flushing: list[Counter[str]] = []
         self._flushes = 0
         self._serving: Counter[int] = Counter()
+        self.overwrites = False
+        """Whether files that go are overwritten before."""
 
     @contextlib.contextmanager
     def serving(self, entries: Iterable[int]) -> Iterator[None]:

@@ -37,9 +37,12 @@ from persist_cache.index.transaction import Reader, Writer
 from persist_cache.store import catalog, opening
 from persist_cache.store.budget import Limits
 from persist_cache.store.catalog import Catalog, StoreStats
+from persist_cache.store.erase import UNFINISHED, Erased, erase, overwriting
 from persist_cache.store.evict import REQUESTED, Evictor
+from persist_cache.store.lifetimes import TTL
 from persist_cache.store.lookup import Lookup
 from persist_cache.store.put import Insertion, PutResult
+from persist_cache.store.quotas import QUOTA, check_rules, is_counted, recount
 from persist_cache.store.rebuild import rebuild
 from persist_cache.store.session import Disk
 from persist_cache.store.trail import Trail
@@ -93,6 +96,8 @@ class Store:
         daily_write_bytes: int | None = None,
         read_only: bool = False,
         run_tokens: int = DEFAULT_RUN_TOKENS,
+        quotas: Mapping[str, int] | None = None,
+        ttl: Mapping[str, int] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> Store:
         """Open the store at `path`, creating it unless `read_only`.
@@ -106,6 +111,11 @@ class Store:
             daily_write_bytes: Bytes that may be written per UTC day; None for no limit.
             read_only: Change nothing, not even recency; the store must exist.
             run_tokens: Longest run in one blob, in tokens.
+            quotas: Bytes of files that each `model` or `salt` may have, or one of them: by
+                `model:NAME`, and by `salt:` and what `fingerprint.value.salt_digest` made of it.
+                None: as last set.
+            ttl: Seconds after which entries expire that have no date of their own: by the label of
+                a tier, or as those of `quotas`. The shortest counts. None: as last set.
             clock: UTC seconds; for tests.
 
         Raises:
@@ -113,15 +123,24 @@ class Store:
             StoreInUseError: This process has it open already.
             StoreFormatError: It was written by an unknown version.
             StoreError: The index is damaged and may not be rebuilt, since `read_only`.
-            ValueError: A limit is negative.
+            ValueError: A limit is negative, or a rule is about nothing that there is.
         """
         Limits(max_bytes or 0, min_free_bytes or 0, daily_write_bytes)
         if run_tokens < 1:
             raise ValueError(f"run_tokens must be at least 1, got {run_tokens}")
         root = Path(path) if path is not None else default_store_path()
         asked = (max_bytes, min_free_bytes, daily_write_bytes)
+        for rules in (quotas, ttl):
+            check_rules(rules or {}, tiers=rules is ttl)
         disk = opening.open_disk(root, asked, read_only=read_only, clock=clock)
-        return cls(disk, run_tokens, asked)
+        store = cls(disk, run_tokens, asked)
+        try:
+            for prefix, rules in ((QUOTA, quotas), (TTL, ttl)):
+                store._set_rules(prefix, rules)
+        except BaseException:
+            store.close()
+            raise
+        return store
 
     def close(self, timeout_s: float | None = None) -> bool:
         """Write buffered uses and close the index. Further calls do nothing.
@@ -146,6 +165,31 @@ class Store:
                 log.warning("recent uses could not be saved: %s", error)
         left = None if timeout_s is None else timeout_s - (time.monotonic() - started)
         return self._disk.index.close(left)
+
+    def _set_rules(self, prefix: str, rules: Mapping[str, int] | None) -> None:
+        """Remember quotas or lifetimes in the index, so that all processes heed them."""
+        if rules is None or self.read_only:
+            return
+        with self.read() as txn:
+            if txn.numbers(prefix) == rules:
+                return
+        self._disk.index.update(lambda txn: txn.set_numbers(prefix, rules))
+        if prefix == QUOTA and rules:
+            self._disk.index.update(lambda txn: None if is_counted(txn) else recount(txn))
+        self._evictor.apply_quotas()
+        self._evictor.expire()
+
+    @property
+    def quotas(self) -> dict[str, int]:
+        """The quotas, as `open` was given them last."""
+        with self.read() as txn:
+            return txn.numbers(QUOTA)
+
+    @property
+    def ttl(self) -> dict[str, int]:
+        """The default lifetimes in seconds, as `open` was given them last."""
+        with self.read() as txn:
+            return txn.numbers(TTL)
 
     @property
     def waits_for(self) -> str:
@@ -472,6 +516,8 @@ class Store:
         self._evictor.retire(insertion.partial)
         if done.entry is not None and done.nbytes:
             self._upkeep.note(int(done.entry, 16))
+        with contextlib.suppress(StoreError):  # it is stored
+            self._upkeep.tidy(only_rules=True)
         return done
 
     def touch(
@@ -615,6 +661,35 @@ class Store:
         numbers = list(dict.fromkeys(map(_number, ids)))
         return self._evictor.evict(numbers, reason, to_bytes=to_bytes, missing_ok=missing_ok)
 
+    def erase(self, ids: Iterable[str] = ()) -> Erased:
+        """Remove entries, and all that is left in the folder of what was ever removed.
+
+        Rows in files that others need, damaged files, and tokens in free pages of the index. Files
+        are overwritten before they are unlinked. What the entries that stay need stays. When it
+        does not come to its end, the next call ends it. Processes of earlier versions that have the
+        store open may write pages again that they wrote before.
+
+        Args:
+            ids: Whole ids; those that are not there are passed over.
+
+        Returns:
+            What was done, and whether something is left.
+
+        Raises:
+            StoreError: The disk failed; what was done until then stays done.
+        """
+        numbers = list(dict.fromkeys(map(_number, ids)))
+        if numbers:
+            with overwriting(self._disk):
+                self._evictor.evict(numbers, REQUESTED, missing_ok=True, mark=UNFINISHED)
+        return erase(self._disk, self._evictor)
+
+    @property
+    def is_erasing(self) -> bool:
+        """Whether an erasure was begun and did not come to its end."""
+        with self.read() as txn:
+            return txn.counter(UNFINISHED) != 0
+
     def evict_to(self, max_bytes: int) -> int:
         """Evict in order until the store takes at most `max_bytes`, or the rest is pinned.
 
@@ -680,6 +755,17 @@ class Store:
             StoreError: The disk failed; what was done until then stays done.
         """
         return self._upkeep.merge_runs(keep_on)
+
+    def tidy(self) -> None:
+        """Remove what has expired, and what exceeds a quota; for when nothing else is to be done.
+
+        Does nothing when that was done less than some seconds ago.
+
+        Raises:
+            StoreError: The disk failed; what was done until then stays done.
+        """
+        if not self.read_only:
+            self._upkeep.tidy()
 
     def gc(self) -> Collected:
         """Finish dead writers' work, apply expiry and budget, merge and compact blobs.

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from persist_cache.blobs.folder import try_remove_orphan
 from persist_cache.errors import StoreBusyError, StoreError
-from persist_cache.index.transaction import Writer
+from persist_cache.index.transaction import BLANK, Writer
 from persist_cache.store.evict import Evictor
 from persist_cache.store.quarantine import correct_sizes, is_quarantined, move_aside
+from persist_cache.store.quotas import QUOTA, is_counted, recount
 from persist_cache.store.reservation import release_abandoned
 from persist_cache.store.session import Disk
 
@@ -24,6 +25,16 @@ def sweep(disk: Disk, evictor: Evictor) -> None:
     temporary and damaged files, never at all blobs.
     """
     release_abandoned(disk)
+    with disk.index.read() as txn:
+        is_filed, is_blank = txn.knows_all_families(), not txn.size_of(BLANK)
+    if not is_filed:
+        disk.index.update(Writer.file_families)
+    with disk.index.read() as txn:
+        is_due = bool(txn.numbers(QUOTA)) and not is_counted(txn)
+    if is_due:
+        disk.index.update(recount)
+    if not is_blank:
+        disk.index.update(Writer.unfill)  # of whoever died while it overwrote free pages
     disk.folder.remove_strays()
     evictor.redate()
     with disk.index.read() as txn:

@@ -12,9 +12,13 @@ from msgspec import Struct
 from persist_cache.store import sweep
 from persist_cache.store.compact import compact, merge_chains
 from persist_cache.store.evict import Evictor
+from persist_cache.store.lifetimes import TTL
+from persist_cache.store.quotas import QUOTA
 from persist_cache.store.session import Disk
 
 _MAX_GROWN = 4096
+_TIDY_S = 20.0
+"""How much later than its time an entry may go, in a store that is used."""
 _NAMESPACE_MEMORY_S = 30 * 86400.0
 
 
@@ -41,6 +45,7 @@ class Upkeep:
         self._disk = disk
         self._evictor = evictor
         self._run_tokens = run_tokens
+        self._tidied = float("-inf")
         self._grown: dict[int, None] = {}
         """Entries stored since runs were merged last, in their order."""
 
@@ -48,6 +53,22 @@ class Upkeep:
         """Remember an entry that was stored, for `merge_runs`."""
         if len(self._grown) < _MAX_GROWN:
             self._grown[entry] = None
+
+    def tidy(self, *, only_rules: bool = False) -> None:
+        """Apply lifetimes and quotas, if it is some time since that was done; see `Store.tidy`.
+
+        With `only_rules`, not where there are neither.
+        """
+        now = self._disk.clock()
+        if 0 <= now - self._tidied < _TIDY_S:
+            return
+        if only_rules:
+            with self._disk.index.read() as txn:
+                if not txn.numbers(TTL) and not txn.numbers(QUOTA):
+                    return
+        self._tidied = now
+        self._evictor.expire()
+        self._evictor.apply_quotas()
 
     def merge_runs(self, keep_on: Callable[[], bool]) -> int:
         """Merge the runs of entries that were noted; see `Store.merge_runs`."""
@@ -74,6 +95,7 @@ class Upkeep:
         sweep.sweep(disk, self._evictor)
         sweep.remove_orphans(disk)
         self._evictor.expire()
+        self._evictor.apply_quotas()
         disk.index.update(lambda txn: txn.forget_added_of_nobody())
         sweep.forget_empty_namespaces(disk, _NAMESPACE_MEMORY_S)
         self._evictor.evict_to(disk.limits.max_bytes)

@@ -85,7 +85,15 @@ def _put_all(txn: Writer, num_entries: int) -> int:
         rows, start = len(new) // TOKEN_BYTES, len(before) // TOKEN_BYTES
         name = os.urandom(16).hex()
         written = Written(name, rows * 1024, rows * 1024, bytes(16))
-        blob = add_blob(txn, written, kind=BlobKind.RUN, created=0.0, start=start, packed=new)
+        blob = add_blob(
+            txn,
+            written,
+            namespace=namespace.number,
+            kind=BlobKind.RUN,
+            created=0.0,
+            start=start,
+            packed=new,
+        )
         record = txn.blob(blob)
         assert record is not None
         txn.put_blob(blob, record._replace(references=1))

@@ -58,6 +58,8 @@ def _budget_afterwards() -> None:
         nbytes: int,
         num_tokens: int,
         protected: frozenset[int] | None,
+        *,
+        identity: str = "",
     ) -> None:
         share = SizedRecord(nbytes // len(names) + 1, disk.clock())
 
@@ -82,8 +84,8 @@ def _memory_by_name() -> None:
 
     of = Owners.of
 
-    def by_name(self: Owners, model: Hashable, *, may_read: bool) -> Owner:
-        owner = of(self, model, may_read=may_read)
+    def by_name(self: Owners, model: Hashable, *, may_read: bool, salt: str = "") -> Owner:
+        owner = of(self, model, may_read=may_read, salt=salt)
         return dataclasses.replace(owner, identity="", load=None)
 
     Owners.of = by_name  # type: ignore[method-assign]

@@ -20,6 +20,7 @@ from persist_cache.prefill.loading import load_tokenizer
 from persist_cache.queries.totals import Survey, quarantined
 from persist_cache.store.budget import DEFAULT_MAX_BYTES, DEFAULT_MIN_FREE_BYTES
 from persist_cache_cli import left_behind
+from persist_cache_cli.blas import advice
 from persist_cache_cli.output import (
     Painter,
     format_bytes,
@@ -223,7 +224,7 @@ class _Report:
             ("model", printable(model.model) + (f" on {model.device}" if model.device else "")),
             ("fingerprint", model.fingerprint[:16]),
             ("layers", layers),
-            ("template", _template_line(self.template)),
+            ("template", "" if model.reason else _template_line(self.template)),
         ]
 
     def _break_even_pairs(self) -> list[tuple[str, str]]:
@@ -277,6 +278,8 @@ def _examine(store: str | None, choice: ModelChoice | None) -> _Report:
         min_free_bytes=min_free_bytes,
         used_bytes=0 if report.stats is None else report.stats.usage.total,
     )
+    if slow := advice("serve …"):
+        report.findings.append(Finding("note", slow))
     if choice is not None:
         report.model = _look_at_model(choice)
         report.findings += judgement.judge_model(report.model)

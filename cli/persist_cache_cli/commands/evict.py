@@ -21,10 +21,13 @@ from persist_cache.queries.schema import RemovalJson
 from persist_cache.queries.select import Filters, split_shared
 from persist_cache.queries.stale import stale_reason
 from persist_cache.queries.totals import Survey, left_in_trash, quarantined
+from persist_cache_cli.calling import Declined
+from persist_cache_cli.erasing import CANNOT_BE_ERASED, erased, refuse_incomplete
 from persist_cache_cli.output import (
     Column,
     format_age,
     format_bytes,
+    keeping,
     painter,
     plural,
     print_json,
@@ -61,6 +64,11 @@ _ROWS_SHOWN = 20
 @click.option(
     "--all", "everything", is_flag=True, help="All entries, and damaged blobs in quarantine."
 )
+@click.option(
+    "--erase",
+    is_flag=True,
+    help="Leave nothing of them in the store's folder, nor of what went before.",
+)
 @click.option("--dry-run", is_flag=True, help="Only say what would go.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 @common_options()
@@ -79,6 +87,7 @@ def command(
     match: str | None,
     to_bytes: int | None,
     everything: bool,
+    erase: bool,
     dry_run: bool,
     yes: bool,
     as_json: bool,
@@ -91,6 +100,14 @@ def command(
     stay for those. With --group, so do entries that others than its requests use, too; they leave
     the group. Pinned entries go only when they are named by id, or with --all, which also
     removes the damaged blobs that were put aside: they hold prompts, too.
+
+    Before it asks, it lists what is to go. "own" are bytes that only this entry needs, "frees" what
+    the entries down to this one free together: rows that they share are freed with the last of
+    them.
+
+    What goes leaves rows in files that others need, and tokens in free pages of the index. With
+    --erase it does not, and files are overwritten before they are unlinked. What it cannot erase
+    it says.
 
     \b
     Examples:
@@ -131,12 +148,19 @@ def command(
                 _ask(plan)
             _leave(opened, plan, group)
             planned = plan.freed_bytes
-            plan.freed_bytes = _evict(opened, plan, everything, to_bytes)
+            if erase:
+                plan.freed_bytes, left = erased(opened, plan.ids)
+            else:
+                plan.freed_bytes, left = _evict(opened, plan, everything, to_bytes), []
             plan.unremoved_bytes = left_in_trash(opened, planned - plan.freed_bytes)
     if as_json:
         print_json(plan.as_json(dry_run))
     elif not quiet:
         click.echo("\n".join(plan.lines(dry_run)))
+        if erase and not dry_run:
+            click.echo(CANNOT_BE_ERASED)
+    if not dry_run:
+        refuse_incomplete(left)
 
 
 class _Plan:
@@ -232,13 +256,16 @@ class _Plan:
         columns = [
             Column("id", style="id"),
             Column("tier"),
-            Column("model", least=16),
+            Column("model", least=12),
             Column("tokens", right=True),
-            Column("goes", right=True),
-            Column("shared", right=True),
-            Column("used", right=True),
+            Column("own", right=True, drop=4),
+            Column("shared", right=True, drop=5),
+            Column("frees", right=True),
+            Column("used", right=True, drop=3),
+            Column("kept", style="good", drop=2),
             Column("label", least=10, cut="end", drop=1),
         ]
+        shown = self.survey.entries_at(self.rows[:_ROWS_SHOWN])
         rows = [
             (
                 short[entry.id],
@@ -247,10 +274,12 @@ class _Plan:
                 f"{entry.num_tokens:,}",
                 format_bytes(entry.own_bytes),
                 format_bytes(entry.shared_bytes),
+                format_bytes(self.survey.removal([one.id for one in shown[:count]]).freed_bytes),
                 format_age(now - entry.last_use),
+                keeping(entry.pinned, entry.expires, now),
                 printable(entry.label),
             )
-            for entry in self.survey.entries_at(self.rows[:_ROWS_SHOWN])
+            for count, entry in enumerate(shown, start=1)
         ]
         lines = table(columns, rows, width=terminal_width(), paint=painter())
         if len(self.rows) > _ROWS_SHOWN:
@@ -315,7 +344,7 @@ def _matching(store: Store, survey: Survey, rows: Sequence[int], text: str) -> l
 
     Models without a tokenizer are skipped with a warning, unless that leaves none.
     """
-    from persist_cache_cli.texts import Decoder
+    from persist_cache.queries.decoder import Decoder
 
     decoders: dict[str, Decoder | None] = {}
     errors: list[PersistCacheError] = []
@@ -358,7 +387,7 @@ def _ask(plan: _Plan) -> None:
 
     Raises:
         click.UsageError: There is nobody to ask.
-        click.Abort: The user does not agree.
+        Declined: The user does not agree.
     """
     count = plural(len(plan.rows), "entry", "entries")
     if not sys.stdin.isatty():
@@ -367,7 +396,8 @@ def _ask(plan: _Plan) -> None:
         )
     for line in [*plan.table(), *plan.remarks()]:
         click.echo(line, err=True)
-    click.confirm(f"Evict {count}, {format_bytes(plan.freed_bytes)}?", abort=True, err=True)
+    if not click.confirm(f"Evict {count}, {format_bytes(plan.freed_bytes)}?", err=True):
+        raise Declined("Nothing was evicted.")
 
 
 def _leave(store: Store, plan: _Plan, group: str | None) -> None:

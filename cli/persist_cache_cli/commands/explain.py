@@ -134,7 +134,7 @@ def command(
     tokenizer = template.tokenizer(model)
     if request is None:
         assert tokens is not None, "one of the two was given"
-        prompt = Prompt(read_json(tokens, "--tokens", list[int]), 0)
+        prompt = Prompt(_read_tokens(tokens), 0)
     else:
         prompt = template.render(tokenizer, request)
     ids = prompt.tokens
@@ -161,6 +161,15 @@ def command(
             click.echo(_sentence(verdict))
     if verdict is not None and not verdict.passed:
         sys.exit(3)
+
+
+def _read_tokens(path: Path) -> list[int]:
+    if str(path).lstrip().startswith("[") and not path.exists():
+        raise click.UsageError(f"--tokens takes a file: write {path} into one, and name that.")
+    found = read_json(path, "--tokens", list[int])
+    if not found:
+        raise click.UsageError(f"--tokens {path} holds no token; a prompt has at least one.")
+    return found
 
 
 def _refuse_others(ctx: click.Context) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from persist_cache.queries.upkeep import collected_json
+from persist_cache_cli.erasing import CANNOT_BE_ERASED, erased, refuse_incomplete
 from persist_cache_cli.output import format_bytes, plural, print_json
 from persist_cache_cli.store_access import changing, common_options, no_store
 
@@ -20,9 +21,10 @@ _NOTHING = {
 
 
 @click.command("gc")
+@click.option("--erase", is_flag=True, help="Erase what evicted prompts left in files and index.")
 @common_options()
 @click.pass_obj
-def command(store: str | None, *, as_json: bool, quiet: bool) -> None:
+def command(store: str | None, *, erase: bool, as_json: bool, quiet: bool) -> None:
     """Remove what has expired, what dead processes left behind, and what exceeds the budget.
 
     A store looks after itself while it is used; this does it at once. Blobs of which more than
@@ -41,6 +43,11 @@ def command(store: str | None, *, as_json: bool, quiet: bool) -> None:
                 click.echo(no_store(store), err=True)
             return
         done = collected_json(opened)
+        left: list[str] = []
+        if erase:
+            freed, left = erased(opened)
+            done["freed_bytes"] += freed
+            done["bytes"] = opened.stats().usage.total
     if as_json:
         print_json(done)
     elif not quiet:
@@ -59,3 +66,6 @@ def command(store: str | None, *, as_json: bool, quiet: bool) -> None:
             blobs = plural(done["skipped_blobs"], "blob")
             verb = "stays" if done["skipped_blobs"] == 1 else "stay"
             click.echo(f"{blobs} of mostly dead rows {verb}: the budget has no room for a copy.")
+        if erase and not left:
+            click.echo(CANNOT_BE_ERASED)
+    refuse_incomplete(left)

@@ -58,6 +58,8 @@ def command(
       persist-cache import agent.tar --model mlx-community/Qwen3-4B-4bit
       persist-cache import agent.tar --dry-run
     """
+    if file.is_dir():
+        raise click.UsageError(f"{file} is a folder; name the file that `export` wrote.")
     silent = quiet or as_json
     here = None if model is None else _identify(model, **model_choice)
     with bar("Verifying", silent=silent, unit="bytes") as progress:

@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from persist_cache_cli.calling import check_store
 from persist_cache_cli.launch.become import become, need_until_end
 from persist_cache_cli.launch.clients import CLIENTS, KEY_VARIABLE, Client, Served, Setup, setup_of
 from persist_cache_cli.launch.server import Connection, Wanted, connected, not_running, running
@@ -72,8 +73,7 @@ def command(
     client = CLIENTS[name]
     if as_json and not is_printed:
         raise click.UsageError("--json goes with --print.")
-    if own_store == "":
-        raise click.UsageError("--store needs a folder, not an empty name.")
+    check_store(own_store)
     if model is not None and not model.strip():
         raise click.UsageError("--model needs a name, not an empty text.")
     if not (client.is_launched or is_printed):
@@ -100,6 +100,8 @@ def command(
     assert path is not None
     with contextlib.ExitStack() as starting:
         if found is None:
+            # What the client cannot be given is said before a model is loaded for it.
+            setup_of(client, not_running(wanted), os.environ, words)
             tell = (lambda sentence: None) if quiet else _tell
             found = starting.enter_context(connected(wanted, tell))
         _run(client, path, words, found)

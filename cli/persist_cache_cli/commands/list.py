@@ -13,11 +13,14 @@ import click
 import msgspec
 
 from persist_cache.entry import Entry
+from persist_cache.errors import PersistCacheError
 from persist_cache.queries.as_json import entry_json, groups_said
 from persist_cache.queries.ids import short_entry_ids, short_model_names
+from persist_cache.queries.models import Model
 from persist_cache.queries.schema import EntryJson
 from persist_cache.queries.select import SORT_KEYS, Filters, order
 from persist_cache.queries.totals import Survey
+from persist_cache.store.store import Store
 from persist_cache_cli.output import (
     Column,
     format_age,
@@ -33,7 +36,7 @@ from persist_cache_cli.output import (
     terminal_width,
 )
 from persist_cache_cli.parse import GROUP, TIER
-from persist_cache_cli.store_access import common_options, no_store, reading
+from persist_cache_cli.store_access import NothingFound, common_options, no_store, reading
 
 _ROWS_ON_A_TERMINAL = 100
 _SHOWN_FIELDS = [field for field in Entry.__struct_fields__ if field not in ("prefill_s", "parent")]
@@ -59,6 +62,12 @@ _SHOWN_FIELDS = [field for field in Entry.__struct_fields__ if field not in ("pr
     help="Show at most so many entries, 0 for all.  [default: 100 on a terminal, else all]",
 )
 @click.option("--tree", is_flag=True, help="Show which entry continues which.")
+@click.option(
+    "--text/--no-text",
+    default=False,
+    show_default=True,
+    help="Show how each prompt begins; needs the model's tokenizer.",
+)
 @common_options(quiet="Print ids only, one a line.")
 @click.pass_obj
 def command(
@@ -71,6 +80,7 @@ def command(
     sort: str,
     limit: int | None,
     tree: bool,
+    text: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -84,6 +94,7 @@ def command(
     Examples:
       persist-cache list --tier system --sort size
       persist-cache list --tree
+      persist-cache list --text
     """
     with reading(store) as opened:
         if opened is None:
@@ -93,32 +104,71 @@ def command(
                 click.echo(no_store(store), err=True)
             return
         survey = Survey(opened)
-    filters = Filters(tiers=tier, models=model, label=label, group=group)
-    names = short_model_names(survey.models)
-    rows = order(survey, filters.rows(survey, time.time()), sort, names)
-    if limit is None and not as_json and not quiet and terminal_width() is not None:
-        limit = _ROWS_ON_A_TERMINAL
-    shown = _first(survey, rows, limit, tree)
+        filters = Filters(tiers=tier, models=model, label=label, group=group)
+        names = short_model_names(survey.models)
+        rows = order(survey, filters.rows(survey, time.time()), sort, names)
+        if limit is None and not as_json and not quiet and terminal_width() is not None:
+            limit = _ROWS_ON_A_TERMINAL
+        shown = _first(survey, rows, limit, tree)
+        begin = _titles(opened, [survey.ids[row] for row in shown]) if text else None
+    nothing_matches = not rows and survey.num_entries
     if quiet and not as_json:
         if shown:
             click.echo("\n".join(map(survey.ids.__getitem__, shown)))
-        return
-    if not shown and not as_json:
-        click.echo("Nothing matches." if survey.num_entries else "The store is empty.", err=True)
-        return
+    elif not shown and not as_json and not nothing_matches:
+        click.echo("The store is empty.", err=True)
+    elif shown or as_json:
+        _show(survey, shown, len(rows) - len(shown), names, begin, tree=tree, as_json=as_json)
+    if nothing_matches:
+        raise NothingFound("Nothing matches; `persist-cache list` shows what is stored.")
+
+
+def _show(
+    survey: Survey,
+    shown: list[int],
+    left_out: int,
+    names: Mapping[str, str],
+    begin: Mapping[str, str | None] | None,
+    *,
+    tree: bool,
+    as_json: bool,
+) -> None:
+    """Print entries, with how they begin if that was asked for, and how many others there are."""
     short = short_entry_ids(survey)
     if as_json:
         entries = survey.entries_at(shown)
         flat = [entry_json(entry, survey.model_of(entry), short[entry.id]) for entry in entries]
+        if begin is not None:
+            flat = [msgspec.structs.replace(one, text=begin.get(one.id)) for one in flat]
         print_json(_nested(flat, _shown_parents(survey, entries)) if tree else flat)
         return
     if tree:
-        lines = _tree(survey, survey.entries_at(shown), short)
+        lines = _tree(survey, survey.entries_at(shown), short, begin or {})
     else:
-        lines = _table(survey, shown, names, short)
+        lines = _table(survey, shown, names, short, begin or {})
     click.echo("\n".join(lines))
-    if len(shown) < len(rows):
-        click.echo(f"… and {len(rows) - len(shown):,} more; --limit 0 shows all.", err=True)
+    if left_out:
+        click.echo(f"… and {left_out:,} more; --limit 0 shows all.", err=True)
+
+
+def _titles(store: Store, ids: Sequence[str]) -> dict[str, str | None]:
+    """How these prompts begin; says once for each model why its tokenizer is not there."""
+    from persist_cache.queries.beginnings import beginnings, titles
+    from persist_cache.queries.decoder import Decoder
+
+    decoders: dict[str, Decoder | None] = {}
+
+    def decode(model: Model, tokens: list[int]) -> str | None:
+        if model.fingerprint not in decoders:
+            try:
+                decoders[model.fingerprint] = Decoder(model)
+            except PersistCacheError as error:
+                decoders[model.fingerprint] = None
+                click.echo(f"No text: {error}", err=True)
+        decoder = decoders[model.fingerprint]
+        return None if decoder is None else decoder.text(tokens, plain=True)
+
+    return titles(store, beginnings(store, ids), decode)
 
 
 def _first(survey: Survey, rows: list[int], limit: int | None, tree: bool) -> list[int]:
@@ -145,7 +195,11 @@ def _first(survey: Survey, rows: list[int], limit: int | None, tree: bool) -> li
 
 
 def _table(
-    survey: Survey, rows: Sequence[int], names: Mapping[str, str], short: Mapping[str, str]
+    survey: Survey,
+    rows: Sequence[int],
+    names: Mapping[str, str],
+    short: Mapping[str, str],
+    begin: Mapping[str, str | None],
 ) -> list[str]:
     now = time.time()
     # In the order of memory all is read faster; the finished lines are put in order.
@@ -166,19 +220,23 @@ def _table(
     texts = {
         Column("id", style="id"): list(map(short.__getitem__, columns["id"])),
         Column("tier"): _each(columns["tier"], lambda tier: tier.label),
-        Column("model", least=16): _each(columns["fingerprint"], model),
+        Column("model", least=12): _each(columns["fingerprint"], model),
         Column("tokens", right=True): _each(columns["num_tokens"], "{:,}".format),
         Column("own", right=True): _each(columns["own_bytes"], format_bytes),
-        Column("shared", right=True, drop=2): _each(columns["shared_bytes"], format_bytes),
-        Column("hits", right=True): _each(columns["hits"], "{:,}".format),
-        Column("saved", right=True, drop=3): _each(columns["saved_s"], saved),
+        Column("shared", right=True, drop=4): _each(columns["shared_bytes"], format_bytes),
+        Column("hits", right=True, drop=3): _each(columns["hits"], "{:,}".format),
+        Column("saved", right=True, drop=5): _each(columns["saved_s"], saved),
         Column("used", right=True): _ages(columns["last_use"], now),
-        Column("age", right=True, drop=5): _ages(columns["created"], now),
-        Column("kept", style="good", drop=1): kept,
-        Column("label", least=10, cut="end", drop=4): _each(columns["label"], printable),
+        Column("age", right=True, drop=7): _ages(columns["created"], now),
+        Column("kept", style="good", drop=2): kept,
+        Column("label", least=10, cut="end", drop=1): _each(columns["label"], printable),
     }
     if any(columns["groups"]):
         texts[Column("group", least=10, cut="end", drop=6)] = _each(columns["groups"], _groups)
+    if begin:
+        texts[Column("text", least=24, cut="end")] = [
+            printable(begin.get(one) or "") for one in columns["id"]
+        ]
     heading, *lines = table_of_columns(
         list(texts), list(texts.values()), width=terminal_width(), paint=painter()
     )
@@ -224,7 +282,12 @@ def _nested(flat: list[EntryJson], parents: Mapping[str, str | None]) -> list[di
     return roots
 
 
-def _tree(survey: Survey, shown: Sequence[Entry], short: Mapping[str, str]) -> list[str]:
+def _tree(
+    survey: Survey,
+    shown: Sequence[Entry],
+    short: Mapping[str, str],
+    begin: Mapping[str, str | None],
+) -> list[str]:
     now = time.time()
     names = short_model_names(survey.models)
     parents = _shown_parents(survey, shown)
@@ -235,12 +298,13 @@ def _tree(survey: Survey, shown: Sequence[Entry], short: Mapping[str, str]) -> l
     columns = [
         Column("entry"),
         Column("tokens", right=True),
-        Column("new", right=True, drop=3),
-        Column("adds", right=True),
-        Column("hits", right=True),
+        Column("new", right=True, drop=5),
+        Column("adds", right=True, drop=4),
+        Column("hits", right=True, drop=3),
         Column("used", right=True),
-        Column("kept", style="good", drop=1),
-        Column("label", least=10, cut="end", drop=2),
+        Column("kept", style="good", drop=2),
+        Column("label", least=10, cut="end", drop=1),
+        *([Column("text", least=24, cut="end")] if begin else []),
     ]
     rows: list[tuple[str, ...] | str] = []
     for fingerprint, roots in _by_model(children.get(None, [])).items():
@@ -257,6 +321,7 @@ def _tree(survey: Survey, shown: Sequence[Entry], short: Mapping[str, str]) -> l
                     format_age(now - entry.last_use),
                     keeping(entry.pinned, entry.expires, now),
                     printable(entry.label),
+                    *([printable(begin.get(entry.id) or "")] if begin else []),
                 )
             )
     lines = table(columns, rows, width=terminal_width(), paint=painter())

@@ -16,10 +16,20 @@ import click
 from persist_cache.entry import TIER_LABELS
 from persist_cache.server.launch import DEFAULT_GRACE_S, ServeOptions
 from persist_cache.server.names import parse_aliases
+from persist_cache.server.privacy import Rules
 from persist_cache.server.run import flags_of_upstream, serve
 from persist_cache.stability.names import DEFAULTS
+from persist_cache_cli.blas import advice
+from persist_cache_cli.calling import check_store
 from persist_cache_cli.config import config_of
-from persist_cache_cli.parse import DURATION, REPAIRS, SIZE
+from persist_cache_cli.parse import (
+    DURATION,
+    REPAIRS,
+    SIZE,
+    parse_duration,
+    parse_rules,
+    parse_size,
+)
 from persist_cache_cli.warm_file import read_warm_file
 
 
@@ -86,6 +96,44 @@ from persist_cache_cli.warm_file import read_warm_file
     help="Longest prompt and answer together, where the model's configuration is wrong; 0: any.",
 )
 @click.option(
+    "--quota",
+    "quotas",
+    metavar="WHAT=SIZE",
+    multiple=True,
+    help="Disk that each `model` or `salt` may take, or one: model:NAME=4GB, salt:TEXT=1GB. "
+    "`none` ends all quotas.",
+)
+@click.option(
+    "--ttl",
+    metavar="WHAT=TIME",
+    multiple=True,
+    help="How long entries stay after they were stored: a tier, `model`, `salt`, or one of them, "
+    "such as assistant=7d. `none` ends all of it.",
+)
+@click.option(
+    "--no-store-default",
+    is_flag=True,
+    help="Keep nothing of a request unless it says `x-persist-cache: store`.",
+)
+@click.option(
+    "--respect-store",
+    is_flag=True,
+    help="Keep nothing of a request with `store: false`; Codex always sends that.",
+)
+@click.option(
+    "--min-tokens",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Prompts with fewer tokens stay in memory alone.",
+)
+@click.option(
+    "--text/--no-text",
+    "show_text",
+    default=True,
+    show_default=True,
+    help="Whether the page and the admin API may show prompts.",
+)
+@click.option(
     "--while-locked",
     metavar="FILE",
     type=click.Path(exists=True, dir_okay=False, resolve_path=True),
@@ -122,6 +170,12 @@ def command(
     strict: bool,
     stabilize: frozenset[str],
     context_tokens: int | None,
+    quotas: tuple[str, ...],
+    ttl: tuple[str, ...],
+    no_store_default: bool,
+    respect_store: bool,
+    min_tokens: int,
+    show_text: bool,
     while_locked: str | None,
     warm: Path | None,
     unload_after: float | None,
@@ -140,8 +194,7 @@ def command(
         click.echo("\nFlags of mlx_lm.server:\n")
         serve(["--help"], ServeOptions())
         return
-    if own_store == "":
-        raise click.UsageError("--store needs a folder, not an empty name.")
+    check_store(own_store)
     for name in ("PERSIST_CACHE_ADMIN_TOKEN", "PERSIST_CACHE_API_KEY"):
         # To click it is as if it were not set, and nothing would be asked for.
         if os.environ.get(name) == "":
@@ -178,10 +231,16 @@ def command(
         strict=strict,
         context_tokens=context_tokens,
         stabilize=stabilize,
+        show_text=show_text,
         while_locked=while_locked,
         warm=() if warm is None else read_warm_file(warm),
         unload_after_s=unload_after,
+        quotas=parse_rules(quotas, "--quota", parse_size, tiers=False),
+        ttl=parse_rules(ttl, "--ttl", parse_duration, tiers=True),
+        rules=Rules(no_store_default, respect_store, min_tokens),
     )
+    if slow := advice("serve …"):
+        click.echo(f"Note: {slow}", err=True)
     for handler in list(logging.getLogger().handlers):
         # Upstream sets up logging as its --log-level says, but only where nobody has done so yet.
         logging.getLogger().removeHandler(handler)

@@ -61,7 +61,7 @@ def command(store: str | None, *, entry_id: str, text: bool, as_json: bool, quie
         short = {one: short_id(opened, one) for one in named}
     decoded = None
     if text:
-        from persist_cache_cli.texts import Decoder
+        from persist_cache.queries.decoder import Decoder
 
         decoded = Decoder(details.model).text(tokens)
     if as_json:

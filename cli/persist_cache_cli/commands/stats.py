@@ -142,6 +142,7 @@ class _Report:
                     if stats.eviction_paused
                     else []
                 ),
+                *self._quotas(paint),
                 ("writing", f"{format_bytes(usage.pending)} under way" if usage.pending else ""),
                 (
                     "written",
@@ -171,6 +172,19 @@ class _Report:
                 lines.append(paint("left behind", "heading") + f"  {printable(sentence)}")
         for one in self.quarantined:
             lines.append(paint("quarantine", "bad") + f"  {one.blob}: {printable(one.reason)}")
+        return lines
+
+    def _quotas(self, paint: Painter) -> list[tuple[str, str]]:
+        """How much of each quota is used, the fullest first."""
+        lines = []
+        for one in self.stats.quotas:
+            name = one.name if one.kind == "model" else f"salt {one.name[:8]}"
+            said = (
+                f"{format_bytes(one.nbytes)} of {format_bytes(one.max_bytes)} for {printable(name)}"
+            )
+            lines.append(
+                ("quota", paint(f"{said}, nearly used up", "bad") if one.is_near else said)
+            )
         return lines
 
     def _tables(self, said: StoreJson, width: int | None, paint: Painter) -> list[str]:

@@ -41,12 +41,14 @@ class Caching:
         only_marked: Nothing is kept but what ends at a place that the client marks.
         ttl_s: For how long after each use the client would keep the prompt; 0 for no matter.
         prewarm: The prompt is to be computed and kept, and nothing generated.
+        salt: Only requests with the same one share anything; "" for none.
     """
 
     group: str = ""
     only_marked: bool = False
     ttl_s: int = 0
     prewarm: bool = False
+    salt: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,8 @@ from persist_cache.server.protocols.fields import below, flag, object_of, text_o
 from persist_cache.server.validation import wrong
 
 GROUP, OPTIONS, RETENTION = "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"
-CACHING_FIELDS = (GROUP, OPTIONS, RETENTION)
+NO_STORE, SALT, STORE = "no_store", "cache_salt", "store"
+CACHING_FIELDS = (GROUP, OPTIONS, RETENTION, NO_STORE, SALT)
 BREAKPOINT = "prompt_cache_breakpoint"
 _RETENTIONS = {"in_memory": 0, "in-memory": 0, "24h": 86400}
 """Seconds for which an entry is to be kept at least; entries here are never in memory alone."""
@@ -25,6 +26,7 @@ _BREAKPOINT_S = 30 * 60
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _TTL = re.compile(r"([0-9]{1,9})([smhd])")
 _MAX_TTL_S = 366 * 86400
+_MAX_SALT = 1024
 
 
 def read_caching(body: Mapping[str, Any]) -> Caching:
@@ -44,6 +46,7 @@ def read_caching(body: Mapping[str, Any]) -> Caching:
         only_marked=mode == "explicit",
         ttl_s=ttl_s,
         prewarm=bool(flag(options, "prewarm", OPTIONS)),
+        salt=salt_of(body),
     )
 
 
@@ -59,6 +62,37 @@ def checked_group(group: str, name: str) -> str:
         said = f"must be one line of at most {MAX_GROUP} printable characters."
         raise wrong(name, said) from None
     return group
+
+
+def salt_of(body: Mapping[str, Any]) -> str:
+    """What keeps the entries of a request apart from those of others; "" for nothing.
+
+    Raises:
+        RefusedError: It is malformed: a request whose salt is not understood is not to be answered
+            from what others share.
+    """
+    salt = body.get(SALT)
+    if salt is None:
+        return ""
+    if not isinstance(salt, str) or not 0 < len(salt) <= _MAX_SALT:
+        raise wrong(SALT, f"must be a text of 1 to {_MAX_SALT:,} characters.")
+    return salt
+
+
+def no_store_of(body: Mapping[str, Any], *, respects_store: bool) -> bool | None:
+    """Whether nothing of a request is to be kept; None where its body does not say.
+
+    Args:
+        body: Of the request.
+        respects_store: `store: false` says so as well.
+
+    Raises:
+        RefusedError: A field is malformed.
+    """
+    said = flag(body, NO_STORE)
+    if said is not True and respects_store and flag(body, STORE) is False:
+        return True
+    return said
 
 
 def breakpoint_of(part: Mapping[str, Any], name: str) -> int | None:

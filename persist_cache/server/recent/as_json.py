@@ -27,6 +27,7 @@ class PartedJson(Struct, frozen=True, kw_only=True):
         lost_s: Seconds that took, by the prefills of this server; None where too few were timed.
         repairs: Options of `--stabilize` that mend it.
         switches: What turns it off in the client.
+        is_new: Whether nothing went wrong: what follows is new.
         before: Text right before the place.
         old: The earlier text from there.
         new: The later one.
@@ -47,9 +48,19 @@ class PartedJson(Struct, frozen=True, kw_only=True):
     lost_s: float | None
     repairs: list[str]
     switches: list[str]
+    is_new: bool = False
     before: str | UnsetType = UNSET
     old: str | UnsetType = UNSET
     new: str | UnsetType = UNSET
+
+
+class WentOnJson(Struct, frozen=True, kw_only=True):
+    """The entry that a request went on from."""
+
+    id: str
+    tier: str
+    num_tokens: int
+    label: str
 
 
 class RequestJson(Struct, frozen=True, kw_only=True):
@@ -75,6 +86,14 @@ class RequestJson(Struct, frozen=True, kw_only=True):
         reason: Why no more was found, or "".
         repaired: Names of what was changed in it.
         parted: From which earlier request it parts; None where none is like it.
+        reused_tokens: Tokens that were not computed, by where they came from: `disk`, `memory`.
+        waited_s: Seconds until the cache was asked for it, or None: it was tokenized, and stood in
+            the line.
+        restore_s: Seconds that the look-up took, reading from the disk included, or None.
+        saved_s: Seconds that this saved, less what reading took; None where nobody measured.
+        replayable: Whether its body is remembered, so that it can be warmed.
+        entry: The stored entry that it went on from, as of now; it may be longer, and then its
+            beginning was used. None where none is stored any more. Of one request alone.
     """
 
     id: str
@@ -96,14 +115,23 @@ class RequestJson(Struct, frozen=True, kw_only=True):
     reason: str
     repaired: list[str]
     parted: PartedJson | None
+    reused_tokens: dict[str, int]
+    waited_s: float | None
+    restore_s: float | None
+    saved_s: float | None
+    replayable: bool
+    entry: WentOnJson | UnsetType | None = UNSET
 
 
-def request_json(record: Record, *, texts: bool) -> RequestJson:
+def request_json(
+    record: Record, *, texts: bool, entry: WentOnJson | UnsetType | None = UNSET
+) -> RequestJson:
     """A request.
 
     Args:
         record: What is remembered of it.
         texts: Whether to quote the prompts where they part.
+        entry: What it went on from, where that was asked for.
     """
     about, outcome, fetch = record.about, record.outcome, record.outcome.fetch
     found = 0 if fetch is None else fetch.num_tokens
@@ -127,6 +155,12 @@ def request_json(record: Record, *, texts: bool) -> RequestJson:
         reason="" if fetch is None else fetch.reason,
         repaired=list(outcome.repaired),
         parted=None if record.parted is None else _parted_json(record.parted, about.client, texts),
+        reused_tokens=outcome.reused_tokens,
+        waited_s=outcome.waited_s,
+        restore_s=None if fetch is None else fetch.seconds,
+        saved_s=outcome.saved_s,
+        replayable=bool(record.body),
+        entry=entry,
     )
 
 
@@ -149,6 +183,7 @@ def _parted_json(parted: Parted, client: str, texts: bool) -> PartedJson:
         lost_s=parted.lost_s,
         repairs=[] if cause is None else list(cause.repairs),
         switches=[] if cause is None or "claude" not in client.lower() else list(cause.switches),
+        is_new=cause is not None and cause.kind.is_new,
         before=cause.before if quoted and cause is not None else UNSET,
         old=cause.old if quoted and cause is not None else UNSET,
         new=cause.new if quoted and cause is not None else UNSET,

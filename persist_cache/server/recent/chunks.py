@@ -65,7 +65,7 @@ class Chunks:
         """Keep bytes that are cut in pieces."""
         found = []
         for raw in pieces:
-            digest = blake2b(raw, digest_size=16).digest()
+            digest = _digest(raw)
             chunk = self._known.get(digest)
             if chunk is None:
                 chunk = self._known[digest] = Chunk(digest, raw)
@@ -131,6 +131,36 @@ def shared_tokens(one: Chunked, other: Chunked) -> int:
     pairs = enumerate(zip(*pieces, strict=False))
     rest = next((place for place, (x, y) in pairs if x != y), min(map(len, pieces)))
     return at * CHUNK_TOKENS + rest
+
+
+def digests_of(tokens: Sequence[int]) -> list[bytes]:
+    """The digests of the pieces that tokens are cut in."""
+    return [_digest(raw) for raw in cut_tokens(tokens)]
+
+
+def shared_with(kept: Chunked, tokens: Sequence[int], digests: Sequence[bytes]) -> int:
+    """How many leading tokens a prompt that is kept has in common with others.
+
+    Args:
+        kept: The prompt.
+        tokens: The others.
+        digests: `digests_of` these.
+    """
+    pairs = enumerate(zip(kept, digests, strict=False))
+    at = next((at for at, (a, b) in pairs if a.digest != b), min(len(kept), len(digests)))
+    start = at * CHUNK_TOKENS
+    if at == len(digests):
+        return len(tokens)
+    if at == len(kept):
+        return start
+    mine, theirs = _tokens(kept[at]), tokens[start : start + CHUNK_TOKENS]
+    places = enumerate(zip(mine, theirs, strict=False))
+    rest = next((place for place, (a, b) in places if a != b), min(len(mine), len(theirs)))
+    return start + rest
+
+
+def _digest(raw: bytes) -> bytes:
+    return blake2b(raw, digest_size=16).digest()
 
 
 def shared_chunks(one: Chunked, other: Chunked) -> int:

@@ -55,6 +55,11 @@ class Outcome:
         first_token_s: Seconds from its arrival to the first token, or None.
         total_s: Seconds that it took in all.
         repaired: Names of what was changed in it.
+        salt: Digest of its salt: it is compared with requests of the same one alone.
+        waited_s: Seconds until the cache was asked for it, or None: it was tokenized, and stood in
+            the line.
+        saved_s: Seconds that what was found saved, less what reading it took; None where nobody
+            measured.
     """
 
     state: State
@@ -66,12 +71,15 @@ class Outcome:
     first_token_s: float | None = None
     total_s: float = 0.0
     repaired: tuple[str, ...] = ()
+    salt: str = ""
+    waited_s: float | None = None
+    saved_s: float | None = None
 
     @classmethod
     def of(cls, ticket: Ticket, state: State = "done") -> Outcome:
         """What a ticket knows of it by now."""
         times, prompt = ticket.times, ticket.prompt
-        first = times.first_token
+        first, looked = times.first_token, times.looked
         return cls(
             state=state,
             tokens=() if prompt is None else prompt.tokens,
@@ -82,7 +90,21 @@ class Outcome:
             first_token_s=None if first is None else first - times.arrived,
             total_s=time.monotonic() - times.arrived,
             repaired=ticket.repaired,
+            salt=ticket.privacy.salt,
+            waited_s=None if looked is None else looked - times.arrived,
         )
+
+    @property
+    def reused_tokens(self) -> dict[str, int]:
+        """Tokens that were not computed, by where they came from."""
+        fetch = self.fetch
+        return {} if fetch is None or not fetch.num_tokens else {fetch.source: fetch.num_tokens}
+
+    @property
+    def counted(self) -> tuple[State, int, dict[str, int], float | None]:
+        """What sums take of it: state, tokens asked, tokens reused by source, seconds saved."""
+        asked = 0 if self.fetch is None else len(self.tokens)
+        return self.state, asked, self.reused_tokens, self.saved_s
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,12 +11,17 @@ import logging
 import secrets
 import threading
 from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
+from persist_cache.server.history.requests import RequestHistory
 from persist_cache.server.recent.chunks import (
     Chunks,
     cut_body,
     cut_tokens,
+    digests_of,
+    shared_with,
 )
 from persist_cache.server.recent.comparing import Comparer, Decode, Seconds, Seen, decoded, reread
 from persist_cache.server.recent.records import About, Outcome, Record, State
@@ -26,7 +31,11 @@ from persist_cache.stability.causes.cause import Parting
 log = logging.getLogger(__name__)
 
 MAX_BYTES = 32 << 20
-MAX_REQUESTS = 1_000
+MAX_REQUESTS = 2_000
+_COMPARED = 1_000
+"""With so many of the latest each request is compared."""
+_LOOKED_AT = 300
+"""So many are looked at for one that used an entry."""
 _MAX_BODY = 4 << 20
 """A larger body, of images mostly, would push out all others; it is not kept."""
 _MAX_WAITING = 16
@@ -51,6 +60,10 @@ class Ring:
 
     Thread safety: may be shared between threads. `_changed` guards what is known; `_chunks` is the
     recording thread's, and any thread may read a piece.
+
+    Attributes:
+        max_bytes: That it may take.
+        history: Sums of all requests, also of those that are not remembered.
     """
 
     def __init__(
@@ -68,6 +81,8 @@ class Ring:
             seconds: What computing so many tokens takes, 0 when nobody measured.
         """
         self.max_bytes = max_bytes
+        self.history = RequestHistory()
+        self._seconds = seconds
         self._comparer = Comparer(decode, seconds)
         self._changed = threading.Condition()
         self._chunks = Chunks()
@@ -110,7 +125,8 @@ class Ring:
             one = self._underway.get(id)
             if one is None or one.outcome is not None:
                 return
-            one.outcome = Outcome.of(one.ticket, state)
+            one.outcome = self._valued(Outcome.of(one.ticket, state))
+            self.history.add(*one.outcome.counted)
             if self._is_closed or len(self._waiting) >= _MAX_WAITING:
                 self._forget(one.about)  # requests come faster than they are recorded
                 return
@@ -121,6 +137,14 @@ class Ring:
                 )
                 self._thread.start()
             self._changed.notify_all()
+
+    def _valued(self, outcome: Outcome) -> Outcome:
+        """An outcome with what the cache saved it, where that can be told."""
+        fetch = outcome.fetch
+        if fetch is None or not fetch.num_tokens:
+            return outcome
+        worth = fetch.prefill_s or self._seconds(outcome.model, fetch.num_tokens)
+        return replace(outcome, saved_s=max(0.0, worth - fetch.seconds)) if worth else outcome
 
     def close(self) -> None:
         """Forget everything, and let go of who waits."""
@@ -137,19 +161,21 @@ class Ring:
         with self._changed:
             return [(one.about, one.ticket) for one in self._underway.values() if not one.outcome]
 
-    def latest(self, limit: int, after: int = 0) -> list[Record]:
+    def latest(self, limit: int, after: int = 0, before: int | None = None) -> list[Record]:
         """The latest requests that are over, the newest first.
 
         Args:
             limit: So many at most.
             after: Only those with a larger number.
+            before: Only those with a smaller one.
         """
         with self._changed:
             found: list[Record] = []
             for record in reversed(self._records.values()):
                 if record.number <= after or len(found) >= limit:
                     break
-                found.append(record)
+                if before is None or record.number < before:
+                    found.append(record)
             return found
 
     def wait(self, after: int, timeout_s: float) -> bool:
@@ -184,6 +210,26 @@ class Ring:
         with self._changed:
             return self._records.get(self._by_response.get(id, id))
 
+    def latest_with(
+        self, tokens: Sequence[int], start: int, is_of_model: Callable[[Hashable], bool]
+    ) -> Record | None:
+        """The latest request whose prompt has these tokens, or ends behind `start` among them.
+
+        Args:
+            tokens: A prompt, perhaps with its answer.
+            start: Where its own part begins.
+            is_of_model: Whether a model is the one that the tokens are of.
+        """
+        with self._changed:
+            latest = list(islice(reversed(self._records.values()), _LOOKED_AT))
+        digests = digests_of(tokens)
+        for record in latest:
+            shared = shared_with(record.tokens, tokens, digests)
+            whole = shared == len(tokens) or (shared == record.num_tokens and shared > start)
+            if whole and is_of_model(record.outcome.model):
+                return record
+        return None
+
     def compare(self, ticket: Ticket, response_id: str) -> tuple[Seen, Seen, Parting] | None:
         """What a request whose prompt is known has in common with an earlier one.
 
@@ -197,6 +243,8 @@ class Ring:
         """
         earlier = self._seen(response_id)
         if earlier is None or ticket.prompt is None:
+            return None
+        if earlier.outcome.salt != ticket.privacy.salt:
             return None
         mine = Seen(earlier.about, Outcome.of(ticket), ticket.body)
         return earlier, mine, self._comparer.parting(earlier, mine)
@@ -234,7 +282,9 @@ class Ring:
         body = self._chunks.add(cut_body(raw))
         tokens = self._chunks.add(cut_tokens(seen.outcome.tokens))
         with self._changed:
-            known = list(self._records.values())
+            salt = seen.outcome.salt
+            alike = (one for one in reversed(self._records.values()) if one.outcome.salt == salt)
+            known = list(islice(alike, _COMPARED))
         parted = self._comparer.parted(known, replace(seen, body=raw), body, tokens)
         with self._changed:
             if one.about.id not in self._underway:  # it was closed meanwhile

@@ -151,7 +151,7 @@ class Batch(upstream.BatchGenerator):  # type: ignore[misc]
             partial: It may go when the prompt is complete.
         """
         ticket = self._tickets.get(uid)
-        if ticket is None or uid not in self._prompt_batch.uids:
+        if ticket is None or ticket.privacy.no_store or uid not in self._prompt_batch.uids:
             return
         index = self._prompt_batch.uids.index(uid)
         tokens = self._prompt_batch.tokens[index]

@@ -21,10 +21,12 @@ from persist_cache.server.alone import Alone, tokens_looked_back_at
 from persist_cache.server.flight import Flight, Line
 from persist_cache.server.guard import ModelGuard
 from persist_cache.server.protocols.asked import Asked
+from persist_cache.server.quiet import quiet
 from persist_cache.server.recent.ring import Ring
 from persist_cache.server.streaming import SIGN_S
 from persist_cache.server.ticket import Ticket, TicketedCache
 from persist_cache.server.upstream.budget import Budget
+from persist_cache.server.upstream.leftovers import Leftovers
 from persist_cache.server.upstream.provider import Provider
 from persist_cache.server.upstream.requests import Answers, TicketedRequest, failing_answer
 from persist_cache.server.upstream.unloading import Unloading
@@ -54,6 +56,7 @@ class Generator(Unloading):
         self.line = Line()
         self.recent = Ring(decode=self.decode_beside, seconds=prompt_cache.prefill_s)
         self._changed = threading.Condition()
+        self._leftovers = Leftovers()
         self._tickets: WeakSet[Ticket] = WeakSet()
         """Those that the generation thread has seen."""
         prompt_cache.is_busy = self._is_busy
@@ -133,6 +136,7 @@ class Generator(Unloading):
         flight = Flight(
             ticket,
             (args.model.model, args.model.adapter, args.model.draft),
+            salt=ticket.privacy.salt.encode(),
             leave_tokens=max(1, tokens_looked_back_at(args.logits)),
             shares_nothing=any(upstream._image_parts(request.messages)),
         )
@@ -167,7 +171,9 @@ class Generator(Unloading):
 
         def known(wanted: int) -> int:
             key = provider.model_key or ticket.model_key  # it may be let go at this moment
-            look = functools.partial(self.cache.known_tokens, key, prompt.tokens)
+            look = functools.partial(
+                self.cache.known_tokens, key, prompt.tokens, salt=ticket.privacy.salt
+            )
             give_up = time.monotonic() + _SAVED_S
             while True:
                 is_saving = self.cache.queued_jobs > 0 and time.monotonic() < give_up
@@ -227,7 +233,14 @@ class Generator(Unloading):
 
     # ---- on the generation thread ------------------------------------------------------------
 
+    def forget(self, ticket: Ticket) -> None:
+        """Let go of a request whose answer is over, if nothing of it is to be kept."""
+        if ticket.privacy.no_store:
+            ticket.body = b""
+            self._leftovers.forget(ticket)
+
     def _next_request(self, timeout: float | None = None) -> Any:
+        self._leftovers.clear(self.requests)
         is_idle = timeout is not None and self.requests.empty()
         if is_idle or getattr(self.model_provider, "wants_spare", False):
             self._make_spare()
@@ -237,7 +250,8 @@ class Generator(Unloading):
         if self.is_ending:
             raise self._no_more()
         request.ticket.model = args.model
-        prompt = super()._tokenize(tokenizer, request, args)
+        with quiet(request.ticket.privacy.no_store):
+            prompt = super()._tokenize(tokenizer, request, args)
         request.ticket.model_key = self.model_provider.model_key
         self._take_over(request.ticket)
         with self._changed:

@@ -29,8 +29,10 @@ class Handler(Messages, Responses, Diagnosing, Streaming, Front, upstream.APIHan
         generator, wishes = self.response_generator, None
         if self.caching is not None and not generator.model_provider.is_distributed:
             defaults = generator.cli_args.chat_template_args
-            wishes = Given(self.caching, generator.templates, defaults)
-        self.begin(Ticket(self.body_as_read, keeps=self.keeps, wishes=wishes), self.request_id)
+            is_remembered = not self.privacy.no_store
+            wishes = Given(self.caching, generator.templates, defaults, is_remembered=is_remembered)
+        ticket = Ticket(self.body_as_read, keeps=self.keeps, wishes=wishes, privacy=self.privacy)
+        self.begin(ticket, self.request_id)
         try:
             with self.response_generator.in_flight():
                 super().handle_completion(TicketedRequest.of(request, self.ticket), stop_words)

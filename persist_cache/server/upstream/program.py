@@ -18,6 +18,7 @@ from persist_cache.prefill.clock import PrefillClock
 from persist_cache.server.upstream.batch import Batch
 from persist_cache.server.upstream.generator import Generator
 from persist_cache.server.upstream.provider import Provider
+from persist_cache.server.upstream.seam import check
 
 
 def main(
@@ -33,7 +34,11 @@ def main(
         run: Called with host, port and model provider.
         parser: Class of the parser.
         prefill_clock: Times the prefill of batches.
+
+    Raises:
+        PersistCacheError: mlx-lm moved what this is built on.
     """
+    check(upstream)
     with (
         _replaced(
             upstream,

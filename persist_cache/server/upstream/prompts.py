@@ -22,6 +22,7 @@ from persist_cache.server.chat_form import depends_on_template, fit_chat
 from persist_cache.server.form import Templates
 from persist_cache.server.lengths import room
 from persist_cache.server.names import Names
+from persist_cache.server.privacy import Rules
 from persist_cache.server.protocols.asked import Asked
 from persist_cache.server.protocols.openai import one_head
 from persist_cache.server.rendering import decode, unrenderable
@@ -40,9 +41,8 @@ from persist_cache.server.upstream.requests import TicketedRequest, as_upstreams
 from persist_cache.server.validation import RefusedError
 from persist_cache.server.wishes import Wishes
 from persist_cache.stability.conversation import stabilize
-from persist_cache.stability.moved import Moves
+from persist_cache.stability.moved import SaltedMoves
 from persist_cache.stability.names import DEFAULTS
-from persist_cache.store.trail import Trail
 
 _MIN_BRANCH_TOKENS = 64
 """A shared prefix beyond the last checkpoint is worth one of its own from this length on."""
@@ -60,6 +60,8 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
     """Whether requests for what is not done are refused."""
     stabilize = DEFAULTS
     """Names of the repairs that may be done to requests that do not say which."""
+    rules = Rules()
+    """What is kept of requests that do not say."""
     _in_flight = 0
     """Requests that are being answered."""
 
@@ -73,7 +75,7 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
         """
         self.cache = cache  # upstream deletes its own reference at the end
         self.templates = Templates()
-        self.moves = Moves()
+        self.moves = SaltedMoves()
         self._tokenizing = threading.Lock()
         self._reader = ThreadPoolExecutor(1, "persist-cache-load-ahead")
         super().__init__(model_provider, prompt_cache)
@@ -150,6 +152,8 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
             trail=ticket.trail,
             leave_tokens=0 if in_batch else tokens_looked_back_at(args.logits),
             to_copy=in_batch,
+            salt=ticket.privacy.salt,
+            in_passing=ticket.privacy.no_store,
         )
         try:
             while True:
@@ -221,7 +225,9 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
         self, asked: Asked, ticket: Ticket, *, keep: bool = True
     ) -> tuple[TicketedRequest, upstream.GenerationArguments]:
         if ticket.form is not None:
-            ticket.form.stabilize(ticket.stabilize, self.moves, keep=keep and not ticket.keeps)
+            is_kept = keep and not ticket.keeps and not ticket.privacy.no_store
+            moves = self.moves.of(ticket.privacy.salt)
+            ticket.form.stabilize(ticket.stabilize, moves, keep=is_kept)
         is_known = self.names is not None and self.names.is_here(asked.model)
         return as_upstreams(asked, ticket, self.model_provider, is_known=is_known)
 
@@ -230,8 +236,9 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
         ticket = request.ticket
         if request.request_type != "chat" or ticket.form is not None:
             return request
-        keep = not ticket.keeps
-        done = stabilize(request.messages, request.tools, ticket.stabilize, self.moves, keep=keep)
+        keep = not ticket.keeps and not ticket.privacy.no_store
+        moves = self.moves.of(ticket.privacy.salt)
+        done = stabilize(request.messages, request.tools, ticket.stabilize, moves, keep=keep)
         ticket.changes |= frozenset(done.names)
         if ticket.wishes is not None:
             ticket.wishes.moved(done)
@@ -275,8 +282,10 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
             }
         segments, kinds = [list(one) for one in prompt.segments], list(prompt.kinds)
         is_to_be_cut = ticket.wishes is None or not ticket.wishes.only_marked
-        if prompt.vision is None and is_to_be_cut:
-            segments, kinds = self._cut_at_branch(prompt.tokens, segments, kinds, ticket.trail)
+        if prompt.vision is None and is_to_be_cut and not ticket.privacy.no_store:
+            segments, kinds = self._cut_at_branch(prompt.tokens, segments, kinds, ticket)
+        if not ticket.keeps:
+            ticket.origin.memory_only = len(prompt.tokens) < self.rules.min_tokens
         if prompt.vision is not None:
             prompt.vision.cache_key = TicketTokens(prompt.vision.cache_key, ticket)
         ticket.tokenized(dataclasses.replace(prompt, segments=segments, kinds=kinds))
@@ -373,14 +382,18 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
         prompt: Sequence[int],
         segments: list[list[int]],
         kinds: list[str],
-        trail: Trail,
+        ticket: Ticket,
     ) -> tuple[list[list[int]], list[str]]:
         """Place a checkpoint where this prompt leaves a stored one that cannot be cut there.
 
         Then the next conversation that leaves it at the same point finds something to resume.
         """
         branch = self.cache.branch_point(
-            self.model_provider.model_key, prompt, min_gain_tokens=_MIN_BRANCH_TOKENS, trail=trail
+            self.model_provider.model_key,
+            prompt,
+            min_gain_tokens=_MIN_BRANCH_TOKENS,
+            trail=ticket.trail,
+            salt=ticket.privacy.salt,
         )
         return cut_at(branch, segments, kinds)
 

@@ -79,14 +79,14 @@ class Answers(Queue[Any]):
 
     def __init__(self, ticket: Ticket) -> None:
         super().__init__()
-        self._ticket = ticket
+        self.ticket = ticket
 
     def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
         if isinstance(item, upstream.GenerationContext):
-            stop, item.stop = item.stop, self._ticket.drop
-            self._ticket.runs(stop)
+            stop, item.stop = item.stop, self.ticket.drop
+            self.ticket.runs(stop)
         elif item is None or isinstance(item, Exception):
-            self._ticket.prefilled()
+            self.ticket.prefilled()
         super().put(item, block, timeout)
 
 

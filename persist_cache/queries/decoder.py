@@ -37,7 +37,12 @@ class Decoder:
                 f"The tokenizer of {model.name} cannot be loaded from {model.path}."
             ) from error
 
-    def text(self, tokens: Sequence[int]) -> str:
-        """The text of `tokens`; ids that stand for no text, such as images, are left out."""
+    def text(self, tokens: Sequence[int], *, plain: bool = False) -> str:
+        """The text of `tokens`; ids that stand for no text, such as images, are left out.
+
+        Args:
+            tokens: Token ids.
+            plain: Leave out the tokens that only structure a prompt, too.
+        """
         known = [token for token in tokens if 0 <= token < len(self._tokenizer)]
-        return str(self._tokenizer.decode(known))
+        return str(self._tokenizer.decode(known, skip_special_tokens=plain))

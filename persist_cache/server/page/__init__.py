@@ -8,10 +8,31 @@ from importlib import resources
 
 from persist_cache.server.answers import Response
 
+_SCRIPTS = (
+    "base",
+    "rows",
+    "state",
+    "glance",
+    "timeline",
+    "requests",
+    "disk",
+    "prompts",
+    "actions",
+    "start",
+)
+"""Parts of the one script, in their order."""
+
 
 @cache
 def _page() -> str:
-    return resources.files("persist_cache.server").joinpath("page.html").read_text(encoding="utf-8")
+    parts = resources.files("persist_cache.server.page")
+
+    def text(name: str) -> str:
+        return parts.joinpath(name).read_text(encoding="utf-8")
+
+    script = "\n".join(text(f"{name}.js") for name in _SCRIPTS)
+    page = text("page.html")
+    return page.replace("{{style}}", text("page.css")).replace("{{script}}", script)
 
 
 def page_response() -> Response:

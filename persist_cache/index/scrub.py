@@ -1,0 +1,105 @@
+"""Overwriting what removed records left in the index.
+
+LMDB frees pages and leaves what is in them, and in a page that is still used it leaves what was
+moved. So everything is written anew, and then zeros are put into every page that is free. These are
+ordinary commits: the process may die between any two, and others may use the index meanwhile.
+"""
+
+from __future__ import annotations
+
+import time
+
+from msgspec import Struct
+
+from persist_cache.index.environment import Index
+from persist_cache.index.transaction import (
+    ADDED,
+    DATABASES,
+    ERASED,
+    FAMILIES,
+    Writer,
+)
+
+_PAGES_AT_ONCE = 8192
+_RUNS_AT_ONCE = 4096
+_FEW_PAGES = 64
+_ROUNDS = 2
+"""What a commit frees can be used by the next but one."""
+_PATIENCE_S = 10.0
+"""How long to wait for somebody who reads an older state: its pages cannot be written."""
+
+
+class Scrubbed(Struct, frozen=True):
+    """What was overwritten.
+
+    Attributes:
+        pages: Free pages that are zeros now.
+        is_read: Somebody reads an older state, whose pages stay as they are.
+    """
+
+    pages: int
+    is_read: bool
+
+
+def scrub(index: Index) -> Scrubbed:
+    """Overwrite what removed records left.
+
+    Raises:
+        StoreError: The index cannot be written; what is left is done by the next call.
+    """
+    index.update(Writer.unfill)
+    # From here on no process writes pages anew that it wrote before.
+    index.update(lambda txn: txn.add(ERASED, 1))
+    for database in (*DATABASES, *ADDED, FAMILIES):
+        if database != b"tokens":
+            index.update(lambda txn, table=database: txn.rewrite(table))  # type: ignore[misc]
+    after, is_more = b"", True
+    while is_more:
+        after = index.update(
+            lambda txn, at=after: txn.rewrite_tokens(at, _RUNS_AT_ONCE, index.page_bytes)  # type: ignore[misc]
+        )
+        is_more = bool(after)
+    pages, is_read = 0, False
+    for _ in range(_ROUNDS):
+        for _ in range(2):
+            last = index.update(_step)
+        is_read = not _is_passed(index, last)
+        pages = _overwrite(index)
+    return Scrubbed(pages, is_read)
+
+
+def _step(txn: Writer) -> int:
+    """Commit something, so that what earlier commits freed can be used; returns its number."""
+    txn.set_meta(ERASED, txn.meta(ERASED) or b"")
+    return txn.commit_id
+
+
+def _is_passed(index: Index, commit: int) -> bool:
+    """Wait until nobody reads a state before a commit; False when that takes too long."""
+    give_up = time.monotonic() + _PATIENCE_S
+    while True:
+        index.reader_check()
+        oldest = index.oldest_reader()
+        if oldest is None or oldest >= commit:
+            return True
+        if time.monotonic() > give_up:
+            return False
+        time.sleep(0.02)
+
+
+def _overwrite(index: Index) -> int:
+    """Put zeros into all free pages, and free them again; returns how many there were."""
+    with index.read() as txn:
+        free = index.last_page + 1 - txn.used_pages()
+    filled = 0
+    while True:
+        before = index.last_page
+        at_once = min(max(free - filled, _FEW_PAGES), _PAGES_AT_ONCE)
+        index.update(
+            lambda txn, first=filled, count=at_once: txn.fill(first, count, index.page_bytes)  # type: ignore[misc]
+        )
+        filled += at_once
+        if index.last_page - before >= min(at_once, _FEW_PAGES) // 2:
+            break  # the file grows: no page was free any more
+    index.update(Writer.unfill)
+    return filled

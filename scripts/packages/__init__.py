@@ -1,0 +1,1 @@
+"""Building, checking and trying out what is released; run by `scripts/release`."""
