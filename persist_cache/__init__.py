@@ -46,7 +46,9 @@ if TYPE_CHECKING:
     from persist_cache.store.budget import Usage
     from persist_cache.store.catalog import StoreStats
     from persist_cache.store.check import Problem
+    from persist_cache.store.erase import Erased
     from persist_cache.store.put import PutResult
+    from persist_cache.store.quotas import Used
     from persist_cache.store.store import Store, default_store_path
     from persist_cache.store.trail import Trail
     from persist_cache.store.upkeep import Collected
@@ -98,6 +100,8 @@ _HOME_OF = {
     "Problem": "store.check",
     "PutResult": "store.put",
     "Collected": "store.upkeep",
+    "Erased": "store.erase",
+    "Used": "store.quotas",
     "Store": "store.store",
     "default_store_path": "store.store",
     "Trail": "store.trail",
@@ -111,6 +115,7 @@ __all__ = [
     "Collected",
     "CorruptBlobError",
     "Entry",
+    "Erased",
     "Fetch",
     "FieldChange",
     "Fingerprint",
@@ -147,6 +152,7 @@ __all__ = [
     "Unidentified",
     "UnsupportedCacheError",
     "Usage",
+    "Used",
     "Witness",
     "default_store_path",
     "identify",

@@ -11,7 +11,6 @@ import json
 import os
 import sys
 import threading
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,15 +96,14 @@ def _in(value: object) -> list[str]:
 def _watch(folder: Path) -> None:
     asked, found = folder / _ASKED, folder / _FOUND
     while True:
-        if asked.exists():
-            texts, tokens = json.loads(asked.read_text())
-            asked.unlink()
-            said = json.dumps(sorted(set(_held(texts, tokens))))
-            del texts, tokens
-            new = found.with_suffix(".new")
-            new.write_text(said)
-            os.rename(new, found)
-        time.sleep(0.02)
+        until(asked.exists, timeout_s=86_400)
+        texts, tokens = json.loads(asked.read_text())
+        asked.unlink()
+        said = json.dumps(sorted(set(_held(texts, tokens))))
+        del texts, tokens
+        new = found.with_suffix(".new")
+        new.write_text(said)
+        os.rename(new, found)
 
 
 if __name__ == "__main__":

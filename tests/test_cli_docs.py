@@ -46,7 +46,7 @@ def options(name: str) -> set[str]:
         text
         for parameter in command(name).params
         if isinstance(parameter, click.Option)
-        for text in parameter.opts
+        for text in (*parameter.opts, *parameter.secondary_opts)
         if text.startswith("--")
     }
 

@@ -77,16 +77,20 @@ class Run:
     def warm(self, job: Job) -> WarmJson:
         """Store what is missing."""
         expires = None if job.ttl_s is None else time.time() + job.ttl_s
+        if job.request.no_store:
+            raise PersistCacheError(
+                "Nothing of a request is kept that says no_store; leave it out."
+            )
         tokens, prompt = self._tokens(job)
         model: Any = None
-        fingerprint = self._identify(job.choice)
+        fingerprint = self._identify(job)
         if isinstance(fingerprint, Unidentified):
             # A hub id that is not on this machine yet is fetched by loading it.
-            model, fingerprint = self._load(job.choice)
+            model, fingerprint = self._load(job)
         way = self._stored(fingerprint, tokens)
         if not way and model is None:
             # The files may have been replaced since: what is computed belongs to what was loaded.
-            model, loaded = self._load(job.choice)
+            model, loaded = self._load(job)
             if loaded != fingerprint:
                 fingerprint = loaded
                 way = self._stored(fingerprint, tokens)
@@ -120,16 +124,18 @@ class Run:
 
     def _find(self, job: Job) -> tuple[list[int], Match]:
         tokens, _ = self._tokens(job)
-        fingerprint = self._identify(job.choice)
+        fingerprint = self._identify(job)
         if isinstance(fingerprint, Unidentified):
             raise _unidentified(job.choice, fingerprint.reason)
         return tokens, self._store.match(fingerprint, tokens)
 
-    def _identify(self, choice: ModelChoice) -> Fingerprint | Unidentified:
+    def _identify(self, job: Job) -> Fingerprint | Unidentified:
         """Identify the model that is loaded, or else its files as they are now."""
-        if self._model is not None and self._model[0] == choice:
-            return self._model[2].look_up(choice.key)
-        return choice.identifier().look_up(choice.key)
+        choice = job.choice
+        loaded = self._model is not None and self._model[0] == choice
+        identifier = self._model[2] if self._model and loaded else choice.identifier()
+        found = identifier.look_up(choice.key)
+        return found if isinstance(found, Unidentified) else found.salted(job.request.salt)
 
     def _stored(self, fingerprint: Fingerprint, tokens: list[int]) -> tuple[str, ...]:
         """The entry that ends exactly here, behind those on the way to it; none without it."""
@@ -173,8 +179,9 @@ class Run:
             )
         return prompt.tokens[: prompt.system_tokens], prompt
 
-    def _load(self, choice: ModelChoice) -> tuple[Any, Fingerprint]:
+    def _load(self, job: Job) -> tuple[Any, Fingerprint]:
         """Load a model; returns it with the identity of what was loaded."""
+        choice = job.choice
         if self._model is None or self._model[0] != choice:
             self._model = None  # free the old one before the new one is loaded
             self._say(f"Loading {choice.model} …")
@@ -187,7 +194,7 @@ class Run:
         fingerprint = self._model[2].look_up(choice.key)
         if isinstance(fingerprint, Unidentified):
             raise _unidentified(choice, fingerprint.reason)
-        return self._model[1], fingerprint
+        return self._model[1], fingerprint.salted(job.request.salt)
 
     @contextlib.contextmanager
     def _progress(self, job: Job, total: int) -> Iterator[Progress | None]:

@@ -129,8 +129,9 @@ class BlobFolder:
         """
         for path in (self.path(name), self.quarantine_path(name)):
             with contextlib.suppress(FileNotFoundError):
-                if overwrites and path.is_file():
-                    fs.overwrite(path)
+                if overwrites and path.is_file() and not path.is_symlink():
+                    with contextlib.suppress(OSError):  # it is unlinked at least
+                        fs.overwrite(path)
                 _unlink_or_rmdir(path)
 
     def quarantine(self, name: str) -> bool:

@@ -66,6 +66,11 @@ class Fingerprint:
     def hex(self) -> str:
         return self.digest.hex()
 
+    @property
+    def may_publish(self) -> bool:
+        """Whether others may be given what is stored of it: not if a salt sets it apart."""
+        return not {CACHE_SALT, "salt"} & self.fields.keys()
+
     def salted(self, digest: str) -> Fingerprint:
         """The same model for requests of one salt alone.
 

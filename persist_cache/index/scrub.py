@@ -20,6 +20,7 @@ from persist_cache.index.transaction import (
     Writer,
 )
 
+_REWRITTEN = (*DATABASES, *ADDED, FAMILIES)
 _PAGES_AT_ONCE = 8192
 _RUNS_AT_ONCE = 4096
 _FEW_PAGES = 64
@@ -41,6 +42,16 @@ class Scrubbed(Struct, frozen=True):
     is_read: bool
 
 
+def growth_pages(index: Index) -> int:
+    """By how many pages the file grows at most: one table at a time is there twice."""
+    with index.read() as txn:
+        tables = [name for name in _REWRITTEN if name != b"tokens"]
+        largest = max(txn.pages_of(name) for name in tables)
+        at_once = min(txn.size_of(b"tokens"), _RUNS_AT_ONCE) + txn.pages_of(b"tokens", leaves=True)
+        free = index.last_page + 1 - txn.used_pages()
+    return max(largest, at_once) + _FEW_PAGES * 2 - min(free, max(largest, at_once)) // 2
+
+
 def scrub(index: Index) -> Scrubbed:
     """Overwrite what removed records left.
 
@@ -50,8 +61,10 @@ def scrub(index: Index) -> Scrubbed:
     index.update(Writer.unfill)
     # From here on no process writes pages anew that it wrote before.
     index.update(lambda txn: txn.add(ERASED, 1))
-    for database in (*DATABASES, *ADDED, FAMILIES):
+    for database in _REWRITTEN:
         if database != b"tokens":
+            index.update(_step)
+            index.update(_step)  # so that it takes the pages of the one before
             index.update(lambda txn, table=database: txn.rewrite(table))  # type: ignore[misc]
     after, is_more = b"", True
     while is_more:

@@ -72,6 +72,8 @@ ERASED = "erased"
 """Counter: how often freed pages were overwritten. Whoever has written before opens the index anew
 before it writes again, because LMDB keeps the pages that it wrote and writes parts of them again.
 """
+UNFINISHED = "erasing"
+"""Counter: not 0 from an eviction on until what it left is erased."""
 _MOST_KEPT_S = 366 * 86400
 _TREE = (
     b"namespaces",
@@ -375,9 +377,13 @@ class Reader:
 
     def used_pages(self) -> int:
         """Pages of all tables."""
-        found = [self._txn.stat(database) for database in self._db.values()]
-        kinds = ("branch_pages", "leaf_pages", "overflow_pages")
-        return sum(int(one[kind]) for one in found for kind in kinds)
+        return sum(map(self.pages_of, self._db))
+
+    def pages_of(self, database: bytes, *, leaves: bool = False) -> int:
+        """Pages of a table; without those of long values if only the `leaves` are asked for."""
+        found = self._txn.stat(self._db[database])
+        kinds = ("branch_pages", "leaf_pages", *([] if leaves else ["overflow_pages"]))
+        return sum(int(found[kind]) for kind in kinds)
 
     def size_of(self, database: bytes) -> int:
         """Number of records in a sub-database."""

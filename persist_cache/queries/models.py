@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
+from persist_cache.entry import CACHE_SALT
 from persist_cache.index.records import NamespaceRecord
 
 
@@ -30,6 +31,11 @@ class Model(Struct, frozen=True):
         name = self.info.get("name") or self.fields.get("model_type") or "unnamed"
         adapter = self.info.get("adapter")
         return f"{name} + {Path(adapter).name}" if adapter else name
+
+    @property
+    def may_publish(self) -> bool:
+        """Whether others may be given what is stored of it: not if a salt sets it apart."""
+        return not {CACHE_SALT, "salt"} & self.fields.keys()
 
     @property
     def path(self) -> str:

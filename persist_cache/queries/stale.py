@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from persist_cache.entry import CACHE_SALT
 from persist_cache.fingerprint.versions import installed_version
 from persist_cache.queries.models import Model
 
@@ -13,7 +14,10 @@ if TYPE_CHECKING:
 
 
 _OPTION_FIELDS = frozenset(
-    {"kv_bits", "kv_group_size", "quantized_kv_start", "max_kv_size", "salt", "layout"}
+    {
+        *("kv_bits", "kv_group_size", "quantized_kv_start", "max_kv_size", "layout"),
+        *("salt", CACHE_SALT),
+    }
 )
 """What a request chooses, not a model: such fields never make a model unknown."""
 

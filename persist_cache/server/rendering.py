@@ -8,6 +8,7 @@ answers with, so that an explanation cannot speak of another prompt than the one
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import logging
 from collections.abc import Mapping, Sequence
@@ -16,11 +17,13 @@ from types import SimpleNamespace
 from typing import Any
 
 from persist_cache.errors import ModelError
+from persist_cache.fingerprint.value import salt_digest
 from persist_cache.server.chat_form import depends_on_template, fit_chat
 from persist_cache.server.form import Form, Given, Templates
 from persist_cache.server.names import DEFAULT
 from persist_cache.server.protocols.anthropic_request import read_messages
 from persist_cache.server.protocols.asked import Asked
+from persist_cache.server.protocols.caching import no_store_of, salt_of
 from persist_cache.server.protocols.openai import asked_of_cache, lenient
 from persist_cache.server.protocols.recognized import CHAT, MESSAGES, RESPONSES, protocol_of
 from persist_cache.server.protocols.responses_request import read_responses
@@ -55,6 +58,8 @@ class PromptRequest:
         caching: What it asks of the cache, if it is a chat.
         is_head: It is nothing but the head of others, and its last message stands for any.
         stabilize: Names of the repairs that may be done.
+        salt: Digest of the salt that keeps it apart from other requests, or "".
+        no_store: It asks for nothing of it to be kept.
     """
 
     messages: list[dict[str, Any]]
@@ -66,6 +71,8 @@ class PromptRequest:
     caching: Asked | None = None
     is_head: bool = False
     stabilize: frozenset[str] = DEFAULTS
+    salt: str = ""
+    no_store: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +113,14 @@ def read_request(
     Raises:
         RefusedError: The server would not understand it either, or it has images.
     """
+    salt, no_store = salt_digest(salt_of(body)), no_store_of(body, respects_store=False)
+    found = _read_prompt(body, protocol, stabilize)
+    return dataclasses.replace(found, salt=salt, no_store=bool(no_store))
+
+
+def _read_prompt(
+    body: Mapping[str, Any], protocol: str, stabilize: frozenset[str]
+) -> PromptRequest:
     if (protocol := protocol or protocol_of(body)) != CHAT:
         return _read_own(body, protocol, stabilize)
     body = lenient(body)

@@ -45,6 +45,8 @@ class Streaming(BaseHTTPRequestHandler):
     ticket: Ticket | None = None
     _remembered = ""
     """The request's id among the latest ones."""
+    _is_counted = False
+    """It is a client's request, of which numbers are kept in any case."""
     _has_failed = False
     _has_begun = False
     _headers_follow = True
@@ -63,7 +65,8 @@ class Streaming(BaseHTTPRequestHandler):
         ticket.stabilize = chosen_by(self.headers, self.response_generator)
         self.ticket = ticket
         self._has_failed, self._remembered = False, ""
-        if response_id and not ticket.keeps and not ticket.privacy.no_store:
+        self._is_counted = bool(response_id) and not ticket.keeps
+        if self._is_counted and not ticket.privacy.no_store:
             self._remembered = self.recent.begin(
                 ticket,
                 response_id=response_id,
@@ -81,12 +84,16 @@ class Streaming(BaseHTTPRequestHandler):
         is_left = isinstance(error, ConnectionError)
         has_failed = error is not None or self._has_failed
         ticket, self.ticket = self.ticket, None
+        state: State = "left" if is_left else "failed" if has_failed else "done"
         if ticket is not None:
+            if self._is_counted:
+                outcome = Outcome.of(ticket, state)
+                log.info("%s", line_of(self.path, outcome))
+                if not self._remembered:
+                    self.recent.history.add(*outcome.counted)
+                del outcome
             self.response_generator.forget(ticket)
         if self._remembered:
-            state: State = "left" if is_left else "failed" if has_failed else "done"
-            if ticket is not None:
-                log.info("%s", line_of(self.path, Outcome.of(ticket, state)))
             self.recent.end(self._remembered, state)
 
     @property

@@ -12,15 +12,14 @@ from collections.abc import Iterator
 
 from msgspec import Struct
 
-from persist_cache.index.scrub import scrub
-from persist_cache.index.transaction import Writer
+from persist_cache.errors import StoreFullError
+from persist_cache.index.scrub import growth_pages, scrub
+from persist_cache.index.transaction import UNFINISHED, Writer
 from persist_cache.store import sweep
 from persist_cache.store.compact import compact
 from persist_cache.store.evict import Evictor
 from persist_cache.store.session import Disk
 
-UNFINISHED = "erasing"
-"""Counter: not 0 from the eviction on until what it left is erased."""
 CANNOT = (
     "snapshots of the file system, backups, what a disk keeps of blocks that were written over "
     "(SSD cells, copy-on-write file systems), swap, and the memory of running processes"
@@ -63,6 +62,7 @@ def erase(disk: Disk, evictor: Evictor) -> Erased:
         evictor.purge_quarantine()  # what turned out to be damaged
         evictor.empty_trash()
     disk.index.update(_forget)
+    _require_room(disk)
     done = scrub(disk.index)
     with disk.index.read() as txn:
         in_trash = len(txn.keys(b"trash"))
@@ -70,6 +70,23 @@ def erase(disk: Disk, evictor: Evictor) -> Erased:
     if found.is_complete:
         disk.index.update(lambda txn: txn.add(UNFINISHED, -txn.counter(UNFINISHED)))
     return found
+
+
+def _require_room(disk: Disk) -> None:
+    """See that the index may be written anew within the budget.
+
+    Raises:
+        StoreFullError: It may not.
+    """
+    nbytes = growth_pages(disk.index) * disk.index.page_bytes
+    with disk.index.read() as txn:
+        lacks = disk.budget.excess(txn, nbytes, 0)
+    if lacks > 0:
+        raise StoreFullError(
+            f"Not everything was erased: to write the index anew {lacks} bytes more are needed, "
+            "within the budget and on the disk. Evict something or raise the budget, and run "
+            "`persist-cache gc --erase`."
+        )
 
 
 @contextlib.contextmanager

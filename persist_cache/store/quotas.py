@@ -128,8 +128,12 @@ class Quotas:
         nbytes: int,
         evictor: Evictor,
         protected: frozenset[int] | None,
+        *,
+        is_swept: bool,
     ) -> bool:
         """Make room for bytes within the quotas of an identity.
+
+        Nothing is evicted before what dead writers reserved is given back.
 
         Returns:
             Whether something is to be unlinked before there is room.
@@ -150,14 +154,14 @@ class Quotas:
                     f"An entry of {nbytes} bytes is larger than the quota of {_said(kind, name)} "
                     f"({limit} bytes)."
                 )
-            live, waste = _usage(txn, kind, name)
-            if live + waste + nbytes <= limit:
+            used, trash = _usage(txn, kind, name)
+            excess = used + nbytes - limit
+            if excess + trash <= 0:
                 continue
             lacks = True
-            excess = live + nbytes - limit
-            if excess > 0 and (
-                protected is None or _evict(txn, evictor, kind, name, excess, protected) < excess
-            ):
+            if excess <= 0 or not is_swept:
+                continue
+            if protected is None or _evict(txn, evictor, kind, name, excess, protected) < excess:
                 raise StoreFullError(
                     f"There is no room left within the quota of {_said(kind, name)} ({limit} "
                     "bytes): what may go is too little, the rest is pinned or in use. Unpin or "
@@ -212,20 +216,20 @@ def _said(kind: str, name: str) -> str:
 
 
 def _usage(txn: Reader, kind: str, name: str) -> tuple[int, int]:
-    """Bytes of the entries' files of a model or a salt; and of those on their way or leaving."""
+    """Bytes of a model's or a salt's files, those on their way included; and in the trash."""
     numbers = _namespaces(txn, kind, name)
     spaces = txn.space_bytes()
     live = sum(spaces.get(number, 0) for number in numbers)
     leaving = {str(number) for number in numbers}
-    waste = sum(one.nbytes for one in txn.sized(b"trash").values() if one.note in leaving)
+    trash = sum(one.nbytes for one in txn.sized(b"trash").values() if one.note in leaving)
     for one in txn.sized(b"pending").values():
         try:
             model, salt = msgspec.json.decode(one.note or "null", type=list[str] | None) or ("", "")
         except (msgspec.MsgspecError, ValueError):
             continue
         if name == (model if kind == MODEL else salt):
-            waste += one.nbytes
-    return live, waste
+            live += one.nbytes
+    return live, trash
 
 
 def _namespaces(txn: Reader, kind: str, name: str) -> set[int]:

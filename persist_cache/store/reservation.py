@@ -68,7 +68,7 @@ def reserve(
         nonlocal unlinked
         unlinked = 0
         budget.refuse_impossible(txn, nbytes, num_tokens)
-        if disk.quotas.lacks(txn, identity, nbytes, evictor, protected):
+        if disk.quotas.lacks(txn, identity, nbytes, evictor, protected, is_swept=swept):
             return True
         over, missing = budget.lacks(txn, nbytes, num_tokens)
         excess = max(over, missing)

@@ -33,11 +33,11 @@ from persist_cache.index.records import (
     EntryRecord,
 )
 from persist_cache.index.semaphores import Semaphores
-from persist_cache.index.transaction import Reader, Writer
+from persist_cache.index.transaction import UNFINISHED, Reader, Writer
 from persist_cache.store import catalog, opening
 from persist_cache.store.budget import Limits
 from persist_cache.store.catalog import Catalog, StoreStats
-from persist_cache.store.erase import UNFINISHED, Erased, erase, overwriting
+from persist_cache.store.erase import Erased, erase, overwriting
 from persist_cache.store.evict import REQUESTED, Evictor
 from persist_cache.store.lifetimes import TTL
 from persist_cache.store.lookup import Lookup
@@ -134,9 +134,12 @@ class Store:
             check_rules(rules or {}, tiers=rules is ttl)
         disk = opening.open_disk(root, asked, read_only=read_only, clock=clock)
         store = cls(disk, run_tokens, asked)
+        if not read_only and store.is_erasing:
+            log.warning(
+                "an erasure at %s did not come to its end; run `persist-cache gc --erase`", root
+            )
         try:
-            for prefix, rules in ((QUOTA, quotas), (TTL, ttl)):
-                store._set_rules(prefix, rules)
+            store.set_rules(quotas=quotas, ttl=ttl)
         except BaseException:
             store.close()
             raise
@@ -166,16 +169,35 @@ class Store:
         left = None if timeout_s is None else timeout_s - (time.monotonic() - started)
         return self._disk.index.close(left)
 
-    def _set_rules(self, prefix: str, rules: Mapping[str, int] | None) -> None:
-        """Remember quotas or lifetimes in the index, so that all processes heed them."""
-        if rules is None or self.read_only:
-            return
+    def set_rules(
+        self, *, quotas: Mapping[str, int] | None = None, ttl: Mapping[str, int] | None = None
+    ) -> None:
+        """Set quotas or default lifetimes, for all processes, and apply them.
+
+        Args:
+            quotas: As `open`.
+            ttl: As `open`.
+
+        Raises:
+            ValueError: A rule is about nothing that there is.
+            StoreError: The disk failed.
+        """
+        for prefix, rules in ((QUOTA, quotas), (TTL, ttl)):
+            check_rules(rules or {}, tiers=prefix == TTL)
+            if rules is not None and not self.read_only:
+                self._remember(prefix, rules)
+
+    def _remember(self, prefix: str, rules: Mapping[str, int]) -> None:
         with self.read() as txn:
             if txn.numbers(prefix) == rules:
                 return
-        self._disk.index.update(lambda txn: txn.set_numbers(prefix, rules))
-        if prefix == QUOTA and rules:
-            self._disk.index.update(lambda txn: None if is_counted(txn) else recount(txn))
+
+        def remember(txn: Writer) -> None:
+            txn.set_numbers(prefix, rules)
+            if prefix == QUOTA and rules and not is_counted(txn):
+                recount(txn)
+
+        self._disk.index.update(remember)
         self._evictor.apply_quotas()
         self._evictor.expire()
 

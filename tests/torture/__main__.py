@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
-from tests.torture import broken, replaced, scenes, steps, threads
+from tests.torture import broken, private, replaced, scenes, steps, threads
 from tests.torture.storm import Report, Storm, in_child
 
 STORMS = ("kills", "threads", "replaced")
@@ -114,6 +114,9 @@ class Run:
         scenes.full_disks(_made(folder, "disks"), report)
         scenes.unknown_schema(folder, report)
         scenes.soak(folder, report, 3.0 if options.quick else 30.0)
+        _say("erasing and quotas, with kills in between")
+        seconds = 2.5 if options.quick else 60.0
+        private.storms(_made(folder, "private"), report, options.seed, seconds)
 
     def _storm(self, name: str, late: float) -> None:
         options, seed, report = self.options, self.options.seed, self.report

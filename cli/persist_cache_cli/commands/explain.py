@@ -131,6 +131,8 @@ def command(
         if messages is None
         else read_request_file(messages, tools=tools, protocol=protocol, stabilize=stabilize)
     )
+    if request is not None:
+        fingerprint = fingerprint.salted(request.salt)
     tokenizer = template.tokenizer(model)
     if request is None:
         assert tokens is not None, "one of the two was given"

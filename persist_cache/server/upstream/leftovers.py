@@ -6,7 +6,7 @@ On an idle server that may be for ever.
 
 from __future__ import annotations
 
-import sys
+import inspect
 import threading
 from collections.abc import Mapping
 from queue import Queue
@@ -43,7 +43,7 @@ class Leftovers:
         """
         if not self._over:
             return
-        frame: FrameType | None = sys._getframe(1)
+        frame: FrameType | None = inspect.currentframe()
         while frame is not None and frame.f_code.co_name != _LOOP:
             frame = frame.f_back
         values = {} if frame is None else frame.f_locals
