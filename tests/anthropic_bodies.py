@@ -8,33 +8,11 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-WORDS = [
-    *("read", "the", "file", "before", "you", "change", "it", "and", "run", "every", "test"),
-    *("after", "each", "step", "so", "that", "nothing", "breaks", "keep", "answers", "short"),
-    *("name", "paths", "ask", "when", "something", "is", "not", "clear", "use", "tools", "help"),
-]
-BILLING = "x-anthropic-billing-header: cc_version=2.1.104.{}; cc_entrypoint=cli; cch={};"
-COUNTDOWN = "<total_tokens>{} tokens left</total_tokens>"
-EPHEMERAL = {"type": "ephemeral"}
-
-
-def prose(drawn: random.Random, words: int) -> str:
-    """Some sentences."""
-    text = " ".join(drawn.choices(WORDS, k=words))
-    return text[:1].upper() + text[1:] + "."
-
-
-def tool(drawn: random.Random, place: int, words: int) -> dict[str, Any]:
-    """A tool's definition."""
-    return {
-        "name": f"tool_{place}",
-        "description": prose(drawn, words),
-        "input_schema": {
-            "type": "object",
-            "properties": {"path": {"type": "string", "description": prose(drawn, 6)}},
-            "required": ["path"],
-        },
-    }
+from persist_cache_cli.bench.sessions import BILLING as BILLING
+from persist_cache_cli.bench.sessions import COUNTDOWN as COUNTDOWN
+from persist_cache_cli.bench.sessions import EPHEMERAL as EPHEMERAL
+from persist_cache_cli.bench.sessions import prose as prose
+from persist_cache_cli.bench.sessions import tool as tool
 
 
 def agent_body(

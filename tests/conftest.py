@@ -56,6 +56,7 @@ def _home(_homes: Iterator[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     home = next(_homes)
     home.mkdir()
     monkeypatch.setenv("PERSIST_CACHE_HOME", str(home / "store"))
+    monkeypatch.setenv("PERSIST_CACHE_CONFIG", "")
 
 
 @pytest.fixture

@@ -24,15 +24,32 @@ def drive(server: ServerProcess, *, number: int = 10) -> None:
             system = "You review code. " * 20
         talk = talks.setdefault(which, [("system", system), ("user", QUESTIONS[which])])
         talk[0] = ("system", system)
+        answer = ask(server, which, place, talk)
+        talk += [("assistant", answer), ("user", f"And then? ({place})")]
+
+
+def ask(server: ServerProcess, which: int, place: int, talk: list[tuple[str, str]]) -> str:
+    """Have one conversation answered, by the protocol of its client."""
+    turns = [{"role": role, "content": text} for role, text in talk]
+    if which:
+        client = "opencode/0.9.1" if which % 2 else "codex_cli/0.40"
         said = server.request(
             "POST",
             "/v1/chat/completions",
-            json={
-                "messages": [{"role": role, "content": text} for role, text in talk],
-                "max_tokens": 8,
-            },
-            headers={"User-Agent": "opencode/0.9.1" if which % 2 else "claude-cli/2.1 (external)"},
+            json={"messages": turns, "max_tokens": 8},
+            headers={"User-Agent": client},
         )
         assert said.status_code == 200, said.text
-        answer = said.json()["choices"][0]["message"].get("content") or "Yes."
-        talk += [("assistant", answer), ("user", f"And then? ({place})")]
+        return str(said.json()["choices"][0]["message"].get("content") or "Yes.")
+    billing = (
+        f"x-anthropic-billing-header: cc_version=2.1.{place}; cc_entrypoint=cli; cch={place:05x};"
+    )
+    system = [{"type": "text", "text": text} for text in (billing, talk[0][1])]
+    said = server.request(
+        "POST",
+        "/v1/messages",
+        json={"model": "claude-large", "system": system, "messages": turns[1:], "max_tokens": 8},
+        headers={"User-Agent": "claude-cli/2.1 (external)"},
+    )
+    assert said.status_code == 200, said.text
+    return "".join(one.get("text", "") for one in said.json()["content"]) or "Yes."

@@ -29,8 +29,11 @@ THEMES = ("light", "dark")
 def traffic(folder: Path) -> Iterator[str]:
     """A real server that has answered some requests."""
     model = build_model_dir(folder / "Tiny-Llama-Random")
-    with running(model, folder / "store", folder, min_free_bytes=0, disk_bytes=64 << 20) as server:
-        drive(server, number=24)
+    options = {"min_free_bytes": 0, "disk_bytes": 16 << 20, "daily_write_bytes": 8 << 20}
+    with running(model, folder / "store", folder, **options) as server:
+        drive(server, number=8)
+    with running(model, folder / "store", folder, **options) as server:
+        drive(server, number=32)
         server.request("POST", "/v1/cache/flush")
         yield f"{server.url}/cache#token={server.token}"
 
@@ -78,6 +81,8 @@ def take(driver: Any, folder: Path, state: str) -> None:
                 driver.get(url)
                 browsers.until(partial(driver.execute_script, READY))
                 driver.execute_async_script("setTimeout(arguments[0], 900)")
+                if state == "traffic":
+                    driver.save_screenshot(str(folder / f"page-{name}-{scheme}.png"))
                 tall = driver.execute_script("return document.documentElement.scrollHeight")
                 if state != "token":
                     browsers.size(driver, width, max(height, int(tall)))

@@ -5,15 +5,13 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import pickle
-import random
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ from persist_cache.server.protocols.responses_request import read_responses
 from persist_cache.server.ticket import Ticket
 from persist_cache.stability.names import DEFAULTS
 from persist_cache.tokens import common_prefix_tokens, pack_tokens
-from tests.anthropic_bodies import BILLING, COUNTDOWN, EPHEMERAL, prose, tool
+from persist_cache_cli.bench.sessions import session as session
 from tests.loops import Loop
 from tests.waiting import until
 
@@ -37,7 +35,6 @@ SERVER: dict[str, Any] = {
     "num_draft_tokens": 3,
 }
 """Options of the server that a chat's request brings along."""
-_REMINDER_EVERY = 7
 
 
 @dataclass
@@ -62,85 +59,6 @@ class Reuse:
     def share(self) -> float:
         """How much of what could be reused was, by the model's calls."""
         return (self.total - self.computed) / self.common if self.common else 1.0
-
-
-def session(
-    *, user_turns: int = 3, tool_turns: int = 10, tools: int = 20, words: int = 300, seed: int = 0
-) -> Iterator[dict[str, Any]]:
-    """Bodies as an agent sends them, one after the other; `words` is the size of a tool.
-
-    Each ends in a count of the tokens that are left. In the middle of a turn there is a task with
-    the same head, and one of a sub-agent with a head of its own.
-    """
-    drawn = random.Random(seed)
-    known = [tool(drawn, place, words) for place in range(tools)]
-    system, other = prose(drawn, 15 * words), prose(drawn, 5 * words)
-    messages: list[dict[str, Any]] = []
-    number = 0
-
-    def said(**more: Any) -> dict[str, Any]:
-        nonlocal number
-        number += 1
-        left = COUNTDOWN.format(200_000 - number * 100)
-        head = [
-            {"type": "text", "text": BILLING.format(f"f{number:02x}", f"{number:05x}")},
-            {"type": "text", "text": prose(random.Random(1), 20)},
-        ]
-        body = {
-            "model": "claude-large",
-            "max_tokens": 1,
-            "system": [
-                *head,
-                {
-                    "type": "text",
-                    "text": f"{more.pop('about', system)}\n{left}",
-                    "cache_control": EPHEMERAL,
-                },
-            ],
-            "tools": known,
-            "messages": copy.deepcopy(messages),
-            **more,
-        }
-        last = body["messages"][-1]["content"]
-        if isinstance(last, list):
-            last[-1]["cache_control"] = EPHEMERAL
-        body["messages"].append({"role": "system", "content": left})
-        return body
-
-    for turn in range(user_turns):
-        reminder = f"<system-reminder>\n{prose(drawn, 20)}\n</system-reminder>"
-        text = [{"type": "text", "text": reminder}, {"type": "text", "text": prose(drawn, 15)}]
-        messages.append({"role": "user", "content": text})
-        title = [{"role": "user", "content": f"Name this: {prose(drawn, 20)}"}]
-        yield said(system="Write a title of five words.", tools=None, messages=title)
-        yield said()
-        for step in range(tool_turns):
-            call = f"toolu_{turn:02d}{step:02d}"
-            content = [
-                {"type": "text", "text": prose(drawn, 10)},
-                {
-                    "type": "tool_use",
-                    "id": call,
-                    "name": f"tool_{step % tools}",
-                    "input": {"path": f"src/{turn}_{step}.py"},
-                },
-            ]
-            result = {"type": "tool_result", "tool_use_id": call, "content": prose(drawn, 60)}
-            step_taken: list[dict[str, Any]] = [
-                {"role": "assistant", "content": content},
-                {"role": "user", "content": [result]},
-            ]
-            messages += copy.deepcopy(step_taken)
-            if len(messages) % _REMINDER_EVERY == 0:
-                messages.append({"role": "system", "content": f"Reminder: {prose(drawn, 12)}"})
-            yield said()
-            if step == tool_turns // 2:
-                task = [{"role": "user", "content": [{"type": "text", "text": prose(drawn, 40)}]}]
-                yield said(messages=copy.deepcopy(task))
-                yield said(messages=copy.deepcopy(task), about=other, tools=known[::2])
-                task += step_taken
-                yield said(messages=task, about=other, tools=known[::2])
-        messages.append({"role": "assistant", "content": prose(drawn, 30)})
 
 
 def converse(

@@ -20,6 +20,7 @@ from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.tokens import pack_tokens, prompt_digest
 from tests.fakes import fingerprint
 from tests.live_fakes import MODEL, FakeCodec, FakeLayer
+from tests.waiting import until
 
 
 @pytest.fixture
@@ -64,13 +65,6 @@ def fetch(cache: PromptCache, tokens: Sequence[int]) -> list[int] | None:
     return list(kv[0].tokens)
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, "waited for ten seconds in vain"
-        threading.Event().wait(0.005)
-
-
 def test_prompt_survives_the_process(make: Callable[..., PromptCache]) -> None:
     system = list(range(100))
     with make() as first:
@@ -92,8 +86,8 @@ def test_system_and_user_are_on_disk_without_flush(
     insert(cache, range(80), "user")
     insert(cache, range(90), "assistant")
 
-    wait_until(lambda: {entry.tier.label for entry in disk.entries()} == {"system", "user"})
-    wait_until(lambda: cache.stats().queued_jobs == 0)
+    until(lambda: {entry.tier.label for entry in disk.entries()} == {"system", "user"})
+    until(lambda: cache.stats().queued_jobs == 0)
     assert {entry.tier.label for entry in disk.entries()} == {"system", "user"}
 
 
@@ -115,12 +109,12 @@ def test_assistant_is_saved_at_flush_close_idle_and_when_it_leaves_memory(
 
     idle = make(idle_s=0.02)
     insert(idle, [3] * 30, "assistant")
-    wait_until(lambda: 30 in on_disk())
+    until(lambda: 30 in on_disk())
 
     small = make(max_size=1)
     insert(small, [4] * 40, "assistant")
     insert(small, [5] * 50, "assistant")
-    wait_until(lambda: 40 in on_disk())
+    until(lambda: 40 in on_disk())
     assert 50 not in on_disk()
 
 

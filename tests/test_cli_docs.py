@@ -46,7 +46,7 @@ def options(name: str) -> set[str]:
         text
         for parameter in command(name).params
         if isinstance(parameter, click.Option)
-        for text in parameter.opts
+        for text in (*parameter.opts, *parameter.secondary_opts)
         if text.startswith("--")
     }
 
@@ -79,7 +79,8 @@ def test_every_option_is_documented(name: str) -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_documented_option_exists(name: str) -> None:
-    siblings = set().union(*(options(one) for one in COMMANDS))
+    siblings = {text for one in cli.params for text in one.opts}
+    siblings = siblings.union(*(options(one) for one in COMMANDS))
     if name == "serve":
         siblings = flags_of_serve()
 

@@ -153,6 +153,14 @@ def _has_grown(answers: Sequence[Any], before: int) -> bool:
     return len(answers) >= before + 3
 
 
+def _evict_one_by_one(store: Store, answers: Sequence[Any], before: int) -> bool:
+    """Evict each entry; True when enough was answered meanwhile."""
+    for entry in store.entries():
+        with contextlib.suppress(KeyError):  # gone with another
+            store.evict([entry.id])
+    return len(answers) >= before + 30
+
+
 def test_evict_of_what_a_server_is_reading(
     model: Path, expected: dict[Asked, str], tmp_path: Path
 ) -> None:
@@ -166,12 +174,7 @@ def test_evict_of_what_a_server_is_reading(
                 until(partial(_has_grown, answers, len(answers)))
                 statuses.append(script(store, "evict", *which, "--yes").status)
             with Store.open(store, min_free_bytes=0) as beside:
-                for _ in range(200):
-                    ids = [entry.id for entry in beside.entries()]
-                    for one in ids:
-                        with contextlib.suppress(KeyError):  # gone with another
-                            beside.evict([one])
-                    threading.Event().wait(0.01)
+                until(partial(_evict_one_by_one, beside, answers, len(answers)))
         final = {asked: server.answer(asked)[0] for asked in ALL}
         counters = sound(server, store)
 

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from persist_cache import Fingerprint, Store
-from tests.cli import prepared_script, script
+from tests.cli import prepared_script
 from tests.fakes import FakeSource
 from tests.tiny_models import build_model_dir
 
@@ -55,7 +55,7 @@ def left(root: Path) -> set[str]:
 
 
 def test_show_text_is_the_prompt(root: Path, ids: dict[str, str]) -> None:
-    shown = script(root, "show", ids["dragons"], "--text")
+    shown = prepared_script(root, "show", ids["dragons"], "--text")
     alone = prepared_script(root, "show", ids["dragons"], "--text", "-q")
     as_json = prepared_script(root, "show", ids["dragons"], "--text", "--json")
 

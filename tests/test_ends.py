@@ -30,7 +30,7 @@ def test_busy_port_is_one_sentence_and_status_1(model: Path, tmp_path: Path) -> 
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        done = script(tmp_path / "store", "serve", "--model", model, "--port", port, timeout=120)
+        done = prepared_script(tmp_path / "store", "serve", "--model", model, "--port", port)
 
     assert done.status == 1, done.err
     assert [line for line in done.err.splitlines() if line.startswith("Error: ")] == [

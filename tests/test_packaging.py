@@ -11,7 +11,7 @@ import sys
 import tomllib
 import venv
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -82,10 +82,11 @@ def test_wheel_says_that_both_packages_are_typed(wheel: Path) -> None:
 
     assert b"Typing :: Typed" in classifiers
     assert {"persist_cache/py.typed", "persist_cache_cli/py.typed"} <= names
-    assert "persist_cache/server/page.html" in names
+    assert "persist_cache/server/page/page.html" in names
 
 
-@pytest.mark.parametrize("behind", [BEHIND, pytest.param((), marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("behind", [BEHIND, ()])
 def test_strict_program_is_checked_against_the_installed_wheel(
     wheel: Path, tmp_path: Path, behind: tuple[str, ...]
 ) -> None:
@@ -217,6 +218,12 @@ def reached_from(start: set[str], files: set[Path]) -> dict[str, str]:
     return found
 
 
+@cache
+def distributions_by_module() -> Mapping[str, list[str]]:
+    return importlib.metadata.packages_distributions()
+
+
+@cache
 def distributions_of(profile: str) -> set[str]:
     """What pip installs for a profile: what is asked for, and all that needs."""
     said = pyproject()
@@ -252,7 +259,7 @@ def distributions_of(profile: str) -> set[str]:
 
 def missing(profile: str, modules: set[str], files: set[Path]) -> dict[str, str]:
     provided = distributions_of(profile)
-    by_module = importlib.metadata.packages_distributions()
+    by_module = distributions_by_module()
     return {
         module: importer
         for module, importer in reached_from(modules, files).items()

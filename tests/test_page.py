@@ -559,3 +559,99 @@ def test_the_page_is_one_small_file_that_names_no_other() -> None:
     assert len(page.encode()) < 200 << 10
     assert re.findall(r"(?:src|href)=|@import|url\(", page) == []
     assert set(re.findall(r"https?://[^\s\"']+", page)) == {"http://www.w3.org/2000/svg"}
+
+
+# ---- hostile texts -----------------------------------------------------------------------------
+
+NASTY = (
+    HOSTILE,
+    "\x1b[31m\x07 \u202egnirts\u202c \u200b zero",
+    "שלום <script>document.title=2</script>",
+    "javascript:alert(1)//" + "x" * 300_000,
+)
+
+
+def test_whatever_clients_models_groups_and_prompts_say_is_shown_as_text(
+    chromium: Any, tmp_path: Path
+) -> None:
+    model = Fingerprint.from_fields({"weights": "w"}, {"name": HOSTILE})
+    with serving(tmp_path, [], decode=lambda key, tokens: "".join(map(chr, tokens))) as server:
+        for text in NASTY:
+            tokens = [ord(one) for one in text[:500]]
+            server.store.put(model, tokens, FakeSource(tokens), label=text[:100])
+            for end in ("1", "2"):
+                said = chat(f"{text} Today's date is 2026-03-0{end}. {text}", model=HOSTILE)
+                spelled = [ord(one) for one in said["messages"][0]["content"][:3000]]
+                body = json.dumps(said).encode()
+                remember(server.ring, spelled, body=body, client=text[:200], reason=text[:99])
+        open_page(chromium, server)
+        for id in chromium.execute_script("return state.requests.map(one => one.id)"):
+            chromium.execute_async_script(f"requestDetails('{id}').then(arguments[0])")
+        for entry in server.store.entries():
+            chromium.execute_async_script(f"details('{entry.id}').then(arguments[0])")
+        assert says(chromium, HOSTILE)
+        chromium.find_element(By.ID, "dialog").send_keys(Keys.ESCAPE)
+        wide = chromium.execute_script("return document.documentElement.scrollWidth")
+
+        assert chromium.title == "Prompt cache"
+        assert chromium.find_elements(By.CSS_SELECTOR, "main img, dialog img, main script") == []
+        assert wide <= 1280
+        assert complaints(chromium) == []
+
+
+def test_the_policy_lets_no_other_script_in_and_asks_nobody_else(
+    chromium: Any, small: PageServer
+) -> None:
+    open_page(chromium, small)
+
+    chromium.execute_script("""
+        window.refused = [];
+        addEventListener("securitypolicyviolation", one => refused.push(one.effectiveDirective));
+        const script = document.createElement("script");
+        script.textContent = "document.title = 3";
+        const image = new Image();
+        image.src = "http://127.0.0.1:9/a.png";
+        const link = document.createElement("a");
+        document.body.append(script, image);
+        document.body.setAttribute("onclick", "document.title = 4");
+        document.body.click();
+        fetch("http://127.0.0.1:9/").catch(() => 0);
+    """)
+    refused = until(lambda: chromium.execute_script("return refused.length >= 4 && refused"))
+
+    assert set(refused) == {"script-src-elem", "script-src-attr", "img-src", "connect-src"}
+    assert chromium.title == "Prompt cache"
+    complaints(chromium)
+
+
+# ---- how long it is busy -----------------------------------------------------------------------
+
+
+@pytest.mark.long  # 2,000 requests are remembered one after the other, which takes half a minute
+def test_no_task_is_long_with_many_entries_and_requests(chromium: Any, large: PageServer) -> None:
+    many(large.ring, 2000)
+    watch = "new PerformanceObserver(list => (window.long ||= []).push(...list.getEntries()))"
+    script = {"source": f"window.long = []; {watch}.observe({{type: 'longtask'}})"}
+    added = chromium.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", script)
+    try:
+        open_page(chromium, large)
+        until(lambda: chromium.execute_script("return state.requests.length") == 2000)
+        for place in range(20):
+            chromium.execute_script(
+                f"document.querySelector('#strip').scrollLeft = {place * 1200};"
+                f"document.querySelector('#requests').scrollTop = {place * 3000};"
+                f"document.querySelector('#entries').scrollTop = {place * 400}"
+            )
+            chromium.execute_async_script("requestAnimationFrame(arguments[0])")
+        chromium.find_element(By.ID, "as-list").click()
+        until(lambda: rows(chromium) == 5000)
+        chromium.execute_async_script("tick(true).then(arguments[0])")
+        tasks = chromium.execute_script("return window.long.map(one => Math.round(one.duration))")
+    finally:
+        chromium.execute_cdp_cmd(
+            "Page.removeScriptToEvaluateOnNewDocument", {"identifier": added["identifier"]}
+        )
+
+    print("tasks above 50 ms:", tasks)
+    assert len(chromium.find_elements(By.CSS_SELECTOR, "#bars button")) < 500
+    assert tasks == []

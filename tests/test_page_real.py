@@ -95,8 +95,8 @@ def test_prompts_are_told_apart_by_their_texts(chromium: Any, real: ServerProces
     )
 
     assert opened
-    clients = [one.text for one in chromium.find_elements(By.CSS_SELECTOR, "#entries .client")]
-    assert "claude-cli/2.1 (external)" in clients
+    clients = {one.text for one in chromium.find_elements(By.CSS_SELECTOR, "#entries .client")}
+    assert clients & {"claude-cli/2.1 (external)", "codex_cli/0.40", "opencode/0.9.1"}
 
 
 def test_a_recent_request_is_kept_ready(chromium: Any, real: ServerProcess) -> None:

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from persist_cache.selftest import CHECKS, Outcome, as_json, run
+from persist_cache.selftest import CHECKS, Outcome, as_json, meaning, run, verdict
 from persist_cache.selftest import machine as machine_checks
-from persist_cache.selftest.checks import Check, Failed, Setting, find, without_names
+from persist_cache.selftest.checks import Check, Failed, Setting, Verdict, find, without_names
 from persist_cache.selftest.machine import Facts, unsupported
+from persist_cache.selftest.words import MEANINGS
 from persist_cache.store import exclusion
 from persist_cache.system import volumes
 from persist_cache.system.mounts import Mounts
@@ -279,6 +280,69 @@ signal.signal = lambda number, handler: set_signal(
 """,
         "did not end within",
     ),
+    "a restarted server finds nothing": (
+        "restart",
+        """
+import os
+from persist_cache.fingerprint.value import Fingerprint
+made = Fingerprint.from_fields
+def anew(fields, *more):
+    return made({**fields, "start": str(os.getpid())}, *more)
+Fingerprint.from_fields = anew
+""",
+        "nothing was restored",
+    ),
+    "a restarted server goes on differently": (
+        "restart",
+        """
+from persist_cache.tensors import pool
+pool.run = lambda tasks, num_threads: None
+""",
+        "answered differently",
+    ),
+    "the model does not leave memory": (
+        "unload",
+        """
+from persist_cache.selftest import restarting
+restarting._SAVE_LIMIT_S = 3.0
+serving = restarting.serving
+restarting.serving = lambda folder, *flags: serving(folder)
+""",
+        "did not leave memory",
+    ),
+    "what comes back is not the same": (
+        "unload",
+        """
+from persist_cache.tensors import pool
+pool.run = lambda tasks, num_threads: None
+""",
+        "answered differently",
+    ),
+    "nothing is evicted on a full disk": (
+        "full-disk",
+        """
+from persist_cache.errors import StoreFullError
+from persist_cache.store.store import Store
+def evict(self, *arguments, **options):
+    raise StoreFullError("no block is free")
+Store.evict = evict
+""",
+        "nothing could be evicted",
+    ),
+    "a full disk costs what is stored": (
+        "full-disk",
+        """
+from persist_cache.selftest import small_disk
+fill = small_disk._fill
+def damaging(path):
+    fill(path)
+    for blob in path.parent.rglob("*.safetensors"):
+        blob.chmod(0o600)
+        blob.write_bytes(b"")
+small_disk._fill = damaging
+""",
+        "came back",
+    ),
     "backups are not told": (
         "backups",
         "from persist_cache.store import opening; opening.TAG_FILE = 'OTHER.TAG'",
@@ -374,7 +438,41 @@ def test_a_check_goes_red(
     assert says in found.line
 
 
-@pytest.mark.parametrize("name", [check.name for check in CHECKS])
+def test_what_each_check_means_is_said_when_it_fails() -> None:
+    assert set(MEANINGS) == {check.name for check in CHECKS}
+    for check in CHECKS:
+        assert meaning(Outcome(check.name, "FAILED", "x")).endswith((".", ")."))
+        assert meaning(Outcome(check.name, "ok", "x")) == ""
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "says"),
+    [
+        (["ok", "ok"], "Nothing is wrong. All 2 checks passed."),
+        (["ok"], "Nothing is wrong. The check passed."),
+        (["ok", "not applicable"], "Nothing is wrong. The check passed. Not applicable here: b."),
+        (["not applicable"], "Nothing was checked. Not applicable here: a."),
+        (["FAILED", "ok", "not applicable"], "1 check failed: a. Not applicable here: c."),
+        (["FAILED", "FAILED"], "2 checks failed: a, b."),
+    ],
+)
+def test_all_of_it_is_put_in_words(verdicts: list[Verdict], says: str) -> None:
+    outcomes = [Outcome(name, one, "x") for name, one in zip("abc", verdicts, strict=False)]
+
+    assert verdict(outcomes) == says
+
+
+LATER = {"caches", "sigterm"}
+"""Checks that take long: by `scripts/test --all`, and the second one as on a Mac."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(check.name, marks=[pytest.mark.long] if check.name in LATER else [])
+        for check in CHECKS
+    ],
+)
 def test_a_check_is_green_here(name: str, on_disk: Path) -> None:
     found = outcome(name, on_disk)
 
@@ -489,7 +587,7 @@ def test_a_line_and_a_verdict_each(command: Run, tmp_path: Path) -> None:
         ["sync", "ok"],
         ["backups", "not applicable"],
     ]
-    assert lines[2:] == ["Nothing is wrong."]
+    assert lines[2:] == ["Nothing is wrong. The check passed. Not applicable here: backups."]
     said = json.loads(report.read_text())
     assert [one["name"] for one in said["checks"]] == ["sync", "backups"]
     assert said["ok"]

@@ -229,6 +229,7 @@ def test_store_that_cannot_be_opened_is_no_reason_not_to_answer(
     assert off["metrics"] == "memory_only"
 
 
+@pytest.mark.long  # it is tried every ten seconds; tests/test_late_store.py does without a server
 def test_store_that_can_be_opened_later_is_used_without_a_restart(
     model: Path, tmp_path: Path
 ) -> None:

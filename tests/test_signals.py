@@ -16,6 +16,7 @@ import pytest
 from persist_cache.system import endings
 from tests.cli import SCRIPT, script
 from tests.tiny_models import build_model_dir
+from tests.waiting import until
 
 SWALLOWED = """
 import os, signal, socketserver, subprocess, sys, weakref
@@ -358,23 +359,23 @@ def test_worker_of_the_demo_ends_when_the_demo_is_killed(model: Path, tmp_path: 
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 60
-    children: list[int] = []
-    while not children:
-        assert time.monotonic() < deadline, "it did not begin"
-        found = subprocess.run(
-            ["ps", "-o", "pid=,args=", "--ppid", str(holder.pid)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        lines = [line for line in found.stdout.splitlines() if "demo.worker" in line]
-        children = [int(line.split()[0]) for line in lines]
+    children = until(lambda: workers_of(holder.pid), "it did not begin")
     holder.kill()
     holder.wait()
 
-    while any(map(is_running, children)):
-        assert time.monotonic() < deadline, "it outlived the demo"
+    until(lambda: not any(map(is_running, children)), "it outlived the demo")
+
+
+def workers_of(demo: int) -> list[int]:
+    """Process ids of the workers of a running demo."""
+    found = subprocess.run(
+        ["ps", "-o", "pid=,args=", "--ppid", str(demo)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = [line for line in found.stdout.splitlines() if "demo.worker" in line]
+    return [int(line.split()[0]) for line in lines]
 
 
 @pytest.fixture

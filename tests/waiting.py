@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import TypeVar
 
 T = TypeVar("T")
-_PAUSE_S = 0.01
+_PAUSES_S = (0.005, 0.1)
+"""The shortest and the longest; between them they are a tenth of what was waited already."""
 
 
 def until(
@@ -16,12 +17,13 @@ def until(
     """Wait until `condition` holds, and return what it said.
 
     Args:
-        condition: Asked every few milliseconds; what it raises is raised.
+        condition: Asked every few milliseconds, later less often; what it raises is raised.
         what: The failure, in a sentence.
         timeout_s: After which it is one.
     """
-    deadline = time.monotonic() + timeout_s
+    started = time.monotonic()
     while not (said := condition()):
-        assert time.monotonic() < deadline, what
-        time.sleep(_PAUSE_S)
+        waited = time.monotonic() - started
+        assert waited < timeout_s, what
+        time.sleep(min(max(waited / 10, _PAUSES_S[0]), _PAUSES_S[1]))
     return said

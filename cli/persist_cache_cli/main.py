@@ -26,6 +26,7 @@ import click
 from persist_cache import PersistCacheError, __version__
 from persist_cache.fingerprint.versions import unknown_mlx_lm
 from persist_cache.system import endings
+from persist_cache_cli import config_place
 from persist_cache_cli.calling import ALIASES, Declined, check_store, suggestion, with_store
 
 
@@ -45,6 +46,7 @@ _COMMANDS = {
     "top": _Place("Show what the cache of a running server does, kept up to date.", "top"),
     "watch": _Place("Show the requests of a running server as they come.", "watch"),
     "ps": _Place("Show what a server has in memory, and what it computes.", "ps"),
+    "config": _Place("Say what the settings of the server are, and where from.", "config"),
     "service": _Place("Have the server run as a service, from login on.", "service"),
     "page": _Place("Print a link to the page of a running server.", "page"),
     "list": _Place("List what is stored, as a table or a tree.", "list"),
@@ -58,6 +60,7 @@ _COMMANDS = {
     "check": _Place("Compare the index with the blobs, and mend.", "check"),
     "gc": _Place("Tidy up now.", "gc"),
     "demo": _Place("Watch a real model restart without computing its system prompt.", "demo"),
+    "bench": _Place("Time an agent's session: cold, cached, after a restart.", "bench"),
     "export": _Place("Write entries into one file, for another machine.", "export"),
     "import": _Place("Add the entries of such a file.", "import_"),
     "doctor": _Place("Look at versions, disk, limits, and a model's caches.", "doctor"),
@@ -124,11 +127,26 @@ class LazyGroup(click.Group):
     envvar="PERSIST_CACHE_HOME",
     help="Folder of the store.  [default: a folder in the platform's place for caches]",
 )
+@click.option(
+    "--config",
+    metavar="FILE",
+    help="Settings.  [env var: PERSIST_CACHE_CONFIG; default: persist-cache.toml in the platform's "
+    "place for settings]",
+)
 @click.pass_context
-def cli(ctx: click.Context, store: str | None) -> None:
+def cli(ctx: click.Context, store: str | None, config: str | None) -> None:
     """A prompt cache for mlx-lm that survives restarts."""
     check_store(store)
     ctx.obj = store
+    if (file := config_place.find(config)) is None:
+        return
+    from persist_cache_cli.config import read_config, use
+
+    settings = read_config(file)
+    use(ctx, settings)
+    if config is not None and ctx.invoked_subcommand == "launch":
+        os.environ[config_place.VARIABLE] = str(file)  # the server that it starts reads the same
+    ctx.obj = settings.store if store is None else store
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

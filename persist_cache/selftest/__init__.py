@@ -6,5 +6,6 @@ own, in a temporary folder, so that one that hangs or crashes is red and the oth
 
 from persist_cache.selftest.checks import CHECKS, Check, Outcome, as_json
 from persist_cache.selftest.runner import run
+from persist_cache.selftest.words import meaning, verdict
 
-__all__ = ["CHECKS", "Check", "Outcome", "as_json", "run"]
+__all__ = ["CHECKS", "Check", "Outcome", "as_json", "meaning", "run", "verdict"]

@@ -118,6 +118,9 @@ CHECKS = (
     Check("arrays", "device", "filled_arrays_reach_the_device"),
     Check("names", "serving", "names_are_not_waited_for"),
     Check("sigterm", "serving", "sigterm_saves", 300.0),
+    Check("restart", "restarting", "killed_server_goes_on", 300.0),
+    Check("unload", "restarting", "idle_server_lets_go", 300.0),
+    Check("full-disk", "small_disk", "full_disk_is_survived"),
     Check("backups", "machine", "backups_leave_it_out"),
     Check("descriptors", "machine", "descriptors_suffice"),
 )

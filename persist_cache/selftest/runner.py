@@ -19,6 +19,8 @@ from persist_cache.index import semaphores
 from persist_cache.selftest.checks import Check, Outcome
 
 PREFIX = "persist-cache-selftest."
+DISK = "disk"
+"""What a check calls the folder that it has a disk of its own at."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -140,6 +142,10 @@ def _scratch(place: Path) -> Iterator[Path]:
 
 
 def _remove(folder: Path) -> None:
+    if sys.platform == "darwin":
+        # A check that was killed leaves its disk behind.
+        for disk in filter(Path.is_mount, folder.rglob(DISK)):
+            subprocess.run(["hdiutil", "detach", "-quiet", "-force", str(disk)], check=False)
     for table in folder.rglob("lock.mdb"):
         semaphores.unlink(table.parent)
     shutil.rmtree(folder, ignore_errors=True)

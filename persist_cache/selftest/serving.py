@@ -12,7 +12,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from persist_cache.entry import Tier
 from persist_cache.selftest import material, parts
@@ -56,14 +56,14 @@ def sigterm_saves(setting: Setting) -> Result:
     """Serve a tiny model, ask it something, end it by SIGTERM, and find the answer on disk."""
     model = setting.folder / "model"
     write_model(model)
-    port = _free_port()
+    port = free_port()
     started = time.monotonic()
     server = parts.start("serving:serve_model", setting.folder, port=port)
-    drains = [_drain(server.stdout), _drain(server.stderr)]
+    drains = [drain(server.stdout), drain(server.stderr)]
     try:
-        _wait(server, port)
+        wait_for(server, port)
         up_s = time.monotonic() - started
-        _ask(port)
+        ask(port)
         started = time.monotonic()
         server.send_signal(signal.SIGTERM)
         try:
@@ -155,26 +155,51 @@ def write_model(folder: Path) -> None:
     save_config(config, folder / "config.json")
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens on at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
 
 
-def _wait(server: subprocess.Popen[str], port: int) -> None:
+def wait_for(server: subprocess.Popen[str], port: int) -> None:
+    """Wait until a server answers.
+
+    Raises:
+        Failed: It ended, or takes too long.
+    """
     give_up = time.monotonic() + _START_LIMIT_S
     while time.monotonic() < give_up:
         if server.poll() is not None:
             raise Failed(f"the server ended with status {server.returncode}")
         with contextlib.suppress(OSError, http.client.HTTPException):
-            if _request(port, "GET", "/health").status == 200:
+            if request(port, "GET", "/health")[0].status == 200:
                 return
         time.sleep(0.05)
     raise Failed(f"the server did not answer within {_START_LIMIT_S:.0f} s")
 
 
-def _ask(port: int) -> None:
+class Answer(NamedTuple):
+    """What a server answered.
+
+    Attributes:
+        text: Of the model.
+        cached_tokens: Of the prompt, that were not computed.
+        found: The header that says where they came from.
+    """
+
+    text: str
+    cached_tokens: int
+    found: str
+
+
+def ask(port: int) -> Answer:
+    """Ask the tiny model something.
+
+    Raises:
+        Failed: There is no answer.
+    """
     words = " ".join(f"w{number % _WORDS}" for number in range(60))
     body = {
         "messages": [
@@ -184,21 +209,29 @@ def _ask(port: int) -> None:
         "max_tokens": 8,
         "logit_bias": {"2": -100.0},  # so that it does not end at once
     }
-    answer = _request(port, "POST", "/v1/chat/completions", json.dumps(body))
+    answer, raw = request(port, "POST", "/v1/chat/completions", json.dumps(body))
     if answer.status != 200:
         raise Failed(f"the server answered with status {answer.status}")
+    said = json.loads(raw)
+    return Answer(
+        said["choices"][0]["message"]["content"],
+        said["usage"]["prompt_tokens_details"]["cached_tokens"],
+        answer.getheader("x-persist-cache", ""),
+    )
 
 
-def _request(port: int, method: str, path: str, body: str = "") -> http.client.HTTPResponse:
+def request(
+    port: int, method: str, path: str, body: str = ""
+) -> tuple[http.client.HTTPResponse, bytes]:
+    """Send a request; returns the answer and its body."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     headers = {"Content-Type": "application/json", "Connection": "close"}
     connection.request(method, path, body.encode() or None, headers)
     answer = connection.getresponse()
-    answer.read()
-    return answer
+    return answer, answer.read()
 
 
-def _drain(stream: Any) -> threading.Thread:
+def drain(stream: Any) -> threading.Thread:
     """Read what a process prints, so that it never waits for a reader."""
     thread = threading.Thread(target=lambda: [None for _ in stream], daemon=True)
     thread.start()

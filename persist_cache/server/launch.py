@@ -75,7 +75,15 @@ class ServeOptions:
 
 
 class Parser(argparse.ArgumentParser):
-    """Upstream's parser, with a help that is true here: we give some flags another default."""
+    """Upstream's parser, with a help that is true here: we give some flags another default.
+
+    Attributes:
+        known: Its flags.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self.known: list[argparse.Action] = []
+        super().__init__(*args, **options)
 
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
         if "--allowed-origins" in names:
@@ -89,7 +97,9 @@ class Parser(argparse.ArgumentParser):
                 "Default maximum number of tokens to generate (default: to the end of the model's "
                 "context)"
             )
-        return super().add_argument(*names, **options)
+        action = super().add_argument(*names, **options)
+        self.known.append(action)
+        return action
 
 
 def open_disk(

@@ -40,7 +40,7 @@ from persist_cache.server.names import names_of, public_name
 from persist_cache.server.needed import is_held, when_free
 from persist_cache.server.residence import status_line
 from persist_cache.server.upstream.generator import Generator
-from persist_cache.server.upstream.program import listen, main, place_in_group
+from persist_cache.server.upstream.program import flags_parser, listen, main, place_in_group
 from persist_cache.server.warming import Warming
 from persist_cache.store.store import Store, default_store_path
 from persist_cache.system import endings
@@ -75,6 +75,14 @@ def serve(upstream_args: Sequence[str], options: ServeOptions) -> None:
 
     # Upstream's default lets every page in. What is given after it wins.
     main(["--allowed-origins", LOOPBACK_ORIGINS, *upstream_args], run, Parser, clock)
+
+
+def flags_of_upstream() -> Parser:
+    """The parser of `mlx_lm.server`'s flags, with the defaults that they have here."""
+    found = flags_parser(Parser)
+    assert isinstance(found, Parser)
+    found.set_defaults(allowed_origins=LOOPBACK_ORIGINS)
+    return found
 
 
 def _run(

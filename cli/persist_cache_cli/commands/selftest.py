@@ -8,8 +8,8 @@ from pathlib import Path
 
 import click
 
-from persist_cache.selftest import CHECKS, Check, Outcome, as_json, run
-from persist_cache_cli.output import painter, plural, printable
+from persist_cache.selftest import CHECKS, Check, Outcome, as_json, meaning, run, verdict
+from persist_cache_cli.output import painter, printable
 from persist_cache_cli.store_access import store_path
 
 _COLOURS = {"ok": "good", "FAILED": "bad", "not applicable": "heading"}
@@ -82,6 +82,8 @@ def command(
         verdict = paint(outcome.verdict, _COLOURS[outcome.verdict])
         line = f"{outcome.name:<{width}}  {verdict}: {printable(' '.join(outcome.line.split()))}"
         click.echo(line, err=to_stderr)
+        if why := meaning(outcome):
+            click.echo(f"{'':{width}}  {why}", err=to_stderr)
 
     place = place or _beside(store_path(store))
     outcomes = run(place, checks, quick=quick, on_begin=begin, on_end=end)
@@ -91,13 +93,11 @@ def command(
             click.echo(text)
         else:
             Path(report).write_text(text + "\n")
-    failed = [one.name for one in outcomes if one.verdict == "FAILED"]
-    if failed:
-        if not quiet:
-            click.echo(f"{plural(len(failed), 'check')} failed: {', '.join(failed)}.", err=True)
-        sys.exit(1)
+    failed = any(one.verdict == "FAILED" for one in outcomes)
     if not quiet:
-        click.echo(paint("Nothing is wrong.", "good"), err=to_stderr)
+        click.echo(verdict(outcomes) if failed else paint(verdict(outcomes), "good"), err=to_stderr)
+    if failed:
+        sys.exit(1)
 
 
 def _beside(path: Path) -> Path:

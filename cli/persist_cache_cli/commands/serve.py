@@ -17,10 +17,11 @@ from persist_cache.entry import TIER_LABELS
 from persist_cache.server.launch import DEFAULT_GRACE_S, ServeOptions
 from persist_cache.server.names import parse_aliases
 from persist_cache.server.privacy import Rules
-from persist_cache.server.run import serve
+from persist_cache.server.run import flags_of_upstream, serve
 from persist_cache.stability.names import DEFAULTS
 from persist_cache_cli.blas import advice
 from persist_cache_cli.calling import check_store
+from persist_cache_cli.config import config_of
 from persist_cache_cli.parse import (
     DURATION,
     REPAIRS,
@@ -198,7 +199,9 @@ def command(
         # To click it is as if it were not set, and nothing would be asked for.
         if os.environ.get(name) == "":
             raise click.UsageError(f"{name} is empty; give it a secret, or unset it.")
-    _check_port(ctx.args)
+    config = config_of(ctx)
+    upstream = config.flags(ctx.command, flags_of_upstream().known) if config.serve else []
+    _check_port([*upstream, *ctx.args])
     for name, secret in (("--admin-token", admin_token), ("--api-key", api_key)):
         # It has to fit into a header, and be the same when it arrives.
         if secret is not None and not (
@@ -241,8 +244,8 @@ def command(
     for handler in list(logging.getLogger().handlers):
         # Upstream sets up logging as its --log-level says, but only where nobody has done so yet.
         logging.getLogger().removeHandler(handler)
-    with _errors_in_one_sentence():
-        serve(ctx.args, options)
+    with errors_in_one_sentence():
+        serve([*upstream, *ctx.args], options)
 
 
 def _aliases(given: tuple[str, ...]) -> dict[str, str]:
@@ -262,7 +265,7 @@ def _check_port(upstream: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def _errors_in_one_sentence() -> Iterator[None]:
+def errors_in_one_sentence() -> Iterator[None]:
     """Have upstream's parser complain as ours does, without a page of usage."""
 
     def refuse(_: argparse.ArgumentParser, message: str) -> NoReturn:

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import click
 
+from persist_cache_cli.config import config_of
+from persist_cache_cli.config_place import default_path
 from persist_cache_cli.service.managers import MANAGERS, Launchd, Manager, own_manager
 from persist_cache_cli.service.units import Service, is_ours
 from persist_cache_cli.store_access import NothingFound
 
-_KEPT = (
-    *("PERSIST_CACHE_HOME", "PERSIST_CACHE_CONFIG", "HF_HOME", "HF_HUB_CACHE"),
-    *("XDG_CACHE_HOME", "XDG_CONFIG_HOME"),
-)
+_KEPT = (*("PERSIST_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME", "XDG_CONFIG_HOME"),)
 """Variables that say where things are; a service is started without the shell's."""
 _SECRETS = ("--api-key", "--admin-token", "--salt")
 
@@ -117,7 +116,12 @@ def _service(ctx: click.Context, arguments: tuple[str, ...]) -> Service:
                 f"{name.removeprefix('--')} under [serve] of persist-cache.toml."
             )
     parsed = serve.make_context("serve", list(arguments), parent=ctx.parent)
-    given = [] if ctx.obj is None else ["--store", os.path.abspath(os.path.expanduser(ctx.obj))]
+    given: list[str] = []
+    if ctx.obj is not None:
+        given += ["--store", os.path.abspath(os.path.expanduser(ctx.obj))]
+    config = config_of(ctx)
+    if config.path is not None and config.path != default_path():
+        given += ["--config", str(config.path)]
     return Service(
         # -P: no module of the working directory takes the place of one of ours.
         command=[sys.executable, "-P", "-m", "persist_cache_cli", *given, "serve", *arguments],

@@ -69,6 +69,11 @@ class RequestHistory:
         self._all = Sums(self.started)
         self._minutes: deque[Sums] = deque(maxlen=_DAY_MINUTES + 1)
 
+    def __len__(self) -> int:
+        """Minutes of which there are sums."""
+        with self._lock:
+            return len(self._minutes)
+
     def add(
         self,
         state: str,

@@ -90,7 +90,7 @@ function causeStory(one, parted) {
     const names = [...new Set([...state.stats.stabilize, ...parted.repairs])].sort().join(",");
     found.push(h("p", {}, "What mends it, added to the server's command:"), copyable(`--stabilize ${names}`));
   }
-  for (const one of parted.switches) found.push(h("p", {}, "Or in the client:"), copyable(one));
+  for (const one of parted.switches) found.push(h("p", {}, parted.repairs.length ? "Or in the client:" : "What mends it, in the client:"), copyable(one));
   return found;
 }
 // Where two texts differ, from their first character on, to where they are the same again.

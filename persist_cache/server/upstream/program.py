@@ -53,6 +53,29 @@ def main(
         upstream.main()
 
 
+def flags_parser(parser: type[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    """Upstream's own parser, as an object of the class `parser`; nothing is run."""
+
+    class Made(Exception):
+        """It is complete."""
+
+    made: list[argparse.ArgumentParser] = []
+
+    class Reading(parser):  # type: ignore[misc, valid-type]
+        def parse_args(self, *_: Any, **__: Any) -> Any:
+            made.append(self)
+            raise Made
+
+    with (
+        _replaced(
+            upstream, "argparse", SimpleNamespace(**{**vars(argparse), "ArgumentParser": Reading})
+        ),
+        contextlib.suppress(Made),
+    ):
+        upstream.main()
+    return made[0]
+
+
 def listen(host: str, port: int, generator: Generator, server: type[HTTPServer]) -> None:
     """Answer requests with `generator` until it is stopped.
 
