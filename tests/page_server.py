@@ -75,7 +75,8 @@ class PageServer:
         disk_off: str = "",
     ) -> None:
         self.store: Any = store
-        self.ring = Ring(decode=decode, seconds=lambda model, tokens: tokens * 1e-3)
+        self._decode = decode
+        self.ring = self._new_ring()
         cache = PromptCache(store=store, disk_off=disk_off)
         provider = SimpleNamespace(model_key=None, tokenizer=None, identifier=lambda key: MODEL)
         generator = SimpleNamespace(
@@ -86,11 +87,20 @@ class PageServer:
             cli_args=SimpleNamespace(model=None, host="127.0.0.1"),
             cache=cache,
         )
+        self._generator = generator
         generator.admin = Admin(cache, token=token, generator=generator, texts=texts)
         self.admin = generator.admin
         self._http = NamelessServer(("127.0.0.1", 0), partial(Pages, generator))
         self.url = f"http://127.0.0.1:{self._http.server_port}"
         threading.Thread(target=self._http.serve_forever, daemon=True).start()
+
+    def _new_ring(self) -> Ring:
+        return Ring(decode=self._decode, seconds=lambda model, tokens: tokens * 1e-3)
+
+    def start_again(self) -> None:
+        """Remember no request any more, as a server that is started again at the same place."""
+        self.ring.close()
+        self.ring = self._generator.recent = self._new_ring()
 
     def stop(self) -> None:
         self._http.shutdown()

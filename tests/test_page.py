@@ -232,6 +232,24 @@ def test_a_request_tells_where_its_prompt_came_from_by_its_name(
     assert len(names) == 30
 
 
+def test_requests_before_a_restart_are_not_taken_for_the_latest(
+    chromium: Any, tmp_path: Path
+) -> None:
+    with serving(tmp_path, []) as server:
+        many(server.ring, 4)
+        open_page(chromium, server)
+        tick = "tick(true).then(() => arguments[0](state.requests.map(one => one.id)))"
+        known = "return state.requests.map(one => one.id)"
+        for number in (1, 6):  # fewer, and more, than there were before
+            server.start_again()
+            ids = [remember(server.ring, [place] * 9) for place in range(number)]
+            until(lambda ids=ids: chromium.execute_async_script(tick) == ids)
+
+        assert chromium.execute_script(known) == ids
+        assert f"the latest {number}" in text_of(chromium, "requests-count")
+        assert complaints(chromium) == []
+
+
 def test_the_timeline_is_walked_and_opened_by_keys(chromium: Any, small: PageServer) -> None:
     open_page(chromium, small)
     chromium.execute_script("document.querySelector('#bars button[tabindex=\"0\"]').focus()")

@@ -76,23 +76,26 @@ async function refreshHistory() {
 
 // ---- requests: only those that are new; the older ones piece by piece ----
 async function newRequests() {
-  const known = state.requests, last = known.length ? known[known.length - 1].number : 0;
+  const last = state.requests[state.requests.length - 1];
   let fresh;
-  try { fresh = await call("GET", `/v1/cache/requests?limit=${last ? MOST_REQUESTS : FIRST}&after=${last}`); }
+  // The last known one comes again: numbers begin anew when the server is started again.
+  try { fresh = await call("GET", `/v1/cache/requests?limit=${last ? MOST_REQUESTS : FIRST}&after=${last ? last.number - 1 : 0}`); }
   catch (error) { if (error.status !== 409) throw error; return; }
-  if (!fresh.length && last && !(await call("GET", "/v1/cache/requests?limit=1")).length) {
-    state.requests = []; state.byId.clear();  // it was started again
-    return;
+  fresh.reverse();
+  if (last) {
+    const same = fresh.shift();
+    if (!same || same.id !== last.id) { addRequests([]); state.epoch++; return newRequests(); }
   }
-  addRequests(known.concat(fresh.reverse()));
   if (fresh.length) state.epoch++;
+  addRequests(state.requests.concat(fresh));
   if (!last && fresh.length === FIRST) olderRequests();
 }
 async function olderRequests() {
   try {
     while (state.requests.length && state.requests[0].number > 1 && state.requests.length < MOST_REQUESTS) {
-      const older = await call("GET", `/v1/cache/requests?limit=${FIRST}&before=${state.requests[0].number}`);
-      if (!older.length) return;
+      const oldest = state.requests[0];
+      const older = await call("GET", `/v1/cache/requests?limit=${FIRST}&before=${oldest.number}`);
+      if (!older.length || state.requests[0] !== oldest) return;
       addRequests(older.reverse().concat(state.requests));
       renderRequests();
     }
