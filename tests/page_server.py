@@ -137,7 +137,7 @@ def remember(
     source: str = "memory",
     body: bytes = b"",
     client: str = "ada/1.0",
-    first_s: float = 0.5,
+    first_s: float | None = 0.5,
     state: Any = "done",
     repaired: Sequence[str] = (),
     reason: str = "",
@@ -145,13 +145,13 @@ def remember(
 ) -> str:
     """Have a request remembered that was answered just so; returns its id."""
     made = Ticket(body)
-    made.times.arrived = time.monotonic() - first_s - 0.2
+    made.times.arrived = time.monotonic() - (first_s or 0.0) - 0.2
     made.tokenized(CutPrompt(None, (), tokens, (), (), ""))
     made.model_key = KEY
     made.changes = frozenset(repaired)
     made.looked(Fetch(source if found else "miss", found, reason, seconds=0.01))
     made.times.looked = made.times.arrived + 0.05
-    made.times.first_token = made.times.arrived + first_s
+    made.times.first_token = None if first_s is None else made.times.arrived + first_s
     made.output_tokens = 12
     id = ring.begin(made, response_id=f"r-{random.random()}", path=path, client=client)
     ring.end(id, state)

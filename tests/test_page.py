@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -213,6 +214,23 @@ def test_polling_sees_changes_and_rests_when_paused_or_hidden(
         assert axe.violations(chromium) == []
 
 
+def test_a_server_that_says_nothing_is_noticed_and_asked_again(
+    chromium: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(tmp_path, []) as server:
+        open_page(chromium, server)
+        goes_on = threading.Event()
+        with monkeypatch.context() as patched:
+            patched.setattr(server.ring, "settle", lambda *given: goes_on.wait(60))
+            chromium.execute_script("state.patience = 300; tick(true)")
+            until(lambda: "cannot be reached since" in text_of(chromium, "alert"))
+            goes_on.set()
+
+        chromium.execute_script("state.patience = 30000")
+        until(lambda: "updated" in text_of(chromium, "state"), timeout_s=20)
+        assert chromium.execute_script("return rest(3600e3)") <= 30_000
+
+
 # ---- requests ----------------------------------------------------------------------------------
 
 
@@ -288,6 +306,28 @@ def test_a_request_is_explained_with_both_texts_and_what_mends_it(
     assert axe.violations(chromium) == []
     chromium.find_element(By.CSS_SELECTOR, "#dialog .command button").click()
     until(partial(says, chromium, "Copied"))
+
+
+def test_a_request_whose_client_left_does_not_say_that_all_was_computed(
+    chromium: Any, tmp_path: Path
+) -> None:
+    with serving(tmp_path, []) as server:
+        remember(server.ring, [1] * 90, first_s=None, state="left")
+        open_page(chromium, server)
+        until(lambda: "Its client left" in text_of(chromium, "card-last"))
+
+        assert "90 of 90 tokens to compute" in text_of(chromium, "card-last")
+        assert "90 to compute" in text_of(chromium, "readout")
+
+
+def test_a_short_hit_says_why_it_was_no_more(chromium: Any, tmp_path: Path) -> None:
+    with serving(tmp_path, []) as server:
+        remember(server.ring, [1] * 90, 4, reason="what is stored goes on differently")
+        open_page(chromium, server)
+        until(lambda: "computed" in text_of(chromium, "card-last"))
+
+        assert "What is stored goes on differently." in text_of(chromium, "card-last")
+        assert "what is stored goes on differently" in text_of(chromium, "requests")
 
 
 def test_cards_answer_what_is_asked_first(chromium: Any, small: PageServer) -> None:
