@@ -13,14 +13,18 @@ if TYPE_CHECKING:
     from persist_cache.store.check import Problem
 
 
-def collected_json(store: Store) -> dict[str, Any]:
+def collected_json(store: Store, *, overwrites: bool = False) -> dict[str, Any]:
     """Run `Store.gc`, and say what that did.
+
+    Args:
+        store: The store.
+        overwrites: As for `Store.gc`.
 
     Raises:
         StoreError: The disk failed; what was done until then stays done.
     """
     before = store.stats().entries
-    done = store.gc()
+    done = store.gc(overwrites=overwrites)
     after = store.stats()
     return {
         "freed_bytes": done.freed_bytes,

@@ -42,7 +42,7 @@ def command(store: str | None, *, erase: bool, as_json: bool, quiet: bool) -> No
             elif not quiet:
                 click.echo(no_store(store), err=True)
             return
-        done = collected_json(opened)
+        done = collected_json(opened, overwrites=erase)
         left: list[str] = []
         if erase:
             freed, left = erased(opened)
