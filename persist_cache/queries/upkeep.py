@@ -18,11 +18,15 @@ def collected_json(store: Store, *, erase: bool = False) -> dict[str, Any]:
 
     What is left that could be erased is in `left` then, in sentences.
 
+    Args:
+        store: The store.
+        erase: Overwrite what goes, and erase what is left of it.
+
     Raises:
         StoreError: The disk failed; what was done until then stays done.
     """
     before = store.stats().entries
-    done = store.gc()
+    done = store.gc(overwrites=erase)
     freed, left = erased(store) if erase else (0, [])
     after = store.stats()
     return {

@@ -796,13 +796,17 @@ class Store:
         if not self.read_only:
             self._upkeep.tidy()
 
-    def gc(self) -> Collected:
+    def gc(self, *, overwrites: bool = False) -> Collected:
         """Finish dead writers' work, apply expiry and budget, merge and compact blobs.
+
+        Args:
+            overwrites: Put zeros in the place of the bytes of files that go.
 
         Raises:
             StoreError: The disk failed; what was done until then stays done.
         """
-        return self._upkeep.gc()
+        with overwriting(self._disk) if overwrites else contextlib.nullcontext():
+            return self._upkeep.gc()
 
     def _change(self, entry: str, change: Callable[[EntryRecord], EntryRecord]) -> None:
         self._apply(entry, lambda txn, number, record: txn.put_entry(number, change(record)))
