@@ -35,6 +35,9 @@ KEY = ("org/A-Model-4bit", None, None)
 class Nothing(BaseHTTPRequestHandler):
     """Stands for upstream's handler, and has none of its answers."""
 
+    response_generator: Any
+    _send: Any
+
     def do_GET(self) -> None:
         raise RefusedError(404, "There is nothing here.")
 

@@ -272,10 +272,14 @@ def test_requests_before_a_restart_are_not_taken_for_the_latest(
         open_page(chromium, server)
         tick = "tick(true).then(() => arguments[0](state.requests.map(one => one.id)))"
         known = "return state.requests.map(one => one.id)"
+
+        def are_told(ids: list[str]) -> bool:
+            return bool(chromium.execute_async_script(tick) == ids)
+
         for number in (1, 6):  # fewer, and more, than there were before
             server.start_again()
             ids = [remember(server.ring, [place] * 9) for place in range(number)]
-            until(lambda ids=ids: chromium.execute_async_script(tick) == ids)
+            until(partial(are_told, ids))
 
         assert chromium.execute_script(known) == ids
         assert f"the latest {number}" in text_of(chromium, "requests-count")
@@ -434,8 +438,8 @@ def test_pin_label_and_lifetime_are_set(chromium: Any, tmp_path: Path) -> None:
         labelled(chromium, "system: ").click()
         for key, field, value in (("label", "label", "mine"), ("ttl", "ttl", "7 days")):
             choose = f'#dialog [data-key="{key}"]'
-            until(lambda at=choose: chromium.find_element(By.CSS_SELECTOR, at)).click()
-            element = until(lambda at=field: chromium.find_element(By.ID, at))
+            until(partial(chromium.find_element, By.CSS_SELECTOR, choose)).click()
+            element = until(partial(chromium.find_element, By.ID, field))
             element.send_keys(value, Keys.TAB)
             chromium.find_element(By.CSS_SELECTOR, "#dialog [type=submit]").click()
             until(lambda: chromium.find_element(By.CSS_SELECTOR, '#dialog [data-key="evict"]'))
