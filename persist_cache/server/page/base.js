@@ -81,9 +81,9 @@ function morph(old, fresh) {
 
 // ---- talking to the server ----
 class Refused extends Error { constructor(status, text) { super(text); this.status = status; } }
-async function ask(method, path, body) {
+async function ask(method, path, body, signal) {
   const headers = state.token ? { Authorization: `Bearer ${state.token}` } : {};
-  const options = { method, headers, cache: "no-store", redirect: "error" };
+  const options = { method, headers, cache: "no-store", redirect: "error", signal };
   if (body !== undefined) { options.body = JSON.stringify(body); headers["Content-Type"] = "application/json"; }
   const answer = await fetch(path, options);
   if (answer.ok) return answer;
@@ -91,4 +91,5 @@ async function ask(method, path, body) {
   try { error = (await answer.json()).error; } catch { /* an empty answer */ }
   throw new Refused(answer.status, error || `The server answered ${answer.status}.`);
 }
-const call = async (method, path, body) => (await ask(method, path, body)).json();
+// A server that has stopped, or a tunnel that is cut, leaves a connection open and says nothing.
+const call = async (method, path, body) => (await ask(method, path, body, method === "GET" ? AbortSignal.timeout(state.patience) : undefined)).json();

@@ -12,11 +12,13 @@ function partsOf(one) {
   if (rest > 0) found.push(["computed", rest]);
   return found;
 }
+// What is not known to have been computed: its first token never came.
+const computedWord = one => one.state === "done" || one.first_token_s !== null ? "computed" : "to compute";
 const stateWord = one => ({ failed: "It failed", left: "Its client left", done: "Done" })[one.state];
 function causeOf(one) {
   const parted = one.parted;
   if (one.state !== "done") return stateWord(one).toLowerCase();
-  if (!parted || !parted.cause) return parted ? "goes on" : one.source === "miss" ? "nothing like it yet" : "";
+  if (!parted || !parted.cause) return parted ? "goes on" : one.source === "miss" ? "nothing like it yet" : one.reason;
   return parted.cause.replaceAll("_", " ");
 }
 // A request in one or two sentences: how long, of what, why, and what would have helped.
@@ -24,17 +26,17 @@ function storyOf(one) {
   const parts = partsOf(one);
   if (!parts.length) return one.state === "done" ? "Its prompt is not known." : `${stateWord(one)}.`;
   const computed = sum(parts.filter(part => part[0] === "computed").map(part => part[1]));
-  const text = [`${whole(computed)} of ${plural(one.num_tokens, "token")} computed`];
+  const text = [`${whole(computed)} of ${plural(one.num_tokens, "token")} ${computedWord(one)}`];
   if (one.waited_s > 0.2 && one.waited_s > 0.2 * (one.first_token_s || Infinity)) text.push(`${duration(one.waited_s)} waited before that`);
   if (one.restore_s > 0.2) text.push(`${duration(one.restore_s)} of look-up and reading`);
   let why = "";
   if (one.parted && one.parted.cause && !one.parted.is_new) why = ` ${one.parted.sentence}`;
-  else if (one.source === "miss" && one.reason) why = ` ${one.reason[0].toUpperCase()}${one.reason.slice(1)}.`;
+  else if (!one.parted && one.reason) why = ` ${one.reason[0].toUpperCase()}${one.reason.slice(1)}.`;
   const helps = one.parted && one.parted.repairs.length ? ` --stabilize ${one.parted.repairs.join(",")} mends that.` : "";
   return `${one.state === "done" ? "" : `${stateWord(one)}. `}${text.join(", ")}.${why}${helps}`;
 }
 function nameOf(one) {
-  const parts = partsOf(one).map(([name, n]) => `${whole(n)} ${name === "computed" ? "computed" : `from ${name}`}`);
+  const parts = partsOf(one).map(([name, n]) => `${whole(n)} ${name === "computed" ? computedWord(one) : `from ${name}`}`);
   return [
     clock(one.time), parts.length ? `${plural(one.num_tokens, "token")}: ${parts.join(", ")}` : stateWord(one),
     one.first_token_s === null ? "" : `first token after ${duration(one.first_token_s)}`,
