@@ -30,12 +30,17 @@ function inSight(start, end) {
     if (state.view === "list") {
       const one = listed(i);
       if (one) ids.push(one.id); else needPage(Math.floor(i / PAGE));
-    } else if (flat[i].kind === "more") { if (!flat[i].asked) { flat[i].asked = true; act(() => moreOf(flat[i] ? flat[i].of : null)); } }
+    } else if (flat[i].kind === "more") askMore(flat[i]);
     else if (flat[i].kind === "entry") ids.push(flat[i].data.id);
     else ids.push(flat[i].data.id, flat[i].data.last);
   }
   idsInSight = ids;
   if (ids.some(id => preview(id).epoch !== state.epoch)) wantPreviews(ids);
+}
+function askMore(row) {
+  if (row.asked) return;
+  row.asked = true;
+  act(() => moreOf(row.of).finally(() => { row.asked = false; }));
 }
 const needed = new Set();
 function needPage(page) {

@@ -142,10 +142,14 @@ async function level(id, shown) {
 }
 const treeSort = () => state.sort === "size" ? "size" : "used";
 async function moreOf(id) {
-  const known = id ? state.open.get(id) : state.roots;
-  const query = new URLSearchParams({ limit: PAGE, offset: known.branches.length, sort: treeSort() });
+  const level = () => id ? state.open.get(id) : state.roots;
+  const offset = level().branches.length;
+  const query = new URLSearchParams({ limit: PAGE, offset, sort: treeSort() });
   if (id) query.set("branch", id);
-  known.branches.push(...(await call("GET", `/v1/cache/tree?${query}`)).branches);
+  const next = await call("GET", `/v1/cache/tree?${query}`);
+  // It may have been asked for anew meanwhile.
+  const known = level();
+  if (known && known.branches.length === offset) known.branches.push(...next.branches);
   renderEntries();
 }
 
