@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from persist_cache_cli.demo.openblas import preload_env
 from tests.server_process import free_port
 
@@ -18,6 +20,7 @@ TEXT = (ROOT / "docs" / "start.md").read_text()
 MODEL = "MODEL=mlx-community/SmolLM2-135M-Instruct"
 
 
+@pytest.mark.long  # eight programs with a real model, half a minute of a processor
 def test_first_session_can_be_copied_line_by_line(smollm2: Path, tmp_path: Path) -> None:
     blocks = re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL)
     script = "echo '---- block'\n".join(["", *blocks])

@@ -83,7 +83,10 @@ def _attached(folder: Path, disk: Path) -> Iterator[list[str]]:
 
 
 def _hdiutil(*words: str) -> None:
-    done = subprocess.run(["hdiutil", *words], capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(["hdiutil", *words], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise NotApplicable("there is no hdiutil, which would give this check a disk") from None
     if done.returncode:
         raise NotApplicable(f"no small disk can be made here (hdiutil {words[0]} failed)")
 
