@@ -71,8 +71,9 @@ def assert_nowhere(server: SearchedServer, model: Path, *texts: str) -> None:
     assert in_folder(server.folder, wanted[: len(texts)]) == []  # the log
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    ("path", "stream"), [(CHAT, True), (TEXT, False), (MESSAGES, True), (RESPONSES, False)]
+)
 def test_nothing_of_a_private_request_is_anywhere_afterwards(
     server: SearchedServer, model: Path, path: str, stream: bool
 ) -> None:
