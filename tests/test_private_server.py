@@ -65,14 +65,16 @@ def assert_nowhere(server: SearchedServer, model: Path, *texts: str) -> None:
     ids = [tokenizer.encode(text, add_special_tokens=False)[2:-2] for text in texts]
     assert all(len(one) >= 3 for one in ids)
     flush(server)
-    assert server.in_memory(texts, ids) == []
+    # The generation thread lets go of it when it looks for another request.
+    until(lambda: not server.in_memory(texts, ids), timeout_s=20)
     wanted = patterns(texts, ids)
     assert in_folder(server.store, wanted) == []
     assert in_folder(server.folder, wanted[: len(texts)]) == []  # the log
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    ("path", "stream"), [(CHAT, True), (TEXT, False), (MESSAGES, True), (RESPONSES, False)]
+)
 def test_nothing_of_a_private_request_is_anywhere_afterwards(
     server: SearchedServer, model: Path, path: str, stream: bool
 ) -> None:

@@ -93,7 +93,7 @@ def told(folder: Path, steps: list[tuple[str, str, list[int], bool]], whose: str
     return found
 
 
-@settings(max_examples=30)
+@settings(max_examples=12)
 @given(steps=STEPS)
 def test_what_one_salt_gets_is_independent_of_all_others(
     tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, str, list[int], bool]]
