@@ -35,6 +35,9 @@ KEY = ("org/A-Model-4bit", None, None)
 class Nothing(BaseHTTPRequestHandler):
     """Stands for upstream's handler, and has none of its answers."""
 
+    response_generator: Any
+    _send: Any
+
     def do_GET(self) -> None:
         raise RefusedError(404, "There is nothing here.")
 
@@ -42,7 +45,7 @@ class Nothing(BaseHTTPRequestHandler):
         raise RefusedError(404, "There is nothing here.")
 
     def handle_health_check(self) -> None:
-        self._send(json_response({"status": "ok", "model": "ok", "disk": "ok"}))
+        self._send(json_response(self.response_generator.health))
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -63,6 +66,7 @@ class PageServer:
         url: Where it answers.
         store: What it shows, if there is one.
         ring: The requests that it shows.
+        health: What `/health` answers.
     """
 
     def __init__(
@@ -86,9 +90,11 @@ class PageServer:
             stabilize=frozenset({"billing"}),
             cli_args=SimpleNamespace(model=None, host="127.0.0.1"),
             cache=cache,
+            health={"status": "ok", "model": "ok", "disk": "ok"},
         )
         self._generator = generator
         generator.admin = Admin(cache, token=token, generator=generator, texts=texts)
+        self.health = generator.health
         self.admin = generator.admin
         self._http = NamelessServer(("127.0.0.1", 0), partial(Pages, generator))
         self.url = f"http://127.0.0.1:{self._http.server_port}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -101,6 +102,44 @@ def test_what_was_evicted_before_is_erased_as_well(
         assert store.erase().is_complete
 
     assert_erased(tmp_path / "store", kept)
+
+
+def test_erasing_often_hardly_makes_the_index_larger(
+    template: tuple[Path, list[str], list[list[int]]], tmp_path: Path
+) -> None:
+    path, gone, _ = template
+    shutil.copytree(path, tmp_path / "store")
+    sizes = []
+    with opened(tmp_path / "store") as store:
+        store.erase(gone)
+        for _ in range(6):
+            store.erase()
+            sizes.append((tmp_path / "store" / "data.mdb").stat().st_size)
+
+    assert sizes[-1] - sizes[0] < 5 * 40 * mmap.PAGESIZE
+
+
+def test_files_of_dead_writers_are_overwritten_as_well(
+    tmp_path: Path,
+) -> None:
+    store = opened(tmp_path / "store")
+    put(store, [1, 2, 3])
+    folder = tmp_path / "store"
+    names = [f"tmp/{'a' * 32}.safetensors", f"blobs/bb/{'b' * 32}.safetensors"]
+    names.append(f"quarantine/{'c' * 32}.safetensors")
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"secret label")
+    held = [os.open(folder / name, os.O_RDONLY) for name in names]
+    try:
+        store.erase()
+
+        assert not any((folder / name).exists() for name in names)
+        assert [os.pread(fd, 100, 0) for fd in held] == [bytes(12)] * 3
+    finally:
+        for fd in held:
+            os.close(fd)
+        store.close()
 
 
 def test_another_process_that_wrote_it_writes_nothing_of_it_again(tmp_path: Path) -> None:

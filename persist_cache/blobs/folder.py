@@ -129,9 +129,8 @@ class BlobFolder:
         """
         for path in (self.path(name), self.quarantine_path(name)):
             with contextlib.suppress(FileNotFoundError):
-                if overwrites and path.is_file() and not path.is_symlink():
-                    with contextlib.suppress(OSError):  # it is unlinked at least
-                        fs.overwrite(path)
+                if overwrites:
+                    _overwrite(path)
                 _unlink_or_rmdir(path)
 
     def quarantine(self, name: str) -> bool:
@@ -172,6 +171,13 @@ def _blob_files(folder: Path) -> Iterator[tuple[str, Path]]:
             yield path.name.removesuffix(SUFFIX), path
 
 
+def _overwrite(path: Path) -> None:
+    """Put zeros in the place of a file's bytes, as far as that goes: it is unlinked at least."""
+    if path.is_file() and not path.is_symlink():
+        with contextlib.suppress(OSError):
+            fs.overwrite(path)
+
+
 def _unlink_or_rmdir(path: Path) -> None:
     """Remove a name that is ours, also where an empty folder took the place of the file."""
     try:
@@ -191,13 +197,16 @@ def is_same_file(path: Path, fd: int) -> bool:
     return os.path.samestat(named, os.fstat(fd))
 
 
-def try_remove_orphan(path: Path, is_known: Callable[[], bool]) -> bool:
+def try_remove_orphan(
+    path: Path, is_known: Callable[[], bool], *, overwrites: bool = False
+) -> bool:
     """Remove the file `path` if its writer is dead and no record names it.
 
     Args:
         path: A temporary or published blob that looked unknown.
         is_known: Called without arguments while the lock is held: looks again, in a fresh
             transaction, whether a record names the file by now.
+        overwrites: Put zeros in the place of its bytes before.
 
     Returns:
         Whether the file was removed; one that cannot be is left for another time.
@@ -216,6 +225,8 @@ def try_remove_orphan(path: Path, is_known: Callable[[], bool]) -> bool:
         # Whoever renamed it to its final place meanwhile may have committed it: look twice.
         if not fs.try_lock(fd) or is_known() or not is_same_file(path, fd):
             return False
+        if overwrites:
+            _overwrite(path)
         _unlink_or_rmdir(path)
     except OSError as error:
         log.warning("%s is an orphan and cannot be removed: %s", path, error)

@@ -24,6 +24,10 @@ _REWRITTEN = (*DATABASES, *ADDED, FAMILIES)
 _PAGES_AT_ONCE = 8192
 _RUNS_AT_ONCE = 4096
 _FEW_PAGES = 64
+_LAST_PAGES = 8
+"""Taken at once where each commit may be the first one that finds none."""
+_POINTED_TO = 64
+"""Fewer than the zeros that one page of their table points to."""
 _ROUNDS = 2
 """What a commit frees can be used by the next but one."""
 _PATIENCE_S = 10.0
@@ -73,11 +77,11 @@ def scrub(index: Index) -> Scrubbed:
         )
         is_more = bool(after)
     pages, is_read = 0, False
-    for _ in range(_ROUNDS):
+    for left in reversed(range(_ROUNDS)):
         for _ in range(2):
             last = index.update(_step)
         is_read = not _is_passed(index, last)
-        pages = _overwrite(index)
+        pages = _overwrite(index, until_it_grows=not left)
     return Scrubbed(pages, is_read)
 
 
@@ -100,14 +104,20 @@ def _is_passed(index: Index, commit: int) -> bool:
         time.sleep(0.02)
 
 
-def _overwrite(index: Index) -> int:
-    """Put zeros into all free pages, and free them again; returns how many there were."""
+def _overwrite(index: Index, *, until_it_grows: bool) -> int:
+    """Put zeros into the free pages, and free them again; returns how many there were.
+
+    That none is left is seen by the file's growth. What it grows by is free the next time, so it
+    has to be little: the last pages are taken few at a time, and only if `until_it_grows`.
+    """
     with index.read() as txn:
         free = index.last_page + 1 - txn.used_pages()
+    # The table of the zeros has pages that point to them, and each commit takes some.
+    surely = free - free // _POINTED_TO - _FEW_PAGES
     filled = 0
-    while True:
+    while filled < surely or until_it_grows:
         before = index.last_page
-        at_once = min(max(free - filled, _FEW_PAGES), _PAGES_AT_ONCE)
+        at_once = min(max(surely - filled, _LAST_PAGES), _PAGES_AT_ONCE)
         index.update(
             lambda txn, first=filled, count=at_once: txn.fill(first, count, index.page_bytes)  # type: ignore[misc]
         )

@@ -189,8 +189,11 @@ def _is_abandoned(disk: Disk, name: bytes) -> bool:
     folder = disk.folder
     # A writer renames from the first place to the second, so in this order none is missed.
     places = (folder.temporary_path(name.hex()), folder.path(name.hex()))
+    is_recorded = partial(disk.is_recorded, name)
     return all(
-        try_remove_orphan(path, partial(disk.is_recorded, name)) for path in places if path.exists()
+        try_remove_orphan(path, is_recorded, overwrites=disk.overwrites)
+        for path in places
+        if path.exists()
     )
 
 

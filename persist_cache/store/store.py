@@ -39,7 +39,7 @@ from persist_cache.store.budget import Limits
 from persist_cache.store.catalog import Catalog, StoreStats
 from persist_cache.store.erase import Erased, erase, overwriting
 from persist_cache.store.evict import REQUESTED, Evictor
-from persist_cache.store.lifetimes import TTL
+from persist_cache.store.lifetimes import TTL, by_fingerprint
 from persist_cache.store.lookup import Lookup
 from persist_cache.store.put import Insertion, PutResult
 from persist_cache.store.quotas import QUOTA, check_rules, is_counted, recount
@@ -778,6 +778,13 @@ class Store:
         """
         return self._upkeep.merge_runs(keep_on)
 
+    def lifetimes(self) -> Callable[[Tier, Fingerprint | None], int | None] | None:
+        """What says how many seconds something of a tier and a model lives by default.
+
+        None where nothing is said of anything.
+        """
+        return by_fingerprint(self.ttl)
+
     def tidy(self) -> None:
         """Remove what has expired, and what exceeds a quota; for when nothing else is to be done.
 
@@ -789,13 +796,17 @@ class Store:
         if not self.read_only:
             self._upkeep.tidy()
 
-    def gc(self) -> Collected:
+    def gc(self, *, overwrites: bool = False) -> Collected:
         """Finish dead writers' work, apply expiry and budget, merge and compact blobs.
+
+        Args:
+            overwrites: Put zeros in the place of the bytes of files that go.
 
         Raises:
             StoreError: The disk failed; what was done until then stays done.
         """
-        return self._upkeep.gc()
+        with overwriting(self._disk) if overwrites else contextlib.nullcontext():
+            return self._upkeep.gc()
 
     def _change(self, entry: str, change: Callable[[EntryRecord], EntryRecord]) -> None:
         self._apply(entry, lambda txn, number, record: txn.put_entry(number, change(record)))

@@ -5,6 +5,7 @@ No file is removed whose writer lives: each is looked up in the index again once
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -40,14 +41,14 @@ def sweep(disk: Disk, evictor: Evictor) -> None:
     with disk.index.read() as txn:
         quarantined = txn.sized(b"quarantine")
     for name_hex, path in list(disk.folder.temporaries()):
-        try_remove_orphan(path, partial(_is_pending, disk, bytes.fromhex(name_hex)))
+        _try_remove(disk, path, partial(_is_pending, disk, bytes.fromhex(name_hex)))
     for name, record in quarantined.items():
         # Whoever put it there may have died before the file was moved.
         if not disk.folder.quarantine_path(name.hex()).exists():
             move_aside(disk, name, record)
     for name_hex, path in list(disk.folder.in_quarantine()):
         if bytes.fromhex(name_hex) not in quarantined:
-            try_remove_orphan(path, partial(is_quarantined, disk, bytes.fromhex(name_hex)))
+            _try_remove(disk, path, partial(is_quarantined, disk, bytes.fromhex(name_hex)))
     correct_sizes(disk)
     evictor.empty_trash()
     disk.index.reader_check()
@@ -59,9 +60,13 @@ def remove_orphans(disk: Disk) -> int:
     for name_hex, path in list(disk.folder.names()):
         is_known = partial(is_expected, disk, bytes.fromhex(name_hex), path)
         if not is_known():
-            removed += try_remove_orphan(path, is_known)
+            removed += _try_remove(disk, path, is_known)
     disk.folder.remove_empty()
     return removed
+
+
+def _try_remove(disk: Disk, path: Path, is_known: Callable[[], bool]) -> bool:
+    return try_remove_orphan(path, is_known, overwrites=disk.overwrites)
 
 
 def is_expected(disk: Disk, name: bytes, path: Path) -> bool:

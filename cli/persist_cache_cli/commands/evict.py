@@ -21,8 +21,9 @@ from persist_cache.queries.schema import RemovalJson
 from persist_cache.queries.select import Filters, split_shared
 from persist_cache.queries.stale import stale_reason
 from persist_cache.queries.totals import Survey, left_in_trash, quarantined
+from persist_cache.queries.upkeep import erased
 from persist_cache_cli.calling import Declined
-from persist_cache_cli.erasing import CANNOT_BE_ERASED, erased, refuse_incomplete
+from persist_cache_cli.erasing import CANNOT_BE_ERASED, refuse_incomplete
 from persist_cache_cli.output import (
     Column,
     format_age,
@@ -141,6 +142,8 @@ def command(
         survey = Survey(opened)
         filters = msgspec.structs.replace(filters, ids=wanted)
         plan = _plan(opened, survey, filters, stale, match, to_bytes, everything)
+        if erase:  # files with dead rows are written anew without them, or named as what is left
+            plan.removal = msgspec.structs.replace(plan.removal, dead_bytes=0)
         if not plan.rows and not plan.shared and not everything:
             _say_nothing(plan, as_json=as_json, dry_run=dry_run)
         if not dry_run:
@@ -157,7 +160,7 @@ def command(
         print_json(plan.as_json(dry_run))
     elif not quiet:
         click.echo("\n".join(plan.lines(dry_run)))
-        if erase and not dry_run:
+        if erase and not dry_run and not left:
             click.echo(CANNOT_BE_ERASED)
     if not dry_run:
         refuse_incomplete(left)

@@ -1,5 +1,5 @@
 // ---- what is known, and asking for it again ----
-const POLL_MS = 3000, MOST_REST_MS = 30000, PAGE = 100, FIRST = 200, MOST_REQUESTS = 2000, HISTORY_MS = 15000, MOST_PREVIEWS = 3000;
+const POLL_MS = 3000, MOST_REST_MS = 30000, PAGE = 100, FIRST = 100, MOST_REQUESTS = 2000, HISTORY_MS = 15000, MOST_PREVIEWS = 3000;
 const SOURCES = ["disk", "memory", "remote"];
 const state = {
   token: "", stats: null, history: null, health: {}, requests: [], byId: new Map(), paused: false, seen: null,
@@ -39,7 +39,7 @@ async function tick(force) {
       await refresh();
       state.seen = state.stats.version;
     }
-    render();
+    await render();
     state.gone = 0;
     $("main").classList.remove("stale");
     if (!$("alert").dataset.act) $("alert").hidden = true;

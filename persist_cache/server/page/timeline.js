@@ -1,7 +1,7 @@
 // ---- the timeline: a bar for each request, of which only those in sight are there ----
 const BAR_H = 128, FIRST_TOP = 132, FIRST_H = 36, LEAST_STEP = 12, MOST_STEP = 26;
 const bars = new Map();
-const line = { step: LEAST_STEP, at: null, follows: true, drawnFor: "" };
+const line = { step: LEAST_STEP, at: null, left: 0, room: 0, drawnFor: "" };
 
 // The parts of a prompt by where they came from, in the order of the stack, and what is left.
 function partsOf(one) {
@@ -47,11 +47,15 @@ function nameOf(one) {
 function renderTimeline() {
   const all = state.requests, strip = $("strip");
   setText($("requests-count"), all.length ? `the latest ${whole(all.length)}` : "none yet");
-  const step = Math.max(LEAST_STEP, Math.min(MOST_STEP, Math.floor(strip.clientWidth / Math.max(1, all.length))));
+  const step = Math.max(LEAST_STEP, Math.min(MOST_STEP, Math.floor(line.room / Math.max(1, all.length))));
+  const width = all.length * step;
   if (step !== line.step) { line.step = step; clearBars(); }
-  const atEnd = strip.scrollLeft + strip.clientWidth >= strip.scrollWidth - 2 * step;
-  $("bars").style.width = `${all.length * step}px`;
-  if (line.follows && atEnd || line.drawnFor === "") strip.scrollLeft = strip.scrollWidth;
+  if (width !== line.width) {
+    const atEnd = line.left + line.room >= (line.width || 0) - 2 * step;
+    line.width = width;
+    $("bars").style.width = `${width}px`;
+    if (atEnd) { strip.scrollLeft = width; line.left = Math.max(0, width - line.room); }
+  }
   const most = Math.max(1, ...all.map(one => one.num_tokens));
   const slowest = Math.max(0.001, ...all.map(one => one.first_token_s || 0));
   const scale = `${most} ${slowest}`;
@@ -72,9 +76,9 @@ function clearBars() {
 let barFrame = 0;
 function laterBars() { if (!barFrame) barFrame = requestAnimationFrame(() => { barFrame = 0; drawBars(); }); }
 function drawBars() {
-  const strip = $("strip"), all = state.requests, step = line.step;
-  const start = Math.max(0, Math.floor(strip.scrollLeft / step) - 20);
-  const end = Math.min(all.length, Math.ceil((strip.scrollLeft + strip.clientWidth) / step) + 20);
+  const all = state.requests, step = line.step;
+  const start = Math.max(0, Math.floor(line.left / step) - 10);
+  const end = Math.min(all.length, Math.ceil((line.left + line.room) / step) + 10);
   const keep = new Set();
   const focused = document.activeElement && document.activeElement.dataset.request;
   for (let i = start; i < end; i++) {
@@ -130,15 +134,16 @@ function moveBar(event) {
   const i = Math.min(all.length - 1, Math.max(0, all.findIndex(one => one.id === line.at) + steps[event.key]));
   line.at = all[i].id;
   const strip = $("strip"), left = i * line.step;
-  if (left < strip.scrollLeft) strip.scrollLeft = left;
-  else if (left + line.step > strip.scrollLeft + strip.clientWidth) strip.scrollLeft = left + line.step - strip.clientWidth;
+  if (left < line.left) strip.scrollLeft = left;
+  else if (left + line.step > line.left + line.room) strip.scrollLeft = left + line.step - line.room;
+  line.left = strip.scrollLeft;
   drawBars();
   bars.get(line.at).focus({ preventScroll: true });
 }
 function startTimeline() {
   const box = $("bars");
   const idOf = event => { const bar = event.target.closest("button"); return bar ? bar.dataset.request : ""; };
-  $("strip").addEventListener("scroll", () => { const strip = $("strip"); line.follows = strip.scrollLeft + strip.clientWidth >= strip.scrollWidth - 2 * line.step; laterBars(); }, { passive: true });
+  $("strip").addEventListener("scroll", () => { line.left = $("strip").scrollLeft; laterBars(); }, { passive: true });
   box.addEventListener("keydown", moveBar);
   box.addEventListener("click", event => { const id = idOf(event); if (id) { line.at = id; drawBars(); act(() => requestDetails(id)); } });
   box.addEventListener("pointerover", event => { hovered = idOf(event); readout(hovered || line.at); });
@@ -146,5 +151,6 @@ function startTimeline() {
   box.addEventListener("focusin", event => { const id = idOf(event); if (id) { line.at = id; readout(id); } });
   put($("requests-legend"), ["disk", "memory", "computed"].map(name => h("li", { class: name }, h("span", { class: "dot" }), name)),
     h("li", {}, "below: time to the first token"), h("li", {}, "◆ repaired"), h("li", { class: "bad" }, "● failed or left"));
-  new ResizeObserver(() => { if (state.stats) renderTimeline(); }).observe($("strip"));
+  line.room = $("strip").clientWidth;
+  new ResizeObserver(() => { line.room = $("strip").clientWidth; if (state.stats) renderTimeline(); }).observe($("strip"));
 }
