@@ -15,6 +15,7 @@ import pytest
 import requests
 
 from persist_cache.fingerprint.value import Fingerprint
+from persist_cache.queries.ids import find_ids
 from persist_cache.server.page import page_response
 from tests import axe, browser
 from tests.browser import complaints, needs_chromium, size, until
@@ -100,8 +101,9 @@ def test_empty_store_says_what_fills_it(chromium: Any, tmp_path: Path) -> None:
 
         assert "The store is empty" in entries
         assert f"curl {server.url}/v1/chat/completions" in entries
-        assert "persist-cache warm --model" in entries
-        assert "persist-cache launch" in entries
+        ours = f"persist-cache --store {tmp_path / 'store'}"
+        assert f"{ours} warm --model" in entries
+        assert f"{ours} launch" in entries
         assert "is on" in text_of(chromium, "h-disk")
         assert "No request yet" in text_of(chromium, "card-last")
         assert axe.violations(chromium) == []
@@ -462,7 +464,7 @@ def test_evict_asks_first_and_takes_what_the_command_would(chromium: Any, tmp_pa
 
         labelled(chromium, "Evict").click()
         until(dialog.is_displayed)
-        assert f"persist-cache evict {root.id[:3]}" in dialog.text
+        assert f"--store {tmp_path / 'store'} evict {root.id[:3]}" in dialog.text
         assert "This entry is pinned, and goes because it is named." in dialog.text
         assert "goes because it is named; 1 other pinned entry stays." in dialog.text
         assert axe.violations(chromium) == []
@@ -486,6 +488,21 @@ def test_evict_asks_first_and_takes_what_the_command_would(chromium: Any, tmp_pa
 
         assert [one.id for one in server.store.entries()] == [leaf.id]
         assert complaints(chromium) == []
+
+
+def test_the_command_that_evicts_names_all_that_goes(chromium: Any, tmp_path: Path) -> None:
+    with serving(tmp_path, list(conversations(MODEL, 20, systems=1, turns=1))) as server:
+        root = next(one for one in server.store.entries() if one.parent is None)
+        open_page(chromium, server)
+
+        chromium.execute_async_script(f"evict('{root.id}', true).then(arguments[0])")
+        commands = chromium.find_elements(By.CSS_SELECTOR, "#dialog .command code")
+
+        named = [shlex.split(one.text) for one in commands][-1]
+        assert named[:4] == ["persist-cache", "--store", str(tmp_path / "store"), "evict"]
+        assert {one.id for one in server.store.entries()} == {
+            id for short in named[4:] for id in find_ids(server.store, short)
+        }
 
 
 def test_an_entry_is_exported_as_a_bundle(chromium: Any, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ async function details(id) {
   const reveal = button("reveal", "Show text", () => act(async () => {
     const whole = (await call("GET", `/v1/cache/entries/${one.id}?text=true`)).text || "";
     // A line of a megabyte is no use to anybody, and slow to lay out.
-    text.replaceChildren(said(visible(whole.slice(0, 20000))), whole.length > 20000 ? `\n… and ${(whole.length - 20000).toLocaleString("en-US")} characters more: persist-cache show ${one.short_id} --text` : "");
+    text.replaceChildren(said(visible(whole.slice(0, 20000))), whole.length > 20000 ? `\n… and ${(whole.length - 20000).toLocaleString("en-US")} characters more: ${commandOf(`show ${one.short_id} --text`)}` : "");
     text.hidden = false;
     reveal.disabled = true;
   }));
@@ -108,6 +108,7 @@ async function exported(one) {
 }
 
 // ---- eviction: what the command would do, said before ----
+const MOST_NAMED = 100;
 async function evict(id, branches) {
   const plans = [{ below: false, plan: await call("DELETE", `/v1/cache/entries/${id}?below=false&dry_run=true`) }];
   if (branches) plans.push({ below: true, plan: await call("DELETE", `/v1/cache/entries/${id}?below=true&dry_run=true`) });
@@ -119,7 +120,8 @@ async function evict(id, branches) {
     choices.map(({ below, plan }) => [
       h("h3", {}, below ? `It and what goes on from it: ${plural(plan.entries.length, "entry", "entries")}` : "This entry alone"),
       consequences(plan, one).map(text => h("p", {}, text)),
-      copyable(`persist-cache evict ${plan.entries.length > 12 ? `${plan.entries.slice(0, 12).map(entry => entry.short_id).join(" ")} …` : plan.entries.map(entry => entry.short_id).join(" ")}`),
+      // A command that is cut short would evict something else.
+      plan.entries.length > MOST_NAMED ? null : copyable(commandOf(`evict ${plan.entries.map(entry => entry.short_id).join(" ")}`)),
       h("div", { class: "acts" }, h("button", { type: "button", class: "danger", id: below ? "really-below" : "really", on: { click: () => act(async () => {
         const done = await call("DELETE", `/v1/cache/entries/${id}?below=${below}`);
         $("dialog").close();

@@ -23,11 +23,13 @@ function notes(store, history) {
   if (free.not_pinned !== undefined) found.push(h("li", {}, `When room is needed, all but what is pinned may go: ${bytes(free.not_pinned)}.`, free.expired ? ` Expired, and first to go: ${bytes(free.expired)}.` : ""));
   if (store.quarantine.length) found.push(h("li", { class: "bad" }, `${plural(store.quarantine.length, "damaged file")} in quarantine, ${bytes(sum(store.quarantine.map(one => one.bytes)))}; evict --all removes them.`));
   if (store.eviction_paused) found.push(h("li", { class: "bad" }, "Eviction is paused: ", said(store.eviction_paused)));
-  return found.concat(store.left_behind.map(one => leftBehind(one, store.store)));
+  return found.concat(store.left_behind.map(leftBehind));
 }
-function leftBehind(one, path) {
-  const command = `persist-cache --store ${/^[\w@%+=:,./-]+$/.test(path) ? path : `'${path.replaceAll("'", `'"'"'`)}'`}`;
-  const code = text => h("code", {}, `${command} ${text}`);
+const quoted = text => /^[\w@%+=:,./-]+$/.test(text) ? text : `'${text.replaceAll("'", `'"'"'`)}'`;
+// The command in a shell: of this store, which need not be the one that it uses by itself.
+const commandOf = rest => `persist-cache --store ${quoted(state.stats.store.store)} ${rest}`;
+function leftBehind(one) {
+  const code = text => h("code", {}, commandOf(text));
   return h("li", { class: "stale" },
     `${plural(one.entries, "entry", "entries")}, ${bytes(one.bytes)}, ${one.entries === 1 ? "is" : "are"} of no use any more: ${one.reason}. `,
     one.pinned ? [`${whole(one.pinned)} of them pinned: `, code("unpin ID"), " first. "] : [],

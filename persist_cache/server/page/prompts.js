@@ -77,8 +77,8 @@ function filling() {
   const model = state.stats.model || "MODEL";
   return [
     `curl ${location.origin}/v1/chat/completions -H 'Content-Type: application/json' -d '{"messages": [{"role": "user", "content": "Hello"}]}'`,
-    `persist-cache warm --model ${/^[\w@%+=:,./-]+$/.test(model) ? model : "MODEL"} --system @prompt.txt`,
-    "persist-cache launch claude",
+    commandOf(`warm --model ${quoted(model)} --system @prompt.txt`),
+    commandOf("launch claude"),
   ].map(line => copyable(line));
 }
 
