@@ -173,6 +173,8 @@ def test_where_there_is_no_service_that_is_said(action: str, run: Run, asked: Pa
         (["install", "--api-key", "s3cret"], "persist-cache.toml"),
         (["install", "--admin-token=s3cret"], "persist-cache.toml"),
         (["install", "--disk-bytes", "much"], "not a size"),
+        (["install", "--model", "m", "--prot", "1"], "`serve` has no --prot"),
+        (["install", "--port", "many"], "many"),
         (["status", "--port", "1"], "takes no --port"),
         (["logs", "--print"], "takes no --print"),
         (["restart"], "restart"),

@@ -106,7 +106,9 @@ def _service(ctx: click.Context, arguments: tuple[str, ...]) -> Service:
     Raises:
         click.UsageError: It does not, or a secret is among them.
     """
+    from persist_cache.server.run import flags_of_upstream
     from persist_cache_cli.commands.serve import command as serve
+    from persist_cache_cli.commands.serve import errors_in_one_sentence
 
     for one in arguments:
         if one.partition("=")[0] in _SECRETS:
@@ -116,6 +118,11 @@ def _service(ctx: click.Context, arguments: tuple[str, ...]) -> Service:
                 f"{name.removeprefix('--')} under [serve] of persist-cache.toml."
             )
     parsed = serve.make_context("serve", list(arguments), parent=ctx.parent)
+    with errors_in_one_sentence():
+        unknown = flags_of_upstream().parse_known_args(parsed.args)[1]
+    if unknown:
+        # It would be started again and again, and fail each time.
+        raise click.UsageError(f"`serve` has no {unknown[0]}.")
     given: list[str] = []
     if ctx.obj is not None:
         given += ["--store", os.path.abspath(os.path.expanduser(ctx.obj))]
