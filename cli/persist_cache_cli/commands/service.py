@@ -66,7 +66,12 @@ def command(
         )
     if action == "uninstall":
         _refuse_foreign(chosen.path)
-        chosen.stop()
+        try:
+            chosen.stop()
+        except click.ClickException as error:
+            # It may not run at all, or the manager be out of reach: the file can go all the same.
+            chosen.path.unlink()
+            raise click.ClickException(f"Removed {chosen.path}, but {error.message}") from None
         chosen.path.unlink()
         click.echo(f"Stopped, and removed {chosen.path}.")
         return
@@ -93,7 +98,13 @@ def _install(
         new.replace(path)
     finally:
         new.unlink(missing_ok=True)
-    manager.start()
+    try:
+        manager.start()
+    except click.ClickException as error:
+        raise click.ClickException(
+            f"{path} is written, but not started: {error.message} "
+            "`persist-cache service uninstall` removes it."
+        ) from None
     click.echo(f"Installed as {path}, and started; `persist-cache service status` shows it.")
     for name in ("PERSIST_CACHE_API_KEY", "PERSIST_CACHE_ADMIN_TOKEN", "HF_TOKEN"):
         if os.environ.get(name):
