@@ -31,6 +31,8 @@ grace = 5
 api-key = "s3cret-key"
 salt = "s3cret-salt"
 allowed-origins = ["http://a", "http://b"]
+quota = ["salt:s3cret=of=salt=1GB", "model=9GB"]
+ttl = "salt:s3cret-salt=7d"
 
 [serve.alias]
 big = "mlx-community/Qwen3-32B-4bit"
@@ -105,9 +107,9 @@ def test_flags_win_over_the_environment_and_that_over_the_file(
     assert found["disk-bytes"] == (1_000_000_000, "flag", "--disk-bytes")
     assert found["model"][:2] == ("other", "flag")
     assert found["grace"][:2] == (7.0, "flag")
-    assert run("--store", "/flag", "config", "show", "--json").json["settings"][0]["value"] == (
-        "/flag"
-    )
+    for flags in (("--store", "/flag", "config", "show"), ("config", "show", "--store", "/flag")):
+        store = run(*flags, "--json").json["settings"][0]
+        assert (store["value"], store["source"]) == ("/flag", "flag")
 
 
 @pytest.mark.parametrize("form", [["--json"], []])
@@ -116,7 +118,8 @@ def test_secrets_are_masked(form: list[str], file: Path, run: Run) -> None:
 
     assert done.status == 0
     assert "s3cret" not in done.out
-    assert done.out.count("********") == 2
+    assert done.out.count("********") == 4
+    assert "salt:********=1GB" in done.out
 
 
 def test_every_option_and_flag_of_serve_is_shown_once(file: Path, run: Run) -> None:
@@ -150,6 +153,7 @@ def test_every_option_and_flag_of_serve_is_shown_once(file: Path, run: Run) -> N
         ("[serve]\nport = 1\n[serve]\n", "cannot be understood"),
         ("[serve]\ndisk_bytes = '1GB'\ndisk-bytes = '2GB'\n", "disk-bytes: it is given twice"),
         ("serve = 3\n", "line 1: serve: a table is wanted"),
+        ("[serve]\nstore = 'x'\n", "line 2: store: it is a setting of all commands"),
     ],
 )
 def test_a_bad_file_is_one_sentence_with_its_line(
@@ -163,6 +167,7 @@ def test_a_bad_file_is_one_sentence_with_its_line(
     assert done.status == 2
     assert said in done.sentence
     assert str(path) in done.sentence
+    assert "?." not in done.sentence
 
 
 def test_serve_refuses_an_unknown_key_before_anything_is_loaded(run: Run, tmp_path: Path) -> None:

@@ -173,6 +173,8 @@ def test_where_there_is_no_service_that_is_said(action: str, run: Run, asked: Pa
         (["install", "--api-key", "s3cret"], "persist-cache.toml"),
         (["install", "--admin-token=s3cret"], "persist-cache.toml"),
         (["install", "--disk-bytes", "much"], "not a size"),
+        (["install", "--model", "m", "--prot", "1"], "`serve` has no --prot"),
+        (["install", "--port", "many"], "many"),
         (["status", "--port", "1"], "takes no --port"),
         (["logs", "--print"], "takes no --print"),
         (["restart"], "restart"),
@@ -189,7 +191,7 @@ def test_what_cannot_be_done_is_one_sentence(
     assert not unit.exists()
 
 
-def test_a_manager_that_fails_is_quoted(run: Run, asked: Path, tmp_path: Path) -> None:
+def test_a_manager_that_fails_is_quoted(run: Run, asked: Path, unit: Path, tmp_path: Path) -> None:
     tool = tmp_path / "bin" / "systemctl"
     tool.write_text("#!/bin/sh\necho 'Failed to connect to bus.' >&2\nexit 1\n")
 
@@ -197,3 +199,18 @@ def test_a_manager_that_fails_is_quoted(run: Run, asked: Path, tmp_path: Path) -
 
     assert done.status == 1
     assert "Failed to connect to bus." in done.sentence
+    assert f"{unit} is written, but not started" in done.sentence
+
+
+def test_a_manager_out_of_reach_does_not_keep_the_file(
+    run: Run, asked: Path, unit: Path, tmp_path: Path
+) -> None:
+    assert run("service", "install", "--manager", "systemd").status == 0
+    tool = tmp_path / "bin" / "systemctl"
+    tool.write_text("#!/bin/sh\necho 'Failed to connect to bus.' >&2\nexit 1\n")
+
+    done = run("service", "uninstall", "--manager", "systemd")
+
+    assert done.status == 1
+    assert done.sentence.startswith(f"Error: Removed {unit}, but ")
+    assert not unit.exists()

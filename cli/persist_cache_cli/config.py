@@ -52,7 +52,8 @@ class Config:
         """
         line = self.lines.get(name)
         at = f"{self.path}, line {line}" if line else f"{self.path}"
-        raise click.UsageError(f"{at}: {name}: {why.rstrip('.')}.")
+        end = "" if why[-1:] in (".", "?") else "."
+        raise click.UsageError(f"{at}: {name}: {why}{end}")
 
     def place(self, name: str) -> str:
         """Where a value stands."""
@@ -206,6 +207,10 @@ def _parsed(path: Path, text: str) -> Config:
         if dashed.setdefault(name.replace("_", "-"), value) is not value:
             Config(path, lines=lines[_TABLE]).refuse(name.replace("_", "-"), "it is given twice")
     at = {**lines[""], **lines[_TABLE]}
+    if "store" in dashed:
+        # For `serve` alone it would win over the flag and the variable of all commands.
+        why = f"it is a setting of all commands; write it above [{_TABLE}]"
+        Config(path, lines=lines[_TABLE]).refuse("store", why)
     return Config(path, store, dashed, at)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,6 +19,9 @@ from persist_cache_cli.output import Column, plain, print_json, table, terminal_
 from persist_cache_cli.store_access import common_options
 
 _SECRETS = ("key", "token", "salt", "secret", "password")
+_RULES = ("quota", "ttl")
+_SALT_OF_RULE = re.compile(r"\bsalt:.*(?==)", re.DOTALL)
+"""What a rule is about may be a salt."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,8 @@ def _store(ctx: click.Context) -> Setting:
     """Where the store is; the one setting of all commands."""
     config, group = config_of(ctx), ctx.parent
     source = None if group is None else group.get_parameter_source("store")
-    if source is ParameterSource.COMMANDLINE:
+    behind = ctx.get_parameter_source("store")
+    if ParameterSource.COMMANDLINE in (source, behind):
         return Setting("store", ctx.obj, "flag", "--store")
     if source is ParameterSource.ENVIRONMENT:
         return Setting("store", ctx.obj, "environment", "PERSIST_CACHE_HOME")
@@ -144,6 +149,8 @@ def _masked(name: str, value: Any) -> Any:
     """A value that may be shown."""
     if value and any(part in _SECRETS for part in name.split("-")):
         return "********"
+    if name in _RULES:
+        return [_SALT_OF_RULE.sub("salt:********", one) for one in value]
     if isinstance(value, frozenset):
         return sorted(value)
     if isinstance(value, os.PathLike):

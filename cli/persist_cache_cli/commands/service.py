@@ -66,7 +66,12 @@ def command(
         )
     if action == "uninstall":
         _refuse_foreign(chosen.path)
-        chosen.stop()
+        try:
+            chosen.stop()
+        except click.ClickException as error:
+            # It may not run at all, or the manager be out of reach: the file can go all the same.
+            chosen.path.unlink()
+            raise click.ClickException(f"Removed {chosen.path}, but {error.message}") from None
         chosen.path.unlink()
         click.echo(f"Stopped, and removed {chosen.path}.")
         return
@@ -93,7 +98,13 @@ def _install(
         new.replace(path)
     finally:
         new.unlink(missing_ok=True)
-    manager.start()
+    try:
+        manager.start()
+    except click.ClickException as error:
+        raise click.ClickException(
+            f"{path} is written, but not started: {error.message} "
+            "`persist-cache service uninstall` removes it."
+        ) from None
     click.echo(f"Installed as {path}, and started; `persist-cache service status` shows it.")
     for name in ("PERSIST_CACHE_API_KEY", "PERSIST_CACHE_ADMIN_TOKEN", "HF_TOKEN"):
         if os.environ.get(name):
@@ -106,7 +117,9 @@ def _service(ctx: click.Context, arguments: tuple[str, ...]) -> Service:
     Raises:
         click.UsageError: It does not, or a secret is among them.
     """
+    from persist_cache.server.run import flags_of_upstream
     from persist_cache_cli.commands.serve import command as serve
+    from persist_cache_cli.commands.serve import errors_in_one_sentence
 
     for one in arguments:
         if one.partition("=")[0] in _SECRETS:
@@ -116,6 +129,11 @@ def _service(ctx: click.Context, arguments: tuple[str, ...]) -> Service:
                 f"{name.removeprefix('--')} under [serve] of persist-cache.toml."
             )
     parsed = serve.make_context("serve", list(arguments), parent=ctx.parent)
+    with errors_in_one_sentence():
+        unknown = flags_of_upstream().parse_known_args(parsed.args)[1]
+    if unknown:
+        # It would be started again and again, and fail each time.
+        raise click.UsageError(f"`serve` has no {unknown[0]}.")
     given: list[str] = []
     if ctx.obj is not None:
         given += ["--store", os.path.abspath(os.path.expanduser(ctx.obj))]
