@@ -35,6 +35,9 @@ KEY = ("org/A-Model-4bit", None, None)
 class Nothing(BaseHTTPRequestHandler):
     """Stands for upstream's handler, and has none of its answers."""
 
+    response_generator: Any
+    _send: Any
+
     def do_GET(self) -> None:
         raise RefusedError(404, "There is nothing here.")
 
@@ -42,7 +45,7 @@ class Nothing(BaseHTTPRequestHandler):
         raise RefusedError(404, "There is nothing here.")
 
     def handle_health_check(self) -> None:
-        self._send(json_response({"status": "ok", "model": "ok", "disk": "ok"}))
+        self._send(json_response(self.response_generator.health))
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -63,6 +66,7 @@ class PageServer:
         url: Where it answers.
         store: What it shows, if there is one.
         ring: The requests that it shows.
+        health: What `/health` answers.
     """
 
     def __init__(
@@ -75,7 +79,8 @@ class PageServer:
         disk_off: str = "",
     ) -> None:
         self.store: Any = store
-        self.ring = Ring(decode=decode, seconds=lambda model, tokens: tokens * 1e-3)
+        self._decode = decode
+        self.ring = self._new_ring()
         cache = PromptCache(store=store, disk_off=disk_off)
         provider = SimpleNamespace(model_key=None, tokenizer=None, identifier=lambda key: MODEL)
         generator = SimpleNamespace(
@@ -85,12 +90,23 @@ class PageServer:
             stabilize=frozenset({"billing"}),
             cli_args=SimpleNamespace(model=None, host="127.0.0.1"),
             cache=cache,
+            health={"status": "ok", "model": "ok", "disk": "ok"},
         )
+        self._generator = generator
         generator.admin = Admin(cache, token=token, generator=generator, texts=texts)
+        self.health = generator.health
         self.admin = generator.admin
         self._http = NamelessServer(("127.0.0.1", 0), partial(Pages, generator))
         self.url = f"http://127.0.0.1:{self._http.server_port}"
         threading.Thread(target=self._http.serve_forever, daemon=True).start()
+
+    def _new_ring(self) -> Ring:
+        return Ring(decode=self._decode, seconds=lambda model, tokens: tokens * 1e-3)
+
+    def start_again(self) -> None:
+        """Remember no request any more, as a server that is started again at the same place."""
+        self.ring.close()
+        self.ring = self._generator.recent = self._new_ring()
 
     def stop(self) -> None:
         self._http.shutdown()
@@ -127,7 +143,7 @@ def remember(
     source: str = "memory",
     body: bytes = b"",
     client: str = "ada/1.0",
-    first_s: float = 0.5,
+    first_s: float | None = 0.5,
     state: Any = "done",
     repaired: Sequence[str] = (),
     reason: str = "",
@@ -135,13 +151,13 @@ def remember(
 ) -> str:
     """Have a request remembered that was answered just so; returns its id."""
     made = Ticket(body)
-    made.times.arrived = time.monotonic() - first_s - 0.2
+    made.times.arrived = time.monotonic() - (first_s or 0.0) - 0.2
     made.tokenized(CutPrompt(None, (), tokens, (), (), ""))
     made.model_key = KEY
     made.changes = frozenset(repaired)
     made.looked(Fetch(source if found else "miss", found, reason, seconds=0.01))
     made.times.looked = made.times.arrived + 0.05
-    made.times.first_token = made.times.arrived + first_s
+    made.times.first_token = None if first_s is None else made.times.arrived + first_s
     made.output_tokens = 12
     id = ring.begin(made, response_id=f"r-{random.random()}", path=path, client=client)
     ring.end(id, state)

@@ -13,12 +13,17 @@ QUESTIONS = (
 )
 
 
-def drive(server: ServerProcess, *, number: int = 10) -> None:
+def drive(
+    server: ServerProcess,
+    *,
+    number: int = 10,
+    dates: tuple[str, str] = ("2026-03-01", "2026-03-02"),
+) -> None:
     """A few conversations: of two clients, on two dates, one with another system prompt."""
     talks: dict[int, list[tuple[str, str]]] = {}
     for place in range(number):
         which = place % 4
-        date = "2026-03-01" if place < number // 2 else "2026-03-02"
+        date = dates[place >= number // 2]
         system = RULES * 6 + f"Today's date is {date}. " + "Mountains, rivers and forests. " * 10
         if which == 3:
             system = "You review code. " * 20

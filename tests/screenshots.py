@@ -21,7 +21,13 @@ from tests.server_process import running
 from tests.tiny_models import build_model_dir
 
 SIZES = {"phone": (360, 780), "laptop": (1280, 900), "wall": (3840, 2160)}
-READY = "return document.querySelector('#dialog').open || state.stats !== null"
+READY = (
+    "return document.querySelector('#dialog').open || state.history !== null && state.seen !== null"
+)
+STORY = (
+    "requestDetails(state.requests.find(one => one.parted && one.parted.cause "
+    "&& !one.parted.is_new).id).then(arguments[0])"
+)
 THEMES = ("light", "dark")
 
 
@@ -31,7 +37,7 @@ def traffic(folder: Path) -> Iterator[str]:
     model = build_model_dir(folder / "Tiny-Llama-Random")
     options = {"min_free_bytes": 0, "disk_bytes": 16 << 20, "daily_write_bytes": 8 << 20}
     with running(model, folder / "store", folder, **options) as server:
-        drive(server, number=8)
+        drive(server, number=8, dates=("2026-03-01", "2026-03-01"))
     with running(model, folder / "store", folder, **options) as server:
         drive(server, number=32)
         server.request("POST", "/v1/cache/flush")
@@ -96,8 +102,7 @@ def take(driver: Any, folder: Path, state: str) -> None:
 def dialogs(driver: Any, folder: Path, name: str) -> None:
     """A request's story, an entry, and an eviction."""
     scripts = {
-        "story": "requestDetails(state.requests.find(one => one.parted && one.parted.cause "
-        "&& !one.parted.is_new).id).then(arguments[0])",
+        "story": STORY,
         "entry": "details(state.roots.branches[0].last).then(arguments[0])",
         "evict": "evict(state.roots.branches[0].id, true).then(arguments[0])",
         "warm": "warmForm(state.requests[0]); arguments[0]()",
@@ -108,14 +113,31 @@ def dialogs(driver: Any, folder: Path, name: str) -> None:
         driver.execute_script("document.querySelector('#dialog').close()")
 
 
+def for_readme(driver: Any, folder: Path) -> None:
+    """The two pictures of docs/img."""
+    browsers.size(driver, 1100, 760)
+    browsers.theme(driver, "light")
+    with tempfile.TemporaryDirectory() as scratch, traffic(Path(scratch)) as url:
+        driver.get(url)
+        browsers.until(partial(driver.execute_script, READY))
+        driver.execute_async_script("setTimeout(arguments[0], 2000)")
+        driver.save_screenshot(str(folder / "cache-page.png"))
+        driver.execute_async_script(STORY)
+        driver.save_screenshot(str(folder / "cache-request.png"))
+
+
 def main() -> None:
-    if len(sys.argv) < 2 or not set(sys.argv[2:]) <= STATES.keys():
-        sys.exit(f"usage: scripts/screenshots FOLDER [{'|'.join(STATES)}]...")
+    if len(sys.argv) < 2 or not set(sys.argv[2:]) <= {*STATES, "readme"}:
+        sys.exit(f"usage: scripts/screenshots FOLDER [{'|'.join(STATES)}|readme]...")
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     if browsers.CHROMIUM is None or browsers.DRIVER is None:
         sys.exit(browsers.MISSING)
     with browsers.started() as driver:
+        driver.set_script_timeout(120)
+        if sys.argv[2:] == ["readme"]:
+            for_readme(driver, folder)
+            return
         for state in sys.argv[2:] or STATES:
             take(driver, folder, state)
             print(f"{state}: {len(list(folder.glob(f'{state}-*.png')))} pictures")

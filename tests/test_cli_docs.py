@@ -70,7 +70,7 @@ def fields(title: str) -> set[str]:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_is_documented(name: str) -> None:
     text = section(name)
-    everywhere = {"--json", "--quiet", "--help", "--store"}
+    everywhere = {"--json", "--quiet", "--help", "--config", "--store"}
 
     for option in options(name) - everywhere:
         assert option in text, option

@@ -175,6 +175,23 @@ def test_serve_refuses_an_unknown_key_before_anything_is_loaded(run: Run, tmp_pa
     assert "did you mean model?" in done.sentence
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_the_file_may_be_named_before_and_behind_a_command(
+    before: bool, file: Path, run: Run, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.toml"
+    other.write_text("store = 'elsewhere'\n[serve]\ngrace = 3\n")
+    named = ["--config", str(other)]
+    called = ["config", "show", "--json"]
+
+    done = run(*named, *called) if before else run(*called, *named)
+
+    found = {one["name"]: one["value"] for one in done.json["settings"]}
+    assert found["grace"] == 3
+    assert found["store"] == str(tmp_path / "elsewhere")
+    assert found["disk-bytes"] is None
+
+
 def test_a_file_that_was_named_has_to_be_there(run: Run, tmp_path: Path) -> None:
     done = run("--config", tmp_path / "nowhere.toml", "list")
 

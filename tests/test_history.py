@@ -60,6 +60,20 @@ def test_a_clock_that_is_set_back_loses_nothing(history: RequestHistory, clock: 
     assert history.over(DAY_S).requests == 4
 
 
+def test_a_clock_that_is_set_back_keeps_nothing_in_the_last_hour_for_longer(
+    history: RequestHistory, clock: Clock
+) -> None:
+    history.add("done", 100, {"memory": 60}, 1.5)
+    clock.now -= 5 * HOUR_S
+
+    assert history.over(HOUR_S).since == history.over().since == clock.now
+    assert history.over(HOUR_S).requests == 1
+    history.add("done", 1, {}, None)
+    clock.now += HOUR_S + 60
+    assert history.over(HOUR_S).requests == 0
+    assert history.over(DAY_S).requests == history.over().requests == 2
+
+
 def test_a_year_of_requests_takes_no_more_than_a_day(history: RequestHistory, clock: Clock) -> None:
     drawn = random.Random(1)
     for _ in range(6000):
@@ -82,6 +96,20 @@ def test_samples_of_the_disk_are_thinned_and_end_now(clock: Clock) -> None:
     steps = {later.at - earlier.at for earlier, later in pairwise(found)}
     assert len(steps) == 1
     assert [one.at for one in found] == sorted(one.at for one in found)
+
+
+def test_samples_are_of_the_last_day_and_in_order_whatever_the_clock_did(clock: Clock) -> None:
+    disk = DiskHistory(lambda at: DiskSample(at, int(at)), clock)
+    for step in (0, 3 * DAY_S, 60, -7200, 60, 10_000):  # it slept, and was set back
+        clock.now += step
+        disk.take()
+        clock.now += 1
+
+        ats = [one.at for one in disk.samples(240)]
+        assert ats == sorted(ats)
+        assert ats[0] >= clock.now - DAY_S
+
+    assert len(ats) == 4
 
 
 def test_a_disk_that_is_off_is_a_gap(clock: Clock) -> None:

@@ -96,6 +96,26 @@ def test_the_next_put_applies_it_in_a_store_that_is_never_idle(tmp_path: Path) -
         assert len(store.entries()) == 1
 
 
+def test_memory_lets_go_of_it_as_well(tmp_path: Path) -> None:
+    from persist_cache import PromptCache
+    from tests.live_fakes import FakeCodec, FakeLayer
+    from tests.waiting import until
+
+    with (
+        Store.open(tmp_path / "store", min_free_bytes=0, ttl={"user": 1}) as store,
+        PromptCache(
+            store=store, identify=lambda _: identity("a"), codec=FakeCodec(), idle_s=0.05
+        ) as cache,
+    ):
+        for tier, tokens in (("user", [1, 2]), ("system", [3, 4])):
+            cache.look_up("m", tokens)
+            cache.insert_cache("m", tokens, [FakeLayer(tokens)], cache_type=tier)
+
+        until(lambda: len(cache) == 1)
+
+        assert cache.known_tokens("m", [3, 4]) == 2
+
+
 def test_explain_says_when_it_expires(tmp_path: Path) -> None:
     clock = Clock()
     with Store.open(

@@ -146,6 +146,35 @@ def test_a_private_request_that_fails_is_in_no_log(server: SearchedServer, model
     assert_nowhere(server, model, secret)
 
 
+def test_a_private_request_that_is_served_alone_leaves_nothing(
+    server: SearchedServer, model: Path
+) -> None:
+    secret = next(secrets)
+
+    assert send(server, CHAT, body_of(CHAT, secret, seed=7)).ok
+
+    assert_nowhere(server, model, secret)
+
+
+def test_a_server_may_keep_nothing_unless_it_is_asked_to(model: Path, tmp_path: Path) -> None:
+    rules = {"no_store": True, "respect_store": True, "min_tokens": 60}
+    with SearchedServer(model, tmp_path / "store", tmp_path, min_free_bytes=0, rules=rules) as live:
+        store = {"x-persist-cache": "store"}
+        for path in PATHS:
+            live.request("POST", path, json=body_of(path, "private"))
+            live.request("POST", path, json=body_of(path, "hi", system=""), headers=store)
+            body = body_of(path, "this, too", store=False)
+            live.request("POST", path, json=body, headers=store)
+        flush(live)
+        assert entries(live) == []
+        for path in PATHS:
+            live.request("POST", path, json=body_of(path, f"kept {path}"), headers=store)
+        flush(live)
+
+        assert len(entries(live)) >= len(PATHS)
+        assert live.request("POST", "/v1/cache/gc?erase=true").json()["left"] == []
+
+
 def test_only_requests_of_one_salt_share_anything(server: SearchedServer) -> None:
     for path in PATHS:
         words = next(secrets)

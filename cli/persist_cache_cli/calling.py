@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 import click
 
+from persist_cache_cli import config_place
+
 ALIASES = {"ls": "list", "rm": "evict"}
 """What else a command answers to."""
 _KIN = {
@@ -33,7 +35,9 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 
 
 def with_store(command: click.Command) -> click.Command:
-    """Let `--store` stand behind a command that has none of its own, too."""
+    """Let `--config`, and `--store` if it has none of its own, stand behind a command, too."""
+    if any("--config" in parameter.opts for parameter in command.params):
+        return command  # it was asked for before
     if not any("--store" in parameter.opts for parameter in command.params):
         command.params.append(
             click.Option(
@@ -44,6 +48,16 @@ def with_store(command: click.Command) -> click.Command:
                 callback=_choose,
             )
         )
+    command.params.append(
+        click.Option(
+            ["--config"],
+            metavar="FILE",
+            help="Settings, instead of persist-cache.toml in its usual place.",
+            expose_value=False,
+            is_eager=True,
+            callback=_configure,
+        )
+    )
     return command
 
 
@@ -55,6 +69,17 @@ def check_store(path: str | None) -> None:
     """
     if path == "":
         raise click.UsageError("--store needs a folder, not an empty name.")
+
+
+def _configure(ctx: click.Context, parameter: click.Parameter, path: str | None) -> None:
+    """Have the command use this file of settings."""
+    if path is None:
+        return
+    root, before = ctx.find_root(), ctx.obj
+    config_place.apply(root, path)
+    if before is None:
+        ctx.obj = root.obj
+    ctx.default_map = (root.default_map or {}).get(ctx.info_name or "")
 
 
 def _choose(ctx: click.Context, parameter: click.Parameter, path: str | None) -> None:

@@ -164,6 +164,7 @@ def config_of(ctx: click.Context) -> Config:
 def use(ctx: click.Context, config: Config) -> None:
     """Let commands have what a file says: `serve` its options, others the secrets of the server."""
     ctx.meta[_META] = config
+    ctx.default_map = None
     if not config.serve:
         return
     secrets = {

@@ -18,6 +18,28 @@ def default_path() -> Path:
     return Path(platformdirs.user_config_dir("persist-cache")) / NAME
 
 
+def apply(root: click.Context, given: str | None) -> None:
+    """Let a call of `persist-cache` have what its file of settings says.
+
+    Args:
+        root: The context of the group.
+        given: The file, if one was named.
+
+    Raises:
+        click.UsageError: It is not there, or cannot be understood.
+    """
+    if (file := find(given)) is None:
+        return
+    from persist_cache_cli.config import read_config, use
+
+    settings = read_config(file)
+    use(root, settings)
+    if given is not None and root.invoked_subcommand == "launch":
+        os.environ[VARIABLE] = str(file)  # the server that it starts reads the same
+    if root.params.get("store") is None:
+        root.obj = settings.store
+
+
 def find(given: str | None) -> Path | None:
     """The file that is to be read, if there is one.
 

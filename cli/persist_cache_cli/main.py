@@ -138,15 +138,7 @@ def cli(ctx: click.Context, store: str | None, config: str | None) -> None:
     """A prompt cache for mlx-lm that survives restarts."""
     check_store(store)
     ctx.obj = store
-    if (file := config_place.find(config)) is None:
-        return
-    from persist_cache_cli.config import read_config, use
-
-    settings = read_config(file)
-    use(ctx, settings)
-    if config is not None and ctx.invoked_subcommand == "launch":
-        os.environ[config_place.VARIABLE] = str(file)  # the server that it starts reads the same
-    ctx.obj = settings.store if store is None else store
+    config_place.apply(ctx, config)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

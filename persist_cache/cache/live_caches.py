@@ -8,6 +8,7 @@ Thread safety: none of its own; `PromptCache` holds its lock around every call.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,6 +44,7 @@ class Held:
         keep_s: By tier, for how long its client asks to keep it on disk behind each use.
         group: That its client counts it to, or "".
         memory_only: It is never to be on disk.
+        since: When it came into memory, by `time.monotonic`.
     """
 
     owner: Owner
@@ -60,6 +62,7 @@ class Held:
     keep_s: Mapping[Tier, int] = field(default_factory=dict)
     group: str = ""
     memory_only: bool = False
+    since: float = field(default_factory=time.monotonic)
 
     @property
     def num_tokens(self) -> int:

@@ -423,8 +423,19 @@ class Saver:
             return
         try:
             self._store.tidy()
+            lives = self._store.lifetimes()
         except StoreError as error:
             log.warning("what has expired could not be removed: %s", error)
+            return
+        if lives is None:
+            return
+        now = time.monotonic()
+        with self._lock:
+            for held in self._resident.held():
+                seconds = lives(Tier.parse(held.tier), held.owner.fingerprint)
+                if seconds is not None and now - held.since >= seconds:
+                    held.wanted = False
+                    self._resident.remove(held)
 
     def _merge_runs(self) -> None:
         """Make the next restart's first answer of a long conversation faster, while idle."""

@@ -517,7 +517,9 @@ class Writer(Reader):
         self._txn.put(record.name, pack_number(number), db=self._db[b"names"])
 
     def own(self, blob: int, namespace: int, disk_bytes: int) -> None:
-        """Note of which namespace a blob is, and what it takes."""
+        """Note of which namespace a blob is, and what it takes; 0 where that is not known."""
+        if not namespace:
+            return
         self._txn.put(pack_number(blob), pack_number(namespace), db=self._db[SPACES])
         self.add(f"{_SPACE}{namespace}", disk_bytes)
 

@@ -13,21 +13,25 @@ if TYPE_CHECKING:
     from persist_cache.store.check import Problem
 
 
-def collected_json(store: Store, *, overwrites: bool = False) -> dict[str, Any]:
-    """Run `Store.gc`, and say what that did.
+def collected_json(store: Store, *, erase: bool = False) -> dict[str, Any]:
+    """Run `Store.gc`, and `Store.erase` if that is asked for, and say what that did.
+
+    What is left that could be erased is in `left` then, in sentences.
 
     Args:
         store: The store.
-        overwrites: As for `Store.gc`.
+        erase: Overwrite what goes, and erase what is left of it.
 
     Raises:
         StoreError: The disk failed; what was done until then stays done.
     """
     before = store.stats().entries
-    done = store.gc(overwrites=overwrites)
+    done = store.gc(overwrites=erase)
+    freed, left = erased(store) if erase else (0, [])
     after = store.stats()
     return {
-        "freed_bytes": done.freed_bytes,
+        **({"left": left} if erase else {}),
+        "freed_bytes": done.freed_bytes + freed,
         "evicted": max(0, before - after.entries),
         "merged_blobs": done.merged,
         "compacted_blobs": done.compacted,
@@ -35,6 +39,27 @@ def collected_json(store: Store, *, overwrites: bool = False) -> dict[str, Any]:
         "entries": after.entries,
         "bytes": after.usage.total,
     }
+
+
+def erased(store: Store, ids: Sequence[str] = ()) -> tuple[int, list[str]]:
+    """Erase entries and what was left of others; returns bytes freed, and what is left."""
+    before = store.stats().usage.total
+    done = store.erase(ids)
+    freed = max(0, before - store.stats().usage.total)
+    left = []
+    if done.without_room:
+        left.append(
+            f"{done.without_room} files with rows of evicted prompts could not be written anew "
+            "without them: the budget or the disk has no room for a copy"
+        )
+    if done.in_trash:
+        left.append(
+            f"{done.in_trash} files could not be removed; look at the permissions of the store's "
+            "folders"
+        )
+    if done.is_read:
+        left.append("another process reads an older state of the index")
+    return freed, left
 
 
 def check(

@@ -40,8 +40,8 @@ class Upkeep:
 
     def gc(self, request: Request) -> Response:
         """Do at once what a store does when room is needed, compacting included."""
-        query_of(request, set())
-        return json_response(collected_json(self._views.store()))
+        erase = flag(query_of(request, {"erase"}), "erase")
+        return json_response(collected_json(self._views.store(), erase=erase))
 
     def check(self, request: Request) -> Response:
         """Compare index and blobs, and mend that if it is asked for."""

@@ -7,11 +7,15 @@ since. A date of its own that somebody gave it takes its place, and what is pinn
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from persist_cache.entry import Tier
 from persist_cache.index.columns import EntryColumns
 from persist_cache.index.transaction import Reader
 from persist_cache.store.quotas import Rules, Whose
+
+if TYPE_CHECKING:
+    from persist_cache.fingerprint.value import Fingerprint
 
 TTL = "ttl:"
 """Prefix of the lifetimes in `meta`, in seconds."""
@@ -34,6 +38,22 @@ def lifetimes(rules: Rules, identities: Mapping[int, str]) -> Callable[[int, int
             said = [*of_space.get(namespace, ()), of_tier.get(tier)]
             known[key] = min((one for one in said if one is not None), default=None)
         return known[key]
+
+    return lives
+
+
+def by_fingerprint(rules: Rules) -> Callable[[Tier, Fingerprint | None], int | None] | None:
+    """What says how long a cache of a tier and a model lives in memory; None without rules."""
+    if not rules:
+        return None
+    known: dict[bytes, list[int]] = {b"": []}
+
+    def lives(tier: Tier, fingerprint: Fingerprint | None) -> int | None:
+        key = b"" if fingerprint is None else fingerprint.digest
+        if fingerprint is not None and key not in known:
+            known[key] = Whose.of(fingerprint.to_json().decode()).rules(rules)
+        said = [*known[key], rules.get(tier.label)]
+        return min((one for one in said if one is not None), default=None)
 
     return lives
 

@@ -39,7 +39,7 @@ from persist_cache.store.budget import Limits
 from persist_cache.store.catalog import Catalog, StoreStats
 from persist_cache.store.erase import Erased, erase, overwriting
 from persist_cache.store.evict import REQUESTED, Evictor
-from persist_cache.store.lifetimes import TTL
+from persist_cache.store.lifetimes import TTL, by_fingerprint
 from persist_cache.store.lookup import Lookup
 from persist_cache.store.put import Insertion, PutResult
 from persist_cache.store.quotas import QUOTA, check_rules, is_counted, recount
@@ -777,6 +777,13 @@ class Store:
             StoreError: The disk failed; what was done until then stays done.
         """
         return self._upkeep.merge_runs(keep_on)
+
+    def lifetimes(self) -> Callable[[Tier, Fingerprint | None], int | None] | None:
+        """What says how many seconds something of a tier and a model lives by default.
+
+        None where nothing is said of anything.
+        """
+        return by_fingerprint(self.ttl)
 
     def tidy(self) -> None:
         """Remove what has expired, and what exceeds a quota; for when nothing else is to be done.

@@ -16,7 +16,7 @@ ALL = (
     *("sessions", "ttft", "start", "memory", "stall", "commands", "translation", "repairs"),
 )
 """Modules of this package, in the order in which `all` runs them."""
-BENCHMARKS = (*ALL, "peers")
+BENCHMARKS = (*ALL, "unload", "peers")
 
 
 def main() -> int:
@@ -66,7 +66,7 @@ def _parse() -> argparse.Namespace:
         metavar="BENCHMARK",
         help=f"{', '.join(BENCHMARKS)}; `table` compares the results with their targets and exits "
         "with 1 if one does not hold; `page` puts the last results into docs/performance.md; `all` "
-        "is everything but `peers`, without the page when `--quick`",
+        "is everything but `unload` and `peers`, without the page when `--quick`",
     )
     parser.add_argument("--quick", action="store_true", help="fewer repetitions and smaller sizes")
     parser.add_argument(

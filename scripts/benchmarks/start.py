@@ -42,13 +42,13 @@ def run(context: Context) -> Report:
     with context.scratch() as scratch:
         store = scratch / "store"
         log = scratch / "log"
-        prompt = _prompt(model, num_tokens)
+        prompt = long_prompt(model, num_tokens)
         common.say("start: the prompt is computed")
-        _asked(_ours(model, store), env, log, [prompt])
+        _asked(ours(model, store), env, log, [prompt])
         common.sync(store)
         cases = {
             STOCK: partial(_asked, _stock(model), env, log, ["Hi"]),
-            OURS: partial(_asked, _ours(model, store), env, log, ["Hi", prompt, prompt]),
+            OURS: partial(_asked, ours(model, store), env, log, ["Hi", prompt, prompt]),
             READ: partial(fresh, read_verified, store=str(store)),
         }
         for case in cases.values():
@@ -73,7 +73,8 @@ def run(context: Context) -> Report:
     return Report("start", "From the start of the process", values, _tables(values))
 
 
-def _prompt(model: Path, num_tokens: int) -> str:
+def long_prompt(model: Path, num_tokens: int) -> str:
+    """A text of so many tokens."""
     from persist_cache.prefill.loading import load_tokenizer
     from persist_cache_cli.demo.prompt import system_text
 
@@ -82,9 +83,17 @@ def _prompt(model: Path, num_tokens: int) -> str:
     return str(tokenizer.decode((tokens * (num_tokens // len(tokens) + 1))[:num_tokens]))
 
 
-def _ours(model: Path, store: Path) -> list[str]:
+def ours(model: Path, store: Path) -> list[str]:
+    """The command line of our server; the model is at its end."""
     program = str(Path(sys.executable).with_name("persist-cache"))
     return [program, "serve", "--store", str(store), "--min-free", "0", "--model", str(model)]
+
+
+def free_port() -> int:
+    """A port that nobody listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _stock(model: Path) -> list[str]:
@@ -100,14 +109,12 @@ def _asked(
         For each the seconds, of the first one since the start of the process, and the tokens that
         were not computed.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    port = free_port()
     found = []
     started = time.perf_counter()
     with (
         log.open("wb") as out,
-        _running([*command, "--port", str(port)], env, out),
+        running([*command, "--port", str(port)], env, out),
         requests.Session() as session,
     ):
         for prompt in prompts:
@@ -131,10 +138,11 @@ def _asked(
 
 
 @contextlib.contextmanager
-def _running(command: list[str], env: dict[str, str], out: Any) -> Iterator[None]:
+def running(command: list[str], env: dict[str, str], out: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """A process, which is ended with the block."""
     process = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT)
     try:
-        yield
+        yield process
     finally:
         process.terminate()
         process.wait(60)

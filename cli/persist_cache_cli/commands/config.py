@@ -96,7 +96,9 @@ def _of_serve(ctx: click.Context, arguments: list[str]) -> list[Setting]:
     parsed = serve.make_context("serve", arguments, parent=ctx.parent)
     found = []
     for option in serve.params:
-        if not isinstance(option, click.Option) or option.name in ("show_help", "own_store"):
+        if not isinstance(option, click.Option) or not option.expose_value:
+            continue
+        if option.name in ("show_help", "own_store"):
             continue
         name = option.opts[0].lstrip("-")
         source = parsed.get_parameter_source(str(option.name))

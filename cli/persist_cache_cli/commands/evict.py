@@ -21,8 +21,9 @@ from persist_cache.queries.schema import RemovalJson
 from persist_cache.queries.select import Filters, split_shared
 from persist_cache.queries.stale import stale_reason
 from persist_cache.queries.totals import Survey, left_in_trash, quarantined
+from persist_cache.queries.upkeep import erased
 from persist_cache_cli.calling import Declined
-from persist_cache_cli.erasing import CANNOT_BE_ERASED, erased, refuse_incomplete
+from persist_cache_cli.erasing import CANNOT_BE_ERASED, refuse_incomplete
 from persist_cache_cli.output import (
     Column,
     format_age,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from persist_cache.queries.upkeep import collected_json
-from persist_cache_cli.erasing import CANNOT_BE_ERASED, erased, refuse_incomplete
+from persist_cache_cli.erasing import CANNOT_BE_ERASED, refuse_incomplete
 from persist_cache_cli.output import format_bytes, plural, print_json
 from persist_cache_cli.store_access import changing, common_options, no_store
 
@@ -42,12 +42,8 @@ def command(store: str | None, *, erase: bool, as_json: bool, quiet: bool) -> No
             elif not quiet:
                 click.echo(no_store(store), err=True)
             return
-        done = collected_json(opened, overwrites=erase)
-        left: list[str] = []
-        if erase:
-            freed, left = erased(opened)
-            done["freed_bytes"] += freed
-            done["bytes"] = opened.stats().usage.total
+        done = collected_json(opened, erase=erase)
+        left: list[str] = done.get("left", [])
     if as_json:
         print_json(done)
     elif not quiet:

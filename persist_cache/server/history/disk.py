@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 EVERY_S = 60.0
+DAY_S = 86_400.0
 _SAMPLES = 24 * 60 + 1
 
 
@@ -55,13 +56,16 @@ class DiskHistory:
         """Take a sample now."""
         sample = self._sample(self._clock())
         with self._lock:
+            # A clock that was set back must not put them out of order.
+            while self._samples and self._samples[-1].at >= sample.at:
+                self._samples.pop()
             self._samples.append(sample)
 
     def samples(self, most: int) -> Sequence[DiskSample]:
         """At most so many samples, evenly spread, oldest first; the last one is of now."""
         now = self._sample(self._clock())
         with self._lock:
-            known = [one for one in self._samples if one.at < now.at]
+            known = [one for one in self._samples if now.at - DAY_S <= one.at < now.at]
         known.append(now)
         step = -(-len(known) // most)
         return known[::-step][::-1]

@@ -101,8 +101,7 @@ class RequestHistory:
             unmeasured=int(saved_s is None and bool(reused)),
         )
         with self._lock:
-            minute = self._clock() // _MINUTE_S * _MINUTE_S
-            # A clock that was set back must not put minutes out of order.
+            minute = self._now() // _MINUTE_S * _MINUTE_S
             if not self._minutes or self._minutes[-1].since < minute:
                 self._minutes.append(Sums(minute))
             self._minutes[-1].add(one)
@@ -113,7 +112,7 @@ class RequestHistory:
         with self._lock:
             first = 0.0
             if seconds is not None:
-                first = (self._clock() - seconds) // _MINUTE_S * _MINUTE_S
+                first = (self._now() - seconds) // _MINUTE_S * _MINUTE_S
             sums = Sums(max(self.started, first))
             if seconds is None:
                 sums.add(self._all)
@@ -123,3 +122,19 @@ class RequestHistory:
                     break
                 sums.add(minute)
             return sums
+
+    def _now(self) -> float:
+        """What the clock says.
+
+        If it was set back, what was counted in minutes to come counts as of now: it would be in the
+        last hour until the clock is there again.
+        """
+        now = self._clock()
+        minute = now // _MINUTE_S * _MINUTE_S
+        self.started = min(self.started, now)
+        if self._minutes and self._minutes[-1].since > minute:
+            sums = Sums(minute)
+            while self._minutes and self._minutes[-1].since >= minute:
+                sums.add(self._minutes.pop())
+            self._minutes.append(sums)
+        return now

@@ -22,7 +22,9 @@ function s(tag, attrs, ...children) {
 }
 // What somebody else wrote: it may run from right to left, and must not turn what is around it.
 const said = text => h("bdi", {}, String(text).slice(0, 4000));
-const whole = n => Math.round(n).toLocaleString("en-US");
+// By hand: a bar, or a row, has several of them, and the browser's own take a hundred times as long.
+const whole = n => String(Math.round(n)).replace(/\B(?=(\d{3})+$)/g, ",");
+const two = n => String(n).padStart(2, "0");
 function bytes(n) {
   let value = n;
   for (const unit of ["B", "KiB", "MiB", "GiB", "TiB", "PiB"]) {
@@ -51,8 +53,8 @@ function age(then) {
 }
 const plural = (n, one, many) => `${whole(n)} ${n === 1 ? one : many || `${one}s`}`;
 const moment = at => new Date(at * 1000).toLocaleString();
-const clock = at => new Date(at * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", second: "2-digit", hour12: false });
-const minute = at => new Date(at * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", hour12: false });
+const clock = at => `${minute(at)}:${two(new Date(at * 1000).getSeconds())}`;
+const minute = at => { const date = new Date(at * 1000); return `${two(date.getHours())}:${two(date.getMinutes())}`; };
 const percent = x => x && x < 0.0005 ? "< 0.1 %" : `${(100 * x).toFixed(x && x < 0.0995 ? 1 : x > 0.9945 && x < 1 ? 1 : 0)} %`;
 const sum = values => values.reduce((total, one) => total + one, 0);
 const button = (key, text, act, attrs) => h("button", { type: "button", "data-key": key, on: { click: act }, ...attrs }, text);
@@ -79,9 +81,9 @@ function morph(old, fresh) {
 
 // ---- talking to the server ----
 class Refused extends Error { constructor(status, text) { super(text); this.status = status; } }
-async function ask(method, path, body) {
+async function ask(method, path, body, signal) {
   const headers = state.token ? { Authorization: `Bearer ${state.token}` } : {};
-  const options = { method, headers, cache: "no-store", redirect: "error" };
+  const options = { method, headers, cache: "no-store", redirect: "error", signal };
   if (body !== undefined) { options.body = JSON.stringify(body); headers["Content-Type"] = "application/json"; }
   const answer = await fetch(path, options);
   if (answer.ok) return answer;
@@ -89,4 +91,5 @@ async function ask(method, path, body) {
   try { error = (await answer.json()).error; } catch { /* an empty answer */ }
   throw new Refused(answer.status, error || `The server answered ${answer.status}.`);
 }
-const call = async (method, path, body) => (await ask(method, path, body)).json();
+// A server that has stopped, or a tunnel that is cut, leaves a connection open and says nothing.
+const call = async (method, path, body) => (await ask(method, path, body, method === "GET" ? AbortSignal.timeout(state.patience) : undefined)).json();

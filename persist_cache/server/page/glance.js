@@ -6,10 +6,13 @@ const reusedOf = one => sum(Object.values(one.tokens_reused));
 function renderGlance() {
   const { healthy, model, model_state, store } = state.stats;
   const states = { loading: "the model is loading; requests wait for it", none: "no model is loaded", failed: "the generation thread died" };
-  const name = model ? model.split("/").filter(Boolean).pop() : "";
-  const told = Object.entries(state.health).filter(([key, value]) => !["status", "disk", "model", "error"].includes(key) && value !== "ok" && value)
-    .map(([key, value]) => `${key}: ${typeof value === "object" ? Object.entries(value).map(pair => pair.join(" ")).join(", ") : value}`);
-  setText($("model"), [name, healthy ? (model_state === "ready" ? "" : states[model_state] || model_state) : states.failed, ...told].filter(Boolean).join(" – "));
+  const { weights, warming } = state.health, name = model ? model.split("/").filter(Boolean).pop() : "";
+  const doing = [
+    !healthy ? states.failed : weights === "unloaded" ? "unloaded; the next request loads it" : model_state === "ready" ? "" : states[model_state] || model_state,
+    warming && warming.state === "running" ? `warming: ${whole(warming.done)} of ${plural(warming.total, "prompt")} done` : "",
+    warming && warming.failed.length ? `not warmed: ${warming.failed.join(" ")}` : "",
+  ];
+  setText($("model"), [name, ...doing].filter(Boolean).join(" – "));
   $("model").title = model || "";
   renderLatest();
   renderSaved();

@@ -163,5 +163,5 @@ function unfold(event) {
   if (opens) return;
   for (let above = i - 1; above >= 0; above--) if (flat[above].depth < row.depth) return promptRows.focus(above);
 }
-function look(view) { state.view = view; $("entries").scrollTop = 0; promptRows.clear(); state.pages.clear(); return act(async () => { await refresh(); render(); }); }
+function look(view) { state.view = view; $("entries").scrollTop = promptRows.top = 0; promptRows.clear(); state.pages.clear(); return act(async () => { await refresh(); await render(); }); }
 function sortBy(key) { state.sort = $("f-sort").value = key; return look(state.view); }

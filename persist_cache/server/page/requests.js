@@ -54,7 +54,7 @@ async function requestDetails(id) {
     ? [h("p", {}, `Nothing was lost: it goes on from where an earlier request ended.`)]
     : [h("p", { class: "soft" }, one.source === null ? "The cache was not asked." : "No earlier request that is remembered is like it.")];
   show(`Request of ${clock(one.time)}`,
-    h("ul", { class: "legend" }, parts.map(([name, n]) => h("li", { class: name }, h("span", { class: "dot" }), `${whole(n)} ${name === "computed" ? "computed" : `from ${name}`}`)), h("li", {}, `of ${plural(one.num_tokens, "token")}`)),
+    h("ul", { class: "legend" }, parts.map(([name, n]) => h("li", { class: name }, h("span", { class: "dot" }), `${whole(n)} ${name === "computed" ? computedWord(one) : `from ${name}`}`)), h("li", {}, `of ${plural(one.num_tokens, "token")}`)),
     bar, story, h("h3", {}, "The request"), rows,
     h("div", { class: "acts" },
       one.replayable ? button("warm", "Keep it ready…", () => act(() => warmForm(one))) : h("span", { class: "soft" }, "Its text is not kept, so it cannot be computed again."),

@@ -2,18 +2,23 @@
 class Rows {
   // `source` has: length, key(i), has(key), version(i) (a row is made again when it changes), make(i).
   constructor(box, label, source) {
-    this.box = box; this.source = source; this.shown = new Map();
+    this.box = box; this.source = source; this.shown = new Map(); this.top = 0;
     this.list = h("ul", { "aria-label": label });
     box.append(this.list);
-    box.addEventListener("scroll", () => this.later(), { passive: true });
+    // Asked for where nothing has changed since: it would be laid out just for that.
+    box.addEventListener("scroll", () => { this.top = box.scrollTop; this.later(); }, { passive: true });
     box.addEventListener("keydown", event => this.move(event));
-    new ResizeObserver(() => this.later()).observe(box);
+    new ResizeObserver(() => { this.measure(); this.later(); }).observe(box);
+    this.measure();
   }
-  get height() { return parseFloat(getComputedStyle(document.documentElement).getPropertyValue("--row")); }
+  measure() {
+    this.height = parseFloat(getComputedStyle(document.documentElement).getPropertyValue("--row"));
+    this.room = this.box.clientHeight;
+  }
   later() { if (!this.frame) this.frame = requestAnimationFrame(() => { this.frame = 0; this.draw(); }); }
   range() {
-    const height = this.height, first = Math.floor(this.box.scrollTop / height);
-    return [Math.max(0, first - 4), Math.min(this.source.length, first + Math.ceil(this.box.clientHeight / height) + 4)];
+    const height = this.height, first = Math.floor(this.top / height);
+    return [Math.max(0, first - 4), Math.min(this.source.length, first + Math.ceil(this.room / height) + 4)];
   }
   draw() {
     const height = this.height, [start, end] = this.range(), keep = new Set();
@@ -66,8 +71,9 @@ class Rows {
   }
   focus(i) {
     const height = this.height, top = i * height;
-    if (top < this.box.scrollTop) this.box.scrollTop = top;
-    else if (top + height > this.box.scrollTop + this.box.clientHeight) this.box.scrollTop = top + height - this.box.clientHeight;
+    if (top < this.top) this.box.scrollTop = top;
+    else if (top + height > this.top + this.room) this.box.scrollTop = top + height - this.room;
+    this.top = this.box.scrollTop;
     this.draw();
     const row = this.shown.get(this.source.key(i));
     const target = row && (row.item.querySelector(".title") || row.item.querySelector("button"));

@@ -1,12 +1,11 @@
 // ---- putting it together ----
-function render() {
-  renderGlance();
-  renderRequests();
-  renderWindows();
-  renderDisk();
-  renderEntries();
-  renderSince();
-  renderAges();
+// Part by part, so that a key or a click in between is not kept waiting.
+const PARTS = [renderGlance, renderRequests, renderWindows, renderDisk, renderEntries, renderSince, renderAges];
+async function render() {
+  for (const part of PARTS) {
+    part();
+    await new Promise(resolve => setTimeout(resolve));
+  }
 }
 startTimeline();
 startRequests();

@@ -1,10 +1,10 @@
 // ---- what is known, and asking for it again ----
-const POLL_MS = 3000, PAGE = 100, FIRST = 200, MOST_REQUESTS = 2000, HISTORY_MS = 15000, MOST_PREVIEWS = 3000;
+const POLL_MS = 3000, MOST_REST_MS = 30000, PAGE = 100, FIRST = 100, MOST_REQUESTS = 2000, HISTORY_MS = 15000, MOST_PREVIEWS = 3000;
 const SOURCES = ["disk", "memory", "remote"];
 const state = {
   token: "", stats: null, history: null, health: {}, requests: [], byId: new Map(), paused: false, seen: null,
   view: "tree", roots: null, open: new Map(), pages: new Map(), total: 0, sort: "used", most: null,
-  previews: new Map(), epoch: 0, offset: 0, gone: 0,
+  previews: new Map(), epoch: 0, offset: 0, gone: 0, patience: 30000,
 };
 const now = () => Date.now() / 1000 + state.offset;
 
@@ -39,7 +39,7 @@ async function tick(force) {
       await refresh();
       state.seen = state.stats.version;
     }
-    render();
+    await render();
     state.gone = 0;
     $("main").classList.remove("stale");
     if (!$("alert").dataset.act) $("alert").hidden = true;
@@ -51,9 +51,10 @@ async function tick(force) {
     setText($("state"), "not up to date");
   }
   ticking = false;
-  // A store that is slow to list is asked less often.
-  timer = setTimeout(tick, Math.max(POLL_MS, 10 * (performance.now() - started)));
+  timer = setTimeout(tick, state.gone ? POLL_MS : rest(performance.now() - started));
 }
+// A store that is slow to list is asked less often; one answer that took long says little of the next.
+const rest = spent => Math.min(MOST_REST_MS, Math.max(POLL_MS, 10 * spent));
 let quiet = 0;
 function warn(text, ofAct) {
   const box = $("alert");
@@ -69,30 +70,33 @@ function tell(text) {
 }
 
 async function refreshHistory() {
-  const [history, health] = await Promise.all([call("GET", "/v1/cache/history"), fetch("/health", { cache: "no-store" }).then(one => one.json()).catch(() => ({}))]);
+  const [history, health] = await Promise.all([call("GET", "/v1/cache/history"), fetch("/health", { cache: "no-store", signal: AbortSignal.timeout(state.patience) }).then(one => one.json()).catch(() => ({}))]);
   state.history = history;
   state.health = health;
 }
 
 // ---- requests: only those that are new; the older ones piece by piece ----
 async function newRequests() {
-  const known = state.requests, last = known.length ? known[known.length - 1].number : 0;
+  const last = state.requests[state.requests.length - 1];
   let fresh;
-  try { fresh = await call("GET", `/v1/cache/requests?limit=${last ? MOST_REQUESTS : FIRST}&after=${last}`); }
+  // The last known one comes again: numbers begin anew when the server is started again.
+  try { fresh = await call("GET", `/v1/cache/requests?limit=${last ? MOST_REQUESTS : FIRST}&after=${last ? last.number - 1 : 0}`); }
   catch (error) { if (error.status !== 409) throw error; return; }
-  if (!fresh.length && last && !(await call("GET", "/v1/cache/requests?limit=1")).length) {
-    state.requests = []; state.byId.clear();  // it was started again
-    return;
+  fresh.reverse();
+  if (last) {
+    const same = fresh.shift();
+    if (!same || same.id !== last.id) { addRequests([]); state.epoch++; return newRequests(); }
   }
-  addRequests(known.concat(fresh.reverse()));
   if (fresh.length) state.epoch++;
+  addRequests(state.requests.concat(fresh));
   if (!last && fresh.length === FIRST) olderRequests();
 }
 async function olderRequests() {
   try {
     while (state.requests.length && state.requests[0].number > 1 && state.requests.length < MOST_REQUESTS) {
-      const older = await call("GET", `/v1/cache/requests?limit=${FIRST}&before=${state.requests[0].number}`);
-      if (!older.length) return;
+      const oldest = state.requests[0];
+      const older = await call("GET", `/v1/cache/requests?limit=${FIRST}&before=${oldest.number}`);
+      if (!older.length || state.requests[0] !== oldest) return;
       addRequests(older.reverse().concat(state.requests));
       renderRequests();
     }

@@ -1,7 +1,7 @@
 // ---- the timeline: a bar for each request, of which only those in sight are there ----
 const BAR_H = 128, FIRST_TOP = 132, FIRST_H = 36, LEAST_STEP = 12, MOST_STEP = 26;
 const bars = new Map();
-const line = { step: LEAST_STEP, at: null, follows: true, drawnFor: "" };
+const line = { step: LEAST_STEP, at: null, left: 0, room: 0, drawnFor: "" };
 
 // The parts of a prompt by where they came from, in the order of the stack, and what is left.
 function partsOf(one) {
@@ -12,11 +12,13 @@ function partsOf(one) {
   if (rest > 0) found.push(["computed", rest]);
   return found;
 }
+// What is not known to have been computed: its first token never came.
+const computedWord = one => one.state === "done" || one.first_token_s !== null ? "computed" : "to compute";
 const stateWord = one => ({ failed: "It failed", left: "Its client left", done: "Done" })[one.state];
 function causeOf(one) {
   const parted = one.parted;
   if (one.state !== "done") return stateWord(one).toLowerCase();
-  if (!parted || !parted.cause) return parted ? "goes on" : one.source === "miss" ? "nothing like it yet" : "";
+  if (!parted || !parted.cause) return parted ? "goes on" : one.source === "miss" ? "nothing like it yet" : one.reason;
   return parted.cause.replaceAll("_", " ");
 }
 // A request in one or two sentences: how long, of what, why, and what would have helped.
@@ -24,17 +26,17 @@ function storyOf(one) {
   const parts = partsOf(one);
   if (!parts.length) return one.state === "done" ? "Its prompt is not known." : `${stateWord(one)}.`;
   const computed = sum(parts.filter(part => part[0] === "computed").map(part => part[1]));
-  const text = [`${whole(computed)} of ${plural(one.num_tokens, "token")} computed`];
+  const text = [`${whole(computed)} of ${plural(one.num_tokens, "token")} ${computedWord(one)}`];
   if (one.waited_s > 0.2 && one.waited_s > 0.2 * (one.first_token_s || Infinity)) text.push(`${duration(one.waited_s)} waited before that`);
   if (one.restore_s > 0.2) text.push(`${duration(one.restore_s)} of look-up and reading`);
   let why = "";
   if (one.parted && one.parted.cause && !one.parted.is_new) why = ` ${one.parted.sentence}`;
-  else if (one.source === "miss" && one.reason) why = ` ${one.reason[0].toUpperCase()}${one.reason.slice(1)}.`;
+  else if (!one.parted && one.reason) why = ` ${one.reason[0].toUpperCase()}${one.reason.slice(1)}.`;
   const helps = one.parted && one.parted.repairs.length ? ` --stabilize ${one.parted.repairs.join(",")} mends that.` : "";
   return `${one.state === "done" ? "" : `${stateWord(one)}. `}${text.join(", ")}.${why}${helps}`;
 }
 function nameOf(one) {
-  const parts = partsOf(one).map(([name, n]) => `${whole(n)} ${name === "computed" ? "computed" : `from ${name}`}`);
+  const parts = partsOf(one).map(([name, n]) => `${whole(n)} ${name === "computed" ? computedWord(one) : `from ${name}`}`);
   return [
     clock(one.time), parts.length ? `${plural(one.num_tokens, "token")}: ${parts.join(", ")}` : stateWord(one),
     one.first_token_s === null ? "" : `first token after ${duration(one.first_token_s)}`,
@@ -45,11 +47,15 @@ function nameOf(one) {
 function renderTimeline() {
   const all = state.requests, strip = $("strip");
   setText($("requests-count"), all.length ? `the latest ${whole(all.length)}` : "none yet");
-  const step = Math.max(LEAST_STEP, Math.min(MOST_STEP, Math.floor(strip.clientWidth / Math.max(1, all.length))));
+  const step = Math.max(LEAST_STEP, Math.min(MOST_STEP, Math.floor(line.room / Math.max(1, all.length))));
+  const width = all.length * step;
   if (step !== line.step) { line.step = step; clearBars(); }
-  const atEnd = strip.scrollLeft + strip.clientWidth >= strip.scrollWidth - 2 * step;
-  $("bars").style.width = `${all.length * step}px`;
-  if (line.follows && atEnd || line.drawnFor === "") strip.scrollLeft = strip.scrollWidth;
+  if (width !== line.width) {
+    const atEnd = line.left + line.room >= (line.width || 0) - 2 * step;
+    line.width = width;
+    $("bars").style.width = `${width}px`;
+    if (atEnd) { strip.scrollLeft = width; line.left = Math.max(0, width - line.room); }
+  }
   const most = Math.max(1, ...all.map(one => one.num_tokens));
   const slowest = Math.max(0.001, ...all.map(one => one.first_token_s || 0));
   const scale = `${most} ${slowest}`;
@@ -70,9 +76,9 @@ function clearBars() {
 let barFrame = 0;
 function laterBars() { if (!barFrame) barFrame = requestAnimationFrame(() => { barFrame = 0; drawBars(); }); }
 function drawBars() {
-  const strip = $("strip"), all = state.requests, step = line.step;
-  const start = Math.max(0, Math.floor(strip.scrollLeft / step) - 20);
-  const end = Math.min(all.length, Math.ceil((strip.scrollLeft + strip.clientWidth) / step) + 20);
+  const all = state.requests, step = line.step;
+  const start = Math.max(0, Math.floor(line.left / step) - 10);
+  const end = Math.min(all.length, Math.ceil((line.left + line.room) / step) + 10);
   const keep = new Set();
   const focused = document.activeElement && document.activeElement.dataset.request;
   for (let i = start; i < end; i++) {
@@ -128,15 +134,16 @@ function moveBar(event) {
   const i = Math.min(all.length - 1, Math.max(0, all.findIndex(one => one.id === line.at) + steps[event.key]));
   line.at = all[i].id;
   const strip = $("strip"), left = i * line.step;
-  if (left < strip.scrollLeft) strip.scrollLeft = left;
-  else if (left + line.step > strip.scrollLeft + strip.clientWidth) strip.scrollLeft = left + line.step - strip.clientWidth;
+  if (left < line.left) strip.scrollLeft = left;
+  else if (left + line.step > line.left + line.room) strip.scrollLeft = left + line.step - line.room;
+  line.left = strip.scrollLeft;
   drawBars();
   bars.get(line.at).focus({ preventScroll: true });
 }
 function startTimeline() {
   const box = $("bars");
   const idOf = event => { const bar = event.target.closest("button"); return bar ? bar.dataset.request : ""; };
-  $("strip").addEventListener("scroll", () => { const strip = $("strip"); line.follows = strip.scrollLeft + strip.clientWidth >= strip.scrollWidth - 2 * line.step; laterBars(); }, { passive: true });
+  $("strip").addEventListener("scroll", () => { line.left = $("strip").scrollLeft; laterBars(); }, { passive: true });
   box.addEventListener("keydown", moveBar);
   box.addEventListener("click", event => { const id = idOf(event); if (id) { line.at = id; drawBars(); act(() => requestDetails(id)); } });
   box.addEventListener("pointerover", event => { hovered = idOf(event); readout(hovered || line.at); });
@@ -144,5 +151,6 @@ function startTimeline() {
   box.addEventListener("focusin", event => { const id = idOf(event); if (id) { line.at = id; readout(id); } });
   put($("requests-legend"), ["disk", "memory", "computed"].map(name => h("li", { class: name }, h("span", { class: "dot" }), name)),
     h("li", {}, "below: time to the first token"), h("li", {}, "◆ repaired"), h("li", { class: "bad" }, "● failed or left"));
-  new ResizeObserver(() => { if (state.stats) renderTimeline(); }).observe($("strip"));
+  line.room = $("strip").clientWidth;
+  new ResizeObserver(() => { line.room = $("strip").clientWidth; if (state.stats) renderTimeline(); }).observe($("strip"));
 }

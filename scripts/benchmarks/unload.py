@@ -1,0 +1,123 @@
+"""Memory of a server whose model is let go when nobody asks, beside one that never had a model.
+
+Resident memory and threads are the system's numbers for the process, so it needs Linux's /proc.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import requests
+
+from scripts.benchmarks import common
+from scripts.benchmarks.common import Context, Report, Spread, Table
+from scripts.benchmarks.start import free_port, long_prompt, ours, running
+
+UNLOADED_S = 600.0
+MIB = 1 << 20
+
+
+def run(context: Context) -> Report:
+    from persist_cache_cli.demo.model import smollm2
+    from persist_cache_cli.demo.openblas import preload_env
+
+    common.say("unload: the model")
+    model = smollm2("float32")
+    env = os.environ | preload_env() | {"PERSIST_CACHE_CONFIG": ""}
+    env.pop("PYTHONDONTWRITEBYTECODE", None)
+    num_tokens, cycles = context.pick((200, 2), (2000, 20))
+    with context.scratch() as scratch:
+        bare = _bare(model, scratch, env)
+        found = _cycles(model, scratch, env, long_prompt(model, num_tokens), cycles)
+    values = {
+        "model": "SmolLM2-135M-Instruct, float32",
+        "tokens": num_tokens,
+        "load": os.getloadavg()[0],
+        "bare_bytes": bare,
+        **found,
+    }
+    return Report("unload", "A model that nobody asks", values, [_table(values)])
+
+
+def _bare(model: Path, scratch: Path, env: dict[str, str]) -> int:
+    """Resident bytes of a server without a model that has answered for its health only."""
+    command = ours(model, scratch / "bare")[:-2]  # all but --model
+    port = free_port()
+    with (
+        (scratch / "bare.log").open("wb") as log,
+        running([*command, "--port", str(port)], env, log) as process,
+    ):
+        _until(lambda: _health(port) is not None)
+        return _resident(process.pid)
+
+
+def _cycles(
+    model: Path, scratch: Path, env: dict[str, str], prompt: str, cycles: int
+) -> dict[str, Any]:
+    """Ask, be idle, and ask again, as often as that."""
+    port = free_port()
+    command = [*ours(model, scratch / "store"), "--port", str(port), "--unload-after", "1s"]
+    found: dict[str, Any] = {name: [] for name in ("before", "idle", "threads", "s", "texts")}
+    with (scratch / "log").open("wb") as log, running(command, env, log) as process:
+        _until(lambda: (_health(port) or {}).get("weights") == "loaded")
+        for cycle in range(cycles):
+            common.say(f"unload: {cycle + 1} of {cycles}")
+            started = time.perf_counter()
+            answer = requests.post(
+                f"http://127.0.0.1:{port}/v1/completions",
+                json={"prompt": prompt, "max_tokens": 4, "temperature": 0},
+                timeout=600,
+            ).json()
+            found["s"].append(time.perf_counter() - started)
+            found["texts"].append(answer["choices"][0]["text"])
+            found["before"].append(_resident(process.pid))
+            _until(lambda: (_health(port) or {}).get("weights") == "unloaded")
+            time.sleep(0.5)  # what it lets go of goes right behind that
+            found["idle"].append(_resident(process.pid))
+            found["threads"].append(len(os.listdir(f"/proc/{process.pid}/task")))
+    texts = set(found.pop("texts"))
+    assert len(texts) == 1, texts
+    return found
+
+
+def _health(port: int) -> Any:
+    try:
+        return requests.get(f"http://127.0.0.1:{port}/health", timeout=60).json()
+    except requests.RequestException:
+        return None
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    give_up = time.monotonic() + UNLOADED_S
+    while not condition():
+        assert time.monotonic() < give_up, "the server does not get there"
+        time.sleep(0.1)
+
+
+def _resident(pid: int) -> int:
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _table(values: dict[str, Any]) -> Table:
+    bare = values["bare_bytes"]
+    before, idle, seconds = (Spread.of(values[name]) for name in ("before", "idle", "s"))
+    first, *later = values["s"]
+    threads = values["threads"]
+    rows = [
+        ["a server without a model", f"{bare / MIB:.0f}", "1.00"],
+        ["with the model, after an answer", before.show(1 / MIB, 0), f"{before.median / bare:.2f}"],
+        ["idle", idle.show(1 / MIB, 0), f"{idle.median / bare:.2f}"],
+    ]
+    note = (
+        f"{len(threads)} times the same prompt of {values['tokens']:,} tokens, each but the first "
+        f"after the model was let go: {first:.2f} s cold, then {Spread.of(later).show(1, 2)} s, "
+        f"the load of the model included. All answers were equal. Threads when idle: "
+        f"{min(threads)} to {max(threads)}. Load of the machine: {values['load']:.1f}. "
+        f"Median of all answers: {seconds.median:.2f} s."
+    )
+    return Table("Resident memory, MiB", ["server", "MiB", "of the bare one"], rows, note)
