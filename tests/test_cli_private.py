@@ -15,7 +15,6 @@ from persist_cache.fingerprint.value import salt_digest
 from persist_cache_cli.parse import parse_duration, parse_rules, parse_size
 from tests.cli import Run, fill, runner
 from tests.fakes import put
-from tests.fakes import put
 from tests.searched import in_folder, patterns
 
 
@@ -48,33 +47,6 @@ def test_evict_erase_leaves_nothing_and_says_what_it_cannot_erase(root: Path, ru
     assert "snapshots" in done.out
     assert "SSD" in done.out
     assert in_folder(root, patterns([], [last])) == []
-
-
-def test_evict_erase_tells_of_no_rows_that_stay_in_files_of_others(root: Path, run: Run) -> None:
-    with Store.open(root, min_free_bytes=0) as store:
-        gone = put(store, list(range(1_000)))
-        put(store, list(range(600)))
-
-    assert "rewrites a file" in run("evict", gone, "--dry-run").out
-    done = run("evict", gone, "--erase", "--yes")
-
-    assert done.status == 0
-    assert "rewrites a file" not in done.out
-
-
-def test_gc_erase_overwrites_what_has_expired(root: Path, run: Run) -> None:
-    with Store.open(root, min_free_bytes=0) as store:
-        store.expire_at(put(store, [1, 2, 3]), store.clock() + 0.2)
-    held = [os.open(one, os.O_RDONLY) for one in root.glob("blobs/*/*")]
-    time.sleep(0.3)
-
-    run("gc", "--erase")
-
-    try:
-        assert [os.fstat(fd).st_nlink for fd in held] == [0]
-        assert not any(os.pread(held[0], os.fstat(held[0]).st_size, 0))
-    finally:
-        os.close(held[0])
 
 
 def test_evict_erase_tells_of_no_rows_that_stay_in_files_of_others(root: Path, run: Run) -> None:
