@@ -128,3 +128,20 @@ def test_explain_says_when_it_expires(tmp_path: Path) -> None:
 
         assert said.message.endswith("Its entry expires in 2 days.")
         assert said.expires == pytest.approx(clock() + 2.5 * DAY)
+
+
+def test_what_a_wrong_clock_dated_ahead_is_kept_no_longer_for_being_used(tmp_path: Path) -> None:
+    clock = Clock()
+    path = tmp_path / "store"
+    with Store.open(path, min_free_bytes=0, clock=clock, ttl={"assistant": DAY}) as store:
+        clock.advance(365 * DAY)
+        put(store, "a", "", [1, 2, 3])
+        clock.advance(-365 * DAY)
+        store.touch(store.match(identity("a"), [1, 2, 3]))
+        store.flush()
+    clock.advance(DAY + 60)
+
+    with Store.open(path, min_free_bytes=0, clock=clock) as store:
+        store.tidy()
+
+        assert store.entries() == []

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from persist_cache.stability import volatile
 from persist_cache.stability.conversation import Stabilized, stabilize
 from persist_cache.stability.dates import is_date_line
 from persist_cache.stability.moved import Moves
@@ -484,3 +485,15 @@ def test_tools_are_equal_but_for_their_order(given: list[tuple[str, Any]]) -> No
 def test_no_text_at_all_is_a_date_without_a_number_or_a_day(text: str) -> None:
     if is_date_line(text):
         assert any(one.isdigit() for one in text) or "day" in text.lower()
+
+
+def test_what_is_not_to_be_kept_is_remembered_nowhere() -> None:
+    date = "Today's date: 2026-07-01"
+    reminder = f"<system-reminder>\n{date}\n</system-reminder>"
+    private = chat(f"The secret of the house.\n{date}\n", reminder)
+    volatile._remembered.cache_clear()
+
+    done = stabilize(private, None, ALL, Moves(), keep=False)
+
+    assert "date" in done.names
+    assert volatile._remembered.cache_info().currsize == 0

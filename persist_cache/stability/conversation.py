@@ -62,13 +62,13 @@ def stabilize(
         tools: Definitions of functions, or None.
         chosen: Names of the repairs that may be done.
         moves: What was told where in earlier requests; None when that is not known.
-        keep: Remember where this request is told what.
+        keep: Remember where this request is told what; else nothing of it is kept.
     """
     names: set[str] = set()
     said: list[Any] = list(messages)
     if not _IN_TEXTS.isdisjoint(chosen):
         said = _with_repaired_texts(said, chosen, names)
-    pieces = _taken_out(said, chosen, names)
+    pieces = _taken_out(said, chosen, names, keep=keep)
     if REMINDERS in chosen:
         said = [
             _edited(one, reminders.in_order, REMINDERS, names) if one.get("role") == "user" else one
@@ -140,7 +140,9 @@ def _without_time(text: str) -> str:
     return text if found is None else text.replace(found[0], f"{found[1]}]")
 
 
-def _taken_out(messages: list[Any], chosen: Collection[str], names: set[str]) -> list[str]:
+def _taken_out(
+    messages: list[Any], chosen: Collection[str], names: set[str], *, keep: bool
+) -> list[str]:
     """Take out of a conversation what is to stand elsewhere; changes the list."""
     if _MOVING.isdisjoint(chosen) or _first_user(messages) is None:
         return []
@@ -157,7 +159,7 @@ def _taken_out(messages: list[Any], chosen: Collection[str], names: set[str]) ->
         before, found = None, list[str]()
         while text != before:  # what one of them leaves at the end may be the other one's
             before = text
-            text, taken, by = take_out(text, chosen)
+            text, taken, by = take_out(text, chosen, keep=keep)
             repaired = system_text(text, chosen)
             text = repaired.text
             found += taken
@@ -167,13 +169,13 @@ def _taken_out(messages: list[Any], chosen: Collection[str], names: set[str]) ->
             pieces += found
     first = _first_user(messages)
     if DATE in chosen and first is not None:
-        messages[first], dates = _without_dates_in_reminders(messages[first])
+        messages[first], dates = _without_dates_in_reminders(messages[first], keep=keep)
         pieces += dates
         names |= {DATE} if dates else set()
     return pieces
 
 
-def _without_dates_in_reminders(message: Any) -> tuple[Any, list[str]]:
+def _without_dates_in_reminders(message: Any, *, keep: bool) -> tuple[Any, list[str]]:
     """A message without what its reminders tell of the date, and that."""
     from persist_cache.stability.volatile import take_out
 
@@ -182,7 +184,7 @@ def _without_dates_in_reminders(message: Any) -> tuple[Any, list[str]]:
     def edit(text: str) -> str:
         kept, at = [], 0
         for start, end in reminders.blocks_of(text):
-            left, found, _ = take_out(text[start:end], {DATE})
+            left, found, _ = take_out(text[start:end], {DATE}, keep=keep)
             kept += [text[at:start], left]
             taken.extend(found)
             at = end

@@ -17,18 +17,22 @@ _LONGEST = 1 << 17
 """Characters of a text whose result is remembered: most requests repeat their system prompt."""
 
 
-def take_out(text: str, chosen: Collection[str]) -> tuple[str, tuple[str, ...], frozenset[str]]:
+def take_out(
+    text: str, chosen: Collection[str], *, keep: bool = False
+) -> tuple[str, tuple[str, ...], frozenset[str]]:
     """Take out of a system text what tells the date or the folder.
 
     Args:
         text: The text.
         chosen: Names of repairs, of which `date` and `env` are these.
+        keep: The text may be remembered, with its result.
 
     Returns:
         What is left, what was taken, in order, and the names of the repairs that did it.
     """
     asked = frozenset(chosen) & {DATE, ENV}
-    return _remembered(text, asked) if len(text) <= _LONGEST else _take_out(text, asked)
+    act = _remembered if keep and len(text) <= _LONGEST else _take_out
+    return act(text, asked)
 
 
 def _take_out(text: str, chosen: frozenset[str]) -> tuple[str, tuple[str, ...], frozenset[str]]:

@@ -200,12 +200,15 @@ class Disk:
                     continue  # it is damaged, which `check` finds; the others are not
                 if record is not None:
                     # A date that lies ahead is of a clock that was wrong.
-                    last_us = int(use.last_use * 1e6)
+                    last_us, created_us = int(use.last_use * 1e6), record.created_us
                     if record.last_use_us <= self.clock() * 1e6:
                         last_us = max(record.last_use_us, last_us)
+                    else:  # nor is it kept until its lifetime after that is over
+                        created_us = min(created_us, last_us)
                     txn.put_entry(
                         number,
                         record._replace(
+                            created_us=created_us,
                             last_use_us=last_us,
                             hits=min(record.hits + use.hits, MAX_HITS),
                             saved_s=record.saved_s + use.saved_s,
