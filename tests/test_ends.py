@@ -168,3 +168,38 @@ index.close()
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
     )
     assert done.returncode == 0, done.stderr
+
+
+SIGNAL_WHILE_A_CHILD_IS_LOOKED_AT = """
+import os, signal, subprocess, sys
+from persist_cache.system import endings
+
+class Ended(BaseException):
+    pass
+
+class Interrupted:
+    def __init__(self, lock):
+        self.lock, self.release = lock, lock.release
+    def acquire(self, blocking):
+        taken = self.lock.acquire(blocking)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return taken
+
+signal.signal(signal.SIGTERM, lambda *_: endings.insist(Ended))
+child = subprocess.Popen([sys.executable, "-c", ""])
+lock = child._waitpid_lock
+child._waitpid_lock = Interrupted(lock)
+try:
+    endings.has_ended(child)
+except Ended:
+    endings.arrived()
+print(lock.locked())
+"""
+
+
+def test_a_signal_while_a_child_is_looked_at_leaves_it_to_be_waited_for() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNAL_WHILE_A_CHILD_IS_LOOKED_AT], capture_output=True, text=True
+    )
+
+    assert (done.stdout, done.stderr) == ("False\n", "")

@@ -18,6 +18,7 @@ from persist_cache.entry import Tier
 from persist_cache.selftest import material, parts
 from persist_cache.selftest.checks import Failed, Result, Setting
 from persist_cache.server.listening import NamelessServer
+from persist_cache.system import endings
 
 _BIND_LIMIT_S = 1.0
 _LOOK_UP_LIMIT_S = 60.0
@@ -171,7 +172,7 @@ def wait_for(server: subprocess.Popen[str], port: int) -> None:
     """
     give_up = time.monotonic() + _START_LIMIT_S
     while time.monotonic() < give_up:
-        if server.poll() is not None:
+        if endings.has_ended(server):
             raise Failed(f"the server ended with status {server.returncode}")
         with contextlib.suppress(OSError, http.client.HTTPException):
             if request(port, "GET", "/health")[0].status == 200:

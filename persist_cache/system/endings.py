@@ -14,7 +14,10 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+if TYPE_CHECKING:
+    import subprocess
 
 _AGAIN_S = 0.1
 _AT_ONCE_S = 1.0
@@ -85,6 +88,16 @@ def deferred() -> Iterator[None]:
         _deferred -= 1
     if _wanted is not None and not _deferred and not _is_under_way():
         _raise()
+
+
+def has_ended(process: subprocess.Popen[Any]) -> bool:
+    """Whether a child has ended; for whoever looks again and again.
+
+    `Popen.poll` takes a lock and only then prepares to give it back. What a signal raises between
+    the two leaves it taken, and every `wait` of that child stands for ever.
+    """
+    with deferred():
+        return process.poll() is not None
 
 
 def _again(signum: int, frame: object) -> None:

@@ -18,6 +18,7 @@ from typing import Any, Self
 
 from persist_cache.errors import PersistCacheError
 from persist_cache.server.admin_token import stored_token
+from persist_cache.system import endings
 
 _START_S = 600.0
 _SETTLE_S = 120.0
@@ -163,7 +164,7 @@ class Process:
         """Wait until the model answers."""
         assert self._process is not None
         give_up = time.monotonic() + _START_S
-        while time.monotonic() < give_up and self._process.poll() is None:
+        while time.monotonic() < give_up and not endings.has_ended(self._process):
             try:
                 connection = self._connection(5.0)
                 connection.request("GET", "/health")

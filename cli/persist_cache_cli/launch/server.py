@@ -270,7 +270,7 @@ def _told_url(log: Path) -> str:
 
 def _wait(process: subprocess.Popen[bytes], log: Path, ask: Callable[[], str]) -> str:
     while not (said := ask()):
-        if process.poll() is not None:
+        if endings.has_ended(process):
             raise click.ClickException(_last_words(log, process.returncode))
         time.sleep(_PAUSE_S)
     return said
@@ -279,7 +279,7 @@ def _wait(process: subprocess.Popen[bytes], log: Path, ask: Callable[[], str]) -
 def _wait_until_found(process: subprocess.Popen[bytes], root: Path) -> None:
     """Wait until commands can find a server that listens; some folders cannot tell of it."""
     give_up = time.monotonic() + _FOUND_S
-    while process.poll() is None and time.monotonic() < give_up:
+    while not endings.has_ended(process) and time.monotonic() < give_up:
         if any(one.pid == process.pid for one in running_servers(root)):
             return
         time.sleep(_PAUSE_S)
