@@ -45,10 +45,6 @@ PARTIAL_LABEL = "(partial)"
 one is stored whose beginning it is."""
 
 
-CACHE_SALT = "cache_salt"
-"""Field of an identity whose entries only requests with the same salt may find."""
-
-
 NO_GROUP = ""
 """Stands, among the groups of an entry, for requests that name none."""
 MAX_GROUP = 256

@@ -16,6 +16,7 @@ from persist_cache_cli.parse import parse_duration, parse_rules, parse_size
 from tests.cli import Run, fill, runner
 from tests.fakes import put
 from tests.searched import in_folder, patterns
+from tests.waiting import until
 
 
 @pytest.fixture
@@ -63,9 +64,10 @@ def test_evict_erase_tells_of_no_rows_that_stay_in_files_of_others(root: Path, r
 
 def test_gc_erase_overwrites_what_has_expired(root: Path, run: Run) -> None:
     with Store.open(root, min_free_bytes=0) as store:
-        store.expire_at(put(store, [1, 2, 3]), store.clock() + 0.2)
+        expires = store.clock() + 0.2
+        store.expire_at(put(store, [1, 2, 3]), expires)
     held = [os.open(one, os.O_RDONLY) for one in root.glob("blobs/*/*")]
-    time.sleep(0.3)
+    until(lambda: time.time() > expires, "it did not expire")
 
     run("gc", "--erase")
 

@@ -18,6 +18,7 @@ FORGES = {
 }
 SEAMS = {
     "tests/test_alone.py": {"_stop"},
+    "tests/test_stabilize.py": {"_remembered"},
     "tests/test_docs.py": {"_idx"},
     "tests/test_first_look.py": {
         *("_in_flight", "_is_distributed", "_stop", "_generation_failed", "_generation_thread"),

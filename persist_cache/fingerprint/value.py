@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NamedTuple, TypeAlias
 
-from persist_cache.entry import CACHE_SALT
 from persist_cache.fingerprint.contents import blake2b, pack
 
 # json, msgspec, importlib.metadata, platformdirs and concurrent.futures are imported where they
@@ -20,6 +19,8 @@ from persist_cache.fingerprint.contents import blake2b, pack
 
 LAYOUT_VERSION = 1
 """Version of the blob layout; part of every key, so a new layout starts with clean misses."""
+CACHE_SALT = "cache_salt"
+"""Field whose entries only requests with the same salt may find."""
 
 
 Scalar: TypeAlias = str | int | float | bool | None

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple, NoReturn
 import msgspec
 import xxhash
 
-from persist_cache.entry import CACHE_SALT, Tier
+from persist_cache.entry import Tier
 from persist_cache.errors import StoreFormatError
+from persist_cache.fingerprint.value import CACHE_SALT
 
 RECORD_VERSION = 1
 NO_ENTRY = 0

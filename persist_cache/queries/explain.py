@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import msgspec
 from msgspec import Struct
 
-from persist_cache.entry import CACHE_SALT, Match
-from persist_cache.fingerprint.value import FieldChange, Fingerprint
+from persist_cache.entry import Match
+from persist_cache.fingerprint.value import CACHE_SALT, FieldChange, Fingerprint
 from persist_cache.index import tree
 from persist_cache.index.records import NO_ENTRY, entry_number
 from persist_cache.index.transaction import Reader

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from persist_cache.entry import CACHE_SALT
+from persist_cache.fingerprint.value import CACHE_SALT
 from persist_cache.index.records import NamespaceRecord
 
 

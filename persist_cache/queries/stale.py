@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from persist_cache.entry import CACHE_SALT
+from persist_cache.fingerprint.value import CACHE_SALT
 from persist_cache.fingerprint.versions import installed_version
 from persist_cache.queries.models import Model
 

@@ -45,6 +45,7 @@ class ServeOptions:
         ttl: Default lifetimes in seconds; see there. None as last set.
         rules: What is kept of requests that do not say.
         show_text: Whether page and admin API may show prompts as text.
+        note: What is worth saying when it starts; "" for nothing.
         while_locked: End when nobody holds this file locked any more; None to stay.
         unload_after_s: Seconds without a request after which the model leaves memory, None for
             never.
@@ -66,6 +67,7 @@ class ServeOptions:
     context_tokens: int | None = None
     stabilize: frozenset[str] = DEFAULTS
     show_text: bool = True
+    note: str = ""
     while_locked: str | None = None
     unload_after_s: float | None = None
     warm: tuple[WarmPrompt, ...] = ()

@@ -137,6 +137,8 @@ def _run(
             "learn from cached_tokens what others sent",
             host or "all addresses",
         )
+    if options.note:
+        log.warning("%s", options.note)
     try:
         signal.signal(signal.SIGTERM, _interrupt)
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from persist_cache.entry import CACHE_SALT, Match, MissReason
+from persist_cache.entry import Match, MissReason
+from persist_cache.fingerprint.value import CACHE_SALT
 from persist_cache.index.transaction import Reader
 from persist_cache.store.reasons import nothing, sentence
 

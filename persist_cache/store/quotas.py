@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import msgspec
 from msgspec import Struct
 
-from persist_cache.entry import CACHE_SALT, TIER_LABELS
+from persist_cache.entry import TIER_LABELS
 from persist_cache.errors import StoreFullError
+from persist_cache.fingerprint.value import CACHE_SALT
 from persist_cache.index import tree
 from persist_cache.index.transaction import Reader, Writer
 

@@ -232,6 +232,7 @@ def command(
         context_tokens=context_tokens,
         stabilize=stabilize,
         show_text=show_text,
+        note=advice("serve …"),
         while_locked=while_locked,
         warm=() if warm is None else read_warm_file(warm),
         unload_after_s=unload_after,
@@ -239,8 +240,6 @@ def command(
         ttl=parse_rules(ttl, "--ttl", parse_duration, tiers=True),
         rules=Rules(no_store_default, respect_store, min_tokens),
     )
-    if slow := advice("serve …"):
-        click.echo(f"Note: {slow}", err=True)
     for handler in list(logging.getLogger().handlers):
         # Upstream sets up logging as its --log-level says, but only where nobody has done so yet.
         logging.getLogger().removeHandler(handler)
