@@ -994,7 +994,7 @@ def test_a_budget_that_is_too_small(
 def test_room_is_made_for_an_import(
     store: Store, ids: dict[str, str], tmp_path: Path, good: Path, clock: Clock
 ) -> None:
-    with Store.open(tmp_path / "small", max_bytes=460_000, min_free_bytes=0, clock=clock) as small:
+    with Store.open(tmp_path / "small", max_bytes=480_000, min_free_bytes=0, clock=clock) as small:
         old = [put(small, [one] * 9, tier="system") for one in range(6)]
         clock.advance(1)
 
