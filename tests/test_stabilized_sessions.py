@@ -115,7 +115,7 @@ def test_chat_is_repaired_as_messages_are_and_explained_as_it_is_served(tmp_path
             explained = render(
                 loop.provider.tokenizer,
                 read_request(body, "chat", stabilize=ALL),
-                moves=loop.generator.moves,
+                moves=loop.generator.moves.of(""),
             )
             assert explained.tokens == answered.prompt
             assert explained.repaired == ticket.repaired == ("date", "thinking")
@@ -136,7 +136,7 @@ def test_counting_tokens_leaves_no_trace(tmp_path: Path) -> None:
         ticket = Ticket(form=Form(counting, loop.generator.templates, {}))
         ticket.stabilize = ALL
         counted = loop.generator.count_tokens(counting, ticket)
-        assert len(loop.generator.moves) == 0
+        assert len(loop.generator.moves.of("")) == 0
 
         asked = ask(loop, body, ALL)
 
