@@ -14,7 +14,7 @@ from persist_cache.fingerprint.value import Fingerprint, salt_digest
 from persist_cache.server import quiet
 from persist_cache.server.privacy import Rules, privacy_of, scrub
 from persist_cache.server.rendering import read_request
-from persist_cache.server.validation import RefusedError
+from persist_cache.server.validation import RefusedError, decode_object
 from tests.live_fakes import FakeCodec, FakeLayer
 
 ASKED_NOT, DEFAULT, RESPECT = Rules(), Rules(no_store=True), Rules(respect_store=True)
@@ -208,3 +208,20 @@ def test_a_quiet_thread_logs_no_details(caplog: pytest.LogCaptureFixture) -> Non
 
     assert "secret" not in caplog.text
     assert [one.message for one in caplog.records] == ["it failed", "loud again"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"no_store": true, "no_store": false}',
+        '{"cache_salt": "a", "cache_salt": "b"}',
+        '{"store": false, "a": 1, "store": true}',
+    ],
+)
+def test_what_is_kept_is_said_once(body: str) -> None:
+    with pytest.raises(RefusedError, match="twice"):
+        decode_object(body.encode())
+
+
+def test_other_fields_may_stand_twice_the_last_one_counts() -> None:
+    assert decode_object(b'{"a": 1, "a": 2, "no_store": true}') == {"a": 2, "no_store": True}

@@ -24,8 +24,8 @@ def query_of(request: Request, known: set[str]) -> dict[str, str]:
     if len(found) < len(pairs):
         raise RefusedError(400, "The query names a parameter twice.")
     if not found.keys() <= known:
-        allowed = ", ".join(sorted(known))
-        raise RefusedError(400, f"The query has an unknown parameter; it may have {allowed}.")
+        allowed = f"it may have {', '.join(sorted(known))}" if known else "it may have none"
+        raise RefusedError(400, f"The query has an unknown parameter; {allowed}.")
     return found
 
 

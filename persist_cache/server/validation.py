@@ -14,6 +14,8 @@ from typing import Any
 
 MAX_NEW_TOKENS = 10_000_000
 MAX_STOP_WORDS = 64
+_PRIVATE = ("no_store", "store", "cache_salt")
+"""Fields about what is kept of a request, and who may find it."""
 _MAX_DIGITS = 18
 _MAX_SAID = 200
 _MAX_TOP_LOGPROBS = 11
@@ -114,7 +116,11 @@ def decode_json(raw: bytes) -> Any:
     try:
         text = raw.decode()
         found = json.loads(
-            text, parse_constant=_no_number, parse_float=_finite, parse_int=_short_integer
+            text,
+            parse_constant=_no_number,
+            parse_float=_finite,
+            parse_int=_short_integer,
+            object_pairs_hook=_said_once,
         )
         if "\\ud" in text.lower():
             # Half of a surrogate pair is valid JSON, but no text.
@@ -126,6 +132,17 @@ def decode_json(raw: bytes) -> Any:
     except ValueError as error:
         where = f" at character {error.pos}" if isinstance(error, json.JSONDecodeError) else ""
         raise RefusedError(400, f"The body is not valid JSON{where}.") from None
+    return found
+
+
+def _said_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object in which at most one value says what is to be kept; else the last one would."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        for name in _PRIVATE:
+            if names.count(name) > 1:
+                raise RefusedError(400, f"The body says {name!r} twice.")
     return found
 
 

@@ -80,7 +80,9 @@ def _model(model: dict[str, Any] | None, now: float) -> str:
     said = f"{name}, {size}, loaded {age} ago"
     if model["unloads"] is None:
         return f"{said}, stays"
-    return f"{said}, goes in {format_duration(max(0.0, model['unloads'] - now))} without a request"
+    if model["unloads"] <= now:
+        return f"{said}, goes as soon as nothing is computed"
+    return f"{said}, goes in {format_duration(model['unloads'] - now)} without a request"
 
 
 def _request(one: dict[str, Any], now: float) -> str:
