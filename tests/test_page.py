@@ -137,6 +137,18 @@ def test_disk_that_is_off_says_why(chromium: Any) -> None:
     server.stop()
 
 
+def test_quota_that_is_nearly_used_up_is_told(chromium: Any, tmp_path: Path) -> None:
+    with serving(tmp_path, list(conversations(MODEL, 3))) as server:
+        server.store.set_rules(quotas={"model": 1 << 30})
+        (quota,) = server.store.stats().quotas
+        server.store.set_rules(quotas={"model": quota.nbytes + 1})
+        open_page(chromium, server)
+
+        said = until(lambda: text_of(chromium, "card-disk"))
+        assert "Look here" in said
+        assert "the quota of org/A-Model-4bit is nearly used up" in said
+
+
 def test_token_is_asked_for_and_kept_for_the_tab(chromium: Any, tmp_path: Path) -> None:
     with serving(tmp_path, list(conversations(MODEL, 1)), token="s3cret") as server:
         chromium.get(f"{server.url}/cache")

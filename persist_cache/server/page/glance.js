@@ -47,6 +47,7 @@ function renderDiskCard(store) {
     store.quarantine.length ? `${plural(store.quarantine.length, "damaged file")} in quarantine` : "",
     store.eviction_paused ? `eviction is paused: ${store.eviction_paused}` : "",
     store.daily_write_bytes !== null && store.written_today_bytes >= 0.95 * store.daily_write_bytes ? "today's write budget is spent" : "",
+    ...store.quotas.filter(one => one.near).map(one => `the quota of ${one.kind === "salt" ? `the salt ${one.name.slice(0, 8)}` : one.name} is nearly used up: ${bytes(one.bytes)} of ${bytes(one.max_bytes)}`),
     store.free_bytes < store.min_free_bytes ? `only ${bytes(store.free_bytes)} are free on the file system` : "",
   ].filter(Boolean);
   put(body("card-disk"),
