@@ -22,7 +22,8 @@ from tests.tiny_models import build_model_dir
 
 SIZES = {"phone": (360, 780), "laptop": (1280, 900), "wall": (3840, 2160)}
 READY = (
-    "return document.querySelector('#dialog').open || state.history !== null && state.seen !== null"
+    "return document.querySelector('#dialog').open || state.history !== null "
+    "&& (state.seen !== null || state.stats.store === null)"
 )
 STORY = (
     "requestDetails(state.requests.find(one => one.parted && one.parted.cause "

@@ -99,7 +99,7 @@ function daysChart(history) {
   if (budget !== null && budget <= top) shapes.push(s("line", { class: "limit", x1: 0, x2: W, y1: y(budget), y2: y(budget) }));
   const today = days[days.length - 1];
   plot("days-chart", `Written today: ${bytes(today.bytes)}${budget === null ? "" : ` of ${bytes(budget)}`}; on the days before: ${days.slice(0, -1).map(one => bytes(one.bytes)).join(", ")}`, shapes);
-  labels("days-chart", [days[0].day.slice(5), `today ${bytes(today.bytes)}`], budget === null ? `most ${bytes(most)}` : `budget ${bytes(budget)} a day`);
+  labels("days-chart", [days[0].day.slice(5), `today ${bytes(today.bytes)}`], budget === null ? (days.some(one => one.bytes) ? `most ${bytes(most)}` : "") : `budget ${bytes(budget)} a day`);
 }
 function empty(id, why) { put($(id), h("p", { class: "soft" }, why)); }
 // Beside the chart, not in it: a chart that is stretched would stretch its letters.
