@@ -22,8 +22,8 @@ from persist_cache.store.store import Store
 from tests import forge
 from tests.fakes import Clock, blob_files, disk_usage, fetched, files_in, fingerprint, put, restore
 
-ROOM_FOR_FEW = 600_000 + 68 * (mmap.PAGESIZE - 4096)
-"""For some entries, an index of some 36 pages, and the 32 that are kept for its growth."""
+ROOM_FOR_FEW = 600_000 + 80 * (mmap.PAGESIZE - 4096)
+"""For some entries, an index of some 48 pages, and the 32 that are kept for its growth."""
 
 
 def evict_one(store: Store) -> set[str]:
