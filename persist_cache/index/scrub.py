@@ -14,13 +14,15 @@ from msgspec import Struct
 from persist_cache.index.environment import Index
 from persist_cache.index.transaction import (
     ADDED,
+    BLANK,
     DATABASES,
     ERASED,
-    FAMILIES,
+    LATER,
     Writer,
 )
 
-_REWRITTEN = (*DATABASES, *ADDED, FAMILIES)
+_REWRITTEN = tuple(table for table in (*DATABASES, *ADDED, *LATER) if table != BLANK)
+"""All: a table without a token in it may have pages that once held some."""
 _PAGES_AT_ONCE = 8192
 _RUNS_AT_ONCE = 4096
 _FEW_PAGES = 64
