@@ -113,7 +113,7 @@ def measure(
         here = [
             {**as_chat(one), **more} for one in _bodies(words, run, "/home/me/projects/first-one")
         ]
-        there = {**as_chat(_bodies(words, run, "/home/me/work/another")[1]), **more}
+        there = {**as_chat(_bodies(words, run, "/home/me/code/another")[1]), **more}
         for server in servers:
             place = folder / f"{server}-{run}"
             place.mkdir(parents=True)
