@@ -28,7 +28,7 @@ def advice(command: str) -> str:
 
     slow = (
         "MLX computes on the CPU here with a reference BLAS: OpenBLAS makes prefill in float32 "
-        "about 18 times as fast."
+        "many times as fast."
     )
     found = find()
     if found is None:
