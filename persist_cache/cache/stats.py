@@ -20,7 +20,7 @@ class Fetch:
     """How one request was answered.
 
     Attributes:
-        source: `memory`, `disk` or `miss`.
+        source: One of `entry.SOURCES`, or `miss`.
         num_tokens: Tokens that need not be computed.
         reason: On a miss or a short hit, why it is no more.
         seconds: Time the look-up took, reading included.
@@ -159,7 +159,7 @@ class Tally:
                     self._partial[kind_of_reason(fetch.reason)] += 1
                 self._hits[fetch.source] += 1
                 self._tokens[fetch.source] += fetch.num_tokens
-            if fetch.source == "disk":
+            if fetch.source in ("disk", "remote"):
                 self._restore_s += fetch.seconds
                 self._restored_bytes += fetch.nbytes
 

@@ -14,14 +14,13 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from persist_cache.cache.stats import PromptCacheStats
-from persist_cache.entry import TIER_LABELS, MissReason
+from persist_cache.entry import SOURCES, TIER_LABELS, MissReason
 from persist_cache.stability.names import REPAIRS
 from persist_cache.store.catalog import StoreStats
 from persist_cache.store.reasons import reason_of
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-SOURCES = ("memory", "disk")
 _TROUBLES = {"StoreFullError": "full", "StoreAccessError": "not_writable"}
 
 

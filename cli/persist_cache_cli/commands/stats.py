@@ -153,7 +153,12 @@ class _Report:
                     "hits",
                     f"{asked - said.misses:,} of {plural(asked, 'request')}"
                     f" ({said.hits['memory']:,} from memory,"
-                    f" {said.hits['disk']:,} from disk)",
+                    f" {said.hits['disk']:,} from disk"
+                    + (
+                        f", {said.hits['remote']:,} from the remote)"
+                        if said.hits["remote"]
+                        else ")"
+                    ),
                 ),
                 ("reused", _reused(said.tokens_reused, said.tokens_asked) if asked else ""),
                 (
