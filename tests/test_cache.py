@@ -16,6 +16,7 @@ import pytest
 
 from persist_cache import PromptCache, Store, fs
 from persist_cache.cache.origin import Origin
+from persist_cache.cache.stats import FromRemote
 from persist_cache.cache.write_behind import WriteBehind
 from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.tokens import pack_tokens, prompt_digest
@@ -648,11 +649,12 @@ def test_what_was_brought_for_a_request_counts_as_the_remotes(
         insert(elsewhere, range(100), "system")
     cache = make()
 
-    _, rest, brought = cache.look_up(MODEL, list(range(120)), before_remote=40)
-    _, _, known = cache.look_up(MODEL, list(range(120)), before_remote=100)
+    _, rest, brought = cache.look_up(MODEL, list(range(120)), remote=FromRemote(40, 2.0))
+    _, _, known = cache.look_up(MODEL, list(range(120)), remote=FromRemote(100, 2.0))
 
     assert (brought.source, brought.num_tokens, len(rest)) == ("remote", 100, 20)
-    assert known.source == "memory" or known.source == "disk"
+    assert brought.seconds >= 2 > known.seconds
+    assert known.source in ("memory", "disk")
     assert cache.stats().hits["remote"] == 1
     assert cache.stats().tokens["remote"] == 100
     assert cache.flush()

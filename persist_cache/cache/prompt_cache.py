@@ -23,7 +23,7 @@ from persist_cache.cache.lookup import Lookup
 from persist_cache.cache.origin import Origin
 from persist_cache.cache.owners import Owner, Owners
 from persist_cache.cache.saver import Saver
-from persist_cache.cache.stats import Fetch, PromptCacheStats, RecentFetch, Tally
+from persist_cache.cache.stats import Fetch, FromRemote, PromptCacheStats, RecentFetch, Tally
 from persist_cache.codec import Codec
 from persist_cache.entry import TIER_LABELS, Match, MissReason, Tier
 from persist_cache.errors import StoreError
@@ -293,7 +293,7 @@ class PromptCache:
         leave_tokens: int = 0,
         to_copy: bool = False,
         ahead: Ahead | None = None,
-        before_remote: int | None = None,
+        remote: FromRemote | None = None,
     ) -> tuple[Any | None, Sequence[int], Fetch]:
         """As `fetch_nearest_cache`, with its outcome.
 
@@ -308,8 +308,8 @@ class PromptCache:
             to_copy: The caller copies the cache before it writes to it, as a batch does: it stays
                 in memory, and so does one that is read from the disk.
             ahead: What `load_ahead` read for this request.
-            before_remote: What was known of the prompt before a remote brought more of it: a hit
-                that is longer counts as the remote's. None where nothing was brought.
+            remote: That a remote gave more of the prompt just before; a hit that is longer than
+                what was known counts as the remote's.
 
         Returns:
             Cache and rest, and how the request was answered.
@@ -333,8 +333,8 @@ class PromptCache:
             self._tally.problem(f"fetch_failed:{type(error).__name__}")
             why = MissReason.LOOK_UP_FAILED
             cache, fetch = None, Fetch("miss", 0, sentence(why), why=why)
-        if before_remote is not None and fetch.num_tokens > before_remote:
-            fetch = replace(fetch, source="remote")
+        if remote is not None and fetch.num_tokens > remote.known_tokens:
+            fetch = replace(fetch, source="remote", seconds=fetch.seconds + remote.seconds)
         # What was read ahead took its time before.
         fetch = replace(fetch, seconds=fetch.seconds + time.monotonic() - started)
         if counted:

@@ -6,6 +6,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from persist_cache.entry import MissReason
 from persist_cache.store.catalog import StoreStats
@@ -38,6 +39,18 @@ class Fetch:
     why: MissReason | None = None
 
 
+class FromRemote(NamedTuple):
+    """That a remote gave more of a prompt before it was looked up.
+
+    Attributes:
+        known_tokens: Of the prompt, that were known before that.
+        seconds: What it took.
+    """
+
+    known_tokens: int
+    seconds: float
+
+
 @dataclass(frozen=True, slots=True)
 class RecentFetch:
     """A prompt that was asked for, without its tokens, and how it was answered.
@@ -62,8 +75,8 @@ class PromptCacheStats:
         hits: Requests served, by source.
         misses: Requests that found nothing, by reason in words (`store.reasons.reason_of`).
         tokens: Tokens that were not computed, by source.
-        restore_s: Seconds spent in loading from disk.
-        restored_bytes: Bytes loaded from disk.
+        restore_s: Seconds spent in loading from disk, for hits of that source.
+        restored_bytes: Bytes loaded for these.
         read_ahead_bytes: Bytes of files that the system was told to read for waiting requests.
         saves: Entries written.
         written_bytes: Bytes written.
@@ -159,7 +172,7 @@ class Tally:
                     self._partial[kind_of_reason(fetch.reason)] += 1
                 self._hits[fetch.source] += 1
                 self._tokens[fetch.source] += fetch.num_tokens
-            if fetch.source in ("disk", "remote"):
+            if fetch.source == "disk":
                 self._restore_s += fetch.seconds
                 self._restored_bytes += fetch.nbytes
 
