@@ -261,6 +261,30 @@ class Store:
 
     # ---- for what builds on the store ----------------------------------------------------------
 
+    def remembered(self, name: str) -> bytes | None:
+        """What `remember` was given last under this name, by any process; None for nothing."""
+        with self.read() as txn:
+            return txn.meta(name) or None
+
+    def remember(self, name: str, value: bytes | None) -> None:
+        """Keep a small text of whatever builds on the store; None forgets it.
+
+        Raises:
+            StoreReadOnlyError: The store is open read-only.
+            StoreError: The disk failed.
+        """
+        if self.read_only:
+            raise StoreReadOnlyError("The store is open read-only; nothing was changed.")
+        self._disk.index.update(lambda txn: txn.set_meta(name, value or b""))
+
+    def tally(self, name: str, amount: int) -> int:
+        """Add to a number that `stats` does not show, at once, and return its new value.
+
+        Raises:
+            StoreError: The disk failed.
+        """
+        return self._disk.index.update(lambda txn: txn.add(name, amount))
+
     def read(self, *, copies: bool = False) -> contextlib.AbstractContextManager[Reader]:
         """A consistent view of the index, for the block; see `Index.read`."""
         return self._disk.index.read(copies=copies)

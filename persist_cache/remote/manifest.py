@@ -1,0 +1,1 @@
+"""What an anchor holds: the manifest of an entry, and who vouches for it."""
