@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector
 
 from persist_cache.cache.stats import PromptCacheStats
 from persist_cache.entry import SOURCES, TIER_LABELS, MissReason
+from persist_cache.sharing.as_json import RemoteJson
 from persist_cache.stability.names import REPAIRS
 from persist_cache.store.catalog import StoreStats
 from persist_cache.store.reasons import reason_of
@@ -31,14 +32,20 @@ class CacheCollector(Collector):
     """
 
     def __init__(
-        self, stats: Callable[[], PromptCacheStats], healthy: Callable[[], bool] | None = None
+        self,
+        stats: Callable[[], PromptCacheStats],
+        healthy: Callable[[], bool] | None = None,
+        *,
+        remote: Callable[[], RemoteJson | None] = lambda: None,
     ) -> None:
         """Read nothing yet.
 
         Args:
             stats: `PromptCache.stats`.
             healthy: Whether the model answers, if that is known.
+            remote: The state of the remote, if there is one.
         """
+        self._remote = remote
         self._stats = stats
         self._healthy = healthy
 
@@ -54,6 +61,8 @@ class CacheCollector(Collector):
         if self._healthy is not None:
             yield _gauge("model_up", "1 while the model can answer.", int(self._healthy()))
         yield _disk_off(stats)
+        if (remote := self._remote()) is not None:
+            yield from _of_remote(remote)
         if stats.store is not None:
             yield from _store(stats.store)
 
@@ -144,6 +153,27 @@ def _disk_off(stats: PromptCacheStats) -> GaugeMetricFamily:
         "reason",
         {one: int(one == reason) for one in ("memory_only", "failed", *_TROUBLES.values())},
     )
+
+
+def _of_remote(remote: RemoteJson) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
+    states = ("closed", "open", "half-open", "off")
+    yield _gauge_by(
+        "remote_breaker",
+        "1 for the state of the remote: in use, left alone after failures, probed, or unusable.",
+        "state",
+        {one: int(one == remote.breaker) for one in states},
+    )
+    yield _gauge("remote_queue_jobs", "Entries that wait to be published.", remote.queued)
+    yield _gauge("remote_bytes_per_second", "Measured speed of pulls.", remote.bytes_per_s)
+    labelled: dict[str, dict[str, int]] = {}
+    for name, count in remote.counters.items():
+        kind, colon, reason = name.partition(":")
+        if colon:
+            labelled.setdefault(kind, {})[reason] = count
+        else:
+            yield _counter(f"remote_{name}", name, count)
+    for kind, counts in labelled.items():
+        yield _by(f"remote_{kind}", kind, "reason", counts)
 
 
 def _store(store: StoreStats) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:

@@ -8,6 +8,6 @@ The cache knows of no remote, and a remote of no requests; here they meet. A ser
 """
 
 from persist_cache.sharing.behind import Sharing, Shown
-from persist_cache.sharing.choice import RemoteChoice
+from persist_cache.sharing.choice import NO_REMOTE, TIERS, RemoteChoice
 
-__all__ = ["RemoteChoice", "Sharing", "Shown"]
+__all__ = ["NO_REMOTE", "TIERS", "RemoteChoice", "Sharing", "Shown"]

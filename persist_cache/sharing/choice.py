@@ -13,6 +13,8 @@ from persist_cache.remote import RemoteSettings, checked_url, read_settings, wri
 if TYPE_CHECKING:
     from persist_cache.store.store import Store
 
+TIERS = ("system", "pinned", "user", "assistant")
+"""What may be published by itself; `pinned` is whatever is pinned."""
 NO_REMOTE = "none"
 """Given in the place of a URL, it makes the store forget its remote."""
 
