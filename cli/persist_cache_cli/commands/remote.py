@@ -14,6 +14,7 @@ import msgspec
 
 from persist_cache import Store
 from persist_cache.errors import RemoteError
+from persist_cache.queries.schema import BroughtJson
 from persist_cache.queries.select import Filters
 from persist_cache.queries.totals import Survey
 from persist_cache.remote import (
@@ -27,7 +28,6 @@ from persist_cache.remote import (
     write_settings,
 )
 from persist_cache.sharing.as_json import (
-    BroughtJson,
     PublishedJson,
     brought_json,
     probe_json,
@@ -39,7 +39,6 @@ from persist_cache_cli.calling import with_store
 from persist_cache_cli.jobs import jobs_of, prompt_options
 from persist_cache_cli.output import (
     format_bytes,
-    format_duration,
     painter,
     pairs,
     print_json,
@@ -47,6 +46,7 @@ from persist_cache_cli.output import (
 )
 from persist_cache_cli.parse import ENTRY_ID
 from persist_cache_cli.remote_options import how_options, parse_url, remote_choice
+from persist_cache_cli.remote_report import probe_line
 from persist_cache_cli.store_access import (
     NothingFound,
     changing,
@@ -248,7 +248,7 @@ def _status_lines(
             ("trust", by_key if settings.trust == "publisher" else f"a secret, {secret}"),
             ("publishes", sends),
             ("budget", "" if daily is None else f"{format_bytes(daily)} a day"),
-            ("answers", "" if probe is None else _probe_line(probe)),
+            ("tried", "" if probe is None else probe_line(probe)),
             *((name.replace("_", " "), f"{count:,}") for name, count in counts.items()),
         ],
         paint=paint,
@@ -256,14 +256,6 @@ def _status_lines(
     if probe is not None and probe.message:
         lines.append(paint("problem", "bad") + f": {printable(probe.message)}")
     return lines
-
-
-def _probe_line(probe: Probe) -> str:
-    if not probe.reachable:
-        return "no"
-    rights = ["read"] if probe.may_read else []
-    rights += ["create"] if probe.may_create else []
-    return f"after {format_duration(probe.latency_s)}; may {' and '.join(rights) or 'do nothing'}"
 
 
 # ---- by hand ---------------------------------------------------------------------------------
