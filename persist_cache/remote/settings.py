@@ -146,8 +146,7 @@ def checked_url(text: str) -> str:
         )
     if parts.scheme not in SCHEMES:
         raise RemoteError(
-            f"{parts.scheme}:// is no remote; use one of {', '.join(f'{one}://' for one in SCHEMES)}"
-            ", or a folder."
+            f"{parts.scheme}:// is no remote; use s3://, gs://, az://, https:// or a folder."
         )
     if parts.scheme == "file":
         if host not in ("", "localhost") or not parts.path.strip("/"):

@@ -44,6 +44,7 @@ from persist_cache.store.lookup import Lookup
 from persist_cache.store.put import Insertion, PutResult
 from persist_cache.store.quotas import QUOTA, check_rules, is_counted, recount
 from persist_cache.store.rebuild import rebuild
+from persist_cache.store.scratch import Scratch, scratch
 from persist_cache.store.session import Disk
 from persist_cache.store.trail import Trail
 from persist_cache.store.upkeep import Collected, Upkeep
@@ -361,6 +362,24 @@ class Store:
             StoreFullError: There would be no room.
         """
         self._evictor.refuse_without_room(nbytes, num_tokens, protected, what)
+
+    def scratch(
+        self, nbytes: int, protected: frozenset[int] = frozenset()
+    ) -> contextlib.AbstractContextManager[Scratch]:
+        """Room for `nbytes` within the budget, for the block: a file that is gone after it.
+
+        Args:
+            nbytes: How many; entries are evicted for them where that is needed.
+            protected: Nodes whose entries must stay.
+
+        Raises:
+            StoreFullError: There is no room; nothing was evicted.
+            StoreReadOnlyError: The store is open read-only.
+            StoreError: The disk failed, also within the block.
+        """
+        if self.read_only:
+            raise StoreReadOnlyError("The store is open read-only; nothing was stored.")
+        return scratch(self._disk, self._evictor, nbytes, protected)
 
     def date_back(self, entry: str, created: float) -> None:
         """Say that an entry was computed at `created` (UTC seconds), if that is earlier."""
