@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import OrderedDict
@@ -20,6 +21,8 @@ from persist_cache.tokens import pack_tokens, prompt_digest
 
 log = logging.getLogger(__name__)
 _REMEMBERED = 64
+_AGAIN_S = 30.0
+"""After which a remote that could not be opened is tried again, such as a folder of a NAS."""
 
 
 class Shown(Struct, frozen=True):
@@ -56,23 +59,24 @@ class Sharing:
         self._choice = choice or RemoteChoice()
         self._lock = threading.Lock()
         self._remote: Remote | None = None
-        self._is_tried = False
+        self._is_settled = False
+        self._tried_at = -math.inf
         self._trouble = ""
         self._shown: OrderedDict[bytes, Shown] = OrderedDict()
-        if cache.store is not None:
+        if self._choice != RemoteChoice() and cache.store is not None:
             self._open()
         cache.on_use = self._used
 
     @property
     def remote(self) -> Remote | None:
         """The remote; None where the store has none, or cannot be asked for it yet."""
-        if not self._is_tried and self._cache.store is not None:
+        if not self._is_settled and time.monotonic() >= self._tried_at + _AGAIN_S:
             try:
                 self._open()
             except (RemoteError, MissingDependencyError, StoreError) as error:
-                with self._lock:
-                    self._trouble = str(error)
-                log.warning("the remote is not used: %s", error)
+                if str(error) != self._trouble:
+                    log.warning("the remote is not used: %s", error)
+                self._trouble = str(error)
         return self._remote
 
     @property
@@ -144,11 +148,11 @@ class Sharing:
     def close(self, timeout_s: float) -> bool:
         """Publish nothing more; returns whether all has ended in time."""
         with self._lock:
-            self._is_tried, remote = True, self._remote
+            self._is_settled, remote = True, self._remote
         return remote is None or remote.close(timeout_s)
 
     def _open(self) -> None:
-        """Open the remote, if the store has one; only the first call does anything.
+        """Open the remote, if there is a store, and that has one.
 
         Raises:
             RemoteError: It cannot be used.
@@ -157,12 +161,13 @@ class Sharing:
         """
         with self._lock:
             store = self._cache.store
-            if self._is_tried or store is None:
+            if self._is_settled or store is None:
                 return
-            self._is_tried = True
+            self._tried_at = time.monotonic()
             settings = self._choice.settle(store)
             if settings is not None:
                 self._remote = Remote.open(store, settings)
+            self._is_settled, self._trouble = True, ""
 
     def _note(self, packed: bytes, brought: Brought) -> None:
         key = prompt_digest(packed)

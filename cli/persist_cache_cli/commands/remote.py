@@ -21,6 +21,7 @@ from persist_cache.remote import (
     Probe,
     Remote,
     RemoteSettings,
+    check_settings,
     default_secret_path,
     make_publisher_key,
     make_secret,
@@ -68,8 +69,9 @@ class _Group(click.Group):
         return None if found is None else with_store(found)
 
 
-@click.group("remote", cls=_Group)
-def command() -> None:
+@click.group("remote", cls=_Group, invoke_without_command=True)
+@click.pass_context
+def command(ctx: click.Context) -> None:
     """Share prompts with other machines, by a bucket or a folder that all of them reach.
 
     docs/sharing.md says how that is set up, and who can read what.
@@ -79,6 +81,9 @@ def command() -> None:
       persist-cache remote add s3://team/prompts --new-secret --publish-plain
       persist-cache remote status
     """
+    if ctx.invoked_subcommand is None:
+        names = ", ".join(command.commands)
+        raise click.UsageError(f"Say what to do: {names}.")
 
 
 # ---- which one -------------------------------------------------------------------------------
@@ -126,32 +131,40 @@ def add(
     wanted = remote_choice(remote=parse_url(url), **how).settings(None)
     if wanted is None:
         raise click.UsageError(f"{NO_REMOTE} is no remote; `persist-cache remote remove` ends it.")
-    made = ""
+    check_settings(wanted)
+    made: Path | None = None
     if new_secret or new_publisher:
-        path = default_secret_path()
-        if new_publisher:
-            key = make_publisher_key(path)
-            wanted = _replaced(wanted, trust="publisher", public_key=key)
-        else:
-            make_secret(path)
-        made = str(path)
-        wanted = _replaced(wanted, secret_file=made)
+        made = default_secret_path()
+        wanted = _with_new(wanted, made, publisher=new_publisher)
     elif not (wanted.secret_file or wanted.public_key or any(map(os.environ.get, _SECRETS))):
         raise click.UsageError(
             "All who share need one secret: make it with --new-secret if you are the first, or "
             "name a file with the others' by --secret-file."
         )
-    with Store.open(store_path(store)) as opened:
-        Remote.open(opened, wanted).close()
-        write_settings(opened, wanted)
+    try:
+        with Store.open(store_path(store)) as opened:
+            Remote.open(opened, wanted).close()
+            write_settings(opened, wanted)
+    except BaseException:
+        if made is not None:
+            made.unlink()
+        raise
     if as_json:
-        print_json({**msgspec.to_builtins(settings_json(wanted)), "made": made or None})
+        said = msgspec.to_builtins(settings_json(wanted))
+        print_json({**said, "made": None if made is None else str(made)})
     elif not quiet:
-        click.echo("\n".join(_added(wanted, made)))
+        click.echo("\n".join(_added(wanted, "" if made is None else str(made))))
 
 
-def _replaced(settings: RemoteSettings, **changes: Any) -> RemoteSettings:
-    return msgspec.structs.replace(settings, **changes)
+def _with_new(settings: RemoteSettings, path: Path, *, publisher: bool) -> RemoteSettings:
+    """The settings with a secret, or a publisher's key, that is made for them."""
+    if not publisher:
+        make_secret(path)
+        return msgspec.structs.replace(settings, secret_file=str(path))
+    key = make_publisher_key(path)
+    return msgspec.structs.replace(
+        settings, secret_file=str(path), trust="publisher", public_key=key
+    )
 
 
 def _added(settings: RemoteSettings, made: str) -> Iterator[str]:

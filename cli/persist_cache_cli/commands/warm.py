@@ -133,6 +133,8 @@ def _remote(store: Store, choice: RemoteChoice, *, needed: bool) -> Iterator[Rem
         yield None
         return
     try:
+        if needed and remote.why_not_publish:
+            raise RemoteError(remote.why_not_publish)
         yield remote
     finally:
         remote.close()
