@@ -15,6 +15,7 @@ from persist_cache.remote.settings import (
     write_settings,
 )
 from persist_cache.remote.told import (
+    COUNTERS,
     Brought,
     Probe,
     Published,
@@ -25,6 +26,7 @@ from persist_cache.remote.told import (
 from persist_cache.remote.trust import default_secret_path, make_publisher_key, make_secret
 
 __all__ = [
+    "COUNTERS",
     "Brought",
     "Probe",
     "PublishOutcome",

@@ -128,8 +128,7 @@ class Bringer:
             saved_s = asked.prefill_s(outcome.num_tokens - asked.known) - outcome.seconds
             self._counters.add("saved_ms", int(1000 * saved_s))
         elif outcome.why not in (Why.ENOUGH_KNOWN, Why.NOT_ALLOWED):
-            self._counters.add("misses")
-            self._counters.add(f"misses_{outcome.why.value}")
+            self._counters.add(f"misses:{outcome.why.value}")
 
     def _answer(self, asked: _Question) -> Brought:
         if not asked.fingerprint.may_publish:
@@ -318,8 +317,7 @@ class Bringer:
     def _failed(self, error: TransportError, nbytes: int) -> Brought:
         if error.kind == Failure.CLOSED:
             return Brought(0, nbytes, 0.0, Why.CLOSED)
-        self._counters.add("failures")
-        self._counters.add(f"failures_{error.kind.value}")
+        self._counters.add(f"errors:{error.kind.value}")
         is_late = error.kind == Failure.TIME_OUT
         self._breaker.failed(str(error), at_once=is_late)
         return Brought(0, nbytes, 0.0, Why.TIMED_OUT if is_late else Why.FAILED)

@@ -12,7 +12,7 @@ from persist_cache.store.store import Store
 
 
 class Counters:
-    """Counts what happens; docs/format.md lists the names."""
+    """Counts what happens, by the names of `told.COUNTERS`."""
 
     def __init__(self, store: Store) -> None:
         self._store = store

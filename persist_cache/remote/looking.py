@@ -125,30 +125,22 @@ class Looker:
                 failure = _worse(failure, answer)
             elif answer is not None:
                 nbytes += len(answer)
-                found = self._opened(answer, key, fingerprint)
-                if found is None or common_prefix_tokens(packed, found.packed) < place.num_tokens:
-                    self.refuse(anchor_name(key), "tokens" if found is not None else "")
+                try:
+                    found = open_manifest(answer, key, self._seal, fingerprint)
+                    common = _common(packed, found, place)
+                except RefusedError as error:
+                    self.refuse(anchor_name(key), error.kind)
                     is_refused = True
                     continue
-                common = common_prefix_tokens(packed, found.packed)
                 candidates[place] = Candidate(
                     anchor_name(key), found.manifest, found.packed, common
                 )
         return Look(candidates, nbytes, failure, is_refused)
 
     def refuse(self, anchor: str, kind: str) -> None:
-        """Leave an anchor alone from now on; counted by `kind`, unless that is "" ."""
+        """Leave an anchor alone from now on, and count why."""
         self.bad.add(anchor)
-        if kind:
-            self._counters.add("refused")
-            self._counters.add(f"refused_{kind}")
-
-    def _opened(self, raw: bytes, key: bytes, fingerprint: Fingerprint) -> Found | None:
-        try:
-            return open_manifest(raw, key, self._seal, fingerprint)
-        except RefusedError as error:
-            self.refuse(anchor_name(key), error.kind)
-            return None
+        self._counters.add(f"refused:{kind}")
 
     async def _ask(self, names: list[str]) -> list[bytes | TransportError | None]:
         tasks = [
@@ -162,6 +154,20 @@ class Looker:
             for task in tasks:
                 task.cancel()
         return [_answer(task) for task in tasks]
+
+
+def _common(packed: bytes, found: Found, place: Place) -> int:
+    """Leading tokens that a prompt shares with what was found for a beginning of it.
+
+    Raises:
+        RefusedError: They are fewer than those for which it was found.
+    """
+    common = common_prefix_tokens(packed, found.packed)
+    if common < place.num_tokens or (
+        place.is_end and found.manifest.num_tokens != place.num_tokens
+    ):
+        raise RefusedError("tokens", "it is of other tokens")
+    return common
 
 
 def _answer(task: asyncio.Task[bytes | None]) -> bytes | TransportError | None:

@@ -126,8 +126,7 @@ class Publisher:
                 done = self._publish(found)
             except TransportError as error:
                 if error.kind != Failure.CLOSED:
-                    self._counters.add("failures")
-                    self._counters.add(f"failures_{error.kind.value}")
+                    self._counters.add(f"errors:{error.kind.value}")
                     self._breaker.failed(str(error))
                 raise RemoteError(f"The remote {self._settings.url}: {error}.") from error
         if done.outcome == PublishOutcome.SENT:

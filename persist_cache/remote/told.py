@@ -4,8 +4,33 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from msgspec import Struct
+
+COUNTERS: Mapping[str, str] = MappingProxyType(
+    {
+        "requests": "Requests to the remote.",
+        "requests_get": "Requests that read an object.",
+        "requests_create": "Requests that create an object.",
+        "received_bytes": "Bytes of objects received.",
+        "sent_bytes": "Bytes of objects sent.",
+        "lookups": "Prompts that the remote was asked for.",
+        "hits": "Prompts of which the remote had more than was known here.",
+        "hit_tokens": "Tokens that need not be computed because the remote had them.",
+        "saved_ms": "Milliseconds of prefill that hits saved, less what they took; estimated.",
+        "pulled": "Entries, or beginnings of entries, that were pulled into the store.",
+        "misses": "Look-ups without a find, by reason.",
+        "refused": "Objects that were not what was published, by kind.",
+        "errors": "Requests that failed, by kind.",
+        "published": "Entries published.",
+        "published_tokens": "Tokens of entries published.",
+        "budget_refused": "Publications that the bytes of a day did not allow.",
+        "probes": "Attempts to find out whether a remote that failed is back.",
+    }
+)
+"""What is counted. Of `misses`, `refused` and `errors` the full name has a reason, as in
+`misses:not_found`."""
 
 
 class Why(enum.Enum):
@@ -128,8 +153,8 @@ class RemoteStatus(Struct, frozen=True):
         bytes_per_s: Measured speed of pulls, 0 before the first.
         publishes: Whether this process may publish.
         queued: Entries that wait to be published.
-        counters: Of this process since it opened the remote, by names without `remote_`; the
-            store has the totals of all processes under `remote_…`. docs/format.md lists them.
+        counters: Of this process since it opened the remote, by the names of `COUNTERS`; the store
+            has the totals of all processes under `remote_` and the same names.
     """
 
     url: str

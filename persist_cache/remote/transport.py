@@ -288,10 +288,13 @@ def _opened(settings: RemoteSettings) -> tuple[Any, Any]:
             "timeout": timedelta(seconds=_LONGEST_REQUEST_S),
             "allow_http": parts.scheme == "http" or _may_be_plain(endpoint),
         }
+        options: dict[str, Any] = dict(settings.options)
+        if parts.scheme == "s3":
+            options["disable_bulk_delete"] = True  # which some servers do not know
         open_url: Any = obstore.store.from_url
         store = open_url(
             settings.url,
-            config=dict(settings.options) or None,
+            config=options or None,
             client_options=client,
             # What failed is told at once: a request waits, or the breaker tries again later.
             retry_config={"max_retries": 0, "retry_timeout": timedelta(seconds=1)},

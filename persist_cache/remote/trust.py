@@ -216,7 +216,7 @@ def missing_extra() -> MissingDependencyError:
 
 def _write_new(path: Path, text: str) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=fs.FOLDER_MODE, parents=True, exist_ok=True)
         fd = fs.create(path)
         try:
             fs.write_all(fd, [memoryview(text.encode() + b"\n")])
