@@ -195,6 +195,9 @@ def test_status_tries_it_and_tells_what_it_was_good_for(run: Run, place: Path, e
     assert said["counters"]["published"] == 1
     assert "may read and create" in text
     assert run("stats", "--json").json["counters"]["remote_published"] == 1
+    (line,) = [one for one in run("stats").out.splitlines() if one.startswith("remote")]
+    assert "0 hits, 0 misses" in line
+    assert "KiB sent" in line
 
 
 def test_doctor_tries_the_remote_and_names_what_is_wrong(

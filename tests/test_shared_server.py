@@ -263,7 +263,8 @@ def test_a_mirror_is_only_read(model: Path, secret: str, tmp_path: Path) -> None
     done = prepared_script(tmp_path / "s", "serve", "--model", model, *place, "--publish-plain")
 
     assert done.status == 1
-    assert "mirror, which is only read" in done.sentence
+    assert done.err.splitlines()[-1].startswith("Error: https://prompts.example/v1 is a mirror")
+    assert "Traceback" not in done.err
 
 
 # ---- settings ------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ def _rest(tokens: Sequence[int], num_tokens: int) -> Sequence[int]:
         return list(tokens)[num_tokens:]
 
 
-class Known(NamedTuple):
+class KnownPrompt(NamedTuple):
     """What is known of a prompt, for a caller that may have more of it.
 
     Attributes:
@@ -555,7 +555,7 @@ class PromptCache:
         *,
         trail: Trail | None = None,
         leave_tokens: int = 0,
-    ) -> Known | None:
+    ) -> KnownPrompt | None:
         """What is known of a prompt, to be compared with what others have of it; only looks.
 
         Args:
@@ -574,7 +574,7 @@ class PromptCache:
             packed = pack_tokens(tokens)
             limit = max(0, len(tokens) - max(leave_tokens, self._leave_tokens))
             found, _ = self._lookup.known(owner, packed, limit, trail)
-            return Known(owner.fingerprint, packed, found, limit)
+            return KnownPrompt(owner.fingerprint, packed, found, limit)
         return None
 
     def branch_point(

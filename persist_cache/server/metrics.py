@@ -15,7 +15,8 @@ from prometheus_client.registry import Collector
 
 from persist_cache.cache.stats import PromptCacheStats
 from persist_cache.entry import SOURCES, TIER_LABELS, MissReason
-from persist_cache.sharing.as_json import RemoteJson
+from persist_cache.remote import COUNTERS, Why
+from persist_cache.sharing.as_json import RemoteJson, by_reason
 from persist_cache.stability.names import REPAIRS
 from persist_cache.store.catalog import StoreStats
 from persist_cache.store.reasons import reason_of
@@ -23,6 +24,14 @@ from persist_cache.store.reasons import reason_of
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _TROUBLES = {"StoreFullError": "full", "StoreAccessError": "not_writable"}
+
+_HITS = (Why.BROUGHT, Why.SHARED)
+_BY_REASON: Mapping[str, tuple[str, ...]] = {
+    "misses": tuple(why.value for why in Why if why not in _HITS),
+    "refused": (),
+    "errors": (),
+}
+"""Counters of a remote that have a reason, with those that are known beforehand."""
 
 
 class CacheCollector(Collector):
@@ -165,15 +174,16 @@ def _of_remote(remote: RemoteJson) -> Iterator[CounterMetricFamily | GaugeMetric
     )
     yield _gauge("remote_queue_jobs", "Entries that wait to be published.", remote.queued)
     yield _gauge("remote_bytes_per_second", "Measured speed of pulls.", remote.bytes_per_s)
-    labelled: dict[str, dict[str, int]] = {}
-    for name, count in remote.counters.items():
-        kind, colon, reason = name.partition(":")
-        if colon:
-            labelled.setdefault(kind, {})[reason] = count
+    counts = remote.counters
+    for name, said in COUNTERS.items():
+        if name in _BY_REASON:
+            reasons = dict.fromkeys(_BY_REASON[name], 0) | by_reason(counts, name)
+            yield _by(f"remote_{name}", said, "reason", reasons)
+        elif name == "saved_ms":
+            saved_s = counts.get(name, 0) / 1000
+            yield _counter("remote_saved_seconds", said.replace("Milliseconds", "Seconds"), saved_s)
         else:
-            yield _counter(f"remote_{name}", name, count)
-    for kind, counts in labelled.items():
-        yield _by(f"remote_{kind}", kind, "reason", counts)
+            yield _counter(f"remote_{name}", said, counts.get(name, 0))
 
 
 def _store(store: StoreStats) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:

@@ -151,17 +151,17 @@ def remote_json(status: RemoteStatus | None, trouble: str) -> RemoteJson | None:
         publishes=status.publishes,
         queued=status.queued,
         hits=status.counters.get("hits", 0),
-        misses=misses_of(status.counters),
+        misses=by_reason(status.counters, "misses"),
         counters=dict(status.counters),
     )
 
 
-def misses_of(counters: Mapping[str, int]) -> dict[str, int]:
-    """Look-ups that brought nothing, by reason."""
+def by_reason(counters: Mapping[str, int], name: str) -> dict[str, int]:
+    """The counters of one name, such as `misses`, by their reasons."""
     return {
-        name.removeprefix("misses:"): count
-        for name, count in counters.items()
-        if name.startswith("misses:")
+        one.removeprefix(f"{name}:"): count
+        for one, count in counters.items()
+        if one.startswith(f"{name}:")
     }
 
 

@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -47,7 +48,7 @@ from persist_cache_cli.output import (
 )
 from persist_cache_cli.parse import ENTRY_ID
 from persist_cache_cli.remote_options import how_options, parse_url, remote_choice
-from persist_cache_cli.remote_report import probe_line
+from persist_cache_cli.remote_report import probe_line, shown_count
 from persist_cache_cli.store_access import (
     NothingFound,
     changing,
@@ -262,7 +263,7 @@ def _status_lines(
             ("publishes", sends),
             ("budget", "" if daily is None else f"{format_bytes(daily)} a day"),
             ("tried", "" if probe is None else probe_line(probe)),
-            *((name.replace("_", " "), f"{count:,}") for name, count in counts.items()),
+            *((name.replace("_", " "), shown_count(name, count)) for name, count in counts.items()),
         ],
         paint=paint,
     )

@@ -34,6 +34,7 @@ from persist_cache_cli.output import (
     terminal_width,
 )
 from persist_cache_cli.parse import DURATION
+from persist_cache_cli.remote_report import counted_line
 from persist_cache_cli.store_access import common_options, reading, store_path
 
 _BAR_CELLS = 30
@@ -166,6 +167,7 @@ class _Report:
                     f"{said.tokens_saved:,} tokens"
                     + (f", {format_duration(said.saved_s)}" if said.saved_s else ""),
                 ),
+                ("remote", counted_line(said.counters)),
             ],
             paint=paint,
         )
