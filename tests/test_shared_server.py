@@ -234,7 +234,7 @@ def test_a_stream_lives_while_the_remote_is_slow_and_a_client_that_leaves_ends_t
     with machine(model, tmp_path, mirror.url, secret) as server, mirror.held_up("/pc1/b/"):
         body = body_of(CHAT, "Thirteen?", system=SYSTEM, stream=True)
         with requests.post(server.url + CHAT, json=body, stream=True, timeout=60) as stream:
-            lines = stream.iter_lines()
+            lines = stream.iter_lines(chunk_size=1)
             assert next(line for line in lines if line).startswith(b": keepalive")
             wait_for_blobs(mirror)
 
