@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from msgspec import Struct
+from msgspec.structs import replace
 
 from persist_cache import Tier
 from persist_cache.entry import NO_GROUP
@@ -75,8 +76,7 @@ def prompt_options(command: F) -> F:
     return command
 
 
-@dataclass(frozen=True, slots=True)
-class Jobs:
+class Jobs(Struct, frozen=True):
     """What was asked for.
 
     Attributes:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from persist_cache import Store
 from persist_cache.errors import MissingDependencyError, RemoteError
@@ -11,8 +12,7 @@ from persist_cache.remote import Probe, Remote, RemoteSettings, read_settings
 from persist_cache_cli.output import format_bytes, format_duration, plural, printable
 
 
-@dataclass(frozen=True, slots=True)
-class RemoteReport:
+class RemoteReport(Struct, frozen=True):
     """What came of it.
 
     Attributes:

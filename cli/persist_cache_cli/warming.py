@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
-import msgspec
+from msgspec import Struct
+from msgspec.structs import replace
 
 from persist_cache import Store, Tier
 from persist_cache.entry import NO_GROUP, Match
@@ -32,8 +32,7 @@ Progress = Callable[[int], None]
 """Takes the tokens that are done so far."""
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Job(Struct, frozen=True):
     """One prompt to keep warm.
 
     Attributes:
@@ -172,7 +171,7 @@ class Run:
             return report
         done = self._remote.publish(report.id)
         self._say(published_line(done))
-        return msgspec.structs.replace(report, published=done.outcome.value)
+        return replace(report, published=done.outcome.value)
 
     def _find(self, job: Job) -> tuple[list[int], Match]:
         tokens, _ = self._tokens(job)

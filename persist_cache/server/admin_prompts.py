@@ -6,10 +6,10 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from persist_cache.cache.prompt_cache import PromptCache
 from persist_cache.entry import Entry
@@ -180,7 +180,7 @@ class Prompts:
             marks=prompt.marks,
         )
         if not salt and (shown := self._remote_said(prompt.tokens)) is not None:
-            said = msgspec.structs.replace(said, remote=shown)
+            said = replace(said, remote=shown)
         return json_response(said if self._texts else _without_texts(said))
 
     def warm_again(self, request: Request, path: str, raw: bytes, ask: Ask | None) -> Response:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from msgspec import Struct
 
 from persist_cache.errors import RemoteError
 from persist_cache.remote import RemoteSettings, checked_url, read_settings, write_settings
@@ -19,8 +19,7 @@ NO_REMOTE = "none"
 """Given in the place of a URL, it makes the store forget its remote."""
 
 
-@dataclass(frozen=True, slots=True)
-class RemoteChoice:
+class RemoteChoice(Struct, frozen=True):
     """What was said of the remote; None for what was not, and holds as last set.
 
     Attributes:
