@@ -649,8 +649,8 @@ def test_what_was_brought_for_a_request_counts_as_the_remotes(
         insert(elsewhere, range(100), "system")
     cache = make()
 
-    _, rest, brought = cache.look_up(MODEL, list(range(120)), remote=FromRemote(40, 2.0))
-    _, _, known = cache.look_up(MODEL, list(range(120)), remote=FromRemote(100, 2.0))
+    _, rest, brought = cache.look_up(MODEL, list(range(120)), remote=FromRemote(40, 100, 2.0))
+    _, _, known = cache.look_up(MODEL, list(range(120)), remote=FromRemote(40, 0, 2.0))
 
     assert (brought.source, brought.num_tokens, len(rest)) == ("remote", 100, 20)
     assert brought.seconds >= 2 > known.seconds

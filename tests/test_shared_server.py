@@ -14,6 +14,7 @@ import requests
 from prometheus_client.parser import text_string_to_metric_families
 
 from persist_cache.remote import make_secret
+from persist_cache_cli.requests import block
 from tests.cli import prepared_script
 from tests.computed import CountedServer
 from tests.mirror import Mirror, wait_for_blobs
@@ -129,6 +130,10 @@ def test_all_that_counts_and_tells_agrees_with_the_header(second: CountedServer)
     (record,) = second.get("/v1/cache/requests")
     assert (record["source"], record["cached_tokens"]) == ("remote", tokens)
     assert record["reused_tokens"] == {"remote": tokens}
+    assert (record["remote"]["why"], record["remote"]["num_tokens"]) == ("brought", tokens)
+    lines = block(record, 100)
+    assert any(line.startswith("  reused    from the remote") for line in lines)
+    assert any(line.startswith("  remote    brought after") for line in lines)
     body = body_of(CHAT, "Five?", system=SYSTEM)
     told = second.request("POST", "/v1/cache/explain", json=body).json()["remote"]
     assert (told["why"], told["num_tokens"]) == ("brought", tokens)

@@ -308,8 +308,8 @@ class PromptCache:
             to_copy: The caller copies the cache before it writes to it, as a batch does: it stays
                 in memory, and so does one that is read from the disk.
             ahead: What `load_ahead` read for this request.
-            remote: That a remote gave more of the prompt just before; a hit that is longer than
-                what was known counts as the remote's.
+            remote: What a remote said of the prompt just before; if it gave more than was known,
+                a hit that is longer than that counts as the remote's.
 
         Returns:
             Cache and rest, and how the request was answered.
@@ -333,7 +333,7 @@ class PromptCache:
             self._tally.problem(f"fetch_failed:{type(error).__name__}")
             why = MissReason.LOOK_UP_FAILED
             cache, fetch = None, Fetch("miss", 0, sentence(why), why=why)
-        if remote is not None and fetch.num_tokens > remote.known_tokens:
+        if remote is not None and remote.num_tokens and fetch.num_tokens > remote.known_tokens:
             fetch = replace(fetch, source="remote", seconds=fetch.seconds + remote.seconds)
         # What was read ahead took its time before.
         fetch = replace(fetch, seconds=fetch.seconds + time.monotonic() - started)

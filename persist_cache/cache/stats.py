@@ -40,15 +40,19 @@ class Fetch:
 
 
 class FromRemote(NamedTuple):
-    """That a remote gave more of a prompt before it was looked up.
+    """What a remote said of a prompt before it was looked up.
 
     Attributes:
-        known_tokens: Of the prompt, that were known before that.
-        seconds: What it took.
+        known_tokens: Of the prompt, that were known here.
+        num_tokens: That the store has of it by now because of that; 0 for nothing more.
+        seconds: What asking took.
+        why: How it ended, a word (`remote.Why`).
     """
 
     known_tokens: int
+    num_tokens: int
     seconds: float
+    why: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,7 +95,7 @@ class Ticket:
         origin: The first look, for the inserts that follow.
         trail: The prompt's way through the store's index, for all looks of the request.
         model_key: mlx-lm's key of the model that it was tokenized for; None before that.
-        brought: What a remote gave of its prompt before that; None for nothing.
+        brought: What a remote said of its prompt before that; None where it was not asked.
         ahead: What was read from the disk for it before it was queued.
         times: When what happened.
         tell_prompt: Called when the prompt is known.

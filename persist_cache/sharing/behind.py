@@ -113,7 +113,7 @@ class Sharing:
             pause: Called every now and then; what it raises ends the call.
 
         Returns:
-            What to give to `look_up`, which finds what was brought; None where nothing was.
+            What to give to `look_up`, which finds what was brought; None where it was not asked.
         """
         remote = self.remote
         if remote is None:
@@ -131,9 +131,13 @@ class Sharing:
             ends=ends,
         )
         self._note(known.packed, brought)
-        if not brought.is_hit or brought.num_tokens <= known.num_tokens:
-            return None
-        return FromRemote(known.num_tokens, brought.seconds)
+        gained = brought.is_hit and brought.num_tokens > known.num_tokens
+        return FromRemote(
+            known.num_tokens,
+            brought.num_tokens if gained else 0,
+            brought.seconds,
+            brought.why.value,
+        )
 
     def shown(self, tokens: Sequence[int]) -> Shown | None:
         """What the remote said when it was asked for this prompt last, if that is remembered."""
