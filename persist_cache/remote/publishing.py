@@ -66,7 +66,8 @@ class _Claims(Struct):
 
     def is_stale(self, name: str) -> bool:
         """Whether a claim that is there was seen long ago for the first time."""
-        return self.clock() - self.seen.setdefault(name, self.clock()) >= CLAIM_S
+        now = self.clock()
+        return now - self.seen.setdefault(name, now) >= CLAIM_S
 
 
 class Publisher:
