@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from persist_cache.store.erase import Erased
     from persist_cache.store.put import PutResult
     from persist_cache.store.quotas import Used
+    from persist_cache.store.scratch import Scratch
     from persist_cache.store.store import Store, default_store_path
     from persist_cache.store.trail import Trail
     from persist_cache.store.upkeep import Collected
@@ -104,6 +105,7 @@ _HOME_OF = {
     "Collected": "store.upkeep",
     "Erased": "store.erase",
     "Used": "store.quotas",
+    "Scratch": "store.scratch",
     "Store": "store.store",
     "default_store_path": "store.store",
     "Trail": "store.trail",
@@ -139,6 +141,7 @@ __all__ = [
     "PutResult",
     "RecentFetch",
     "Run",
+    "Scratch",
     "Source",
     "Store",
     "StoreAccessError",

@@ -46,9 +46,9 @@ def objects(folder: Path) -> dict[str, bytes]:
 
 
 @contextmanager
-def opened(store: Store, settings: RemoteSettings) -> Iterator[Remote]:
+def opened(store: Store, settings: RemoteSettings, **options: Any) -> Iterator[Remote]:
     """The remote of a store."""
-    remote = Remote.open(store, settings)
+    remote = Remote.open(store, settings, **options)
     try:
         yield remote
     finally:

@@ -151,3 +151,12 @@ def test_nothing_is_published_before_the_user_agreed(store: Store, tmp_path: Pat
         remote.publish(entry)
 
     assert objects(tmp_path) == {}
+
+
+def test_a_folder_that_is_not_there_is_not_made(store: Store, tmp_path: Path) -> None:
+    """It may be on a disk that is not mounted."""
+    settings = folder_settings(tmp_path)
+    (tmp_path / "bucket").rmdir()
+
+    with pytest.raises(RemoteError, match="mount it, or make it"):
+        Remote.open(store, settings)

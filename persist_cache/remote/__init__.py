@@ -5,8 +5,9 @@ the digests of their beginnings. Everything that comes from there is verified be
 store, through the store's own put. docs/format.md has the bytes, docs/sharing.md the set-up.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from persist_cache.errors import RemoteError
-from persist_cache.remote.remote import Remote
 from persist_cache.remote.settings import (
     RemoteSettings,
     check_settings,
@@ -24,6 +25,9 @@ from persist_cache.remote.told import (
     Why,
 )
 from persist_cache.remote.trust import default_secret_path, make_publisher_key, make_secret
+
+if TYPE_CHECKING:
+    from persist_cache.remote.remote import Remote
 
 __all__ = [
     "COUNTERS",
@@ -44,3 +48,12 @@ __all__ = [
     "read_settings",
     "write_settings",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import `Remote` when it is asked for: what reads settings alone needs no event loop."""
+    if name == "Remote":
+        from persist_cache.remote.remote import Remote
+
+        return Remote
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

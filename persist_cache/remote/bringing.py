@@ -10,7 +10,9 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+
+import msgspec
+from msgspec import Struct
 
 from persist_cache.entry import Match
 from persist_cache.errors import PersistCacheError, StoreFullError
@@ -43,18 +45,16 @@ _TRIES = 3
 """Entries that are tried when blobs of the best ones are gone or bad."""
 
 
-@dataclass(slots=True)
-class _Flight:
+class _Flight(Struct):
     """A look-up under way, for whose end those wait that would ask the same."""
 
     packed: bytes
-    ended: threading.Event = field(default_factory=threading.Event)
+    ended: threading.Event = msgspec.field(default_factory=threading.Event)
     outcome: Brought | None = None
     found_nothing: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class _Question:
+class _Question(Struct, frozen=True):
     """What is asked for."""
 
     fingerprint: Fingerprint

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from persist_cache import fs
 from persist_cache.blobs.header import TOKENS, BlobHeader, header_bytes, prefix_digest
@@ -36,8 +37,7 @@ _MAX_OPEN = 64
 """Of a longer path each file is opened when it is read; macOS allows a process 256."""
 
 
-@dataclass(frozen=True, slots=True)
-class StoredEntry:
+class StoredEntry(Struct, frozen=True):
     """One entry of the store, as of one look at the index.
 
     Attributes:

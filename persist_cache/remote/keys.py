@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.tokens import TOKEN_BYTES
@@ -37,8 +38,7 @@ def _rung(power: int) -> int:
     return math.isqrt(2 * (MIN_TOKENS << power // 2) ** 2)
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(Struct, frozen=True):
     """A beginning of a prompt under which something may lie.
 
     Attributes:

@@ -6,7 +6,8 @@ import asyncio
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+
+from msgspec import Struct
 
 from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.remote.counting import Counters
@@ -27,8 +28,7 @@ LOOK_S = 2.0
 _REMEMBERED_BAD = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(Struct, frozen=True):
     """An entry of the remote that begins as the prompt does.
 
     Attributes:
@@ -39,13 +39,12 @@ class Candidate:
     """
 
     anchor: str
-    manifest: Manifest = field(repr=False)
-    packed: bytes = field(repr=False)
+    manifest: Manifest
+    packed: bytes
     common: int
 
 
-@dataclass(frozen=True, slots=True)
-class Look:
+class Look(Struct, frozen=True):
     """What the remote said.
 
     Attributes:

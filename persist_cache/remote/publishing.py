@@ -12,7 +12,8 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+
+from msgspec import Struct
 
 from persist_cache import __version__
 from persist_cache.entry import PARTIAL_LABEL
@@ -45,8 +46,7 @@ _MAX_GENERATIONS = 1000
 _SEAL_BYTES = 1024
 
 
-@dataclass(slots=True)
-class _Sent:
+class _Sent(Struct):
     """What one publication did so far."""
 
     nbytes: int = 0
@@ -54,20 +54,20 @@ class _Sent:
     blobs: int = 0
 
 
-@dataclass(slots=True)
-class _Claims:
+class _Claims(Struct):
     """The claims of others that this process has seen, and its own.
 
     Only the time that passed here counts: no clock of another machine is believed.
     """
 
     clock: Callable[[], float]
-    seen: dict[str, float] = field(default_factory=dict)
-    own: set[str] = field(default_factory=set)
+    seen: dict[str, float] = {}
+    own: set[str] = set()
 
     def is_stale(self, name: str) -> bool:
         """Whether a claim that is there was seen long ago for the first time."""
-        return self.clock() - self.seen.setdefault(name, self.clock()) >= CLAIM_S
+        now = self.clock()
+        return now - self.seen.setdefault(name, now) >= CLAIM_S
 
 
 class Publisher:

@@ -10,7 +10,8 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from persist_cache import fs
 from persist_cache.blobs.header import TOKENS, prefix_digest
@@ -86,8 +87,7 @@ class Watch:
             raise TooSlowError
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
+class Wanted(Struct, frozen=True):
     """The part of an entry that is to be pulled.
 
     Attributes:

@@ -29,33 +29,48 @@ from persist_cache.store.store import Store
 class Remote:
     """A remote that is in use; made by `Remote.open`."""
 
-    def __init__(self, store: Store, settings: RemoteSettings) -> None:
+    def __init__(self, store: Store, settings: RemoteSettings, clock: Callable[[], float]) -> None:
         check_settings(settings)
         keys, seal = open_trust(settings.trust, settings.secret_file, settings.public_key)
         self.settings = settings
         self._counters = Counters(store)
         self._transport = Transport(settings, self._counters.add)
-        self._breaker = Breaker(self._begin_probe)
+        self._breaker = Breaker(self._begin_probe, clock)
         looker = Looker(self._transport, keys, seal, self._counters)
         self._bringer = Bringer(store, self._transport, looker, keys, self._breaker, self._counters)
         self._publisher = Publisher(
-            store, settings, self._transport, looker, keys, seal, self._breaker, self._counters
+            store,
+            settings,
+            self._transport,
+            looker,
+            keys,
+            seal,
+            self._breaker,
+            self._counters,
+            clock,
         )
         self._policy = Policy(store, settings, self._publisher, self._breaker)
 
     @classmethod
-    def open(cls, store: Store, settings: RemoteSettings) -> Remote:
+    def open(
+        cls,
+        store: Store,
+        settings: RemoteSettings,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> Remote:
         """Get ready to use a remote. Nothing is asked over the network.
 
         Args:
             store: Open for change; stays open as long as the remote is.
             settings: As `read_settings` gives them.
+            clock: Seconds by which breaker and claims wait; for tests.
 
         Raises:
             RemoteError: They cannot be used: no secret, a URL that is none, and so on.
             MissingDependencyError: The extra `remote` is not installed.
         """
-        return cls(store, settings)
+        return cls(store, settings, clock)
 
     def bring(
         self,

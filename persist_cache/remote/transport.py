@@ -16,7 +16,7 @@ import re
 import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from persist_cache.errors import RemoteError
 from persist_cache.remote.settings import RemoteSettings
@@ -276,12 +276,7 @@ def _opened(settings: RemoteSettings) -> tuple[Any, Any]:
     parts = urlsplit(settings.url)
     try:
         if parts.scheme == "file":
-            from urllib.request import url2pathname
-
-            store: Any = obstore.store.LocalStore(
-                url2pathname(parts.path), mkdir=settings.publish_plain
-            )
-            return obstore, store
+            return obstore, obstore.store.LocalStore(_folder_of(settings))
         endpoint = settings.options.get("endpoint") or os.environ.get("AWS_ENDPOINT_URL", "")
         client: dict[str, Any] = {
             "connect_timeout": timedelta(seconds=CONNECT_S),
@@ -292,17 +287,31 @@ def _opened(settings: RemoteSettings) -> tuple[Any, Any]:
         if parts.scheme == "s3":
             options["disable_bulk_delete"] = True  # which some servers do not know
         open_url: Any = obstore.store.from_url
-        store = open_url(
+        store: Any = open_url(
             settings.url,
             config=options or None,
             client_options=client,
             # What failed is told at once: a request waits, or the breaker tries again later.
             retry_config={"max_retries": 0, "retry_timeout": timedelta(seconds=1)},
         )
+    except RemoteError:
+        raise
     except Exception as error:
         said = str(error).partition("\n")[0]
         raise RemoteError(f"The remote {settings.url} cannot be used: {said}.") from None
     return obstore, store
+
+
+def _folder_of(settings: RemoteSettings) -> str:
+    """The folder of a remote that is one.
+
+    Raises:
+        RemoteError: It is not there. It is not made: it may be on a disk that is not mounted.
+    """
+    folder = unquote(urlsplit(settings.url).path)
+    if not os.path.isdir(folder):
+        raise RemoteError(f"There is no folder {folder}; mount it, or make it.")
+    return folder
 
 
 def _may_be_plain(endpoint: str) -> bool:
