@@ -211,7 +211,8 @@ def serving(
 
 def ask(server: CommandServer, question: str, system: str = PROMPT) -> requests.Response:
     body = body_of(CHAT, question, system=system)
-    return server.request("POST", CHAT, json={**body, "temperature": 0, "max_tokens": 8})
+    said = {**body, "temperature": 0, "max_tokens": 8}
+    return server.request("POST", CHAT, json=said, timeout=300)
 
 
 def state_of(server: CommandServer) -> dict[str, Any]:
@@ -314,7 +315,13 @@ def test_answers_go_on_while_the_bucket_is_frozen_killed_and_back(
             assert ask(server, "One?", f"Fourth. {PROMPT}").status_code == 200
         finally:
             s3.start()
-        until(lambda: state_of(server)["breaker"] == "closed", timeout_s=120)
+
+        def is_back() -> bool:
+            # It is tried again beside a request, after half a minute.
+            assert ask(server, "One?", "Fifth.").status_code == 200
+            return bool(state_of(server)["breaker"] == "closed")
+
+        until(is_back, timeout_s=120)
         assert server.get("/v1/cache/stats")["server"]["disk_off"] == ""
 
 

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -86,10 +87,14 @@ class Weed:
 
     def _has_bucket(self) -> bool:
         """Whether there is the bucket, which is made if it can be."""
-        master, filer = self._ports["-master.port"], self._ports["-filer.port"]
+        # Their gRPC ports are not at the usual distance.
+        master, filer = (
+            f"127.0.0.1:{self._ports[name]}.{self._ports[f'{name}.grpc']}"
+            for name in ("-master.port", "-filer.port")
+        )
         with contextlib.suppress(subprocess.TimeoutExpired):
             done = subprocess.run(
-                [WEED, "shell", f"-master=127.0.0.1:{master}", f"-filer=127.0.0.1:{filer}"],
+                [WEED, "shell", f"-master={master}", f"-filer={filer}"],
                 input=f"s3.bucket.create -name {BUCKET}\ns3.bucket.list\n",
                 capture_output=True,
                 text=True,
@@ -97,7 +102,13 @@ class Weed:
                 check=False,
                 cwd=self._folder,
             )
-            return BUCKET in done.stdout.replace(f"-name {BUCKET}", "")
+            return BUCKET in done.stdout.replace(f"-name {BUCKET}", "") and self._listens()
+        return False
+
+    def _listens(self) -> bool:
+        """Whether its S3 takes connections, which begins last."""
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
+            return True
         return False
 
     def freeze(self) -> None:

@@ -22,16 +22,17 @@ class Bringing(Unloading):
     sharing: Sharing | None = None
     """The remote of the store, if it has one."""
 
-    def _asks_remote(self, ticket: Ticket) -> bool:
-        """Whether a remote is asked for a request at present."""
-        sharing = self.sharing
-        if sharing is None or self._is_distributed or not ticket.privacy.may_publish:
-            return False
-        return sharing.is_asked
+    def _shares(self, ticket: Ticket) -> Sharing | None:
+        """Where a request may be asked for; None for nowhere."""
+        if self._is_distributed or not ticket.privacy.may_publish:
+            return None
+        return self.sharing
 
     def _waits_for_spare(self, ticket: Ticket) -> bool:
-        # Computing what a remote has takes longer than its tokenizer does.
-        return super()._waits_for_spare(ticket) or self._asks_remote(ticket)
+        # Computing what a remote has takes longer than copying a tokenizer.
+        sharing = self._shares(ticket)
+        is_asked = sharing is not None and sharing.is_asked
+        return is_asked or super()._waits_for_spare(ticket)
 
     def bring_ahead(self, request: TicketedRequest, args: Any) -> None:
         """Have in the store what the remote has of a tokenized request, before it is queued.
@@ -40,9 +41,9 @@ class Bringing(Unloading):
             ConnectionError: The client is gone.
             RefusedError: The server is stopping.
         """
-        ticket, sharing = request.ticket, self.sharing
-        prompt, key = ticket.prompt, ticket.model_key
-        if prompt is None or key is None or sharing is None or not self._asks_remote(ticket):
+        ticket = request.ticket
+        prompt, key, sharing = ticket.prompt, ticket.model_key, self._shares(ticket)
+        if prompt is None or key is None or sharing is None:
             return
         is_alone = not super()._is_batchable(args)
         leave = max(1, tokens_looked_back_at(args.logits) if is_alone else 0)
