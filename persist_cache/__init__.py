@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from persist_cache.cache.ahead import Ahead
     from persist_cache.cache.origin import Origin
-    from persist_cache.cache.prompt_cache import PromptCache
-    from persist_cache.cache.stats import Fetch, PromptCacheStats, RecentFetch
+    from persist_cache.cache.prompt_cache import KnownPrompt, PromptCache
+    from persist_cache.cache.stats import Fetch, FromRemote, PromptCacheStats, RecentFetch
     from persist_cache.codec import (
         Blob,
         BlobInfo,
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from persist_cache.store.erase import Erased
     from persist_cache.store.put import PutResult
     from persist_cache.store.quotas import Used
+    from persist_cache.store.scratch import Scratch
     from persist_cache.store.store import Store, default_store_path
     from persist_cache.store.trail import Trail
     from persist_cache.store.upkeep import Collected
@@ -58,8 +59,10 @@ __version__ = "0.1.0"
 _HOME_OF = {
     "Ahead": "cache.ahead",
     "Origin": "cache.origin",
+    "KnownPrompt": "cache.prompt_cache",
     "PromptCache": "cache.prompt_cache",
     "Fetch": "cache.stats",
+    "FromRemote": "cache.stats",
     "PromptCacheStats": "cache.stats",
     "RecentFetch": "cache.stats",
     "Blob": "codec",
@@ -102,6 +105,7 @@ _HOME_OF = {
     "Collected": "store.upkeep",
     "Erased": "store.erase",
     "Used": "store.quotas",
+    "Scratch": "store.scratch",
     "Store": "store.store",
     "default_store_path": "store.store",
     "Trail": "store.trail",
@@ -119,8 +123,10 @@ __all__ = [
     "Fetch",
     "FieldChange",
     "Fingerprint",
+    "FromRemote",
     "Identifier",
     "IdentifyOptions",
+    "KnownPrompt",
     "LiveCaches",
     "Match",
     "MissReason",
@@ -135,6 +141,7 @@ __all__ = [
     "PutResult",
     "RecentFetch",
     "Run",
+    "Scratch",
     "Source",
     "Store",
     "StoreAccessError",

@@ -12,6 +12,7 @@ PersistCacheError
 │  └─ CorruptBlobError         a blob whose bytes are not what was written (.path)
 ├─ UnsupportedCacheError       this KV cache class cannot be saved (.class_name)
 ├─ ModelError                  a model that cannot be found, fetched or loaded
+├─ RemoteError                 the shared object store cannot do what was asked
 └─ MissingDependencyError      a feature needs a package that is not installed
 
 A miss is a value, not an error; an absent entry is a `KeyError`.
@@ -83,6 +84,10 @@ class UnsupportedCacheError(PersistCacheError):
 
 class ModelError(PersistCacheError):
     """A model cannot be found, fetched, converted or loaded."""
+
+
+class RemoteError(PersistCacheError):
+    """The shared object store cannot do what was asked; the local store is as it was."""
 
 
 class MissingDependencyError(PersistCacheError):

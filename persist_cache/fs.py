@@ -220,6 +220,16 @@ def write_all(fd: int, buffers: Sequence[memoryview]) -> int:
     return written
 
 
+def write_at(fd: int, offset: int, content: bytes) -> None:
+    """Write `content` at `offset`, wherever the file's position is."""
+    view = memoryview(content)
+    while view:
+        count = os.pwrite(fd, view[:_MAX_BYTES], offset)
+        if count == 0:
+            raise OSError(errno.EIO, "the file system wrote nothing")
+        view, offset = view[count:], offset + count
+
+
 def read_into(fd: int, offset: int, buffers: Sequence[memoryview]) -> int:
     """Fill `buffers` from `offset`; returns the bytes read, fewer only at the end of the file."""
     done = 0

@@ -35,7 +35,6 @@ from persist_cache.bundle.container import (
     member_size,
     parse_manifest,
 )
-from persist_cache.bundle.planning import portable
 from persist_cache.codec import Payload, Tensor
 from persist_cache.entry import Tier
 from persist_cache.errors import (
@@ -47,6 +46,7 @@ from persist_cache.errors import (
     StoreFullError,
 )
 from persist_cache.fingerprint.value import Fingerprint
+from persist_cache.portable.identity import portable
 from persist_cache.queries.ids import find_departed
 from persist_cache.store.store import Store
 from persist_cache.tokens import pack_tokens

@@ -44,10 +44,18 @@ def command(name: str) -> click.Command:
     return found
 
 
+def parts(name: str) -> list[click.Command]:
+    """A command, and those below it."""
+    found = command(name)
+    below = found.commands.values() if isinstance(found, click.Group) else ()
+    return [found, *below]
+
+
 def options(name: str) -> set[str]:
     return {
         text
-        for parameter in command(name).params
+        for part in parts(name)
+        for parameter in part.params
         if isinstance(parameter, click.Option)
         for text in (*parameter.opts, *parameter.secondary_opts)
         if text.startswith("--")
@@ -130,10 +138,11 @@ def test_examples_are_accepted(document: str) -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help_with_an_example(name: str) -> None:
-    found = command(name)
+    whole, *below = parts(name)
 
-    assert found.help is not None
-    assert f"persist-cache {name}" in found.help
+    assert f"persist-cache {name}" in (whole.help or "")
+    for one in below:
+        assert f"persist-cache {name} {one.name}" in (one.help or ""), one.name
 
 
 @pytest.fixture

@@ -567,7 +567,7 @@ def test_stats_adds_up(root: Path, ids: dict[str, str], run: Run) -> None:
     text = run("stats").out
 
     assert (said["entries"], said["blobs"]) == (5, 5)
-    assert said["hits"] == {"memory": 0, "disk": 2}
+    assert said["hits"] == {"memory": 0, "disk": 2, "remote": 0}
     assert said["miss_reasons"] == {"no stored prompt begins with the first token": 1}
     assert sum(tier["entries"] for tier in said["tiers"]) == 5
     assert sum(tier["bytes"] for tier in said["tiers"]) == said["bytes"]["blobs"]

@@ -37,6 +37,10 @@ BREACHES = {
         ("store/store.py", "def late() -> None:\n    from persist_cache.server import http"),
     ),
     "LMDB has one importer": (("store/opening.py", "import lmdb"),),
+    "Each package of the extra `remote` has one importer": (
+        ("remote/remote.py", "import obstore"),
+        ("remote/manifest.py", "import cryptography"),
+    ),
     "MLX is imported where tensors are made, and where a model runs": (
         ("cache/trie.py", "import mlx.core"),
     ),

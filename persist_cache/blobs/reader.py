@@ -123,6 +123,19 @@ class BlobReader:
         self.read(name, [memoryview(buffer)])
         return bytes(buffer)
 
+    def read_part(self, name: str, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` with a tensor's bytes from `start` on, of a blob that `verify` passed.
+
+        A checksum is over a whole tensor, so nothing is verified here.
+
+        Raises:
+            CorruptBlobError: The file has become shorter.
+        """
+        with bad_sectors(self.path), self._descriptor() as fd:
+            count = fs.read_into(fd, self.header.tensors[name].offset + start, [buffer])
+        if count != len(buffer):
+            raise CorruptBlobError(self.path, f"ends within tensor {name!r}")
+
     def check_place(self, fingerprint: str, packed: bytes, start: int, used: int) -> None:
         """Make sure that this blob belongs where the index, which has no checksums, puts it.
 
@@ -152,13 +165,16 @@ class BlobReader:
         Raises:
             CorruptBlobError: Some bytes differ from what was written.
         """
+        with bad_sectors(self.path), self._descriptor() as fd:
+            self._verify(fd)
+
+    def _verify(self, fd: int) -> None:
         scratch = memoryview(bytearray(1 << 20))
         for name, info in self.header.tensors.items():
             digest = xxhash.xxh3_128()
             for start in range(0, info.nbytes, len(scratch)):
                 part = scratch[: min(len(scratch), info.nbytes - start)]
-                with bad_sectors(self.path):
-                    count = fs.read_into(self._fd, info.offset + start, [part])
+                count = fs.read_into(fd, info.offset + start, [part])
                 if count != len(part):
                     raise CorruptBlobError(self.path, f"ends within tensor {name!r}")
                 digest.update(part)

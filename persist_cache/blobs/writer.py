@@ -62,6 +62,10 @@ class BlobWriter:
         if fd >= 0:
             os.close(fd)
 
+    def fileno(self) -> int:
+        """The descriptor of the file, for reading and writing."""
+        return self._fd
+
     @property
     def is_gone(self) -> bool:
         """Whether the file was removed again."""

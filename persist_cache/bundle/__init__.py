@@ -8,17 +8,17 @@ The checksums find damage, not malice: KV that was computed for another text, or
 cannot be told from the right one. Import only what you would run.
 """
 
-from persist_cache.bundle.entries import BundledEntry
 from persist_cache.bundle.exporting import Exported, Outgoing, export, outgoing
 from persist_cache.bundle.importing import Imported, Usability, load, preview, usability
 from persist_cache.bundle.reading import Bundle
+from persist_cache.portable.entries import PortableEntry
 
 __all__ = [
     "Bundle",
-    "BundledEntry",
     "Exported",
     "Imported",
     "Outgoing",
+    "PortableEntry",
     "Usability",
     "export",
     "load",

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from persist_cache.bundle.entries import BundledEntry
 from persist_cache.bundle.importing import Imported, Usability, load, preview, usability
 from persist_cache.bundle.reading import Bundle
 from persist_cache.entry import NO_GROUP
 from persist_cache.fingerprint.value import Fingerprint
+from persist_cache.portable.entries import PortableEntry
 from persist_cache.queries.models import Model
 from persist_cache.store.store import Store
 
@@ -22,7 +22,7 @@ def judged(bundle: Bundle, here: Fingerprint | None, store: Store | None) -> Jud
     return [(one, usability(one, here, store)) for one in identities.values()]
 
 
-def usable(bundle: Bundle, here: Fingerprint | None) -> list[BundledEntry]:
+def usable(bundle: Bundle, here: Fingerprint | None) -> list[PortableEntry]:
     """The entries of a bundle that a model can use; all where none is given."""
     return [one for one in bundle.entries if here is None or one.fingerprint.digest == here.digest]
 

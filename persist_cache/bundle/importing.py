@@ -11,14 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from persist_cache.bundle.entries import BundledEntry
 from persist_cache.entry import NO_GROUP, Tier
 from persist_cache.errors import StoreError
 from persist_cache.fingerprint.value import FieldChange, Fingerprint
 from persist_cache.fingerprint.versions import installed_version
-from persist_cache.index import tree
-from persist_cache.index.records import NO_ENTRY
 from persist_cache.index.transaction import Reader
+from persist_cache.portable.entries import PortableEntry
+from persist_cache.portable.needs import Need, need_of
 from persist_cache.store.catalog import identity_of
 from persist_cache.store.evict import UNDONE
 from persist_cache.store.store import Store
@@ -107,7 +106,7 @@ def _folder_of(store: Store, fingerprint: Fingerprint) -> str:
     return ""
 
 
-def preview(store: Store | None, entries: Sequence[BundledEntry]) -> list[Imported]:
+def preview(store: Store | None, entries: Sequence[PortableEntry]) -> list[Imported]:
     """What `load` would do, with the bytes of KV alone; changes nothing.
 
     Args:
@@ -118,7 +117,7 @@ def preview(store: Store | None, entries: Sequence[BundledEntry]) -> list[Import
         StoreError: It would be refused.
     """
     if store is None:
-        needs = [_Need(False, 0, frozenset()) for _ in entries]
+        needs = [Need(False, 0, frozenset()) for _ in entries]
     else:
         needs = _needs(store, entries)
         _refuse_without_room(store, entries, needs)
@@ -134,7 +133,7 @@ def preview(store: Store | None, entries: Sequence[BundledEntry]) -> list[Import
 
 def load(
     store: Store,
-    entries: Sequence[BundledEntry],
+    entries: Sequence[PortableEntry],
     *,
     here: Fingerprint | None = None,
     group: str = NO_GROUP,
@@ -180,7 +179,7 @@ def load(
 
 
 def _load_one(
-    store: Store, entry: BundledEntry, here: Fingerprint | None, group: str, added: list[str]
+    store: Store, entry: PortableEntry, here: Fingerprint | None, group: str, added: list[str]
 ) -> Imported:
     """Put one entry; its id joins `added` before that, since a put may fail behind its commit."""
     with store.read() as txn:
@@ -206,7 +205,7 @@ def _load_one(
 
 
 def _imported(
-    entry: BundledEntry, one_id: str, new_tokens: int, nbytes: int, *, was_there: bool
+    entry: PortableEntry, one_id: str, new_tokens: int, nbytes: int, *, was_there: bool
 ) -> Imported:
     return Imported(
         id=one_id,
@@ -219,51 +218,18 @@ def _imported(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Need:
-    """What a store lacks of an entry.
-
-    Attributes:
-        is_there: It has an entry of exactly these tokens.
-        common: Leading tokens whose rows are stored.
-        nodes: Those on the way, whose entries must stay.
-    """
-
-    is_there: bool
-    common: int
-    nodes: frozenset[int]
-
-
-def _needs(store: Store, entries: Sequence[BundledEntry]) -> list[_Need]:
+def _needs(store: Store, entries: Sequence[PortableEntry]) -> list[Need]:
     with store.read() as txn:
         return [_need(txn, entry) for entry in entries]
 
 
-def _need(txn: Reader, entry: BundledEntry) -> _Need:
-    """Compare an entry with what is stored.
-
-    Raises:
-        StoreError: It cannot be resumed from what is stored, and brings no state of its own.
-    """
-    found = txn.namespaces(entry.namespace)
-    path = tree.walk(txn, found[0][1].root if found else tree.NO_ROOT, entry.packed)
-    nodes = {step.edge.node for step in path.steps}
-    if path.steps:
-        below = txn.entry(tree.carrier(txn, path.steps[-1].edge))
-        if below is not None:
-            nodes.add(below.node)
-    ends = path.common == entry.num_tokens and path.node is not None
-    is_there = ends and path.steps[-1].edge.entry != NO_ENTRY
-    if not is_there and entry.state is None and path.complete_tokens < path.common:
-        raise StoreError(
-            f"Entry {entry.id} cannot be added: the store has its tokens with the rows of only "
-            "some layers. Evict those entries first."
-        )
-    return _Need(is_there, path.common, frozenset(nodes))
+def _need(txn: Reader, entry: PortableEntry) -> Need:
+    has_state, what = entry.state is not None, f"Entry {entry.id}"
+    return need_of(txn, entry.namespace, entry.packed, has_state=has_state, what=what)
 
 
 def _new_rows(
-    entry: BundledEntry, need: _Need, seen: set[tuple[object, int]]
+    entry: PortableEntry, need: Need, seen: set[tuple[object, int]]
 ) -> list[tuple[int, float]]:
     """Rows to be written, and bytes per row, for each run; `seen` are those counted before."""
     if need.is_there:
@@ -280,7 +246,7 @@ def _new_rows(
     return new
 
 
-def _state_bytes(entry: BundledEntry, need: _Need) -> int:
+def _state_bytes(entry: PortableEntry, need: Need) -> int:
     """Bytes of the checkpoint to be written; none is needed where rows suffice."""
     if entry.state is None or need.is_there or entry.complete:
         return 0
@@ -288,7 +254,7 @@ def _state_bytes(entry: BundledEntry, need: _Need) -> int:
 
 
 def _refuse_without_room(
-    store: Store, entries: Sequence[BundledEntry], needs: Sequence[_Need]
+    store: Store, entries: Sequence[PortableEntry], needs: Sequence[Need]
 ) -> None:
     """Refuse entries that would not fit, before anything is evicted for some of them.
 

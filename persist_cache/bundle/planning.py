@@ -9,7 +9,6 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePath
 
 from persist_cache import __version__
 from persist_cache.bundle.container import (
@@ -26,25 +25,9 @@ from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.index import tree
 from persist_cache.index.records import NO_BLOB, EntryRecord, NamespaceRecord, entry_id
 from persist_cache.index.transaction import Reader
+from persist_cache.portable.identity import portable
 from persist_cache.store.catalog import identity_of, known_blob
 from persist_cache.tokens import TOKEN_BYTES
-
-_PATH_FIELDS = frozenset({"path", "draft.path"})
-
-
-def portable(fingerprint: Fingerprint) -> Fingerprint:
-    """The same identity without what says where on this machine its files are."""
-    info = {
-        name: PurePath(value).name if _is_path(value) else value
-        for name, value in fingerprint.info.items()
-        if name not in _PATH_FIELDS
-    }
-    return Fingerprint(fingerprint.fields, info)
-
-
-def _is_path(text: str) -> bool:
-    """Whether `text` is no hub id: those are `name` or `owner/name`."""
-    return text.startswith(("/", ".", "~")) or text.count("/") > 1
 
 
 @dataclass(slots=True)

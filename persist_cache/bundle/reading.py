@@ -30,9 +30,9 @@ from persist_cache.bundle.container import (
     padding,
     parse_manifest,
 )
-from persist_cache.bundle.entries import Member
 from persist_cache.bundle.verifying import Progress, Verified
 from persist_cache.errors import CorruptBlobError, StoreAccessError, StoreFormatError
+from persist_cache.portable.entries import Member
 
 
 class Bundle:
@@ -139,7 +139,9 @@ class Bundle:
             name = blob.name + SUFFIX
             header = member_header(name, blob.nbytes)
             offset = self._expect(offset, header, f"member {name} is not where it should be")
-            members[blob.name] = Member(self.path, self._fd, offset, blob)
+            members[blob.name] = Member(
+                self.path, blob.name, self._fd, offset, blob.nbytes, bytes.fromhex(blob.digest)
+            )
             offset += blob.nbytes
             offset = self._expect(offset, padding(blob.nbytes), f"member {name} is not filled up")
         self._expect(offset, END, "it does not end behind its last member")

@@ -13,12 +13,13 @@ import msgspec
 from persist_cache.blobs.header import TOKENS, BlobHeader, prefix_digest
 from persist_cache.blobs.layout import Shapes
 from persist_cache.bundle.container import MAX_TOKENS, EntrySection, MalformedError, Manifest
-from persist_cache.bundle.entries import BundledEntry, BundledRun, Member, Stretch
+from persist_cache.bundle.entries import BundledRun
 from persist_cache.entry import Tier
 from persist_cache.errors import CorruptBlobError, StoreFormatError
 from persist_cache.fingerprint.value import LAYOUT_VERSION, Fingerprint
 from persist_cache.index.records import entry_id, entry_number, namespace_key
-from persist_cache.store.rebuild import check_claims
+from persist_cache.portable.checking import check_blob
+from persist_cache.portable.entries import Member, PortableEntry, Stretch
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in total."""
@@ -67,25 +68,7 @@ class Verified:
         header = member.header
         if (header.fingerprint, header.layout) not in self._keys:
             raise CorruptBlobError(member.path, "is of a model that the manifest does not name")
-        if header.kind == "run":
-            tokens = header.tensors.get(TOKENS)
-            count = header.end - header.start
-            if not 0 <= header.start < header.end <= MAX_TOKENS:
-                raise CorruptBlobError(member.path, "its span is impossible")
-            if tokens is None or tokens.dtype != "I64" or tokens.shape != (count,):
-                raise CorruptBlobError(member.path, "its tokens do not fill its span")
-        elif header.kind == "checkpoint":
-            if not 0 < header.start == header.end <= MAX_TOKENS:
-                raise CorruptBlobError(member.path, "its span is impossible")
-            if TOKENS in header.tensors or not _is_json_object(header.detail):
-                raise CorruptBlobError(member.path, "is not a checkpoint")
-        else:
-            raise CorruptBlobError(member.path, f"is of unknown kind {header.kind!r}")
-        try:
-            check_claims(header)
-            self._shapes[_key(header)].check(header)
-        except ValueError as error:
-            raise CorruptBlobError(member.path, str(error)) from None
+        check_blob(member, self._shapes[_key(header)], MAX_TOKENS)
 
     def _run(self, member: Member) -> BundledRun:
         header = member.header
@@ -103,7 +86,7 @@ class Verified:
             raise CorruptBlobError(member.path, "follows other tokens than it says")
         return BundledRun(member, member.read_bytes(TOKENS), parent)
 
-    def _entry(self, section: EntrySection) -> BundledEntry:
+    def _entry(self, section: EntrySection) -> PortableEntry:
         if section.model >= len(self._models):
             raise MalformedError(f"entry {section.id} is of a model that is not named")
         fingerprint, layout = self._models[section.model], self._layouts[section.model]
@@ -120,7 +103,7 @@ class Verified:
         number = entry_number(namespace_key(fingerprint.digest, layout), packed)
         if entry_id(number) != section.id:
             raise MalformedError(f"entry {section.id} has other tokens than its id says")
-        entry = BundledEntry(
+        entry = PortableEntry(
             id=section.id,
             fingerprint=fingerprint,
             layout=layout,
@@ -169,7 +152,7 @@ class Verified:
         self._states.add(section.checkpoint)
         return member
 
-    def _check_nothing_is_left(self, manifest: Manifest, entries: list[BundledEntry]) -> None:
+    def _check_nothing_is_left(self, manifest: Manifest, entries: list[PortableEntry]) -> None:
         if len({entry.id for entry in entries}) != len(entries):
             raise MalformedError("its manifest names an entry twice")
         used = self._states | {name for name, run in self._runs.items() if run.used}
@@ -200,11 +183,3 @@ def _fingerprint(identity: object) -> Fingerprint:
             f"knows version {LAYOUT_VERSION} only."
         )
     return fingerprint
-
-
-def _is_json_object(text: str) -> bool:
-    try:
-        msgspec.json.decode(text, type=dict[str, msgspec.Raw])
-    except (msgspec.MsgspecError, ValueError):
-        return False
-    return True

@@ -42,6 +42,7 @@ from persist_cache.server.residence import status_line
 from persist_cache.server.upstream.generator import Generator
 from persist_cache.server.upstream.program import flags_parser, listen, main, place_in_group
 from persist_cache.server.warming import Warming
+from persist_cache.sharing import Sharing
 from persist_cache.store.store import Store, default_store_path
 from persist_cache.system import endings
 from persist_cache.system.notify import Notifier
@@ -139,7 +140,10 @@ def _run(
         )
     if options.note:
         log.warning("%s", options.note)
+    sharing: Sharing | None = None
     try:
+        if alone:
+            sharing = Sharing(cache, options.remote)
         signal.signal(signal.SIGTERM, _interrupt)
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
             signal.signal(signal.SIGHUP, _interrupt)
@@ -152,7 +156,7 @@ def _run(
         generator = Generator(provider, cache)  # which begins to load, and may say that it failed
         from persist_cache.server.admin import Admin  # meanwhile
 
-        generator.prefill_clock = prefill_clock
+        generator.prefill_clock, generator.sharing = prefill_clock, sharing
         generator.admin = Admin(
             cache, token=token, host=host, generator=generator, texts=options.show_text
         )
@@ -197,6 +201,8 @@ def _run(
     finally:
         endings.arrived()
         manager.stopping()
+        if sharing is not None:
+            sharing.close(CLOSE_S)
         _close(cache, store, _stopped or time.monotonic(), options.grace_s)
     if provider.failed is not None:
         raise provider.failed

@@ -44,6 +44,7 @@ from persist_cache.store.lookup import Lookup
 from persist_cache.store.put import Insertion, PutResult
 from persist_cache.store.quotas import QUOTA, check_rules, is_counted, recount
 from persist_cache.store.rebuild import rebuild
+from persist_cache.store.scratch import Scratch, scratch
 from persist_cache.store.session import Disk
 from persist_cache.store.trail import Trail
 from persist_cache.store.upkeep import Collected, Upkeep
@@ -261,6 +262,30 @@ class Store:
 
     # ---- for what builds on the store ----------------------------------------------------------
 
+    def remembered(self, name: str) -> bytes | None:
+        """What `remember` was given last under this name, by any process; None for nothing."""
+        with self.read() as txn:
+            return txn.meta(name) or None
+
+    def remember(self, name: str, value: bytes | None) -> None:
+        """Keep a small text of whatever builds on the store; None forgets it.
+
+        Raises:
+            StoreReadOnlyError: The store is open read-only.
+            StoreError: The disk failed.
+        """
+        if self.read_only:
+            raise StoreReadOnlyError("The store is open read-only; nothing was changed.")
+        self._disk.index.update(lambda txn: txn.set_meta(name, value or b""))
+
+    def tally(self, name: str, amount: int) -> int:
+        """Add to a number that `stats` does not show, at once, and return its new value.
+
+        Raises:
+            StoreError: The disk failed.
+        """
+        return self._disk.index.update(lambda txn: txn.add(name, amount))
+
     def read(self, *, copies: bool = False) -> contextlib.AbstractContextManager[Reader]:
         """A consistent view of the index, for the block; see `Index.read`."""
         return self._disk.index.read(copies=copies)
@@ -337,6 +362,24 @@ class Store:
             StoreFullError: There would be no room.
         """
         self._evictor.refuse_without_room(nbytes, num_tokens, protected, what)
+
+    def scratch(
+        self, nbytes: int, protected: frozenset[int] = frozenset()
+    ) -> contextlib.AbstractContextManager[Scratch]:
+        """Room for `nbytes` within the budget, for the block: a file that is gone after it.
+
+        Args:
+            nbytes: How many; entries are evicted for them where that is needed.
+            protected: Nodes whose entries must stay.
+
+        Raises:
+            StoreFullError: There is no room; nothing was evicted.
+            StoreReadOnlyError: The store is open read-only.
+            StoreError: The disk failed, also within the block.
+        """
+        if self.read_only:
+            raise StoreReadOnlyError("The store is open read-only; nothing was stored.")
+        return scratch(self._disk, self._evictor, nbytes, protected)
 
     def date_back(self, entry: str, created: float) -> None:
         """Say that an entry was computed at `created` (UTC seconds), if that is earlier."""

@@ -25,6 +25,7 @@ CALLS = (
     "open_read",
     "allocate",
     "write_all",
+    "write_at",
     "read_into",
     "sync",
     "sync_folder",
@@ -146,6 +147,9 @@ class _ShortOs:
     def writev(self, fd: int, buffers: Sequence[memoryview]) -> int:
         first = next((one for one in buffers if len(one)), memoryview(b""))
         return os.writev(fd, [first[: self._nbytes]])
+
+    def pwrite(self, fd: int, buffer: memoryview, offset: int) -> int:
+        return os.pwrite(fd, buffer[: self._nbytes], offset)
 
     def preadv(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
         first = next((one for one in buffers if len(one)), memoryview(b""))

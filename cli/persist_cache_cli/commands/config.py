@@ -19,6 +19,8 @@ from persist_cache_cli.output import Column, plain, print_json, table, terminal_
 from persist_cache_cli.store_access import common_options
 
 _SECRETS = ("key", "token", "salt", "secret", "password")
+_NO_SECRETS = ("remote-secret-file", "remote-public-key")
+"""A place, and what everybody may know."""
 _RULES = ("quota", "ttl")
 _SALT_OF_RULE = re.compile(r"\bsalt:.*(?==)", re.DOTALL)
 """What a rule is about may be a salt."""
@@ -147,7 +149,7 @@ def _given(arguments: Sequence[str], known: Sequence[argparse.Action]) -> set[st
 
 def _masked(name: str, value: Any) -> Any:
     """A value that may be shown."""
-    if value and any(part in _SECRETS for part in name.split("-")):
+    if value and name not in _NO_SECRETS and any(part in _SECRETS for part in name.split("-")):
         return "********"
     if name in _RULES:
         return [_SALT_OF_RULE.sub("salt:********", one) for one in value]

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from persist_cache import Store
-from persist_cache.bundle import Bundle, BundledEntry, Imported, Usability, load, preview
+from persist_cache.bundle import Bundle, Imported, PortableEntry, Usability, load, preview
 from persist_cache.bundle.as_json import imported_json, judged, model_name, usable
 from persist_cache.entry import NO_GROUP
 from persist_cache.errors import ModelError
@@ -89,7 +89,7 @@ def _identify(model: str, **model_choice: Any) -> Fingerprint:
 def _import(
     store: str | None,
     bundle: Bundle,
-    entries: Sequence[BundledEntry],
+    entries: Sequence[PortableEntry],
     here: Fingerprint | None,
     group: str,
     dry_run: bool,

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
@@ -30,6 +30,7 @@ from persist_cache_cli.parse import (
     parse_rules,
     parse_size,
 )
+from persist_cache_cli.remote_options import remote_choice, remote_options
 from persist_cache_cli.warm_file import read_warm_file
 
 
@@ -151,10 +152,12 @@ from persist_cache_cli.warm_file import read_warm_file
     help="Free the model's memory after so long without a request, such as 15m; the next request "
     "loads it again.",
 )
+@remote_options
 @click.option("-h", "--help", "show_help", is_flag=True, help="Show this, and upstream's flags.")
 @click.pass_context
 def command(
     ctx: click.Context,
+    /,
     *,
     own_store: str | None,
     disk_bytes: int | None,
@@ -180,6 +183,7 @@ def command(
     warm: Path | None,
     unload_after: float | None,
     show_help: bool,
+    **of_remote: Any,
 ) -> None:
     """Run mlx_lm.server with a prompt cache that survives restarts.
 
@@ -239,6 +243,7 @@ def command(
         quotas=parse_rules(quotas, "--quota", parse_size, tiers=False),
         ttl=parse_rules(ttl, "--ttl", parse_duration, tiers=True),
         rules=Rules(no_store_default, respect_store, min_tokens),
+        remote=remote_choice(**of_remote),
     )
     for handler in list(logging.getLogger().handlers):
         # Upstream sets up logging as its --log-level says, but only where nobody has done so yet.

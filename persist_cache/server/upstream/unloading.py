@@ -65,6 +65,10 @@ class Unloading(Prompts):
     def _is_busy(self) -> bool:
         raise NotImplementedError
 
+    def check_available(self) -> None:
+        """See whether there can be an answer; raises what is to be said if not."""
+        raise NotImplementedError
+
     # ---- beside the generation thread ----------------------------------------------------------
 
     def wake(self, model: str, pause: Callable[[], None] = lambda: None) -> None:

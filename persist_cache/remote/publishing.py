@@ -1,0 +1,304 @@
+"""Publishing one entry: look, claim, blobs, and the anchors last.
+
+Everything is created and nothing overwritten, so that a reader sees either nothing or a manifest
+whose blobs are all there. What was published before is referred to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterable
+
+from msgspec import Struct
+
+from persist_cache import __version__
+from persist_cache.entry import PARTIAL_LABEL
+from persist_cache.errors import RemoteError, StoreError
+from persist_cache.remote.breaker import Breaker
+from persist_cache.remote.counting import Counters
+from persist_cache.remote.cutting import Cutter, StoredEntry, opened, parts_of
+from persist_cache.remote.keys import MIN_TOKENS, Keys, anchor_name, places_of_entry
+from persist_cache.remote.looking import Candidate, Look, Looker
+from persist_cache.remote.manifest import (
+    MAX_MANIFEST_BYTES,
+    MAX_TOKENS,
+    VERSION,
+    BlobSection,
+    Manifest,
+    Part,
+    encode_manifest,
+    pack,
+    sealed,
+)
+from persist_cache.remote.settings import RemoteSettings
+from persist_cache.remote.told import Published, PublishOutcome
+from persist_cache.remote.transport import Failure, Transport, TransportError
+from persist_cache.remote.trust import Seal
+from persist_cache.store.store import Store
+
+CLAIM_S = 900.0
+"""A claim that this process has seen for so long is of a publisher that died."""
+_MAX_GENERATIONS = 1000
+_SEAL_BYTES = 1024
+
+
+class _Sent(Struct):
+    """What one publication did so far."""
+
+    nbytes: int = 0
+    requests: int = 0
+    blobs: int = 0
+
+
+class _Claims(Struct):
+    """The claims of others that this process has seen, and its own.
+
+    Only the time that passed here counts: no clock of another machine is believed.
+    """
+
+    clock: Callable[[], float]
+    seen: dict[str, float] = {}
+    own: set[str] = set()
+
+    def is_stale(self, name: str) -> bool:
+        """Whether a claim that is there was seen long ago for the first time."""
+        now = self.clock()
+        return now - self.seen.setdefault(name, now) >= CLAIM_S
+
+
+class Publisher:
+    """Publishes entries of a store, one at a time.
+
+    Thread safety: may be shared between threads; `_lock` is held while one is published.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        settings: RemoteSettings,
+        transport: Transport,
+        looker: Looker,
+        keys: Keys,
+        seal: Seal,
+        breaker: Breaker,
+        counters: Counters,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._store = store
+        self._settings = settings
+        self._transport = transport
+        self._looker = looker
+        self._keys = keys
+        self._seal = seal
+        self._breaker = breaker
+        self._counters = counters
+        self._lock = threading.Lock()
+        self._claims = _Claims(clock)
+
+    def why_not(self) -> str:
+        """Why nothing can be published from here, in a sentence; "" if it can."""
+        url = self._settings.url
+        if not self._settings.may_write:
+            return f"{url} is a mirror, which is only read."
+        if not self._settings.publish_plain:
+            return (
+                f"Nothing is published to {url}: prompts and their KV would go there unencrypted. "
+                "If that is what you want, say so once with `persist-cache remote add "
+                "--publish-plain`."
+            )
+        if not self._seal.can_sign:
+            return (
+                f"Only its publisher can publish to {url}; its private key is not on this machine."
+            )
+        return ""
+
+    def publish(self, entry: str) -> Published:
+        """See `Remote.publish`."""
+        if said := self.why_not():
+            raise RemoteError(said)
+        with self._lock:
+            found = self._entry(entry)
+            try:
+                done = self._publish(found)
+            except TransportError as error:
+                if error.kind != Failure.CLOSED:
+                    self._counters.add(f"errors:{error.kind.value}")
+                    self._breaker.failed(str(error))
+                raise RemoteError(f"The remote {self._settings.url}: {error}.") from error
+        if done.outcome == PublishOutcome.SENT:
+            self._counters.add("published")
+            self._counters.add("published_tokens", done.num_tokens)
+        return done
+
+    def _entry(self, entry: str) -> StoredEntry:
+        """The entry, if it may be published.
+
+        Raises:
+            RemoteError: It may not be, or is not there.
+        """
+        try:
+            found = StoredEntry.of(self._store, entry)
+        except KeyError:
+            raise RemoteError(f"No entry has the id {entry}.") from None
+        except StoreError as error:
+            raise RemoteError(str(error)) from error
+        if not found.fingerprint.may_publish:
+            raise RemoteError(f"Entry {entry} has a salt, so it is for nobody else.")
+        if found.label == PARTIAL_LABEL:
+            raise RemoteError(f"Entry {entry} is not at its end yet.")
+        if not MIN_TOKENS <= found.num_tokens <= MAX_TOKENS:
+            raise RemoteError(
+                f"Entry {entry} has {found.num_tokens} tokens; what is published has "
+                f"{MIN_TOKENS} to {MAX_TOKENS}."
+            )
+        return found
+
+    def _publish(self, entry: StoredEntry) -> Published:
+        sent = _Sent()
+        places = places_of_entry(entry.num_tokens)
+        look = self._looker.look(entry.fingerprint, entry.packed, places)
+        sent.requests += len(places)
+        if look.failure is not None and (
+            not look.candidates or look.failure.kind != Failure.DENIED
+        ):
+            raise look.failure
+        self._breaker.succeeded()
+        end = places[-1]
+        if end in look.candidates:
+            return _told(entry, PublishOutcome.THERE_ALREADY, sent)
+        anchors = self._keys.anchors(entry.fingerprint, entry.packed, places)
+        if not self._claim(anchors[end], sent):
+            return _told(entry, PublishOutcome.CLAIMED, sent)
+        with opened(self._store, entry) as (cutter, state):
+            blobs = self._known(entry, look, cutter.complete)
+            start = blobs[-1].end if blobs else 0
+            for first, last in _cuts(start, entry.num_tokens, cutter.block_tokens):
+                blobs.append(BlobSection(first, last, self._send(cutter.block(first, last), sent)))
+            section = None
+            if not cutter.complete:
+                if state is None:
+                    raise RemoteError(
+                        f"Entry {entry.id} has neither all of its rows nor a state; run "
+                        "`persist-cache check`."
+                    )
+                parts = self._send(cutter.checkpoint(state), sent)
+                section = BlobSection(entry.num_tokens, entry.num_tokens, parts)
+            manifest = self._manifest(entry, cutter, blobs, section)
+        body = encode_manifest(manifest)
+        if len(body) > MAX_MANIFEST_BYTES - _SEAL_BYTES:
+            raise RemoteError(f"Entry {entry.id} is too long to be published.")
+        contents = {anchor_name(key): sealed(body, key, self._seal) for key in anchors.values()}
+        *others, last_name = contents
+        self._transport.call(self._create_all({name: contents[name] for name in others}))
+        self._transport.call(self._create_all({last_name: contents[last_name]}))
+        sent.requests += len(contents)
+        sent.nbytes += sum(map(len, contents.values()))
+        return _told(entry, PublishOutcome.SENT, sent)
+
+    def _known(self, entry: StoredEntry, look: Look, complete: bool) -> list[BlobSection]:
+        """Blobs that were published before and hold the same tokens, from the first on."""
+
+        def fits(one: Candidate) -> bool:
+            return one.manifest.layout == entry.layout and (one.manifest.complete or not complete)
+
+        best: list[BlobSection] = []
+        for one in filter(fits, look.candidates.values()):
+            blobs = [blob for blob in one.manifest.blobs if blob.end <= one.common]
+            if blobs and (not best or blobs[-1].end > best[-1].end):
+                best = blobs
+        return best
+
+    def _claim(self, end: bytes, sent: _Sent) -> bool:
+        """Say that this process publishes the entry; False if another one does."""
+        for generation in range(_MAX_GENERATIONS):
+            name = self._keys.claim_name(end, generation)
+            if name in self._claims.own:
+                return True
+            if name in self._claims.seen:
+                if self._claims.is_stale(name):
+                    continue
+                return False
+            sent.requests += 1
+            if self._transport.call(self._transport.create(name, b"claimed\n")):
+                self._claims.own.add(name)
+                return True
+            if not self._claims.is_stale(name):
+                return False
+        return False
+
+    def _send(self, pieces: Iterable[memoryview], sent: _Sent) -> tuple[Part, ...]:
+        """Create the objects of one blob."""
+        parts = []
+        for content in parts_of(pieces):
+            part = Part(hashlib.blake2b(content, digest_size=32).digest(), len(content))
+            self._spend(part.nbytes)
+            name = self._keys.blob_name(part.digest)
+            sent.requests += 1
+            if self._transport.call(self._transport.create(name, content)):
+                sent.nbytes += part.nbytes
+                sent.blobs += 1
+            else:
+                self._spend(-part.nbytes)
+            parts.append(part)
+        return tuple(parts)
+
+    def _spend(self, nbytes: int) -> None:
+        """Take bytes from the day's budget.
+
+        Raises:
+            RemoteError: It is spent.
+        """
+        budget = self._settings.budget_bytes_per_day
+        if budget is None:
+            return
+        day = f"remote.sent:{time.strftime('%Y-%m-%d', time.gmtime(self._store.clock()))}"
+        if self._store.tally(day, nbytes) > budget and nbytes > 0:
+            self._store.tally(day, -nbytes)
+            self._counters.add("budget_refused")
+            raise RemoteError(
+                f"Today's budget of {budget} bytes for the remote is spent; publishing goes on "
+                "tomorrow (UTC)."
+            )
+
+    def _manifest(
+        self,
+        entry: StoredEntry,
+        cutter: Cutter,
+        blobs: list[BlobSection],
+        state: BlobSection | None,
+    ) -> Manifest:
+        return Manifest(
+            version=VERSION,  # type: ignore[arg-type]
+            writer=f"persist-cache {__version__}",
+            created=self._store.clock(),
+            fields=dict(entry.fingerprint.fields),
+            info=dict(entry.fingerprint.info),
+            layout=entry.layout,
+            tier=entry.tier.label,  # type: ignore[arg-type]
+            num_tokens=entry.num_tokens,
+            complete=cutter.complete,
+            prefill_s=max(0.0, entry.prefill_s),
+            blobs=tuple(blobs),
+            state=state,
+            tokens=pack(entry.packed),
+        )
+
+    async def _create_all(self, contents: dict[str, bytes]) -> None:
+        # One that is there already stands for an entry that begins alike.
+        work = [self._transport.create(name, content) for name, content in contents.items()]
+        await asyncio.gather(*work)
+
+
+def _cuts(start: int, end: int, step: int) -> list[tuple[int, int]]:
+    """Where to cut the tokens `[start, end)`: at multiples of `step`."""
+    inner = range(start - start % step + step, end, step)
+    positions = [start, *inner, end] if start < end else []
+    return list(itertools.pairwise(positions))
+
+
+def _told(entry: StoredEntry, outcome: PublishOutcome, sent: _Sent) -> Published:
+    return Published(entry.id, outcome, entry.num_tokens, sent.nbytes, sent.requests, sent.blobs)

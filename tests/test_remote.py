@@ -1,0 +1,162 @@
+"""A remote in a folder: what one machine publishes the others have, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from persist_cache.remote import PublishOutcome, Remote, RemoteError, Why
+from persist_cache.store.store import Store
+from tests.fakes import fetched, fingerprint
+from tests.remotes import LONG, bring, folder_settings, machine, objects, opened, put_real
+
+
+@pytest.fixture
+def remote(store: Store, tmp_path: Path) -> Iterator[Remote]:
+    """The first machine's."""
+    with opened(store, folder_settings(tmp_path)) as one:
+        yield one
+
+
+@pytest.fixture
+def second(remote: Remote, tmp_path: Path) -> Iterator[tuple[Store, Remote]]:
+    with machine(tmp_path, "second", remote.settings) as made:
+        yield made
+
+
+def test_what_one_machine_publishes_another_has_bit_for_bit(
+    store: Store, remote: Remote, second: tuple[Store, Remote]
+) -> None:
+    other, its_remote = second
+    done = remote.publish(put_real(store, LONG, tier="system"))
+
+    brought = bring(its_remote, LONG)
+
+    assert done.outcome == PublishOutcome.SENT
+    assert (brought.why, brought.num_tokens) == (Why.BROUGHT, len(LONG))
+    assert fetched(other, LONG) == len(LONG)
+    assert [one.tier.label for one in other.entries()] == ["system"]
+    assert other.check(read_data=True) == []
+
+
+def test_prompts_that_share_700_tokens_find_700(
+    store: Store, remote: Remote, second: tuple[Store, Remote]
+) -> None:
+    other, its_remote = second
+    remote.publish(put_real(store, LONG))
+    prompt = [*LONG[:700], *range(5000, 5400)]
+
+    brought = bring(its_remote, prompt, limit=len(prompt) - 1)
+
+    assert brought.num_tokens == 700
+    assert fetched(other, prompt) == 700
+
+
+def test_an_entry_with_a_state_is_found_whole_or_not_at_all(
+    store: Store, remote: Remote, second: tuple[Store, Remote]
+) -> None:
+    other, its_remote = second
+    remote.publish(put_real(store, LONG, complete=False))
+
+    parted = bring(its_remote, [*LONG[:1000], *range(5000, 5400)])
+    whole = bring(its_remote, [*LONG, 1, 2, 3])
+
+    assert (parted.why, parted.num_tokens) == (Why.NOT_FOUND, 0)
+    assert whole.num_tokens == len(LONG)
+    assert fetched(other, [*LONG, 1, 2, 3]) == len(LONG)
+
+
+def test_a_state_is_found_by_its_exact_end(
+    store: Store, remote: Remote, second: tuple[Store, Remote]
+) -> None:
+    _, its_remote = second
+    # The anchors of the shared beginning are those of the entry that came first.
+    remote.publish(put_real(store, [*LONG[:300], *range(3000, 3300)], complete=False))
+    remote.publish(put_real(store, LONG[:340], complete=False))
+
+    without = bring(its_remote, LONG)
+    brought = bring(its_remote, LONG, ends=[340])
+
+    assert without.num_tokens == 0
+    assert brought.num_tokens == 340
+
+
+def test_an_entry_is_published_once(store: Store, remote: Remote, tmp_path: Path) -> None:
+    entry = put_real(store, LONG)
+    remote.publish(entry)
+    before = objects(tmp_path)
+
+    again = remote.publish(entry)
+
+    assert (again.outcome, again.nbytes, again.blobs) == (PublishOutcome.THERE_ALREADY, 0, 0)
+    assert objects(tmp_path) == before
+
+
+def test_a_beginning_that_was_published_is_not_sent_again(
+    store: Store, remote: Remote, tmp_path: Path
+) -> None:
+    remote.publish(put_real(store, LONG[:600]))
+    before = {name for name in objects(tmp_path) if name.startswith("pc1/b/")}
+
+    done = remote.publish(put_real(store, LONG))
+
+    after = {name for name in objects(tmp_path) if name.startswith("pc1/b/")}
+    assert before < after
+    assert len(after - before) == done.blobs == 2  # 600 to 1024, and 1024 to the end
+
+
+@pytest.mark.parametrize("known", [0, 300, 699, 1100])
+def test_only_what_the_store_lacks_is_pulled(
+    store: Store, remote: Remote, second: tuple[Store, Remote], known: int
+) -> None:
+    other, its_remote = second
+    remote.publish(put_real(store, LONG))
+    if known:
+        put_real(other, LONG[:known])
+
+    brought = bring(its_remote, LONG, known=known)
+
+    if len(LONG) - known < 256:
+        assert (brought.why, brought.nbytes) == (Why.ENOUGH_KNOWN, 0)
+    else:
+        assert brought.num_tokens == fetched(other, LONG) == len(LONG)
+
+
+def test_a_salted_model_is_neither_published_nor_looked_up(
+    store: Store, remote: Remote, tmp_path: Path
+) -> None:
+    from tests.fakes import FakeSource
+
+    salted = fingerprint().salted("5a17")
+    done = store.put(salted, LONG, FakeSource(LONG, real=True))
+    assert done.entry is not None
+
+    with pytest.raises(RemoteError, match="salt"):
+        remote.publish(done.entry)
+    brought = remote.bring(salted, LONG, known=0, limit=len(LONG))
+
+    assert brought.why == Why.NOT_ALLOWED
+    assert objects(tmp_path) == {}
+
+
+def test_nothing_is_published_before_the_user_agreed(store: Store, tmp_path: Path) -> None:
+    entry = put_real(store, LONG)
+
+    with (
+        opened(store, folder_settings(tmp_path, publish_plain=False)) as remote,
+        pytest.raises(RemoteError, match="--publish-plain"),
+    ):
+        remote.publish(entry)
+
+    assert objects(tmp_path) == {}
+
+
+def test_a_folder_that_is_not_there_is_not_made(store: Store, tmp_path: Path) -> None:
+    """It may be on a disk that is not mounted."""
+    settings = folder_settings(tmp_path)
+    (tmp_path / "bucket").rmdir()
+
+    with pytest.raises(RemoteError, match="mount it, or make it"):
+        Remote.open(store, settings)
