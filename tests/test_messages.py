@@ -16,6 +16,7 @@ from persist_cache.stability.names import REPAIRS
 from tests import official
 from tests.anthropic_bodies import BILLING, COUNTDOWN, EPHEMERAL, agent_body, spoilt
 from tests.computed import CountedServer
+from tests.examples import examples
 from tests.scripted_model import SCRIPTS, THINKS, build_scripted_model
 from tests.tiny_models import build_model_dir
 
@@ -515,7 +516,7 @@ def test_no_malformed_body_ends_a_thread_or_leaves_a_trace_in_the_log(
         f"{secret} {secret}",
     ]
     statuses = []
-    for number in range(500):
+    for number in range(examples(150, 500)):
         body = spoilt({**whole, "max_tokens": 1, "stream": number % 2 == 0}, drawn, odd)
         path = "/v1/messages/count_tokens" if number % 3 else "/v1/messages"
         answer = post(server, body, path)
@@ -523,7 +524,7 @@ def test_no_malformed_body_ends_a_thread_or_leaves_a_trace_in_the_log(
         if answer.status_code != 200:
             assert answer.json()["type"] == "error"
             assert secret not in answer.text
-    assert statuses.count(400) > 150
+    assert statuses.count(400) > len(statuses) * 0.3
     assert set(statuses) == {200, 400}
     assert client.messages.create(**said("play hello")).stop_reason == "end_turn"
     assert secret not in server.log.read_text()

@@ -16,6 +16,7 @@ from persist_cache.prefill.loading import load_tokenizer
 from tests import official
 from tests.anthropic_bodies import spoilt
 from tests.computed import CountedServer
+from tests.examples import examples
 from tests.held_server import HeldServer
 from tests.responses_bodies import PATCH, agent_body
 from tests.scripted_model import SCRIPTS, THINKS, build_scripted_model
@@ -450,7 +451,7 @@ def test_no_malformed_body_ends_a_thread_or_leaves_a_trace_in_the_log(
     odd: list[Any] = [None, True, -1, 1e300, "", [], {}, [[]], [None], {"type": secret}]
     odd.append(f"{secret} {secret}")
     statuses = []
-    for number in range(500):
+    for number in range(examples(150, 500)):
         body = {**whole, "max_output_tokens": 1, "stream": number % 2 == 0}
         path = f"{PATH}/input_tokens" if number % 2 else PATH
         answer = post(server, spoilt(body, drawn, odd), path)
@@ -458,7 +459,7 @@ def test_no_malformed_body_ends_a_thread_or_leaves_a_trace_in_the_log(
         if answer.status_code != 200:
             assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
             assert secret not in answer.text
-    assert statuses.count(400) > 150
+    assert statuses.count(400) > len(statuses) * 0.3
     assert set(statuses) == {200, 400}
     assert client.responses.create(**said("play hello")).status == "completed"
     assert secret not in server.log.read_text()
