@@ -43,7 +43,7 @@ from persist_cache.server.upstream.generator import Generator
 from persist_cache.server.upstream.program import flags_parser, listen, main, place_in_group
 from persist_cache.server.warming import Warming
 from persist_cache.store.store import Store, default_store_path
-from persist_cache.system import endings
+from persist_cache.system import endings, memory
 from persist_cache.system.notify import Notifier
 
 log = logging.getLogger(__name__)
@@ -92,6 +92,8 @@ def _run(
     quiet.install()
     rank, ranks = place_in_group()
     alone = ranks == 1
+    if options.unload_after_s is not None:
+        memory.share_one_heap()
     if rank == 0:
         # Before anything is loaded: threads of MLX that are cut short abort the process.
         _try_to_bind(host, port)
