@@ -156,7 +156,12 @@ def _run(
 
         generator.prefill_clock = prefill_clock
         generator.admin = Admin(
-            cache, token=token, host=host, generator=generator, texts=options.show_text
+            cache,
+            token=token,
+            host=host,
+            generator=generator,
+            texts=options.show_text,
+            default_store=options.store is None,
         )
         if rank == 0:
             generator.admin.history.disk.start()

@@ -64,7 +64,9 @@ def _cycles(
     """Ask, be idle, and ask again, as often as that."""
     port = free_port()
     command = [*ours(model, scratch / "store"), "--port", str(port), "--unload-after", "1s"]
-    found: dict[str, Any] = {name: [] for name in ("before", "idle", "idle_own", "threads", "s", "texts")}
+    found: dict[str, Any] = {
+        name: [] for name in ("before", "idle", "idle_own", "threads", "s", "texts")
+    }
     with (scratch / "log").open("wb") as log, running(command, env, log) as process:
         _until(lambda: (_health(port) or {}).get("weights") == "loaded")
         for cycle in range(cycles):

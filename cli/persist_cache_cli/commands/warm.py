@@ -130,7 +130,7 @@ def command(
     if manifest is not None:
         if model or system or messages or tools or protocol or requests:
             raise click.UsageError("--manifest says it all; leave out the options of one prompt.")
-        jobs = [_job_of(prompt) for prompt in read_manifest(manifest).prompt]
+        jobs = [_job_of(prompt) for prompt in read_manifest(manifest)]
     elif requests is not None:
         if system or messages or tools or tier:
             raise click.UsageError(
