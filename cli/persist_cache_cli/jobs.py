@@ -124,7 +124,7 @@ def jobs_of(
     if manifest is not None:
         if model or system or messages or tools or protocol or requests:
             raise click.UsageError("--manifest says it all; leave out the options of one prompt.")
-        return Jobs([_job_of(prompt) for prompt in read_manifest(manifest).prompt])
+        return Jobs([_job_of(prompt) for prompt in read_manifest(manifest)])
     if requests is not None:
         if system or messages or tools or tier:
             raise click.UsageError(

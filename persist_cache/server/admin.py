@@ -59,6 +59,7 @@ class Admin:
         host: str = "127.0.0.1",
         generator: Any = None,
         texts: bool = True,
+        default_store: bool = False,
     ) -> None:
         """Answer for `cache`.
 
@@ -68,8 +69,10 @@ class Admin:
             host: Name or address that the server was bound to.
             generator: The server's `ResponseGenerator`, for what needs its model.
             texts: Whether prompts may be shown as text.
+            default_store: Whether commands use its store without being told.
         """
         self._cache = cache
+        self._default_store = default_store
         secret = secrets.token_urlsafe(32) if token is None else token
         self._guard = Guard(secret if callable(secret) else lambda: secret, host)
         self._generator = generator
@@ -250,6 +253,7 @@ class Admin:
                 for recent in reversed(self._cache.recent_fetches()[-_RECENT:])
             ],
             "store": None,
+            "default_store": self._default_store,
         }
         key = getattr(getattr(self._generator, "model_provider", None), "model_key", None)
         if key is not None:

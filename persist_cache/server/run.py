@@ -44,7 +44,7 @@ from persist_cache.server.upstream.program import flags_parser, listen, main, pl
 from persist_cache.server.warming import Warming
 from persist_cache.sharing import Sharing
 from persist_cache.store.store import Store, default_store_path
-from persist_cache.system import endings
+from persist_cache.system import endings, memory
 from persist_cache.system.notify import Notifier
 
 log = logging.getLogger(__name__)
@@ -93,6 +93,8 @@ def _run(
     quiet.install()
     rank, ranks = place_in_group()
     alone = ranks == 1
+    if options.unload_after_s is not None:
+        memory.share_one_heap()
     if rank == 0:
         # Before anything is loaded: threads of MLX that are cut short abort the process.
         _try_to_bind(host, port)
@@ -158,7 +160,12 @@ def _run(
 
         generator.prefill_clock, generator.sharing = prefill_clock, sharing
         generator.admin = Admin(
-            cache, token=token, host=host, generator=generator, texts=options.show_text
+            cache,
+            token=token,
+            host=host,
+            generator=generator,
+            texts=options.show_text,
+            default_store=options.store is None,
         )
         if rank == 0:
             generator.admin.history.disk.start()

@@ -97,10 +97,11 @@ def _store(ctx: click.Context) -> Setting:
 def _of_serve(ctx: click.Context, arguments: list[str]) -> list[Setting]:
     from persist_cache.server.run import flags_of_upstream
     from persist_cache_cli.commands.serve import command as serve
-    from persist_cache_cli.commands.serve import errors_in_one_sentence
+    from persist_cache_cli.commands.serve import understood
 
     config = config_of(ctx)
     parsed = serve.make_context("serve", arguments, parent=ctx.parent)
+    whole, _ = understood(parsed)
     found = []
     for option in serve.params:
         if not isinstance(option, click.Option) or not option.expose_value:
@@ -115,14 +116,10 @@ def _of_serve(ctx: click.Context, arguments: list[str]) -> list[Setting]:
             ParameterSource.DEFAULT_MAP: ("file", config.place(name)),
         }.get(source or ParameterSource.DEFAULT, ("default", ""))
         found.append(Setting(name, _masked(name, parsed.params[str(option.name)]), *said))
-    with errors_in_one_sentence():
-        parser = flags_of_upstream()
-        from_file = _given(config.flags(serve, parser.known), parser.known)
-        from_flags = _given(parsed.args, parser.known)
-        holds = vars(parser.parse_known_args([*config.flags(serve, parser.known), *parsed.args])[0])
-        extra = parser.parse_known_args(parsed.args)[1]
-    if extra:
-        raise click.UsageError(f"Unrecognized arguments: {' '.join(extra)}.")
+    parser = flags_of_upstream()
+    from_file = _given(config.flags(serve, parser.known), parser.known)
+    from_flags = _given(parsed.args, parser.known)
+    holds = vars(parser.parse_known_args(whole)[0])
     for action in parser.known:
         if action.dest == "help":
             continue

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import click
+from click.core import ParameterSource
 
 from persist_cache_cli.config import config_of
 from persist_cache_cli.config_place import default_path
@@ -117,23 +119,19 @@ def _service(ctx: click.Context, arguments: tuple[str, ...]) -> Service:
     Raises:
         click.UsageError: It does not, or a secret is among them.
     """
-    from persist_cache.server.run import flags_of_upstream
     from persist_cache_cli.commands.serve import command as serve
-    from persist_cache_cli.commands.serve import errors_in_one_sentence
+    from persist_cache_cli.commands.serve import understood
 
     for one in arguments:
         if one.partition("=")[0] in _SECRETS:
-            name = one.partition("=")[0]
-            raise click.UsageError(
-                f"{name} would stand in the file of the service, and in lists of processes; put "
-                f"{name.removeprefix('--')} under [serve] of persist-cache.toml."
-            )
+            _refuse_secret(one.partition("=")[0])
     parsed = serve.make_context("serve", list(arguments), parent=ctx.parent)
-    with errors_in_one_sentence():
-        unknown = flags_of_upstream().parse_known_args(parsed.args)[1]
-    if unknown:
-        # It would be started again and again, and fail each time.
-        raise click.UsageError(f"`serve` has no {unknown[0]}.")
+    # What `serve` refuses would be started again and again, and fail each time.
+    _, options = understood(parsed)
+    for name, rules in (("quotas", options.quotas), ("ttl", options.ttl)):
+        is_given = parsed.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        if is_given and any(what.startswith("salt:") for what in rules or ()):
+            _refuse_secret("--quota" if name == "quotas" else "--ttl", "the salt")
     given: list[str] = []
     if ctx.obj is not None:
         given += ["--store", os.path.abspath(os.path.expanduser(ctx.obj))]
@@ -145,8 +143,21 @@ def _service(ctx: click.Context, arguments: tuple[str, ...]) -> Service:
         command=[sys.executable, "-P", "-m", "persist_cache_cli", *given, "serve", *arguments],
         folder=str(Path.cwd()),
         variables={name: os.environ[name] for name in _KEPT if os.environ.get(name)},
-        grace_s=parsed.params["grace"],
+        grace_s=options.grace_s,
         log=str(Launchd().log),
+    )
+
+
+def _refuse_secret(option: str, what: str = "it") -> NoReturn:
+    """Keep a secret out of the file of the service.
+
+    Raises:
+        click.UsageError: Always.
+    """
+    subject = option if what == "it" else f"{what} in {option}"
+    raise click.UsageError(
+        f"{subject[:1].upper() + subject[1:]} would stand in the file of the service, and in lists "
+        f"of processes; put {option.removeprefix('--')} under [serve] of persist-cache.toml."
     )
 
 

@@ -101,6 +101,7 @@ class Unloading(Prompts):
                 return
             self.prompt_cache, self._leaves = prompt_cache, False
             self._state_machine_cache.clear()
+            self.line.forget_ended()
             waiting = self.cache.unload()
             gc.collect()
             mx.clear_cache()
