@@ -244,68 +244,74 @@ class Bringer:
         speed = self.bytes_per_s
         if worth_s and speed and wanted.nbytes / speed > worth_s:
             return _miss(Why.NOT_WORTH_IT)
-        watch = Watch(wanted.nbytes, worth_s)
-        try:
-            why = self._pull(asked, candidate, wanted, need, watch)
-        finally:
-            self._measure(watch)
+        why, nbytes = self._pull(asked, candidate, wanted, need, worth_s)
         if why != Why.BROUGHT:
-            return Brought(0, watch.done, 0.0, why)
+            return Brought(0, nbytes, 0.0, why)
         found = self._match(asked).num_tokens
         if found <= asked.known:  # evicted at once: there is no room for it
-            return Brought(0, watch.done, 0.0, Why.NO_ROOM)
-        return Brought(found, watch.done, 0.0, Why.BROUGHT)
+            return Brought(0, nbytes, 0.0, Why.NO_ROOM)
+        return Brought(found, nbytes, 0.0, Why.BROUGHT)
 
     def _pull(
-        self, asked: _Question, candidate: Candidate, wanted: Wanted, need: Need, watch: Watch
-    ) -> Why:
+        self, asked: _Question, candidate: Candidate, wanted: Wanted, need: Need, worth_s: float
+    ) -> tuple[Why, int]:
+        """Pull and put; how it ended, and the bytes received."""
+        watch = Watch(wanted.nbytes, worth_s)
+        try:
+            self._pull_into_store(asked, wanted, need, watch)
+        except TooSlowError:
+            why = Why.TOO_SLOW
+        except GoneError:
+            why = Why.GONE
+        except RefusedError as error:
+            self._looker.refuse(candidate.anchor, error.kind)
+            self._breaker.note(f"what it has was refused, because {error.reason}")
+            why = Why.REFUSED
+        except TransportError as error:
+            why = self._failed(error, 0).why
+        except StoreFullError as error:
+            self._breaker.note(str(error))
+            why = Why.NO_ROOM
+        except (PersistCacheError, OSError, ValueError) as error:
+            self._breaker.note(str(error))
+            why = Why.FAILED
+        else:
+            self._counters.add("pulled")
+            why = Why.BROUGHT
+        return why, watch.done
+
+    def _pull_into_store(self, asked: _Question, wanted: Wanted, need: Need, watch: Watch) -> None:
         def pause() -> None:
             watch.check()
             asked.pause()
 
-        match = self._match(asked)
-        try:
-            # The pulled bytes and the store's own copy of them are there at the same time.
-            self._store.refuse_without_room(
-                2 * wanted.nbytes,
-                wanted.num_tokens,
-                need.nodes,
-                f"what was found on the remote ({wanted.nbytes} bytes, and as many meanwhile)",
-            )
-            with (
-                self._store.serving(match.entries),
-                self._store.scratch(wanted.nbytes, need.nodes) as scratch,
-            ):
+        # The pulled bytes and the store's own copy of them are there at the same time.
+        self._store.refuse_without_room(
+            2 * wanted.nbytes,
+            wanted.num_tokens,
+            need.nodes,
+            f"what was found on the remote ({wanted.nbytes} bytes, and as many meanwhile)",
+        )
+        with (
+            self._store.serving(self._match(asked).entries),
+            self._store.scratch(wanted.nbytes, need.nodes) as scratch,
+        ):
+            watch.begin()
+            try:
                 work = pull(self._transport, self._keys, wanted, scratch.fd, watch)
                 self._transport.call(work, pause)
-                entry = pulled_entry(wanted, scratch, asked.fingerprint)
-                done = self._store.put(
-                    asked.fingerprint,
-                    entry.packed,
-                    entry,
-                    tier=entry.tier,
-                    prefill_s=asked.prefill_s(entry.num_tokens) or entry.prefill_s,
-                )
-                if done.entry is not None:
-                    self._store.date_back(done.entry, min(entry.created, self._store.clock()))
-        except TooSlowError:
-            return Why.TOO_SLOW
-        except GoneError:
-            return Why.GONE
-        except RefusedError as error:
-            self._looker.refuse(candidate.anchor, error.kind)
-            self._breaker.note(f"what it has was refused, because {error.reason}")
-            return Why.REFUSED
-        except TransportError as error:
-            return self._failed(error, 0).why
-        except StoreFullError as error:
-            self._breaker.note(str(error))
-            return Why.NO_ROOM
-        except (PersistCacheError, OSError, ValueError) as error:
-            self._breaker.note(str(error))
-            return Why.FAILED
-        self._counters.add("pulled")
-        return Why.BROUGHT
+            finally:
+                self._measure(watch)
+            entry = pulled_entry(wanted, scratch, asked.fingerprint)
+            done = self._store.put(
+                asked.fingerprint,
+                entry.packed,
+                entry,
+                tier=entry.tier,
+                prefill_s=asked.prefill_s(entry.num_tokens) or entry.prefill_s,
+            )
+        if done.entry is not None:
+            self._store.date_back(done.entry, min(entry.created, self._store.clock()))
 
     def _measure(self, watch: Watch) -> None:
         if watch.done < _MEASURED_BYTES:
