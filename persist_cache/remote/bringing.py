@@ -6,6 +6,7 @@ pulled once (`_Flight`); `_lock` guards the flights and the measured speed.
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
@@ -14,7 +15,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 from msgspec import Struct
 
-from persist_cache.entry import Match
+from persist_cache.entry import Match, Tier
 from persist_cache.errors import PersistCacheError, StoreFullError
 from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.portable.needs import Need, need_of
@@ -36,6 +37,7 @@ from persist_cache.remote.transport import Failure, Transport, TransportError
 from persist_cache.store.store import Store
 from persist_cache.tokens import TOKEN_BYTES, pack_tokens
 
+log = logging.getLogger(__name__)
 _MEASURED_BYTES = 64 << 10
 """What a speed can be told from."""
 _SPEED_LASTS_S = 600.0
@@ -111,10 +113,26 @@ class Bringer:
         started = time.monotonic()
         packed = tokens if isinstance(tokens, bytes) else pack_tokens(tokens)
         limit = min(limit, len(packed) // TOKEN_BYTES)
+        left: list[bool] = []
+
+        def watched() -> None:
+            try:
+                pause()
+            except BaseException:
+                left.append(True)
+                raise
+
         asked = _Question(
-            fingerprint, packed, max(known, 0), limit, (*ends, limit), prefill_s, pause
+            fingerprint, packed, max(known, 0), limit, (*ends, limit), prefill_s, watched
         )
-        outcome = self._answer(asked)
+        try:
+            outcome = self._answer(asked)
+        except Exception:
+            if left:
+                raise
+            # A fault of this room costs no request its answer.
+            log.exception("the remote could not be looked at")
+            outcome = _miss(Why.FAILED)
         outcome = Brought(
             outcome.num_tokens, outcome.nbytes, time.monotonic() - started, outcome.why
         )
@@ -198,7 +216,11 @@ class Bringer:
             candidate.anchor: candidate.manifest.usable(candidate.common, asked.limit)
             for candidate in look.candidates.values()
         }
-        candidates = [one for one in look.candidates.values() if usable[one.anchor] > asked.known]
+        candidates = [
+            one
+            for one in look.candidates.values()
+            if usable[one.anchor] > asked.known and not self._is_over(asked.fingerprint, one)
+        ]
         if not candidates:
             flight.found_nothing = not look.candidates and asked.known == 0
             return Brought(0, look.nbytes, 0.0, Why.REFUSED if look.refused else Why.NOT_FOUND)
@@ -218,6 +240,17 @@ class Bringer:
                 self._looker.bad.add(one.anchor)
             candidates = [one for one in candidates if one not in alike]
         return Brought(outcome.num_tokens, nbytes, 0.0, outcome.why)
+
+    def _is_over(self, fingerprint: Fingerprint, candidate: Candidate) -> bool:
+        """Whether it would expire at once, by the lifetimes of the store: those count its age."""
+        try:
+            lives = self._store.lifetimes()
+        except PersistCacheError:
+            return True
+        is_whole = candidate.common == candidate.manifest.num_tokens
+        tier = Tier.parse(candidate.manifest.tier) if is_whole else Tier.ASSISTANT
+        seconds = None if lives is None else lives(tier, fingerprint)
+        return seconds is not None and candidate.manifest.created + seconds <= self._store.clock()
 
     def _try(self, asked: _Question, candidate: Candidate, usable: int) -> Brought:
         """Pull one entry, or its beginning."""
