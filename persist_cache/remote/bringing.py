@@ -38,8 +38,8 @@ from persist_cache.store.store import Store
 from persist_cache.tokens import TOKEN_BYTES, pack_tokens
 
 log = logging.getLogger(__name__)
-_MEASURED_BYTES = 64 << 10
-"""What a speed can be told from."""
+_MEASURED_BYTES = 4 << 20
+"""What a speed can be told from: less is mostly waiting for the first byte."""
 _SPEED_LASTS_S = 600.0
 """A speed measured before is not believed any more: the network may be a better one by now."""
 _FLIGHT_NAP_S = 0.02
@@ -207,11 +207,10 @@ class Bringer:
             return self._failed(error, 0)
         if look.failure is not None and not look.candidates:
             return self._failed(look.failure, look.nbytes)
-        if look.failure is not None and look.failure.kind != Failure.DENIED:
+        # S3 denies what is missing to those who may not list; something was found, though.
+        is_sound = look.failure is None or look.failure.kind == Failure.DENIED
+        if look.failure is not None and not is_sound:
             self._breaker.failed(str(look.failure))
-        else:
-            # S3 denies what is missing to those who may not list; something was found, though.
-            self._breaker.succeeded()
         usable = {
             candidate.anchor: candidate.manifest.usable(candidate.common, asked.limit)
             for candidate in look.candidates.values()
@@ -223,6 +222,8 @@ class Bringer:
         ]
         if not candidates:
             flight.found_nothing = not look.candidates and asked.known == 0
+            if is_sound:
+                self._breaker.succeeded()
             return Brought(0, look.nbytes, 0.0, Why.REFUSED if look.refused else Why.NOT_FOUND)
         outcome = _miss(Why.NOT_FOUND)
         nbytes = look.nbytes
@@ -239,6 +240,9 @@ class Bringer:
             for one in alike:
                 self._looker.bad.add(one.anchor)
             candidates = [one for one in candidates if one not in alike]
+        if is_sound and outcome.why not in (Why.TIMED_OUT, Why.FAILED, Why.CLOSED):
+            # Not before: blobs may fail where manifests do not.
+            self._breaker.succeeded()
         return Brought(outcome.num_tokens, nbytes, 0.0, outcome.why)
 
     def _is_over(self, fingerprint: Fingerprint, candidate: Candidate) -> bool:
@@ -333,8 +337,10 @@ class Bringer:
             try:
                 work = pull(self._transport, self._keys, wanted, scratch.fd, watch)
                 self._transport.call(work, pause)
-            finally:
-                self._measure(watch)
+            except TooSlowError:
+                self._measure(watch, is_enough=True)
+                raise
+            self._measure(watch, is_enough=watch.done >= _MEASURED_BYTES)
             entry = pulled_entry(wanted, scratch, asked.fingerprint)
             done = self._store.put(
                 asked.fingerprint,
@@ -346,12 +352,13 @@ class Bringer:
         if done.entry is not None:
             self._store.date_back(done.entry, min(entry.created, self._store.clock()))
 
-    def _measure(self, watch: Watch) -> None:
-        if watch.done < _MEASURED_BYTES:
-            return
+    def _measure(self, watch: Watch, *, is_enough: bool) -> None:
+        """Remember a speed; of a small pull, which is mostly waiting, only if it is higher."""
+        speed = max(watch.done, 1) / max(watch.seconds, 1e-6)
         with self._lock:
-            self._bytes_per_s = watch.bytes_per_s
-            self._measured_at = time.monotonic()
+            if is_enough or speed > self._bytes_per_s > 0:
+                self._bytes_per_s = speed
+                self._measured_at = time.monotonic()
 
     def _failed(self, error: TransportError, nbytes: int) -> Brought:
         if error.kind == Failure.CLOSED:

@@ -74,11 +74,6 @@ class Watch:
     def seconds(self) -> float:
         return self._clock() - self._began
 
-    @property
-    def bytes_per_s(self) -> float:
-        """The speed so far; 0 for too little to tell."""
-        return self.done / self.seconds if self.done and self.seconds > 0 else 0.0
-
     def check(self) -> None:
         """See whether it is still worth while.
 
