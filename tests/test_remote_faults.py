@@ -17,6 +17,7 @@ from persist_cache.remote import (
     RemoteError,
     RemoteSettings,
     Why,
+    bringing,
     looking,
     transport,
 )
@@ -54,6 +55,7 @@ def server(_server: S3Like, monkeypatch: pytest.MonkeyPatch) -> S3Like:
         _server.objects.clear()
         _server.requests.clear()
         _server.misbehave(None)
+        _server.error = "Made up"
     # What waits for a frozen server waits shortly here.
     monkeypatch.setattr(looking, "LOOK_S", 0.5)
     monkeypatch.setattr(transport, "STALL_S", 0.5)
@@ -228,6 +230,28 @@ def test_refused_access_is_told_by_its_cause_and_opens_the_breaker(
     assert is_untouched(other)
 
 
+def test_a_clock_that_is_wrong_is_told(server: S3Like, second: tuple[Store, Remote]) -> None:
+    _, remote = second
+    server.misbehave(403)
+    server.error = "RequestTimeTooSkewed"
+
+    assert bring(remote, LONG).why == Why.FAILED
+    assert "clock" in remote.status().last_error
+
+
+def test_a_fault_of_the_room_costs_no_answer(
+    second: tuple[Store, Remote], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, remote = second
+
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(looking.Looker, "look", fail)
+
+    assert bring(remote, LONG).why == Why.FAILED
+
+
 @pytest.mark.usefixtures("published")
 def test_a_bucket_that_denies_what_is_missing_still_gives_what_is_there(
     server: S3Like, second: tuple[Store, Remote]
@@ -312,9 +336,51 @@ def test_a_pull_that_is_slower_than_computing_is_given_up(
 
 
 @pytest.mark.usefixtures("published")
-def test_what_is_computed_faster_is_not_fetched(
+def test_a_small_pull_says_nothing_of_the_speed_of_a_large_one(
+    second: tuple[Store, Remote],
+) -> None:
+    _, remote = second
+
+    first = bring(remote, LONG[:600], prefill_s=lambda num_tokens: 60.0)
+    brought = bring(remote, LONG, known=600, prefill_s=lambda num_tokens: 60.0)
+
+    assert first.why == brought.why == Why.BROUGHT
+    assert remote.status().bytes_per_s == 0
+
+
+@pytest.mark.usefixtures("published")
+def test_a_slow_remote_is_not_tried_by_every_request(
+    server: S3Like, second: tuple[Store, Remote], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, remote = second
+    monkeypatch.setattr(transport, "STALL_S", 30.0)
+    server.misbehave("trickle", "b")
+    assert bring(remote, LONG, prefill_s=lambda num_tokens: 0.3).why == Why.TOO_SLOW
+    server.requests.clear()
+
+    brought = bring(remote, LONG, prefill_s=lambda num_tokens: 0.3)
+
+    assert brought.why == Why.NOT_WORTH_IT
+    assert {one.name[4] for one in server.requests} == {"a"}
+
+
+@pytest.mark.usefixtures("published")
+def test_blobs_that_fail_open_the_breaker_though_manifests_do_not(
     server: S3Like, second: tuple[Store, Remote]
 ) -> None:
+    _, remote = second
+    server.misbehave(500, "b")
+
+    answers = [bring(remote, LONG).why for _ in range(breakers.FAILURES + 1)]
+
+    assert answers == [Why.FAILED] * breakers.FAILURES + [Why.BREAKER_OPEN]
+
+
+@pytest.mark.usefixtures("published")
+def test_what_is_computed_faster_is_not_fetched(
+    server: S3Like, second: tuple[Store, Remote], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bringing, "_MEASURED_BYTES", 1)
     _, remote = second
     first = bring(remote, LONG[:600])
     server.requests.clear()

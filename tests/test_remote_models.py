@@ -65,7 +65,16 @@ def bits(arrays: list[Any]) -> list[bytes]:
     return [np.array(one.astype(mx.float32)).tobytes() for one in arrays]
 
 
-@pytest.mark.parametrize("name", MODELS)
+# The others are marked `long`: they are alike, and building each takes its time.
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        if name in ("llama", "gemma3_text", "mamba2", "qwen3_next")
+        else pytest.param(name, marks=pytest.mark.long)
+        for name in MODELS
+    ],
+)
 def test_a_model_goes_on_on_another_machine_as_it_would_have_here(machines: Any, name: str) -> None:
     model = tiny_caches.model(name)
     live = make_prompt_cache(model)

@@ -137,7 +137,7 @@ def checked_url(text: str) -> str:
     if has_user:
         raise RemoteError(
             f"{shown} holds a user or a password; credentials belong to the environment (for S3 "
-            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile of the SDK)."
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)."
         )
     if parts.query or parts.fragment:
         raise RemoteError(
