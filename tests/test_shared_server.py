@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -156,24 +156,17 @@ def test_what_was_brought_is_on_the_disk_and_is_not_asked_for_again(
     assert any(one["tier"] == "system" and one["num_tokens"] > 300 for one in entries)
 
 
-@pytest.mark.parametrize(
-    "private",
-    [{"no_store": True}, {"cache_salt": "mine"}],
-    ids=["no-store", "salted"],
-)
-def test_a_private_request_asks_the_remote_nothing(
-    remote: Path, model: Path, secret: str, tmp_path: Path, private: Mapping[str, Any]
-) -> None:
-    with machine(model, tmp_path, remote, secret) as server:
-        for path in PATHS:
-            answer = server.request(
-                "POST", path, json=body_of(path, "Seven?", system=SYSTEM, **private)
-            )
-            assert answer.ok
-            assert "remote" not in answer.headers["x-persist-cache"]
-        assert remote_of(server)["counters"].get("requests", 0) == 0
+def test_a_private_request_asks_the_remote_nothing(second: CountedServer) -> None:
+    for path, private in itertools.product(PATHS, ({"no_store": True}, {"cache_salt": "mine"})):
+        body = body_of(path, "Seven?", system=SYSTEM, **private)
+        answer = second.request("POST", path, json=body)
+        assert answer.ok
+        assert "remote" not in answer.headers["x-persist-cache"]
+
+    assert remote_of(second)["counters"].get("requests", 0) == 0
 
 
+@pytest.mark.long  # two servers more; test_remote.py proves it of the library
 def test_private_prompts_are_not_published_however_often_they_are_used(
     model: Path, secret: str, tmp_path: Path
 ) -> None:
@@ -275,6 +268,7 @@ def test_a_mirror_is_only_read(model: Path, secret: str, tmp_path: Path) -> None
 # ---- settings ------------------------------------------------------------------------------------
 
 
+@pytest.mark.long  # four servers; test_cli_remote.py proves it of the commands
 def test_a_remote_is_remembered_and_can_be_ended(
     remote: Path, model: Path, secret: str, tmp_path: Path
 ) -> None:
