@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import xxhash
 from msgspec import Struct
@@ -14,6 +14,8 @@ from persist_cache.blobs.folder import BlobFolder, is_same_file, new_name
 from persist_cache.blobs.header import BlobHeader, header_bytes
 from persist_cache.codec import Tensor
 from persist_cache.system import forked
+
+_WRITTEN_AT_ONCE = 8 << 20
 
 
 class Written(Struct, frozen=True):
@@ -93,11 +95,8 @@ class BlobWriter:
             OSError: The disk is full or failed; leaving the context removes the file.
         """
         head = header_bytes(header, tensors)
-        pieces = [memoryview(head)]
-        for tensor in tensors:
-            pieces.extend(tensor.pieces)
-        fs.allocate(self._fd, sum(piece.nbytes for piece in pieces))
-        nbytes = fs.write_all(self._fd, pieces)
+        fs.allocate(self._fd, len(head) + sum(tensor.nbytes for tensor in tensors))
+        nbytes = sum(fs.write_all(self._fd, pieces) for pieces in _batches(head, tensors))
         fs.sync(self._fd)
         digest = xxhash.xxh3_128_digest(head)
         return Written(self.name, nbytes, fs.disk_bytes(self.path), digest)
@@ -120,3 +119,18 @@ class BlobWriter:
     def keep(self) -> None:
         """Say that a record now names the file: it stays when the context is left."""
         self._done = True
+
+
+def _batches(head: bytes, tensors: Sequence[Tensor]) -> Iterator[list[memoryview]]:
+    """The pieces of a file, no more at once than `_WRITTEN_AT_ONCE`, or one tensor.
+
+    Those of a tensor that is on disk are read when they are looked at.
+    """
+    pieces, held = [memoryview(head)], len(head)
+    for tensor in tensors:
+        if held + tensor.nbytes > _WRITTEN_AT_ONCE:
+            yield pieces
+            pieces, held = [], 0
+        pieces.extend(tensor.pieces)
+        held += tensor.nbytes
+    yield pieces

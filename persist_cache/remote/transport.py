@@ -32,6 +32,8 @@ _PIECE_BYTES = 256 << 10
 _MAX_PIECE_BYTES = 8 << 20
 _PAUSE_S = 0.02
 _NAME = re.compile(r"pc1/[abcp]/[0-9a-f]{2}/[0-9a-f]{64}")
+_CREDENTIALS_HOST = "169.254.169.254"
+"""What is asked in a cloud when the environment has no credentials."""
 _STATUS = re.compile(r"status code: (\d{3})")
 
 
@@ -230,21 +232,23 @@ class Transport:
         text = str(error)
         said = text.partition("\n")[0]
         status = _STATUS.search(said)
+        code = status[1] if status else ""
+        if _CREDENTIALS_HOST in text:
+            return TransportError(
+                Failure.DENIED, "no credentials were found; they belong to the environment"
+            )
         kinds = self._obstore.exceptions
-        if isinstance(
-            error, kinds.PermissionDeniedError | kinds.UnauthenticatedError | PermissionError
-        ):
-            code = status[1] if status else ""
+        denials = (kinds.PermissionDeniedError, kinds.UnauthenticatedError, PermissionError)
+        if isinstance(error, denials) or code in ("401", "403"):
             what = f"it refused ({code})" if code else "it may not be used"
             return TransportError(
                 Failure.DENIED,
                 f"{what}; look at the credentials and at what they allow. S3 also refuses to say "
                 "that an object is missing to those who may not list the bucket (s3:ListBucket)",
             )
-        if status is not None:
-            code = status[1]
-            if code == "507":
-                return TransportError(Failure.FULL, "it is full (507)")
+        if code == "507":
+            return TransportError(Failure.FULL, "it is full (507)")
+        if code:
             return TransportError(Failure.SERVER, f"it answered with status {code}")
         if "StorageFull" in text or "os error 28" in text or "os error 122" in text:
             return TransportError(Failure.FULL, "it is full")

@@ -14,6 +14,7 @@ from scripts.benchmarks import common
 ALL = (
     *("restore", "insert", "lookup", "growth", "turns", "interrupted", "flight", "signs"),
     *("sessions", "ttft", "start", "memory", "stall", "commands", "translation", "repairs"),
+    "remote",
 )
 """Modules of this package, in the order in which `all` runs them."""
 BENCHMARKS = (*ALL, "unload", "peers")
