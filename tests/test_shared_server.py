@@ -64,6 +64,7 @@ def ask(server: ServerProcess, question: str, **more: Any) -> requests.Response:
 def remote(folder: Path, model: Path, secret: str) -> Path:
     """A remote with the system prompt, which a server published when it was used often enough."""
     place = folder / "remote"
+    place.mkdir()
     with machine(model, folder / "first", place, secret, publish_plain=True) as first:
         assert ask(first, "One?").headers["x-persist-cache"].startswith("miss")
         first.request("POST", "/v1/cache/flush")
@@ -171,6 +172,7 @@ def test_private_prompts_are_not_published_however_often_they_are_used(
     model: Path, secret: str, tmp_path: Path
 ) -> None:
     place = tmp_path / "remote"
+    place.mkdir()
     with machine(model, tmp_path, place, secret, publish_plain=True, publish_after=1) as server:
         for _ in range(3):
             ask(server, "Eight?", cache_salt="mine")
