@@ -35,7 +35,7 @@ pytestmark = pytest.mark.long  # a server of some 100 MB that takes seconds to s
 PROMPT = (
     "You are the assistant of a small library. Answer politely and briefly, name the shelf where "
     "a book stands, and say so when you do not know. Never invent a title. "
-) * 50
+) * 57
 
 
 @pytest.fixture(scope="module")

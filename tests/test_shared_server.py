@@ -113,6 +113,18 @@ def test_a_second_machine_answers_its_first_request_from_the_remote(
     assert used(CHAT, wanted).prompt == usage.prompt
 
 
+def test_the_first_request_of_a_server_without_a_model_is_answered_from_the_remote(
+    remote: Path, model: Path, secret: str, tmp_path: Path
+) -> None:
+    choice = {"url": str(remote), "secret_file": secret}
+    options: dict[str, Any] = {"min_free_bytes": 0, "remote": choice, "unload_after_s": 1.0}
+    with ServerProcess(None, tmp_path / "store", tmp_path, **options) as server:
+        unknown = ask(server, "Four?", model="nobody/has-it")
+        found = ask(server, "Four?", model=str(model))
+        assert unknown.status_code == 404
+        assert found.headers["x-persist-cache"].startswith("remote")
+
+
 def test_all_that_counts_and_tells_agrees_with_the_header(second: CountedServer) -> None:
     tokens = used(CHAT, ask(second, "Five?")).cached
 
