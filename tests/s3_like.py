@@ -38,6 +38,7 @@ class S3Like:
         objects: By name, without bucket and prefix.
         requests: All so far.
         fault: Asked before each.
+        error: The code in what it says when it refuses.
         thawed: Set when what is frozen may end.
     """
 
@@ -45,6 +46,7 @@ class S3Like:
     objects: dict[str, bytes] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
     fault: Callable[[Request], Fault] = lambda request: None
+    error: str = "Made up"
     thawed: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -101,7 +103,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         if isinstance(fault, int):
-            self._send(fault, b"<Error><Code>Made up</Code></Error>")
+            self._send(fault, f"<Error><Code>{state.error}</Code></Error>".encode())
             return
         if parts.query or self.command == "HEAD":
             self._send(400, b"")

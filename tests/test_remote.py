@@ -9,7 +9,7 @@ import pytest
 
 from persist_cache.remote import PublishOutcome, Remote, RemoteError, Why
 from persist_cache.store.store import Store
-from tests.fakes import fetched, fingerprint
+from tests.fakes import Clock, FakeSource, fetched, fingerprint
 from tests.remotes import LONG, bring, folder_settings, machine, objects, opened, put_real
 
 
@@ -127,8 +127,6 @@ def test_only_what_the_store_lacks_is_pulled(
 def test_a_salted_model_is_neither_published_nor_looked_up(
     store: Store, remote: Remote, tmp_path: Path
 ) -> None:
-    from tests.fakes import FakeSource
-
     salted = fingerprint().salted("5a17")
     done = store.put(salted, LONG, FakeSource(LONG, real=True))
     assert done.entry is not None
@@ -160,3 +158,32 @@ def test_a_folder_that_is_not_there_is_not_made(store: Store, tmp_path: Path) ->
 
     with pytest.raises(RemoteError, match="mount it, or make it"):
         Remote.open(store, settings)
+
+
+def test_what_would_expire_at_once_is_not_pulled(
+    store: Store, remote: Remote, second: tuple[Store, Remote]
+) -> None:
+    """The store of the first machine has a clock of 2023."""
+    other, its_remote = second
+    remote.publish(put_real(store, LONG, tier="system"))
+    other.set_rules(ttl={"system": 86_400})
+
+    expired = bring(its_remote, LONG)
+    other.set_rules(ttl={"system": 10 * 365 * 86_400})
+    brought = bring(its_remote, LONG)
+
+    assert (expired.why, expired.num_tokens) == (Why.NOT_FOUND, 0)
+    assert brought.why == Why.BROUGHT
+    assert other.entries()[0].created == store.entries()[0].created
+
+
+def test_a_date_ahead_is_not_believed(
+    store: Store, remote: Remote, second: tuple[Store, Remote], clock: Clock
+) -> None:
+    other, its_remote = second
+    clock.advance(10 * 365 * 86_400)
+    remote.publish(put_real(store, LONG))
+
+    bring(its_remote, LONG)
+
+    assert other.entries()[0].created <= other.clock()

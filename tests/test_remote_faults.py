@@ -54,6 +54,7 @@ def server(_server: S3Like, monkeypatch: pytest.MonkeyPatch) -> S3Like:
         _server.objects.clear()
         _server.requests.clear()
         _server.misbehave(None)
+        _server.error = "Made up"
     # What waits for a frozen server waits shortly here.
     monkeypatch.setattr(looking, "LOOK_S", 0.5)
     monkeypatch.setattr(transport, "STALL_S", 0.5)
@@ -226,6 +227,28 @@ def test_refused_access_is_told_by_its_cause_and_opens_the_breaker(
     assert "credentials" in status.last_error
     assert "403" in status.last_error
     assert is_untouched(other)
+
+
+def test_a_clock_that_is_wrong_is_told(server: S3Like, second: tuple[Store, Remote]) -> None:
+    _, remote = second
+    server.misbehave(403)
+    server.error = "RequestTimeTooSkewed"
+
+    assert bring(remote, LONG).why == Why.FAILED
+    assert "clock" in remote.status().last_error
+
+
+def test_a_fault_of_the_room_costs_no_answer(
+    second: tuple[Store, Remote], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, remote = second
+
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(looking.Looker, "look", fail)
+
+    assert bring(remote, LONG).why == Why.FAILED
 
 
 @pytest.mark.usefixtures("published")

@@ -159,6 +159,9 @@ def test_settings_are_remembered_without_credentials(store: Store, tmp_path: Pat
     write_settings(store, settings)
 
     assert read_settings(store) == settings
+    assert store.check() == []
+    store.rebuild_index()
+    assert read_settings(store) == settings
     write_settings(store, None)
     assert read_settings(store) is None
 

@@ -101,6 +101,10 @@ def _seconds(raw: Any) -> int:
     return seconds if 0 < seconds <= _MOST_KEPT_S else 0
 
 
+TEXT = "text:"
+"""What begins the names, in `meta`, of texts that belong to what builds on the store."""
+
+
 def counter_name(name: str) -> str:
     """A counter's name as a key can hold it: LMDB's have 511 bytes; the rest becomes a digest."""
     raw = name.encode("utf-8", "replace")
@@ -409,7 +413,8 @@ class Writer(Reader):
         with self._txn.cursor(db=self._db[b"meta"]) as cursor:
             sizes = [(bytes(key), len(value)) for key, value in cursor]
         for key, size in sizes:
-            if size != (16 if key == b"store_id" else 8):
+            is_text = key.startswith(TEXT.encode())
+            if not is_text and size != (16 if key == b"store_id" else 8):
                 self._txn.delete(key, db=self._db[b"meta"])
 
     def set_meta(self, name: str, value: bytes) -> None:

@@ -6,6 +6,7 @@ pulled once (`_Flight`); `_lock` guards the flights and the measured speed.
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
@@ -14,7 +15,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 from msgspec import Struct
 
-from persist_cache.entry import Match
+from persist_cache.entry import Match, Tier
 from persist_cache.errors import PersistCacheError, StoreFullError
 from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.portable.needs import Need, need_of
@@ -36,6 +37,7 @@ from persist_cache.remote.transport import Failure, Transport, TransportError
 from persist_cache.store.store import Store
 from persist_cache.tokens import TOKEN_BYTES, pack_tokens
 
+log = logging.getLogger(__name__)
 _MEASURED_BYTES = 64 << 10
 """What a speed can be told from."""
 _SPEED_LASTS_S = 600.0
@@ -111,10 +113,26 @@ class Bringer:
         started = time.monotonic()
         packed = tokens if isinstance(tokens, bytes) else pack_tokens(tokens)
         limit = min(limit, len(packed) // TOKEN_BYTES)
+        left: list[bool] = []
+
+        def watched() -> None:
+            try:
+                pause()
+            except BaseException:
+                left.append(True)
+                raise
+
         asked = _Question(
-            fingerprint, packed, max(known, 0), limit, (*ends, limit), prefill_s, pause
+            fingerprint, packed, max(known, 0), limit, (*ends, limit), prefill_s, watched
         )
-        outcome = self._answer(asked)
+        try:
+            outcome = self._answer(asked)
+        except Exception:
+            if left:
+                raise
+            # A fault of this room costs no request its answer.
+            log.exception("the remote could not be looked at")
+            outcome = _miss(Why.FAILED)
         outcome = Brought(
             outcome.num_tokens, outcome.nbytes, time.monotonic() - started, outcome.why
         )
@@ -198,7 +216,11 @@ class Bringer:
             candidate.anchor: candidate.manifest.usable(candidate.common, asked.limit)
             for candidate in look.candidates.values()
         }
-        candidates = [one for one in look.candidates.values() if usable[one.anchor] > asked.known]
+        candidates = [
+            one
+            for one in look.candidates.values()
+            if usable[one.anchor] > asked.known and not self._is_over(asked.fingerprint, one)
+        ]
         if not candidates:
             flight.found_nothing = not look.candidates and asked.known == 0
             return Brought(0, look.nbytes, 0.0, Why.REFUSED if look.refused else Why.NOT_FOUND)
@@ -218,6 +240,17 @@ class Bringer:
                 self._looker.bad.add(one.anchor)
             candidates = [one for one in candidates if one not in alike]
         return Brought(outcome.num_tokens, nbytes, 0.0, outcome.why)
+
+    def _is_over(self, fingerprint: Fingerprint, candidate: Candidate) -> bool:
+        """Whether it would expire at once, by the lifetimes of the store: those count its age."""
+        try:
+            lives = self._store.lifetimes()
+        except PersistCacheError:
+            return True
+        is_whole = candidate.common == candidate.manifest.num_tokens
+        tier = Tier.parse(candidate.manifest.tier) if is_whole else Tier.ASSISTANT
+        seconds = None if lives is None else lives(tier, fingerprint)
+        return seconds is not None and candidate.manifest.created + seconds <= self._store.clock()
 
     def _try(self, asked: _Question, candidate: Candidate, usable: int) -> Brought:
         """Pull one entry, or its beginning."""
@@ -244,68 +277,74 @@ class Bringer:
         speed = self.bytes_per_s
         if worth_s and speed and wanted.nbytes / speed > worth_s:
             return _miss(Why.NOT_WORTH_IT)
-        watch = Watch(wanted.nbytes, worth_s)
-        try:
-            why = self._pull(asked, candidate, wanted, need, watch)
-        finally:
-            self._measure(watch)
+        why, nbytes = self._pull(asked, candidate, wanted, need, worth_s)
         if why != Why.BROUGHT:
-            return Brought(0, watch.done, 0.0, why)
+            return Brought(0, nbytes, 0.0, why)
         found = self._match(asked).num_tokens
         if found <= asked.known:  # evicted at once: there is no room for it
-            return Brought(0, watch.done, 0.0, Why.NO_ROOM)
-        return Brought(found, watch.done, 0.0, Why.BROUGHT)
+            return Brought(0, nbytes, 0.0, Why.NO_ROOM)
+        return Brought(found, nbytes, 0.0, Why.BROUGHT)
 
     def _pull(
-        self, asked: _Question, candidate: Candidate, wanted: Wanted, need: Need, watch: Watch
-    ) -> Why:
+        self, asked: _Question, candidate: Candidate, wanted: Wanted, need: Need, worth_s: float
+    ) -> tuple[Why, int]:
+        """Pull and put; how it ended, and the bytes received."""
+        watch = Watch(wanted.nbytes, worth_s)
+        try:
+            self._pull_into_store(asked, wanted, need, watch)
+        except TooSlowError:
+            why = Why.TOO_SLOW
+        except GoneError:
+            why = Why.GONE
+        except RefusedError as error:
+            self._looker.refuse(candidate.anchor, error.kind)
+            self._breaker.note(f"what it has was refused, because {error.reason}")
+            why = Why.REFUSED
+        except TransportError as error:
+            why = self._failed(error, 0).why
+        except StoreFullError as error:
+            self._breaker.note(str(error))
+            why = Why.NO_ROOM
+        except (PersistCacheError, OSError, ValueError) as error:
+            self._breaker.note(str(error))
+            why = Why.FAILED
+        else:
+            self._counters.add("pulled")
+            why = Why.BROUGHT
+        return why, watch.done
+
+    def _pull_into_store(self, asked: _Question, wanted: Wanted, need: Need, watch: Watch) -> None:
         def pause() -> None:
             watch.check()
             asked.pause()
 
-        match = self._match(asked)
-        try:
-            # The pulled bytes and the store's own copy of them are there at the same time.
-            self._store.refuse_without_room(
-                2 * wanted.nbytes,
-                wanted.num_tokens,
-                need.nodes,
-                f"what was found on the remote ({wanted.nbytes} bytes, and as many meanwhile)",
-            )
-            with (
-                self._store.serving(match.entries),
-                self._store.scratch(wanted.nbytes, need.nodes) as scratch,
-            ):
+        # The pulled bytes and the store's own copy of them are there at the same time.
+        self._store.refuse_without_room(
+            2 * wanted.nbytes,
+            wanted.num_tokens,
+            need.nodes,
+            f"what was found on the remote ({wanted.nbytes} bytes, and as many meanwhile)",
+        )
+        with (
+            self._store.serving(self._match(asked).entries),
+            self._store.scratch(wanted.nbytes, need.nodes) as scratch,
+        ):
+            watch.begin()
+            try:
                 work = pull(self._transport, self._keys, wanted, scratch.fd, watch)
                 self._transport.call(work, pause)
-                entry = pulled_entry(wanted, scratch, asked.fingerprint)
-                done = self._store.put(
-                    asked.fingerprint,
-                    entry.packed,
-                    entry,
-                    tier=entry.tier,
-                    prefill_s=asked.prefill_s(entry.num_tokens) or entry.prefill_s,
-                )
-                if done.entry is not None:
-                    self._store.date_back(done.entry, min(entry.created, self._store.clock()))
-        except TooSlowError:
-            return Why.TOO_SLOW
-        except GoneError:
-            return Why.GONE
-        except RefusedError as error:
-            self._looker.refuse(candidate.anchor, error.kind)
-            self._breaker.note(f"what it has was refused, because {error.reason}")
-            return Why.REFUSED
-        except TransportError as error:
-            return self._failed(error, 0).why
-        except StoreFullError as error:
-            self._breaker.note(str(error))
-            return Why.NO_ROOM
-        except (PersistCacheError, OSError, ValueError) as error:
-            self._breaker.note(str(error))
-            return Why.FAILED
-        self._counters.add("pulled")
-        return Why.BROUGHT
+            finally:
+                self._measure(watch)
+            entry = pulled_entry(wanted, scratch, asked.fingerprint)
+            done = self._store.put(
+                asked.fingerprint,
+                entry.packed,
+                entry,
+                tier=entry.tier,
+                prefill_s=asked.prefill_s(entry.num_tokens) or entry.prefill_s,
+            )
+        if done.entry is not None:
+            self._store.date_back(done.entry, min(entry.created, self._store.clock()))
 
     def _measure(self, watch: Watch) -> None:
         if watch.done < _MEASURED_BYTES:

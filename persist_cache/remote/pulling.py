@@ -32,6 +32,8 @@ _AT_ONCE = 4
 _LONGEST_S = 120.0
 """A pull without anything to be compared with is given up after so long."""
 _JUDGED_AFTER_S = 0.25
+_JUDGED_AFTER_SHARE = 8
+"""The first bytes say little of the speed: part of the time that it may take is waited for."""
 
 
 class GoneError(Exception):
@@ -59,10 +61,14 @@ class Watch:
             clock: Seconds.
         """
         self._nbytes = nbytes
-        self._worth_s = worth_s or _LONGEST_S
+        self._worth_s = worth_s
         self._clock = clock
         self._began = clock()
         self.done = 0
+
+    def begin(self) -> None:
+        """Begin once more: nothing was asked for yet."""
+        self._began = self._clock()
 
     @property
     def seconds(self) -> float:
@@ -80,8 +86,12 @@ class Watch:
             TooSlowError: It is not.
         """
         spent = self.seconds
+        if not self._worth_s:
+            if spent > _LONGEST_S:
+                raise TooSlowError
+            return
         expected = spent
-        if spent > _JUDGED_AFTER_S and self.done:
+        if spent > max(_JUDGED_AFTER_S, self._worth_s / _JUDGED_AFTER_SHARE) and self.done:
             expected = spent * self._nbytes / self.done
         if expected > self._worth_s:
             raise TooSlowError

@@ -237,6 +237,10 @@ class Transport:
             return TransportError(
                 Failure.DENIED, "no credentials were found; they belong to the environment"
             )
+        if "RequestTimeTooSkewed" in text:
+            return TransportError(
+                Failure.DENIED, "it refused, because its clock and that of this machine differ"
+            )
         kinds = self._obstore.exceptions
         denials = (kinds.PermissionDeniedError, kinds.UnauthenticatedError, PermissionError)
         if isinstance(error, denials) or code in ("401", "403"):

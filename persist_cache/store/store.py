@@ -33,7 +33,7 @@ from persist_cache.index.records import (
     EntryRecord,
 )
 from persist_cache.index.semaphores import Semaphores
-from persist_cache.index.transaction import UNFINISHED, Reader, Writer
+from persist_cache.index.transaction import TEXT, UNFINISHED, Reader, Writer
 from persist_cache.store import catalog, opening
 from persist_cache.store.budget import Limits
 from persist_cache.store.catalog import Catalog, StoreStats
@@ -265,7 +265,7 @@ class Store:
     def remembered(self, name: str) -> bytes | None:
         """What `remember` was given last under this name, by any process; None for nothing."""
         with self.read() as txn:
-            return txn.meta(name) or None
+            return txn.meta(TEXT + name) or None
 
     def remember(self, name: str, value: bytes | None) -> None:
         """Keep a small text of whatever builds on the store; None forgets it.
@@ -276,7 +276,7 @@ class Store:
         """
         if self.read_only:
             raise StoreReadOnlyError("The store is open read-only; nothing was changed.")
-        self._disk.index.update(lambda txn: txn.set_meta(name, value or b""))
+        self._disk.index.update(lambda txn: txn.set_meta(TEXT + name, value or b""))
 
     def tally(self, name: str, amount: int) -> int:
         """Add to a number that `stats` does not show, at once, and return its new value.

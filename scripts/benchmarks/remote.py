@@ -23,9 +23,11 @@ SECRET = "the secret of the benchmark's machines"
 
 
 def run(context: Context) -> Report:
+    from persist_cache_cli.demo.openblas import preload_env
+
     cases = [
         (kv.SMALL, 2_000),
-        *context.pick([], [(kv.LARGE, 2_000), (kv.LARGE, 8_000)]),
+        *context.pick([], [(kv.LARGE, 4_500)]),
     ]
     found = []
     for shape, num_tokens in cases:
@@ -53,7 +55,7 @@ def run(context: Context) -> Report:
             "scripts.benchmarks.remote",
             "with_a_real_model",
             {"folder": str(scratch), "num_tokens": context.pick(600, 2_000)},
-            {},
+            preload_env(),
         )
     values = {"cases": found, "real": real}
     return Report("remote", "A shared remote", values, _tables(found, real))
