@@ -170,7 +170,8 @@ def test_what_was_brought_is_on_the_disk_and_is_not_asked_for_again(
 
 
 def test_a_private_request_asks_the_remote_nothing(second: CountedServer) -> None:
-    for path, private in itertools.product(PATHS, ({"no_store": True}, {"cache_salt": "mine"})):
+    ways: list[dict[str, Any]] = [{"no_store": True}, {"cache_salt": "mine"}]
+    for path, private in itertools.product(PATHS, ways):
         body = body_of(path, "Seven?", system=SYSTEM, **private)
         answer = second.request("POST", path, json=body)
         assert answer.ok
