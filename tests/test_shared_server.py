@@ -289,6 +289,7 @@ def test_a_remote_is_remembered_and_can_be_ended(
 ) -> None:
     with machine(model, tmp_path, remote, secret) as server:
         assert remote_of(server)["url"].endswith("/remote")
+        assert "/remote, only read: " in server.log.read_text()
 
     with CountedServer(model, tmp_path / "store", tmp_path, min_free_bytes=0) as server:
         assert ask(server, "Fourteen?").headers["x-persist-cache"].startswith("remote")
