@@ -118,7 +118,9 @@ def test_table_names_every_command() -> None:
     assert set(re.findall(r"`(?:persist-cache )?(\w+)`", "".join(table))) == set(COMMANDS)
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/cli.md", "docs/start.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "docs/cli.md", "docs/start.md", "docs/sharing.md"]
+)
 def test_examples_are_accepted(document: str) -> None:
     """Every call of a command in a document parses: its command and options exist."""
     text = (ROOT / document).read_text()

@@ -655,8 +655,9 @@ def test_a_remote_that_fails_says_so(
     assert complaints(chromium) == []
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [380, 768, 1280, 1900])
+@pytest.mark.parametrize(
+    ("width", "scheme"), [(380, "light"), (768, "dark"), (1280, "dark"), (1900, "light")]
+)
 def test_the_remote_has_its_place_in_every_width_and_theme(
     chromium: Any, sharing: PageServer, width: int, scheme: str
 ) -> None:

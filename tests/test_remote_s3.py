@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import subprocess
@@ -34,7 +35,7 @@ pytestmark = pytest.mark.long  # a server of some 100 MB that takes seconds to s
 PROMPT = (
     "You are the assistant of a small library. Answer politely and briefly, name the shelf where "
     "a book stands, and say so when you do not know. Never invent a title. "
-) * 50
+) * 57
 
 
 @pytest.fixture(scope="module")
@@ -316,9 +317,11 @@ def test_answers_go_on_while_the_bucket_is_frozen_killed_and_back(
         finally:
             s3.start()
 
+        numbers = itertools.count(1000)
+
         def is_back() -> bool:
             # It is tried again beside a request, after half a minute.
-            assert ask(server, "One?", "Fifth.").status_code == 200
+            assert ask(server, "One?", f"{next(numbers)}. {PROMPT[:2000]}").status_code == 200
             return bool(state_of(server)["breaker"] == "closed")
 
         until(is_back, timeout_s=120)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,7 @@ def ask(server: ServerProcess, question: str, **more: Any) -> requests.Response:
 def remote(folder: Path, model: Path, secret: str) -> Path:
     """A remote with the system prompt, which a server published when it was used often enough."""
     place = folder / "remote"
+    place.mkdir()
     with machine(model, folder / "first", place, secret, publish_plain=True) as first:
         assert ask(first, "One?").headers["x-persist-cache"].startswith("miss")
         first.request("POST", "/v1/cache/flush")
@@ -112,6 +113,18 @@ def test_a_second_machine_answers_its_first_request_from_the_remote(
     assert used(CHAT, wanted).prompt == usage.prompt
 
 
+def test_the_first_request_of_a_server_without_a_model_is_answered_from_the_remote(
+    remote: Path, model: Path, secret: str, tmp_path: Path
+) -> None:
+    choice = {"url": str(remote), "secret_file": secret}
+    options: dict[str, Any] = {"min_free_bytes": 0, "remote": choice, "unload_after_s": 1.0}
+    with ServerProcess(None, tmp_path / "store", tmp_path, **options) as server:
+        unknown = ask(server, "Four?", model="nobody/has-it")
+        found = ask(server, "Four?", model=str(model))
+        assert unknown.status_code == 404
+        assert found.headers["x-persist-cache"].startswith("remote")
+
+
 def test_all_that_counts_and_tells_agrees_with_the_header(second: CountedServer) -> None:
     tokens = used(CHAT, ask(second, "Five?")).cached
 
@@ -156,28 +169,23 @@ def test_what_was_brought_is_on_the_disk_and_is_not_asked_for_again(
     assert any(one["tier"] == "system" and one["num_tokens"] > 300 for one in entries)
 
 
-@pytest.mark.parametrize(
-    "private",
-    [{"no_store": True}, {"cache_salt": "mine"}],
-    ids=["no-store", "salted"],
-)
-def test_a_private_request_asks_the_remote_nothing(
-    remote: Path, model: Path, secret: str, tmp_path: Path, private: Mapping[str, Any]
-) -> None:
-    with machine(model, tmp_path, remote, secret) as server:
-        for path in PATHS:
-            answer = server.request(
-                "POST", path, json=body_of(path, "Seven?", system=SYSTEM, **private)
-            )
-            assert answer.ok
-            assert "remote" not in answer.headers["x-persist-cache"]
-        assert remote_of(server)["counters"].get("requests", 0) == 0
+def test_a_private_request_asks_the_remote_nothing(second: CountedServer) -> None:
+    ways: list[dict[str, Any]] = [{"no_store": True}, {"cache_salt": "mine"}]
+    for path, private in itertools.product(PATHS, ways):
+        body = body_of(path, "Seven?", system=SYSTEM, **private)
+        answer = second.request("POST", path, json=body)
+        assert answer.ok
+        assert "remote" not in answer.headers["x-persist-cache"]
+
+    assert remote_of(second)["counters"].get("requests", 0) == 0
 
 
+@pytest.mark.long  # two servers more; test_remote.py proves it of the library
 def test_private_prompts_are_not_published_however_often_they_are_used(
     model: Path, secret: str, tmp_path: Path
 ) -> None:
     place = tmp_path / "remote"
+    place.mkdir()
     with machine(model, tmp_path, place, secret, publish_plain=True, publish_after=1) as server:
         for _ in range(3):
             ask(server, "Eight?", cache_salt="mine")
@@ -275,11 +283,13 @@ def test_a_mirror_is_only_read(model: Path, secret: str, tmp_path: Path) -> None
 # ---- settings ------------------------------------------------------------------------------------
 
 
+@pytest.mark.long  # four servers; test_cli_remote.py proves it of the commands
 def test_a_remote_is_remembered_and_can_be_ended(
     remote: Path, model: Path, secret: str, tmp_path: Path
 ) -> None:
     with machine(model, tmp_path, remote, secret) as server:
         assert remote_of(server)["url"].endswith("/remote")
+        assert "/remote, only read: " in server.log.read_text()
 
     with CountedServer(model, tmp_path / "store", tmp_path, min_free_bytes=0) as server:
         assert ask(server, "Fourteen?").headers["x-persist-cache"].startswith("remote")

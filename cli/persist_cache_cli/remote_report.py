@@ -11,6 +11,14 @@ from persist_cache.errors import MissingDependencyError, RemoteError
 from persist_cache.remote import Probe, Remote, RemoteSettings, read_settings
 from persist_cache_cli.output import format_bytes, format_duration, plural, printable
 
+REMOTE_WORDS = {
+    "closed": "in use",
+    "open": "left alone after failures",
+    "half-open": "being tried",
+    "off": "not used",
+}
+"""The states of a server's remote, in words."""
+
 
 class RemoteReport(Struct, frozen=True):
     """What came of it.

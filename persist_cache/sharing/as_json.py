@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from msgspec import UNSET, Struct, UnsetType
 
 from persist_cache.queries.schema import BroughtJson
-from persist_cache.remote import Brought, Probe, Published, RemoteSettings, RemoteStatus
+from persist_cache.remote import Brought, Published, RemoteSettings, RemoteStatus
 
 
 class SettingsJson(Struct, frozen=True, kw_only=True):
@@ -35,27 +35,6 @@ class SettingsJson(Struct, frozen=True, kw_only=True):
     tiers: tuple[str, ...]
     publish_after: int
     budget_bytes_per_day: int | None
-
-
-class ProbeJson(Struct, frozen=True, kw_only=True):
-    """Whether a remote can be used, as it was tried just now.
-
-    Attributes:
-        reachable: It answered.
-        latency_s: Of the first answer.
-        may_read: Objects can be read.
-        may_create: Objects can be created; null where that was not tried.
-        create_is_exclusive: Of several that create one name at once one succeeds; null where that
-            was not tried.
-        message: What is wrong, or "".
-    """
-
-    reachable: bool
-    latency_s: float
-    may_read: bool
-    may_create: bool | None
-    create_is_exclusive: bool | None
-    message: str
 
 
 class RemoteJson(Struct, frozen=True, kw_only=True):
@@ -118,18 +97,6 @@ def settings_json(settings: RemoteSettings) -> SettingsJson:
         tiers=settings.tiers,
         publish_after=settings.publish_after,
         budget_bytes_per_day=settings.budget_bytes_per_day,
-    )
-
-
-def probe_json(probe: Probe) -> ProbeJson:
-    """Whether a remote can be used."""
-    return ProbeJson(
-        reachable=probe.reachable,
-        latency_s=probe.latency_s,
-        may_read=probe.may_read,
-        may_create=probe.may_create,
-        create_is_exclusive=probe.create_is_exclusive,
-        message=probe.message,
     )
 
 

@@ -65,6 +65,8 @@ class Sharing:
         self._shown: OrderedDict[bytes, Shown] = OrderedDict()
         if self._choice != RemoteChoice() and cache.store is not None:
             self._open()
+        else:
+            _ = self.remote
         cache.on_use = self._used
 
     @property
@@ -171,6 +173,7 @@ class Sharing:
             settings = self._choice.settle(store)
             if settings is not None:
                 self._remote = Remote.open(store, settings)
+                log.info("%s", _start_line(self._remote))
             self._is_settled, self._trouble = True, ""
 
     def _note(self, packed: bytes, brought: Brought) -> None:
@@ -186,3 +189,12 @@ class Sharing:
         if remote is not None:
             for one in entries:
                 remote.note_hit(one)
+
+
+def _start_line(remote: Remote) -> str:
+    """What is done with a remote, for the log."""
+    settings = remote.settings
+    if why := remote.why_not_publish:
+        return f"remote: {settings.url}, only read: {why}"
+    tiers = ", ".join(settings.tiers)
+    return f"remote: {settings.url}, published at hit {settings.publish_after}: {tiers}"

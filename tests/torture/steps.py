@@ -325,6 +325,7 @@ def _settings(bed: Bed) -> RemoteSettings:
 
 def _share(bed: Bed) -> None:
     make_secret(bed.folder / "secret")
+    (bed.folder / "remote").mkdir()
     with bed.opened(bed.folder / "sharing") as other:
         entry = put(other, SHARED, tier="system", real=True)
         remote = Remote.open(other, _settings(bed))

@@ -19,7 +19,7 @@ from persist_cache.doctor.template import TemplateReport, judge_template, look_a
 from persist_cache.errors import PersistCacheError, RemoteError, StoreError
 from persist_cache.prefill.loading import load_tokenizer
 from persist_cache.queries.totals import Survey, quarantined
-from persist_cache.sharing.as_json import probe_json, settings_json
+from persist_cache.sharing.as_json import settings_json
 from persist_cache.store.budget import DEFAULT_MAX_BYTES, DEFAULT_MIN_FREE_BYTES
 from persist_cache_cli import left_behind
 from persist_cache_cli.blas import advice
@@ -153,7 +153,7 @@ class _Report:
             if self.remote is None
             else {
                 **msgspec.to_builtins(settings_json(self.remote.settings)),
-                "probe": None if self.remote.probe is None else probe_json(self.remote.probe),
+                "probe": self.remote.probe,
             },
             "break_even": [
                 {

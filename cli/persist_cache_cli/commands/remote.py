@@ -32,7 +32,6 @@ from persist_cache.remote import (
 from persist_cache.sharing.as_json import (
     PublishedJson,
     brought_json,
-    probe_json,
     published_json,
     settings_json,
 )
@@ -232,7 +231,7 @@ def status(store: str | None, /, *, probe: bool, as_json: bool, quiet: bool) -> 
         print_json(
             {
                 **msgspec.to_builtins(settings_json(settings)),
-                "probe": None if found is None else probe_json(found),
+                "probe": found,
                 "counters": counts,
             }
         )

@@ -16,7 +16,11 @@ from persist_cache_cli.service.managers import MANAGERS, Launchd, Manager, own_m
 from persist_cache_cli.service.units import Service, is_ours
 from persist_cache_cli.store_access import NothingFound
 
-_KEPT = (*("PERSIST_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME", "XDG_CONFIG_HOME"),)
+_KEPT = (
+    *("PERSIST_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME", "XDG_CONFIG_HOME"),
+    *("PERSIST_CACHE_REMOTE", "PERSIST_CACHE_REMOTE_SECRET_FILE"),
+    *("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_ALLOW_HTTP"),
+)
 """Variables that say where things are; a service is started without the shell's."""
 _SECRETS = ("--api-key", "--admin-token", "--salt")
 
@@ -108,7 +112,10 @@ def _install(
             "`persist-cache service uninstall` removes it."
         ) from None
     click.echo(f"Installed as {path}, and started; `persist-cache service status` shows it.")
-    for name in ("PERSIST_CACHE_API_KEY", "PERSIST_CACHE_ADMIN_TOKEN", "HF_TOKEN"):
+    for name in (
+        *("PERSIST_CACHE_API_KEY", "PERSIST_CACHE_ADMIN_TOKEN", "HF_TOKEN"),
+        *("PERSIST_CACHE_REMOTE_SECRET", "AWS_SECRET_ACCESS_KEY"),
+    ):
         if os.environ.get(name):
             click.echo(f"Note: {name} is not handed on to the service.", err=True)
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 from persist_cache.server.alone import tokens_looked_back_at
+from persist_cache.server.names import Key
 from persist_cache.server.segments import checkpoints
 from persist_cache.server.ticket import Ticket
+from persist_cache.server.upstream.provider import Provider
 from persist_cache.server.upstream.requests import TicketedRequest
 from persist_cache.server.upstream.unloading import Unloading
 from persist_cache.sharing import Sharing
@@ -33,6 +35,21 @@ class Bringing(Unloading):
         sharing = self._shares(ticket)
         is_asked = sharing is not None and sharing.is_asked
         return is_asked or super()._waits_for_spare(ticket)
+
+    def tokenize_ahead(self, request: TicketedRequest, args: Any) -> None:
+        """As upstream's model is; while a remote is asked, a model that is not loaded is, first.
+
+        Else the first request of a server without one of its own would ask for nothing.
+        """
+        ticket, provider = request.ticket, self.model_provider
+        sharing = self._shares(ticket)
+        if sharing is not None and self._in_flight <= 1 and sharing.is_asked:
+            wanted = args.model
+            key = Key(wanted.model, wanted.adapter, wanted.draft)
+            is_named = wanted.model != "default_model"
+            if is_named and self.weights == "none" and isinstance(provider, Provider):
+                self.load_before(key, ticket.waits)
+        super().tokenize_ahead(request, args)
 
     def bring_ahead(self, request: TicketedRequest, args: Any) -> None:
         """Have in the store what the remote has of a tokenized request, before it is queued.
