@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import signal
 import tempfile
@@ -37,6 +38,11 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.register_profile("ci", derandomize=True, print_blob=True, **untimed)
     hypothesis.settings.register_profile("untimed", **untimed)
     hypothesis.settings.load_profile("untimed")
+
+
+def pytest_collection_finish() -> None:
+    # Libraries and six thousand tests: whoever frees objects would look through all of it again.
+    gc.freeze()
 
 
 def pytest_report_header() -> str:
