@@ -462,6 +462,14 @@ def test_all_of_it_is_put_in_words(verdicts: list[Verdict], says: str) -> None:
     assert verdict(outcomes) == says
 
 
+def test_what_was_not_done_is_said() -> None:
+    passed = [Outcome("a", "ok", "x")]
+
+    assert verdict(passed, left_out=2).endswith("The check passed. 2 other checks were not run.")
+    assert "leave out --quick for all" in verdict(passed, quick=True)
+    assert "quick" not in verdict(passed)
+
+
 LATER = {"caches", "sigterm"}
 """Checks that take long: by `scripts/test --all`, and the second one as on a Mac."""
 
