@@ -9,9 +9,9 @@ import hashlib
 import sys
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import xxhash
+from msgspec import Struct
 
 TOKEN_BYTES = 8
 """Bytes per stored token id: signed 64 bits, because mlx-lm's image ids are 60-bit negatives."""
@@ -80,8 +80,7 @@ def prompt_digest(packed: bytes) -> bytes:
     return hashlib.blake2b(packed, digest_size=16).digest()
 
 
-@dataclass(frozen=True, slots=True)
-class PrefixDigests:
+class PrefixDigests(Struct, frozen=True):
     """The digests of some prefixes of one prompt; 8 bytes for every 256 tokens.
 
     They recognise a prefix of any length, but for its last tokens: fewer than half of it, and

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
+from msgspec import Struct
 
 from persist_cache import Store, Tier
 from persist_cache.entry import NO_GROUP, Match
@@ -30,8 +30,7 @@ Progress = Callable[[int], None]
 """Takes the tokens that are done so far."""
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Job(Struct, frozen=True):
     """One prompt to keep warm.
 
     Attributes:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
+
+from msgspec import Struct, field
 
 from persist_cache.cache.footprint import Footprint
 from persist_cache.cache.lru import TieredLRU
@@ -23,8 +24,7 @@ from persist_cache.entry import Tier
 from persist_cache.tokens import TOKEN_BYTES
 
 
-@dataclass(eq=False, slots=True)
-class Held:
+class Held(Struct, eq=False):
     """One live cache and what is known of it.
 
     Attributes:
@@ -69,8 +69,7 @@ class Held:
         return len(self.packed) // TOKEN_BYTES
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(Struct, frozen=True):
     """A held cache, and the leading tokens of it that serve a prompt."""
 
     held: Held

@@ -8,9 +8,10 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Generic, TypeVar
+
+from msgspec import Struct
 
 from persist_cache.entry import TIER_LABELS
 
@@ -22,8 +23,7 @@ _PREFERRED_S = 3600.0
 """How long after its last use a long entry is kept before short ones that are newer."""
 
 
-@dataclass(slots=True)
-class _Entry:
+class _Entry(Struct):
     nbytes: int
     num_tokens: int
     used_at: float

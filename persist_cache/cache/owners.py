@@ -14,6 +14,8 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
+from msgspec import Struct
+
 from persist_cache.fingerprint.identifier import Identifier
 from persist_cache.fingerprint.loads import Unidentified
 from persist_cache.fingerprint.value import Fingerprint
@@ -65,8 +67,7 @@ class Owner:
         return self.load is not None and other.load is not None and self.load < other.load
 
 
-@dataclass(frozen=True, slots=True)
-class _Asked:
+class _Asked(Struct, frozen=True):
     """A look-up whose prompt is being computed, as far as is known."""
 
     owner: Owner

@@ -8,8 +8,9 @@ branches passed, not with the number of entries or of tokens stored below.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
+
+from msgspec import Struct
 
 from persist_cache.tokens import TOKEN_BYTES, common_prefix_tokens
 
@@ -23,8 +24,7 @@ class Stored(NamedTuple, Generic[V]):
     value: V
 
 
-@dataclass(frozen=True, slots=True)
-class TrieMatch(Generic[V]):
+class TrieMatch(Struct, Generic[V], frozen=True):
     """What a trie knows about one prompt; every field is filled whatever the others say.
 
     Upstream's result, with the values in place of their keys and without its gaps: one-token
@@ -48,8 +48,7 @@ class TrieMatch(Generic[V]):
     common_prefix: int = 0
 
 
-@dataclass(slots=True, eq=False)
-class _Leaf(Generic[V]):
+class _Leaf(Struct, Generic[V], eq=False):
     """A key and its value, compared by identity. The key is the caller's object: no copy."""
 
     key: bytes

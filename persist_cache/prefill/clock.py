@@ -12,7 +12,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from persist_cache.entry import Tier
 from persist_cache.tokens import TOKEN_BYTES, PrefixDigests
@@ -111,8 +112,7 @@ def whole_s(
     return rate.value(known_tokens) + computed_s if rate.covers(known_tokens) else 0.0
 
 
-@dataclass(slots=True)
-class Prefill:
+class Prefill(Struct):
     """A prompt that is being computed, and what that has cost so far.
 
     Attributes:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 DEFAULT_STEP_TOKENS = 2048
 """Tokens per model call while prefilling: `mlx_lm.server`'s default."""
 
 
-@dataclass(frozen=True, slots=True)
-class KVQuantization:
+class KVQuantization(Struct, frozen=True):
     """`mlx_lm.server`'s `--kv-bits`, `--kv-group-size` and `--quantized-kv-start`.
 
     Attributes:

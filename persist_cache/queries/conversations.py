@@ -6,7 +6,8 @@ One pass over a survey; the admin page shows a store of any size with it, a leve
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 from persist_cache.entry import Entry, Tier
 from persist_cache.queries.totals import Survey
@@ -15,8 +16,7 @@ MAX_CHAIN = 100
 """Entries of one branch; what follows in a longer conversation is a branch of its own."""
 
 
-@dataclass(slots=True)
-class Totals:
+class Totals(Struct):
     """An entry together with everything that continues it.
 
     Attributes:
@@ -36,8 +36,7 @@ class Totals:
     pinned: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Branch:
+class Branch(Struct, frozen=True):
     """Entries that continue each other without a fork; a system prompt stands by itself.
 
     Attributes:

@@ -6,10 +6,10 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from persist_cache.cache.prompt_cache import PromptCache
 from persist_cache.entry import Entry

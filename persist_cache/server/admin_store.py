@@ -9,8 +9,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from persist_cache import fs
-from persist_cache.bundle import Bundle, outgoing
-from persist_cache.bundle.as_json import imported, imported_json
 from persist_cache.entry import NO_GROUP
 from persist_cache.errors import CorruptBlobError, StoreFormatError, StoreFullError
 from persist_cache.fingerprint.value import Fingerprint
@@ -61,6 +59,8 @@ class Upkeep:
     def export(self, ids: Sequence[str]) -> Response:
         """A bundle of these entries."""
         try:
+            from persist_cache.bundle import outgoing  # no start waits for it
+
             bundle = outgoing(self._views.store(), ids)
         except KeyError as error:
             raise RefusedError(404, f"Entry {error.args[0]} was evicted just now.") from None
@@ -75,6 +75,9 @@ class Upkeep:
         here = self._loaded() if flag(query, "loaded") else None
         with _received(store, request.upload(store.limits.max_bytes)) as fd:
             try:
+                from persist_cache.bundle import Bundle
+                from persist_cache.bundle.as_json import imported, imported_json
+
                 with Bundle(_NAME, fd=fd) as bundle:
                     models, done = imported(store, bundle, here, group=group, dry_run=dry_run)
                     return json_response(imported_json(bundle, models, done, dry_run=dry_run))

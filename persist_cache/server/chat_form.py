@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from persist_cache.server.templates import Abilities
 from persist_cache.stability import thinking
@@ -12,8 +13,7 @@ from persist_cache.stability.names import INLINE_SYSTEM, THINKING
 from persist_cache.stability.repairs import inline_system_as_user
 
 
-@dataclass(frozen=True, slots=True)
-class ChatForm:
+class ChatForm(Struct, frozen=True):
     """A chat as its template takes it.
 
     Attributes:

@@ -15,6 +15,8 @@ import threading
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
+from msgspec import Struct
+
 from persist_cache.server.segments import checkpoints
 from persist_cache.server.ticket import Ticket
 from persist_cache.server.underway import Underway
@@ -89,8 +91,7 @@ class Flight:
         return self._packed[1]
 
 
-@dataclass(frozen=True, slots=True)
-class Lead:
+class Lead(Struct, frozen=True):
     """What a request waits for: that an earlier one keeps the beginning of its prompt.
 
     Attributes:

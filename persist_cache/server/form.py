@@ -6,7 +6,6 @@ the form travels with the ticket, and is asked wherever the prompt is made.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -14,6 +13,8 @@ import threading
 import weakref
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
+
+import msgspec
 
 from persist_cache.entry import Tier
 from persist_cache.server.chat_form import keeping_thinking
@@ -131,9 +132,9 @@ class Given:
     def moved(self, done: Stabilized) -> None:
         """Note how the conversation was repaired before it is rendered."""
         said = [{**one, "content": as_text(one.get("content"))} for one in done.messages]
-        given, done = self._request, dataclasses.replace(done, messages=said)
+        given, done = self._request, msgspec.structs.replace(done, messages=said)
         marks = moved_marks(given.marks, given.messages, done)
-        self._request = dataclasses.replace(given, messages=said, marks=marks)
+        self._request = msgspec.structs.replace(given, messages=said, marks=marks)
 
     def take(
         self,
@@ -286,7 +287,7 @@ class Form(Given):
         given = self._request
         done = stabilize(given.messages, given.tools, chosen, moves, keep=keep)
         self._chosen = chosen
-        self._request = dataclasses.replace(
+        self._request = msgspec.structs.replace(
             given,
             messages=done.messages,
             tools=None if done.tools is None else list(done.tools),

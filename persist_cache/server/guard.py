@@ -10,9 +10,10 @@ from __future__ import annotations
 import hmac
 import ipaddress
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from email.message import Message
 from urllib.parse import urlsplit
+
+from msgspec import Struct
 
 from persist_cache.server.validation import RefusedError
 
@@ -36,8 +37,7 @@ _WITHOUT_TOKEN = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(Struct, frozen=True):
     """A request as it arrived.
 
     Attributes:

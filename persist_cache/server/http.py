@@ -15,12 +15,13 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from datetime import UTC, datetime
 from email.message import Message
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import unquote
+
+from msgspec.structs import replace
 
 from persist_cache.errors import PersistCacheError
 from persist_cache.prefill import loadable

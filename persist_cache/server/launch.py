@@ -6,8 +6,9 @@ import argparse
 import functools
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
+
+from msgspec import Struct, field
 
 from persist_cache.errors import StoreError
 from persist_cache.server.guard import LOOPBACK_ORIGINS
@@ -21,8 +22,7 @@ from persist_cache.store.store import Store, default_store_path
 DEFAULT_GRACE_S = 20.0
 
 
-@dataclass(frozen=True, slots=True)
-class ServeOptions:
+class ServeOptions(Struct, frozen=True):
     """What `persist-cache serve` adds to the flags of `mlx_lm.server`.
 
     Attributes:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from persist_cache.fingerprint.value import Fingerprint, salt_digest
 from persist_cache.server.names import Names, names_of
@@ -16,8 +17,7 @@ from persist_cache.server.validation import RefusedError
 from persist_cache.stability.names import DEFAULTS
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedModel:
+class LoadedModel(Struct, frozen=True):
     """The model of the server at the time of a request."""
 
     generator: Any

@@ -7,9 +7,10 @@ may reach a log.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from email.message import Message
 from typing import Any
+
+from msgspec import Struct
 
 from persist_cache.fingerprint.value import salt_digest
 from persist_cache.server.guard import OUTCOME_HEADER
@@ -25,8 +26,7 @@ PRIVACY_HEADER = OUTCOME_HEADER
 _NO_STORE, _STORE = "no-store", "store"
 
 
-@dataclass(frozen=True, slots=True)
-class Rules:
+class Rules(Struct, frozen=True):
     """What a server keeps of requests that do not say.
 
     Attributes:
@@ -40,8 +40,7 @@ class Rules:
     min_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Privacy:
+class Privacy(Struct, frozen=True):
     """What was decided for one request.
 
     Attributes:

@@ -8,13 +8,14 @@ answers with, so that an explanation cannot speak of another prompt than the one
 from __future__ import annotations
 
 import copy
-import dataclasses
 import itertools
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
+
+import msgspec
+from msgspec import Struct, field
 
 from persist_cache.errors import ModelError
 from persist_cache.fingerprint.value import salt_digest
@@ -44,8 +45,7 @@ _ANY_TURN = {"role": "user", "content": "Hello"}
 """Behind a head that is wanted alone; its text does not matter."""
 
 
-@dataclass(frozen=True, slots=True)
-class PromptRequest:
+class PromptRequest(Struct, frozen=True):
     """What of a request shapes its prompt.
 
     Attributes:
@@ -75,8 +75,7 @@ class PromptRequest:
     no_store: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
+class Prompt(Struct, frozen=True):
     """A rendered prompt.
 
     Attributes:
@@ -115,7 +114,7 @@ def read_request(
     """
     salt, no_store = salt_digest(salt_of(body)), no_store_of(body, respects_store=False)
     found = _read_prompt(body, protocol, stabilize)
-    return dataclasses.replace(found, salt=salt, no_store=bool(no_store))
+    return msgspec.structs.replace(found, salt=salt, no_store=bool(no_store))
 
 
 def _read_prompt(

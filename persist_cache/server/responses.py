@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 from typing import Any
+
+import msgspec
 
 from persist_cache.server.protocols.recognized import RESPONSES
 from persist_cache.server.protocols.responses_answer import ResponseAnswer
@@ -49,7 +50,7 @@ class Responses(Translated):
             return
         cli = self.response_generator.cli_args
         defaults = {"temperature": cli.temp, "top_p": cli.top_p}
-        manner = dataclasses.replace(manner, fields={**defaults, **manner.fields})
+        manner = msgspec.structs.replace(manner, fields={**defaults, **manner.fields})
         diagnose = None if named is None else functools.partial(of_openai, response_id=named)
         self.answer_asked(asked, ResponseAnswer(asked.model, manner), diagnose)
 

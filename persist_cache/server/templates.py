@@ -11,8 +11,9 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from persist_cache.server.protocols.asked import THINKING_FIELD
 from persist_cache.server.protocols.openai import one_head
@@ -32,8 +33,7 @@ _SHORT_ID = 9
 _BETWEEN = "\n\n"
 
 
-@dataclass(frozen=True, slots=True)
-class Abilities:
+class Abilities(Struct, frozen=True):
     """What a template takes.
 
     Attributes:
@@ -62,8 +62,7 @@ class Abilities:
     keeps_thinking: tuple[tuple[str, bool], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Fitted:
+class Fitted(Struct, frozen=True):
     """A conversation as its template takes it.
 
     Attributes:

@@ -12,8 +12,9 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, SupportsIndex, overload
+
+from msgspec import Struct, field
 
 from persist_cache.cache.ahead import Ahead
 from persist_cache.cache.origin import Origin
@@ -30,8 +31,7 @@ Part = Literal["", "prompt", "system"]
 _SHARED = Privacy()
 
 
-@dataclass(frozen=True, slots=True)
-class CutPrompt:
+class CutPrompt(Struct, frozen=True):
     """A request as the model will see it.
 
     Attributes:
@@ -53,8 +53,7 @@ class CutPrompt:
     vision: Any = None
 
 
-@dataclass(slots=True)
-class Times:
+class Times(Struct):
     """When what happened to a request, by `time.monotonic`; None for what has not yet.
 
     Attributes:

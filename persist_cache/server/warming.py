@@ -13,9 +13,10 @@ import logging
 import socket
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
+
+from msgspec import Struct, field
 
 from persist_cache.errors import PersistCacheError
 from persist_cache.server.guard import API_PATH, STABILIZE_HEADER
@@ -23,8 +24,7 @@ from persist_cache.server.guard import API_PATH, STABILIZE_HEADER
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class WarmPrompt:
+class WarmPrompt(Struct, frozen=True):
     """A prompt to be computed at the start.
 
     Attributes:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from persist_cache.stability import reminders, tool_order
 from persist_cache.stability.moved import Moves
@@ -29,8 +30,7 @@ _MOVING = frozenset({DATE, ENV})
 _IN_TEXTS = frozenset({BILLING, COUNTDOWN, CLEARED})
 
 
-@dataclass(frozen=True, slots=True)
-class Stabilized:
+class Stabilized(Struct, frozen=True):
     """A conversation after its repairs.
 
     Attributes:

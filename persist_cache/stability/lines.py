@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 _FENCE = re.compile(r"\s*(`{3,}|~{3,})(.*)")
 _EXAMPLE = re.compile(
@@ -14,8 +15,7 @@ _EXAMPLE = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
+class Line(Struct, frozen=True):
     """One line of a text.
 
     Attributes:
@@ -75,8 +75,7 @@ def _opened(line: str, tags: Sequence[re.Match[str]]) -> int:
     return opened
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(Struct, frozen=True):
     """A part of a text.
 
     Attributes:

@@ -12,15 +12,15 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 _MOST_ALIKE = 4
 """Conversations with the same messages that are told apart by what was moved out of them."""
 
 
-@dataclass(frozen=True, slots=True)
-class Told:
+class Told(Struct, frozen=True):
     """What was moved within a conversation.
 
     Attributes:

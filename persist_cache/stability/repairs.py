@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from persist_cache.stability.lines import lines_of
 from persist_cache.stability.names import BILLING, COUNTDOWN, DEFAULTS, INLINE_SYSTEM
@@ -24,8 +25,7 @@ _COUNTDOWN_END = " tokens left</total_tokens>"
 _COUNTDOWN = re.compile(r"<total_tokens>[0-9]+ tokens left</total_tokens>\Z")
 
 
-@dataclass(frozen=True, slots=True)
-class Repaired:
+class Repaired(Struct, frozen=True):
     """A text after its repairs.
 
     Attributes:

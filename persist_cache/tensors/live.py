@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
+
+from msgspec import Struct
 
 from persist_cache.blobs.layout import MAX_LAG
 from persist_cache.errors import UnsupportedCacheError
@@ -17,8 +18,7 @@ from persist_cache.tensors.sharing import Known, gather
 from persist_cache.tensors.witness import address_of
 
 
-@dataclass(frozen=True, slots=True)
-class LayerStatus:
+class LayerStatus(Struct, frozen=True):
     """How one layer can be saved.
 
     Attributes:

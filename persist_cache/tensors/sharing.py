@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from persist_cache.tensors._mlx import mlx_cache, mx
 from persist_cache.tensors.layers import leaves
@@ -39,8 +40,7 @@ class BatchRows(mlx_cache.KVCache):  # type: ignore[misc]
     """
 
 
-@dataclass(slots=True)
-class _Layer:
+class _Layer(Struct):
     """A layer to be gathered, and what is known of its first rows."""
 
     rows: BatchRows

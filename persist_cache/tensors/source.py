@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+from msgspec import Struct
 
 from persist_cache.blobs.layout import encode_layout
 from persist_cache.codec import Payload, Tensor
@@ -21,8 +21,7 @@ from persist_cache.tensors.layers import (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
+class _Part(Struct, frozen=True):
     """The bytes of one buffer `(B, H, num_rows, D)`, of which the first `used` rows count."""
 
     data: memoryview
@@ -30,8 +29,7 @@ class _Part:
     used: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Held:
+class _Held(Struct, frozen=True):
     """One array's bytes; they stay as they are whatever the live cache does.
 
     Attributes:
@@ -96,8 +94,7 @@ def _bytes_of(array: Any) -> memoryview:
     return view.cast("B") if view.nbytes else memoryview(b"")
 
 
-@dataclass(frozen=True, slots=True)
-class _RowLayer:
+class _RowLayer(Struct, frozen=True):
     """A layer of which any run of tokens can be cut out."""
 
     prefix: str
@@ -108,8 +105,7 @@ class _RowLayer:
         return max(start - self.lag, 0), max(end - self.lag, 0)
 
 
-@dataclass(frozen=True, slots=True)
-class _StateLayer:
+class _StateLayer(Struct, frozen=True):
     """A layer that can be saved as it is now, or not at all."""
 
     place: str

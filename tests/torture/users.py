@@ -210,7 +210,7 @@ class User:
         self._dice = random.Random(seed * 1000 + number)
         self._name = "sliding" if number % 5 == 4 else "plain"
         self._model = models[self._name]
-        self._think_s = (5.0, 20.0) if self._name == "plain" else (15.0, 40.0)
+        self._think_s = (10.0, 30.0) if self._name == "plain" else (20.0, 50.0)
         self._port = port
         self._number = number
 
@@ -230,7 +230,7 @@ class User:
         self, messages: list[Message], gate: Gate, report: Report, done: threading.Event
     ) -> str | None:
         """Ask until there is an answer; some tries are given up on the way."""
-        max_tokens = self._dice.randrange(8, 48)
+        max_tokens = self._dice.randrange(48, 160)
         while not done.is_set():
             leave_s = self._dice.uniform(0.0, 1.0) if self._dice.random() < 0.15 else None
             while not gate.enter():

@@ -6,15 +6,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 EVERY_S = 60.0
 DAY_S = 86_400.0
 _SAMPLES = 24 * 60 + 1
 
 
-@dataclass(frozen=True, slots=True)
-class DiskSample:
+class DiskSample(Struct, frozen=True):
     """What a store took at one time.
 
     Attributes:

@@ -10,7 +10,8 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 _MINUTE_S = 60
 _DAY_MINUTES = 24 * 60
@@ -18,8 +19,7 @@ HOUR_S = 3600.0
 DAY_S = 86_400.0
 
 
-@dataclass(slots=True)
-class Sums:
+class Sums(Struct):
     """What requests of some time came to.
 
     Attributes:

@@ -7,8 +7,9 @@ the model is refused, or named among what is ignored.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
+
+from msgspec import Struct, field
 
 from persist_cache.server.protocols.asked import (
     BETWEEN_BLOCKS,
@@ -39,8 +40,7 @@ _TEXTUAL = ("text", "document", "search_result", "tool_reference")
 """Types of blocks in tool results that may be nothing but text."""
 
 
-@dataclass(slots=True)
-class Conversation:
+class Conversation(Struct):
     """Messages of a chat, while they are translated.
 
     Attributes:

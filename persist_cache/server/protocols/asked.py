@@ -6,8 +6,9 @@ A reader of bodies makes it; from then on nothing depends on how the client said
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
+
+from msgspec import Struct, field
 
 BETWEEN_BLOCKS = "\n\n"
 """What separates texts that a protocol keeps in blocks of their own."""
@@ -17,8 +18,7 @@ SERVER_TOOLS = "server-tools"
 """Names, among what is ignored, what tools did that this server does not have."""
 
 
-@dataclass(frozen=True, slots=True)
-class Mark:
+class Mark(Struct, frozen=True):
     """A place up to which the client asks for its prompt to be kept.
 
     Attributes:
@@ -32,8 +32,7 @@ class Mark:
     ttl_s: int
 
 
-@dataclass(frozen=True, slots=True)
-class Caching:
+class Caching(Struct, frozen=True):
     """What is asked of the cache.
 
     Attributes:
@@ -51,8 +50,7 @@ class Caching:
     salt: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
+class Asked(Struct, frozen=True):
     """A request that was understood.
 
     Attributes:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, Protocol
+
+from msgspec import Struct
 
 log = logging.getLogger(__name__)
 
@@ -31,22 +32,19 @@ class Machine(Protocol):
     def flush(self, state: Any) -> tuple[Any, str, str | None]: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Text:
+class Text(Struct, frozen=True):
     """Some text for the user."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Reasoning:
+class Reasoning(Struct, frozen=True):
     """Some of what the model thought."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(Struct, frozen=True):
     """A whole tool call.
 
     Attributes:
@@ -60,8 +58,7 @@ class Call:
     id: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class BrokenCall:
+class BrokenCall(Struct, frozen=True):
     """A tool call that cannot be parsed, with its marks, as the model wrote it."""
 
     text: str
@@ -70,8 +67,7 @@ class BrokenCall:
 Part = Text | Reasoning | Call | BrokenCall
 
 
-@dataclass(frozen=True, slots=True)
-class Finish:
+class Finish(Struct, frozen=True):
     """Why an output ended.
 
     Attributes:

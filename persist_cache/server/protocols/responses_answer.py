@@ -11,8 +11,9 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
+
+from msgspec import Struct, field
 
 from persist_cache.server.protocols.answering import Answer, Event, Kind, Usage
 from persist_cache.server.protocols.output import Call, Finish
@@ -25,8 +26,7 @@ SIGN_S = 15.0
 """How long there may be no event: clients count those, and take no comment for a sign of life."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
+class _Piece(Struct, frozen=True):
     """A part of an item that is text, and the events that say it.
 
     Attributes:

@@ -10,8 +10,9 @@ import base64
 import binascii
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
+
+from msgspec import Struct, field
 
 from persist_cache.server.protocols.asked import SERVER_TOOLS, THINKING_FIELD, Mark, joined
 from persist_cache.server.protocols.caching import breakpoint_of
@@ -47,8 +48,7 @@ _CALL_ENDS = ("_call", "_call_output")
 """End the types of calls, and outputs, of tools that this server does not have."""
 
 
-@dataclass(slots=True)
-class Transcript:
+class Transcript(Struct):
     """Messages of a chat, while they are translated.
 
     Attributes:

@@ -8,8 +8,9 @@ refused where an answer without it would be an answer to something else.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from persist_cache.server.lengths import NO_LIMIT
 from persist_cache.server.names import DEFAULT
@@ -58,8 +59,7 @@ _NO_STATE = "this server keeps no responses; send the whole conversation as inpu
 _LABELS = ("user", "safety_identifier", GROUP, RETENTION)
 
 
-@dataclass(frozen=True, slots=True)
-class Manner:
+class Manner(Struct, frozen=True):
     """How a client wants its answer to be said.
 
     Attributes:

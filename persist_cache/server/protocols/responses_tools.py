@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
+
+from msgspec import Struct, field
 
 from persist_cache.server.protocols.asked import joined
 from persist_cache.server.protocols.fields import kind, object_of, text_of
@@ -21,8 +22,7 @@ _INPUT = "input"
 _BETWEEN_NAMES = "__"
 
 
-@dataclass(frozen=True, slots=True)
-class Named:
+class Named(Struct, frozen=True):
     """What a client calls a tool.
 
     Attributes:
@@ -44,8 +44,7 @@ class Named:
         return f"{self.namespace}{between}{self.name}"
 
 
-@dataclass(slots=True)
-class Toolbox:
+class Toolbox(Struct):
     """The tools of a request.
 
     Attributes:

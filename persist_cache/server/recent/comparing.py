@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from persist_cache.server.recent.chunks import (
     CHUNK_TOKENS,
@@ -35,8 +37,7 @@ Decode = Callable[[Hashable, Sequence[int]], str]
 Seconds = Callable[[Hashable, int], float]
 
 
-@dataclass(frozen=True, slots=True)
-class Seen:
+class Seen(Struct, frozen=True):
     """A request as others are compared with it.
 
     Attributes:

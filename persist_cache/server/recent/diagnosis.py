@@ -7,8 +7,9 @@ else the cache had: so a difference that cost nothing is no miss.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
+
+from msgspec.structs import replace
 
 from persist_cache.server.recent.ring import Ring
 from persist_cache.server.ticket import Ticket

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
 from typing import Literal
+
+from msgspec import Struct, field
 
 from persist_cache.cache.stats import Fetch
 from persist_cache.server.recent.chunks import Chunked
@@ -16,8 +17,7 @@ State = Literal["done", "failed", "left"]
 _CLIENT = 120
 
 
-@dataclass(frozen=True, slots=True)
-class About:
+class About(Struct, frozen=True):
     """What a request says of itself, beside its body.
 
     Attributes:
@@ -41,8 +41,7 @@ class About:
         return cls(id, response_id, path, client)
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(Struct, frozen=True):
     """What came of a request.
 
     Attributes:
@@ -107,8 +106,7 @@ class Outcome:
         return self.state, asked, self.reused_tokens, self.saved_s
 
 
-@dataclass(frozen=True, slots=True)
-class Parted:
+class Parted(Struct, frozen=True):
     """From which earlier request one parts, and why.
 
     Attributes:
@@ -126,8 +124,7 @@ class Parted:
     lost_s: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(Struct, frozen=True):
     """A request that is over.
 
     Attributes:

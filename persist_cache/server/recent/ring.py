@@ -12,8 +12,10 @@ import secrets
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
 from itertools import islice
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from persist_cache.server.history.requests import RequestHistory
 from persist_cache.server.recent.chunks import (
@@ -43,8 +45,7 @@ _RECORD_BYTES = 4 << 10
 """What a request takes beside its pieces: its values and the texts of its cause."""
 
 
-@dataclass(slots=True)
-class _Underway:
+class _Underway(Struct):
     """A request that is answered, or waits to be recorded."""
 
     ticket: Ticket

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 from mlx_lm import server as upstream
 
 from persist_cache.cache.ahead import Ahead
@@ -178,7 +179,7 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
         mine.messages = copy.deepcopy(request.messages)
         with self._spare_for(request.ticket):
             prompt = self._cut(spare.tokenizer, mine, args)
-        prompt = dataclasses.replace(prompt, tokenizer=spare.of)
+        prompt = msgspec.structs.replace(prompt, tokenizer=spare.of)
         request.ticket.tokenized(prompt)
         return prompt
 
@@ -288,7 +289,7 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
             ticket.origin.memory_only = len(prompt.tokens) < self.rules.min_tokens
         if prompt.vision is not None:
             prompt.vision.cache_key = TicketTokens(prompt.vision.cache_key, ticket)
-        ticket.tokenized(dataclasses.replace(prompt, segments=segments, kinds=kinds))
+        ticket.tokenized(msgspec.structs.replace(prompt, segments=segments, kinds=kinds))
         # Upstream takes pieces away from its lists.
         tokens = TicketTokens(prompt.tokens, ticket)
         return tokens, list(segments), list(kinds), prompt.initial_state, prompt.vision

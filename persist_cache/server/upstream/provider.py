@@ -9,12 +9,13 @@ import os
 import signal
 import time
 from collections.abc import Hashable
-from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from mlx.utils import tree_flatten
 from mlx_lm import server as upstream
 from mlx_lm.models.cache import make_prompt_cache
+from msgspec import Struct
+from msgspec.structs import replace
 
 from persist_cache import tensors
 from persist_cache.errors import MissingDependencyError, ModelError, UnsupportedCacheError
@@ -39,8 +40,7 @@ class Spare(NamedTuple):
     tokenizer: Any
 
 
-@dataclass(frozen=True, slots=True)
-class Asleep:
+class Asleep(Struct, frozen=True):
     """A model that was let go because nobody asked, and is loaded again when somebody does.
 
     Another object takes its place when an attempt to load it has failed.

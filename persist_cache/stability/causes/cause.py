@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from persist_cache.stability.causes.differences import Difference, differences_of
 from persist_cache.stability.causes.kinds import Kind
@@ -23,8 +24,7 @@ _SURE = 4
 _MOVED = (Kind.DATE, Kind.ENV)
 
 
-@dataclass(frozen=True, slots=True)
-class Parting:
+class Parting(Struct, frozen=True):
     """Where the tokens of two prompts part.
 
     Attributes:
@@ -49,8 +49,7 @@ class Parting:
         return max(0, min(self.old_tokens, self.new_tokens - 1) - self.position)
 
 
-@dataclass(frozen=True, slots=True)
-class Cause:
+class Cause(Struct, frozen=True):
     """Why a prompt parts from an earlier one, where, and what would mend it.
 
     Attributes:

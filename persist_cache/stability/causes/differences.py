@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from difflib import SequenceMatcher
+
+from msgspec import Struct
 
 from persist_cache.stability.causes.kinds import Kind
 from persist_cache.stability.causes.reading import Block, Message, Reading, Tool
@@ -19,8 +20,7 @@ _REACH = 2_000
 """Characters of a message in which a summary says that it is one."""
 
 
-@dataclass(frozen=True, slots=True)
-class Difference:
+class Difference(Struct, frozen=True):
     """One way in which two requests differ.
 
     Attributes:

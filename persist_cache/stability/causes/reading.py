@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
+
+from msgspec import Struct, field
 
 from persist_cache.stability import names, repairs
 
@@ -21,8 +22,7 @@ _UNPRINTED = ("reasoning.summary", "output_config.format")
 _OUTPUTS = ("function_call_output", "custom_tool_call_output")
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
+class Block(Struct, frozen=True):
     """A piece of text of a request.
 
     Attributes:
@@ -36,8 +36,7 @@ class Block:
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(Struct, frozen=True):
     """A turn.
 
     Attributes:
@@ -56,8 +55,7 @@ class Message:
         return "\n".join(one.text for one in self.blocks)
 
 
-@dataclass(frozen=True, slots=True)
-class Tool:
+class Tool(Struct, frozen=True):
     """A definition.
 
     Attributes:
@@ -73,8 +71,7 @@ class Tool:
     canonical: str
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
+class Reading(Struct, frozen=True):
     """A request.
 
     Attributes:
