@@ -126,10 +126,8 @@ def measure(
         for server in servers:
             place = folder / f"{server}-{run}"
             place.mkdir(parents=True)
-            begin = f"{server}, run {run + 1} of {runs}"
-            samples += _run(
-                server, model, place, run, here, there, lambda way, of=begin: tell(f"{of}: {way}")
-            )
+            begin = f"{server}, run {run + 1} of {runs}: "
+            samples += _run(server, model, place, run, here, there, begin, tell)
     lengths = sorted({one.output_tokens for one in samples})
     if lengths != [output_tokens]:
         raise BenchError(
@@ -151,6 +149,7 @@ def _run(
     run: int,
     here: list[Any],
     there: Any,
+    begin: str,
     tell: Callable[[str], None],
 ) -> list[Sample]:
     """One session: its title, its turns with a sub-agent between, a kill before the last one."""
@@ -160,7 +159,7 @@ def _run(
     def ask(process: Process, body: Any, way: str) -> None:
         if way not in told and way != _SIDE:
             told.add(way)
-            tell(way)
+            tell(f"{begin}{way}")
         said = process.ask(body)
         values = (said.prompt_tokens, said.cached_tokens, said.output_tokens)
         found.append(Sample(server, run, way, said.first_s, said.total_s, *values))
