@@ -7,11 +7,11 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
+from msgspec.structs import replace
 
 from persist_cache.entry import TIER_LABELS
 from persist_cache.server.launch import DEFAULT_GRACE_S, ServeOptions
