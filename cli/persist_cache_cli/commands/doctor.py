@@ -30,6 +30,7 @@ from persist_cache_cli.output import (
     plural,
     print_json,
     printable,
+    terminal_width,
 )
 from persist_cache_cli.prompts import ModelChoice, choose_model, model_options
 from persist_cache_cli.store_access import common_options, reading, store_path
@@ -201,6 +202,7 @@ class _Report:
                 *self._model_pairs(),
                 *self._break_even_pairs(),
             ],
+            width=terminal_width(),
             paint=paint,
         )
 
