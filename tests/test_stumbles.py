@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -14,6 +17,7 @@ from persist_cache.doctor.facts import ModelCache
 from persist_cache.server.recent.records import Outcome
 from persist_cache.server.told import line_of
 from persist_cache_cli import blas
+from persist_cache_cli.commands import demo
 from persist_cache_cli.demo import openblas
 from persist_cache_cli.prompts import read_text
 from tests.cli import Run, prepared_script, runner
@@ -200,3 +204,55 @@ def test_server_logs_one_line_a_request_without_its_words(model: Path, tmp_path:
     assert lines()[0].startswith("/v1/chat/completions: miss, ")
     assert "/v1/chat/completions: memory hit" in lines()[1]
     assert "xylophone" not in server.log.read_text()
+
+
+# ---- the demo ------------------------------------------------------------------------------------
+
+
+def test_demo_says_where_its_model_is_and_that_its_store_is_gone(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / f"my {'models' * 20}"
+    model.mkdir()
+    monkeypatch.setattr(demo, "smollm2", lambda dtype, progress: model)
+    monkeypatch.setattr(demo, "_run", lambda console, path, store, *more: not store.mkdir())
+
+    done = run("demo")
+
+    assert done.status == 0, done.err
+    assert "the store: " in done.out
+    assert "It was temporary, and is gone." in done.out
+    assert f"\n  persist-cache serve --model '{model}'\n  rm -r '{model}'\n" in done.out
+
+
+def test_demo_says_what_was_kept_and_nothing_of_a_model_that_it_was_given(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "_run", lambda console, path, store, *more: not store.mkdir())
+
+    done = run("demo", "--model", "any", "--keep", tmp_path / "kept")
+
+    assert done.status == 0, done.err
+    assert f"{tmp_path / 'kept'}: " in done.out
+    assert "rm -r" not in done.out
+
+
+def test_demo_does_not_stand_at_the_end_of_a_full_bar_while_it_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said = [
+        {"event": "loaded", "seconds": 1.0},
+        {"event": "prefill", "done": 9, "total": 9},
+        {"event": "answering"},
+        {"event": "answer", "text": "Yes."},
+    ]
+    worker = mock.MagicMock(stdout=[json.dumps(one) for one in said])
+    worker.wait.return_value = 0
+    monkeypatch.setattr(demo, "_worker", lambda *given: contextlib.nullcontext(worker))
+    drawn = mock.MagicMock()
+    monkeypatch.setattr(demo, "bars", lambda console: contextlib.nullcontext(drawn))
+
+    demo._work(mock.Mock(), "One", {"chats": [[{"content": "Well?"}]]}, {})
+
+    titles = [call.kwargs["description"] for call in drawn.update.call_args_list]
+    assert titles == ["One: computing the prompt", "One: answering", "One"]
