@@ -20,6 +20,7 @@ from persist_cache_cli import blas
 from persist_cache_cli.commands import demo
 from persist_cache_cli.demo import openblas
 from persist_cache_cli.prompts import read_text
+from persist_cache_cli.store_access import command_line
 from tests.cli import Run, prepared_script, runner
 from tests.server_process import ServerProcess
 from tests.tiny_models import build_model_dir
@@ -204,6 +205,23 @@ def test_server_logs_one_line_a_request_without_its_words(model: Path, tmp_path:
     assert lines()[0].startswith("/v1/chat/completions: miss, ")
     assert "/v1/chat/completions: memory hit" in lines()[1]
     assert "xylophone" not in server.log.read_text()
+
+
+def test_a_command_to_be_copied_names_only_a_store_that_was_named(tmp_path: Path) -> None:
+    assert command_line(None, "serve") == "persist-cache serve"
+    assert command_line("/my store", "serve") == "persist-cache --store '/my store' serve"
+
+
+def test_settings_fit_on_a_terminal(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from persist_cache_cli.commands import config
+
+    monkeypatch.setattr(config, "terminal_width", lambda: 80)
+
+    heading, *lines = run("--store", f"/{'far ' * 30}", "config", "show").out.splitlines()[1:]
+
+    assert heading.split() == ["setting", "value", "from"]
+    assert max(map(len, lines)) <= 80
+    assert lines[0].endswith("flag --store")
 
 
 # ---- the demo ------------------------------------------------------------------------------------

@@ -93,7 +93,8 @@ def store_path(given: str | None) -> Path:
 
 def command_line(given: str | None, command: str) -> str:
     """How to call `command` for this store, to be printed and copied."""
-    return f"persist-cache --store {shlex.quote(str(store_path(given)))} {command}"
+    where = "" if given is None else f" --store {shlex.quote(given)}"
+    return f"persist-cache{where} {command}"
 
 
 @contextlib.contextmanager
