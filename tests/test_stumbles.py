@@ -10,6 +10,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from rich.progress import Progress
 
 from persist_cache.cache.stats import Fetch
 from persist_cache.doctor import judgement
@@ -267,10 +268,16 @@ def test_demo_does_not_stand_at_the_end_of_a_full_bar_while_it_answers(
     worker = mock.MagicMock(stdout=[json.dumps(one) for one in said])
     worker.wait.return_value = 0
     monkeypatch.setattr(demo, "_worker", lambda *given: contextlib.nullcontext(worker))
-    drawn = mock.MagicMock()
-    monkeypatch.setattr(demo, "bars", lambda console: contextlib.nullcontext(drawn))
+    said_so: list[tuple[str, float | None]] = []
 
-    demo._work(mock.Mock(), "One", {"chats": [[{"content": "Well?"}]]}, {})
+    class Bars(Progress):
+        def refresh(self) -> None:
+            said_so.extend((one.description, one.total) for one in self.tasks)
 
-    titles = [call.kwargs["description"] for call in drawn.update.call_args_list]
-    assert titles == ["One: computing the prompt", "One: answering", "One"]
+    monkeypatch.setattr(demo, "bars", lambda console: Bars(auto_refresh=False))
+    console = mock.Mock()
+
+    demo._work(console, "One", {"chats": [[{"content": "Well?"}]]}, {})
+
+    assert ("One: answering", None) in said_so
+    assert "Yes." in console.print.call_args.args[0]

@@ -168,7 +168,8 @@ def _work(console: Console, title: str, job: dict[str, Any], env: dict[str, str]
                     total=message["total"],
                 )
             elif event == "answering":
-                drawn.update(task, description=f"{title}: answering", total=None)
+                drawn.remove_task(task)  # a full bar cannot be made one without an end
+                task = drawn.add_task(f"{title}: answering", total=None)
             elif event in ("answer", "reference"):
                 answers.append(message)
         drawn.update(task, description=title, completed=1, total=1)
