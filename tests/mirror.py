@@ -34,7 +34,7 @@ class Mirror:
             protocol_version = "HTTP/1.1"
 
             def do_GET(self) -> None:
-                mirror._answer(self)
+                mirror.answer(self)
 
             do_HEAD = do_GET
 
@@ -67,7 +67,8 @@ class Mirror:
         self._server.server_close()
         self._thread.join()
 
-    def _answer(self, request: http.server.BaseHTTPRequestHandler) -> None:
+    def answer(self, request: http.server.BaseHTTPRequestHandler) -> None:
+        """Send what a request asks for, once it may be sent."""
         self.asked.append(request.path)
         if request.path.startswith(self._held):
             self._may_go_on.wait()

@@ -317,6 +317,7 @@ def test_a_look_up_that_fails_is_a_miss(
     brought = bring(remote, LONG)
 
     assert brought.why in (Why.FAILED, Why.REFUSED)
+    assert len(server.requests) == 6  # none is tried again: a request waits
     assert is_untouched(other)
 
 

@@ -12,11 +12,11 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from tests.server_process import free_port
+from tests.waiting import until
 
 WEED = Path(sys.executable).with_name("weed")
 BUCKET = "prompts"
@@ -77,13 +77,14 @@ class Weed:
             stdout=self._log,
             stderr=self._log,
         )
-        give_up = time.monotonic() + START_S
-        while not self._has_bucket():
-            if self._process.poll() is not None or time.monotonic() > give_up:
-                self.kill()
-                text = (self._folder / "weed.log").read_text(errors="replace")
-                raise RuntimeError(f"SeaweedFS did not start:\n{text[-3000:]}")
-            time.sleep(0.1)
+        process = self._process
+        try:
+            until(lambda: process.poll() is not None or self._has_bucket(), timeout_s=START_S)
+            assert process.poll() is None
+        except AssertionError:
+            self.kill()
+            text = (self._folder / "weed.log").read_text(errors="replace")
+            raise RuntimeError(f"SeaweedFS did not start:\n{text[-3000:]}") from None
 
     def _has_bucket(self) -> bool:
         """Whether there is the bucket, which is made if it can be."""
