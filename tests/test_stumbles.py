@@ -279,7 +279,7 @@ def test_demo_does_not_stand_at_the_end_of_a_full_bar_while_it_answers(
     monkeypatch.setattr(demo, "bars", lambda console: Bars(auto_refresh=False))
     console = mock.Mock()
 
-    demo._work(console, "One", {"chats": [[{"content": "Well?"}]]}, {})
+    demo.work(console, "One", {"chats": [[{"content": "Well?"}]]}, {})
 
     assert ("One: answering", None) in said_so
     assert "Yes." in console.print.call_args.args[0]

@@ -108,7 +108,7 @@ def _run(console: Console, model: str, store: Path, max_tokens: int, env: dict[s
             "uninterrupted": uninterrupted,
             "max_tokens": max_tokens,
         }
-        return _work(console, title, job, env)
+        return work(console, title, job, env)
 
     # The first process goes on after its answer and serves as the one that is never restarted;
     # it keeps that part out of the store. What it will be asked depends on its own answer.
@@ -142,7 +142,7 @@ def _run(console: Console, model: str, store: Path, max_tokens: int, env: dict[s
     return good and whole
 
 
-def _work(console: Console, title: str, job: dict[str, Any], env: dict[str, str]) -> list[Answer]:
+def work(console: Console, title: str, job: dict[str, Any], env: dict[str, str]) -> list[Answer]:
     """Run one worker process to its end and draw its progress; returns its answers in order."""
     answers: list[Answer] = []
     with (

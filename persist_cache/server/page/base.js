@@ -20,6 +20,13 @@ function s(tag, attrs, ...children) {
   element.append(...children);
   return element;
 }
+// The parts of a bar, one after the other. Scaled, not sized: what only looks moved moves no layout.
+function lay(elements, shares) {
+  let start = 0;
+  elements.forEach((one, place) => { one.style.transform = `translateX(${(100 * start).toFixed(2)}%) scaleX(${shares[place].toFixed(4)})`; start += shares[place]; });
+  return elements;
+}
+const segments = (parts, total) => lay(parts.map(([name]) => h("i", { class: name })), parts.map(([, n]) => n / total));
 // What somebody else wrote: it may run from right to left, and must not turn what is around it.
 const said = text => h("bdi", {}, String(text).slice(0, 4000));
 // By hand: a bar, or a row, has several of them, and the browser's own take a hundred times as long.

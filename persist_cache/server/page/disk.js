@@ -7,7 +7,7 @@ function renderDisk() {
   if (store) parts.push(["other", Math.max(0, total - sum(parts.map(part => part[1])))]);
   const bar = $("bar");
   if (bar.children.length !== parts.length) bar.replaceChildren(...parts.map(([name]) => h("i", { class: name })));
-  parts.forEach(([, n], place) => { bar.children[place].style.width = `${100 * n / scale}%`; });
+  lay([...bar.children], parts.map(([, n]) => n / scale));
   const used = store ? `${bytes(total)} of ${bytes(store.max_bytes)} (${percent(total / scale)})` : "nothing is stored";
   bar.setAttribute("aria-label", `Budget: ${used}`);
   put($("legend"), h("li", {}, h("b", {}, used)),

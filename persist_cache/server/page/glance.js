@@ -99,12 +99,11 @@ function renderWindows() {
         h("th", { scope: "row" }, names[one.window], h("small", {}, since)),
         cell("requests", whole(one.requests), [one.failed ? `${whole(one.failed)} failed` : "", one.left ? `${whole(one.left)} left` : ""].filter(Boolean).join(", "), { class: "num" }),
         cell("", one.tokens_asked ? `${whole(reused)} of ${whole(one.tokens_asked)}` : "–", parts.map(([source, n]) => `${whole(n)} ${source}`).join(", ")),
-        h("td", {}, one.tokens_asked ? percent(reused / one.tokens_asked) : "", h("div", { class: "bar", "aria-hidden": "true" }, parts.map(([source, n]) => share(source, n / Math.max(1, one.tokens_asked))))),
+        h("td", {}, one.tokens_asked ? percent(reused / one.tokens_asked) : "", h("div", { class: "bar", "aria-hidden": "true" }, segments(parts, Math.max(1, one.tokens_asked)))),
         cell("saved", duration(one.saved_s), one.unmeasured ? `${plural(one.unmeasured, "more hit")} not measured` : "", { class: "num" }));
     }))));
   setText($("windows-note"), "Prefill saved is what computing the reused tokens takes here, less what reading them took. These figures are kept in memory and begin again when the server is started.");
 }
-const share = (name, part) => { const one = h("i", { class: name }); one.style.width = `${(100 * part).toFixed(2)}%`; return one; };
 
 function grid(heads, rows) {
   return h("table", {},

@@ -11,8 +11,7 @@ function startRequests() {
   });
 }
 function requestRow(one) {
-  const bar = h("span", { class: "bar", "aria-hidden": "true" });
-  for (const [name, n] of partsOf(one)) { const part = h("i", { class: name }); part.style.width = `${100 * n / one.num_tokens}%`; bar.append(part); }
+  const bar = h("span", { class: "bar", "aria-hidden": "true" }, segments(partsOf(one), one.num_tokens));
   const found = sum(Object.values(one.reused_tokens));
   return h("div", { class: "row" },
     h("span", {}, clock(one.time)), bar,
@@ -37,8 +36,7 @@ function renderRequests() {
 async function requestDetails(id) {
   const one = await call("GET", `/v1/cache/requests/${id}`);
   const parts = partsOf(one), parted = one.parted;
-  const bar = h("div", { class: "bar", "aria-hidden": "true" });
-  for (const [name, n] of parts) { const part = h("i", { class: name }); part.style.width = `${100 * n / one.num_tokens}%`; bar.append(part); }
+  const bar = h("div", { class: "bar", "aria-hidden": "true" }, segments(parts, one.num_tokens));
   const rows = facts([
     ["sent", `${moment(one.time)} to ${one.path}`], ["client", one.client && said(one.client)], ["model", one.model && said(one.model)],
     ["outcome", { done: "answered", failed: "it failed", left: "its client left before the answer was over" }[one.state]],
