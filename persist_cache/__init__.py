@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from persist_cache.cache.ahead import Ahead
     from persist_cache.cache.origin import Origin
-    from persist_cache.cache.prompt_cache import PromptCache
-    from persist_cache.cache.stats import Fetch, PromptCacheStats, RecentFetch
+    from persist_cache.cache.prompt_cache import KnownPrompt, PromptCache
+    from persist_cache.cache.stats import Fetch, FromRemote, PromptCacheStats, RecentFetch
     from persist_cache.codec import (
         Blob,
         BlobInfo,
@@ -59,8 +59,10 @@ __version__ = "0.1.0"
 _HOME_OF = {
     "Ahead": "cache.ahead",
     "Origin": "cache.origin",
+    "KnownPrompt": "cache.prompt_cache",
     "PromptCache": "cache.prompt_cache",
     "Fetch": "cache.stats",
+    "FromRemote": "cache.stats",
     "PromptCacheStats": "cache.stats",
     "RecentFetch": "cache.stats",
     "Blob": "codec",
@@ -121,8 +123,10 @@ __all__ = [
     "Fetch",
     "FieldChange",
     "Fingerprint",
+    "FromRemote",
     "Identifier",
     "IdentifyOptions",
+    "KnownPrompt",
     "LiveCaches",
     "Match",
     "MissReason",

@@ -45,6 +45,10 @@ PARTIAL_LABEL = "(partial)"
 one is stored whose beginning it is."""
 
 
+SOURCES = ("memory", "disk", "remote")
+"""Where a hit may come from. What a remote had was put on the disk for it, and read from there."""
+
+
 NO_GROUP = ""
 """Stands, among the groups of an entry, for requests that name none."""
 MAX_GROUP = 256

@@ -429,7 +429,7 @@ def free_files(path: Path) -> int | None:
     return volumes.space(path).free_files
 
 
-def disk_bytes(path: Path) -> int:
+def disk_bytes(path: Path | str) -> int:
     """Bytes the file `path` occupies, as `du` counts them; 0 when it does not exist."""
     try:
         return os.lstat(path).st_blocks * 512

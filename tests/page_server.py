@@ -17,6 +17,7 @@ from typing import Any
 from persist_cache.cache.prompt_cache import PromptCache
 from persist_cache.cache.stats import Fetch
 from persist_cache.fingerprint.value import Fingerprint
+from persist_cache.remote import RemoteStatus
 from persist_cache.server.admin import Admin
 from persist_cache.server.answers import json_response
 from persist_cache.server.http import Front
@@ -91,6 +92,7 @@ class PageServer:
             cli_args=SimpleNamespace(model=None, host="127.0.0.1"),
             cache=cache,
             health={"status": "ok", "model": "ok", "disk": "ok"},
+            sharing=None,
         )
         self._generator = generator
         generator.admin = Admin(cache, token=token, generator=generator, texts=texts)
@@ -102,6 +104,10 @@ class PageServer:
 
     def _new_ring(self) -> Ring:
         return Ring(decode=self._decode, seconds=lambda model, tokens: tokens * 1e-3)
+
+    def shares(self, remote: RemoteStatus | None, trouble: str = "") -> None:
+        """Have a remote in this state."""
+        self._generator.sharing = SimpleNamespace(status=lambda: remote, trouble=trouble)
 
     def start_again(self) -> None:
         """Remember no request any more, as a server that is started again at the same place."""

@@ -195,6 +195,7 @@ def main() -> None:
     from persist_cache.server.launch import ServeOptions
     from persist_cache.server.privacy import Rules
     from persist_cache.server.run import serve
+    from persist_cache.sharing import RemoteChoice
 
     job = json.loads(Path(sys.argv[1]).read_text())
     options = job["options"]
@@ -202,6 +203,8 @@ def main() -> None:
         options["persist"] = tuple(options["persist"])
     if "stabilize" in options:
         options["stabilize"] = frozenset(options["stabilize"])
+    if "remote" in options:
+        options["remote"] = RemoteChoice(**options["remote"])
     if "rules" in options:
         options["rules"] = Rules(**options["rules"])
     serve(job["flags"], ServeOptions(**options))

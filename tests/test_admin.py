@@ -429,6 +429,7 @@ def test_stats_and_flush_of_an_empty_server(cache: PromptCache) -> None:
     assert stats["store"]["entries"] == 0
     assert stats["server"]["memory"]["max_bytes"] is None
     assert stats["recent"] == []
+    assert stats["default_store"] is False
     assert flushed == (200, {"flushed": True, "saves": 0, "disk_off": ""})
 
 

@@ -12,6 +12,7 @@ from persist_cache.server.validation import check_chat
 from persist_cache_cli.bench import agents
 from persist_cache_cli.bench.agents import COLD, FOLDER, KILLED, MEMORY, WAYS, Sample, summary
 from persist_cache_cli.bench.sessions import as_chat, session
+from persist_cache_cli.bench.timing import sentence_of
 from tests.cli import runner
 from tests.tiny_models import build_model_dir
 
@@ -68,6 +69,50 @@ def test_ways_that_take_several_requests_count_by_the_median_of_a_run() -> None:
     assert rows[MEMORY].faster[0] == 2.0
     assert rows[FOLDER].faster[0] == 10.0
     assert summary([replace(one, server="t") for one in found])[0].server == "t"
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (
+            b'{"error": {"message": "The prompt\\nis too long.", "type": "x"}}',
+            "The prompt is too long.",
+        ),
+        (b'{"error": "no model"}', "no model"),
+        (b"<html>Bad gateway</html>", "<html>Bad gateway</html>"),
+        (b"[1]", "[1]"),
+        (b"", "without a word"),
+    ],
+)
+def test_a_refusal_is_told_in_the_servers_words(body: bytes, said: str) -> None:
+    assert sentence_of(body) == said
+
+
+def test_a_model_with_too_little_context_is_refused_before_a_server_starts(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = build_model_dir(tmp_path / "model", max_position_embeddings=1024)
+
+    done = runner(tmp_path / "store", capfd)("bench", "agents", "--model", model)
+
+    assert done.status == 1
+    assert f"{model} has a context of 1,024 tokens, and the last turn needs" in done.sentence
+
+
+@pytest.mark.long
+def test_what_is_done_is_told_and_nothing_else(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = build_model_dir(tmp_path / "model", max_position_embeddings=6000)
+    run = runner(tmp_path / "store", capfd)
+
+    done = run("bench", "agents", "--model", model, "--runs", "1", "--max-tokens", "2")
+
+    assert done.status == 0, done.err
+    assert done.err.splitlines() == [
+        f"{model} has a context of 6,000 tokens: the first prompt takes half of it ...",
+        *(f"persist-cache, run 1 of 1: {way} ..." for way in WAYS),
+    ]
 
 
 @pytest.mark.long

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 from persist_cache import PromptCache, Store, fs
+from persist_cache.cache.origin import Origin
+from persist_cache.cache.stats import FromRemote
 from persist_cache.cache.write_behind import WriteBehind
 from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.tokens import pack_tokens, prompt_digest
@@ -635,3 +637,83 @@ def test_advice_covers_a_whole_file_in_pieces_that_linux_heeds(
     assert all(size <= 128 << 10 for _, size in spans)
     assert [start for start, _ in spans] == [sum(n for _, n in spans[:k]) for k in range(3)]
     assert sum(size for _, size in spans) >= 300_000
+
+
+# ---- for a remote ----------------------------------------------------------------------------
+
+
+def test_what_was_brought_for_a_request_counts_as_the_remotes(
+    make: Callable[..., PromptCache], disk: Store
+) -> None:
+    with make() as elsewhere:
+        insert(elsewhere, range(100), "system")
+    cache = make()
+
+    _, rest, brought = cache.look_up(MODEL, list(range(120)), remote=FromRemote(40, 100, 2.0))
+    _, _, known = cache.look_up(MODEL, list(range(120)), remote=FromRemote(40, 0, 2.0))
+
+    assert (brought.source, brought.num_tokens, len(rest)) == ("remote", 100, 20)
+    assert brought.seconds >= 2 > known.seconds
+    assert known.source in ("memory", "disk")
+    assert cache.stats().hits["remote"] == 1
+    assert cache.stats().tokens["remote"] == 100
+    assert cache.flush()
+    assert disk.stats().counters["hits_remote"] == 1
+
+
+def test_what_is_known_of_a_prompt_is_told_with_its_identity(
+    make: Callable[..., PromptCache],
+) -> None:
+    cache = make(leave_tokens=1)
+    insert(cache, range(50), "system")
+
+    known = cache.known_of(MODEL, list(range(60)))
+
+    assert known is not None
+    assert (known.fingerprint, known.num_tokens, known.limit) == (fingerprint(), 50, 59)
+    assert known.packed == pack_tokens(list(range(60)))
+
+
+def test_nothing_could_be_added_to_what_is_known_without_disk_or_identity(
+    make: Callable[..., PromptCache],
+) -> None:
+    assert make(store=None).known_of(MODEL, [1, 2]) is None
+    assert make(identify=lambda model: None).known_of(MODEL, [1, 2]) is None
+
+
+def test_uses_of_entries_are_told_from_memory_and_disk_but_not_private_ones(
+    make: Callable[..., PromptCache], disk: Store
+) -> None:
+    with make() as elsewhere:
+        insert(elsewhere, range(100), "system")
+    (entry,) = disk.entries()
+    cache, told = make(), list[Sequence[str]]()
+    cache.on_use = told.append
+
+    fetch(cache, range(120))
+    insert(cache, range(100), "system")
+    fetch(cache, range(130))
+    assert [list(one) for one in told] == [[entry.id]] * 2
+
+    cache.look_up(MODEL, list(range(140)), origin=Origin(keeps_nothing=True))
+    cache.look_up(MODEL, list(range(140)), counted=False)
+    assert len(told) == 2
+
+
+def test_uses_of_a_salted_prompt_are_told_to_nobody(
+    make: Callable[..., PromptCache], disk: Store
+) -> None:
+    salt = "5a17" * 8
+    with make() as elsewhere:
+        insert(elsewhere, range(100), "system")
+        _, _, _ = elsewhere.look_up(MODEL, list(range(80)), origin=(mine := Origin(salt=salt)))
+        elsewhere.insert_cache(
+            MODEL, range(80), [FakeLayer(range(80), True)], cache_type="system", origin=mine
+        )
+    cache, told = make(), list[Sequence[str]]()
+    cache.on_use = told.append
+
+    _, _, found = cache.look_up(MODEL, list(range(120)), origin=Origin(salt=salt))
+
+    assert found.num_tokens == 80
+    assert told == []

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import re
 import shlex
-import tomllib
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import click
-import msgspec
 import pytest
 
 from persist_cache import Store
 from persist_cache.entry import Tier
 from persist_cache.server.guard import LOOPBACK_ORIGINS
 from persist_cache_cli.main import cli
-from persist_cache_cli.prompts import Manifest, ManifestPrompt
+from persist_cache_cli.prompts import ManifestPrompt, read_manifest
 from tests.cli import Run, fill, prepared_script, runner
 from tests.fakes import put
 
@@ -44,10 +42,18 @@ def command(name: str) -> click.Command:
     return found
 
 
+def parts(name: str) -> list[click.Command]:
+    """A command, and those below it."""
+    found = command(name)
+    below = found.commands.values() if isinstance(found, click.Group) else ()
+    return [found, *below]
+
+
 def options(name: str) -> set[str]:
     return {
         text
-        for parameter in command(name).params
+        for part in parts(name)
+        for parameter in part.params
         if isinstance(parameter, click.Option)
         for text in (*parameter.opts, *parameter.secondary_opts)
         if text.startswith("--")
@@ -91,13 +97,14 @@ def test_every_documented_option_exists(name: str) -> None:
         assert option in siblings, option
 
 
-def test_members_of_a_manifest_are_documented() -> None:
+def test_members_of_a_manifest_are_documented(tmp_path: Path) -> None:
     rows = re.findall(r"^\| (`[^|]+) \|", section("warm"), flags=re.MULTILINE)
     (example,) = re.findall(r"```toml\n(.*?)```", section("warm"), flags=re.DOTALL)
 
     named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
     assert named == set(ManifestPrompt.__struct_fields__)
-    assert len(msgspec.convert(tomllib.loads(example), Manifest).prompt) == 2
+    (tmp_path / "prompts.toml").write_text(example)
+    assert len(read_manifest(tmp_path / "prompts.toml")) == 2
 
 
 def test_global_options_are_documented() -> None:
@@ -111,7 +118,9 @@ def test_table_names_every_command() -> None:
     assert set(re.findall(r"`(?:persist-cache )?(\w+)`", "".join(table))) == set(COMMANDS)
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/cli.md", "docs/start.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "docs/cli.md", "docs/start.md", "docs/sharing.md"]
+)
 def test_examples_are_accepted(document: str) -> None:
     """Every call of a command in a document parses: its command and options exist."""
     text = (ROOT / document).read_text()
@@ -130,10 +139,11 @@ def test_examples_are_accepted(document: str) -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help_with_an_example(name: str) -> None:
-    found = command(name)
+    whole, *below = parts(name)
 
-    assert found.help is not None
-    assert f"persist-cache {name}" in found.help
+    assert f"persist-cache {name}" in (whole.help or "")
+    for one in below:
+        assert f"persist-cache {name} {one.name}" in (one.help or ""), one.name
 
 
 @pytest.fixture

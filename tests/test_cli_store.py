@@ -148,6 +148,16 @@ def test_show_lists_numbers_blobs_and_fields(ids: dict[str, str], run: Run) -> N
         assert text in out
 
 
+def test_digests_that_show_prints_fit_on_a_terminal_and_paths_stay_whole() -> None:
+    from persist_cache_cli.commands import show
+
+    path = "/" + "far/" * 30
+    lines = show._fields({"chat_template": "f" * 64, "path": path}, 80)
+
+    assert len(lines[0]) == 80
+    assert lines[1].endswith(path)
+
+
 def test_show_names_a_checkpoint(root: Path, run: Run) -> None:
     with Store.open(root, min_free_bytes=0) as store:
         source = FakeSource(SYSTEM, complete=False, has_state=True)
@@ -567,7 +577,7 @@ def test_stats_adds_up(root: Path, ids: dict[str, str], run: Run) -> None:
     text = run("stats").out
 
     assert (said["entries"], said["blobs"]) == (5, 5)
-    assert said["hits"] == {"memory": 0, "disk": 2}
+    assert said["hits"] == {"memory": 0, "disk": 2, "remote": 0}
     assert said["miss_reasons"] == {"no stored prompt begins with the first token": 1}
     assert sum(tier["entries"] for tier in said["tiers"]) == 5
     assert sum(tier["bytes"] for tier in said["tiers"]) == said["bytes"]["blobs"]

@@ -170,6 +170,67 @@ def test_a_bad_file_is_one_sentence_with_its_line(
     assert "?." not in done.sentence
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--port", "70000"],
+        ["--port", "-1"],
+        ["--port", "many"],
+        ["--persist", "sytem"],
+        ["--api-key", ""],
+        ["--admin-token", " blank"],
+        ["--alias", "nothing"],
+        ["--quota", "model=much"],
+        ["--ttl", "model=soon"],
+        ["--warm", "WARM"],
+        ["--stabilize", "everything"],
+        ["--prot", "1"],
+        ["--log-level", "LOUD"],
+    ],
+)
+def test_what_serve_refuses_is_refused_by_show_and_install_as_well(
+    flags: list[str], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PERSIST_CACHE_CONFIG", "")
+    (tmp_path / "warm.toml").write_text("[[prompt]]\nsystem = ''\n")
+    flags = [one.replace("WARM", str(tmp_path / "warm.toml")) for one in flags]
+    flags += ["--model", str(tmp_path / "nowhere")]
+
+    done = [run(*command, *flags) for command in (("serve",), ("config", "show"))]
+    if "--api-key" not in flags and "--admin-token" not in flags:  # which have no place there
+        done.append(run("service", "install", "--print", *flags))
+
+    assert {one.status for one in done} == {2}
+    assert len({one.sentence.partition(" See `")[0] for one in done}) == 1, done
+
+
+@pytest.mark.parametrize(("value", "right"), [("true", "false"), ("false", "true")])
+def test_an_option_that_is_switched_off_by_another_name_is_named(
+    value: str, right: str, run: Run, tmp_path: Path
+) -> None:
+    path = tmp_path / "persist-cache.toml"
+    path.write_text(f"[serve]\nno-text = {value}\n")
+
+    done = run("--config", path, "config", "show")
+
+    assert done.status == 2
+    assert f"line 2: no-text: there is no such setting; write text = {right}." in done.sentence
+
+
+def test_advice_names_the_store_unless_commands_use_it_by_themselves(
+    run: Run, file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    by_file = run("ps").sentence
+    monkeypatch.setenv("PERSIST_CACHE_CONFIG", "")
+    monkeypatch.setenv("PERSIST_CACHE_HOME", str(tmp_path / "own"))
+
+    assert f"`persist-cache --store {tmp_path / 'prompts'} serve`" in by_file
+    assert "`persist-cache serve`" in run("ps").sentence
+    assert "`persist-cache serve`" in run("--store", tmp_path / "own", "ps").sentence
+    named = run("--store", tmp_path / "other", "ps").sentence
+    assert f"`persist-cache --store {tmp_path / 'other'} serve`" in named
+
+
 def test_serve_refuses_an_unknown_key_before_anything_is_loaded(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "bad.toml"
     path.write_text("[serve]\nmodl = 'nowhere/at-all'\n")

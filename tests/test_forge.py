@@ -79,6 +79,7 @@ def test_tests_reach_into_private_parts_in_their_forge_only() -> None:
 SLEEPERS = {
     "tests/waiting.py": "polls, with a deadline",
     "tests/server_process.py": "polls, with a deadline, while the process lives",
+    "tests/proxy.py": "is slow, which is what it is for",
     "tests/test_upstream.py": "polls in the place of a look-up",
 }
 

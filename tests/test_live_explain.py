@@ -11,10 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import anthropic
-import openai
 import pytest
 
+from tests import official
 from tests.cli import SCRIPT, Run, runner
 from tests.computed import CountedServer
 from tests.pairs import LONG, PROSE, Body, Pair, all_pairs, chat, edited, messages, responses
@@ -347,7 +346,7 @@ def test_messages_says_why_an_earlier_messages_prompt_was_not_reused(
     _, change, _, reason = CHANGES[name]
     body = own(messages(PROSE, *LONG), f"{name} in Messages")
     first = send(server, body)
-    client = anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0)
+    client = official.anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0)
     asked: Any = {"previous_message_id": first["id"]}
 
     second = client.messages.create(**changed(body, change), diagnostics=asked)
@@ -391,7 +390,7 @@ def test_responses_says_why_an_earlier_responses_prompt_was_not_reused(
 ) -> None:
     name = change.__name__ if callable(change) else json.dumps(list(change))
     body = own(responses(PROSE, *LONG), f"{name} in Responses")
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    client = official.openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
     first = client.responses.create(**body)
     asked: Any = {"comparison_response_id": first.id}
 
@@ -463,7 +462,7 @@ def test_nothing_is_diagnosed_unasked_or_on_the_first_turn(server: CountedServer
 def test_streams_say_it_too(server: CountedServer) -> None:
     body = own(messages(PROSE, *LONG), "streams")
     first = send(server, body)
-    client = anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0)
+    client = official.anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0)
     asked: Any = {"previous_message_id": first["id"]}
     with client.messages.stream(**changed(body, _edited), diagnostics=asked) as stream:
         found = stream.get_final_message()

@@ -8,14 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import anthropic
 import pytest
 import requests
 
 from persist_cache.prefill.loading import load_tokenizer
 from persist_cache.stability.names import REPAIRS
+from tests import official
 from tests.anthropic_bodies import BILLING, COUNTDOWN, EPHEMERAL, agent_body, spoilt
 from tests.computed import CountedServer
+from tests.examples import examples
 from tests.scripted_model import SCRIPTS, THINKS, build_scripted_model
 from tests.tiny_models import build_model_dir
 
@@ -60,8 +61,8 @@ def server(folder: Path, model: Path, sliding: Path) -> Iterator[CountedServer]:
 
 
 @pytest.fixture(scope="module")
-def client(server: CountedServer) -> anthropic.Anthropic:
-    return anthropic.Anthropic(base_url=server.url, api_key="secret", max_retries=0)
+def client(server: CountedServer) -> official.anthropic.Anthropic:
+    return official.anthropic.Anthropic(base_url=server.url, api_key="secret", max_retries=0)
 
 
 def said(text: str, **more: Any) -> dict[str, Any]:
@@ -79,7 +80,7 @@ def post(server: CountedServer, body: Any, path: str = "/v1/messages") -> reques
     return server.request("POST", path, json=body, headers=headers)
 
 
-def blocks(message: anthropic.types.Message) -> list[tuple[str, Any]]:
+def blocks(message: official.anthropic.types.Message) -> list[tuple[str, Any]]:
     """Type and content of each block."""
     return [
         (one.type, one.input if one.type == "tool_use" else getattr(one, one.type))
@@ -114,7 +115,7 @@ def read_and_written(usage: Any) -> tuple[int, int, int]:
     ],
 )
 def test_answer_and_its_stream_are_the_same_message(
-    client: anthropic.Anthropic, name: str, content: list[tuple[str, Any]], reason: str
+    client: official.anthropic.Anthropic, name: str, content: list[tuple[str, Any]], reason: str
 ) -> None:
     body = said(f"play {name}", tools=[CLOCK])
 
@@ -132,7 +133,7 @@ def test_answer_and_its_stream_are_the_same_message(
     assert kinds.count("content_block_start") == kinds.count("content_block_stop") == len(content)
 
 
-def test_tool_calls_are_text_where_there_are_no_tools(client: anthropic.Anthropic) -> None:
+def test_tool_calls_are_text_where_there_are_no_tools(client: official.anthropic.Anthropic) -> None:
     without = client.messages.create(**said("play clock"))
     forbidden = client.messages.create(
         **said("play clock", tools=[CLOCK], tool_choice={"type": "none"})
@@ -144,7 +145,7 @@ def test_tool_calls_are_text_where_there_are_no_tools(client: anthropic.Anthropi
 
 
 def test_answer_ends_with_its_first_call_when_only_one_is_allowed(
-    client: anthropic.Anthropic,
+    client: official.anthropic.Anthropic,
 ) -> None:
     choice: Any = {"type": "auto", "disable_parallel_tool_use": True}
 
@@ -155,7 +156,7 @@ def test_answer_ends_with_its_first_call_when_only_one_is_allowed(
 
 
 def test_what_follows_the_only_call_in_the_same_piece_is_left_out(
-    client: anthropic.Anthropic,
+    client: official.anthropic.Anthropic,
 ) -> None:
     choice: Any = {"type": "auto", "disable_parallel_tool_use": True}
 
@@ -165,7 +166,7 @@ def test_what_follows_the_only_call_in_the_same_piece_is_left_out(
 
 
 def test_mark_of_thinking_in_a_question_makes_no_thought_of_the_answer(
-    client: anthropic.Anthropic,
+    client: official.anthropic.Anthropic,
 ) -> None:
     found = client.messages.create(**said("What does <think> stand for in this? play hello"))
 
@@ -183,7 +184,11 @@ def test_mark_of_thinking_in_a_question_makes_no_thought_of_the_answer(
     ],
 )
 def test_stop_sequence_ends_the_answer_in_front_of_it_and_is_named(
-    client: anthropic.Anthropic, words: list[str], text: str, word: str | None, stream: bool
+    client: official.anthropic.Anthropic,
+    words: list[str],
+    text: str,
+    word: str | None,
+    stream: bool,
 ) -> None:
     body = said("play stop", stop_sequences=words)
 
@@ -200,7 +205,7 @@ def test_stop_sequence_ends_the_answer_in_front_of_it_and_is_named(
     )
 
 
-def test_answer_that_is_cut_off_says_so(client: anthropic.Anthropic) -> None:
+def test_answer_that_is_cut_off_says_so(client: official.anthropic.Anthropic) -> None:
     found = client.messages.create(**{**said("play long"), "max_tokens": 3})
 
     assert blocks(found) == [("text", "100, 101, 102, ")]
@@ -212,7 +217,7 @@ def test_answer_that_is_cut_off_says_so(client: anthropic.Anthropic) -> None:
 
 
 def test_conversation_with_calls_results_and_thoughts_is_rendered_as_the_template_would(
-    client: anthropic.Anthropic, server: CountedServer, model: Path
+    client: official.anthropic.Anthropic, server: CountedServer, model: Path
 ) -> None:
     asked = said(
         "play clock, please",
@@ -272,9 +277,9 @@ def test_key_may_be_in_either_header(server: CountedServer, name: str) -> None:
 
 
 def test_key_that_is_wrong_is_refused_in_the_protocols_form(server: CountedServer) -> None:
-    stranger = anthropic.Anthropic(base_url=server.url, api_key="wrong", max_retries=0)
+    stranger = official.anthropic.Anthropic(base_url=server.url, api_key="wrong", max_retries=0)
 
-    with pytest.raises(anthropic.AuthenticationError) as refusal:
+    with pytest.raises(official.anthropic.AuthenticationError) as refusal:
         stranger.messages.create(**said("play hello"))
 
     assert refusal.value.body["error"]["type"] == "authentication_error"  # type: ignore[index]
@@ -287,7 +292,7 @@ def test_usage_is_what_the_model_computed_now_and_after_a_kill(
     folder: Path, model: Path, tmp_path: Path
 ) -> None:
     def ask(server: CountedServer, **body: Any) -> tuple[int, int, int]:
-        client = anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0)
+        client = official.anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0)
         server.calls()
         found = client.messages.create(**body)
         usage = read_and_written(found.usage)
@@ -320,7 +325,7 @@ def test_usage_is_what_the_model_computed_now_and_after_a_kill(
 
 
 def test_max_tokens_0_fills_the_cache_and_says_nothing(
-    client: anthropic.Anthropic, server: CountedServer
+    client: official.anthropic.Anthropic, server: CountedServer
 ) -> None:
     body = said("play hello", system=f"{SYSTEM} Fill.")
 
@@ -454,15 +459,15 @@ def test_agents_body_is_served_and_counted(server: CountedServer) -> None:
 
 
 def test_prompt_beyond_the_context_is_refused_in_the_words_that_clients_compact_on(
-    client: anthropic.Anthropic, server: CountedServer
+    client: official.anthropic.Anthropic, server: CountedServer
 ) -> None:
-    with pytest.raises(anthropic.BadRequestError) as refusal:
+    with pytest.raises(official.anthropic.BadRequestError) as refusal:
         client.messages.create(**said("one " * 5_000))
 
     assert re.search(rf"prompt is too long: \d+ tokens > {CONTEXT} maximum", refusal.value.message)
 
 
-def test_answer_that_ends_with_the_context_says_so(client: anthropic.Anthropic) -> None:
+def test_answer_that_ends_with_the_context_says_so(client: official.anthropic.Anthropic) -> None:
     counted = client.messages.count_tokens(model="m", messages=said("play long ")["messages"])
     padding = "<|endoftext|>" * (CONTEXT - counted.input_tokens - 3)
 
@@ -492,7 +497,7 @@ def test_what_is_not_there_is_refused_in_the_protocols_form(
 
 
 def test_no_malformed_body_ends_a_thread_or_leaves_a_trace_in_the_log(
-    server: CountedServer, client: anthropic.Anthropic
+    server: CountedServer, client: official.anthropic.Anthropic
 ) -> None:
     secret = "xylophone"
     whole = agent_body(tools=2, tool_words=5, system_words=20, turns=1)
@@ -511,7 +516,7 @@ def test_no_malformed_body_ends_a_thread_or_leaves_a_trace_in_the_log(
         f"{secret} {secret}",
     ]
     statuses = []
-    for number in range(500):
+    for number in range(examples(150, 500)):
         body = spoilt({**whole, "max_tokens": 1, "stream": number % 2 == 0}, drawn, odd)
         path = "/v1/messages/count_tokens" if number % 3 else "/v1/messages"
         answer = post(server, body, path)
@@ -519,7 +524,7 @@ def test_no_malformed_body_ends_a_thread_or_leaves_a_trace_in_the_log(
         if answer.status_code != 200:
             assert answer.json()["type"] == "error"
             assert secret not in answer.text
-    assert statuses.count(400) > 150
+    assert statuses.count(400) > len(statuses) * 0.3
     assert set(statuses) == {200, 400}
     assert client.messages.create(**said("play hello")).stop_reason == "end_turn"
     assert secret not in server.log.read_text()
@@ -528,7 +533,7 @@ def test_no_malformed_body_ends_a_thread_or_leaves_a_trace_in_the_log(
 # ---- models --------------------------------------------------------------------------------------
 
 
-def test_models_are_listed_for_the_official_client(client: anthropic.Anthropic) -> None:
+def test_models_are_listed_for_the_official_client(client: official.anthropic.Anthropic) -> None:
     found = [one.id for one in client.models.list()]
 
     assert {"claude-here", "other"} <= set(found)
@@ -537,7 +542,7 @@ def test_models_are_listed_for_the_official_client(client: anthropic.Anthropic) 
 
 @pytest.mark.parametrize("name", ["claude-small-20990101", "claude-here", "default_model"])
 def test_any_name_of_no_model_means_the_one_of_the_command_line(
-    client: anthropic.Anthropic, name: str
+    client: official.anthropic.Anthropic, name: str
 ) -> None:
     found = client.messages.create(**{**said("play hello"), "model": name})
 
@@ -546,7 +551,7 @@ def test_any_name_of_no_model_means_the_one_of_the_command_line(
 
 
 def test_tokens_are_counted_for_a_model_that_is_not_loaded(
-    client: anthropic.Anthropic, sliding: Path
+    client: official.anthropic.Anthropic, sliding: Path
 ) -> None:
     asked: Any = [{"role": "user", "content": "What time is it?"}]
 
@@ -586,7 +591,7 @@ def test_top_k_may_be_larger_than_the_vocabulary_of_a_model_that_is_not_loaded(
 
 
 def test_stop_sequence_is_named_right_after_another_models_answer(
-    client: anthropic.Anthropic,
+    client: official.anthropic.Anthropic,
 ) -> None:
     client.messages.create(**said("Hello", model="other", max_tokens=2))
 
@@ -631,7 +636,7 @@ def test_stream_that_has_to_wait_begins_and_pings(server: CountedServer) -> None
 def test_mark_in_mid_conversation_is_where_the_next_request_goes_on(
     sliding: Path, tmp_path: Path
 ) -> None:
-    def ask(client: anthropic.Anthropic, text: str, *, marked: bool, name: str) -> Any:
+    def ask(client: official.anthropic.Anthropic, text: str, *, marked: bool, name: str) -> Any:
         mark = {"cache_control": {"type": "ephemeral"}} if marked else {}
         content: Any = [
             {"type": "text", "text": f"{name}: {SYSTEM}", **mark},
@@ -641,7 +646,7 @@ def test_mark_in_mid_conversation_is_where_the_next_request_goes_on(
         return client.messages.create(**body, messages=[{"role": "user", "content": content}]).usage
 
     with CountedServer(sliding, tmp_path / "store", tmp_path, min_free_bytes=0) as server:
-        client = anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0)
+        client = official.anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0)
         tokenizer = load_tokenizer(str(sliding))
         up_to_mark = tokenizer.apply_chat_template(
             [

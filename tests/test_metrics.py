@@ -11,7 +11,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from persist_cache.cache.prompt_cache import PromptCache
 from persist_cache.cache.stats import PromptCacheStats
 from persist_cache.index.transaction import Reader
+from persist_cache.remote import COUNTERS, RemoteStatus
 from persist_cache.server.metrics import CacheCollector, exposition
+from persist_cache.sharing.as_json import remote_json
 from persist_cache.store.reasons import reason_of
 from persist_cache.store.store import Store
 from tests.bulk_store import conversations, fill
@@ -75,6 +77,38 @@ def test_counters_of_the_process_are_reported() -> None:
         ("model_up",): 0,
     }
     assert {key: found[key] for key in expected} == expected
+
+
+def test_the_remote_is_reported_with_all_of_its_counters() -> None:
+    status = RemoteStatus(
+        url="s3://team/prompts",
+        breaker="open",
+        retry_in_s=30.0,
+        last_error="It does not answer.",
+        bytes_per_s=1e6,
+        publishes=True,
+        queued=3,
+        counters={"hits": 2, "saved_ms": 1500, "misses:not_found": 4, "errors:timeout": 5},
+    )
+    text = exposition(
+        CacheCollector(lambda: EMPTY, lambda: True, remote=lambda: remote_json(status, ""))
+    ).decode()
+    families = {one.name: one for one in text_string_to_metric_families(text)}
+
+    def value(name: str, **labels: str) -> float:
+        (found,) = [one for one in families[name].samples if one.labels == labels]
+        return found.value
+
+    assert value("persist_cache_remote_hits") == 2
+    assert value("persist_cache_remote_saved_seconds") == 1.5
+    assert value("persist_cache_remote_misses", reason="not_found") == 4
+    assert value("persist_cache_remote_misses", reason="too_slow") == 0
+    assert value("persist_cache_remote_errors", reason="timeout") == 5
+    assert value("persist_cache_remote_breaker", state="open") == 1
+    assert value("persist_cache_remote_queue_jobs") == 3
+    for name in set(COUNTERS) - {"saved_ms"}:
+        assert f"persist_cache_remote_{name}" in families
+    assert "team/prompts" not in text
 
 
 def test_totals_of_the_store_are_reported(store: Store, clock: Clock) -> None:

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import openai
 import pytest
 import requests
 
 from persist_cache.prefill.loading import load_tokenizer
 from persist_cache.server.protocols.openai import ignored, lenient, one_head
 from persist_cache.server.rendering import read_request, render
+from tests import official
 from tests.server_process import ServerProcess, running
 from tests.tiny_models import CHAT_TEMPLATE, build_model_dir
 
@@ -67,8 +67,8 @@ def server(folder: Path, strict_template: Path) -> Iterator[ServerProcess]:
 
 
 @pytest.fixture(scope="module")
-def client(server: ServerProcess) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+def client(server: ServerProcess) -> official.openai.OpenAI:
+    return official.openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
 
 
 def post(server: ServerProcess, **body: Any) -> requests.Response:
@@ -139,11 +139,11 @@ def test_admin_api_keeps_its_own_form_of_errors(server: ServerProcess) -> None:
         assert isinstance(answer.json()["error"], str)
 
 
-def test_openai_client_shows_our_sentences(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="stop must be a text") as bad:
+def test_openai_client_shows_our_sentences(client: official.openai.OpenAI) -> None:
+    with pytest.raises(official.openai.BadRequestError, match="stop must be a text") as bad:
         client.chat.completions.create(model="default_model", messages=[HELLO], stop=[""])  # type: ignore[list-item]
     assert bad.value.param == "stop"
-    with pytest.raises(openai.BadRequestError, match="has an image"):
+    with pytest.raises(official.openai.BadRequestError, match="has an image"):
         client.chat.completions.create(
             model="default_model",
             messages=[{"role": "user", "content": [IMAGE]}],  # type: ignore[list-item,misc]
@@ -451,8 +451,8 @@ def test_prompt_beyond_the_context_is_refused_before_anything_is_computed(
     assert server.get("/v1/cache/stats")["server"]["tokens_asked"] == before
 
 
-def test_openai_client_is_told_of_the_context(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError) as refusal:
+def test_openai_client_is_told_of_the_context(client: official.openai.OpenAI) -> None:
+    with pytest.raises(official.openai.BadRequestError) as refusal:
         client.chat.completions.create(
             model="short", messages=[{"role": "user", "content": "the capital " * 99}]
         )

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import mlx.core as mx
-import openai
 import pytest
 
 from persist_cache.errors import PersistCacheError
 from persist_cache.server.names import Key, Names, parse_aliases
 from persist_cache.server.validation import RefusedError
+from tests import official
 from tests.cli import script
 from tests.noted_loads import LoadsServer
 from tests.server_process import sentence_in
@@ -274,8 +274,8 @@ def server(tiny: Path, other: Path, folder: Path) -> Iterator[LoadsServer]:
 
 
 @pytest.fixture(scope="module")
-def client(server: LoadsServer) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+def client(server: LoadsServer) -> official.openai.OpenAI:
+    return official.openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
 
 
 def test_alternating_names_of_one_model_load_it_once_and_are_echoed(
@@ -293,14 +293,14 @@ def test_alternating_names_of_one_model_load_it_once_and_are_echoed(
 
 
 def test_models_are_listed_where_there_is_no_hub_cache(
-    client: openai.OpenAI, tiny: Path, other: Path
+    client: official.openai.OpenAI, tiny: Path, other: Path
 ) -> None:
     listed = [one.id for one in client.models.list()]
 
     assert listed == [str(tiny.resolve()), "gpt-4o", "other-name"]
     for name in (*listed, str(link(tiny)), "default_model"):
         assert client.models.retrieve(name).id == name
-    with pytest.raises(openai.NotFoundError, match="lists no model 'nothing'"):
+    with pytest.raises(official.openai.NotFoundError, match="lists no model 'nothing'"):
         client.models.retrieve("nothing")
 
 
@@ -326,8 +326,8 @@ def test_two_hundred_bad_names_cost_no_load_and_get_a_sentence_each(
     assert server.loads() == before
 
 
-def test_openai_client_shows_our_sentence_about_a_model(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.NotFoundError) as refused:
+def test_openai_client_shows_our_sentence_about_a_model(client: official.openai.OpenAI) -> None:
+    with pytest.raises(official.openai.NotFoundError) as refused:
         client.chat.completions.create(
             model="nobody/has-this", messages=[{"role": "user", "content": "Hello"}]
         )

@@ -59,6 +59,17 @@ def test_nothing_is_said_where_nobody_asked(address: str) -> None:
     assert not notifier.is_asked
 
 
+def test_the_end_is_said_once(manager: socket.socket) -> None:
+    notifier = Notifier.of({"NOTIFY_SOCKET": manager.getsockname()})
+
+    notifier.stopping()
+    notifier.stopping()
+    notifier.say(STATUS="Last")
+
+    assert manager.recv(4096) == b"STOPPING=1\nSTATUS=Stopping"
+    assert manager.recv(4096) == b"STATUS=Last"
+
+
 def test_a_manager_that_is_gone_is_no_error(tmp_path: Path) -> None:
     Notifier.of({"NOTIFY_SOCKET": str(tmp_path / "nobody")}).say(READY=1)
 

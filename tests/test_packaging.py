@@ -223,6 +223,15 @@ def distributions_by_module() -> Mapping[str, list[str]]:
     return importlib.metadata.packages_distributions()
 
 
+def optional(extra: str) -> set[str]:
+    """What an extra of ours asks for, which only those modules import that say it is missing."""
+    project = pyproject()["project"]
+    assert isinstance(project, dict)
+    return {
+        canonicalize_name(Requirement(one).name) for one in project["optional-dependencies"][extra]
+    }
+
+
 @cache
 def distributions_of(profile: str) -> set[str]:
     """What pip installs for a profile: what is asked for, and all that needs."""
@@ -259,6 +268,9 @@ def distributions_of(profile: str) -> set[str]:
 
 def missing(profile: str, modules: set[str], files: set[Path]) -> dict[str, str]:
     provided = distributions_of(profile)
+    if profile in ("runtime", "fuzz"):
+        # Nothing there asks for a remote, without which the program works.
+        provided |= optional("remote")
     by_module = distributions_by_module()
     return {
         module: importer

@@ -11,11 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import requests
 
 from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.queries.ids import find_ids
+from persist_cache.remote import RemoteStatus
 from persist_cache.server.page import page_response
 from tests import axe, browser
 from tests.browser import complaints, needs_chromium, size, until
@@ -568,6 +570,118 @@ def test_of_five_thousand_entries_only_those_in_sight_are_there(
     until(lambda: rows(chromium) == 1)
 
     assert complaints(chromium) == []
+
+
+# ---- a remote ----------------------------------------------------------------------------------
+
+
+def remote(breaker: str = "closed", **changes: Any) -> RemoteStatus:
+    counters = {
+        "hits": 3,
+        "misses:not_found": 2,
+        "misses:too_slow": 1,
+        "saved_ms": 42_000,
+        "received_bytes": 5 << 20,
+        "sent_bytes": 3 << 20,
+        "published": 2,
+    }
+    status = RemoteStatus(
+        url="s3://team/prompts",
+        breaker=breaker,
+        retry_in_s=0.0,
+        last_error="",
+        bytes_per_s=1e8,
+        publishes=True,
+        queued=1,
+        counters=counters,
+    )
+    return msgspec.structs.replace(status, **changes)
+
+
+@pytest.fixture(scope="module")
+def sharing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PageServer]:
+    """A page of a server that has a remote."""
+    with serving(tmp_path_factory.mktemp("shared"), list(conversations(MODEL, 3))) as server:
+        yield server
+
+
+def test_without_a_remote_nothing_is_said_of_one(chromium: Any, small: PageServer) -> None:
+    open_page(chromium, small)
+
+    assert not chromium.find_element(By.ID, "card-remote").is_displayed()
+
+
+def test_the_remote_says_what_it_was_good_for(chromium: Any, sharing: PageServer) -> None:
+    sharing.shares(remote())
+    open_page(chromium, sharing)
+
+    said = until(lambda: text_of(chromium, "card-remote"))
+
+    assert "In use" in said
+    assert "42 s saved" in said
+    assert "s3://team/prompts" in said
+    assert "3 hits, 3 misses (2 not found, 1 too slow)" in said
+    assert "5.0 MiB received, 3.0 MiB sent" in said
+    assert "2 prompts published, 1 waiting" in said
+    assert complaints(chromium) == []
+
+
+@pytest.mark.parametrize(
+    ("state", "trouble", "words"),
+    [
+        (
+            remote("open", retry_in_s=60.0, last_error=f"It timed out {HOSTILE}", publishes=False),
+            "",
+            ("Left alone, and tried again in 1.0 min", "It timed out <img", "Only read"),
+        ),
+        (remote("half-open", last_error="403"), "", ("Being tried", "Last error: 403")),
+        (None, "There is no secret.", ("Not used", "Last error: There is no secret.")),
+    ],
+)
+def test_a_remote_that_fails_says_so(
+    chromium: Any,
+    sharing: PageServer,
+    state: RemoteStatus | None,
+    trouble: str,
+    words: tuple[str, ...],
+) -> None:
+    sharing.shares(state, trouble)
+    open_page(chromium, sharing)
+
+    said = until(lambda: text_of(chromium, "card-remote"))
+
+    for one in words:
+        assert one in said
+    assert complaints(chromium) == []
+
+
+@pytest.mark.parametrize(
+    ("width", "scheme"), [(380, "light"), (768, "dark"), (1280, "dark"), (1900, "light")]
+)
+def test_the_remote_has_its_place_in_every_width_and_theme(
+    chromium: Any, sharing: PageServer, width: int, scheme: str
+) -> None:
+    sharing.shares(remote("open", retry_in_s=60.0, last_error="It does not answer. " * 5))
+    browser.theme(chromium, scheme)
+    size(chromium, width, 900)
+    try:
+        open_page(chromium, sharing)
+        until(lambda: text_of(chromium, "card-remote"))
+        wide = chromium.execute_script("return document.documentElement.scrollWidth")
+        apart = chromium.execute_script(
+            "return [...document.querySelectorAll('.cards > .card')]"
+            ".map(one => one.getBoundingClientRect()).every((one, place, all) => all.every("
+            "(other, at) => at === place || one.right <= other.left || other.right <= one.left"
+            " || one.bottom <= other.top || other.bottom <= one.top))"
+        )
+        violations = axe.violations(chromium)
+    finally:
+        size(chromium, 1280, 900)
+        browser.theme(chromium, "light")
+
+    assert wide <= width
+    assert apart
+    assert violations == []
 
 
 # ---- manners -----------------------------------------------------------------------------------

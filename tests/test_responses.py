@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import openai
 import pytest
 import requests
 
 from persist_cache.prefill.loading import load_tokenizer
+from tests import official
 from tests.anthropic_bodies import spoilt
 from tests.computed import CountedServer
+from tests.examples import examples
 from tests.held_server import HeldServer
 from tests.responses_bodies import PATCH, agent_body
 from tests.scripted_model import SCRIPTS, THINKS, build_scripted_model
@@ -60,8 +61,8 @@ def server(folder: Path, model: Path) -> Iterator[CountedServer]:
 
 
 @pytest.fixture(scope="module")
-def client(server: CountedServer) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="secret", max_retries=0)
+def client(server: CountedServer) -> official.openai.OpenAI:
+    return official.openai.OpenAI(base_url=f"{server.url}/v1", api_key="secret", max_retries=0)
 
 
 def said(words: str, **more: Any) -> dict[str, Any]:
@@ -107,7 +108,7 @@ def items(response: Any) -> list[tuple[str, Any]]:
     ],
 )
 def test_answer_and_its_stream_are_the_same_response(
-    client: openai.OpenAI, name: str, content: list[tuple[str, Any]]
+    client: official.openai.OpenAI, name: str, content: list[tuple[str, Any]]
 ) -> None:
     body = said(f"play {name}", tools=TOOLS)
 
@@ -132,7 +133,7 @@ def test_answer_and_its_stream_are_the_same_response(
     assert kinds.count("response.output_item.added") == len(content)
 
 
-def test_calls_are_text_where_there_are_no_tools(client: openai.OpenAI) -> None:
+def test_calls_are_text_where_there_are_no_tools(client: official.openai.OpenAI) -> None:
     without = client.responses.create(**said("play clock"))
     forbidden = client.responses.create(**said("play clock", tools=TOOLS, tool_choice="none"))
 
@@ -140,13 +141,15 @@ def test_calls_are_text_where_there_are_no_tools(client: openai.OpenAI) -> None:
         assert items(found) == [("message", "".join(SCRIPTS["clock"]))]
 
 
-def test_answer_ends_with_its_first_call_when_only_one_is_allowed(client: openai.OpenAI) -> None:
+def test_answer_ends_with_its_first_call_when_only_one_is_allowed(
+    client: official.openai.OpenAI,
+) -> None:
     found = client.responses.create(**said("play both", tools=TOOLS, parallel_tool_calls=False))
 
     assert [kind for kind, _ in items(found)] == ["message", "function_call"]
 
 
-def test_thought_is_the_summary_where_one_is_asked_for(client: openai.OpenAI) -> None:
+def test_thought_is_the_summary_where_one_is_asked_for(client: official.openai.OpenAI) -> None:
     body = said("play think", reasoning={"summary": "auto"})
 
     found = client.responses.create(**body)
@@ -158,7 +161,7 @@ def test_thought_is_the_summary_where_one_is_asked_for(client: openai.OpenAI) ->
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_answer_that_is_cut_off_is_incomplete(client: openai.OpenAI, stream: bool) -> None:
+def test_answer_that_is_cut_off_is_incomplete(client: official.openai.OpenAI, stream: bool) -> None:
     body = said("play long", max_output_tokens=3)
 
     if stream:
@@ -171,7 +174,9 @@ def test_answer_that_is_cut_off_is_incomplete(client: openai.OpenAI, stream: boo
     assert found.usage.output_tokens == 3
 
 
-def test_answer_without_a_limit_goes_on_to_the_end_of_the_context(client: openai.OpenAI) -> None:
+def test_answer_without_a_limit_goes_on_to_the_end_of_the_context(
+    client: official.openai.OpenAI,
+) -> None:
     count = client.responses.input_tokens.count(**said("play long ")).input_tokens
     padding = "<|endoftext|>" * (CONTEXT - count - 3)
 
@@ -181,14 +186,14 @@ def test_answer_without_a_limit_goes_on_to_the_end_of_the_context(client: openai
     assert (found.status, found.usage.output_tokens) == ("incomplete", 3)
 
 
-def test_stop_word_ends_the_answer_in_front_of_it(client: openai.OpenAI) -> None:
+def test_stop_word_ends_the_answer_in_front_of_it(client: official.openai.OpenAI) -> None:
     found = client.responses.create(**said("play stop"), extra_body={"stop": ["STOP"]})
 
     assert (found.output_text, found.status) == ("One, two, ", "completed")
 
 
 def test_no_tokens_fill_the_cache_and_say_nothing(
-    client: openai.OpenAI, server: CountedServer
+    client: official.openai.OpenAI, server: CountedServer
 ) -> None:
     body = said("play hello", instructions=f"{SYSTEM} Fill.")
 
@@ -208,7 +213,7 @@ def test_no_tokens_fill_the_cache_and_say_nothing(
     "more", [{}, {"reasoning": {"summary": "auto"}, "include": ["reasoning.encrypted_content"]}]
 )
 def test_next_turn_made_of_what_was_answered_is_what_the_template_would_render(
-    client: openai.OpenAI, server: CountedServer, model: Path, more: dict[str, Any]
+    client: official.openai.OpenAI, server: CountedServer, model: Path, more: dict[str, Any]
 ) -> None:
     asked = said("play clock, please", instructions="Be brief.", tools=TOOLS, **more)
 
@@ -327,25 +332,25 @@ def test_what_is_ignored_is_named(server: CountedServer) -> None:
 # ---- what is counted -----------------------------------------------------------------------------
 
 
-def ask_plainly(client: openai.OpenAI, turns: list[dict[str, str]]) -> tuple[Any, str]:
+def ask_plainly(client: official.openai.OpenAI, turns: list[dict[str, str]]) -> tuple[Any, str]:
     found = client.responses.create(model="m", instructions=SYSTEM, input=turns)  # type: ignore[arg-type]
     return found.usage, found.output_text
 
 
-def ask_streamed(client: openai.OpenAI, turns: list[dict[str, str]]) -> tuple[Any, str]:
+def ask_streamed(client: official.openai.OpenAI, turns: list[dict[str, str]]) -> tuple[Any, str]:
     body: Any = {"model": "m", "instructions": SYSTEM, "input": turns}
     with client.responses.stream(**body) as stream:
         found = stream.get_final_response()
     return found.usage, found.output_text
 
 
-def ask_with_tools(client: openai.OpenAI, turns: list[dict[str, str]]) -> tuple[Any, str]:
+def ask_with_tools(client: official.openai.OpenAI, turns: list[dict[str, str]]) -> tuple[Any, str]:
     body: Any = {"model": "m", "instructions": SYSTEM, "input": turns, "tools": TOOLS}
     found = client.responses.create(**body)
     return found.usage, found.output_text
 
 
-def ask_in_a_chat(client: openai.OpenAI, turns: list[dict[str, str]]) -> tuple[Any, str]:
+def ask_in_a_chat(client: official.openai.OpenAI, turns: list[dict[str, str]]) -> tuple[Any, str]:
     messages: Any = [{"role": "system", "content": SYSTEM}, *turns]
     found = client.chat.completions.create(model="default_model", messages=messages)
     return found.usage, found.choices[0].message.content or ""
@@ -363,12 +368,12 @@ def counted(usage: Any) -> tuple[int, int, int | None]:
 def test_usage_is_what_the_model_computed_now_and_after_a_kill(
     model: Path,
     tmp_path: Path,
-    ask: Callable[[openai.OpenAI, list[dict[str, str]]], tuple[Any, str]],
+    ask: Callable[[official.openai.OpenAI, list[dict[str, str]]], tuple[Any, str]],
 ) -> None:
     turns = [{"role": "user", "content": "play hello"}]
 
     def asked(server: CountedServer) -> tuple[int, int, int | None]:
-        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        client = official.openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
         server.calls()
         usage, text = ask(client, turns)
         assert text == "Hello, I am here. "
@@ -396,7 +401,7 @@ def test_usage_is_what_the_model_computed_now_and_after_a_kill(
         assert warm[2] == warm[0] - warm[1] - 1
 
 
-def test_tokens_of_a_prompt_are_counted(client: openai.OpenAI) -> None:
+def test_tokens_of_a_prompt_are_counted(client: official.openai.OpenAI) -> None:
     body = said("play hello", instructions=SYSTEM, tools=TOOLS)
 
     number = client.responses.input_tokens.count(**body).input_tokens
@@ -409,8 +414,8 @@ def test_tokens_of_a_prompt_are_counted(client: openai.OpenAI) -> None:
 # ---- what is refused -----------------------------------------------------------------------------
 
 
-def test_response_of_before_cannot_be_continued(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError) as refusal:
+def test_response_of_before_cannot_be_continued(client: official.openai.OpenAI) -> None:
+    with pytest.raises(official.openai.BadRequestError) as refusal:
         client.responses.create(**said("Hello"), previous_response_id="resp_1")
 
     assert refusal.value.code == "previous_response_not_found"
@@ -419,24 +424,26 @@ def test_response_of_before_cannot_be_continued(client: openai.OpenAI) -> None:
 
 
 def test_there_are_no_responses_to_get_or_delete(
-    client: openai.OpenAI, server: CountedServer
+    client: official.openai.OpenAI, server: CountedServer
 ) -> None:
     for action in (client.responses.retrieve, client.responses.delete, client.responses.cancel):
-        with pytest.raises(openai.NotFoundError, match="this server keeps none"):
+        with pytest.raises(official.openai.NotFoundError, match="this server keeps none"):
             action("resp_1")
     answer = server.request("GET", PATH, headers=KEY)
     assert (answer.status_code, answer.headers["Allow"]) == (405, "POST")
 
 
-def test_prompt_beyond_the_context_is_refused_in_openais_words(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError) as refusal:
+def test_prompt_beyond_the_context_is_refused_in_openais_words(
+    client: official.openai.OpenAI,
+) -> None:
+    with pytest.raises(official.openai.BadRequestError) as refusal:
         client.responses.create(**said("one " * 5_000))
 
     assert (refusal.value.code, refusal.value.param) == ("context_length_exceeded", "input")
 
 
 def test_no_malformed_body_ends_a_thread_or_leaves_a_trace_in_the_log(
-    server: CountedServer, client: openai.OpenAI
+    server: CountedServer, client: official.openai.OpenAI
 ) -> None:
     secret = "xylophone"
     whole = agent_body(tools=1, tool_words=5, system_words=5, turn_words=5, turns=1)
@@ -444,7 +451,7 @@ def test_no_malformed_body_ends_a_thread_or_leaves_a_trace_in_the_log(
     odd: list[Any] = [None, True, -1, 1e300, "", [], {}, [[]], [None], {"type": secret}]
     odd.append(f"{secret} {secret}")
     statuses = []
-    for number in range(500):
+    for number in range(examples(150, 500)):
         body = {**whole, "max_output_tokens": 1, "stream": number % 2 == 0}
         path = f"{PATH}/input_tokens" if number % 2 else PATH
         answer = post(server, spoilt(body, drawn, odd), path)
@@ -452,7 +459,7 @@ def test_no_malformed_body_ends_a_thread_or_leaves_a_trace_in_the_log(
         if answer.status_code != 200:
             assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
             assert secret not in answer.text
-    assert statuses.count(400) > 150
+    assert statuses.count(400) > len(statuses) * 0.3
     assert set(statuses) == {200, 400}
     assert client.responses.create(**said("play hello")).status == "completed"
     assert secret not in server.log.read_text()

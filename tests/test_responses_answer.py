@@ -6,16 +6,14 @@ each event has all that the client's types say.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 from collections.abc import Sequence
 from typing import Any
 
 import httpx2
-import openai
 import pytest
-from openai.types.responses import Response, ResponseStreamEvent
-from pydantic import TypeAdapter
 
 from persist_cache.server.lengths import TooLongError
 from persist_cache.server.protocols.answering import Event, Usage, as_bytes
@@ -31,6 +29,7 @@ from persist_cache.server.protocols.responses_answer import SIGN_S, ResponseAnsw
 from persist_cache.server.protocols.responses_items import unsealed
 from persist_cache.server.protocols.responses_request import Manner, read_responses
 from persist_cache.server.validation import RefusedError
+from tests import official
 from tests.responses_bodies import PATCH
 
 USAGE = Usage(input=3, read=20, written=7, output=5, reasoning=2)
@@ -55,14 +54,13 @@ ANSWERS: list[list[Part]] = [
     [BrokenCall("<tool_call>{</tool_call>")],
     [Call("patch", {"input": "a\nb"}), Call("mcp__cal__day", {"of": 1})],
 ]
-EVENTS: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 
 
-def client(body: bytes, kind: str = "text/event-stream") -> openai.OpenAI:
+def client(body: bytes, kind: str = "text/event-stream") -> official.openai.OpenAI:
     """A client whose every request has this answer."""
     answer = httpx2.Response(200, headers={"content-type": kind}, content=body)
     transport = httpx2.MockTransport(lambda _: answer)
-    return openai.OpenAI(
+    return official.openai.OpenAI(
         api_key="none", max_retries=0, http_client=httpx2.Client(transport=transport)
     )
 
@@ -137,16 +135,23 @@ def test_stream_adds_up_to_the_whole_response(parts: list[Part], reasoning: Any)
     assert said[0][1]["response"]["output"] == []
 
 
+@functools.cache
+def _event_types() -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(official.openai.types.responses.ResponseStreamEvent)
+
+
 @pytest.mark.parametrize("parts", ANSWERS)
 def test_every_event_is_whole_and_numbered(parts: list[Part]) -> None:
     said = events(parts, reasoning={"summary": "detailed"}) + events(parts)
 
     for name, data in said:
-        EVENTS.validate_python({"type": name, **data}, strict=True)
+        _event_types().validate_python({"type": name, **data}, strict=True)
     numbers = [data["sequence_number"] for _, data in said]
     half = len(said) // 2
     assert numbers[:half] == list(range(half))
-    Response.model_validate(whole(parts), strict=True)
+    official.openai.types.responses.Response.model_validate(whole(parts), strict=True)
 
 
 @pytest.mark.parametrize("parts", ANSWERS)

@@ -462,6 +462,14 @@ def test_all_of_it_is_put_in_words(verdicts: list[Verdict], says: str) -> None:
     assert verdict(outcomes) == says
 
 
+def test_what_was_not_done_is_said() -> None:
+    passed = [Outcome("a", "ok", "x")]
+
+    assert verdict(passed, left_out=2).endswith("The check passed. 2 other checks were not run.")
+    assert "leave out --quick for all" in verdict(passed, quick=True)
+    assert "quick" not in verdict(passed)
+
+
 LATER = {"caches", "sigterm"}
 """Checks that take long: by `scripts/test --all`, and the second one as on a Mac."""
 
@@ -587,11 +595,27 @@ def test_a_line_and_a_verdict_each(command: Run, tmp_path: Path) -> None:
         ["sync", "ok"],
         ["backups", "not applicable"],
     ]
-    assert lines[2:] == ["Nothing is wrong. The check passed. Not applicable here: backups."]
+    said = "Nothing is wrong. The check passed. Not applicable here: backups. 20 other checks"
+    assert lines[2].startswith(said)
+    assert "quick run" in lines[2]
     said = json.loads(report.read_text())
     assert [one["name"] for one in said["checks"]] == ["sync", "backups"]
     assert said["ok"]
     assert not (tmp_path / "home").exists()
+
+
+def test_no_word_is_broken_by_the_end_of_a_terminals_line(
+    command: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("persist_cache_cli.commands.selftest.terminal_width", lambda: 60)
+
+    done = command("selftest", "--quick", "--only", "platform", "--only", "backups")
+
+    lines = done.out.splitlines()
+    assert lines[0].startswith("platform  ok: ")
+    assert lines[1].startswith(" " * 10)
+    assert len(lines) > 3
+    assert max(map(len, lines)) <= 60
 
 
 def test_a_red_check_is_named_and_in_the_exit_status(

@@ -10,20 +10,18 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import requests
 
 from persist_cache import Store
 from persist_cache.store import compact
+from tests import official
 from tests.fakes import disk_usage
 from tests.server_process import ServerProcess
 from tests.tiny_models import build_model_dir
 from tests.waiting import until
-
-if TYPE_CHECKING:
-    import openai
 
 SYSTEM = "You are a helpful assistant. Answer the question of the user in a short sentence. " * 6
 TOOLS = [
@@ -325,25 +323,30 @@ def test_second_server_on_the_same_store_finds_what_the_first_stored(
 
 
 @pytest.fixture
-def client(model: Path, store: Path, tmp_path: Path) -> Iterator[tuple[openai.OpenAI, Any]]:
+def client(
+    model: Path, store: Path, tmp_path: Path
+) -> Iterator[tuple[official.openai.OpenAI, Any]]:
     """The official client, and a function that restarts the server behind it."""
-    import openai  # a second of it, in every process that collects tests
-
     running = server(model, store, tmp_path)
     running.start()
 
-    def restart() -> openai.OpenAI:
+    def restart() -> official.openai.OpenAI:
         nonlocal running
         running.stop()
         running = server(model, store, tmp_path)
         running.start()
-        return openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
+        return official.openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
 
-    yield openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0), restart
+    yield (
+        official.openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0),
+        restart,
+    )
     running.stop()
 
 
-def test_openai_client_over_two_turns_and_a_restart(client: tuple[openai.OpenAI, Any]) -> None:
+def test_openai_client_over_two_turns_and_a_restart(
+    client: tuple[official.openai.OpenAI, Any],
+) -> None:
     first, restart = client
     messages: list[Any] = [
         {"role": "system", "content": SYSTEM},

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import anthropic
 import pytest
 
 from persist_cache_cli.demo.openblas import preload_env
 from persist_cache_cli.demo.prompt import QUESTIONS, messages
+from tests import official
 from tests.server_process import ServerProcess
 from tests.waiting import until
 
@@ -75,8 +75,8 @@ def test_messages_go_on_after_sigkill_and_say_what_a_chat_says(
     said: list[Any] = [{"role": "user", "content": question}]
     options: dict[str, Any] = {"min_free_bytes": 0}
 
-    def ask(running: ServerProcess) -> anthropic.types.Message:
-        client = anthropic.Anthropic(base_url=running.url, api_key="none", max_retries=0)
+    def ask(running: ServerProcess) -> official.anthropic.types.Message:
+        client = official.anthropic.Anthropic(base_url=running.url, api_key="none", max_retries=0)
         return client.messages.create(
             model="claude-large", max_tokens=16, system=system[:800], messages=said
         )

@@ -82,7 +82,7 @@ def test_words_of_a_unit_are_quoted() -> None:
         'ExecStart=:"/usr/bin/env" "plain" "two words" "100%%" "%%h" "a \\"quote\\"" '
         '"back\\\\slash" "$HOME" "${HOME}" "ä;#\'" ""'
     )
-    assert "\nWorkingDirectory=/tmp/a folder/100%%\n" in systemd_unit(SERVICE)
+    assert "\nWorkingDirectory=-/tmp/a folder/100%%\n" in systemd_unit(SERVICE)
     assert '\nEnvironment="HF_HOME=/with space/100%%"\n' in systemd_unit(SERVICE)
 
 
@@ -172,6 +172,8 @@ def test_where_there_is_no_service_that_is_said(action: str, run: Run, asked: Pa
     [
         (["install", "--api-key", "s3cret"], "persist-cache.toml"),
         (["install", "--admin-token=s3cret"], "persist-cache.toml"),
+        (["install", "--quota", "salt:s3cret=1GB"], "put quota under [serve]"),
+        (["install", "--ttl=user=1d", "--ttl=salt:s3cret=7d"], "put ttl under [serve]"),
         (["install", "--disk-bytes", "much"], "not a size"),
         (["install", "--model", "m", "--prot", "1"], "`serve` has no --prot"),
         (["install", "--port", "many"], "many"),
@@ -214,3 +216,14 @@ def test_a_manager_out_of_reach_does_not_keep_the_file(
     assert done.status == 1
     assert done.sentence.startswith(f"Error: Removed {unit}, but ")
     assert not unit.exists()
+
+
+def test_salts_of_the_configuration_stay_in_it(run: Run, asked: Path, tmp_path: Path) -> None:
+    config = tmp_path / "persist-cache.toml"
+    config.write_text('[serve]\nquota = "salt:s3cret=1GB"\n')
+
+    done = run("--config", config, "service", "install", "--print", "--ttl", "salt=7d")
+
+    assert done.status == 0, done.err
+    assert "s3cret" not in done.out
+    assert "salt=7d" in done.out

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import openai
 import pytest
 import requests
 
 from persist_cache import Store
 from persist_cache.server.streaming import Streaming
+from tests import official
 from tests.computed import told
 from tests.server_process import ServerProcess
 from tests.tiny_models import CHAT_TEMPLATE, build_model_dir
@@ -93,7 +93,7 @@ def test_what_goes_wrong_in_a_stream_that_has_begun_is_an_event(
 ) -> None:
     first, first_lines = begin(running, "Once upon a time", seed=1, **NEVER_ENDING)
     assert next(line for line in first_lines if line.startswith(b"data: "))
-    client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
+    client = official.openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
 
     answer, lines = begin(running, "forbidden", model=str(other))
     assert next(lines).startswith(b": keepalive ")
@@ -110,7 +110,7 @@ def test_what_goes_wrong_in_a_stream_that_has_begun_is_an_event(
     (error,) = (event["error"] for event in events)
     assert error["message"].endswith("the last word is forbidden.")
     assert error["type"] == "invalid_request_error"
-    with pytest.raises(openai.APIError, match="the last word is forbidden"):
+    with pytest.raises(official.openai.APIError, match="the last word is forbidden"):
         list(stream)
     assert running.get("/health")["status"] == "ok"
 

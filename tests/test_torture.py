@@ -61,6 +61,16 @@ def test_replaced_model_is_not_answered_for_by_the_cache_of_another() -> None:
     assert set(MOMENTS) & set(report["replaced"]["replaced"])
 
 
+def test_machines_that_share_a_remote_break_no_promise_when_they_are_killed() -> None:
+    code, report = torture("--storm", "shared", "--shared-s", "3", "--seed", "3")
+
+    assert report["findings"] == []
+    assert code == 0
+    assert report["shared"]["kills"] > 0
+    assert report["shared"]["work"]["brought"] > 0
+    assert report["shared"]["found"] > 0
+
+
 @pytest.mark.parametrize(
     ("name", "found"),
     [

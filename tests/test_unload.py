@@ -21,6 +21,7 @@ from persist_cache.errors import ModelError, StoreError
 from persist_cache.server.model import Models
 from persist_cache.server.ticket import Ticket
 from tests.loops import Answered, Loop, words
+from tests.server_process import ServerProcess
 from tests.torture.tiny import KINDS, write_model
 from tests.waiting import until
 
@@ -65,14 +66,14 @@ def threads() -> int:
     return len(os.listdir(tasks)) if tasks.exists() else threading.active_count()
 
 
+@pytest.mark.parametrize("sampling", [{}, {"seed": 1}])
 def test_weights_and_caches_leave_memory_after_they_were_saved(
-    model: Callable[[str], Path], tmp_path: Path
+    sampling: dict[str, Any], model: Callable[[str], Path], tmp_path: Path
 ) -> None:
     with loop_of(model("plain"), tmp_path / "store") as loop:
-        before = loop.ask(CHAT)
+        loop.ask(CHAT, **sampling)
         weights = weakref.ref(loop.provider.model)
         tokenizer = weakref.ref(loop.provider.tokenizer)
-        before.ticket.prompt = None  # ours, not the server's
 
         unload(loop)
 
@@ -313,3 +314,31 @@ def test_threads_stay_as_many_however_often_it_goes_and_comes(
 
         assert len(replies) == 1
         assert len(set(counts[1:])) == 1, counts
+
+
+@pytest.mark.long(reason="50 loads of a model by a server")
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="asks Linux's /proc")
+def test_a_server_stays_as_large_however_often_its_model_goes_and_comes(
+    model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    said = [(one["role"], one["content"]) for one in CHAT]
+    texts: set[str] = set()
+    sizes: list[int] = []
+    counts: list[int] = []
+    with ServerProcess(
+        model("plain"), tmp_path / "store", tmp_path, unload_after_s=0.2, min_free_bytes=0
+    ) as server:
+        assert server.process is not None
+        process = Path(f"/proc/{server.process.pid}")
+        for cycle in range(50):
+            answer = server.chat(*said, max_tokens=8, temperature=0)
+            texts.add(answer.json()["choices"][0]["message"]["content"])
+            until(lambda: server.get("/health")["weights"] == "unloaded", "it was not unloaded")
+            if cycle > 5:  # what has answered is over in a moment
+                until(lambda: len(os.listdir(process / "task")) <= max(counts), "more threads")
+            counts.append(len(os.listdir(process / "task")))
+            pages = int((process / "statm").read_text().split()[1])
+            sizes.append(pages * os.sysconf("SC_PAGE_SIZE"))
+
+    assert len(texts) == 1
+    assert max(sizes[25:]) - max(sizes[5:25]) < 2 << 20, sizes

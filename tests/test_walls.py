@@ -35,6 +35,9 @@ BREACHES = {
         ("blobs/rows.py", "from persist_cache.index import records"),
         ("bundle/reading.py", "from persist_cache import warm"),
         ("store/store.py", "def late() -> None:\n    from persist_cache.server import http"),
+        ("cache/prompt_cache.py", "from persist_cache import remote"),
+        ("remote/remote.py", "from persist_cache import sharing"),
+        ("sharing/behind.py", "from persist_cache.server import ticket"),
     ),
     "LMDB has one importer": (("store/opening.py", "import lmdb"),),
     "Each package of the extra `remote` has one importer": (

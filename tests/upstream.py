@@ -108,7 +108,10 @@ def cases_using(names: set[str]) -> list[Case]:
     """
     found = []
     for path in sorted(tests_folder().glob("test_*.py")):
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        source = path.read_text(encoding="utf-8")
+        if not any(name in source for name in names):
+            continue
+        for node in ast.parse(source).body:
             if not isinstance(node, ast.ClassDef):
                 continue
             mentioned = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}

@@ -12,7 +12,6 @@ What options there are is asked of the commands themselves, so a new one needs n
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,6 +20,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import click
+
+from persist_cache_cli.wording import as_sentence, nearest, shown
 
 _META = "persist_cache.config"
 _TABLE = "serve"
@@ -52,8 +53,7 @@ class Config:
         """
         line = self.lines.get(name)
         at = f"{self.path}, line {line}" if line else f"{self.path}"
-        end = "" if why[-1:] in (".", "?") else "."
-        raise click.UsageError(f"{at}: {name}: {why}{end}")
+        raise click.UsageError(as_sentence(f"{at}: {name}: {why}"))
 
     def place(self, name: str) -> str:
         """Where a value stands."""
@@ -84,7 +84,7 @@ class Config:
         value = self.serve[name]
         if option.is_flag:
             if not isinstance(value, bool):
-                self.refuse(name, f"true or false is wanted, not {_shown(value)}")
+                self.refuse(name, f"true or false is wanted, not {shown(value)}")
             return value
         if option.multiple:
             if isinstance(value, dict):
@@ -100,13 +100,21 @@ class Config:
             click.UsageError: A key is no option of either, or a value is none of the flag's.
         """
         own = {one for option in _options(serve) for one in _names(option.opts)}
+        negated = {
+            one: _names(option.opts)[0]
+            for option in _options(serve)
+            for one in _names(option.secondary_opts)
+        }
         theirs = {one: action for action in upstream for one in _names(_strings(action))}
         found: list[str] = []
         for name in self.serve:
             if name in own:
                 continue
+            if (positive := negated.get(name)) is not None:
+                opposite = shown(not self.serve[name])
+                self.refuse(name, f"there is no such setting; write {positive} = {opposite}")
             if name not in theirs:
-                self.refuse(name, f"`serve` has no such option{_nearest(name, {*own, *theirs})}")
+                self.refuse(name, f"`serve` has no such option{nearest(name, {*own, *theirs})}")
             found += self._as_flags(name, theirs[name])
         return found
 
@@ -114,7 +122,7 @@ class Config:
         value = self.serve[name]
         if action.nargs == 0:
             if not isinstance(value, bool):
-                self.refuse(name, f"true or false is wanted, not {_shown(value)}")
+                self.refuse(name, f"true or false is wanted, not {shown(value)}")
             return [f"--{name}"] if value else []
         text = json.dumps(value) if isinstance(value, dict) else self._text(name, value)
         if name in _MODELS and self.path is not None and self._beside(text).is_dir():
@@ -122,9 +130,9 @@ class Config:
         try:
             read = action.type(text) if callable(action.type) else text
         except (ValueError, TypeError, argparse.ArgumentTypeError):
-            self.refuse(name, f"{_shown(value)} is no value of --{name}")
+            self.refuse(name, f"{shown(value)} is no value of --{name}")
         if action.choices is not None and read not in action.choices:
-            self.refuse(name, f"{_shown(value)} is none of {', '.join(map(str, action.choices))}")
+            self.refuse(name, f"{shown(value)} is none of {', '.join(map(str, action.choices))}")
         return [f"--{name}={text}"]
 
     def _text(self, name: str, value: Any) -> str:
@@ -132,7 +140,7 @@ class Config:
         if isinstance(value, list):
             return ",".join(self._text(name, one) for one in value)
         if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-            self.refuse(name, f"a text or a number is wanted, not {_shown(value)}")
+            self.refuse(name, f"a text or a number is wanted, not {shown(value)}")
         return str(value)
 
     def _beside(self, text: str) -> Path:
@@ -194,13 +202,13 @@ def _parsed(path: Path, text: str) -> Config:
     whole = Config(path, lines=lines[""])
     if values:
         name = next(iter(values))
-        hint = _nearest(name, {"store", _TABLE})
+        hint = nearest(name, {"store", _TABLE})
         whole.refuse(name, f"there is no such setting{hint or '; an option goes below [serve]'}")
     if not isinstance(serve, dict):
         whole.refuse(_TABLE, f"a table is wanted, [{_TABLE}]")
     if store is not None:
         if not isinstance(store, str) or not store:
-            whole.refuse("store", f"the name of a folder is wanted, not {_shown(store)}")
+            whole.refuse("store", f"the name of a folder is wanted, not {shown(store)}")
         store = str(path.parent / Path(store).expanduser())
     dashed: dict[str, Any] = {}
     for name, value in serve.items():
@@ -255,18 +263,5 @@ def _name_in(strings: Iterable[str], values: Mapping[str, Any]) -> str | None:
     return next((name for name in _names(strings) if name in values), None)
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
-    """The name that was meant, as a part of a sentence; "" when none is like it."""
-    near = difflib.get_close_matches(name.replace("_", "-").lower(), sorted(known), 1, 0.5)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
-
-
-def _shown(value: Any) -> str:
-    """A value as TOML has it, for people."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return json.dumps(value, default=str, ensure_ascii=False)

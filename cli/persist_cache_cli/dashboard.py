@@ -19,6 +19,7 @@ from persist_cache_cli.output import (
     printable,
     shorten,
 )
+from persist_cache_cli.remote_report import REMOTE_WORDS, counted_line
 from persist_cache_cli.requests import LEGEND, line
 
 Said = Mapping[str, Any]
@@ -53,7 +54,7 @@ def lines(
     """
     found = [_head(stats, width, paint), ""]
     found += [_window(one, width) for one in history["windows"]]
-    found += ["", *_disk(stats, width, paint), ""]
+    found += ["", *_disk(stats, width, paint), *_remote(stats, width), ""]
     room = len(requests) + len(largest) if height is None else max(4, height - _HEAD_LINES - 3)
     most = min(len(largest), room if height is None else max(2, room // 3))
     found.append(paint(shorten(f"Requests, the latest first   {LEGEND}", width, "end"), "heading"))
@@ -101,6 +102,17 @@ def _disk(stats: Said, width: int, paint: Painter) -> list[str]:
         shorten(f"      {legend}", width, "end"),
         shorten(f"      written today: {written}", width, "end"),
     ]
+
+
+def _remote(stats: Said, width: int) -> list[str]:
+    """What the remote was good for since the server was started; nothing without one."""
+    one = stats.get("remote")
+    if one is None:
+        return []
+    counters = {f"remote_{name}": count for name, count in one["counters"].items()}
+    said = [REMOTE_WORDS.get(one["breaker"], one["breaker"]), counted_line(counters)]
+    said += [one["last_error"]] if one["breaker"] != "closed" else []
+    return [shorten(f"Remote  {printable('; '.join(filter(None, said)))}", width, "end")]
 
 
 def _prompt(one: Said, previews: Mapping[str, Said], width: int) -> str:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import shlex
-
 from persist_cache.queries.totals import LeftBehind, Survey
-from persist_cache.store.store import default_store_path
 from persist_cache_cli.output import format_bytes, plural
-from persist_cache_cli.store_access import store_path
+from persist_cache_cli.store_access import command_line
 
 
 def sentences(survey: Survey, given: str | None) -> list[str]:
@@ -24,13 +21,7 @@ def _sentence(one: LeftBehind, given: str | None) -> str:
     count = plural(one.entries, "entry", "entries")
     verb = "is" if one.entries == 1 else "are"
     said = f"{count}, {format_bytes(one.nbytes)}, {verb} of no use any more: {one.reason}"
-    command = _command(given)
     if one.pinned:
-        said += f". {one.pinned:,} of them pinned: `{command} unpin ID` first"
-    return f"{said}. `{command} evict --stale` removes {'it' if one.entries == 1 else 'them'}."
-
-
-def _command(given: str | None) -> str:
-    path = store_path(given)
-    where = [] if path == default_store_path() else ["--store", str(path)]
-    return shlex.join(["persist-cache", *where])
+        said += f". {one.pinned:,} of them pinned: `{command_line(given, 'unpin ID')}` first"
+    evict = command_line(given, "evict --stale")
+    return f"{said}. `{evict}` removes {'it' if one.entries == 1 else 'them'}."

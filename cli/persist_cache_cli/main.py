@@ -63,6 +63,7 @@ _COMMANDS = {
     "bench": _Place("Time an agent's session: cold, cached, after a restart.", "bench"),
     "export": _Place("Write entries into one file, for another machine.", "export"),
     "import": _Place("Add the entries of such a file.", "import_"),
+    "remote": _Place("Share prompts with other machines, by a bucket or a folder.", "remote"),
     "doctor": _Place("Look at versions, disk, limits, and a model's caches.", "doctor"),
     "selftest": _Place("Check that disk, locks, device and server work here.", "selftest"),
 }

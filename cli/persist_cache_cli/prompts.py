@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from persist_cache.server.rendering import Prompt, PromptRequest, read_request, 
 from persist_cache.server.validation import RefusedError, check_template_args, decode_json
 from persist_cache.stability.names import DEFAULTS
 from persist_cache_cli.parse import REPAIRS
+from persist_cache_cli.prompt_files import read_tables, understood
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
@@ -331,7 +331,7 @@ def read_request_json(path: Path, option: str) -> Any:
     return found
 
 
-class ManifestPrompt(msgspec.Struct, forbid_unknown_fields=True):
+class ManifestPrompt(msgspec.Struct):
     """One `[[prompt]]` of a manifest; the fields are the options of `warm`."""
 
     model: str
@@ -355,29 +355,23 @@ class ManifestPrompt(msgspec.Struct, forbid_unknown_fields=True):
     stabilize: str = ""
 
 
-class Manifest(msgspec.Struct, forbid_unknown_fields=True):
-    """A TOML file with prompts to keep warm."""
-
-    prompt: list[ManifestPrompt]
-
-
-def read_manifest(path: Path) -> Manifest:
+def read_manifest(path: Path) -> list[ManifestPrompt]:
     """Read a manifest; paths in it are relative to its folder.
 
     Raises:
         click.ClickException: It cannot be read or understood.
     """
-    text = _read_file(path, "--manifest")
-    try:
-        manifest = msgspec.convert(tomllib.loads(text), Manifest)
-    except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
-        raise click.UsageError(f"--manifest {path} cannot be understood: {error}.") from None
+    tables = read_tables(path, "--manifest")
+    prompts = [
+        understood(one, ManifestPrompt, f"--manifest {path}, prompt {number}")
+        for number, one in enumerate(tables, 1)
+    ]
     folder = path.parent
-    for prompt in manifest.prompt:
+    for prompt in prompts:
         if prompt.system is not None and prompt.system.startswith("@"):
             prompt.system = f"@{folder / prompt.system[1:]}"
         prompt.messages = str(folder / prompt.messages) if prompt.messages else None
         prompt.tools = str(folder / prompt.tools) if prompt.tools else None
         if (folder / prompt.model).is_dir():
             prompt.model = str(folder / prompt.model)
-    return manifest
+    return prompts

@@ -26,8 +26,14 @@ from persist_cache_cli.output import (
 from persist_cache_cli.store_access import NothingFound
 
 Said = Mapping[str, Any]
-_MARKS = {"disk": "█", "memory": "▓", "computed": "░"}
-_STYLES = {"disk": "good", "memory": "good", "computed": "faint"}
+_MARKS = {"disk": "█", "memory": "▓", "remote": "▒", "computed": "░"}
+_STYLES = {"disk": "good", "memory": "good", "remote": "good", "computed": "faint"}
+_SOURCES = {
+    "miss": "nothing",
+    "memory": "from memory",
+    "disk": "from the disk",
+    "remote": "from the remote",
+}
 _CLIENT = 40
 _NEW = {kind.value for kind in Kind if kind.is_new}
 LEGEND = "  ".join(f"{mark} {name}" for name, mark in _MARKS.items())
@@ -87,6 +93,7 @@ def block(said: Said, width: int | None, paint: Painter = plain) -> list[str]:
         ("  id        ", said["id"]),
         ("  outcome   ", _outcome(said)),
         ("  reused    ", _reused(said)),
+        ("  remote    ", _remote(said.get("remote"))),
         ("  repaired  ", ", ".join(said["repaired"])),
         ("  cause     ", "" if parted is None else _cause(parted)),
     ]
@@ -133,7 +140,7 @@ def line(said: Said, width: int | None, paint: Painter = plain) -> str:
 
 
 def bar(said: Said, width: int, paint: Painter = plain) -> str:
-    """What came from the disk, from memory, and what was computed, as one bar."""
+    """What came from the disk, from memory or a remote, and what was computed, as one bar."""
     total = said["num_tokens"]
     if not total:
         return " " * width
@@ -166,9 +173,17 @@ def _outcome(said: Said) -> str:
 def _reused(said: Said) -> str:
     if said["source"] is None:
         return ""
-    source = {"miss": "nothing", "memory": "from memory", "disk": "from the disk"}[said["source"]]
+    source = _SOURCES[said["source"]]
     why = f"; {said['reason']}" if said["reason"] else ""
     return f"{source}{why}"
+
+
+def _remote(said: Said | None) -> str:
+    """What the remote said; "" where it was not asked."""
+    if said is None:
+        return ""
+    took = f" after {format_duration(said['seconds'])}" if said["seconds"] else ""
+    return f"{said['why'].replace('_', ' ')}{took}"
 
 
 def _cause(parted: Said) -> str:

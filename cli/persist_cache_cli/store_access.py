@@ -93,7 +93,19 @@ def store_path(given: str | None) -> Path:
 
 def command_line(given: str | None, command: str) -> str:
     """How to call `command` for this store, to be printed and copied."""
-    return f"persist-cache --store {shlex.quote(str(store_path(given)))} {command}"
+    path = store_path(given)
+    where = "" if _is_taken_by_itself(path) else f" --store {shlex.quote(str(path))}"
+    return f"persist-cache{where} {command}"
+
+
+def _is_taken_by_itself(path: Path) -> bool:
+    """Whether commands use this store without being told."""
+    from persist_cache_cli.config import config_of  # which lists and the like need not read
+
+    ctx = click.get_current_context(silent=True)
+    if ctx is not None and config_of(ctx).store is not None:
+        return False  # by that file, which need not be read the next time
+    return path == default_store_path()
 
 
 @contextlib.contextmanager

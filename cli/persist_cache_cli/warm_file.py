@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +12,7 @@ from persist_cache.server.rendering import read_request, system_only
 from persist_cache.server.validation import RefusedError, check_prompt
 from persist_cache.server.warming import WarmPrompt
 from persist_cache_cli.parse import parse_duration, parse_label, parse_repairs
+from persist_cache_cli.prompt_files import read_tables, understood
 from persist_cache_cli.prompts import ManifestPrompt, body_of, read_request_json, read_text
 
 _OPTION = "--warm"
@@ -20,7 +20,7 @@ _SERVERS = frozenset(ManifestPrompt.__struct_fields__)
 """What a manifest of `warm` may say."""
 
 
-class _Entry(msgspec.Struct, forbid_unknown_fields=True):
+class _Entry(msgspec.Struct):
     """One `[[prompt]]`; of `system`, `prompt` and `request` it has one."""
 
     system: str | None = None
@@ -37,38 +37,27 @@ class _Entry(msgspec.Struct, forbid_unknown_fields=True):
     stabilize: str = ""
 
 
-class _File(msgspec.Struct, forbid_unknown_fields=True):
-    prompt: list[dict[str, Any]]
-
-
 def read_warm_file(path: Path) -> tuple[WarmPrompt, ...]:
     """Read the prompts of a file; paths in it are relative to its folder.
 
     Raises:
         click.UsageError: It cannot be read or understood, or names a file that cannot be.
     """
-    try:
-        raw = path.read_text(encoding="utf-8")
-        entries = msgspec.convert(tomllib.loads(raw), _File).prompt
-    except OSError as error:
-        raise click.UsageError(f"{_OPTION}: {path} cannot be read ({error.strerror}).") from None
-    except UnicodeDecodeError:
-        raise click.UsageError(f"{_OPTION}: {path} is not UTF-8 text.") from None
-    except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
-        raise click.UsageError(f"{_OPTION} {path} cannot be understood: {error}.") from None
-    return tuple(_read(path, number, one) for number, one in enumerate(entries, 1))
+    tables = read_tables(path, _OPTION)
+    return tuple(_read(path, number, one) for number, one in enumerate(tables, 1))
 
 
 def _read(path: Path, number: int, raw: dict[str, Any]) -> WarmPrompt:
     where = f"{_OPTION} {path}, prompt {number}"
     for name in raw:
-        if name in _SERVERS and name not in _Entry.__struct_fields__:
+        field = name.replace("-", "_")
+        if field in _SERVERS and field not in _Entry.__struct_fields__:
             raise click.UsageError(
                 f"{where}: {name} is the server's to say; leave it out, or give the server "
-                f"--{name.replace('_', '-')}."
+                f"--{field.replace('_', '-')}."
             )
+    entry = understood(raw, _Entry, where)
     try:
-        entry = msgspec.convert(raw, _Entry)
         marks = _marks(entry)
         body, protocol = _body(path.parent, entry)
         if not protocol or protocol == "chat":
@@ -76,7 +65,7 @@ def _read(path: Path, number: int, raw: dict[str, Any]) -> WarmPrompt:
         system_only(read_request(body, protocol))
         if entry.stabilize:
             parse_repairs(entry.stabilize)
-    except (msgspec.ValidationError, RefusedError) as error:
+    except RefusedError as error:
         raise click.UsageError(f"{where}: {str(error).rstrip('.')}.") from None
     except click.ClickException as error:
         raise click.UsageError(f"{where}: {error.format_message()}") from None

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 from msgspec import Struct
+from msgspec.structs import replace
 
 from persist_cache import Store, Tier
 from persist_cache.entry import NO_GROUP, Match
@@ -19,6 +20,7 @@ from persist_cache.fingerprint.loads import Unidentified
 from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.prefill.loading import load_model
 from persist_cache.queries.schema import WarmJson
+from persist_cache.remote import Brought, Published, PublishOutcome, Remote, Why
 from persist_cache.server.rendering import Prompt, PromptRequest
 from persist_cache.warm import Warmed, warm
 from persist_cache_cli.blas import advice
@@ -55,8 +57,18 @@ class Job(Struct, frozen=True):
 class Run:
     """Works through jobs, loading each model and tokenizer at most once in a row."""
 
-    def __init__(self, store: Store, step_tokens: int, *, quiet: bool) -> None:
+    def __init__(
+        self,
+        store: Store,
+        step_tokens: int,
+        *,
+        quiet: bool,
+        remote: Remote | None = None,
+        publishes: bool = False,
+    ) -> None:
         self._store = store
+        self._remote = remote
+        self._publishes = publishes
         self._step_tokens = step_tokens
         self._quiet = quiet
         self._tokenizers: dict[tuple[str, str | None, bool], Any] = {}
@@ -87,6 +99,9 @@ class Run:
             # A hub id that is not on this machine yet is fetched by loading it.
             model, fingerprint = self._load(job)
         way = self._stored(fingerprint, tokens)
+        if not way:
+            self._say_brought(job, self._bring(fingerprint, tokens))
+            way = self._stored(fingerprint, tokens)
         if not way and model is None:
             # The files may have been replaced since: what is computed belongs to what was loaded.
             model, loaded = self._load(job)
@@ -96,7 +111,7 @@ class Run:
         if way:
             self._mark(way, job, expires)
             self._say(f"{name_of(job)}: all {len(tokens):,} tokens were stored already.")
-            return _report(job, way, len(tokens), len(tokens), 0)
+            return self._published(_report(job, way, len(tokens), len(tokens), 0))
         with (
             self._progress(job, len(tokens)) as progress,
             _told_if_interrupted(job, tokens) as note,
@@ -119,7 +134,44 @@ class Run:
             )
         self._say(_sentence(job, done))
         entries = () if done.entry is None else (done.entry,)
-        return _report(job, entries, done.num_tokens, done.found_tokens, 0, done)
+        return self._published(_report(job, entries, done.num_tokens, done.found_tokens, 0, done))
+
+    def bring(self, job: Job) -> tuple[int, int, Brought]:
+        """Have in the store what the remote has of a prompt.
+
+        Returns:
+            The prompt's length, how much of it was stored before, and what was brought.
+        """
+        tokens, match = self._find(job)
+        fingerprint = self._identify(job)
+        assert isinstance(fingerprint, Fingerprint), "it was found"
+        return len(tokens), match.num_tokens, self._bring(fingerprint, tokens)
+
+    def _bring(self, fingerprint: Fingerprint, tokens: Sequence[int]) -> Brought:
+        if self._remote is None:
+            return Brought(0, 0, 0.0, Why.CLOSED)
+        return self._remote.bring(
+            fingerprint,
+            tokens,
+            known=self._store.match(fingerprint, tokens).num_tokens,
+            limit=len(tokens),
+            ends=[len(tokens)],
+        )
+
+    def _say_brought(self, job: Job, found: Brought) -> None:
+        if found.is_hit:
+            self._say(
+                f"{name_of(job)}: {found.num_tokens:,} tokens came from the remote, "
+                f"{format_bytes(found.nbytes)} in {found.seconds:.1f} s."
+            )
+
+    def _published(self, report: WarmJson) -> WarmJson:
+        """Share an entry, if that was asked for."""
+        if not self._publishes or self._remote is None or report.id is None:
+            return report
+        done = self._remote.publish(report.id)
+        self._say(published_line(done))
+        return replace(report, published=done.outcome.value)
 
     def _find(self, job: Job) -> tuple[list[int], Match]:
         tokens, _ = self._tokens(job)
@@ -236,6 +288,19 @@ def _told_if_interrupted(
             err=True,
         )
         raise
+
+
+_OUTCOMES = {
+    PublishOutcome.SENT: "published",
+    PublishOutcome.THERE_ALREADY: "was published already",
+    PublishOutcome.CLAIMED: "is being published by another process",
+}
+
+
+def published_line(done: Published) -> str:
+    """What publishing an entry did, in a sentence."""
+    sent = f", {format_bytes(done.nbytes)} sent" if done.nbytes else ""
+    return f"{done.entry[:12]}: {done.num_tokens:,} tokens {_OUTCOMES[done.outcome]}{sent}."
 
 
 def _unidentified(choice: ModelChoice, reason: str) -> ModelError:

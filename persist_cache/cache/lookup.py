@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from persist_cache.cache.ahead import Ahead
@@ -48,7 +49,13 @@ class Lookup:
     """
 
     def __init__(
-        self, codec: Codec, resident: Resident, lock: threading.RLock, saver: Saver, tally: Tally
+        self,
+        codec: Codec,
+        resident: Resident,
+        lock: threading.RLock,
+        saver: Saver,
+        tally: Tally,
+        on_use: Callable[[Owner, Match], None] = lambda owner, match: None,
     ) -> None:
         """Look into `resident` and, for what the saver has on disk, into its store.
 
@@ -58,8 +65,10 @@ class Lookup:
             lock: Guards them.
             saver: Has the store, and saves what has to leave memory.
             tally: Counts what goes wrong.
+            on_use: Called with each use that is noted in the store.
         """
         self._codec = codec
+        self._on_use = on_use
         self._sharing = sharing(codec)
         self._resident = resident
         self._lock = lock
@@ -140,11 +149,13 @@ class Lookup:
             read = ahead.match
             if counted and store is not None:
                 store.touch(read, num_tokens=used, spent_s=ahead.seconds, group=group)
+                self._on_use(owner, read)
             return taken.cache, Fetch(
                 "disk", used, said, ahead.seconds, read.nbytes, read.saved_s, why
             )
         if counted and store is not None and match.num_tokens:
             store.touch(match, num_tokens=used, group=group)
+            self._on_use(owner, match)
         cost = taken.prefill_s
         return taken.cache, Fetch("memory", used, said, 0.0, 0, cost, why)
 
@@ -385,6 +396,7 @@ class Lookup:
         )
         if found is not None and counted:
             store.touch(found[1], spent_s=time.monotonic() - started, group=group)
+            self._on_use(owner, found[1])
         return found
 
 

@@ -14,18 +14,18 @@ import time
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from threading import RLock
-from typing import Any
+from typing import Any, NamedTuple
 
 from persist_cache.cache.ahead import Ahead
 from persist_cache.cache.keeper import Keeper
 from persist_cache.cache.live_caches import Resident
 from persist_cache.cache.lookup import Lookup
 from persist_cache.cache.origin import Origin
-from persist_cache.cache.owners import Owners
+from persist_cache.cache.owners import Owner, Owners
 from persist_cache.cache.saver import Saver
-from persist_cache.cache.stats import Fetch, PromptCacheStats, RecentFetch, Tally
+from persist_cache.cache.stats import Fetch, FromRemote, PromptCacheStats, RecentFetch, Tally
 from persist_cache.codec import Codec
-from persist_cache.entry import TIER_LABELS, MissReason, Tier
+from persist_cache.entry import TIER_LABELS, Match, MissReason, Tier
 from persist_cache.errors import StoreError
 from persist_cache.fingerprint.identifier import Identifier
 from persist_cache.fingerprint.loads import Unidentified
@@ -49,6 +49,22 @@ def _rest(tokens: Sequence[int], num_tokens: int) -> Sequence[int]:
         return tokens[num_tokens:]
     except (TypeError, KeyError):
         return list(tokens)[num_tokens:]
+
+
+class KnownPrompt(NamedTuple):
+    """What is known of a prompt, for a caller that may have more of it.
+
+    Attributes:
+        fingerprint: Of the model.
+        packed: The prompt.
+        num_tokens: Of it, that need not be computed.
+        limit: That a look-up would use at most.
+    """
+
+    fingerprint: Fingerprint
+    packed: bytes
+    num_tokens: int
+    limit: int
 
 
 class PromptCache:
@@ -135,6 +151,9 @@ class PromptCache:
         else it is so from a look-up to the insert of the reply, for ten minutes at most."""
         self.on_disk: Callable[[], None] = lambda: None
         """Called on the writer thread whenever the store's folder is there again, or at last."""
+        self.on_use: Callable[[Sequence[str]], None] = lambda entries: None
+        """Called on the thread that looks up with the ids of the entries that a request used,
+        shallowest first; not for one with a salt, or that keeps nothing. It must not wait."""
         self._saver = Saver(
             codec,
             self._resident,
@@ -149,7 +168,9 @@ class PromptCache:
             is_busy=lambda: self.is_busy(),
             on_disk=lambda: self.on_disk(),
         )
-        self._lookup = Lookup(codec, self._resident, self._lock, self._saver, self._tally)
+        self._lookup = Lookup(
+            codec, self._resident, self._lock, self._saver, self._tally, self._used
+        )
         self._keeper = Keeper(
             codec,
             self._resident,
@@ -272,6 +293,7 @@ class PromptCache:
         leave_tokens: int = 0,
         to_copy: bool = False,
         ahead: Ahead | None = None,
+        remote: FromRemote | None = None,
     ) -> tuple[Any | None, Sequence[int], Fetch]:
         """As `fetch_nearest_cache`, with its outcome.
 
@@ -286,6 +308,8 @@ class PromptCache:
             to_copy: The caller copies the cache before it writes to it, as a batch does: it stays
                 in memory, and so does one that is read from the disk.
             ahead: What `load_ahead` read for this request.
+            remote: What a remote said of the prompt just before; if it gave more than was known,
+                a hit that is longer than that counts as the remote's.
 
         Returns:
             Cache and rest, and how the request was answered.
@@ -309,6 +333,8 @@ class PromptCache:
             self._tally.problem(f"fetch_failed:{type(error).__name__}")
             why = MissReason.LOOK_UP_FAILED
             cache, fetch = None, Fetch("miss", 0, sentence(why), why=why)
+        if remote is not None and remote.num_tokens and fetch.num_tokens > remote.known_tokens:
+            fetch = replace(fetch, source="remote", seconds=fetch.seconds + remote.seconds)
         # What was read ahead took its time before.
         fetch = replace(fetch, seconds=fetch.seconds + time.monotonic() - started)
         if counted:
@@ -522,6 +548,35 @@ class PromptCache:
             return self._lookup.outlook(owner, pack_tokens(tokens), limit)
         return 0, 0
 
+    def known_of(
+        self,
+        model: Hashable,
+        tokens: Sequence[int],
+        *,
+        trail: Trail | None = None,
+        leave_tokens: int = 0,
+    ) -> KnownPrompt | None:
+        """What is known of a prompt, to be compared with what others have of it; only looks.
+
+        Args:
+            model: mlx-lm's model key.
+            tokens: The prompt, of a request without a salt.
+            trail: Of the request; as for `look_up`.
+            leave_tokens: As for `look_up`.
+
+        Returns:
+            None where more could not be stored: the disk is off, or the model not identified yet.
+        """
+        with self._nothing_raised():
+            owner = self._owners.of(model, may_read=False)
+            if owner.fingerprint is None or self._saver.disk is None:
+                return None
+            packed = pack_tokens(tokens)
+            limit = max(0, len(tokens) - max(leave_tokens, self._leave_tokens))
+            found, _ = self._lookup.known(owner, packed, limit, trail)
+            return KnownPrompt(owner.fingerprint, packed, found, limit)
+        return None
+
     def branch_point(
         self,
         model: Hashable,
@@ -637,6 +692,10 @@ class PromptCache:
         if cache is not None:
             self._owners.gave(owner, cache)
         return cache, fetch
+
+    def _used(self, owner: Owner, match: Match) -> None:
+        if not owner.salt:
+            self.on_use(match.entries)
 
     def _account(self, num_tokens: int, packed: bytes | None, fetch: Fetch) -> None:
         self._tally.fetched(num_tokens, packed, fetch)

@@ -6,6 +6,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from persist_cache.entry import MissReason
 from persist_cache.store.catalog import StoreStats
@@ -20,7 +21,7 @@ class Fetch:
     """How one request was answered.
 
     Attributes:
-        source: `memory`, `disk` or `miss`.
+        source: One of `entry.SOURCES`, or `miss`.
         num_tokens: Tokens that need not be computed.
         reason: On a miss or a short hit, why it is no more.
         seconds: Time the look-up took, reading included.
@@ -36,6 +37,22 @@ class Fetch:
     nbytes: int = 0
     prefill_s: float = 0.0
     why: MissReason | None = None
+
+
+class FromRemote(NamedTuple):
+    """What a remote said of a prompt before it was looked up.
+
+    Attributes:
+        known_tokens: Of the prompt, that were known here.
+        num_tokens: That the store has of it by now because of that; 0 for nothing more.
+        seconds: What asking took.
+        why: How it ended, a word (`remote.Why`).
+    """
+
+    known_tokens: int
+    num_tokens: int
+    seconds: float
+    why: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +79,8 @@ class PromptCacheStats:
         hits: Requests served, by source.
         misses: Requests that found nothing, by reason in words (`store.reasons.reason_of`).
         tokens: Tokens that were not computed, by source.
-        restore_s: Seconds spent in loading from disk.
-        restored_bytes: Bytes loaded from disk.
+        restore_s: Seconds spent in loading from disk, for hits of that source.
+        restored_bytes: Bytes loaded for these.
         read_ahead_bytes: Bytes of files that the system was told to read for waiting requests.
         saves: Entries written.
         written_bytes: Bytes written.

@@ -12,7 +12,7 @@ import msgspec
 from msgspec import UNSET, Struct, UnsetType
 from msgspec.structs import asdict
 
-from persist_cache.entry import Entry, Tier
+from persist_cache.entry import SOURCES, Entry, Tier
 from persist_cache.queries.details import Details
 from persist_cache.queries.ids import short_entry_ids
 from persist_cache.queries.models import Model
@@ -318,7 +318,7 @@ def store_json(
             )
             for fingerprint, amount in sorted(by_model.items(), key=lambda item: -item[1].nbytes)
         ],
-        hits={source: stats.counters.get(f"hits_{source}", 0) for source in ("memory", "disk")},
+        hits={source: stats.counters.get(f"hits_{source}", 0) for source in SOURCES},
         misses=stats.counters.get("misses", 0),
         miss_reasons=_counted(stats.counters, "misses:"),
         partial_reasons=_counted(stats.counters, "partial:"),

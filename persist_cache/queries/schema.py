@@ -182,6 +182,24 @@ class VerdictJson(Struct, frozen=True, kw_only=True):
     passed: bool
 
 
+class BroughtJson(Struct, frozen=True, kw_only=True):
+    """What a remote had of a prompt.
+
+    Attributes:
+        num_tokens: Leading tokens that it gave; 0 for a miss.
+        bytes: Received for it.
+        seconds: What that took.
+        why: How it ended, a word.
+        at: When, where that is not now.
+    """
+
+    num_tokens: int
+    bytes: int
+    seconds: float
+    why: str
+    at: float | UnsetType = UNSET
+
+
 class ExplanationJson(Struct, frozen=True, kw_only=True):
     """Whether a prompt is cached, and why not.
 
@@ -203,6 +221,8 @@ class ExplanationJson(Struct, frozen=True, kw_only=True):
         ignored: What it asks for and cannot be said to the model, if there is anything.
         marks: Places in it that its client marked to be kept, if there are any.
         expires: When the entry with most of it expires, if it does.
+        remote: What the remote said when this server asked it for the prompt last, if it did; in
+            the server's answer.
     """
 
     outcome: str
@@ -222,6 +242,7 @@ class ExplanationJson(Struct, frozen=True, kw_only=True):
     ignored: Sequence[str] | UnsetType = UNSET
     marks: int | UnsetType = UNSET
     expires: float | UnsetType = UNSET
+    remote: BroughtJson | UnsetType = UNSET
 
 
 class WarmJson(Struct, frozen=True, kw_only=True):
@@ -238,6 +259,8 @@ class WarmJson(Struct, frozen=True, kw_only=True):
         written_bytes: What was written.
         prefill_s: What computing the others took.
         disk_off: Why nothing is kept on disk, or ""; in a server's answer.
+        published: What became of it at the remote, where that was asked for: `sent`,
+            `there_already`, or `claimed` by another process.
     """
 
     id: str | None
@@ -250,6 +273,7 @@ class WarmJson(Struct, frozen=True, kw_only=True):
     written_bytes: int
     prefill_s: float
     disk_off: str | UnsetType = UNSET
+    published: str | UnsetType = UNSET
 
 
 class BytesJson(Struct, frozen=True, kw_only=True):

@@ -42,12 +42,22 @@ def meaning(outcome: Outcome) -> str:
     return MEANINGS.get(outcome.name, "") if outcome.verdict == "FAILED" else ""
 
 
-def verdict(outcomes: Sequence[Outcome]) -> str:
-    """All of it in a sentence or two."""
+def verdict(outcomes: Sequence[Outcome], *, quick: bool = False, left_out: int = 0) -> str:
+    """All of it in a sentence or two.
+
+    Args:
+        outcomes: Of the checks that were run.
+        quick: Only a part of each was done.
+        left_out: How many other checks there are.
+    """
     failed = [one.name for one in outcomes if one.verdict == "FAILED"]
     skipped = [one.name for one in outcomes if one.verdict == "not applicable"]
     passed = len(outcomes) - len(failed) - len(skipped)
     without = f" Not applicable here: {', '.join(skipped)}." if skipped else ""
+    if left_out:
+        without += f" {left_out} other {'check was' if left_out == 1 else 'checks were'} not run."
+    if quick:
+        without += " This was a quick run, with a twentieth of each; leave out --quick for all."
     if failed:
         checks = "check" if len(failed) == 1 else "checks"
         return f"{len(failed)} {checks} failed: {', '.join(failed)}.{without}"

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import unquote
 
@@ -18,6 +18,7 @@ from persist_cache.errors import PersistCacheError, StoreError
 from persist_cache.queries.as_json import (
     store_json,
 )
+from persist_cache.queries.schema import BroughtJson
 from persist_cache.queries.totals import quarantined
 from persist_cache.server.admin_changes import EntryMarks, Removals
 from persist_cache.server.admin_entries import Entries
@@ -34,6 +35,7 @@ from persist_cache.server.previews import MAX_IDS, Previews
 from persist_cache.server.residence import residence
 from persist_cache.server.validation import RefusedError
 from persist_cache.server.view import Views, server_json
+from persist_cache.sharing.as_json import RemoteJson, brought_json, remote_json
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +59,7 @@ class Admin:
         host: str = "127.0.0.1",
         generator: Any = None,
         texts: bool = True,
+        default_store: bool = False,
     ) -> None:
         """Answer for `cache`.
 
@@ -66,8 +69,10 @@ class Admin:
             host: Name or address that the server was bound to.
             generator: The server's `ResponseGenerator`, for what needs its model.
             texts: Whether prompts may be shown as text.
+            default_store: Whether commands use its store without being told.
         """
         self._cache = cache
+        self._default_store = default_store
         secret = secrets.token_urlsafe(32) if token is None else token
         self._guard = Guard(secret if callable(secret) else lambda: secret, host)
         self._generator = generator
@@ -78,7 +83,9 @@ class Admin:
         self._removals = Removals(self._views, self._entries)
         self._entry_marks = EntryMarks(self._views, self._entries)
         self._upkeep = Upkeep(self._views, models)
-        self._prompts = Prompts(cache, self._views, models, texts=texts)
+        self._prompts = Prompts(
+            cache, self._views, models, texts=texts, remote_said=self._remote_said
+        )
         self._requests = Requests(generator, self._views, texts=texts)
         self._previews = Previews(self._views, models, texts=texts)
         self.history = History(self._views, generator)
@@ -125,7 +132,9 @@ class Admin:
             from persist_cache.server import metrics  # of prometheus-client, for who scrapes
 
             only(request, "GET")
-            collector = metrics.CacheCollector(self._cache.stats, self._is_healthy)
+            collector = metrics.CacheCollector(
+                self._cache.stats, self._is_healthy, remote=self._remote
+            )
             return Response(200, metrics.exposition(collector), metrics.CONTENT_TYPE)
         match path.removeprefix(API_PATH).split("/")[1:]:
             case ["entries"]:
@@ -231,6 +240,7 @@ class Admin:
             "server": server_json(
                 stats, max_size=self._cache.max_size, max_bytes=self._cache.max_bytes
             ),
+            "remote": self._remote(),
             "recent": [
                 {
                     "source": recent.fetch.source,
@@ -243,6 +253,7 @@ class Admin:
                 for recent in reversed(self._cache.recent_fetches()[-_RECENT:])
             ],
             "store": None,
+            "default_store": self._default_store,
         }
         key = getattr(getattr(self._generator, "model_provider", None), "model_key", None)
         if key is not None:
@@ -259,6 +270,17 @@ class Admin:
                 )
                 said["version"] = view.tag
         return said
+
+    def _remote(self) -> RemoteJson | None:
+        """The remote as this server sees it; None without one."""
+        sharing = getattr(self._generator, "sharing", None)
+        return None if sharing is None else remote_json(sharing.status(), sharing.trouble)
+
+    def _remote_said(self, tokens: Sequence[int]) -> BroughtJson | None:
+        """What the remote said when it was asked for a prompt last; None if it is not known."""
+        sharing = getattr(self._generator, "sharing", None)
+        shown = None if sharing is None else sharing.shown(tokens)
+        return None if shown is None else brought_json(shown.brought, at=shown.at)
 
     def _flush(self) -> Response:
         done = self._cache.flush(_FLUSH_S)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -16,7 +16,7 @@ from persist_cache.entry import Entry
 from persist_cache.fingerprint.value import Fingerprint, salt_digest
 from persist_cache.queries.as_json import explanation_json
 from persist_cache.queries.explain import explain, with_memory
-from persist_cache.queries.schema import ExplanationJson, WarmJson
+from persist_cache.queries.schema import BroughtJson, ExplanationJson, WarmJson
 from persist_cache.server.admin_changes import checked_label, checked_ttl
 from persist_cache.server.answers import Response, json_response
 from persist_cache.server.guard import Request
@@ -141,9 +141,16 @@ class Prompts:
     """Answers that need the model. Thread safety: may be asked by many threads at once."""
 
     def __init__(
-        self, cache: PromptCache, views: Views, models: Models, *, texts: bool = True
+        self,
+        cache: PromptCache,
+        views: Views,
+        models: Models,
+        *,
+        texts: bool = True,
+        remote_said: Callable[[Sequence[int]], BroughtJson | None] = lambda tokens: None,
     ) -> None:
         self._cache = cache
+        self._remote_said = remote_said
         self._texts = texts
         self._views = views
         self._models = models
@@ -172,6 +179,8 @@ class Prompts:
             ignored=prompt.ignored,
             marks=prompt.marks,
         )
+        if not salt and (shown := self._remote_said(prompt.tokens)) is not None:
+            said = replace(said, remote=shown)
         return json_response(said if self._texts else _without_texts(said))
 
     def warm_again(self, request: Request, path: str, raw: bytes, ask: Ask | None) -> Response:

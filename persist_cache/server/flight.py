@@ -120,8 +120,13 @@ class Line:
         """Have a request stand in the line, behind all who are there."""
         flight.ticket.tell_prompt = self._notify
         with self._changed:
-            self._flights = [one for one in self._flights if not one.ticket.underway.has_ended]
+            self.forget_ended()
             self._flights.append(flight)
+
+    def forget_ended(self) -> None:
+        """Let go of requests whose prompts are computed, and of the tokenizer that each has."""
+        with self._changed:
+            self._flights = [one for one in self._flights if not one.ticket.underway.has_ended]
 
     def queued(self, flight: Flight) -> None:
         """Note that a request is in upstream's queue: what follows may be put behind it."""

@@ -15,6 +15,7 @@ from persist_cache.server.guard import LOOPBACK_ORIGINS
 from persist_cache.server.lengths import NO_LIMIT
 from persist_cache.server.privacy import Rules
 from persist_cache.server.warming import WarmPrompt
+from persist_cache.sharing import RemoteChoice
 from persist_cache.stability.names import DEFAULTS
 from persist_cache.store.opening import is_impossible
 from persist_cache.store.store import Store, default_store_path
@@ -44,6 +45,7 @@ class ServeOptions(Struct, frozen=True):
         quotas: Bytes on disk of models and salts; see `Store.open`. None as last set.
         ttl: Default lifetimes in seconds; see there. None as last set.
         rules: What is kept of requests that do not say.
+        remote: What was said of the remote.
         show_text: Whether page and admin API may show prompts as text.
         note: What is worth saying when it starts; "" for nothing.
         while_locked: End when nobody holds this file locked any more; None to stay.
@@ -74,6 +76,7 @@ class ServeOptions(Struct, frozen=True):
     quotas: Mapping[str, int] | None = None
     ttl: Mapping[str, int] | None = None
     rules: Rules = field(default_factory=Rules)
+    remote: RemoteChoice = field(default_factory=RemoteChoice)
 
 
 class Parser(argparse.ArgumentParser):

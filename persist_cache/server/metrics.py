@@ -14,15 +14,24 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from persist_cache.cache.stats import PromptCacheStats
-from persist_cache.entry import TIER_LABELS, MissReason
+from persist_cache.entry import SOURCES, TIER_LABELS, MissReason
+from persist_cache.remote import COUNTERS, Why
+from persist_cache.sharing.as_json import RemoteJson, by_reason
 from persist_cache.stability.names import REPAIRS
 from persist_cache.store.catalog import StoreStats
 from persist_cache.store.reasons import reason_of
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-SOURCES = ("memory", "disk")
 _TROUBLES = {"StoreFullError": "full", "StoreAccessError": "not_writable"}
+
+_HITS = (Why.BROUGHT, Why.SHARED)
+_BY_REASON: Mapping[str, tuple[str, ...]] = {
+    "misses": tuple(why.value for why in Why if why not in _HITS),
+    "refused": (),
+    "errors": (),
+}
+"""Counters of a remote that have a reason, with those that are known beforehand."""
 
 
 class CacheCollector(Collector):
@@ -32,14 +41,20 @@ class CacheCollector(Collector):
     """
 
     def __init__(
-        self, stats: Callable[[], PromptCacheStats], healthy: Callable[[], bool] | None = None
+        self,
+        stats: Callable[[], PromptCacheStats],
+        healthy: Callable[[], bool] | None = None,
+        *,
+        remote: Callable[[], RemoteJson | None] = lambda: None,
     ) -> None:
         """Read nothing yet.
 
         Args:
             stats: `PromptCache.stats`.
             healthy: Whether the model answers, if that is known.
+            remote: The state of the remote, if there is one.
         """
+        self._remote = remote
         self._stats = stats
         self._healthy = healthy
 
@@ -55,6 +70,8 @@ class CacheCollector(Collector):
         if self._healthy is not None:
             yield _gauge("model_up", "1 while the model can answer.", int(self._healthy()))
         yield _disk_off(stats)
+        if (remote := self._remote()) is not None:
+            yield from _of_remote(remote)
         if stats.store is not None:
             yield from _store(stats.store)
 
@@ -145,6 +162,28 @@ def _disk_off(stats: PromptCacheStats) -> GaugeMetricFamily:
         "reason",
         {one: int(one == reason) for one in ("memory_only", "failed", *_TROUBLES.values())},
     )
+
+
+def _of_remote(remote: RemoteJson) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
+    states = ("closed", "open", "half-open", "off")
+    yield _gauge_by(
+        "remote_breaker",
+        "1 for the state of the remote: in use, left alone after failures, probed, or unusable.",
+        "state",
+        {one: int(one == remote.breaker) for one in states},
+    )
+    yield _gauge("remote_queue_jobs", "Entries that wait to be published.", remote.queued)
+    yield _gauge("remote_bytes_per_second", "Measured speed of pulls.", remote.bytes_per_s)
+    counts = remote.counters
+    for name, said in COUNTERS.items():
+        if name in _BY_REASON:
+            reasons = dict.fromkeys(_BY_REASON[name], 0) | by_reason(counts, name)
+            yield _by(f"remote_{name}", said, "reason", reasons)
+        elif name == "saved_ms":
+            saved_s = counts.get(name, 0) / 1000
+            yield _counter("remote_saved_seconds", said.replace("Milliseconds", "Seconds"), saved_s)
+        else:
+            yield _counter(f"remote_{name}", said, counts.get(name, 0))
 
 
 def _store(store: StoreStats) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:

@@ -12,6 +12,7 @@ from persist_cache.cache.prompt_cache import PromptCache
 from persist_cache.server.names import public_name
 from persist_cache.server.recent.records import About
 from persist_cache.server.ticket import Ticket
+from persist_cache.sharing.as_json import remote_json
 
 
 class ResidentModelJson(Struct, frozen=True, kw_only=True):
@@ -74,6 +75,7 @@ class ResidenceJson(Struct, frozen=True, kw_only=True):
         waiting_saves: Caches that wait for the disk, or are being written.
         warming: How far it is with the prompts of `--warm`; None without any.
         requests: Those that are being answered, the oldest first.
+        remote: The state of its remote's breaker, or `off`; None without a remote.
     """
 
     pid: int
@@ -84,6 +86,7 @@ class ResidenceJson(Struct, frozen=True, kw_only=True):
     waiting_saves: int
     warming: dict[str, Any] | None
     requests: list[InFlightJson]
+    remote: str | None = None
 
 
 def residence(generator: Any, cache: PromptCache) -> ResidenceJson:
@@ -91,6 +94,8 @@ def residence(generator: Any, cache: PromptCache) -> ResidenceJson:
     warming = getattr(generator, "warming", None)
     told = None if warming is None else warming.told()
     ring = getattr(generator, "recent", None)
+    sharing = getattr(generator, "sharing", None)
+    remote = None if sharing is None else remote_json(sharing.status(), sharing.trouble)
     return ResidenceJson(
         pid=os.getpid(),
         model=_model(generator),
@@ -100,6 +105,7 @@ def residence(generator: Any, cache: PromptCache) -> ResidenceJson:
         waiting_saves=cache.queued_jobs,
         warming=told if told and told["total"] else None,
         requests=[] if ring is None else [_in_flight(*one) for one in ring.underway()],
+        remote=None if remote is None else remote.breaker,
     )
 
 

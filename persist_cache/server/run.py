@@ -42,8 +42,9 @@ from persist_cache.server.residence import status_line
 from persist_cache.server.upstream.generator import Generator
 from persist_cache.server.upstream.program import flags_parser, listen, main, place_in_group
 from persist_cache.server.warming import Warming
+from persist_cache.sharing import Sharing
 from persist_cache.store.store import Store, default_store_path
-from persist_cache.system import endings
+from persist_cache.system import endings, memory
 from persist_cache.system.notify import Notifier
 
 log = logging.getLogger(__name__)
@@ -92,6 +93,8 @@ def _run(
     quiet.install()
     rank, ranks = place_in_group()
     alone = ranks == 1
+    if options.unload_after_s is not None:
+        memory.share_one_heap()
     if rank == 0:
         # Before anything is loaded: threads of MLX that are cut short abort the process.
         _try_to_bind(host, port)
@@ -139,7 +142,10 @@ def _run(
         )
     if options.note:
         log.warning("%s", options.note)
+    sharing: Sharing | None = None
     try:
+        if alone:
+            sharing = Sharing(cache, options.remote)
         signal.signal(signal.SIGTERM, _interrupt)
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
             signal.signal(signal.SIGHUP, _interrupt)
@@ -152,9 +158,14 @@ def _run(
         generator = Generator(provider, cache)  # which begins to load, and may say that it failed
         from persist_cache.server.admin import Admin  # meanwhile
 
-        generator.prefill_clock = prefill_clock
+        generator.prefill_clock, generator.sharing = prefill_clock, sharing
         generator.admin = Admin(
-            cache, token=token, host=host, generator=generator, texts=options.show_text
+            cache,
+            token=token,
+            host=host,
+            generator=generator,
+            texts=options.show_text,
+            default_store=options.store is None,
         )
         if rank == 0:
             generator.admin.history.disk.start()
@@ -197,6 +208,8 @@ def _run(
     finally:
         endings.arrived()
         manager.stopping()
+        if sharing is not None:
+            sharing.close(CLOSE_S)
         _close(cache, store, _stopped or time.monotonic(), options.grace_s)
     if provider.failed is not None:
         raise provider.failed

@@ -19,7 +19,7 @@ from msgspec import Struct, field
 from persist_cache.cache.ahead import Ahead
 from persist_cache.cache.origin import Origin
 from persist_cache.cache.prompt_cache import PromptCache
-from persist_cache.cache.stats import Fetch
+from persist_cache.cache.stats import Fetch, FromRemote
 from persist_cache.server.privacy import Privacy, scrub
 from persist_cache.server.segments import system_tokens
 from persist_cache.server.underway import Underway
@@ -95,6 +95,7 @@ class Ticket:
         origin: The first look, for the inserts that follow.
         trail: The prompt's way through the store's index, for all looks of the request.
         model_key: mlx-lm's key of the model that it was tokenized for; None before that.
+        brought: What a remote said of its prompt before that; None where it was not asked.
         ahead: What was read from the disk for it before it was queued.
         times: When what happened.
         tell_prompt: Called when the prompt is known.
@@ -142,6 +143,7 @@ class Ticket:
         )
         self.trail = Trail()
         self.model_key: Hashable = None
+        self.brought: FromRemote | None = None
         self.ahead: Ahead | None = None
         self.times = Times()
         self.output_tokens = 0
@@ -427,6 +429,7 @@ class TicketedCache:
             leave_tokens=ticket.leave_tokens,
             to_copy=ticket.in_batch,
             ahead=ticket.ahead,
+            remote=ticket.brought,
         )
         if ticket.ahead is not None:
             self._cache.release(ticket.ahead)
@@ -448,7 +451,7 @@ def ticket_of(tokens: Sequence[int]) -> Ticket | None:
 
 
 def cache_header(fetch: Fetch, repaired: Sequence[str] = ()) -> str:
-    """The value of `x-persist-cache`: `disk|memory|miss; tokens=N`, and why it is no more.
+    """The value of `x-persist-cache`: `disk|memory|remote|miss; tokens=N`, and why it is no more.
 
     Then the names of what was changed in the request, if it was.
     """

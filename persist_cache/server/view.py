@@ -10,7 +10,7 @@ from typing import Any
 
 from persist_cache.cache.prompt_cache import PromptCache
 from persist_cache.cache.stats import PromptCacheStats
-from persist_cache.entry import Entry, Tier
+from persist_cache.entry import SOURCES, Entry, Tier
 from persist_cache.queries.as_json import entry_json
 from persist_cache.queries.conversations import Branches
 from persist_cache.queries.ids import short_entry_ids, short_model_names
@@ -44,11 +44,11 @@ def server_json(stats: PromptCacheStats, *, max_size: int, max_bytes: int) -> di
             # A limit nobody set is larger than any memory, and than what JavaScript can count.
             "max_bytes": max_bytes if max_bytes < 1 << 53 else None,
         },
-        "hits": {source: stats.hits.get(source, 0) for source in ("memory", "disk")},
+        "hits": {source: stats.hits.get(source, 0) for source in SOURCES},
         "misses": sum(stats.misses.values()),
         "miss_reasons": dict(stats.misses),
         "partial_reasons": dict(stats.partial),
-        "tokens_saved": {source: stats.tokens.get(source, 0) for source in ("memory", "disk")},
+        "tokens_saved": {source: stats.tokens.get(source, 0) for source in SOURCES},
         "tokens_asked": stats.asked,
         "restore_s": stats.restore_s,
         "restored_bytes": stats.restored_bytes,

@@ -79,7 +79,9 @@ class Notifier:
             ).start()
 
     def stopping(self) -> None:
-        """Say that the service ends."""
+        """Say that the service ends; further calls do nothing."""
+        if self._ended.is_set():
+            return
         self._ended.set()
         self.say(STOPPING=1, STATUS="Stopping")
 

@@ -17,7 +17,7 @@ ALL = (
     "remote",
 )
 """Modules of this package, in the order in which `all` runs them."""
-BENCHMARKS = (*ALL, "unload", "peers")
+BENCHMARKS = (*ALL, "shared", "unload", "peers")
 
 
 def main() -> int:

@@ -1,6 +1,8 @@
 """Memory of a server whose model is let go when nobody asks, beside one that never had a model.
 
 Resident memory and threads are the system's numbers for the process, so it needs Linux's /proc.
+Of the resident memory, pages of program files are told apart: the system takes them back when it
+needs room, and a server that never ran a model has not touched all of them.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ def run(context: Context) -> Report:
     model = smollm2("float32")
     env = os.environ | preload_env() | {"PERSIST_CACHE_CONFIG": ""}
     env.pop("PYTHONDONTWRITEBYTECODE", None)
-    num_tokens, cycles = context.pick((200, 2), (2000, 20))
+    num_tokens, cycles = context.pick((200, 2), (2000, 50))
     with context.scratch() as scratch:
         bare = _bare(model, scratch, env)
         found = _cycles(model, scratch, env, long_prompt(model, num_tokens), cycles)
@@ -37,14 +39,15 @@ def run(context: Context) -> Report:
         "model": "SmolLM2-135M-Instruct, float32",
         "tokens": num_tokens,
         "load": os.getloadavg()[0],
-        "bare_bytes": bare,
+        "bare_bytes": bare[0],
+        "bare_own_bytes": bare[1],
         **found,
     }
     return Report("unload", "A model that nobody asks", values, [_table(values)])
 
 
-def _bare(model: Path, scratch: Path, env: dict[str, str]) -> int:
-    """Resident bytes of a server without a model that has answered for its health only."""
+def _bare(model: Path, scratch: Path, env: dict[str, str]) -> tuple[int, int]:
+    """What `_resident` says of a server without a model that has answered for its health only."""
     command = ours(model, scratch / "bare")[:-2]  # all but --model
     port = free_port()
     with (
@@ -61,7 +64,9 @@ def _cycles(
     """Ask, be idle, and ask again, as often as that."""
     port = free_port()
     command = [*ours(model, scratch / "store"), "--port", str(port), "--unload-after", "1s"]
-    found: dict[str, Any] = {name: [] for name in ("before", "idle", "threads", "s", "texts")}
+    found: dict[str, Any] = {
+        name: [] for name in ("before", "idle", "idle_own", "threads", "s", "texts")
+    }
     with (scratch / "log").open("wb") as log, running(command, env, log) as process:
         _until(lambda: (_health(port) or {}).get("weights") == "loaded")
         for cycle in range(cycles):
@@ -74,10 +79,12 @@ def _cycles(
             ).json()
             found["s"].append(time.perf_counter() - started)
             found["texts"].append(answer["choices"][0]["text"])
-            found["before"].append(_resident(process.pid))
+            found["before"].append(_resident(process.pid)[0])
             _until(lambda: (_health(port) or {}).get("weights") == "unloaded")
             time.sleep(0.5)  # what it lets go of goes right behind that
-            found["idle"].append(_resident(process.pid))
+            idle, own = _resident(process.pid)
+            found["idle"].append(idle)
+            found["idle_own"].append(own)
             found["threads"].append(len(os.listdir(f"/proc/{process.pid}/task")))
     texts = set(found.pop("texts"))
     assert len(texts) == 1, texts
@@ -98,26 +105,40 @@ def _until(condition: Callable[[], bool]) -> None:
         time.sleep(0.1)
 
 
-def _resident(pid: int) -> int:
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+def _resident(pid: int) -> tuple[int, int]:
+    """Bytes of a process in memory, and those of them that are not pages of files."""
+    _, pages, of_files, *_ = map(int, Path(f"/proc/{pid}/statm").read_text().split())
+    size = os.sysconf("SC_PAGE_SIZE")
+    return pages * size, (pages - of_files) * size
 
 
 def _table(values: dict[str, Any]) -> Table:
-    bare = values["bare_bytes"]
-    before, idle, seconds = (Spread.of(values[name]) for name in ("before", "idle", "s"))
+    bare, bare_own = values["bare_bytes"], values["bare_own_bytes"]
+    before, idle, own, seconds = (
+        Spread.of(values[name]) for name in ("before", "idle", "idle_own", "s")
+    )
     first, *later = values["s"]
     threads = values["threads"]
     rows = [
-        ["a server without a model", f"{bare / MIB:.0f}", "1.00"],
-        ["with the model, after an answer", before.show(1 / MIB, 0), f"{before.median / bare:.2f}"],
-        ["idle", idle.show(1 / MIB, 0), f"{idle.median / bare:.2f}"],
+        ["a server without a model", f"{bare / MIB:.0f}", "1.00", f"{bare_own / MIB:.0f}"],
+        [
+            "with the model, after an answer",
+            before.show(1 / MIB, 0),
+            f"{before.median / bare:.2f}",
+            "",
+        ],
+        ["idle", idle.show(1 / MIB, 0), f"{idle.median / bare:.2f}", own.show(1 / MIB, 0)],
     ]
     note = (
         f"{len(threads)} times the same prompt of {values['tokens']:,} tokens, each but the first "
         f"after the model was let go: {first:.2f} s cold, then {Spread.of(later).show(1, 2)} s, "
-        f"the load of the model included. All answers were equal. Threads when idle: "
-        f"{min(threads)} to {max(threads)}. Load of the machine: {values['load']:.1f}. "
-        f"Median of all answers: {seconds.median:.2f} s."
+        f"the load of the model included. All answers were equal. When idle after the first, the "
+        f"second and the last: {_at_ends(values['idle'], MIB)} MiB, {_at_ends(threads)} threads. "
+        f"Load of the machine: {values['load']:.1f}. Median of all answers: {seconds.median:.2f} s."
     )
-    return Table("Resident memory, MiB", ["server", "MiB", "of the bare one"], rows, note)
+    head = ["server", "MiB", "of the bare one", "of these no pages of files"]
+    return Table("Resident memory", head, rows, note)
+
+
+def _at_ends(samples: list[int], unit: int = 1) -> str:
+    return ", ".join(f"{samples[place] / unit:.0f}" for place in (0, 1, -1))

@@ -17,10 +17,10 @@ from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
-from tests.torture import broken, private, replaced, scenes, steps, threads
+from tests.torture import broken, private, replaced, scenes, shared, steps, threads
 from tests.torture.storm import Report, Storm, in_child
 
-STORMS = ("kills", "threads", "replaced")
+STORMS = ("kills", "threads", "replaced", "shared")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -53,6 +53,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--faults", type=int, help="faults to inject step by step")
     parser.add_argument("--threads-s", type=float, help="seconds for threads on one PromptCache")
     parser.add_argument("--replaced-s", type=float, help="seconds for replaced models")
+    parser.add_argument("--shared-s", type=float, help="seconds for machines that share a remote")
     parser.add_argument("--seed", type=int, default=1, help="decides all but the scheduling")
     parser.add_argument("--folder", help="where stores are made; default: memory, if there is any")
     parser.add_argument(
@@ -69,9 +70,10 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     if options.folder is None and os.access("/dev/shm", os.W_OK):
         # A killed process loses nothing that the system has, so a slow disk would prove no more.
         options.folder = "/dev/shm"
-    names = ("minutes", "kills", "faults", "threads_s", "replaced_s")
-    quick = (1.5, 150, 500, 3.0, 8.0) if options.quick else (30.0, 1200, 10_000, 60.0, 150.0)
-    for name, value in zip(names, quick, strict=True):
+    names = ("minutes", "kills", "faults", "threads_s", "replaced_s", "shared_s")
+    quick = (1.5, 150, 500, 3.0, 8.0, 5.0)
+    whole = (30.0, 1200, 10_000, 60.0, 150.0, 60.0)
+    for name, value in zip(names, quick if options.quick else whole, strict=True):
         if getattr(options, name) is None:
             setattr(options, name, value)
     return options
@@ -86,6 +88,7 @@ class Run:
         self.tried = steps.Tried()
         self.threads = threads.Checked()
         self.replaced = replaced.Seen()
+        self.shared = shared.Seen()
         self._folder = folder
 
     def all_phases(self, late: float) -> None:
@@ -134,6 +137,9 @@ class Run:
             self.replaced = in_child(partial(replaced.run, folder, seed, seconds, options.breaks))
             report.findings += self.replaced.findings
             report.kills += self.replaced.kills
+        elif name == "shared":
+            _say("machines that share a remote")
+            self.shared = shared.storm(folder, report, seed, options.shared_s)
         elif options.breaks:
             Storm(folder, seed, report, options.breaks).run(
                 lambda: not report.findings and time.monotonic() < late
@@ -182,6 +188,7 @@ def _as_json(run: Run, seconds: float) -> dict[str, object]:
         },
         "threads": vars(run.threads),
         "replaced": vars(run.replaced),
+        "shared": vars(run.shared),
         "findings": report.findings,
     }
 
@@ -219,6 +226,11 @@ def _print(run: Run, seconds: float) -> None:
         ("  answers compared with the model that gave them", run.replaced.answers),
         ("  prompt tokens reused from memory", run.replaced.reused["memory"]),
         ("  prompt tokens reused from disk", run.replaced.reused["disk"]),
+        ("prompts stored by machines that share a remote", run.shared.work["put"]),
+        ("  published", run.shared.work["published"]),
+        ("  fetched from there", run.shared.work["brought"]),
+        ("  bytes fetched", run.shared.work["bytes brought"]),
+        ("  that a new machine found there, of 24", run.shared.found),
     ]
     _table(rows)
     for title, counts in (

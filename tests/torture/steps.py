@@ -16,11 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from persist_cache.errors import StoreError
+from persist_cache.remote import Remote, RemoteSettings, make_secret
 from persist_cache.store.store import Store
 from tests import forge
-from tests.fakes import Clock, blob_files, disk_usage, eager_gc, fetched, put
+from tests.fakes import Clock, blob_files, disk_usage, eager_gc, fetched, fingerprint, put
 from tests.torture.judge import users_of
 from tests.torture.seam import ERRORS, Seam, at_step
+from tests.torture.storm import in_child
 
 SYSTEM = list(range(1, 20))
 BASE: tuple[tuple[str, list[int]], ...] = (
@@ -31,6 +33,8 @@ BASE: tuple[tuple[str, list[int]], ...] = (
 )
 FOREIGN = [9, 9, 9, *range(200, 220)]
 """A prompt that comes from a bundle."""
+SHARED = [7, 7, 7, *range(1000, 1297)]
+"""A prompt that comes from a remote, which looks for none that is shorter."""
 MOSTLY_DEAD = [8, 8, 8, *range(500, 900)]
 MAX_BYTES = 1 << 28
 _READS = ("read_into", "open_read")
@@ -304,6 +308,40 @@ def _import(bed: Bed) -> None:
         load(bed.store, bundle.entries)
 
 
+def _want_pull(bed: Bed) -> None:
+    """A prompt that lies on a remote; in a child, because what reads there lives in no fork."""
+    if not (bed.folder / "remote").exists():
+        in_child(lambda: _share(bed))
+    _ = bed.store
+
+
+def _settings(bed: Bed) -> RemoteSettings:
+    return RemoteSettings(
+        url=(bed.folder / "remote").as_uri(),
+        secret_file=str(bed.folder / "secret"),
+        publish_plain=True,
+    )
+
+
+def _share(bed: Bed) -> None:
+    make_secret(bed.folder / "secret")
+    (bed.folder / "remote").mkdir()
+    with bed.opened(bed.folder / "sharing") as other:
+        entry = put(other, SHARED, tier="system", real=True)
+        remote = Remote.open(other, _settings(bed))
+        remote.publish(entry)
+        remote.close()
+    shutil.rmtree(bed.folder / "sharing")
+
+
+def _pull(bed: Bed) -> None:
+    remote = Remote.open(bed.store, _settings(bed))
+    try:
+        remote.bring(fingerprint(weights="w0"), SHARED, known=0, limit=len(SHARED))
+    finally:
+        remote.close()
+
+
 OPERATIONS: dict[str, tuple[Callable[[Bed], None], Callable[[Bed], None]]] = {
     "put": (_want_rows, _put),
     "put with a state": (_want_state, _put),
@@ -322,6 +360,7 @@ OPERATIONS: dict[str, tuple[Callable[[Bed], None], Callable[[Bed], None]]] = {
     "open": (_shut, _open),
     "open without index": (_lose_index, _open),
     "import": (_want_import, _import),
+    "pull": (_want_pull, _pull),
 }
 _REBUILDS = ("rebuild", "open without index")
 _LOOKERS = ("check and repair", "quarantine", *_REBUILDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import statistics
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ COLD, MEMORY, KILLED, FOLDER = (
 )
 WAYS = (COLD, MEMORY, KILLED, FOLDER)
 _SIDE = "beside"
+_HERE, _THERE = "/home/me/projects/first-one", "/home/me/code/another"
 _TURNS, _TOOLS = 4, 12
 _UNEQUAL = 1.5
 """Cold runs that differ by more than this make a range of a factor."""
@@ -102,23 +104,30 @@ def measure(
     """
     tokenizer = load_tokenizer(model)
     known = context_tokens_of(model)
-    if known is not None and known < 2 * tokens:
+    is_bounded = known is not None and known < 2 * tokens
+    if known is not None and is_bounded:
         tokens = known // 2
     words = fitting_words(tokenizer, tokens)
+    longest = _num_tokens(tokenizer, _bodies(words, 0, _HERE)[-1]) + output_tokens
+    if known is not None and known < longest:
+        raise BenchError(
+            f"{model} has a context of {known:,} tokens, and the last turn needs {longest:,}; "
+            "take another model"
+        )
+    if is_bounded:
+        tell(f"{model} has a context of {known:,} tokens: the first prompt takes half of it")
     # An answer that ended by itself would be of another length with another model.
     ends = {str(one): -100 for one in tokenizer.eos_token_ids}
     more = {"max_tokens": output_tokens, "temperature": 0.0, "logit_bias": ends}
     samples: list[Sample] = []
     for run in range(runs):
-        here = [
-            {**as_chat(one), **more} for one in _bodies(words, run, "/home/me/projects/first-one")
-        ]
-        there = {**as_chat(_bodies(words, run, "/home/me/code/another")[1]), **more}
+        here = [{**as_chat(one), **more} for one in _bodies(words, run, _HERE)]
+        there = {**as_chat(_bodies(words, run, _THERE)[1]), **more}
         for server in servers:
             place = folder / f"{server}-{run}"
             place.mkdir(parents=True)
-            tell(f"{server}, run {run + 1} of {runs}")
-            samples += _run(server, model, place, run, here, there)
+            begin = f"{server}, run {run + 1} of {runs}: "
+            samples += _run(server, model, place, run, here, there, begin, tell)
     lengths = sorted({one.output_tokens for one in samples})
     if lengths != [output_tokens]:
         raise BenchError(
@@ -134,12 +143,23 @@ def _bodies(words: int, run: int, folder: str) -> list[dict[str, Any]]:
 
 
 def _run(
-    server: str, model: str, place: Path, run: int, here: list[Any], there: Any
+    server: str,
+    model: str,
+    place: Path,
+    run: int,
+    here: list[Any],
+    there: Any,
+    begin: str,
+    tell: Callable[[str], None],
 ) -> list[Sample]:
     """One session: its title, its turns with a sub-agent between, a kill before the last one."""
     found: list[Sample] = []
+    told: set[str] = set()
 
     def ask(process: Process, body: Any, way: str) -> None:
+        if way not in told and way != _SIDE:
+            told.add(way)
+            tell(f"{begin}{way}")
         said = process.ask(body)
         values = (said.prompt_tokens, said.cached_tokens, said.output_tokens)
         found.append(Sample(server, run, way, said.first_s, said.total_s, *values))
@@ -167,12 +187,21 @@ def fitting_words(tokenizer: Any, tokens: int) -> int:
     """The size of a session whose first prompt has so many tokens, about."""
 
     def counted(words: int) -> int:
-        body = as_chat(_bodies(words, 0, "/home/me/projects/first-one")[1])
-        return len(render(tokenizer, read_request(body), template_args={}).tokens)
+        return _num_tokens(tokenizer, _bodies(words, 0, _HERE)[1])
 
     small, large = counted(10), counted(60)
     each = max(1.0, (large - small) / 50)
     return max(1, round(10 + (tokens - small) / each))
+
+
+def _num_tokens(tokenizer: Any, body: dict[str, Any]) -> int:
+    """Of the prompt of a request."""
+    logging.disable(logging.WARNING)  # mlx-lm warns of tools, which are the bench's own
+    try:
+        request = read_request(as_chat(body))
+        return len(render(tokenizer, request, template_args={}).tokens)
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def context_tokens_of(model: str) -> int | None:

@@ -139,13 +139,13 @@ class Process:
             )
             answer = connection.getresponse()
             if answer.status != 200:
-                raise BenchError(f"a request was refused: {answer.read()[:300]!r}")
+                raise BenchError(f"a request was refused: {sentence_of(answer.read())}")
             for line in answer:
                 if not line.startswith(b"data: {"):
                     continue
                 said = json.loads(line.removeprefix(b"data: "))
                 if "error" in said:
-                    raise BenchError(f"a request failed: {said['error']}")
+                    raise BenchError(f"a request failed: {sentence_of(line[6:])}")
                 if said.get("choices") and first is None:
                     first = time.monotonic() - started
                 usage = said.get("usage") or usage
@@ -178,6 +178,17 @@ class Process:
         lines = self._log.read_text(errors="replace").strip().splitlines()
         said = lines[-1] if lines else "nothing"
         raise BenchError(f"a server did not start; it said last: {said}")
+
+
+def sentence_of(body: bytes) -> str:
+    """What an answer says of an error, in whichever form."""
+    try:
+        said = json.loads(body)["error"]
+    except (ValueError, LookupError, TypeError):
+        said = body.decode(errors="replace")
+    if isinstance(said, dict):
+        said = said.get("message", said)
+    return " ".join(str(said).split())[:300] or "without a word"
 
 
 def _free_port() -> int:

@@ -19,6 +19,8 @@ from persist_cache_cli.output import Column, plain, print_json, table, terminal_
 from persist_cache_cli.store_access import common_options
 
 _SECRETS = ("key", "token", "salt", "secret", "password")
+_NO_SECRETS = ("remote-secret-file", "remote-public-key")
+"""A place, and what everybody may know."""
 _RULES = ("quota", "ttl")
 _SALT_OF_RULE = re.compile(r"\bsalt:.*(?==)", re.DOTALL)
 """What a rule is about may be a salt."""
@@ -73,7 +75,7 @@ def command(
         rows = [
             [one.name, _shown(one.value), f"{one.source} {one.place}".rstrip()] for one in found
         ]
-        columns = [Column("setting"), Column("value"), Column("from")]
+        columns = [Column("setting"), Column("value", least=20), Column("from", least=12)]
         for line in table(columns, rows, width=terminal_width(), paint=plain):
             click.echo(line)
 
@@ -95,10 +97,11 @@ def _store(ctx: click.Context) -> Setting:
 def _of_serve(ctx: click.Context, arguments: list[str]) -> list[Setting]:
     from persist_cache.server.run import flags_of_upstream
     from persist_cache_cli.commands.serve import command as serve
-    from persist_cache_cli.commands.serve import errors_in_one_sentence
+    from persist_cache_cli.commands.serve import understood
 
     config = config_of(ctx)
     parsed = serve.make_context("serve", arguments, parent=ctx.parent)
+    whole, _ = understood(parsed)
     found = []
     for option in serve.params:
         if not isinstance(option, click.Option) or not option.expose_value:
@@ -113,14 +116,10 @@ def _of_serve(ctx: click.Context, arguments: list[str]) -> list[Setting]:
             ParameterSource.DEFAULT_MAP: ("file", config.place(name)),
         }.get(source or ParameterSource.DEFAULT, ("default", ""))
         found.append(Setting(name, _masked(name, parsed.params[str(option.name)]), *said))
-    with errors_in_one_sentence():
-        parser = flags_of_upstream()
-        from_file = _given(config.flags(serve, parser.known), parser.known)
-        from_flags = _given(parsed.args, parser.known)
-        holds = vars(parser.parse_known_args([*config.flags(serve, parser.known), *parsed.args])[0])
-        extra = parser.parse_known_args(parsed.args)[1]
-    if extra:
-        raise click.UsageError(f"Unrecognized arguments: {' '.join(extra)}.")
+    parser = flags_of_upstream()
+    from_file = _given(config.flags(serve, parser.known), parser.known)
+    from_flags = _given(parsed.args, parser.known)
+    holds = vars(parser.parse_known_args(whole)[0])
     for action in parser.known:
         if action.dest == "help":
             continue
@@ -147,7 +146,7 @@ def _given(arguments: Sequence[str], known: Sequence[argparse.Action]) -> set[st
 
 def _masked(name: str, value: Any) -> Any:
     """A value that may be shown."""
-    if value and any(part in _SECRETS for part in name.split("-")):
+    if value and name not in _NO_SECRETS and any(part in _SECRETS for part in name.split("-")):
         return "********"
     if name in _RULES:
         return [_SALT_OF_RULE.sub("salt:********", one) for one in value]

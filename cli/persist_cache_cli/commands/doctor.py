@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 
 from persist_cache import Store, StoreStats
 from persist_cache.doctor import facts, judgement
 from persist_cache.doctor.facts import BreakEven, DiskSpeed, Folder, ModelCache
 from persist_cache.doctor.judgement import Finding
 from persist_cache.doctor.template import TemplateReport, judge_template, look_at_template
-from persist_cache.errors import PersistCacheError, StoreError
+from persist_cache.errors import PersistCacheError, RemoteError, StoreError
 from persist_cache.prefill.loading import load_tokenizer
 from persist_cache.queries.totals import Survey, quarantined
+from persist_cache.sharing.as_json import settings_json
 from persist_cache.store.budget import DEFAULT_MAX_BYTES, DEFAULT_MIN_FREE_BYTES
 from persist_cache_cli import left_behind
 from persist_cache_cli.blas import advice
@@ -30,8 +32,10 @@ from persist_cache_cli.output import (
     plural,
     print_json,
     printable,
+    terminal_width,
 )
 from persist_cache_cli.prompts import ModelChoice, choose_model, model_options
+from persist_cache_cli.remote_report import RemoteReport, look_at_remote, remote_line
 from persist_cache_cli.store_access import common_options, reading, store_path
 
 
@@ -77,6 +81,7 @@ class _Report:
     speed: DiskSpeed | None = None
     model: ModelCache | None = None
     template: TemplateReport | None = None
+    remote: RemoteReport | None = None
     break_even: list[BreakEven] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=facts.versions)
@@ -145,6 +150,12 @@ class _Report:
                 ],
             },
             "template": None if self.template is None else _template_json(self.template),
+            "remote": None
+            if self.remote is None
+            else {
+                **msgspec.to_builtins(settings_json(self.remote.settings)),
+                "probe": self.remote.probe,
+            },
             "break_even": [
                 {
                     "fingerprint": one.fingerprint,
@@ -198,9 +209,11 @@ class _Report:
                     f"{format_bytes(min_free_bytes)} of the disk are left alone",
                 ),
                 ("open files", f"{soft} (at most {hard})"),
+                ("remote", "" if self.remote is None else remote_line(self.remote)),
                 *self._model_pairs(),
                 *self._break_even_pairs(),
             ],
+            width=terminal_width(),
             paint=paint,
         )
 
@@ -257,7 +270,8 @@ def _examine(store: str | None, choice: ModelChoice | None) -> _Report:
             with reading(store) as opened:
                 if opened is not None:
                     _look_into(opened, report, store)
-        except StoreError as error:
+                    report.remote = look_at_remote(opened)
+        except (StoreError, RemoteError) as error:
             failures.append(str(error))
         try:
             _measure(store, root, report)
@@ -278,6 +292,8 @@ def _examine(store: str | None, choice: ModelChoice | None) -> _Report:
         min_free_bytes=min_free_bytes,
         used_bytes=0 if report.stats is None else report.stats.usage.total,
     )
+    if report.remote is not None and report.remote.trouble:
+        report.findings.append(Finding("problem", report.remote.trouble))
     if slow := advice("serve …"):
         report.findings.append(Finding("note", slow))
     if choice is not None:

@@ -17,6 +17,7 @@ from persist_cache_cli.output import (
     print_json,
     printable,
 )
+from persist_cache_cli.remote_report import REMOTE_WORDS
 from persist_cache_cli.store_access import common_options, store_path
 
 
@@ -58,6 +59,8 @@ def _lines(told: dict[str, Any], now: float) -> list[str]:
     if told["waiting_saves"]:
         caches += f"; {told['waiting_saves']} on their way to the disk"
     lines.append(caches)
+    if remote := told.get("remote"):
+        lines.append(f"  remote: {REMOTE_WORDS.get(remote, remote)}")
     warming = told["warming"]
     if warming is not None and warming["state"] == "running":
         lines.append(f"  warming: {warming['done']} of {warming['total']} prompts are done")

@@ -6,12 +6,12 @@ import argparse
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
+from msgspec.structs import replace
 
 from persist_cache.entry import TIER_LABELS
 from persist_cache.server.launch import DEFAULT_GRACE_S, ServeOptions
@@ -30,6 +30,7 @@ from persist_cache_cli.parse import (
     parse_rules,
     parse_size,
 )
+from persist_cache_cli.remote_options import remote_choice, remote_options
 from persist_cache_cli.warm_file import read_warm_file
 
 
@@ -151,10 +152,57 @@ from persist_cache_cli.warm_file import read_warm_file
     help="Free the model's memory after so long without a request, such as 15m; the next request "
     "loads it again.",
 )
+@remote_options
 @click.option("-h", "--help", "show_help", is_flag=True, help="Show this, and upstream's flags.")
 @click.pass_context
-def command(
-    ctx: click.Context,
+def command(ctx: click.Context, /, *, show_help: bool, **_: Any) -> None:
+    """Run mlx_lm.server with a prompt cache that survives restarts.
+
+    Every flag of mlx_lm.server works; the API is the same.
+
+    \b
+    Example:
+      persist-cache serve --model mlx-community/Qwen3-4B-4bit --port 8080
+    """
+    if show_help:
+        click.echo(ctx.get_help())
+        click.echo("\nFlags of mlx_lm.server:\n")
+        serve(["--help"], ServeOptions())
+        return
+    arguments, options = understood(ctx)
+    for handler in list(logging.getLogger().handlers):
+        # Upstream sets up logging as its --log-level says, but only where nobody has done so yet.
+        logging.getLogger().removeHandler(handler)
+    with errors_in_one_sentence():
+        serve(arguments, replace(options, note=advice("serve …")))
+
+
+def understood(ctx: click.Context) -> tuple[list[str], ServeOptions]:
+    """What the server would be run with: upstream's arguments, and ours.
+
+    Args:
+        ctx: A context of this command, which need not be the one that runs.
+
+    Raises:
+        click.UsageError: `serve` would refuse to be run so.
+    """
+    config = config_of(ctx)
+    parser = flags_of_upstream()
+    upstream = config.flags(ctx.command, parser.known) if config.serve else []
+    arguments = [*upstream, *ctx.args]
+    with errors_in_one_sentence():
+        flags, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        raise click.UsageError(f"`serve` has no {unknown[0]}.")
+    if not 0 <= flags.port <= 65_535:
+        # The system would take its last 16 bits.
+        raise click.UsageError(f"--port goes from 0 to 65535, not {flags.port}.")
+    given = {name: value for name, value in ctx.params.items() if name != "show_help"}
+    return arguments, _options(ctx.obj, **given)
+
+
+def _options(
+    store: str | None,
     *,
     own_store: str | None,
     disk_bytes: int | None,
@@ -179,29 +227,18 @@ def command(
     while_locked: str | None,
     warm: Path | None,
     unload_after: float | None,
-    show_help: bool,
-) -> None:
-    """Run mlx_lm.server with a prompt cache that survives restarts.
+    **of_remote: Any,
+) -> ServeOptions:
+    """Our options of the server, each of which is looked at.
 
-    Every flag of mlx_lm.server works; the API is the same.
-
-    \b
-    Example:
-      persist-cache serve --model mlx-community/Qwen3-4B-4bit --port 8080
+    Raises:
+        click.UsageError: One cannot be.
     """
-    if show_help:
-        click.echo(ctx.get_help())
-        click.echo("\nFlags of mlx_lm.server:\n")
-        serve(["--help"], ServeOptions())
-        return
     check_store(own_store)
     for name in ("PERSIST_CACHE_ADMIN_TOKEN", "PERSIST_CACHE_API_KEY"):
         # To click it is as if it were not set, and nothing would be asked for.
         if os.environ.get(name) == "":
             raise click.UsageError(f"{name} is empty; give it a secret, or unset it.")
-    config = config_of(ctx)
-    upstream = config.flags(ctx.command, flags_of_upstream().known) if config.serve else []
-    _check_port([*upstream, *ctx.args])
     for name, secret in (("--admin-token", admin_token), ("--api-key", api_key)):
         # It has to fit into a header, and be the same when it arrives.
         if secret is not None and not (
@@ -216,8 +253,8 @@ def command(
         raise click.UsageError(
             f"--persist: unknown tier {unknown[0]!r}; use system, user, assistant, or none."
         )
-    options = ServeOptions(
-        store=ctx.obj if own_store is None else own_store,
+    return ServeOptions(
+        store=store if own_store is None else own_store,
         disk_bytes=disk_bytes,
         min_free_bytes=min_free,
         daily_write_bytes=daily_write_bytes,
@@ -232,19 +269,14 @@ def command(
         context_tokens=context_tokens,
         stabilize=stabilize,
         show_text=show_text,
-        note=advice("serve …"),
         while_locked=while_locked,
         warm=() if warm is None else read_warm_file(warm),
         unload_after_s=unload_after,
         quotas=parse_rules(quotas, "--quota", parse_size, tiers=False),
         ttl=parse_rules(ttl, "--ttl", parse_duration, tiers=True),
         rules=Rules(no_store_default, respect_store, min_tokens),
+        remote=remote_choice(**of_remote),
     )
-    for handler in list(logging.getLogger().handlers):
-        # Upstream sets up logging as its --log-level says, but only where nobody has done so yet.
-        logging.getLogger().removeHandler(handler)
-    with errors_in_one_sentence():
-        serve([*upstream, *ctx.args], options)
 
 
 def _aliases(given: tuple[str, ...]) -> dict[str, str]:
@@ -252,15 +284,6 @@ def _aliases(given: tuple[str, ...]) -> dict[str, str]:
         return parse_aliases(given)
     except ValueError as error:
         raise click.UsageError(f"--alias: {error}.") from None
-
-
-def _check_port(upstream: Sequence[str]) -> None:
-    """Refuse a port that there is not; the system would take its last 16 bits."""
-    for flag, value in pairwise((*upstream, "")):
-        name, _, attached = flag.partition("=")
-        text = attached or value
-        if name == "--port" and text.isdigit() and int(text) > 65_535:
-            raise click.UsageError(f"--port goes from 0 to 65535, not {text}.")
 
 
 @contextlib.contextmanager

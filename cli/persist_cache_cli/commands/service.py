@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import click
+from click.core import ParameterSource
 
 from persist_cache_cli.config import config_of
 from persist_cache_cli.config_place import default_path
@@ -14,7 +16,11 @@ from persist_cache_cli.service.managers import MANAGERS, Launchd, Manager, own_m
 from persist_cache_cli.service.units import Service, is_ours
 from persist_cache_cli.store_access import NothingFound
 
-_KEPT = (*("PERSIST_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME", "XDG_CONFIG_HOME"),)
+_KEPT = (
+    *("PERSIST_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME", "XDG_CONFIG_HOME"),
+    *("PERSIST_CACHE_REMOTE", "PERSIST_CACHE_REMOTE_SECRET_FILE"),
+    *("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_ALLOW_HTTP"),
+)
 """Variables that say where things are; a service is started without the shell's."""
 _SECRETS = ("--api-key", "--admin-token", "--salt")
 
@@ -106,7 +112,10 @@ def _install(
             "`persist-cache service uninstall` removes it."
         ) from None
     click.echo(f"Installed as {path}, and started; `persist-cache service status` shows it.")
-    for name in ("PERSIST_CACHE_API_KEY", "PERSIST_CACHE_ADMIN_TOKEN", "HF_TOKEN"):
+    for name in (
+        *("PERSIST_CACHE_API_KEY", "PERSIST_CACHE_ADMIN_TOKEN", "HF_TOKEN"),
+        *("PERSIST_CACHE_REMOTE_SECRET", "AWS_SECRET_ACCESS_KEY"),
+    ):
         if os.environ.get(name):
             click.echo(f"Note: {name} is not handed on to the service.", err=True)
 
@@ -117,23 +126,19 @@ def _service(ctx: click.Context, arguments: tuple[str, ...]) -> Service:
     Raises:
         click.UsageError: It does not, or a secret is among them.
     """
-    from persist_cache.server.run import flags_of_upstream
     from persist_cache_cli.commands.serve import command as serve
-    from persist_cache_cli.commands.serve import errors_in_one_sentence
+    from persist_cache_cli.commands.serve import understood
 
     for one in arguments:
         if one.partition("=")[0] in _SECRETS:
-            name = one.partition("=")[0]
-            raise click.UsageError(
-                f"{name} would stand in the file of the service, and in lists of processes; put "
-                f"{name.removeprefix('--')} under [serve] of persist-cache.toml."
-            )
+            _refuse_secret(one.partition("=")[0])
     parsed = serve.make_context("serve", list(arguments), parent=ctx.parent)
-    with errors_in_one_sentence():
-        unknown = flags_of_upstream().parse_known_args(parsed.args)[1]
-    if unknown:
-        # It would be started again and again, and fail each time.
-        raise click.UsageError(f"`serve` has no {unknown[0]}.")
+    # What `serve` refuses would be started again and again, and fail each time.
+    _, options = understood(parsed)
+    for name, rules in (("quotas", options.quotas), ("ttl", options.ttl)):
+        is_given = parsed.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        if is_given and any(what.startswith("salt:") for what in rules or ()):
+            _refuse_secret("--quota" if name == "quotas" else "--ttl", "the salt")
     given: list[str] = []
     if ctx.obj is not None:
         given += ["--store", os.path.abspath(os.path.expanduser(ctx.obj))]
@@ -145,8 +150,21 @@ def _service(ctx: click.Context, arguments: tuple[str, ...]) -> Service:
         command=[sys.executable, "-P", "-m", "persist_cache_cli", *given, "serve", *arguments],
         folder=str(Path.cwd()),
         variables={name: os.environ[name] for name in _KEPT if os.environ.get(name)},
-        grace_s=parsed.params["grace"],
+        grace_s=options.grace_s,
         log=str(Launchd().log),
+    )
+
+
+def _refuse_secret(option: str, what: str = "it") -> NoReturn:
+    """Keep a secret out of the file of the service.
+
+    Raises:
+        click.UsageError: Always.
+    """
+    subject = option if what == "it" else f"{what} in {option}"
+    raise click.UsageError(
+        f"{subject[:1].upper() + subject[1:]} would stand in the file of the service, and in lists "
+        f"of processes; put {option.removeprefix('--')} under [serve] of persist-cache.toml."
     )
 
 

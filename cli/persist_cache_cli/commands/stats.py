@@ -34,6 +34,7 @@ from persist_cache_cli.output import (
     terminal_width,
 )
 from persist_cache_cli.parse import DURATION
+from persist_cache_cli.remote_report import counted_line
 from persist_cache_cli.store_access import common_options, reading, store_path
 
 _BAR_CELLS = 30
@@ -153,7 +154,12 @@ class _Report:
                     "hits",
                     f"{asked - said.misses:,} of {plural(asked, 'request')}"
                     f" ({said.hits['memory']:,} from memory,"
-                    f" {said.hits['disk']:,} from disk)",
+                    f" {said.hits['disk']:,} from disk"
+                    + (
+                        f", {said.hits['remote']:,} from the remote)"
+                        if said.hits["remote"]
+                        else ")"
+                    ),
                 ),
                 ("reused", _reused(said.tokens_reused, said.tokens_asked) if asked else ""),
                 (
@@ -161,6 +167,7 @@ class _Report:
                     f"{said.tokens_saved:,} tokens"
                     + (f", {format_duration(said.saved_s)}" if said.saved_s else ""),
                 ),
+                ("remote", counted_line(said.counters)),
             ],
             paint=paint,
         )

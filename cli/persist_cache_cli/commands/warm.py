@@ -2,77 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 from msgspec.structs import replace
 
-from persist_cache import Store, Tier
-from persist_cache.entry import NO_GROUP
+from persist_cache import Store
+from persist_cache.errors import MissingDependencyError, RemoteError
 from persist_cache.queries.schema import WarmJson
-from persist_cache.server.rendering import PromptRequest, system_only
-from persist_cache.stability.names import DEFAULTS
-from persist_cache.stability.prefixes import LEAST_TOKENS
+from persist_cache.remote import Remote
+from persist_cache.sharing import RemoteChoice
 from persist_cache.warm import WARM_STEP_TOKENS
-from persist_cache_cli.output import plural, print_json, printable
-from persist_cache_cli.parse import (
-    DURATION,
-    GROUP,
-    LABEL,
-    parse_duration,
-    parse_group,
-    parse_label,
-    parse_repairs,
-)
-from persist_cache_cli.prompts import (
-    ManifestPrompt,
-    ModelChoice,
-    Template,
-    choose_model,
-    choose_template,
-    model_options,
-    protocol_option,
-    read_manifest,
-    read_request_file,
-    read_text,
-    stabilize_option,
-    template_options,
-    with_tools,
-)
-from persist_cache_cli.recorded import Recordings, beginnings, read_recordings
+from persist_cache_cli.jobs import jobs_of, prompt_options
+from persist_cache_cli.output import print_json
+from persist_cache_cli.parse import DURATION, GROUP, LABEL
+from persist_cache_cli.remote_options import remote_choice, remote_options
 from persist_cache_cli.store_access import common_options, store_path
-from persist_cache_cli.warming import Job, Run
+from persist_cache_cli.warming import Run
 
 
 @click.command("warm")
-@click.option("--model", metavar="PATH_OR_HUB_ID", help="The model, as the server is given it.")
-@click.option("--system", metavar="TEXT", help="System prompt: the text, @FILE, or - for stdin.")
-@click.option(
-    "--messages",
-    type=click.Path(path_type=Path),
-    help="JSON file with a client's request to store as a whole, or just its messages.",
-)
-@click.option(
-    "--tools",
-    type=click.Path(path_type=Path),
-    help="JSON file with tool definitions, instead of those in the request.",
-)
-@click.option(
-    "--manifest",
-    type=click.Path(path_type=Path),
-    help="TOML file with several prompts, one [[prompt]] each.",
-)
-@click.option(
-    "--requests",
-    type=click.Path(path_type=Path),
-    help="Recorded requests, a file or a folder: store the beginnings that they share.",
-)
-@protocol_option
-@model_options
-@template_options
-@stabilize_option
+@prompt_options
 @click.option("--tier", metavar="TIER", help="system, user or assistant.  [default: by content]")
 @click.option("--pin", is_flag=True, help="Exempt it from eviction.")
 @click.option("--ttl", type=DURATION, help="Let it expire after this time, such as 7d.")
@@ -87,187 +41,100 @@ from persist_cache_cli.warming import Job, Run
 )
 @click.option("--check", is_flag=True, help="Only report; exit 3 if something is missing.")
 @click.option("--dry-run", is_flag=True, help="Only report.")
+@click.option("--publish", is_flag=True, help="Share what was asked for by the remote, at once.")
+@remote_options
 @common_options()
 @click.pass_obj
 def command(
     store: str | None,
     /,
     *,
-    model: str | None,
-    system: str | None,
-    messages: Path | None,
-    tools: Path | None,
-    manifest: Path | None,
-    requests: Path | None,
-    protocol: str | None,
-    chat_template_args: str | None,
-    chat_template: str | None,
-    use_default_chat_template: bool,
-    stabilize: frozenset[str],
-    tier: str | None,
-    pin: bool,
     ttl: float | None,
-    label: str,
     group: str | None,
     prefill_step_size: int,
     check: bool,
     dry_run: bool,
+    publish: bool,
+    remote: str | None,
+    secret_file: Path | None,
+    public_key: str | None,
+    publish_plain: bool | None,
+    tiers: tuple[str, ...] | None,
+    publish_after: int | None,
+    budget: int | None,
     as_json: bool,
     quiet: bool,
-    **model_choice: Any,
+    **of_prompt: Any,
 ) -> None:
     """Prefill prompts and store them, so that the first request finds them.
 
-    What is stored already is skipped. An interrupted run goes on where its last step ended.
+    What is stored already is skipped, and what the remote has is fetched. An interrupted run goes
+    on where its last step ended.
 
     \b
     Examples:
       persist-cache warm --model mlx-community/Qwen3-4B-4bit --system @prompt.txt --pin
       persist-cache warm --manifest prompts.toml --check
     """
-    template = choose_template(chat_template_args, chat_template, use_default_chat_template)
-    recordings: Recordings | None = None
-    if manifest is not None:
-        if model or system or messages or tools or protocol or requests:
-            raise click.UsageError("--manifest says it all; leave out the options of one prompt.")
-        jobs = [_job_of(prompt) for prompt in read_manifest(manifest).prompt]
-    elif requests is not None:
-        if system or messages or tools or tier:
-            raise click.UsageError(
-                "--requests says it all; leave out --system, --messages, --tools and --tier."
-            )
-        choice = choose_model(_required(model), **model_choice)
-        recordings = read_recordings(requests, protocol=protocol, stabilize=stabilize)
-        jobs = _jobs_of(recordings, choice, template, pin=pin, ttl_s=ttl, label=label)
-        _tell_recordings(recordings, len(jobs), quiet=quiet or as_json)
-    else:
-        jobs = [
-            _make_job(
-                choose_model(_required(model), **model_choice),
-                system=system,
-                messages=messages,
-                tools=tools,
-                protocol=protocol,
-                template=template,
-                stabilize=stabilize,
-                tier=tier,
-                pin=pin,
-                ttl_s=ttl,
-                label=label,
-            )
-        ]
+    asked = jobs_of(ttl=ttl, silent=quiet or as_json, **of_prompt)
+    jobs = asked.jobs
     if group is not None:
         jobs = [replace(job, group=job.group or group) for job in jobs]
+    choice = remote_choice(
+        remote=remote,
+        secret_file=secret_file,
+        public_key=public_key,
+        publish_plain=publish_plain,
+        tiers=tiers,
+        publish_after=publish_after,
+        budget=budget,
+    )
+    looks_only = check or dry_run
     reports: list[WarmJson] = []
-    with Store.open(store_path(store)) as opened:
-        run = Run(opened, prefill_step_size, quiet=quiet or as_json)
+    with (
+        Store.open(store_path(store)) as opened,
+        _remote(opened, choice, needed=publish and not looks_only) as shared,
+    ):
+        run = Run(
+            opened,
+            prefill_step_size,
+            quiet=quiet or as_json,
+            remote=shared,
+            publishes=publish,
+        )
         for job in jobs:
-            reports.append(run.check(job) if check or dry_run else run.warm(job))
+            reports.append(run.check(job) if looks_only else run.warm(job))
     if as_json:
         print_json(reports)
     if any(report.missing_tokens for report in reports) and not dry_run:
         sys.exit(3)
-    if recordings is not None and recordings.complaints:
+    if asked.is_incomplete:
         sys.exit(1)
 
 
-def _required(model: str | None) -> str:
-    if not model:
-        raise click.UsageError("Name the model with --model, or several prompts with --manifest.")
-    return model
-
-
-def _jobs_of(
-    recordings: Recordings,
-    choice: ModelChoice,
-    template: Template,
-    *,
-    pin: bool,
-    ttl_s: float | None,
-    label: str,
-) -> list[Job]:
-    """What is worth storing of recorded requests."""
-    if not recordings.requests:
-        return []
-    tokenizer = template.tokenizer(choice.model)
-    jobs = []
-    for one in beginnings(recordings, lambda request: template.render(tokenizer, request)):
-        tier = Tier.SYSTEM if one.found.is_head else Tier.USER
-        request = PromptRequest([])
-        name = label or one.name
-        whole = not one.found.is_head
-        jobs.append(Job(choice, template, request, whole, tier, pin, ttl_s, name, one.tokens))
-    return jobs
-
-
-def _tell_recordings(recordings: Recordings, beginnings: int, *, quiet: bool) -> None:
-    """Say what was read, and what of that could not be."""
-    for complaint in recordings.complaints:
-        click.echo(f"Left out: {printable(complaint)}", err=True)
-    if not quiet:
-        click.echo(
-            f"{plural(len(recordings.requests), 'request')} in "
-            f"{plural(recordings.files, 'file')}; "
-            f"{plural(beginnings, 'beginning')} of at least {LEAST_TOKENS} tokens to be stored."
-        )
-
-
-def _job_of(prompt: ManifestPrompt) -> Job:
-    choice = choose_model(
-        prompt.model,
-        prompt.adapter_path,
-        prompt.kv_bits,
-        prompt.kv_group_size,
-        prompt.quantized_kv_start,
-        prompt.salt,
-    )
-    return _make_job(
-        choice,
-        system=prompt.system,
-        messages=Path(prompt.messages) if prompt.messages else None,
-        tools=Path(prompt.tools) if prompt.tools else None,
-        protocol=prompt.protocol,
-        template=Template(
-            prompt.chat_template_args, prompt.chat_template, prompt.use_default_chat_template
-        ),
-        stabilize=parse_repairs(prompt.stabilize) if prompt.stabilize else DEFAULTS,
-        tier=prompt.tier,
-        pin=prompt.pin,
-        ttl_s=None if prompt.ttl is None else parse_duration(prompt.ttl),
-        label=parse_label(prompt.label),
-        group=parse_group(prompt.group) if prompt.group else NO_GROUP,
-    )
-
-
-def _make_job(
-    choice: ModelChoice,
-    *,
-    system: str | None,
-    messages: Path | None,
-    tools: Path | None,
-    protocol: str | None,
-    template: Template,
-    stabilize: frozenset[str],
-    tier: str | None,
-    pin: bool,
-    ttl_s: float | None,
-    label: str,
-    group: str = NO_GROUP,
-) -> Job:
-    if (system is None) == (messages is None):
-        raise click.UsageError("Give either --system or --messages.")
-    if messages is not None:
-        request = read_request_file(messages, tools=tools, protocol=protocol, stabilize=stabilize)
-    else:
-        text = read_text(system or "", "--system")
-        request = with_tools([{"role": "system", "content": text}], tools, stabilize)
-    whole = not system_only(request)
-    if not whole and request.asked is None:
-        # Only what precedes the user message is stored, so its text does not matter.
-        user = {"role": "user", "content": "Hello"}
-        request = replace(request, messages=[*request.messages, user])
+@contextlib.contextmanager
+def _remote(store: Store, choice: RemoteChoice, *, needed: bool) -> Iterator[Remote | None]:
+    """The remote of a store; None where it has none, or none that can be used, and needs none."""
+    settings = choice.settle(store)
+    if settings is None:
+        if needed:
+            raise RemoteError(
+                "There is no remote to publish to; name one with --remote URL, or run "
+                "`persist-cache remote add URL` first."
+            )
+        yield None
+        return
     try:
-        parsed = Tier.parse(tier or ("user" if whole else "system"))
-    except ValueError as error:
-        raise click.UsageError(f"{error}.") from None
-    return Job(choice, template, request, whole, parsed, pin, ttl_s, label, group=group)
+        remote = Remote.open(store, settings)
+    except (RemoteError, MissingDependencyError) as error:
+        if needed or choice != RemoteChoice():
+            raise
+        click.echo(f"Note: the remote is not used. {error}", err=True)
+        yield None
+        return
+    try:
+        if needed and remote.why_not_publish:
+            raise RemoteError(remote.why_not_publish)
+        yield remote
+    finally:
+        remote.close()

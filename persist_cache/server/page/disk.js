@@ -26,8 +26,8 @@ function notes(store, history) {
   return found.concat(store.left_behind.map(leftBehind));
 }
 const quoted = text => /^[\w@%+=:,./-]+$/.test(text) ? text : `'${text.replaceAll("'", `'"'"'`)}'`;
-// The command in a shell: of this store, which need not be the one that it uses by itself.
-const commandOf = rest => `persist-cache --store ${quoted(state.stats.store.store)} ${rest}`;
+// The command in a shell, of this store: it is named unless commands use it by themselves.
+const commandOf = rest => `persist-cache${state.stats.default_store ? "" : ` --store ${quoted(state.stats.store.store)}`} ${rest}`;
 function leftBehind(one) {
   const code = text => h("code", {}, commandOf(text));
   return h("li", { class: "stale" },

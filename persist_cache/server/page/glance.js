@@ -18,6 +18,7 @@ function renderGlance() {
   renderSaved();
   renderDiskCard(store);
   renderMost();
+  renderRemote();
 }
 function renderLatest() {
   const one = state.requests[state.requests.length - 1];
@@ -63,6 +64,22 @@ function renderMost() {
     h("p", { class: "cut" }, button("most", said(titleOf(one, one.id, one.labels)), () => act(() => details(one.id)), { "data-id": one.id, class: "title plain cut" })),
     h("p", { class: "soft" }, `${one.below.entries > 1 ? `This ${one.tier} prompt and the ${whole(one.below.entries - 1)} that go on from it` : `This ${one.tier} prompt`}; ${plural(one.num_tokens, "token")}, used ${age(one.below.last_use)}${age(one.below.last_use) === "now" ? "" : " ago"}.`));
   wantMost(one.id);
+}
+function renderRemote() {
+  const one = state.stats.remote, card = $("card-remote");
+  card.hidden = !one;
+  card.parentElement.classList.toggle("shared", Boolean(one));
+  if (!one) return;
+  const words = { closed: "In use", open: "Left alone", "half-open": "Being tried", off: "Not used" };
+  const count = name => one.counters[name] || 0, misses = sum(Object.values(one.misses));
+  const why = Object.entries(one.misses).sort((a, b) => b[1] - a[1]).slice(0, 3).map(([name, n]) => `${whole(n)} ${name.replaceAll("_", " ")}`);
+  const again = one.breaker === "open" ? `, and tried again in ${duration(one.retry_in_s)}` : "";
+  put(body("card-remote"),
+    h("p", { class: `big ${one.breaker === "closed" ? "good" : "bad"}` }, `${words[one.breaker] || one.breaker}${again}`, h("span", { class: "soft" }, count("saved_ms") ? ` ${duration(count("saved_ms") / 1000)} saved` : "")),
+    one.url ? h("p", { class: "cut" }, said(one.url)) : "",
+    one.url ? h("p", {}, `${plural(one.hits, "hit")}, ${plural(misses, "miss", "misses")}${why.length ? ` (${why.join(", ")})` : ""}; ${bytes(count("received_bytes"))} received, ${bytes(count("sent_bytes"))} sent.`) : "",
+    one.last_error ? h("p", { class: one.breaker === "closed" ? "soft" : "bad" }, "Last error: ", said(one.last_error)) : "",
+    one.url ? h("p", { class: "soft" }, one.publishes ? `${plural(count("published"), "prompt")} published${one.queued ? `, ${whole(one.queued)} waiting` : ""}.` : "Only read: nothing is published.") : "");
 }
 const wantMost = id => { if (!state.previews.has(id)) wantPreviews([id, ...idsInSight]); };
 

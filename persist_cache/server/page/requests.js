@@ -46,6 +46,7 @@ async function requestDetails(id) {
     ["answer", one.output_tokens ? plural(one.output_tokens, "token") : ""],
     ["saved", one.saved_s ? `${duration(one.saved_s)} of prefill` : ""],
     ["to the disk", one.written_tokens ? plural(one.written_tokens, "token") : ""],
+    ["remote", one.remote && `${one.remote.why.replaceAll("_", " ")}${one.remote.seconds ? ` after ${duration(one.remote.seconds)}` : ""}`],
     ["repaired", one.repaired.join(", ")],
     ["went on from", wentOn(one)],
     ["why no more", one.reason && said(one.reason)],

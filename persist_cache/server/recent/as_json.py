@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from msgspec import UNSET, Struct, UnsetType
 
+from persist_cache.cache.stats import FromRemote
 from persist_cache.server.recent.records import Parted, Record
 
 
@@ -63,6 +64,20 @@ class WentOnJson(Struct, frozen=True, kw_only=True):
     label: str
 
 
+class RemoteSaidJson(Struct, frozen=True, kw_only=True):
+    """What a remote said of a request's prompt.
+
+    Attributes:
+        why: How it ended, a word.
+        num_tokens: That the store has of the prompt because of that; 0 for nothing more.
+        seconds: What asking took.
+    """
+
+    why: str
+    num_tokens: int
+    seconds: float
+
+
 class RequestJson(Struct, frozen=True, kw_only=True):
     """A request that was answered.
 
@@ -75,7 +90,7 @@ class RequestJson(Struct, frozen=True, kw_only=True):
         model: That it named, or "".
         client: Its `User-Agent`.
         state: `done`, `failed`, or `left`: its client closed the connection.
-        source: `memory`, `disk` or `miss`; None where the cache was not asked.
+        source: `memory`, `disk`, `remote` or `miss`; None where the cache was not asked.
         num_tokens: Of its prompt.
         cached_tokens: Of these, that were found.
         computed_tokens: Of these, that were computed.
@@ -86,14 +101,15 @@ class RequestJson(Struct, frozen=True, kw_only=True):
         reason: Why no more was found, or "".
         repaired: Names of what was changed in it.
         parted: From which earlier request it parts; None where none is like it.
-        reused_tokens: Tokens that were not computed, by where they came from: `disk`, `memory`.
-        waited_s: Seconds until the cache was asked for it, or None: it was tokenized, and stood in
-            the line.
+        reused_tokens: Tokens that were not computed, by where they came from.
+        waited_s: Seconds until the cache was asked for it, or None: it was tokenized, stood in the
+            line, and a remote was asked.
         restore_s: Seconds that the look-up took, reading from the disk included, or None.
         saved_s: Seconds that this saved, less what reading took; None where nobody measured.
         replayable: Whether its body is remembered, so that it can be warmed.
         entry: The stored entry that it went on from, as of now; it may be longer, and then its
             beginning was used. None where none is stored any more. Of one request alone.
+        remote: What the remote said of its prompt; None where it was not asked.
     """
 
     id: str
@@ -121,6 +137,7 @@ class RequestJson(Struct, frozen=True, kw_only=True):
     saved_s: float | None
     replayable: bool
     entry: WentOnJson | UnsetType | None = UNSET
+    remote: RemoteSaidJson | None = None
 
 
 def request_json(
@@ -161,7 +178,14 @@ def request_json(
         saved_s=outcome.saved_s,
         replayable=bool(record.body),
         entry=entry,
+        remote=_remote_said(outcome.remote),
     )
+
+
+def _remote_said(remote: FromRemote | None) -> RemoteSaidJson | None:
+    if remote is None:
+        return None
+    return RemoteSaidJson(why=remote.why, num_tokens=remote.num_tokens, seconds=remote.seconds)
 
 
 def _parted_json(parted: Parted, client: str, texts: bool) -> PartedJson:

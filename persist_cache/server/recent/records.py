@@ -8,7 +8,7 @@ from typing import Literal
 
 from msgspec import Struct, field
 
-from persist_cache.cache.stats import Fetch
+from persist_cache.cache.stats import Fetch, FromRemote
 from persist_cache.server.recent.chunks import Chunked
 from persist_cache.server.ticket import Ticket
 from persist_cache.stability.causes.cause import Cause
@@ -59,6 +59,7 @@ class Outcome(Struct, frozen=True):
             the line.
         saved_s: Seconds that what was found saved, less what reading it took; None where nobody
             measured.
+        remote: What a remote said of it, or None.
     """
 
     state: State
@@ -73,6 +74,7 @@ class Outcome(Struct, frozen=True):
     salt: str = ""
     waited_s: float | None = None
     saved_s: float | None = None
+    remote: FromRemote | None = None
 
     @classmethod
     def of(cls, ticket: Ticket, state: State = "done") -> Outcome:
@@ -91,6 +93,7 @@ class Outcome(Struct, frozen=True):
             repaired=ticket.repaired,
             salt=ticket.privacy.salt,
             waited_s=None if looked is None else looked - times.arrived,
+            remote=ticket.brought,
         )
 
     @property

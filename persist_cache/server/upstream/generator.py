@@ -25,11 +25,11 @@ from persist_cache.server.quiet import quiet
 from persist_cache.server.recent.ring import Ring
 from persist_cache.server.streaming import SIGN_S
 from persist_cache.server.ticket import Ticket, TicketedCache
+from persist_cache.server.upstream.bringing import Bringing
 from persist_cache.server.upstream.budget import Budget
 from persist_cache.server.upstream.leftovers import Leftovers
 from persist_cache.server.upstream.provider import Provider
 from persist_cache.server.upstream.requests import Answers, TicketedRequest, failing_answer
-from persist_cache.server.upstream.unloading import Unloading
 from persist_cache.server.validation import RefusedError
 from persist_cache.server.warming import Warming
 
@@ -40,7 +40,7 @@ _SAVED_S = 10.0
 """How long a request waits for what another one computed to be saved, if memory cannot hold it."""
 
 
-class Generator(Unloading):
+class Generator(Bringing):
     """Answers requests: as upstream's, which knows nothing of tickets."""
 
     _alone: Alone | None = None
@@ -77,8 +77,7 @@ class Generator(Unloading):
             Exception: What went wrong before the outcome was known. In a stream that has begun
                 meanwhile, asking for the answer raises it.
         """
-        if not self.generation_available():
-            raise self._no_more()
+        self.check_available()
         if self.names is not None:
             asked = generation_args.model
             key = self.names.key(asked.model, asked.adapter, asked.draft)
@@ -130,6 +129,7 @@ class Generator(Unloading):
         ticket = request.ticket
         if self._is_distributed or ticket.shares_nothing:
             self.tokenize_ahead(request, args)
+            self.bring_ahead(request, args)
             self.load_ahead(request, args)
             self.requests.put((answers, request, args))
             return None
@@ -143,6 +143,7 @@ class Generator(Unloading):
         self.line.enter(flight)
         try:
             known_before = self._wait_in_line(flight, request, args)
+            self.bring_ahead(request, args)
             self.load_ahead(request, args)
             self.requests.put((answers, request, args))
         except BaseException:
@@ -157,8 +158,7 @@ class Generator(Unloading):
         ticket, provider = request.ticket, self.model_provider
 
         def pause() -> None:
-            if not self.generation_available():
-                raise self._no_more()
+            self.check_available()
             ticket.waits()
 
         self.tokenize_ahead(request, args)
@@ -224,6 +224,16 @@ class Generator(Unloading):
             else:
                 cut = isinstance(one, ConnectionAbortedError) and self._stop
                 return self._no_more() if cut else one
+
+    def check_available(self) -> None:
+        """See whether there can be an answer.
+
+        Raises:
+            RefusedError: The server is stopping.
+            RuntimeError: The generation thread died.
+        """
+        if not self.generation_available():
+            raise self._no_more()
 
     def _no_more(self) -> Exception:
         """Why there will be no answer."""

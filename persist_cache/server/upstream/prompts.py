@@ -97,8 +97,7 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
         wanted = args.model.model
         if wanted == "default_model":
             wanted = self.cli_args.model
-        if self._in_flight > 1 and spare is None and isinstance(provider, Provider):
-            # Those before it are enough to keep the generation thread busy.
+        if spare is None and isinstance(provider, Provider) and self._waits_for_spare(ticket):
             spare, key = self._awaited_spare(wanted, ticket), provider.model_key
         if spare is None or key is None or wanted != key[0]:
             return
@@ -112,6 +111,11 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
                 raise
             return  # another model was loaded meanwhile
         ticket.model_key = key
+
+    def _waits_for_spare(self, ticket: Ticket) -> bool:
+        """Whether a request is to be tokenized beside the generation thread, if it can be."""
+        # Those before it are enough to keep that thread busy.
+        return self._in_flight > 1
 
     def _awaited_spare(self, model: str, ticket: Ticket) -> Spare | None:
         """The spare tokenizer, as soon as it is there; None if `model` is not what is loaded.

@@ -14,6 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from persist_cache.server.names import Key
 from persist_cache.server.streaming import SIGN_S
 from persist_cache.server.ticket import Ticket
 from persist_cache.server.upstream.prompts import Prompts
@@ -40,7 +41,9 @@ class Unloading(Prompts):
     """Upstream's loop is to be left, and begun again."""
     _idle_since = 0.0
     _wanted: Hashable = None
-    """The model that a thread waits for, by its key."""
+    """The model that was let go and that a thread waits for, by its key."""
+    _ahead: Key | None = None
+    """The model that a thread waits for before its request is queued."""
 
     @property
     def weights(self) -> str:
@@ -65,6 +68,10 @@ class Unloading(Prompts):
     def _is_busy(self) -> bool:
         raise NotImplementedError
 
+    def check_available(self) -> None:
+        """See whether there can be an answer; raises what is to be said if not."""
+        raise NotImplementedError
+
     # ---- beside the generation thread ----------------------------------------------------------
 
     def wake(self, model: str, pause: Callable[[], None] = lambda: None) -> None:
@@ -79,6 +86,20 @@ class Unloading(Prompts):
             return
         while self.model_provider.asleep is asleep and self.generation_available():
             self._wanted = asleep.key
+            time.sleep(SIGN_S / 10)
+            pause()
+
+    def load_before(self, key: Key, pause: Callable[[], None]) -> None:
+        """Have a model loaded that is not, and wait for it, or until it turns out that it cannot.
+
+        For a thread whose request is the only one.
+
+        Args:
+            key: Of the model; its own request would have it loaded, too.
+            pause: Called while it is waited for.
+        """
+        self._ahead = key
+        while self._ahead is key and self.generation_available():
             time.sleep(SIGN_S / 10)
             pause()
 
@@ -97,6 +118,7 @@ class Unloading(Prompts):
                 return
             self.prompt_cache, self._leaves = prompt_cache, False
             self._state_machine_cache.clear()
+            self.line.forget_ended()
             waiting = self.cache.unload()
             gc.collect()
             mx.clear_cache()
@@ -108,6 +130,7 @@ class Unloading(Prompts):
         # With a time limit upstream has nothing to compute, and nothing put aside.
         if timeout is not None and self.requests.empty():
             self._load_wanted()
+            self._load_ahead()
             if self._is_to_leave():
                 self.model_provider.doze()
                 self._leaves = True
@@ -124,6 +147,17 @@ class Unloading(Prompts):
         except Exception as error:
             # Whoever waits for it finds that out, and is told why by a load of its own.
             log.warning("the model could not be loaded again: %s", error)
+
+    def _load_ahead(self) -> None:
+        key = self._ahead
+        if key is None:
+            return
+        try:
+            self.model_provider.load(*key)
+        except Exception:
+            log.debug("why a model was not loaded ahead of its request", exc_info=True)
+        finally:
+            self._ahead = None  # the request finds out by itself what is wrong with it
 
     def _is_to_leave(self) -> bool:
         """Whether the model is to go now; what is not on the disk yet is saved first."""
