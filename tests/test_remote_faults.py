@@ -40,26 +40,16 @@ from tests.s3_like import S3Like, s3_like
 from tests.waiting import until
 
 
-@pytest.fixture(scope="module")
-def _server() -> Iterator[S3Like]:
-    with s3_like() as server:
-        yield server
-
-
 @pytest.fixture
-def server(_server: S3Like, monkeypatch: pytest.MonkeyPatch) -> S3Like:
-    """One that was never asked."""
-    for name, value in _server.environment.items():
-        monkeypatch.setenv(name, value)
-    with _server.lock:
-        _server.objects.clear()
-        _server.requests.clear()
-        _server.misbehave(None)
-        _server.error = "Made up"
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Like]:
+    """A server of this test alone: what another one's client still asks must not count."""
     # What waits for a frozen server waits shortly here.
     monkeypatch.setattr(looking, "LOOK_S", 0.5)
     monkeypatch.setattr(transport, "STALL_S", 0.5)
-    return _server
+    with s3_like() as made:
+        for name, value in made.environment.items():
+            monkeypatch.setenv(name, value)
+        yield made
 
 
 @pytest.fixture
