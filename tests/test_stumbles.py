@@ -217,12 +217,14 @@ def test_settings_fit_on_a_terminal(run: Run, monkeypatch: pytest.MonkeyPatch) -
     from persist_cache_cli.commands import config
 
     monkeypatch.setattr(config, "terminal_width", lambda: 80)
+    monkeypatch.setenv("PERSIST_CACHE_ADMIN_TOKEN", "secret")
 
     heading, *lines = run("--store", f"/{'far ' * 30}", "config", "show").out.splitlines()[1:]
 
     assert heading.split() == ["setting", "value", "from"]
     assert max(map(len, lines)) <= 80
     assert lines[0].endswith("flag --store")
+    assert any(one.endswith("environment PERSIST_CACHE_ADMIN_TOKEN") for one in lines)
 
 
 # ---- the demo ------------------------------------------------------------------------------------
