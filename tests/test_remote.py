@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from persist_cache.remote import PublishOutcome, Remote, RemoteError, Why
+from persist_cache.remote import PublishOutcome, Remote, RemoteError, Why, checked_url
 from persist_cache.store.store import Store
 from tests.fakes import Clock, FakeSource, fetched, fingerprint
 from tests.remotes import LONG, bring, folder_settings, machine, objects, opened, put_real
@@ -149,6 +149,16 @@ def test_nothing_is_published_before_the_user_agreed(store: Store, tmp_path: Pat
         remote.publish(entry)
 
     assert objects(tmp_path) == {}
+
+
+@pytest.mark.parametrize("where", [".", "blobs", ".."])
+def test_a_remote_within_the_store_or_around_it_is_refused(
+    store: Store, tmp_path: Path, where: str
+) -> None:
+    url = checked_url(str((store.root / where).resolve()))
+
+    with pytest.raises(RemoteError, match="one lies within the other"):
+        Remote.open(store, folder_settings(tmp_path, url=url))
 
 
 def test_a_folder_that_is_not_there_is_not_made(store: Store, tmp_path: Path) -> None:

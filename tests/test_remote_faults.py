@@ -40,26 +40,16 @@ from tests.s3_like import S3Like, s3_like
 from tests.waiting import until
 
 
-@pytest.fixture(scope="module")
-def _server() -> Iterator[S3Like]:
-    with s3_like() as server:
-        yield server
-
-
 @pytest.fixture
-def server(_server: S3Like, monkeypatch: pytest.MonkeyPatch) -> S3Like:
-    """One that was never asked."""
-    for name, value in _server.environment.items():
-        monkeypatch.setenv(name, value)
-    with _server.lock:
-        _server.objects.clear()
-        _server.requests.clear()
-        _server.misbehave(None)
-        _server.error = "Made up"
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Like]:
+    """A server of this test alone: what another one's client still asks must not count."""
     # What waits for a frozen server waits shortly here.
     monkeypatch.setattr(looking, "LOOK_S", 0.5)
     monkeypatch.setattr(transport, "STALL_S", 0.5)
-    return _server
+    with s3_like() as made:
+        for name, value in made.environment.items():
+            monkeypatch.setenv(name, value)
+        yield made
 
 
 @pytest.fixture
@@ -196,21 +186,25 @@ def test_twenty_requests_for_what_is_not_there_cost_one_look_up(
 
 
 @pytest.mark.usefixtures("published")
-def test_a_blob_that_a_lifecycle_rule_deleted_is_a_miss_and_not_asked_for_again(
-    server: S3Like, second: tuple[Store, Remote]
+def test_a_blob_that_a_lifecycle_rule_deleted_is_a_miss_and_not_asked_for_at_once(
+    server: S3Like, second: tuple[Store, Remote], settings: RemoteSettings
 ) -> None:
-    other, remote = second
+    other, _ = second
+    now = [0.0]
     blob = max(name for name in server.objects if name.startswith("pc1/b/"))
-    del server.objects[blob]
+    content = server.objects.pop(blob)
+    with opened(other, settings, clock=lambda: now[0]) as remote:
+        first = bring(remote, LONG)
+        server.requests.clear()
+        again = bring(remote, LONG)
 
-    first = bring(remote, LONG)
-    server.requests.clear()
-    again = bring(remote, LONG)
-
-    assert (first.why, again.why) == (Why.GONE, Why.NOT_FOUND)
-    assert server.requests == []
-    assert remote.status().breaker == "closed"
-    assert is_untouched(other)
+        assert (first.why, again.why) == (Why.GONE, Why.NOT_FOUND)
+        assert server.requests == []
+        assert remote.status().breaker == "closed"
+        assert is_untouched(other)
+        server.objects[blob] = content
+        now[0] += 3600
+        assert bring(remote, LONG).why == Why.BROUGHT
 
 
 @pytest.mark.usefixtures("published")

@@ -25,6 +25,8 @@ from persist_cache.tokens import common_prefix_tokens
 LOOK_S = 2.0
 """All of a look-up: what did not answer by then is not there."""
 _REMEMBERED_BAD = 4096
+_BAD_S = 3600.0
+"""Somebody may have mended it by then."""
 
 
 class Candidate(Struct, frozen=True):
@@ -60,24 +62,26 @@ class Look(Struct, frozen=True):
 
 
 class Bad:
-    """Anchors that led to nothing good: left alone by this process.
+    """Anchors that led to nothing good: left alone by this process for an hour.
 
     Thread safety: may be shared between threads; `_lock` guards the names.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
         self._lock = threading.Lock()
-        self._names: OrderedDict[str, None] = OrderedDict()
+        self._names: OrderedDict[str, float] = OrderedDict()
 
     def add(self, name: str) -> None:
         with self._lock:
-            self._names[name] = None
+            self._names[name] = self._clock()
             while len(self._names) > _REMEMBERED_BAD:
                 self._names.popitem(last=False)
 
     def __contains__(self, name: str) -> bool:
         with self._lock:
-            return name in self._names
+            since = self._names.get(name)
+            return since is not None and self._clock() - since < _BAD_S
 
 
 class Looker:
@@ -86,9 +90,9 @@ class Looker:
     Thread safety: may be shared between threads.
     """
 
-    def __init__(self, means: Means) -> None:
+    def __init__(self, means: Means, clock: Callable[[], float]) -> None:
         self._means = means
-        self.bad = Bad()
+        self.bad = Bad(clock)
 
     def look(
         self,

@@ -10,6 +10,7 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 
+from persist_cache.errors import RemoteError
 from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.remote.breaker import Breaker
 from persist_cache.remote.bringing import Bringer
@@ -20,7 +21,7 @@ from persist_cache.remote.means import Means
 from persist_cache.remote.policy import Policy
 from persist_cache.remote.probing import probe
 from persist_cache.remote.publishing import Publisher
-from persist_cache.remote.settings import RemoteSettings, check_settings
+from persist_cache.remote.settings import RemoteSettings, check_settings, folder_of
 from persist_cache.remote.told import Brought, Probe, Published, RemoteStatus
 from persist_cache.remote.transport import Transport, TransportError
 from persist_cache.remote.trust import open_trust
@@ -32,6 +33,7 @@ class Remote:
 
     def __init__(self, store: Store, settings: RemoteSettings, clock: Callable[[], float]) -> None:
         check_settings(settings)
+        _refuse_the_store(store, settings)
         keys, seal = open_trust(settings.trust, settings.secret_file, settings.public_key)
         self.settings = settings
         counters = Counters(store)
@@ -44,7 +46,7 @@ class Remote:
             breaker=Breaker(self._begin_probe, clock),
             counters=counters,
         )
-        looker = Looker(self._means)
+        looker = Looker(self._means, clock)
         self._bringer = Bringer(self._means, looker)
         self._publisher = Publisher(self._means, looker, clock)
         self._policy = Policy(store, settings, self._publisher, self._means.breaker)
@@ -62,7 +64,7 @@ class Remote:
         Args:
             store: Open for change; stays open as long as the remote is.
             settings: As `read_settings` gives them.
-            clock: Seconds by which breaker and claims wait; for tests.
+            clock: Seconds by which breaker, claims and what was bad are told; for tests.
 
         Raises:
             RemoteError: They cannot be used: no secret, a URL that is none, and so on.
@@ -171,3 +173,20 @@ class Remote:
             raise
         else:
             self._means.breaker.succeeded()
+
+
+def _refuse_the_store(store: Store, settings: RemoteSettings) -> None:
+    """Refuse a folder that has to do with the store's own.
+
+    Raises:
+        RemoteError: One lies within the other.
+    """
+    folder = folder_of(settings.url)
+    if folder is None:
+        return
+    here, there = store.root.resolve(), folder.resolve()
+    if here.is_relative_to(there) or there.is_relative_to(here):
+        raise RemoteError(
+            f"{folder} cannot be the remote of the store in {store.root}: one lies within the "
+            "other; name a folder elsewhere."
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Literal
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import msgspec
 from msgspec import Meta, Struct
@@ -115,6 +115,12 @@ def check_settings(settings: RemoteSettings) -> None:
             f"{settings.url} is a mirror, which is only read; publish to the bucket or folder "
             "behind it."
         )
+
+
+def folder_of(url: str) -> Path | None:
+    """The folder that a URL names; None for a remote that is none."""
+    parts = urlsplit(url)
+    return Path(unquote(parts.path)) if parts.scheme == "file" else None
 
 
 def checked_url(text: str) -> str:

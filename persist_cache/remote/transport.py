@@ -16,10 +16,10 @@ import re
 import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, TypeVar
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 from persist_cache.errors import RemoteError
-from persist_cache.remote.settings import RemoteSettings
+from persist_cache.remote.settings import RemoteSettings, folder_of
 from persist_cache.remote.trust import missing_extra
 
 T = TypeVar("T")
@@ -283,8 +283,12 @@ def _opened(settings: RemoteSettings) -> tuple[Any, Any]:
 
     parts = urlsplit(settings.url)
     try:
-        if parts.scheme == "file":
-            return obstore, obstore.store.LocalStore(_folder_of(settings))
+        folder = folder_of(settings.url)
+        if folder is not None:
+            # It is not made: it may be on a disk that is not mounted.
+            if not folder.is_dir():
+                raise RemoteError(f"There is no folder {folder}; mount it, or make it.")
+            return obstore, obstore.store.LocalStore(folder)
         endpoint = settings.options.get("endpoint") or os.environ.get("AWS_ENDPOINT_URL", "")
         client: dict[str, Any] = {
             "connect_timeout": timedelta(seconds=CONNECT_S),
@@ -308,18 +312,6 @@ def _opened(settings: RemoteSettings) -> tuple[Any, Any]:
         said = str(error).partition("\n")[0]
         raise RemoteError(f"The remote {settings.url} cannot be used: {said}.") from None
     return obstore, store
-
-
-def _folder_of(settings: RemoteSettings) -> str:
-    """The folder of a remote that is one.
-
-    Raises:
-        RemoteError: It is not there. It is not made: it may be on a disk that is not mounted.
-    """
-    folder = unquote(urlsplit(settings.url).path)
-    if not os.path.isdir(folder):
-        raise RemoteError(f"There is no folder {folder}; mount it, or make it.")
-    return folder
 
 
 def _may_be_plain(endpoint: str) -> bool:
