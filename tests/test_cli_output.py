@@ -13,6 +13,7 @@ from persist_cache_cli.output import (
     format_time,
     hanging,
     painter,
+    pairs,
     printable,
     printable_lines,
     shorten,
@@ -196,3 +197,12 @@ def test_long_text_goes_on_below_its_beginning() -> None:
         "        with-hyphens",
     ]
     assert hanging("", "x" * 50, 40).splitlines() == ["x" * 40, "x" * 10]
+
+
+def test_values_go_on_below_their_beginning() -> None:
+    items = [("one", "a value that is long"), ("", "more of it"), ("second", "")]
+
+    assert pairs(items) == ["one  a value that is long", "     more of it"]
+    assert pairs(items, width=20) == ["one  a value that is\n     long", "     more of it"]
+    painted = pairs(items[:1], width=20, paint=lambda text, style: f"<{text}>")
+    assert painted == ["<one>  a value that is\n     long"]

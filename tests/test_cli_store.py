@@ -148,6 +148,16 @@ def test_show_lists_numbers_blobs_and_fields(ids: dict[str, str], run: Run) -> N
         assert text in out
 
 
+def test_digests_that_show_prints_fit_on_a_terminal_and_paths_stay_whole() -> None:
+    from persist_cache_cli.commands import show
+
+    path = "/" + "far/" * 30
+    lines = show._fields({"chat_template": "f" * 64, "path": path}, 80)
+
+    assert len(lines[0]) == 80
+    assert lines[1].endswith(path)
+
+
 def test_show_names_a_checkpoint(root: Path, run: Run) -> None:
     with Store.open(root, min_free_bytes=0) as store:
         source = FakeSource(SYSTEM, complete=False, has_state=True)

@@ -604,6 +604,20 @@ def test_a_line_and_a_verdict_each(command: Run, tmp_path: Path) -> None:
     assert not (tmp_path / "home").exists()
 
 
+def test_no_word_is_broken_by_the_end_of_a_terminals_line(
+    command: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("persist_cache_cli.commands.selftest.terminal_width", lambda: 60)
+
+    done = command("selftest", "--quick", "--only", "platform", "--only", "backups")
+
+    lines = done.out.splitlines()
+    assert lines[0].startswith("platform  ok: ")
+    assert lines[1].startswith(" " * 10)
+    assert len(lines) > 3
+    assert max(map(len, lines)) <= 60
+
+
 def test_a_red_check_is_named_and_in_the_exit_status(
     command: Run, tmp_path: Path, break_it: Callable[[str], None]
 ) -> None:

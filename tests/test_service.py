@@ -82,7 +82,7 @@ def test_words_of_a_unit_are_quoted() -> None:
         'ExecStart=:"/usr/bin/env" "plain" "two words" "100%%" "%%h" "a \\"quote\\"" '
         '"back\\\\slash" "$HOME" "${HOME}" "ä;#\'" ""'
     )
-    assert "\nWorkingDirectory=/tmp/a folder/100%%\n" in systemd_unit(SERVICE)
+    assert "\nWorkingDirectory=-/tmp/a folder/100%%\n" in systemd_unit(SERVICE)
     assert '\nEnvironment="HF_HOME=/with space/100%%"\n' in systemd_unit(SERVICE)
 
 

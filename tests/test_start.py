@@ -44,7 +44,7 @@ def test_first_session_can_be_copied_line_by_line(smollm2: Path, tmp_path: Path)
     )
 
     assert done.returncode == 0, done.stdout + done.stderr
-    _, _, before, first, second, after = done.stdout.split("---- block\n")
+    _, _, before, first, second, client, _, after = done.stdout.split("---- block\n")
     (warmed,) = re.findall(
         r"house: requests with this system prompt will find (\d+) tokens", before
     )
@@ -55,8 +55,13 @@ def test_first_session_can_be_copied_line_by_line(smollm2: Path, tmp_path: Path)
     assert re.search(rf"x-persist-cache: disk; tokens={warmed}\b", first)
     assert re.search(r"x-persist-cache: disk; ", second)
     assert int(cached[1][0]) > int(warmed)
+    assert "There are 7 days in a week." in first
     assert "Page" in second or "#token=" in second
-    assert "house" not in after.splitlines()[-1]
+    (reused,) = re.findall(r"^(\d+) tokens were reused$", client, re.MULTILINE)
+    assert int(reused) >= int(warmed)
+    assert "1 entry gone" in after
+    assert "house" not in after.partition("gone")[2]
+    assert not (tmp_path / "store").exists()
     log = (tmp_path / "serve.log").read_text()
     assert log.count("/v1/chat/completions: disk hit") == 2
     assert not list((tmp_path / "home").glob(".cache/persist-cache/store*"))

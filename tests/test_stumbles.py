@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
+from rich.progress import Progress
 
 from persist_cache.cache.stats import Fetch
 from persist_cache.doctor import judgement
@@ -14,8 +18,10 @@ from persist_cache.doctor.facts import ModelCache
 from persist_cache.server.recent.records import Outcome
 from persist_cache.server.told import line_of
 from persist_cache_cli import blas
+from persist_cache_cli.commands import demo
 from persist_cache_cli.demo import openblas
 from persist_cache_cli.prompts import read_text
+from persist_cache_cli.store_access import command_line
 from tests.cli import Run, prepared_script, runner
 from tests.server_process import ServerProcess
 from tests.tiny_models import build_model_dir
@@ -200,3 +206,80 @@ def test_server_logs_one_line_a_request_without_its_words(model: Path, tmp_path:
     assert lines()[0].startswith("/v1/chat/completions: miss, ")
     assert "/v1/chat/completions: memory hit" in lines()[1]
     assert "xylophone" not in server.log.read_text()
+
+
+def test_a_command_to_be_copied_names_only_a_store_that_was_named(tmp_path: Path) -> None:
+    assert command_line(None, "serve") == "persist-cache serve"
+    assert command_line("/my store", "serve") == "persist-cache --store '/my store' serve"
+
+
+def test_settings_fit_on_a_terminal(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from persist_cache_cli.commands import config
+
+    monkeypatch.setattr(config, "terminal_width", lambda: 80)
+    monkeypatch.setenv("PERSIST_CACHE_ADMIN_TOKEN", "secret")
+
+    heading, *lines = run("--store", f"/{'far ' * 30}", "config", "show").out.splitlines()[1:]
+
+    assert heading.split() == ["setting", "value", "from"]
+    assert max(map(len, lines)) <= 80
+    assert lines[0].endswith("flag --store")
+    assert any(one.endswith("environment PERSIST_CACHE_ADMIN_TOKEN") for one in lines)
+
+
+# ---- the demo ------------------------------------------------------------------------------------
+
+
+def test_demo_says_where_its_model_is_and_that_its_store_is_gone(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / f"my {'models' * 20}"
+    model.mkdir()
+    monkeypatch.setattr(demo, "smollm2", lambda dtype, progress: model)
+    monkeypatch.setattr(demo, "_run", lambda console, path, store, *more: not store.mkdir())
+
+    done = run("demo")
+
+    assert done.status == 0, done.err
+    assert "the store: " in done.out
+    assert "It was temporary, and is gone." in done.out
+    assert f"\n  persist-cache serve --model '{model}'\n  rm -r '{model}'\n" in done.out
+
+
+def test_demo_says_what_was_kept_and_nothing_of_a_model_that_it_was_given(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "_run", lambda console, path, store, *more: not store.mkdir())
+
+    done = run("demo", "--model", "any", "--keep", tmp_path / "kept")
+
+    assert done.status == 0, done.err
+    assert f"{tmp_path / 'kept'}: " in done.out
+    assert "rm -r" not in done.out
+
+
+def test_demo_does_not_stand_at_the_end_of_a_full_bar_while_it_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said = [
+        {"event": "loaded", "seconds": 1.0},
+        {"event": "prefill", "done": 9, "total": 9},
+        {"event": "answering"},
+        {"event": "answer", "text": "Yes."},
+    ]
+    worker = mock.MagicMock(stdout=[json.dumps(one) for one in said])
+    worker.wait.return_value = 0
+    monkeypatch.setattr(demo, "_worker", lambda *given: contextlib.nullcontext(worker))
+    said_so: list[tuple[str, float | None]] = []
+
+    class Bars(Progress):
+        def refresh(self) -> None:
+            said_so.extend((one.description, one.total) for one in self.tasks)
+
+    monkeypatch.setattr(demo, "bars", lambda console: Bars(auto_refresh=False))
+    console = mock.Mock()
+
+    demo._work(console, "One", {"chats": [[{"content": "Well?"}]]}, {})
+
+    assert ("One: answering", None) in said_so
+    assert "Yes." in console.print.call_args.args[0]

@@ -280,11 +280,24 @@ def _fit(
     return widths
 
 
-def pairs(items: Iterable[tuple[str, str]], *, paint: Painter = plain) -> list[str]:
-    """Names and values below each other."""
+def pairs(
+    items: Iterable[tuple[str, str]], *, width: int | None = None, paint: Painter = plain
+) -> list[str]:
+    """Names and values below each other.
+
+    Args:
+        items: What there is; what has no value is left out.
+        width: Columns of the terminal, at which values go on below; None for a line each.
+        paint: Adds colours.
+    """
     found = [(name, value) for name, value in items if value]
     widest = max((len(name) for name, _ in found), default=0)
-    return [paint(name.ljust(widest), "heading") + _GAP + value for name, value in found]
+    lines = []
+    for name, value in found:
+        head = name.ljust(widest)
+        line = hanging(head + _GAP, value, width)
+        lines.append(paint(head, "heading") + line[len(head) :])
+    return lines
 
 
 def hanging(head: str, text: str, width: int | None) -> str:

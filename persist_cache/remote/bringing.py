@@ -19,11 +19,10 @@ from persist_cache.entry import Match, Tier
 from persist_cache.errors import PersistCacheError, StoreFullError
 from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.portable.needs import Need, need_of
-from persist_cache.remote.breaker import Breaker
-from persist_cache.remote.counting import Counters
-from persist_cache.remote.keys import MIN_TOKENS, Keys, places_to_ask
+from persist_cache.remote.keys import MIN_TOKENS, places_to_ask
 from persist_cache.remote.looking import Candidate, Looker
 from persist_cache.remote.manifest import RefusedError
+from persist_cache.remote.means import Means
 from persist_cache.remote.pulling import (
     GoneError,
     TooSlowError,
@@ -33,8 +32,7 @@ from persist_cache.remote.pulling import (
     pulled_entry,
 )
 from persist_cache.remote.told import Brought, Why
-from persist_cache.remote.transport import Failure, Transport, TransportError
-from persist_cache.store.store import Store
+from persist_cache.remote.transport import Failure, TransportError
 from persist_cache.tokens import TOKEN_BYTES, pack_tokens
 
 log = logging.getLogger(__name__)
@@ -71,21 +69,10 @@ class _Question(Struct, frozen=True):
 class Bringer:
     """Looks prompts up, and pulls what is worth it."""
 
-    def __init__(
-        self,
-        store: Store,
-        transport: Transport,
-        looker: Looker,
-        keys: Keys,
-        breaker: Breaker,
-        counters: Counters,
-    ) -> None:
-        self._store = store
-        self._transport = transport
+    def __init__(self, means: Means, looker: Looker) -> None:
+        self._means = means
+        self._store = means.store
         self._looker = looker
-        self._keys = keys
-        self._breaker = breaker
-        self._counters = counters
         self._lock = threading.Lock()
         self._flights: dict[bytes, _Flight] = {}
         self._bytes_per_s = 0.0
@@ -141,19 +128,19 @@ class Bringer:
 
     def _note(self, outcome: Brought, asked: _Question) -> None:
         if outcome.is_hit:
-            self._counters.add("hits")
-            self._counters.add("hit_tokens", outcome.num_tokens - asked.known)
+            self._means.counters.add("hits")
+            self._means.counters.add("hit_tokens", outcome.num_tokens - asked.known)
             saved_s = asked.prefill_s(outcome.num_tokens - asked.known) - outcome.seconds
-            self._counters.add("saved_ms", int(1000 * saved_s))
+            self._means.counters.add("saved_ms", int(1000 * saved_s))
         elif outcome.why not in (Why.ENOUGH_KNOWN, Why.NOT_ALLOWED):
-            self._counters.add(f"misses:{outcome.why.value}")
+            self._means.counters.add(f"misses:{outcome.why.value}")
 
     def _answer(self, asked: _Question) -> Brought:
         if not asked.fingerprint.may_publish:
             return _miss(Why.NOT_ALLOWED)
         if asked.limit - asked.known < MIN_TOKENS:
             return _miss(Why.ENOUGH_KNOWN)
-        if not self._breaker.allows():
+        if not self._means.breaker.allows():
             return _miss(Why.BREAKER_OPEN)
         head = asked.packed[: MIN_TOKENS * TOKEN_BYTES]
         key = asked.fingerprint.digest + head
@@ -188,7 +175,11 @@ class Bringer:
         match = self._match(asked)
         if match.num_tokens > asked.known and outcome.is_hit:
             return Brought(match.num_tokens, 0, 0.0, Why.SHARED)
-        if flight.packed == asked.packed or flight.found_nothing or not self._breaker.allows():
+        if (
+            flight.packed == asked.packed
+            or flight.found_nothing
+            or not self._means.breaker.allows()
+        ):
             return _miss(outcome.why if not outcome.is_hit else Why.NOT_FOUND)
         return None
 
@@ -199,7 +190,7 @@ class Bringer:
             return Match(0)
 
     def _fetch(self, asked: _Question, flight: _Flight) -> Brought:
-        self._counters.add("lookups")
+        self._means.counters.add("lookups")
         places = places_to_ask(asked.known, asked.limit, asked.ends)
         try:
             look = self._looker.look(asked.fingerprint, asked.packed, places, asked.pause)
@@ -210,7 +201,7 @@ class Bringer:
         # S3 denies what is missing to those who may not list; something was found, though.
         is_sound = look.failure is None or look.failure.kind == Failure.DENIED
         if look.failure is not None and not is_sound:
-            self._breaker.failed(str(look.failure))
+            self._means.breaker.failed(str(look.failure))
         usable = {
             candidate.anchor: candidate.manifest.usable(candidate.common, asked.limit)
             for candidate in look.candidates.values()
@@ -223,7 +214,7 @@ class Bringer:
         if not candidates:
             flight.found_nothing = not look.candidates and asked.known == 0
             if is_sound:
-                self._breaker.succeeded()
+                self._means.breaker.succeeded()
             return Brought(0, look.nbytes, 0.0, Why.REFUSED if look.refused else Why.NOT_FOUND)
         outcome = _miss(Why.NOT_FOUND)
         nbytes = look.nbytes
@@ -242,7 +233,7 @@ class Bringer:
             candidates = [one for one in candidates if one not in alike]
         if is_sound and outcome.why not in (Why.TIMED_OUT, Why.FAILED, Why.CLOSED):
             # Not before: blobs may fail where manifests do not.
-            self._breaker.succeeded()
+            self._means.breaker.succeeded()
         return Brought(outcome.num_tokens, nbytes, 0.0, outcome.why)
 
     def _is_over(self, fingerprint: Fingerprint, candidate: Candidate) -> bool:
@@ -269,7 +260,7 @@ class Bringer:
                     txn, wanted.namespace, packed, has_state=has_state, what="What was found"
                 )
         except PersistCacheError as error:
-            self._breaker.note(str(error))
+            self._means.breaker.note(str(error))
             return _miss(Why.FAILED)
         if need.is_there:
             found = self._match(asked).num_tokens
@@ -302,18 +293,18 @@ class Bringer:
             why = Why.GONE
         except RefusedError as error:
             self._looker.refuse(candidate.anchor, error.kind)
-            self._breaker.note(f"what it has was refused, because {error.reason}")
+            self._means.breaker.note(f"what it has was refused, because {error.reason}")
             why = Why.REFUSED
         except TransportError as error:
             why = self._failed(error, 0).why
         except StoreFullError as error:
-            self._breaker.note(str(error))
+            self._means.breaker.note(str(error))
             why = Why.NO_ROOM
         except (PersistCacheError, OSError, ValueError) as error:
-            self._breaker.note(str(error))
+            self._means.breaker.note(str(error))
             why = Why.FAILED
         else:
-            self._counters.add("pulled")
+            self._means.counters.add("pulled")
             why = Why.BROUGHT
         return why, watch.done
 
@@ -335,8 +326,8 @@ class Bringer:
         ):
             watch.begin()
             try:
-                work = pull(self._transport, self._keys, wanted, scratch.fd, watch)
-                self._transport.call(work, pause)
+                work = pull(self._means.transport, self._means.keys, wanted, scratch.fd, watch)
+                self._means.transport.call(work, pause)
             except TooSlowError:
                 self._measure(watch, is_enough=True)
                 raise
@@ -363,9 +354,8 @@ class Bringer:
     def _failed(self, error: TransportError, nbytes: int) -> Brought:
         if error.kind == Failure.CLOSED:
             return Brought(0, nbytes, 0.0, Why.CLOSED)
-        self._counters.add(f"errors:{error.kind.value}")
         is_late = error.kind == Failure.TIME_OUT
-        self._breaker.failed(str(error), at_once=is_late)
+        self._means.note_failure(error, at_once=is_late)
         return Brought(0, nbytes, 0.0, Why.TIMED_OUT if is_late else Why.FAILED)
 
 

@@ -10,8 +10,7 @@ from collections.abc import Callable, Mapping
 from msgspec import Struct
 
 from persist_cache.fingerprint.value import Fingerprint
-from persist_cache.remote.counting import Counters
-from persist_cache.remote.keys import Keys, Place, anchor_name
+from persist_cache.remote.keys import Place, anchor_name
 from persist_cache.remote.manifest import (
     MAX_MANIFEST_BYTES,
     Found,
@@ -19,8 +18,8 @@ from persist_cache.remote.manifest import (
     RefusedError,
     open_manifest,
 )
-from persist_cache.remote.transport import Failure, TooLargeError, Transport, TransportError
-from persist_cache.remote.trust import Seal
+from persist_cache.remote.means import Means
+from persist_cache.remote.transport import Failure, TooLargeError, TransportError
 from persist_cache.tokens import common_prefix_tokens
 
 LOOK_S = 2.0
@@ -87,11 +86,8 @@ class Looker:
     Thread safety: may be shared between threads.
     """
 
-    def __init__(self, transport: Transport, keys: Keys, seal: Seal, counters: Counters) -> None:
-        self._transport = transport
-        self._keys = keys
-        self._seal = seal
-        self._counters = counters
+    def __init__(self, means: Means) -> None:
+        self._means = means
         self.bad = Bad()
 
     def look(
@@ -112,9 +108,9 @@ class Looker:
         Raises:
             TransportError: The transport is closed.
         """
-        anchors = self._keys.anchors(fingerprint, packed, places)
+        anchors = self._means.keys.anchors(fingerprint, packed, places)
         asked = {place: key for place, key in anchors.items() if anchor_name(key) not in self.bad}
-        answers = self._transport.call(
+        answers = self._means.transport.call(
             self._ask([anchor_name(key) for key in asked.values()]), pause
         )
         candidates: dict[Place, Candidate] = {}
@@ -125,7 +121,7 @@ class Looker:
             elif answer is not None:
                 nbytes += len(answer)
                 try:
-                    found = open_manifest(answer, key, self._seal, fingerprint)
+                    found = open_manifest(answer, key, self._means.seal, fingerprint)
                     common = _common(packed, found, place)
                 except RefusedError as error:
                     self.refuse(anchor_name(key), error.kind)
@@ -139,11 +135,12 @@ class Looker:
     def refuse(self, anchor: str, kind: str) -> None:
         """Leave an anchor alone from now on, and count why."""
         self.bad.add(anchor)
-        self._counters.add(f"refused:{kind}")
+        self._means.counters.add(f"refused:{kind}")
 
     async def _ask(self, names: list[str]) -> list[bytes | TransportError | None]:
         tasks = [
-            asyncio.create_task(self._transport.read(name, MAX_MANIFEST_BYTES)) for name in names
+            asyncio.create_task(self._means.transport.read(name, MAX_MANIFEST_BYTES))
+            for name in names
         ]
         if not tasks:
             return []

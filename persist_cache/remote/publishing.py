@@ -18,10 +18,8 @@ from msgspec import Struct
 from persist_cache import __version__
 from persist_cache.entry import PARTIAL_LABEL
 from persist_cache.errors import RemoteError, StoreError
-from persist_cache.remote.breaker import Breaker
-from persist_cache.remote.counting import Counters
 from persist_cache.remote.cutting import Cutter, StoredEntry, opened, parts_of
-from persist_cache.remote.keys import MIN_TOKENS, Keys, anchor_name, places_of_entry
+from persist_cache.remote.keys import MIN_TOKENS, anchor_name, places_of_entry
 from persist_cache.remote.looking import Candidate, Look, Looker
 from persist_cache.remote.manifest import (
     MAX_MANIFEST_BYTES,
@@ -34,11 +32,9 @@ from persist_cache.remote.manifest import (
     pack,
     sealed,
 )
-from persist_cache.remote.settings import RemoteSettings
+from persist_cache.remote.means import Means
 from persist_cache.remote.told import Published, PublishOutcome
-from persist_cache.remote.transport import Failure, Transport, TransportError
-from persist_cache.remote.trust import Seal
-from persist_cache.store.store import Store
+from persist_cache.remote.transport import Failure, TransportError
 
 CLAIM_S = 900.0
 """A claim that this process has seen for so long is of a publisher that died."""
@@ -77,25 +73,12 @@ class Publisher:
     """
 
     def __init__(
-        self,
-        store: Store,
-        settings: RemoteSettings,
-        transport: Transport,
-        looker: Looker,
-        keys: Keys,
-        seal: Seal,
-        breaker: Breaker,
-        counters: Counters,
-        clock: Callable[[], float] = time.monotonic,
+        self, means: Means, looker: Looker, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._store = store
-        self._settings = settings
-        self._transport = transport
+        self._means = means
+        self._store = means.store
+        self._settings = means.settings
         self._looker = looker
-        self._keys = keys
-        self._seal = seal
-        self._breaker = breaker
-        self._counters = counters
         self._lock = threading.Lock()
         self._claims = _Claims(clock)
 
@@ -110,7 +93,7 @@ class Publisher:
                 "If that is what you want, say so once with `persist-cache remote add "
                 "--publish-plain`."
             )
-        if not self._seal.can_sign:
+        if not self._means.seal.can_sign:
             return (
                 f"Only its publisher can publish to {url}; its private key is not on this machine."
             )
@@ -125,13 +108,11 @@ class Publisher:
             try:
                 done = self._publish(found)
             except TransportError as error:
-                if error.kind != Failure.CLOSED:
-                    self._counters.add(f"errors:{error.kind.value}")
-                    self._breaker.failed(str(error))
+                self._means.note_failure(error)
                 raise RemoteError(f"The remote {self._settings.url}: {error}.") from error
         if done.outcome == PublishOutcome.SENT:
-            self._counters.add("published")
-            self._counters.add("published_tokens", done.num_tokens)
+            self._means.counters.add("published")
+            self._means.counters.add("published_tokens", done.num_tokens)
         return done
 
     def _entry(self, entry: str) -> StoredEntry:
@@ -166,11 +147,11 @@ class Publisher:
             not look.candidates or look.failure.kind != Failure.DENIED
         ):
             raise look.failure
-        self._breaker.succeeded()
+        self._means.breaker.succeeded()
         end = places[-1]
         if end in look.candidates:
             return _told(entry, PublishOutcome.THERE_ALREADY, sent)
-        anchors = self._keys.anchors(entry.fingerprint, entry.packed, places)
+        anchors = self._means.keys.anchors(entry.fingerprint, entry.packed, places)
         if not self._claim(anchors[end], sent):
             return _told(entry, PublishOutcome.CLAIMED, sent)
         with opened(self._store, entry) as (cutter, state):
@@ -191,10 +172,12 @@ class Publisher:
         body = encode_manifest(manifest)
         if len(body) > MAX_MANIFEST_BYTES - _SEAL_BYTES:
             raise RemoteError(f"Entry {entry.id} is too long to be published.")
-        contents = {anchor_name(key): sealed(body, key, self._seal) for key in anchors.values()}
+        contents = {
+            anchor_name(key): sealed(body, key, self._means.seal) for key in anchors.values()
+        }
         *others, last_name = contents
-        self._transport.call(self._create_all({name: contents[name] for name in others}))
-        self._transport.call(self._create_all({last_name: contents[last_name]}))
+        self._means.transport.call(self._create_all({name: contents[name] for name in others}))
+        self._means.transport.call(self._create_all({last_name: contents[last_name]}))
         sent.requests += len(contents)
         sent.nbytes += sum(map(len, contents.values()))
         return _told(entry, PublishOutcome.SENT, sent)
@@ -215,7 +198,7 @@ class Publisher:
     def _claim(self, end: bytes, sent: _Sent) -> bool:
         """Say that this process publishes the entry; False if another one does."""
         for generation in range(_MAX_GENERATIONS):
-            name = self._keys.claim_name(end, generation)
+            name = self._means.keys.claim_name(end, generation)
             if name in self._claims.own:
                 return True
             if name in self._claims.seen:
@@ -223,7 +206,7 @@ class Publisher:
                     continue
                 return False
             sent.requests += 1
-            if self._transport.call(self._transport.create(name, b"claimed\n")):
+            if self._means.transport.call(self._means.transport.create(name, b"claimed\n")):
                 self._claims.own.add(name)
                 return True
             if not self._claims.is_stale(name):
@@ -236,9 +219,9 @@ class Publisher:
         for content in parts_of(pieces):
             part = Part(hashlib.blake2b(content, digest_size=32).digest(), len(content))
             self._spend(part.nbytes)
-            name = self._keys.blob_name(part.digest)
+            name = self._means.keys.blob_name(part.digest)
             sent.requests += 1
-            if self._transport.call(self._transport.create(name, content)):
+            if self._means.transport.call(self._means.transport.create(name, content)):
                 sent.nbytes += part.nbytes
                 sent.blobs += 1
             else:
@@ -258,7 +241,7 @@ class Publisher:
         day = f"remote.sent:{time.strftime('%Y-%m-%d', time.gmtime(self._store.clock()))}"
         if self._store.tally(day, nbytes) > budget and nbytes > 0:
             self._store.tally(day, -nbytes)
-            self._counters.add("budget_refused")
+            self._means.counters.add("budget_refused")
             raise RemoteError(
                 f"Today's budget of {budget} bytes for the remote is spent; publishing goes on "
                 "tomorrow (UTC)."
@@ -289,7 +272,7 @@ class Publisher:
 
     async def _create_all(self, contents: dict[str, bytes]) -> None:
         # One that is there already stands for an entry that begins alike.
-        work = [self._transport.create(name, content) for name, content in contents.items()]
+        work = [self._means.transport.create(name, content) for name, content in contents.items()]
         await asyncio.gather(*work)
 
 

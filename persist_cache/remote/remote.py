@@ -16,6 +16,7 @@ from persist_cache.remote.bringing import Bringer
 from persist_cache.remote.counting import Counters
 from persist_cache.remote.keys import probe_name
 from persist_cache.remote.looking import LOOK_S, Looker
+from persist_cache.remote.means import Means
 from persist_cache.remote.policy import Policy
 from persist_cache.remote.probing import probe
 from persist_cache.remote.publishing import Publisher
@@ -33,23 +34,20 @@ class Remote:
         check_settings(settings)
         keys, seal = open_trust(settings.trust, settings.secret_file, settings.public_key)
         self.settings = settings
-        self._counters = Counters(store)
-        self._transport = Transport(settings, self._counters.add)
-        self._breaker = Breaker(self._begin_probe, clock)
-        looker = Looker(self._transport, keys, seal, self._counters)
-        self._bringer = Bringer(store, self._transport, looker, keys, self._breaker, self._counters)
-        self._publisher = Publisher(
-            store,
-            settings,
-            self._transport,
-            looker,
-            keys,
-            seal,
-            self._breaker,
-            self._counters,
-            clock,
+        counters = Counters(store)
+        self._means = Means(
+            store=store,
+            settings=settings,
+            transport=Transport(settings, counters.add),
+            keys=keys,
+            seal=seal,
+            breaker=Breaker(self._begin_probe, clock),
+            counters=counters,
         )
-        self._policy = Policy(store, settings, self._publisher, self._breaker)
+        looker = Looker(self._means)
+        self._bringer = Bringer(self._means, looker)
+        self._publisher = Publisher(self._means, looker, clock)
+        self._policy = Policy(store, settings, self._publisher, self._means.breaker)
 
     @classmethod
     def open(
@@ -123,19 +121,19 @@ class Remote:
 
     def probe(self) -> Probe:
         """Find out whether the remote can be reached and used; for people, and slow."""
-        return probe(self._transport, may_write=not self._publisher.why_not())
+        return probe(self._means.transport, may_write=not self._publisher.why_not())
 
     def status(self) -> RemoteStatus:
         """The state of the remote; asks nothing of the network."""
         return RemoteStatus(
             url=self.settings.url,
-            breaker=self._breaker.state,
-            retry_in_s=self._breaker.retry_in_s,
-            last_error=self._breaker.last_error,
+            breaker=self._means.breaker.state,
+            retry_in_s=self._means.breaker.retry_in_s,
+            last_error=self._means.breaker.last_error,
             bytes_per_s=self._bringer.bytes_per_s,
             publishes=not self.why_not_publish,
             queued=self._policy.queued,
-            counters=self._counters.now(),
+            counters=self._means.counters.now(),
         )
 
     @property
@@ -151,25 +149,25 @@ class Remote:
         """
         started = time.monotonic()
         self._policy.close(0)
-        has_ended = self._transport.close(timeout_s)
+        has_ended = self._means.transport.close(timeout_s)
         left_s = max(0.0, timeout_s - (time.monotonic() - started))
         return self._policy.close(left_s) and has_ended
 
     def _begin_probe(self) -> None:
         """Find out by itself whether the remote is back."""
-        self._counters.add("probes")
-        self._transport.start(self._probe_once())
+        self._means.counters.add("probes")
+        self._means.transport.start(self._probe_once())
 
     async def _probe_once(self) -> None:
         try:
             async with asyncio.timeout(LOOK_S):
-                await self._transport.read(probe_name(secrets.token_bytes(32)), 1)
+                await self._means.transport.read(probe_name(secrets.token_bytes(32)), 1)
         except TransportError as error:
-            self._breaker.failed(str(error))
+            self._means.breaker.failed(str(error))
         except TimeoutError:
-            self._breaker.failed("it did not answer in time")
+            self._means.breaker.failed("it did not answer in time")
         except BaseException:
-            self._breaker.failed("the probe was ended")
+            self._means.breaker.failed("the probe was ended")
             raise
         else:
-            self._breaker.succeeded()
+            self._means.breaker.succeeded()

@@ -50,7 +50,9 @@ def command(
     """Time made-up sessions of an agent: cold, from memory, after SIGKILL, in another folder.
 
     Each run has words of its own, and a store and servers of its own. Times are to the first
-    token, so decoding is not in them; all answers have the same length.
+    token, so decoding is not in them; all answers have the same length. How long it takes is
+    mostly what the model takes for prompts of --tokens, some of them computed whole in each run:
+    `--runs 1 --tokens 1000` gives a first impression.
 
     \b
     Example:

@@ -75,7 +75,7 @@ def command(
         rows = [
             [one.name, _shown(one.value), f"{one.source} {one.place}".rstrip()] for one in found
         ]
-        columns = [Column("setting"), Column("value"), Column("from")]
+        columns = [Column("setting"), Column("value", least=12), Column("from", least=38)]
         for line in table(columns, rows, width=terminal_width(), paint=plain):
             click.echo(line)
 

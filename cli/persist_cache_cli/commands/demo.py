@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -59,9 +60,22 @@ def command(model: str | None, max_tokens: int, keep: Path | None) -> None:
     with temporary_folder("persist-cache-demo-") as temporary:
         store = keep or temporary / "store"
         good = _run(console, path, store, max_tokens, os.environ | env)
-        console.print()
-        console.print(f"Bytes on disk (du) of {store}: {_size(_disk_usage(store))}")
+        size = _size(_disk_usage(store))
+    console.print()
+    if keep is None:
+        console.print(f"Bytes on disk (du) of the store: {size}. It was temporary, and is gone.")
+    else:
+        _say(console, f"Bytes on disk (du) of {keep}: {size}")
+    if model is None:
+        _say(console, f"The model stays, {_size(_disk_usage(Path(path)))}, until you remove it:")
+        _say(console, f"  persist-cache serve --model {shlex.quote(path)}")
+        _say(console, f"  rm -r {shlex.quote(path)}")
     sys.exit(0 if good else 1)
+
+
+def _say(console: Console, line: str) -> None:
+    """Print a line with a path in it, which is neither marked up nor broken."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _demo_model(console: Console, *, fast_float32: bool) -> Path:
@@ -105,7 +119,7 @@ def _run(console: Console, model: str, store: Path, max_tokens: int, env: dict[s
     )
     third = [*first, {"role": "assistant", "content": cold["text"]}, follow_up]
     (restarted,) = process("Process 2, after a restart", second, [])
-    (continued,) = process("Process 3, continues conversation 1", third, [])
+    (continued,) = process("Process 3, first chat goes on", third, [])
     console.print()
     console.print(_table(cold, reference_2, restarted, continued))
     good = True
@@ -153,6 +167,9 @@ def _work(console: Console, title: str, job: dict[str, Any], env: dict[str, str]
                     completed=message["done"],
                     total=message["total"],
                 )
+            elif event == "answering":
+                drawn.remove_task(task)  # a full bar cannot be made one without an end
+                task = drawn.add_task(f"{title}: answering", total=None)
             elif event in ("answer", "reference"):
                 answers.append(message)
         drawn.update(task, description=title, completed=1, total=1)

@@ -32,6 +32,7 @@ from persist_cache_cli.output import (
     plural,
     print_json,
     printable,
+    terminal_width,
 )
 from persist_cache_cli.prompts import ModelChoice, choose_model, model_options
 from persist_cache_cli.remote_report import RemoteReport, look_at_remote, remote_line
@@ -212,6 +213,7 @@ class _Report:
                 *self._model_pairs(),
                 *self._break_even_pairs(),
             ],
+            width=terminal_width(),
             paint=paint,
         )
 

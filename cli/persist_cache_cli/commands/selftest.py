@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from persist_cache.selftest import CHECKS, Check, Outcome, as_json, meaning, run, verdict
-from persist_cache_cli.output import painter, printable
+from persist_cache_cli.output import hanging, painter, printable, terminal_width
 from persist_cache_cli.store_access import store_path
 
 _COLOURS = {"ok": "good", "FAILED": "bad", "not applicable": "heading"}
@@ -69,6 +69,7 @@ def command(
     if report is not None and not to_stderr:
         Path(report).write_text("")  # not to find out after some minutes that it cannot be
     width = max(len(check.name) for check in checks)
+    columns = None if to_stderr else terminal_width()
 
     def begin(check: Check) -> None:
         if not quiet and sys.stderr.isatty():
@@ -79,11 +80,12 @@ def command(
             return
         if not quiet and sys.stderr.isatty():
             click.echo(" " * (width + 2) + "\r", nl=False, err=True)
-        verdict = paint(outcome.verdict, _COLOURS[outcome.verdict])
-        line = f"{outcome.name:<{width}}  {verdict}: {printable(' '.join(outcome.line.split()))}"
-        click.echo(line, err=to_stderr)
+        said = f"{outcome.verdict}: {printable(' '.join(outcome.line.split()))}"
+        line = hanging(f"{outcome.name:<{width}}  ", said, columns)
+        painted = paint(outcome.verdict, _COLOURS[outcome.verdict])
+        click.echo(line.replace(outcome.verdict, painted, 1), err=to_stderr)
         if why := meaning(outcome):
-            click.echo(f"{'':{width}}  {why}", err=to_stderr)
+            click.echo(hanging(f"{'':{width}}  ", why, columns), err=to_stderr)
 
     place = place or _beside(store_path(store))
     outcomes = run(place, checks, quick=quick, on_begin=begin, on_end=end)
@@ -96,7 +98,8 @@ def command(
     failed = any(one.verdict == "FAILED" for one in outcomes)
     if not quiet:
         said = verdict(outcomes, quick=quick, left_out=len(CHECKS) - len(outcomes))
-        click.echo(said if failed else paint(said, "good"), err=to_stderr)
+        end_line = hanging("", said, columns)
+        click.echo(end_line if failed else paint(end_line, "good"), err=to_stderr)
     if failed:
         sys.exit(1)
 

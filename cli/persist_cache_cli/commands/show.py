@@ -107,14 +107,14 @@ def _lines(details: Details, short: dict[str, str], paint: Painter) -> list[str]
     lines += ["", paint("Fingerprint", "heading") + f"  {model.fingerprint}"]
     lines += _fields(model.fields, width)
     if model.info:
-        lines += ["", paint("Recorded with it", "heading"), *_fields(model.info, None)]
+        lines += ["", paint("Recorded with it", "heading"), *_fields(model.info, width)]
     return lines
 
 
 def _fields(fields: Mapping[str, str], width: int | None) -> list[str]:
-    """Names and values, indented; long digests are shortened on a terminal."""
+    """Names and values, indented; long digests are shortened on a terminal, paths never."""
     return [
-        "  " + (line if width is None else shorten(line, width - 2))
+        "  " + (line if width is None or "/" in line else shorten(line, width - 2))
         for line in pairs((name, printable(value)) for name, value in fields.items())
     ]
 

@@ -92,6 +92,7 @@ class Session:
                 self._prefill(kv, prompt.tokens[:end], position)
                 position = end
                 self._keep(prompt.tokens[:end], snapshot(kv), tier)
+        say(event="answering")
         first_token_s = 0.0
         text, tokens = "", []
         for piece in stream_generate(

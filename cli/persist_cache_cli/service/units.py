@@ -46,6 +46,7 @@ def systemd_unit(service: Service) -> str:
         f"Environment={_quoted(f'{name}={value}')}\n" for name, value in service.variables.items()
     )
     # The colon: no variables are put into the command. Standard output has the admin token.
+    # The minus: a folder that is removed later, such as a checkout, does not keep it from starting.
     return f"""# {MARK}
 [Unit]
 Description=persist-cache: mlx-lm with a prompt cache that survives restarts
@@ -55,7 +56,7 @@ StartLimitBurst=5
 [Service]
 Type=notify
 ExecStart=:{command}
-WorkingDirectory={_checked(service.folder).replace("%", "%%")}
+WorkingDirectory=-{_checked(service.folder).replace("%", "%%")}
 {variables}StandardOutput=null
 Restart=on-failure
 RestartSec=2
