@@ -198,9 +198,9 @@ class _Run:
             )
             journal.note("put", family=family, question=question)
             self._tally.add("put")
-            if dice.random() < 0.5:
-                if remote.publish(entry).outcome is PublishOutcome.SENT:
-                    self._tally.add("published")
+            is_shared = dice.random() < 0.5
+            if is_shared and remote.publish(entry).outcome is PublishOutcome.SENT:
+                self._tally.add("published")
         for one in known.entries:
             remote.note_hit(one)
 
