@@ -19,7 +19,7 @@ from persist_cache_cli.output import (
     printable,
     shorten,
 )
-from persist_cache_cli.remote_report import REMOTE_WORDS, counted_line
+from persist_cache_cli.remote_words import REMOTE_WORDS, counted_line
 from persist_cache_cli.requests import LEGEND, line
 
 Said = Mapping[str, Any]

@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from msgspec import Struct
 
 from persist_cache import Store
 from persist_cache.errors import MissingDependencyError, RemoteError
-from persist_cache.remote import Probe, Remote, RemoteSettings, read_settings
-from persist_cache_cli.output import format_bytes, format_duration, plural, printable
-
-REMOTE_WORDS = {
-    "closed": "in use",
-    "open": "left alone after failures",
-    "half-open": "being tried",
-    "off": "not used",
-}
-"""The states of a server's remote, in words."""
+from persist_cache.remote import Probe, RemoteSettings, read_settings
+from persist_cache_cli.output import format_duration, printable
 
 
 class RemoteReport(Struct, frozen=True):
@@ -43,6 +33,8 @@ def look_at_remote(store: Store) -> RemoteReport | None:
     settings = read_settings(store)
     if settings is None:
         return None
+    from persist_cache.remote import Remote  # most stores have none
+
     try:
         remote = Remote.open(store, settings)
     except (RemoteError, MissingDependencyError) as error:
@@ -67,27 +59,3 @@ def probe_line(probe: Probe | None) -> str:
     rights += ["create"] if probe.may_create else []
     may = " and ".join(rights) or "do nothing"
     return f"it answers after {format_duration(probe.latency_s)}; may {may}"
-
-
-def shown_count(name: str, count: int) -> str:
-    """What was counted under a name, for people."""
-    if name.endswith("_bytes"):
-        return format_bytes(count)
-    return format_duration(count / 1000) if name.endswith("_ms") else f"{count:,}"
-
-
-def counted_line(counters: Mapping[str, int]) -> str:
-    """What the remote was good for, by the counters of a store; "" where it was not asked."""
-
-    def count(name: str) -> int:
-        return counters.get(f"remote_{name}", 0)
-
-    misses = sum(n for name, n in counters.items() if name.startswith("remote_misses:"))
-    if not (count("requests") or misses):
-        return ""
-    saved = f", {format_duration(count('saved_ms') / 1000)} saved" if count("saved_ms") else ""
-    return (
-        f"{plural(count('hits'), 'hit')}, {plural(misses, 'miss', 'misses')}{saved}; "
-        f"{format_bytes(count('received_bytes'))} received, "
-        f"{format_bytes(count('sent_bytes'))} sent"
-    )

@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from msgspec import Struct
@@ -20,13 +20,16 @@ from persist_cache.fingerprint.loads import Unidentified
 from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.prefill.loading import load_model
 from persist_cache.queries.schema import WarmJson
-from persist_cache.remote import Brought, Published, PublishOutcome, Remote, Why
+from persist_cache.remote import Brought, Published, PublishOutcome, Why
 from persist_cache.server.rendering import Prompt, PromptRequest
 from persist_cache.warm import Warmed, warm
 from persist_cache_cli.blas import advice
 from persist_cache_cli.output import format_bytes
 from persist_cache_cli.progress import bar
 from persist_cache_cli.prompts import ModelChoice, Template
+
+if TYPE_CHECKING:
+    from persist_cache.remote import Remote
 
 Progress = Callable[[int], None]
 """Takes the tokens that are done so far."""

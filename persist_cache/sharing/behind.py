@@ -8,16 +8,20 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
 from persist_cache.cache.prompt_cache import PromptCache
 from persist_cache.cache.stats import FromRemote
 from persist_cache.errors import MissingDependencyError, RemoteError, StoreError
-from persist_cache.remote import Brought, Remote, RemoteStatus
+from persist_cache.remote import Brought, RemoteStatus
 from persist_cache.sharing.choice import RemoteChoice
 from persist_cache.store.trail import Trail
 from persist_cache.tokens import pack_tokens, prompt_digest
+
+if TYPE_CHECKING:
+    from persist_cache.remote import Remote
 
 log = logging.getLogger(__name__)
 _REMEMBERED = 64
@@ -172,6 +176,8 @@ class Sharing:
             self._tried_at = time.monotonic()
             settings = self._choice.settle(store)
             if settings is not None:
+                from persist_cache.remote import Remote  # most servers have none
+
                 self._remote = Remote.open(store, settings)
                 log.info("%s", _start_line(self._remote))
             self._is_settled, self._trouble = True, ""

@@ -54,6 +54,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads-s", type=float, help="seconds for threads on one PromptCache")
     parser.add_argument("--replaced-s", type=float, help="seconds for replaced models")
     parser.add_argument("--shared-s", type=float, help="seconds for machines that share a remote")
+    parser.add_argument("--s3", action="store_true", help="that is SeaweedFS, and not a folder")
     parser.add_argument("--seed", type=int, default=1, help="decides all but the scheduling")
     parser.add_argument("--folder", help="where stores are made; default: memory, if there is any")
     parser.add_argument(
@@ -139,7 +140,7 @@ class Run:
             report.kills += self.replaced.kills
         elif name == "shared":
             _say("machines that share a remote")
-            self.shared = shared.storm(folder, report, seed, options.shared_s)
+            self.shared = shared.storm(folder, report, seed, options.shared_s, real_s3=options.s3)
         elif options.breaks:
             Storm(folder, seed, report, options.breaks).run(
                 lambda: not report.findings and time.monotonic() < late
@@ -230,7 +231,7 @@ def _print(run: Run, seconds: float) -> None:
         ("  published", run.shared.work["published"]),
         ("  fetched from there", run.shared.work["brought"]),
         ("  bytes fetched", run.shared.work["bytes brought"]),
-        ("  that a new machine found there, of 24", run.shared.found),
+        (f"  that a new machine found there, of {shared.PROMPTS}", run.shared.found),
     ]
     _table(rows)
     for title, counts in (

@@ -19,8 +19,9 @@ from functools import partial
 from pathlib import Path
 
 from persist_cache.errors import RemoteError, StoreError
-from persist_cache.remote import Remote, RemoteSettings, make_secret
+from persist_cache.remote import PublishOutcome, Remote, RemoteSettings, make_secret
 from persist_cache.store.store import Store
+from tests import weed
 from tests.fakes import disk_usage, fetched, fingerprint, put
 from tests.torture.journal import Journal, Tally, read
 from tests.torture.storm import Report, in_child
@@ -28,7 +29,9 @@ from tests.torture.storm import Report, in_child
 _MACHINES = 3
 _BUDGETS = (1 << 28, 1 << 28, 2_500_000)
 """The last one's is tight: what it fetches has to make room."""
-_FAMILIES = 6
+_FAMILIES = 24
+_QUESTIONS = 4
+PROMPTS = _FAMILIES * _QUESTIONS
 _SYSTEM = 400
 _TALLIED = ("put", "published", "brought", "bytes brought", "missed", "refused")
 
@@ -56,19 +59,19 @@ def model_of(family: int) -> str:
     return f"w{family % 2}"
 
 
-def run(folder: Path, seed: int, seconds: float) -> Seen:
-    """Rounds for so long."""
-    return _Run(folder, random.Random(seed)).run(seconds)
+def run(folder: Path, seed: int, seconds: float, url: str = "") -> Seen:
+    """Rounds for so long; the remote is a folder unless there is a `url`."""
+    return _Run(folder, random.Random(seed), url).run(seconds)
 
 
 class _Run:
-    def __init__(self, folder: Path, dice: random.Random) -> None:
+    def __init__(self, folder: Path, dice: random.Random, url: str) -> None:
         self._folder = folder
         self._dice = dice
         self._seen = Seen()
         self._tally = Tally(_TALLIED)
         self._settings = RemoteSettings(
-            url=(folder / "remote").as_uri(),
+            url=url or (folder / "remote").as_uri(),
             secret_file=str(folder / "secret"),
             publish_plain=True,
             publish_after=1,
@@ -167,7 +170,7 @@ class _Run:
 
     def _turn(self, store: Store, remote: Remote, dice: random.Random, journal: Journal) -> None:
         """A request: look here, look there, compute, store, publish."""
-        family, question = dice.randrange(_FAMILIES), dice.randrange(4)
+        family, question = dice.randrange(_FAMILIES), dice.randrange(_QUESTIONS)
         model, tokens = model_of(family), tokens_of(family, question)
         known = store.match(fingerprint(weights=model), tokens)
         found = remote.bring(
@@ -195,8 +198,8 @@ class _Run:
             )
             journal.note("put", family=family, question=question)
             self._tally.add("put")
-            if dice.random() < 0.5:
-                remote.publish(entry)
+            is_shared = dice.random() < 0.5
+            if is_shared and remote.publish(entry).outcome is PublishOutcome.SENT:
                 self._tally.add("published")
         for one in known.entries:
             remote.note_hit(one)
@@ -233,7 +236,7 @@ class _Run:
         found, wrong = 0, []
         with self._opened(self._folder / "new", 1 << 28) as (store, remote):
             for family in range(_FAMILIES):
-                for question in range(4):
+                for question in range(_QUESTIONS):
                     model, tokens = model_of(family), tokens_of(family, question)
                     remote.bring(
                         fingerprint(weights=model),
@@ -253,9 +256,17 @@ class _Run:
         return found, wrong
 
 
-def storm(folder: Path, report: Report, seed: int, seconds: float) -> Seen:
-    """A run, added to a report."""
-    seen = in_child(partial(run, folder, seed, seconds))
+def storm(
+    folder: Path, report: Report, seed: int, seconds: float, *, real_s3: bool = False
+) -> Seen:
+    """A run, added to a report; with SeaweedFS as the remote if it is to be a real one."""
+    if real_s3:
+        with weed.running(folder) as server:
+            os.environ.update(weed.access(server))
+            url = f"s3://{weed.BUCKET}/torture"
+            seen = in_child(partial(run, folder, seed, seconds, url))
+    else:
+        seen = in_child(partial(run, folder, seed, seconds))
     report.kills += seen.kills
     report.samples += seen.samples
     report.findings += [f"shared: {one}" for one in seen.findings]

@@ -17,7 +17,7 @@ from persist_cache_cli.output import (
     print_json,
     printable,
 )
-from persist_cache_cli.remote_report import REMOTE_WORDS
+from persist_cache_cli.remote_words import REMOTE_WORDS
 from persist_cache_cli.store_access import common_options, store_path
 
 

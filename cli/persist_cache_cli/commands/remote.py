@@ -47,7 +47,8 @@ from persist_cache_cli.output import (
 )
 from persist_cache_cli.parse import ENTRY_ID
 from persist_cache_cli.remote_options import how_options, parse_url, remote_choice
-from persist_cache_cli.remote_report import probe_line, shown_count
+from persist_cache_cli.remote_report import probe_line
+from persist_cache_cli.remote_words import shown_count
 from persist_cache_cli.store_access import (
     NothingFound,
     changing,

@@ -34,7 +34,7 @@ from persist_cache_cli.output import (
     terminal_width,
 )
 from persist_cache_cli.parse import DURATION
-from persist_cache_cli.remote_report import counted_line
+from persist_cache_cli.remote_words import counted_line
 from persist_cache_cli.store_access import common_options, reading, store_path
 
 _BAR_CELLS = 30

@@ -6,7 +6,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from msgspec.structs import replace
@@ -14,7 +14,6 @@ from msgspec.structs import replace
 from persist_cache import Store
 from persist_cache.errors import MissingDependencyError, RemoteError
 from persist_cache.queries.schema import WarmJson
-from persist_cache.remote import Remote
 from persist_cache.sharing import RemoteChoice
 from persist_cache.warm import WARM_STEP_TOKENS
 from persist_cache_cli.jobs import jobs_of, prompt_options
@@ -23,6 +22,9 @@ from persist_cache_cli.parse import DURATION, GROUP, LABEL
 from persist_cache_cli.remote_options import remote_choice, remote_options
 from persist_cache_cli.store_access import common_options, store_path
 from persist_cache_cli.warming import Run
+
+if TYPE_CHECKING:
+    from persist_cache.remote import Remote
 
 
 @click.command("warm")
@@ -124,6 +126,8 @@ def _remote(store: Store, choice: RemoteChoice, *, needed: bool) -> Iterator[Rem
             )
         yield None
         return
+    from persist_cache.remote import Remote  # most stores have none
+
     try:
         remote = Remote.open(store, settings)
     except (RemoteError, MissingDependencyError) as error:
