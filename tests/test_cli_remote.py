@@ -239,7 +239,7 @@ def test_push_publishes_what_is_named_or_may_be_by_itself(
     assert (first["id"], first["outcome"], first["num_tokens"]) == (entry, "sent", 600)
     assert first["bytes"] > 0
     assert (again["outcome"], again["bytes"]) == ("there_already", 0)
-    assert "600 tokens was published already" in run("remote", "push").out
+    assert "600 tokens were published already" in run("remote", "push").out
 
 
 def test_nothing_is_published_before_somebody_agrees(

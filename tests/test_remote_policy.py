@@ -150,6 +150,40 @@ def test_a_claim_of_another_process_is_respected_until_it_is_old(
     assert outcomes == [PublishOutcome.CLAIMED, PublishOutcome.CLAIMED, PublishOutcome.SENT]
 
 
+def test_a_claim_grows_old_though_no_process_lives_that_long(
+    store: Store, clock: Clock, tmp_path: Path
+) -> None:
+    """Such as that of a command that was killed, found by commands."""
+    settings = folder_settings(tmp_path)
+    entry = put_real(store, LONG)
+    with opened(store, settings) as remote:
+        remote.publish(entry)
+    for name in objects(tmp_path):
+        if not name.startswith("pc1/c/"):
+            (tmp_path / "bucket" / name).unlink()
+
+    outcomes = []
+    for seconds in (0, publishing.CLAIM_S - 1, 1):
+        clock.advance(seconds)
+        with opened(store, settings) as remote:
+            outcomes.append(remote.publish(entry).outcome)
+
+    assert outcomes == [PublishOutcome.CLAIMED, PublishOutcome.CLAIMED, PublishOutcome.SENT]
+
+
+def test_what_failed_is_published_by_the_next_process_at_once(store: Store, tmp_path: Path) -> None:
+    settings = folder_settings(tmp_path)
+    entry = put_real(store, LONG)
+    limited = msgspec.structs.replace(settings, budget_bytes_per_day=1000)
+
+    with opened(store, limited) as remote, pytest.raises(RemoteError, match="Today's budget"):
+        remote.publish(entry)
+    with opened(store, settings) as remote:
+        done = remote.publish(entry)
+
+    assert done.outcome == PublishOutcome.SENT
+
+
 # ---- settings -----------------------------------------------------------------------------------
 
 
