@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,6 +66,33 @@ def test_a_system_part_is_published_at_its_second_hit(
         after = bring(its_remote, LONG).why
 
     assert (before, after) == (Why.NOT_FOUND, Why.BROUGHT)
+
+
+def test_what_a_lifecycle_rule_removed_is_published_and_found_again(
+    store: Store, tmp_path: Path
+) -> None:
+    now = [0.0]
+    settings = folder_settings(tmp_path)
+    entry = put_real(store, LONG, tier="system")
+    with (
+        opened(store, settings, clock=lambda: now[0]) as remote,
+        Store.open(tmp_path / "second", min_free_bytes=0) as other,
+        opened(other, settings, clock=lambda: now[0]) as reader,
+    ):
+        hit(remote, entry, 2)
+        until(lambda: published(remote) == 1)
+        for name in objects(tmp_path):
+            if name.startswith("pc1/b/"):
+                (tmp_path / "bucket" / name).unlink()
+        gone = bring(reader, LONG).why
+        shutil.rmtree(tmp_path / "bucket" / "pc1")
+
+        now[0] += 86_400
+        hit(remote, entry)
+        until(lambda: published(remote) == 2)
+        again = bring(reader, LONG).why
+
+    assert (gone, again) == (Why.GONE, Why.BROUGHT)
 
 
 def test_hits_of_earlier_processes_count(store: Store, remote: Remote) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 
@@ -25,6 +27,8 @@ from persist_cache.tokens import common_prefix_tokens
 LOOK_S = 2.0
 """All of a look-up: what did not answer by then is not there."""
 _REMEMBERED_BAD = 4096
+_BAD_S = 3600.0
+"""For so long: what a lifecycle rule removed may have been published again."""
 
 
 class Candidate(Struct, frozen=True):
@@ -60,24 +64,26 @@ class Look(Struct, frozen=True):
 
 
 class Bad:
-    """Anchors that led to nothing good: left alone by this process.
+    """Anchors that led to nothing good: left alone by this process for an hour.
 
     Thread safety: may be shared between threads; `_lock` guards the names.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
         self._lock = threading.Lock()
-        self._names: OrderedDict[str, None] = OrderedDict()
+        self._since: OrderedDict[str, float] = OrderedDict()
 
     def add(self, name: str) -> None:
         with self._lock:
-            self._names[name] = None
-            while len(self._names) > _REMEMBERED_BAD:
-                self._names.popitem(last=False)
+            self._since[name] = self._clock()
+            self._since.move_to_end(name)
+            while len(self._since) > _REMEMBERED_BAD:
+                self._since.popitem(last=False)
 
     def __contains__(self, name: str) -> bool:
         with self._lock:
-            return name in self._names
+            return self._clock() - self._since.get(name, -math.inf) < _BAD_S
 
 
 class Looker:
@@ -86,9 +92,9 @@ class Looker:
     Thread safety: may be shared between threads.
     """
 
-    def __init__(self, means: Means) -> None:
+    def __init__(self, means: Means, clock: Callable[[], float] = time.monotonic) -> None:
         self._means = means
-        self.bad = Bad()
+        self.bad = Bad(clock)
 
     def look(
         self,
@@ -133,7 +139,7 @@ class Looker:
         return Look(candidates, nbytes, failure, is_refused)
 
     def refuse(self, anchor: str, kind: str) -> None:
-        """Leave an anchor alone from now on, and count why."""
+        """Leave an anchor alone for a while, and count why."""
         self.bad.add(anchor)
         self._means.counters.add(f"refused:{kind}")
 

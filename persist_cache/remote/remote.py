@@ -44,10 +44,10 @@ class Remote:
             breaker=Breaker(self._begin_probe, clock),
             counters=counters,
         )
-        looker = Looker(self._means)
+        looker = Looker(self._means, clock)
         self._bringer = Bringer(self._means, looker)
         self._publisher = Publisher(self._means, looker, clock)
-        self._policy = Policy(store, settings, self._publisher, self._means.breaker)
+        self._policy = Policy(store, settings, self._publisher, self._means.breaker, clock)
 
     @classmethod
     def open(
@@ -62,7 +62,7 @@ class Remote:
         Args:
             store: Open for change; stays open as long as the remote is.
             settings: As `read_settings` gives them.
-            clock: Seconds by which breaker and claims wait; for tests.
+            clock: Seconds by which breaker, claims and what else passes wait; for tests.
 
         Raises:
             RemoteError: They cannot be used: no secret, a URL that is none, and so on.
