@@ -175,6 +175,7 @@ class Publisher:
         return found
 
     def _publish(self, entry: StoredEntry) -> Published:
+        self._means.transport.check_folder()
         sent = _Sent()
         places = places_of_entry(entry.num_tokens)
         look = self._looker.look(entry.fingerprint, entry.packed, places)

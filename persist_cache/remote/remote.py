@@ -9,7 +9,9 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+from persist_cache.errors import RemoteError
 from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.remote.breaker import Breaker
 from persist_cache.remote.bringing import Bringer
@@ -22,7 +24,7 @@ from persist_cache.remote.probing import probe
 from persist_cache.remote.publishing import Publisher
 from persist_cache.remote.settings import RemoteSettings, check_settings
 from persist_cache.remote.told import Brought, Probe, Published, RemoteStatus
-from persist_cache.remote.transport import Transport, TransportError
+from persist_cache.remote.transport import Transport, TransportError, folder_of
 from persist_cache.remote.trust import open_trust
 from persist_cache.store.store import Store
 
@@ -32,6 +34,7 @@ class Remote:
 
     def __init__(self, store: Store, settings: RemoteSettings, clock: Callable[[], float]) -> None:
         check_settings(settings)
+        _check_apart(store, settings)
         keys, seal = open_trust(settings.trust, settings.secret_file, settings.public_key)
         self.settings = settings
         counters = Counters(store)
@@ -172,3 +175,14 @@ class Remote:
             raise
         else:
             self._means.breaker.succeeded()
+
+
+def _check_apart(store: Store, settings: RemoteSettings) -> None:
+    """Refuse a folder in the store: what is there counts as its files, or is swept away.
+
+    Raises:
+        RemoteError: The remote is such a folder.
+    """
+    folder = folder_of(settings)
+    if folder is not None and Path(folder).resolve().is_relative_to(store.root.resolve()):
+        raise RemoteError(f"{folder} is a part of the store itself; name a folder apart from it.")

@@ -75,6 +75,8 @@ class Transport:
             MissingDependencyError: It is not installed.
         """
         self._obstore, self._store = _opened(settings)
+        self._folder = folder_of(settings)
+        self._device_inode = None if self._folder is None else _device_inode(self._folder)
         self._count = count
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="persist-cache-remote", daemon=True)
@@ -147,6 +149,20 @@ class Transport:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
         self._loop.call_soon(self._loop.stop)
+
+    def check_folder(self) -> None:
+        """See whether the folder of a remote that is one is still the one that was opened.
+
+        Else what is created would go to the disk below a mount that ended. It may block, as a
+        disk does.
+
+        Raises:
+            TransportError: It is not.
+        """
+        if self._folder is not None and _device_inode(self._folder) != self._device_inode:
+            raise TransportError(
+                Failure.UNREACHABLE, "its folder is not there any more, or no longer mounted"
+            )
 
     async def read(self, name: str, limit: int) -> bytes | None:
         """A small object; None if it is not there.
@@ -284,7 +300,10 @@ def _opened(settings: RemoteSettings) -> tuple[Any, Any]:
     parts = urlsplit(settings.url)
     try:
         if parts.scheme == "file":
-            return obstore, obstore.store.LocalStore(_folder_of(settings))
+            folder = folder_of(settings)
+            if folder is None or not os.path.isdir(folder):
+                raise RemoteError(f"There is no folder {folder}; mount it, or make it.")
+            return obstore, obstore.store.LocalStore(folder)
         endpoint = settings.options.get("endpoint") or os.environ.get("AWS_ENDPOINT_URL", "")
         client: dict[str, Any] = {
             "connect_timeout": timedelta(seconds=CONNECT_S),
@@ -310,16 +329,21 @@ def _opened(settings: RemoteSettings) -> tuple[Any, Any]:
     return obstore, store
 
 
-def _folder_of(settings: RemoteSettings) -> str:
-    """The folder of a remote that is one.
+def folder_of(settings: RemoteSettings) -> str | None:
+    """The folder of a remote that is one, else None.
 
-    Raises:
-        RemoteError: It is not there. It is not made: it may be on a disk that is not mounted.
+    It is never made: it may be on a disk that is not mounted.
     """
-    folder = unquote(urlsplit(settings.url).path)
-    if not os.path.isdir(folder):
-        raise RemoteError(f"There is no folder {folder}; mount it, or make it.")
-    return folder
+    parts = urlsplit(settings.url)
+    return unquote(parts.path) if parts.scheme == "file" else None
+
+
+def _device_inode(folder: str) -> tuple[int, int] | None:
+    try:
+        found = os.stat(folder)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _may_be_plain(endpoint: str) -> bool:
