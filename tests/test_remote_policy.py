@@ -158,6 +158,21 @@ def test_the_bytes_of_a_day_are_not_exceeded(store: Store, clock: Clock, tmp_pat
     assert grown < needed // 2
 
 
+def test_claims_and_manifests_are_among_the_bytes_of_a_day(store: Store, tmp_path: Path) -> None:
+    entry = put_real(store, LONG)
+    with opened(store, folder_settings(tmp_path)) as free:
+        needed = free.publish(entry).nbytes
+    all_bytes = sum(map(len, objects(tmp_path).values()))
+    shutil.rmtree(tmp_path / "bucket")
+
+    limited = folder_settings(tmp_path, budget_bytes_per_day=needed - 1)
+    with opened(store, limited) as remote, pytest.raises(RemoteError, match="Today's budget"):
+        remote.publish(entry)
+
+    assert needed == all_bytes
+    assert 0 < sum(map(len, objects(tmp_path).values())) < needed
+
+
 def test_a_claim_of_another_process_is_respected_until_it_is_old(
     store: Store, tmp_path: Path
 ) -> None:

@@ -12,7 +12,8 @@ import hashlib
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import msgspec
 from msgspec import Struct
@@ -44,6 +45,7 @@ CLAIM_S = 900.0
 CLAIMS = "remote.claims"
 _REMEMBERED_CLAIMS = 256
 _MAX_GENERATIONS = 1000
+_CLAIM = b"claimed\n"
 _SEAL_BYTES = 1024
 
 
@@ -223,10 +225,9 @@ class Publisher:
             raise RemoteError(f"Entry {entry.id} is too long to be published.")
         contents = {anchor_name(key): sealed(body, key, self._means.seal) for key in anchors}
         *others, last_name = contents
-        self._means.transport.call(self._create_all({name: contents[name] for name in others}))
-        self._means.transport.call(self._create_all({last_name: contents[last_name]}))
-        sent.requests += len(contents)
-        sent.nbytes += sum(map(len, contents.values()))
+        # One that is there already stands for an entry that begins alike.
+        self._create({name: contents[name] for name in others}, sent)
+        self._create({last_name: contents[last_name]}, sent)
 
     def _known(self, entry: StoredEntry, look: Look, complete: bool) -> list[BlobSection]:
         """Blobs that were published before and hold the same tokens, from the first on."""
@@ -251,8 +252,7 @@ class Publisher:
                 if self._claims.is_stale(name):
                     continue
                 return None
-            sent.requests += 1
-            if self._means.transport.call(self._means.transport.create(name, b"claimed\n")):
+            if self._create({name: _CLAIM}, sent):
                 self._claims.own.add(name)
                 return name
             if not self._claims.is_stale(name):
@@ -264,25 +264,35 @@ class Publisher:
         parts = []
         for content in parts_of(pieces):
             part = Part(hashlib.blake2b(content, digest_size=32).digest(), len(content))
-            self._spend(part.nbytes)
             name = self._means.keys.blob_name(part.digest)
-            sent.requests += 1
-            if self._means.transport.call(self._means.transport.create(name, content)):
-                sent.nbytes += part.nbytes
-                sent.blobs += 1
-            else:
-                self._spend(-part.nbytes)
+            sent.blobs += self._create({name: content}, sent)
             parts.append(part)
         return tuple(parts)
 
+    def _create(self, contents: Mapping[str, Any], sent: _Sent) -> int:
+        """Create objects at once, within the day's budget; how many were not there already."""
+        self._spend(sum(map(len, contents.values())))
+        sent.requests += len(contents)
+        done = self._means.transport.call(self._create_all(contents))
+        new = sum(
+            len(content) for content, is_new in zip(contents.values(), done, strict=True) if is_new
+        )
+        self._spend(new - sum(map(len, contents.values())))
+        sent.nbytes += new
+        return sum(done)
+
+    async def _create_all(self, contents: Mapping[str, Any]) -> list[bool]:
+        work = [self._means.transport.create(name, content) for name, content in contents.items()]
+        return await asyncio.gather(*work)
+
     def _spend(self, nbytes: int) -> None:
-        """Take bytes from the day's budget.
+        """Take bytes from the day's budget; give back those below 0.
 
         Raises:
             RemoteError: It is spent.
         """
         budget = self._settings.budget_bytes_per_day
-        if budget is None:
+        if budget is None or nbytes == 0:
             return
         day = f"remote.sent:{time.strftime('%Y-%m-%d', time.gmtime(self._store.clock()))}"
         if self._store.tally(day, nbytes) > budget and nbytes > 0:
@@ -315,11 +325,6 @@ class Publisher:
             state=state,
             tokens=pack(entry.packed),
         )
-
-    async def _create_all(self, contents: dict[str, bytes]) -> None:
-        # One that is there already stands for an entry that begins alike.
-        work = [self._means.transport.create(name, content) for name, content in contents.items()]
-        await asyncio.gather(*work)
 
 
 def _cuts(start: int, end: int, step: int) -> list[tuple[int, int]]:
