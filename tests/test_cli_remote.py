@@ -217,6 +217,18 @@ def test_doctor_tries_the_remote_and_names_what_is_wrong(
     assert "it cannot be used" in run("doctor").out
 
 
+def test_a_secret_that_others_can_read_is_told(run: Run, place: Path, secret: Path) -> None:
+    secret.chmod(0o640)
+    added = run("remote", "add", place, "--secret-file", secret).out
+    status = run("remote", "status").out
+    doctor = run("doctor").out
+    secret.chmod(0o600)
+
+    assert all("Other users of this machine" in one for one in (added, status))
+    assert "Other users of this machine" in " ".join(doctor.split())
+    assert "Other users" not in run("remote", "status").out
+
+
 def test_a_probe_leaves_nothing_behind(run: Run, place: Path) -> None:
     run("remote", "add", place, "--new-secret", "--publish-plain")
 
@@ -239,7 +251,7 @@ def test_push_publishes_what_is_named_or_may_be_by_itself(
     assert (first["id"], first["outcome"], first["num_tokens"]) == (entry, "sent", 600)
     assert first["bytes"] > 0
     assert (again["outcome"], again["bytes"]) == ("there_already", 0)
-    assert "600 tokens was published already" in run("remote", "push").out
+    assert "600 tokens were published already" in run("remote", "push").out
 
 
 def test_nothing_is_published_before_somebody_agrees(
@@ -292,6 +304,12 @@ def test_what_one_machine_warms_and_publishes_another_one_pulls_and_warms(
     )
     assert nothing.status == 3
     assert nothing.json[0]["remote"]["why"] == "not_found"
+    make_secret(tmp_path / "other.secret")
+    fourth = tmp_path / "d"
+    prepared_script(fourth, "remote", "add", place, "--secret-file", tmp_path / "other.secret")
+    without = prepared_script(fourth, "remote", "pull", *of_prompt)
+    assert without.status == 3
+    assert "publisher's secret" in without.err
 
 
 def test_warm_says_that_it_cannot_publish_before_it_computes(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from persist_cache.remote import PublishOutcome, Remote, RemoteError, Why, checked_url
@@ -167,6 +168,34 @@ def test_a_folder_that_is_not_there_is_not_made(store: Store, tmp_path: Path) ->
     (tmp_path / "bucket").rmdir()
 
     with pytest.raises(RemoteError, match="mount it, or make it"):
+        Remote.open(store, settings)
+
+
+@pytest.mark.parametrize("is_made_again", [False, True])
+def test_nothing_is_published_where_the_folder_was(
+    store: Store, remote: Remote, tmp_path: Path, is_made_again: bool
+) -> None:
+    """As when a disk is unmounted: the folder below is on another one."""
+    entry = put_real(store, LONG)
+    (tmp_path / "bucket").rename(tmp_path / "away")
+    if is_made_again:
+        (tmp_path / "bucket").mkdir()
+
+    with pytest.raises(RemoteError, match="no longer mounted"):
+        remote.publish(entry)
+    assert "no longer mounted" in remote.probe().message
+
+    assert (tmp_path / "bucket").exists() == is_made_again
+    assert objects(tmp_path) == {}
+
+
+@pytest.mark.parametrize("inside", ["", "blobs", "new"])
+def test_a_folder_in_the_store_is_no_remote(store: Store, tmp_path: Path, inside: str) -> None:
+    folder = store.root / inside
+    folder.mkdir(exist_ok=True)
+    settings = msgspec.structs.replace(folder_settings(tmp_path), url=checked_url(str(folder)))
+
+    with pytest.raises(RemoteError, match="part of the store itself"):
         Remote.open(store, settings)
 
 

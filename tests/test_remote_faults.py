@@ -330,6 +330,27 @@ def test_a_pull_that_is_slower_than_computing_is_given_up(
     assert is_untouched(other)
 
 
+def test_where_nothing_was_timed_the_publishers_figure_says_how_long_to_wait(
+    server: S3Like,
+    second: tuple[Store, Remote],
+    settings: RemoteSettings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a new machine, whose first request must not wait for two minutes."""
+    other, remote = second
+    with machine(tmp_path, "first", settings) as (store, publisher):
+        publisher.publish(put_real(store, LONG, prefill_s=0.05))
+    monkeypatch.setattr(transport, "STALL_S", 30.0)
+    server.misbehave("trickle", "b")
+
+    brought = bring(remote, LONG, prefill_s=lambda num_tokens: 0.0)
+
+    assert brought.why == Why.TOO_SLOW
+    assert brought.seconds < 10
+    assert is_untouched(other)
+
+
 @pytest.mark.usefixtures("published")
 def test_a_small_pull_says_nothing_of_the_speed_of_a_large_one(
     second: tuple[Store, Remote],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,6 +66,33 @@ def test_a_system_part_is_published_at_its_second_hit(
         after = bring(its_remote, LONG).why
 
     assert (before, after) == (Why.NOT_FOUND, Why.BROUGHT)
+
+
+def test_what_a_lifecycle_rule_removed_is_published_and_found_again(
+    store: Store, tmp_path: Path
+) -> None:
+    now = [0.0]
+    settings = folder_settings(tmp_path)
+    entry = put_real(store, LONG, tier="system")
+    with (
+        opened(store, settings, clock=lambda: now[0]) as remote,
+        Store.open(tmp_path / "second", min_free_bytes=0) as other,
+        opened(other, settings, clock=lambda: now[0]) as reader,
+    ):
+        hit(remote, entry, 2)
+        until(lambda: published(remote) == 1)
+        for name in objects(tmp_path):
+            if name.startswith("pc1/b/"):
+                (tmp_path / "bucket" / name).unlink()
+        gone = bring(reader, LONG).why
+        shutil.rmtree(tmp_path / "bucket" / "pc1")
+
+        now[0] += 86_400
+        hit(remote, entry)
+        until(lambda: published(remote) == 2)
+        again = bring(reader, LONG).why
+
+    assert (gone, again) == (Why.GONE, Why.BROUGHT)
 
 
 def test_hits_of_earlier_processes_count(store: Store, remote: Remote) -> None:
@@ -130,6 +158,21 @@ def test_the_bytes_of_a_day_are_not_exceeded(store: Store, clock: Clock, tmp_pat
     assert grown < needed // 2
 
 
+def test_claims_and_manifests_are_among_the_bytes_of_a_day(store: Store, tmp_path: Path) -> None:
+    entry = put_real(store, LONG)
+    with opened(store, folder_settings(tmp_path)) as free:
+        needed = free.publish(entry).nbytes
+    all_bytes = sum(map(len, objects(tmp_path).values()))
+    shutil.rmtree(tmp_path / "bucket")
+
+    limited = folder_settings(tmp_path, budget_bytes_per_day=needed - 1)
+    with opened(store, limited) as remote, pytest.raises(RemoteError, match="Today's budget"):
+        remote.publish(entry)
+
+    assert needed == all_bytes
+    assert 0 < sum(map(len, objects(tmp_path).values())) < needed
+
+
 def test_a_claim_of_another_process_is_respected_until_it_is_old(
     store: Store, tmp_path: Path
 ) -> None:
@@ -148,6 +191,40 @@ def test_a_claim_of_another_process_is_respected_until_it_is_old(
             outcomes.append(remote.publish(entry).outcome)
 
     assert outcomes == [PublishOutcome.CLAIMED, PublishOutcome.CLAIMED, PublishOutcome.SENT]
+
+
+def test_a_claim_grows_old_though_no_process_lives_that_long(
+    store: Store, clock: Clock, tmp_path: Path
+) -> None:
+    """Such as that of a command that was killed, found by commands."""
+    settings = folder_settings(tmp_path)
+    entry = put_real(store, LONG)
+    with opened(store, settings) as remote:
+        remote.publish(entry)
+    for name in objects(tmp_path):
+        if not name.startswith("pc1/c/"):
+            (tmp_path / "bucket" / name).unlink()
+
+    outcomes = []
+    for seconds in (0, publishing.CLAIM_S - 1, 1):
+        clock.advance(seconds)
+        with opened(store, settings) as remote:
+            outcomes.append(remote.publish(entry).outcome)
+
+    assert outcomes == [PublishOutcome.CLAIMED, PublishOutcome.CLAIMED, PublishOutcome.SENT]
+
+
+def test_what_failed_is_published_by_the_next_process_at_once(store: Store, tmp_path: Path) -> None:
+    settings = folder_settings(tmp_path)
+    entry = put_real(store, LONG)
+    limited = msgspec.structs.replace(settings, budget_bytes_per_day=1000)
+
+    with opened(store, limited) as remote, pytest.raises(RemoteError, match="Today's budget"):
+        remote.publish(entry)
+    with opened(store, settings) as remote:
+        done = remote.publish(entry)
+
+    assert done.outcome == PublishOutcome.SENT
 
 
 # ---- settings -----------------------------------------------------------------------------------
@@ -176,7 +253,8 @@ def test_settings_are_remembered_without_credentials(store: Store, tmp_path: Pat
         ("http://example.org/mirror", "https"),
         ("ftp://example.org", "no remote"),
         ("s3://", "no bucket"),
-        ("file:///", "not a folder"),
+        ("file:///", "no folder"),
+        ("/", "no folder"),
         ("file://host/path", "folder"),
         ("s3://bucket/../other", r"\.\."),
         ("", "folder"),

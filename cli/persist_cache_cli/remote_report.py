@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+
 from msgspec import Struct
 
 from persist_cache import Store
@@ -46,6 +49,21 @@ def look_at_remote(store: Store) -> RemoteReport | None:
     return RemoteReport(settings, probe, probe.message)
 
 
+def open_secret(settings: RemoteSettings) -> str:
+    """What to do where other users of this machine can read the secret; "" where they cannot."""
+    path = settings.secret_file
+    try:
+        is_open = bool(path) and bool(os.stat(path).st_mode & 0o077)
+    except OSError:
+        return ""
+    if not is_open:
+        return ""
+    return (
+        f"Other users of this machine can read or change {path}, which holds the remote's secret; "
+        f"run `chmod 600 {shlex.quote(path)}`."
+    )
+
+
 def remote_line(report: RemoteReport) -> str:
     """Where it is, and what may be done there."""
     return f"{printable(report.settings.url)}: {probe_line(report.probe)}"
@@ -54,7 +72,7 @@ def remote_line(report: RemoteReport) -> str:
 def probe_line(probe: Probe | None) -> str:
     """What was found when it was tried."""
     if probe is None or not probe.reachable:
-        return "it cannot be used" if probe is None else "it does not answer"
+        return "it cannot be used" if probe is None else "it cannot be read"
     rights = ["read"] if probe.may_read else []
     rights += ["create"] if probe.may_create else []
     may = " and ".join(rights) or "do nothing"

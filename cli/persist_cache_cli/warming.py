@@ -295,8 +295,8 @@ def _told_if_interrupted(
 
 _OUTCOMES = {
     PublishOutcome.SENT: "published",
-    PublishOutcome.THERE_ALREADY: "was published already",
-    PublishOutcome.CLAIMED: "is being published by another process",
+    PublishOutcome.THERE_ALREADY: "were published already",
+    PublishOutcome.CLAIMED: "left to another process, which claimed them within 15 minutes",
 }
 
 

@@ -21,7 +21,7 @@ from persist_cache.fingerprint.value import Fingerprint
 from persist_cache.portable.needs import Need, need_of
 from persist_cache.remote.keys import MIN_TOKENS, places_to_ask
 from persist_cache.remote.looking import Candidate, Looker
-from persist_cache.remote.manifest import RefusedError
+from persist_cache.remote.manifest import Manifest, RefusedError
 from persist_cache.remote.means import Means
 from persist_cache.remote.pulling import (
     GoneError,
@@ -41,6 +41,9 @@ _MEASURED_BYTES = 4 << 20
 _SPEED_LASTS_S = 600.0
 """A speed measured before is not believed any more: the network may be a better one by now."""
 _FLIGHT_NAP_S = 0.02
+_SLOWER = 4
+"""Where nothing was timed here, computing is taken to be so many times as slow as it was for the
+publisher: a request does not wait longer for a slow line."""
 _TRIES = 3
 """Entries that are tried when blobs of the best ones are gone or bad."""
 
@@ -64,6 +67,14 @@ class _Question(Struct, frozen=True):
     ends: Sequence[int]
     prefill_s: Callable[[int], float]
     pause: Callable[[], None]
+    is_instead: bool
+
+    def worth_s(self, manifest: Manifest, num_tokens: int) -> float:
+        """What computing so many tokens takes that a manifest has; 0 for no matter how long."""
+        timed_s = max(0.0, self.prefill_s(num_tokens))
+        if timed_s or not self.is_instead:
+            return timed_s
+        return _SLOWER * manifest.prefill_s * num_tokens / manifest.num_tokens
 
 
 class Bringer:
@@ -92,7 +103,7 @@ class Bringer:
         tokens: bytes | Sequence[int],
         known: int,
         limit: int,
-        prefill_s: Callable[[int], float],
+        prefill_s: Callable[[int], float] | None,
         pause: Callable[[], None],
         ends: Sequence[int],
     ) -> Brought:
@@ -110,7 +121,14 @@ class Bringer:
                 raise
 
         asked = _Question(
-            fingerprint, packed, max(known, 0), limit, (*ends, limit), prefill_s, watched
+            fingerprint,
+            packed,
+            max(known, 0),
+            limit,
+            (*ends, limit),
+            prefill_s or (lambda num_tokens: 0.0),
+            watched,
+            is_instead=prefill_s is not None,
         )
         try:
             outcome = self._answer(asked)
@@ -268,7 +286,7 @@ class Bringer:
                 Brought(found, 0, 0.0, Why.SHARED) if found > asked.known else _miss(Why.NOT_FOUND)
             )
         wanted = Wanted(manifest, packed, need.common)
-        worth_s = max(0.0, asked.prefill_s(usable - asked.known))
+        worth_s = asked.worth_s(manifest, usable - asked.known)
         speed = self.bytes_per_s
         if worth_s and speed and wanted.nbytes / speed > worth_s:
             return _miss(Why.NOT_WORTH_IT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -26,7 +27,7 @@ LOOK_S = 2.0
 """All of a look-up: what did not answer by then is not there."""
 _REMEMBERED_BAD = 4096
 _BAD_S = 3600.0
-"""Somebody may have mended it by then."""
+"""For so long: what a lifecycle rule removed may have been published again."""
 
 
 class Candidate(Struct, frozen=True):
@@ -70,18 +71,18 @@ class Bad:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._names: OrderedDict[str, float] = OrderedDict()
+        self._since: OrderedDict[str, float] = OrderedDict()
 
     def add(self, name: str) -> None:
         with self._lock:
-            self._names[name] = self._clock()
-            while len(self._names) > _REMEMBERED_BAD:
-                self._names.popitem(last=False)
+            self._since[name] = self._clock()
+            self._since.move_to_end(name)
+            while len(self._since) > _REMEMBERED_BAD:
+                self._since.popitem(last=False)
 
     def __contains__(self, name: str) -> bool:
         with self._lock:
-            since = self._names.get(name)
-            return since is not None and self._clock() - since < _BAD_S
+            return self._clock() - self._since.get(name, -math.inf) < _BAD_S
 
 
 class Looker:
@@ -137,7 +138,7 @@ class Looker:
         return Look(candidates, nbytes, failure, is_refused)
 
     def refuse(self, anchor: str, kind: str) -> None:
-        """Leave an anchor alone from now on, and count why."""
+        """Leave an anchor alone for a while, and count why."""
         self.bad.add(anchor)
         self._means.counters.add(f"refused:{kind}")
 

@@ -9,8 +9,11 @@ Thread safety: `Policy` may be shared between threads; `_changed` guards counts 
 from __future__ import annotations
 
 import logging
+import math
 import threading
+import time
 from collections import OrderedDict
+from collections.abc import Callable
 
 from persist_cache.entry import PARTIAL_LABEL
 from persist_cache.errors import PersistCacheError
@@ -25,13 +28,20 @@ from persist_cache.store.store import Store
 log = logging.getLogger(__name__)
 _MAX_QUEUED = 64
 _REMEMBERED = 4096
+_PUBLISHED_S = 86_400.0
+"""What was published is asked for again after so long: a lifecycle rule may have removed it."""
 
 
 class Policy:
     """Counts hits, and publishes what is due in the background."""
 
     def __init__(
-        self, store: Store, settings: RemoteSettings, publisher: Publisher, breaker: Breaker
+        self,
+        store: Store,
+        settings: RemoteSettings,
+        publisher: Publisher,
+        breaker: Breaker,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
         self._settings = settings
@@ -40,7 +50,8 @@ class Policy:
         self._is_on = not publisher.why_not()
         self._changed = threading.Condition()
         self._hits: OrderedDict[str, int] = OrderedDict()
-        self._done: OrderedDict[str, None] = OrderedDict()
+        self._clock = clock
+        self._done: OrderedDict[str, float] = OrderedDict()
         self._queue: OrderedDict[str, None] = OrderedDict()
         self._is_closed = False
         self._thread: threading.Thread | None = None
@@ -55,7 +66,8 @@ class Policy:
         if not self._is_on:
             return
         with self._changed:
-            if self._is_closed or entry in self._done:
+            done_at = self._done.get(entry, -math.inf)
+            if self._is_closed or self._clock() - done_at < _PUBLISHED_S:
                 return
             hits = self._hits[entry] = self._hits.pop(entry, 0) + 1
             _bound(self._hits)
@@ -107,7 +119,7 @@ class Policy:
             return
         if done.outcome != PublishOutcome.CLAIMED:
             with self._changed:
-                self._done[entry] = None
+                self._done[entry] = self._clock()
                 _bound(self._done)
 
     def _is_due(self, entry: str, hits: int) -> bool:
@@ -127,6 +139,6 @@ class Policy:
         )
 
 
-def _bound(names: OrderedDict[str, int] | OrderedDict[str, None]) -> None:
+def _bound(names: OrderedDict[str, int] | OrderedDict[str, float]) -> None:
     while len(names) > _REMEMBERED:
         names.popitem(last=False)

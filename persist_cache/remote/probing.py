@@ -23,6 +23,7 @@ def probe(transport: Transport, *, may_write: bool) -> Probe:
     name = probe_name(secrets.token_bytes(32))
     started = time.monotonic()
     try:
+        transport.check_folder()
         transport.call(transport.read(name, 0))
     except TransportError as error:
         return Probe(False, 0.0, False, None, None, f"It cannot be read: {error}.")

@@ -7,12 +7,15 @@ whose blobs are all there. What was published before is referred to.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
+import msgspec
 from msgspec import Struct
 
 from persist_cache import __version__
@@ -35,10 +38,14 @@ from persist_cache.remote.manifest import (
 from persist_cache.remote.means import Means
 from persist_cache.remote.told import Published, PublishOutcome
 from persist_cache.remote.transport import Failure, TransportError
+from persist_cache.store.store import Store
 
 CLAIM_S = 900.0
-"""A claim that this process has seen for so long is of a publisher that died."""
+"""A claim that this store has seen for so long is of a publisher that died."""
+CLAIMS = "remote.claims"
+_REMEMBERED_CLAIMS = 256
 _MAX_GENERATIONS = 1000
+_CLAIM = b"claimed\n"
 _SEAL_BYTES = 1024
 
 
@@ -50,20 +57,51 @@ class _Sent(Struct):
     blobs: int = 0
 
 
-class _Claims(Struct):
-    """The claims of others that this process has seen, and its own.
+class _Claims:
+    """The claims of others that this store has seen, and those of this process.
 
-    Only the time that passed here counts: no clock of another machine is believed.
+    Only the time that passed here counts: no clock of another machine is believed. The store
+    remembers what was seen, because a command lives for a shorter time than a claim is respected.
     """
 
-    clock: Callable[[], float]
-    seen: dict[str, float] = {}
-    own: set[str] = set()
+    def __init__(self, store: Store, clock: Callable[[], float]) -> None:
+        self.own: set[str] = set()
+        self.seen: dict[str, float] = {}
+        self._store = store
+        self._clock = clock
 
     def is_stale(self, name: str) -> bool:
-        """Whether a claim that is there was seen long ago for the first time."""
-        now = self.clock()
-        return now - self.seen.setdefault(name, now) >= CLAIM_S
+        """Whether a claim that is there was seen long ago for the first time, or given up here."""
+        now = self._clock()
+        if now - self.seen.setdefault(name, now) >= CLAIM_S:
+            return True
+        today = self._store.clock()
+        since = self._remembered().get(name)
+        if since is None or since > today:  # the clock was put back
+            self._remember(name, today)
+            return False
+        return today - since >= CLAIM_S
+
+    def give_up(self, name: str) -> None:
+        """Let others of this store claim at once what this process did not bring to its end."""
+        self._remember(name, 0.0)
+
+    def _remembered(self) -> dict[str, float]:
+        try:
+            return msgspec.json.decode(
+                self._store.remembered(CLAIMS) or b"{}", type=dict[str, float]
+            )
+        except (StoreError, msgspec.MsgspecError):
+            return {}
+
+    def _remember(self, name: str, since: float) -> None:
+        # What two processes note at once may be lost, which costs a claim's time once more.
+        known = self._remembered()
+        known.pop(name, None)
+        known[name] = since
+        kept = dict(list(known.items())[-_REMEMBERED_CLAIMS:])
+        with contextlib.suppress(StoreError):
+            self._store.remember(CLAIMS, msgspec.json.encode(kept))
 
 
 class Publisher:
@@ -80,7 +118,7 @@ class Publisher:
         self._settings = means.settings
         self._looker = looker
         self._lock = threading.Lock()
-        self._claims = _Claims(clock)
+        self._claims = _Claims(means.store, clock)
 
     def why_not(self) -> str:
         """Why nothing can be published from here, in a sentence; "" if it can."""
@@ -139,6 +177,7 @@ class Publisher:
         return found
 
     def _publish(self, entry: StoredEntry) -> Published:
+        self._means.transport.check_folder()
         sent = _Sent()
         places = places_of_entry(entry.num_tokens)
         look = self._looker.look(entry.fingerprint, entry.packed, places)
@@ -152,8 +191,20 @@ class Publisher:
         if end in look.candidates:
             return _told(entry, PublishOutcome.THERE_ALREADY, sent)
         anchors = self._means.keys.anchors(entry.fingerprint, entry.packed, places)
-        if not self._claim(anchors[end], sent):
+        claim = self._claim(anchors[end], sent)
+        if claim is None:
             return _told(entry, PublishOutcome.CLAIMED, sent)
+        try:
+            self._send_all(entry, look, list(anchors.values()), sent)
+        except BaseException:
+            self._claims.give_up(claim)
+            raise
+        return _told(entry, PublishOutcome.SENT, sent)
+
+    def _send_all(
+        self, entry: StoredEntry, look: Look, anchors: Sequence[bytes], sent: _Sent
+    ) -> None:
+        """Create the blobs of an entry, and then its anchors, of which the last is its end's."""
         with opened(self._store, entry) as (cutter, state):
             blobs = self._known(entry, look, cutter.complete)
             start = blobs[-1].end if blobs else 0
@@ -172,15 +223,11 @@ class Publisher:
         body = encode_manifest(manifest)
         if len(body) > MAX_MANIFEST_BYTES - _SEAL_BYTES:
             raise RemoteError(f"Entry {entry.id} is too long to be published.")
-        contents = {
-            anchor_name(key): sealed(body, key, self._means.seal) for key in anchors.values()
-        }
+        contents = {anchor_name(key): sealed(body, key, self._means.seal) for key in anchors}
         *others, last_name = contents
-        self._means.transport.call(self._create_all({name: contents[name] for name in others}))
-        self._means.transport.call(self._create_all({last_name: contents[last_name]}))
-        sent.requests += len(contents)
-        sent.nbytes += sum(map(len, contents.values()))
-        return _told(entry, PublishOutcome.SENT, sent)
+        # One that is there already stands for an entry that begins alike.
+        self._create({name: contents[name] for name in others}, sent)
+        self._create({last_name: contents[last_name]}, sent)
 
     def _known(self, entry: StoredEntry, look: Look, complete: bool) -> list[BlobSection]:
         """Blobs that were published before and hold the same tokens, from the first on."""
@@ -195,48 +242,57 @@ class Publisher:
                 best = blobs
         return best
 
-    def _claim(self, end: bytes, sent: _Sent) -> bool:
-        """Say that this process publishes the entry; False if another one does."""
+    def _claim(self, end: bytes, sent: _Sent) -> str | None:
+        """The claim by which this process publishes the entry; None if another one does."""
         for generation in range(_MAX_GENERATIONS):
             name = self._means.keys.claim_name(end, generation)
             if name in self._claims.own:
-                return True
+                return name
             if name in self._claims.seen:
                 if self._claims.is_stale(name):
                     continue
-                return False
-            sent.requests += 1
-            if self._means.transport.call(self._means.transport.create(name, b"claimed\n")):
+                return None
+            if self._create({name: _CLAIM}, sent):
                 self._claims.own.add(name)
-                return True
+                return name
             if not self._claims.is_stale(name):
-                return False
-        return False
+                return None
+        return None
 
     def _send(self, pieces: Iterable[memoryview], sent: _Sent) -> tuple[Part, ...]:
         """Create the objects of one blob."""
         parts = []
         for content in parts_of(pieces):
             part = Part(hashlib.blake2b(content, digest_size=32).digest(), len(content))
-            self._spend(part.nbytes)
             name = self._means.keys.blob_name(part.digest)
-            sent.requests += 1
-            if self._means.transport.call(self._means.transport.create(name, content)):
-                sent.nbytes += part.nbytes
-                sent.blobs += 1
-            else:
-                self._spend(-part.nbytes)
+            sent.blobs += self._create({name: content}, sent)
             parts.append(part)
         return tuple(parts)
 
+    def _create(self, contents: Mapping[str, Any], sent: _Sent) -> int:
+        """Create objects at once, within the day's budget; how many were not there already."""
+        self._spend(sum(map(len, contents.values())))
+        sent.requests += len(contents)
+        done = self._means.transport.call(self._create_all(contents))
+        new = sum(
+            len(content) for content, is_new in zip(contents.values(), done, strict=True) if is_new
+        )
+        self._spend(new - sum(map(len, contents.values())))
+        sent.nbytes += new
+        return sum(done)
+
+    async def _create_all(self, contents: Mapping[str, Any]) -> list[bool]:
+        work = [self._means.transport.create(name, content) for name, content in contents.items()]
+        return await asyncio.gather(*work)
+
     def _spend(self, nbytes: int) -> None:
-        """Take bytes from the day's budget.
+        """Take bytes from the day's budget; give back those below 0.
 
         Raises:
             RemoteError: It is spent.
         """
         budget = self._settings.budget_bytes_per_day
-        if budget is None:
+        if budget is None or nbytes == 0:
             return
         day = f"remote.sent:{time.strftime('%Y-%m-%d', time.gmtime(self._store.clock()))}"
         if self._store.tally(day, nbytes) > budget and nbytes > 0:
@@ -269,11 +325,6 @@ class Publisher:
             state=state,
             tokens=pack(entry.packed),
         )
-
-    async def _create_all(self, contents: dict[str, bytes]) -> None:
-        # One that is there already stands for an entry that begins alike.
-        work = [self._means.transport.create(name, content) for name, content in contents.items()]
-        await asyncio.gather(*work)
 
 
 def _cuts(start: int, end: int, step: int) -> list[tuple[int, int]]:

@@ -49,7 +49,7 @@ class Remote:
         looker = Looker(self._means, clock)
         self._bringer = Bringer(self._means, looker)
         self._publisher = Publisher(self._means, looker, clock)
-        self._policy = Policy(store, settings, self._publisher, self._means.breaker)
+        self._policy = Policy(store, settings, self._publisher, self._means.breaker, clock)
 
     @classmethod
     def open(
@@ -79,7 +79,7 @@ class Remote:
         *,
         known: int,
         limit: int,
-        prefill_s: Callable[[int], float] = lambda num_tokens: 0.0,
+        prefill_s: Callable[[int], float] | None = None,
         pause: Callable[[], None] = lambda: None,
         ends: Sequence[int] = (),
     ) -> Brought:
@@ -93,7 +93,8 @@ class Remote:
             tokens: The prompt, or packed.
             known: Leading tokens that need not be computed anyway, from memory or disk.
             limit: Use at most this many tokens; mostly the prompt's length less one.
-            prefill_s: What computing so many tokens takes, 0 when nobody knows.
+            prefill_s: What computing so many tokens takes, 0 when nobody knows; then what it took
+                the publisher stands for it. None if nothing would be computed instead.
             pause: Called many times a second while waiting. What it raises ends the call, and
                 the pull.
             ends: Further lengths at which an entry may end, such as that of the system part. For

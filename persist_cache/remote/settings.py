@@ -132,7 +132,7 @@ def checked_url(text: str) -> str:
     if "://" not in text:
         if not text or "\0" in text:
             raise RemoteError("A remote is a URL such as s3://bucket/prefix, or a folder.")
-        return Path(text).expanduser().absolute().as_uri().rstrip("/")
+        return checked_url(Path(text).expanduser().absolute().as_uri())
     try:
         parts = urlsplit(text)
         host = parts.hostname or ""
@@ -156,7 +156,7 @@ def checked_url(text: str) -> str:
         )
     if parts.scheme == "file":
         if host not in ("", "localhost") or not parts.path.strip("/"):
-            raise RemoteError(f"{text} is not a folder on this machine; write file:///path.")
+            raise RemoteError(f"{text} is no folder for a remote; write file:///path.")
         return f"file://{parts.path.rstrip('/')}"
     if not host:
         raise RemoteError(f"{text} names no bucket; write {parts.scheme}://bucket/prefix.")

@@ -15,6 +15,7 @@ import os
 import re
 import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -75,6 +76,8 @@ class Transport:
             MissingDependencyError: It is not installed.
         """
         self._obstore, self._store = _opened(settings)
+        self._folder = folder_of(settings.url)
+        self._device_inode = None if self._folder is None else _device_inode(self._folder)
         self._count = count
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="persist-cache-remote", daemon=True)
@@ -147,6 +150,20 @@ class Transport:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
         self._loop.call_soon(self._loop.stop)
+
+    def check_folder(self) -> None:
+        """See whether the folder of a remote that is one is still the one that was opened.
+
+        Else what is created would go to the disk below a mount that ended. It may block, as a
+        disk does.
+
+        Raises:
+            TransportError: It is not.
+        """
+        if self._folder is not None and _device_inode(self._folder) != self._device_inode:
+            raise TransportError(
+                Failure.UNREACHABLE, "its folder is not there any more, or no longer mounted"
+            )
 
     async def read(self, name: str, limit: int) -> bytes | None:
         """A small object; None if it is not there.
@@ -312,6 +329,14 @@ def _opened(settings: RemoteSettings) -> tuple[Any, Any]:
         said = str(error).partition("\n")[0]
         raise RemoteError(f"The remote {settings.url} cannot be used: {said}.") from None
     return obstore, store
+
+
+def _device_inode(folder: Path) -> tuple[int, int] | None:
+    try:
+        found = os.stat(folder)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _may_be_plain(endpoint: str) -> bool:

@@ -35,7 +35,7 @@ from persist_cache_cli.output import (
     terminal_width,
 )
 from persist_cache_cli.prompts import ModelChoice, choose_model, model_options
-from persist_cache_cli.remote_report import RemoteReport, look_at_remote, remote_line
+from persist_cache_cli.remote_report import RemoteReport, look_at_remote, open_secret, remote_line
 from persist_cache_cli.store_access import common_options, reading, store_path
 
 
@@ -294,6 +294,8 @@ def _examine(store: str | None, choice: ModelChoice | None) -> _Report:
     )
     if report.remote is not None and report.remote.trouble:
         report.findings.append(Finding("problem", report.remote.trouble))
+    if report.remote is not None and (said := open_secret(report.remote.settings)):
+        report.findings.append(Finding("note", said))
     if slow := advice("serve …"):
         report.findings.append(Finding("note", slow))
     if choice is not None:

@@ -47,7 +47,7 @@ from persist_cache_cli.output import (
 )
 from persist_cache_cli.parse import ENTRY_ID
 from persist_cache_cli.remote_options import how_options, parse_url, remote_choice
-from persist_cache_cli.remote_report import probe_line
+from persist_cache_cli.remote_report import open_secret, probe_line
 from persist_cache_cli.remote_words import shown_count
 from persist_cache_cli.store_access import (
     NothingFound,
@@ -184,6 +184,8 @@ def _added(settings: RemoteSettings, made: str) -> Iterator[str]:
     elif made:
         yield f"The secret is in {printable(made)}; copy that file to the other machines, and run"
         yield f"  persist-cache remote add {shlex.quote(settings.url)} --secret-file FILE"
+    if said := open_secret(settings):
+        yield printable(said)
     yield "A server that runs already uses it when it is started again."
 
 
@@ -267,6 +269,8 @@ def _status_lines(
         ],
         paint=paint,
     )
+    if said := open_secret(settings):
+        lines.append(paint("note", "heading") + f": {printable(said)}")
     if probe is not None and probe.message:
         lines.append(paint("problem", "bad") + f": {printable(probe.message)}")
     return lines
@@ -372,6 +376,12 @@ def pull(store: str | None, /, *, as_json: bool, quiet: bool, **of_prompt: Any) 
                 )
     if as_json:
         print_json(done)
+    elif not quiet and any(one["remote"].why == "not_found" for one in done):
+        click.echo(
+            "What was published is found with the publisher's secret alone, for the same weights "
+            "and the same version of mlx-lm.",
+            err=True,
+        )
     if missing:
         sys.exit(3)
 
