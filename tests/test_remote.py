@@ -195,7 +195,7 @@ def test_a_folder_in_the_store_is_no_remote(store: Store, tmp_path: Path, inside
     folder.mkdir(exist_ok=True)
     settings = msgspec.structs.replace(folder_settings(tmp_path), url=checked_url(str(folder)))
 
-    with pytest.raises(RemoteError, match="part of the store itself"):
+    with pytest.raises(RemoteError, match="one lies within the other"):
         Remote.open(store, settings)
 
 
