@@ -106,6 +106,13 @@ def test_a_secret_in_the_environment_is_remembered_nowhere(
     assert "secret" in run("remote", "status").sentence
 
 
+def test_a_mirror_is_not_said_to_be_one_that_could_be_published_to(run: Run) -> None:
+    added = run("remote", "add", "https://host/a", "--public-key", "AB" * 32).out
+
+    assert "a mirror" in added
+    assert "--publish-plain" not in added + run("remote", "status", "--no-probe").out
+
+
 def test_a_publisher_tells_the_key_that_readers_trust(
     run: Run, there: Run, place: Path, entry: str
 ) -> None:
@@ -131,7 +138,7 @@ def test_a_publisher_tells_the_key_that_readers_trust(
         (("add", "http://example.org/a", "--new-secret"), "not encrypted on its way"),
         (("add", "s3://bucket/../b", "--new-secret"), ".."),
         (("add", "/tmp/a"), "one secret"),
-        (("add", "/tmp/a", "--public-key", "zz"), "public_key"),
+        (("add", "/tmp/a", "--public-key", "zz"), "64 hex digits"),
         (("add", "/tmp/a", "--new-secret", "--new-publisher"), "Give one of"),
         (("add", "none", "--new-secret"), "remote remove"),
         (("add", "/tmp/a", "--new-secret", "--publish-tiers", "systems"), "unknown tier"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -44,6 +45,13 @@ def _of_tiers(
     return named
 
 
+def _of_key(ctx: click.Context, parameter: click.Parameter, text: str | None) -> str | None:
+    key = None if text is None else text.strip().lower()
+    if key and not re.fullmatch("[0-9a-f]{64}", key):
+        raise click.BadParameter("a publisher's public key has 64 hex digits.")
+    return key
+
+
 def remote_options(command: F) -> F:
     """Add `--remote` and its companions."""
     url = click.option(
@@ -76,6 +84,7 @@ def how_options(prefix: str = "") -> Callable[[F], F]:
             f"--{prefix}public-key",
             "public_key",
             metavar="HEX",
+            callback=_of_key,
             help="Trust what the owner of this key published, in place of a secret.",
         ),
         click.option(

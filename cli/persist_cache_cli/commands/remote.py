@@ -175,8 +175,10 @@ def _added(settings: RemoteSettings, made: str) -> Iterator[str]:
             f"It publishes prompts ({', '.join(settings.tiers)}) at hit {settings.publish_after}, "
             "unencrypted: whoever can read the remote can read them."
         )
-    else:
+    elif settings.may_write:
         yield "It only reads there; add --publish-plain for it to publish, unencrypted."
+    else:
+        yield "It is a mirror, which is only read."
     if made and settings.trust == "publisher":
         url = "https://…" if settings.url.startswith("s3:") else settings.url
         yield f"The private key is in {printable(made)}; keep it here. Readers run"
@@ -255,7 +257,7 @@ def _status_lines(
     sends = (
         f"{', '.join(settings.tiers)}; at hit {settings.publish_after}"
         if settings.publish_plain
-        else "nothing (--publish-plain)"
+        else f"nothing ({'--publish-plain' if settings.may_write else 'a mirror'})"
     )
     daily = settings.budget_bytes_per_day
     lines = pairs(
