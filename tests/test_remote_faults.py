@@ -19,6 +19,7 @@ from persist_cache.remote import (
     Why,
     bringing,
     looking,
+    pulling,
     transport,
 )
 from persist_cache.remote import breaker as breakers
@@ -349,6 +350,18 @@ def test_where_nothing_was_timed_the_publishers_figure_says_how_long_to_wait(
     assert brought.why == Why.TOO_SLOW
     assert brought.seconds < 10
     assert is_untouched(other)
+
+
+@pytest.mark.usefixtures("published")
+def test_a_pull_in_place_of_which_nothing_is_computed_may_take_its_time(
+    second: tuple[Store, Remote], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `remote pull` of some gigabytes over a slow line."""
+    _, remote = second
+    monkeypatch.setattr(pulling, "_LONGEST_S", -1.0)
+
+    assert bring(remote, LONG, prefill_s=lambda num_tokens: 0.0).why == Why.TOO_SLOW
+    assert bring(remote, LONG).why == Why.BROUGHT
 
 
 @pytest.mark.usefixtures("published")

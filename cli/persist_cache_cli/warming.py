@@ -148,9 +148,11 @@ class Run:
         tokens, match = self._find(job)
         fingerprint = self._identify(job)
         assert isinstance(fingerprint, Fingerprint), "it was found"
-        return len(tokens), match.num_tokens, self._bring(fingerprint, tokens)
+        return len(tokens), match.num_tokens, self._bring(fingerprint, tokens, is_instead=False)
 
-    def _bring(self, fingerprint: Fingerprint, tokens: Sequence[int]) -> Brought:
+    def _bring(
+        self, fingerprint: Fingerprint, tokens: Sequence[int], *, is_instead: bool = True
+    ) -> Brought:
         if self._remote is None:
             return Brought(0, 0, 0.0, Why.CLOSED)
         return self._remote.bring(
@@ -159,6 +161,7 @@ class Run:
             known=self._store.match(fingerprint, tokens).num_tokens,
             limit=len(tokens),
             ends=[len(tokens)],
+            prefill_s=(lambda num_tokens: 0.0) if is_instead else None,
         )
 
     def _say_brought(self, job: Job, found: Brought) -> None:

@@ -70,9 +70,10 @@ class _Question(Struct, frozen=True):
     is_instead: bool
 
     def worth_s(self, manifest: Manifest, num_tokens: int) -> float:
-        """What computing so many tokens takes that a manifest has; 0 for no matter how long."""
-        timed_s = max(0.0, self.prefill_s(num_tokens))
-        if timed_s or not self.is_instead:
+        """What computing so many tokens takes that a manifest has; 0 when nobody knows."""
+        if not self.is_instead:
+            return math.inf
+        if timed_s := max(0.0, self.prefill_s(num_tokens)):
             return timed_s
         return _SLOWER * manifest.prefill_s * num_tokens / manifest.num_tokens
 
