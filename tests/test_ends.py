@@ -73,7 +73,7 @@ def test_secret_of_the_environment_that_is_empty_is_refused(
     """Such as of a file that was not there: a server without any would be open to all."""
     monkeypatch.setenv(name, "")
 
-    done = prepared_script(tmp_path / "store", "serve", "--port", "80921")
+    done = prepared_script(tmp_path / "store", "serve", "--model", str(tmp_path / "none"))
 
     assert done.status in (1, 2)
     assert f"{name} is empty" in done.err

@@ -11,6 +11,8 @@ import contextlib
 import errno
 import os
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from tests.memory import fast_folder
 from tests.torture import steps
 from tests.torture.seam import ERRORS, Seam, at_step
 
+ALONE = "PERSIST_CACHE_TEST_ALONE"
 KINDS = (*ERRORS, "short", "slow")
 STRIDES = {
     "put": 6,
@@ -41,6 +44,7 @@ STRIDES = {
     "rebuild": 12,
     "open without index": 4,
     "import": 25,
+    "pull": 19,
     "quarantine": 2,
     "open": 2,
 }
@@ -62,9 +66,32 @@ def bed() -> Iterator[steps.Bed]:
         bed.close()
 
 
+def is_alone(request: pytest.FixtureRequest, operation: str) -> bool:
+    """Whether this is the process to run a test in; if not, it has been run in another one.
+
+    What reads from a remote has threads that no fork inherits, so nothing may have read from one
+    here before a test that forks.
+    """
+    if operation != "pull" or os.environ.get(ALONE):
+        return True
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", request.node.nodeid],
+        cwd=request.config.rootpath,
+        env=os.environ | {ALONE: "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert "1 passed" in done.stdout, done.stdout + done.stderr
+    return False
+
+
 @pytest.mark.parametrize("lasting", [False, True])
 @pytest.mark.parametrize(("operation", "stride"), EACH_STEP)
-def test_any_step_may_fail(bed: steps.Bed, operation: str, stride: int, lasting: bool) -> None:
+def test_any_step_may_fail(
+    bed: steps.Bed, operation: str, stride: int, lasting: bool, request: pytest.FixtureRequest
+) -> None:
+    if not is_alone(request, operation):
+        return
     number = 1
     while True:
         kind = KINDS[(number + 3 * lasting) % len(KINDS)]
@@ -76,8 +103,12 @@ def test_any_step_may_fail(bed: steps.Bed, operation: str, stride: int, lasting:
 
 
 @pytest.mark.parametrize(("operation", "stride"), EACH_STEP)
-def test_killed_at_every_step_it_recovers(bed: steps.Bed, operation: str, stride: int) -> None:
+def test_killed_at_every_step_it_recovers(
+    bed: steps.Bed, operation: str, stride: int, request: pytest.FixtureRequest
+) -> None:
     """vllm-mlx 0.6.0: a crash in mid-save serves 900 tokens as 512."""
+    if not is_alone(request, operation):
+        return
     died = list(steps.deaths(bed, operation, stride))
 
     assert len(died) > 3, "there were steps to die at"

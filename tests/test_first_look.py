@@ -15,6 +15,7 @@ import pytest
 
 from persist_cache import Store
 from persist_cache.cache.stats import Fetch
+from persist_cache.entry import SOURCES
 from persist_cache.server.flight import Line
 from persist_cache.server.ticket import Ticket
 from persist_cache.server.upstream.generator import Generator
@@ -92,7 +93,8 @@ def test_requests_of_the_admin_api_are_in_no_statistics(model: Path, tmp_path: P
         running.stop()
 
     assert found > 100
-    assert after == before == ({"memory": 0, "disk": 0}, 1, {"memory": 0, "disk": 0})
+    nothing = dict.fromkeys(SOURCES, 0)
+    assert after == before == (nothing, 1, nothing)
     assert len(recent) == 1
     with Store.open(tmp_path / "store", read_only=True) as store:
         assert store.stats().counters["misses"] == 1
