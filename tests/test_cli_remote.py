@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from persist_cache import Store
-from persist_cache.remote import make_secret
+from persist_cache.remote import make_secret, read_settings
 from tests.cli import Run, prepared_script, runner
 from tests.fakes import put
 from tests.test_cli_docs import fields, section
@@ -331,6 +331,19 @@ def test_warm_says_that_it_cannot_publish_before_it_computes(
     assert "no remote to publish to" in nowhere.sentence
     assert not_agreed.status == 1
     assert "--publish-plain" in not_agreed.sentence
+
+
+@pytest.mark.parametrize("command", ["warm", "serve"])
+def test_a_remote_that_cannot_be_used_is_not_remembered(
+    model: Path, place: Path, tmp_path: Path, command: str
+) -> None:
+    given = ("--system", SYSTEM) if command == "warm" else ()
+    done = prepared_script(tmp_path / "store", command, "--model", model, *given, "--remote", place)
+
+    assert done.status == 1
+    assert "needs the secret" in done.err
+    with Store.open(tmp_path / "store", read_only=True) as store:
+        assert read_settings(store) is None
 
 
 # ---- documents -----------------------------------------------------------------------------------

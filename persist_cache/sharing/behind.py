@@ -174,12 +174,13 @@ class Sharing:
             if self._is_settled or store is None:
                 return
             self._tried_at = time.monotonic()
-            settings = self._choice.settle(store)
+            settings = self._choice.of(store)
             if settings is not None:
                 from persist_cache.remote import Remote  # most servers have none
 
                 self._remote = Remote.open(store, settings)
                 log.info("%s", _start_line(self._remote))
+            self._choice.remember(store, settings)
             self._is_settled, self._trouble = True, ""
 
     def _note(self, packed: bytes, brought: Brought) -> None:

@@ -69,17 +69,23 @@ class RemoteChoice(Struct, frozen=True):
         except msgspec.ValidationError as error:
             raise RemoteError(f"The remote cannot be used so: {error}.") from None
 
-    def settle(self, store: Store) -> RemoteSettings | None:
-        """As `settings`, remembered in the store.
+    def of(self, store: Store) -> RemoteSettings | None:
+        """As `settings`, for a store; nothing is remembered yet.
 
         Raises:
             RemoteError: It cannot be used.
+            StoreError: The store cannot be read.
+        """
+        return self.settings(None if self.url == NO_REMOTE else read_settings(store))
+
+    def remember(self, store: Store, chosen: RemoteSettings | None) -> None:
+        """Have the store remember what was said, now that it was seen to be of use.
+
+        Raises:
             StoreError: The store cannot be changed.
         """
-        chosen = self.settings(None if self.url == NO_REMOTE else read_settings(store))
         if self != RemoteChoice():
             write_settings(store, chosen)
-        return chosen
 
     def _said(self) -> dict[str, Any]:
         return {

@@ -117,8 +117,9 @@ def command(
 @contextlib.contextmanager
 def _remote(store: Store, choice: RemoteChoice, *, needed: bool) -> Iterator[Remote | None]:
     """The remote of a store; None where it has none, or none that can be used, and needs none."""
-    settings = choice.settle(store)
+    settings = choice.of(store)
     if settings is None:
+        choice.remember(store, None)
         if needed:
             raise RemoteError(
                 "There is no remote to publish to; name one with --remote URL, or run "
@@ -137,6 +138,7 @@ def _remote(store: Store, choice: RemoteChoice, *, needed: bool) -> Iterator[Rem
         yield None
         return
     try:
+        choice.remember(store, settings)
         if needed and remote.why_not_publish:
             raise RemoteError(remote.why_not_publish)
         yield remote
