@@ -14,10 +14,10 @@ from scripts.benchmarks import common
 ALL = (
     *("restore", "insert", "lookup", "growth", "turns", "interrupted", "flight", "signs"),
     *("sessions", "ttft", "start", "memory", "stall", "commands", "translation", "repairs"),
-    "remote",
+    *("remote", "shared"),
 )
 """Modules of this package, in the order in which `all` runs them."""
-BENCHMARKS = (*ALL, "shared", "unload", "peers")
+BENCHMARKS = (*ALL, "unload", "peers")
 
 
 def main() -> int:
