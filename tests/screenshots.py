@@ -128,7 +128,11 @@ def for_readme(driver: Any, folder: Path) -> None:
 
 
 def main() -> None:
-    if len(sys.argv) < 2 or not set(sys.argv[2:]) <= {*STATES, "readme"}:
+    if (
+        len(sys.argv) < 2
+        or sys.argv[1].startswith("-")
+        or not set(sys.argv[2:]) <= {*STATES, "readme"}
+    ):
         sys.exit(f"usage: scripts/screenshots FOLDER [{'|'.join(STATES)}|readme]...")
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
