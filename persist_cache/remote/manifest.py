@@ -19,7 +19,8 @@ from persist_cache.tokens import TOKEN_BYTES
 
 MAGIC = b"pc1 manifest\n"
 VERSION = 1
-MAX_MANIFEST_BYTES = 16 << 20
+MAX_MANIFEST_BYTES = 4 << 20
+"""All anchors of a prompt, some fifteen, may be in memory at once."""
 MAX_TOKENS = 1 << 20
 MAX_PART_BYTES = 64 << 20
 """Of one object; larger blobs are in several."""
