@@ -257,6 +257,7 @@ def test_settings_are_remembered_without_credentials(store: Store, tmp_path: Pat
         ("/", "no folder"),
         ("file://host/path", "folder"),
         ("s3://bucket/../other", r"\.\."),
+        ("s3://bucket/%2e%2E/other", r"has \.\. in its prefix"),
         ("", "folder"),
         ("https://[bad/", "not a URL"),
     ],

@@ -165,6 +165,6 @@ def checked_url(text: str) -> str:
             f"{shown} is not encrypted on its way, so everybody on it could read the prompts; use "
             "https:// (http:// is for this machine only)."
         )
-    if ".." in parts.path.split("/"):
+    if ".." in unquote(parts.path).split("/"):
         raise RemoteError(f"{shown} has .. in its prefix; write where it leads.")
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
