@@ -175,12 +175,19 @@ class Sharing:
                 return
             self._tried_at = time.monotonic()
             settings = self._choice.of(store)
-            if settings is not None:
+            if settings is None:
+                self._choice.remember(store, None)
+            else:
                 from persist_cache.remote import Remote  # most servers have none
 
-                self._remote = Remote.open(store, settings)
-                log.info("%s", _start_line(self._remote))
-            self._choice.remember(store, settings)
+                remote = Remote.open(store, settings)
+                try:
+                    self._choice.remember(store, settings)
+                except StoreError:
+                    remote.close()
+                    raise
+                log.info("%s", _start_line(remote))
+                self._remote = remote
             self._is_settled, self._trouble = True, ""
 
     def _note(self, packed: bytes, brought: Brought) -> None:
