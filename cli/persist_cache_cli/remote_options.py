@@ -14,6 +14,11 @@ from persist_cache.sharing import NO_REMOTE, TIERS, RemoteChoice
 from persist_cache_cli.parse import SIZE
 
 F = TypeVar("F", bound=Callable[..., Any])
+_NAMES = (
+    *("remote", "secret_file", "public_key", "publish_plain"),
+    *("tiers", "publish_after", "budget"),
+)
+"""Parameters of a command with `remote_options`."""
 
 
 def parse_url(text: str) -> str:
@@ -142,3 +147,8 @@ def remote_choice(
         publish_after=publish_after,
         budget_bytes_per_day=budget,
     )
+
+
+def take_choice(given: dict[str, Any]) -> RemoteChoice:
+    """What was said with `remote_options`, taken out of all that a command was given."""
+    return remote_choice(**{name: given.pop(name) for name in _NAMES})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -19,7 +18,7 @@ from persist_cache.warm import WARM_STEP_TOKENS
 from persist_cache_cli.jobs import jobs_of, prompt_options
 from persist_cache_cli.output import print_json
 from persist_cache_cli.parse import DURATION, GROUP, LABEL
-from persist_cache_cli.remote_options import remote_choice, remote_options
+from persist_cache_cli.remote_options import remote_options, take_choice
 from persist_cache_cli.store_access import common_options, store_path
 from persist_cache_cli.warming import Run
 
@@ -57,16 +56,9 @@ def command(
     check: bool,
     dry_run: bool,
     publish: bool,
-    remote: str | None,
-    secret_file: Path | None,
-    public_key: str | None,
-    publish_plain: bool | None,
-    tiers: tuple[str, ...] | None,
-    publish_after: int | None,
-    budget: int | None,
     as_json: bool,
     quiet: bool,
-    **of_prompt: Any,
+    **given: Any,
 ) -> None:
     """Prefill prompts and store them, so that the first request finds them.
 
@@ -78,19 +70,11 @@ def command(
       persist-cache warm --model mlx-community/Qwen3-4B-4bit --system @prompt.txt --pin
       persist-cache warm --manifest prompts.toml --check
     """
-    asked = jobs_of(ttl=ttl, silent=quiet or as_json, **of_prompt)
+    choice = take_choice(given)
+    asked = jobs_of(ttl=ttl, silent=quiet or as_json, **given)
     jobs = asked.jobs
     if group is not None:
         jobs = [replace(job, group=job.group or group) for job in jobs]
-    choice = remote_choice(
-        remote=remote,
-        secret_file=secret_file,
-        public_key=public_key,
-        publish_plain=publish_plain,
-        tiers=tiers,
-        publish_after=publish_after,
-        budget=budget,
-    )
     looks_only = check or dry_run
     reports: list[WarmJson] = []
     with (
