@@ -55,6 +55,20 @@ def test_prompts_that_share_700_tokens_find_700(
     assert fetched(other, prompt) == 700
 
 
+@pytest.mark.parametrize(("timed_s", "saved"), [(0.0, False), (1000.0, True)])
+def test_time_is_saved_only_where_it_was_measured(
+    store: Store, remote: Remote, second: tuple[Store, Remote], timed_s: float, saved: bool
+) -> None:
+    """Of what nobody timed it is not said that it cost more than it gave."""
+    _, its_remote = second
+    remote.publish(put_real(store, LONG))
+
+    assert bring(its_remote, LONG, prefill_s=lambda num_tokens: timed_s).is_hit
+
+    assert (its_remote.status().counters.get("saved_ms", 0) > 0) is saved
+    assert its_remote.status().counters.get("saved_ms", 0) >= 0
+
+
 def test_an_entry_with_a_state_is_found_whole_or_not_at_all(
     store: Store, remote: Remote, second: tuple[Store, Remote]
 ) -> None:
