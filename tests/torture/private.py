@@ -22,7 +22,7 @@ from persist_cache.fingerprint.value import Fingerprint, salt_digest
 from persist_cache.store.store import Store
 from tests.fakes import FakeSource, fetched, put
 from tests.searched import in_folder
-from tests.torture.storm import Report, in_child
+from tests.torture.storm import Report, in_child, stopped
 
 _MARK = 0x2B91D7C3E5
 _MARKED = [_MARK.to_bytes(5, "little")]
@@ -158,7 +158,8 @@ def _quotas(folder: Path, dice: random.Random, seconds: float) -> tuple[list[str
         end = time.monotonic() + dice.uniform(0.3, 1.5)
         while time.monotonic() < end:
             samples += 1
-            findings += _exceeded(root)
+            with stopped(children):
+                findings += _exceeded(root)
         for child in children:
             os.kill(child, signal.SIGKILL)
         kills += sum(os.waitpid(child, 0)[1] != 0 for child in children)

@@ -101,6 +101,22 @@ def in_child(function: Callable[[], T]) -> T:
     return value
 
 
+@contextlib.contextmanager
+def stopped(children: Sequence[int]) -> Iterator[None]:
+    """Have nobody move in the block, who would remove what was counted, and make something else."""
+    held = []
+    for child in children:
+        os.kill(child, signal.SIGSTOP)
+        _, status = os.waitpid(child, os.WUNTRACED)
+        if os.WIFSTOPPED(status):
+            held.append(child)
+    try:
+        yield
+    finally:
+        for child in held:
+            os.kill(child, signal.SIGCONT)
+
+
 class Storm:
     """The rounds of one run."""
 
@@ -286,17 +302,8 @@ class Storm:
 
     def _sample(self, setting: work.Setting, living: list[int]) -> None:
         """Count all bytes while nobody moves."""
-        stopped = []
-        for child in living:
-            os.kill(child, signal.SIGSTOP)
-            _, status = os.waitpid(child, os.WUNTRACED)
-            if os.WIFSTOPPED(status):
-                stopped.append(child)
-        try:
+        with stopped(living):
             taken = disk_usage(setting.root)
-        finally:
-            for child in stopped:
-                os.kill(child, signal.SIGCONT)
         self._report.samples += 1
         share = taken / setting.max_bytes
         if setting.max_bytes < ROOMY:
