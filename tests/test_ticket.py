@@ -16,7 +16,8 @@ from mlx_lm.tokenizer_utils import load as load_tokenizer
 from persist_cache import PromptCache
 from persist_cache.cache.origin import Origin
 from persist_cache.cache.stats import Fetch
-from persist_cache.server.ticket import CutPrompt, Ticket, TicketTokens, ticket_of
+from persist_cache.server.privacy import Privacy
+from persist_cache.server.ticket import CutPrompt, Ticket, TicketedCache, TicketTokens, ticket_of
 from persist_cache.server.upstream.requests import TicketedRequest
 from persist_cache.server.validation import RefusedError
 from tests.loops import Loop, arguments
@@ -67,6 +68,43 @@ def test_what_is_not_kept_is_not_written() -> None:
 
     ticket.keep_limit = 100
     assert ticket.written_tokens == 0
+
+
+@pytest.mark.parametrize("sampling", [{}, {"seed": 1}], ids=["batched", "alone"])
+@pytest.mark.parametrize("privacy", [Privacy(), Privacy(no_store=True)], ids=["kept", "private"])
+def test_an_answer_ends_when_the_cache_was_given_what_it_left(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch, sampling: dict[str, Any], privacy: Privacy
+) -> None:
+    """So a flush, a list or an `explain` that its client asks for next knows of it."""
+    has_ended = threading.Event()
+    ended_before: list[bool] = []
+    insert_cache = TicketedCache.insert_cache
+
+    def held(cache: TicketedCache, *arguments: Any, **options: Any) -> None:
+        if options.get("cache_type", "assistant") == "assistant":
+            ended_before.append(has_ended.wait(0.3))
+        insert_cache(cache, *arguments, **options)
+
+    monkeypatch.setattr(TicketedCache, "insert_cache", held)
+
+    def read(responses: Iterator[Any]) -> list[Any]:
+        answer = list(responses)
+        has_ended.set()
+        return answer
+
+    loop.ask(CHAT, ticket=Ticket(privacy=privacy), read=read, **sampling)
+
+    until(lambda: bool(ended_before), "nothing was inserted")
+    assert ended_before == [False]
+
+
+def test_an_answer_that_leaves_no_cache_ends_nevertheless(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TicketedCache, "insert_cache", lambda cache, *arguments, **options: None)
+
+    assert loop.ask(CHAT).reply
+    assert loop.ask(CHAT, seed=1).reply
 
 
 @pytest.mark.parametrize("sampling", [{}, {"seed": 1}], ids=["batched", "alone"])

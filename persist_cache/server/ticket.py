@@ -75,7 +75,7 @@ class Ticket:
     """One request, from its arrival to the end of its answer.
 
     Thread safety: each attribute is written by one thread; the generation thread calls `cut`,
-    `looked` and `settle`; any thread may `wait`, and read `fetch` after that.
+    `looked`, `settle`, `hold_end` and `tell_end`; any thread may `wait`, and read `fetch` after that.
 
     Attributes:
         body: The request as it was read, b"" when it did not come over HTTP.
@@ -159,6 +159,7 @@ class Ticket:
         self._settled = threading.Event()
         self._dropped = False
         self._stop: Callable[[], None] = lambda: None
+        self._tell_end: Callable[[], None] | None = None
         self._copies: list[weakref.ref[TicketTokens]] = []
         if privacy.no_store:
             self.underway.hurry()  # a retry would find nothing of it
@@ -284,6 +285,19 @@ class Ticket:
         if self.underway.end():
             self._stop()
 
+    def hold_end(self, tell: Callable[[], None]) -> None:
+        """Have `tell` end its answer once the cache has been given what was computed for it.
+
+        Whoever has read all of an answer finds what it left: in a flush, a list, an `explain`.
+        """
+        self._tell_end = tell
+
+    def tell_end(self) -> None:
+        """End its answer, if that waits for it."""
+        tell, self._tell_end = self._tell_end, None
+        if tell is not None:
+            tell()
+
     def keep_at(self, position: int) -> None:
         """Have its prompt kept when so many tokens of it are computed; any thread may ask."""
         self.underway.keep_at(position)
@@ -383,7 +397,11 @@ class TicketedCache:
         self, model: Hashable, tokens: Sequence[int], cache: Any, *, cache_type: str = "assistant"
     ) -> None:
         """Keep what a request computed, as far as its ticket says."""
-        self._insert(model, tokens, cache, cache_type)
+        try:
+            self._insert(model, tokens, cache, cache_type)
+        finally:
+            if (ticket := ticket_of(tokens)) is not None:
+                ticket.tell_end()
 
     def _insert(
         self,

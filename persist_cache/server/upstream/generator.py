@@ -250,6 +250,10 @@ class Generator(Bringing):
             self._leftovers.forget(ticket)
 
     def _next_request(self, timeout: float | None = None) -> Any:
+        with self._changed:
+            seen = list(self._tickets)
+        for ticket in seen:
+            ticket.tell_end()  # whether or not upstream had a cache for it
         self._leftovers.clear(self.requests)
         is_idle = timeout is not None and self.requests.empty()
         if is_idle or getattr(self.model_provider, "wants_spare", False):
@@ -307,6 +311,7 @@ class Generator(Bringing):
         finally:
             self._alone = None
             ticket.settle()
+            ticket.tell_end()
 
     def _is_to_be_cut(self, ticket: Ticket) -> bool:
         """Whether a prefill beside which nothing else is computed is to end."""

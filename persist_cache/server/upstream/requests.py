@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from queue import Queue
 from typing import Any
@@ -75,6 +76,7 @@ class Answers(Queue[Any]):
     """What the generation thread has to say of a request.
 
     Its context comes first. From then on the ticket tells the loop that nobody waits any more.
+    Upstream ends an answer, by None, before it hands its cache over: the ticket holds that back.
     """
 
     def __init__(self, ticket: Ticket) -> None:
@@ -85,8 +87,13 @@ class Answers(Queue[Any]):
         if isinstance(item, upstream.GenerationContext):
             stop, item.stop = item.stop, self.ticket.drop
             self.ticket.runs(stop)
-        elif item is None or isinstance(item, Exception):
+        elif isinstance(item, Exception):
             self.ticket.prefilled()
+            self.ticket.tell_end()
+        elif item is None:
+            self.ticket.prefilled()
+            self.ticket.hold_end(functools.partial(super().put, None))
+            return
         super().put(item, block, timeout)
 
 
