@@ -75,7 +75,8 @@ class Ticket:
     """One request, from its arrival to the end of its answer.
 
     Thread safety: each attribute is written by one thread; the generation thread calls `cut`,
-    `looked`, `settle`, `hold_end` and `tell_end`; any thread may `wait`, and read `fetch` after that.
+    `looked`, `settle`, `hold_end` and `tell_end`; any thread may `wait`, and read `fetch` after
+    that.
 
     Attributes:
         body: The request as it was read, b"" when it did not come over HTTP.
