@@ -602,3 +602,18 @@ def test_mlx_lm_still_fetches_by_the_function_that_we_call() -> None:
         "path_or_hf_repo",
         "revision",
     ]
+
+
+@pytest.mark.parametrize("by", ["load", "load_model"])
+def test_loads_leave_no_random_numbers_to_be_made(tmp_path: Path, by: str) -> None:
+    """mlx-lm makes weights up before it reads them: what was not evaluated was kept, and grew."""
+    folder = build_model_dir(tmp_path / "model")
+
+    if by == "load":
+        persist_cache.load(folder)
+    else:
+        load_model(str(folder), identifier=Identifier())
+
+    drawn = tmp_path / "state.dot"
+    mx.export_to_dot(str(drawn), *mx.random.state)
+    assert "->" not in drawn.read_text(), "the state of the generator is an operation's result"
