@@ -1,15 +1,19 @@
-"""Freed memory goes back to the system, whichever thread had it."""
+"""Freed memory goes back to the system, whichever thread had it, and what only idles in it."""
 
 from __future__ import annotations
 
+import mmap
 import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.skipif(
+from persist_cache.system import memory
+
+on_glibc = pytest.mark.skipif(
     platform.libc_ver()[0] != "glibc", reason="only glibc has a heap for each thread"
 )
 
@@ -52,10 +56,49 @@ def left_bytes(heaps: str, **variables: str) -> int:
     return int(found.stdout)
 
 
+@on_glibc
 def test_what_any_thread_freed_goes_back_when_they_share_one_heap() -> None:
     assert left_bytes("one") < 4 << 20
     assert left_bytes("many") > 20 << 20  # what it is for
 
 
+@on_glibc
 def test_who_has_set_the_number_of_heaps_keeps_it() -> None:
     assert left_bytes("one", MALLOC_ARENA_MAX="8") > 20 << 20
+
+
+def resident_kib(path: Path) -> int:
+    """What of a mapped file counts as this process's memory."""
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    for line in lines:
+        if line.endswith(str(path)):
+            return next(int(one.split()[1]) for one in lines if one.startswith("Rss:"))
+    raise AssertionError(f"{path} is not mapped")
+
+
+@pytest.mark.on_disk
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux can be told to take them"
+)
+@pytest.mark.parametrize("changed", [False, True], ids=["program", "changed"])
+def test_pages_of_files_leave_memory_unless_they_were_changed(
+    tmp_path: Path, changed: bool
+) -> None:
+    file, content = tmp_path / "program", os.urandom(4 << 20)
+    file.write_bytes(content)
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+        access = mmap.PROT_READ | (mmap.PROT_WRITE if changed else 0)
+        with mmap.mmap(opened.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=access) as mapped:
+            if changed:
+                mapped[:4] = b"mine"
+                content = b"mine" + content[4:]
+            assert mapped[:] == content
+            before = resident_kib(file)
+
+            memory.page_out_programs()
+
+            after = resident_kib(file)
+            assert mapped[:] == content
+    assert before >= 4096
+    assert after == before if changed else after < before / 2

@@ -123,6 +123,7 @@ class Unloading(Prompts):
             gc.collect()
             mx.clear_cache()
             memory.give_back()
+            memory.page_out_programs()
             left = f"; {waiting} caches wait for the disk" if waiting else ""
             log.info("the model was unloaded; the next request loads it%s", left)
 
