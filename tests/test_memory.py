@@ -77,9 +77,7 @@ def resident_kib(path: Path) -> int:
 
 
 @pytest.mark.on_disk
-@pytest.mark.skipif(
-    sys.platform != "linux", reason="only Linux can be told to take them"
-)
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can be told to take them")
 @pytest.mark.parametrize("changed", [False, True], ids=["program", "changed"])
 def test_pages_of_files_leave_memory_unless_they_were_changed(
     tmp_path: Path, changed: bool

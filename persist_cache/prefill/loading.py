@@ -13,6 +13,7 @@ from persist_cache.fingerprint.identifier import Identifier
 from persist_cache.fingerprint.loads import Description, Files, Unidentified, around_load, remember
 from persist_cache.fingerprint.model_files import digest_json, is_folder
 from persist_cache.fingerprint.reading import printable
+from persist_cache.prefill.tokenizer_file import read_in_part
 
 
 @overload
@@ -89,14 +90,15 @@ def load(
 
     def read() -> Any:
         # By its folder: a hub id might name another commit by now.
-        loaded = mlx_lm.load(
-            str(folder),
-            tokenizer_config=dict(tokenizer_config or {}),
-            model_config=dict(model_config or {}),
-            adapter_path=adapter,
-            return_config=True,
-            trust_remote_code=trust_remote_code,
-        )
+        with read_in_part():
+            loaded = mlx_lm.load(
+                str(folder),
+                tokenizer_config=dict(tokenizer_config or {}),
+                model_config=dict(model_config or {}),
+                adapter_path=adapter,
+                return_config=True,
+                trust_remote_code=trust_remote_code,
+            )
         evaluate(loaded[0])
         return loaded
 
@@ -168,7 +170,8 @@ def load_model(
         import mlx_lm
 
         def read() -> tuple[Any, Any]:
-            loaded = mlx_lm.load(model, adapter_path=adapter_path)
+            with read_in_part():
+                loaded = mlx_lm.load(model, adapter_path=adapter_path)
             evaluate(loaded[0])
             return loaded[0], loaded[1]
 
@@ -191,7 +194,10 @@ def load_tokenizer(model: str, *, chat_template: str | None = None) -> Any:
     with model_errors(model):
         from mlx_lm.utils import load_tokenizer
 
-        return load_tokenizer(model, {"chat_template": chat_template} if chat_template else None)
+        with read_in_part():
+            return load_tokenizer(
+                model, {"chat_template": chat_template} if chat_template else None
+            )
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from persist_cache.fingerprint.identifier import Identifier
 from persist_cache.fingerprint.model_files import folder_of
 from persist_cache.prefill import loadable, loading
 from persist_cache.prefill.loading import model_errors
+from persist_cache.prefill.tokenizer_file import read_in_part
 from persist_cache.server.lengths import context_tokens
 
 log = logging.getLogger(__name__)
@@ -136,7 +137,8 @@ class Provider(upstream.ModelProvider):  # type: ignore[misc]
             super(Provider, self)._load(*model_key)
             loading.evaluate(self.model, self.draft_model)
 
-        with model_errors(model_path) if model_path else contextlib.nullcontext():
+        errors = model_errors(model_path) if model_path else contextlib.nullcontext()
+        with errors, read_in_part():
             if self.identifier is None or self.is_distributed:
                 # A rank loads a shard, which has no identity.
                 self.spare = None

@@ -1,0 +1,84 @@
+"""tokenizer.json as mlx-lm reads it, of which it looks at one field.
+
+It parses all of the file, and keeps that while the tokenizer is made of the same file by another
+library: 50 bytes of Python objects for each one of the file, whose places stay with the process
+when they are free again, since what is made meanwhile lies among them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
+from typing import Any, TextIO
+
+import msgspec
+
+_lock = threading.Lock()
+_users = 0
+
+
+class TokenizerFile(Mapping[str, Any]):
+    """The content of a tokenizer.json, which is parsed as far as it is asked for."""
+
+    def __init__(self, text: str) -> None:
+        """Look for the field that mlx-lm wants.
+
+        Raises:
+            json.JSONDecodeError: `text` is not JSON.
+        """
+        self._text = text
+        try:
+            self._decoder = msgspec.json.decode(text, type=_Decoder).decoder
+        except msgspec.DecodeError:
+            self._decoder = self._all.get("decoder", msgspec.UNSET)
+
+    @functools.cached_property
+    def _all(self) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads(self._text)
+        return content
+
+    def __getitem__(self, name: str) -> Any:
+        if name == "decoder" and self._decoder is not msgspec.UNSET:
+            return self._decoder
+        return self._all[name]
+
+    def __contains__(self, name: object) -> bool:
+        if name == "decoder":
+            return self._decoder is not msgspec.UNSET
+        return name in self._all
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all)
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+
+class _Decoder(msgspec.Struct):
+    decoder: Any = msgspec.UNSET
+
+
+def _load(file: TextIO) -> TokenizerFile:
+    return TokenizerFile(file.read())
+
+
+@contextlib.contextmanager
+def read_in_part() -> Iterator[None]:
+    """Have mlx-lm read tokenizer.json so in the block, in all threads."""
+    global _users
+    from mlx_lm import tokenizer_utils
+
+    with _lock:
+        _users += 1
+        tokenizer_utils.json = SimpleNamespace(**vars(json) | {"load": _load})
+    try:
+        yield
+    finally:
+        with _lock:
+            _users -= 1
+            if not _users:
+                tokenizer_utils.json = json
