@@ -76,10 +76,11 @@ def test_a_load_parses_all_of_it_once_less(tmp_path: Path, monkeypatch: pytest.M
     known = tokenizer_utils.load(folder)
     before = parsed.count(text)
 
-    for load in (
+    loaders: list[Callable[[], Any]] = [
         lambda: persist_cache.load(folder)[1],
         lambda: loading.load_tokenizer(str(folder)),
-    ):
+    ]
+    for load in loaders:
         parsed.clear()
         one = load()
         assert parsed.count(text) == before - 1
