@@ -17,7 +17,9 @@ ALL = (
     *("remote", "shared"),
 )
 """Modules of this package, in the order in which `all` runs them."""
-BENCHMARKS = (*ALL, "unload", "peers")
+LONG = ("agents", "unload")
+"""Those that take many minutes; they stand on the page as well."""
+BENCHMARKS = (*ALL, *LONG, "peers")
 
 
 def main() -> int:
@@ -35,7 +37,7 @@ def main() -> int:
 
         code = table.show(context, measure)
     if "page" in names:
-        common.write_page("results", ["table", *ALL])
+        common.write_page("results", ["table", *ALL, *LONG])
         common.write_page("peers", ["peers"])
     return code
 
@@ -67,7 +69,7 @@ def _parse() -> argparse.Namespace:
         metavar="BENCHMARK",
         help=f"{', '.join(BENCHMARKS)}; `table` compares the results with their targets and exits "
         "with 1 if one does not hold; `page` puts the last results into docs/performance.md; `all` "
-        "is everything but `unload` and `peers`, without the page when `--quick`",
+        "is everything but `agents`, `unload` and `peers`, without the page when `--quick`",
     )
     parser.add_argument("--quick", action="store_true", help="fewer repetitions and smaller sizes")
     parser.add_argument(
