@@ -18,6 +18,7 @@ from persist_cache.cache.origin import Origin
 from persist_cache.cache.stats import Fetch
 from persist_cache.server.privacy import Privacy
 from persist_cache.server.ticket import CutPrompt, Ticket, TicketedCache, TicketTokens, ticket_of
+from persist_cache.server.upstream.generator import Generator
 from persist_cache.server.upstream.requests import TicketedRequest
 from persist_cache.server.validation import RefusedError
 from tests.loops import Loop, arguments
@@ -222,3 +223,23 @@ def test_each_of_many_requests_has_its_own_outcome(loop: Loop) -> None:
     assert all(cached < length for cached, length in said)
     hits = loop.cache.stats().tokens
     assert sum(cached for cached, _ in said) <= sum(hits.values())
+
+
+def test_the_generation_thread_has_others_tokenize(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a thread has had tokenized is kept until it ends, and that one does not."""
+    threads: list[threading.Thread] = []
+    cut = Generator._cut
+
+    def noted(generator: Generator, *arguments: Any) -> CutPrompt:
+        threads.append(threading.current_thread())
+        return cut(generator, *arguments)
+
+    monkeypatch.setattr(Generator, "_cut", noted)
+    with Loop(model, waits=False) as loop:
+        loop.ask(CHAT)
+
+        assert loop.generator._generation_thread not in threads
+        assert threads
+        assert not any(one.is_alive() for one in threads if one is not threading.current_thread())

@@ -1,8 +1,8 @@
 """Whether a model could be loaded, found out without its weights and without touching another.
 
 `check_files` looks at files alone and runs on any thread; `build` has mlx-lm put the model together
-without reading a weight, which only the thread may do that runs models: MLX's random numbers are
-the process's.
+without reading a weight, which only the thread may do that runs models: what MLX makes belongs to
+the thread that made it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from persist_cache.errors import ModelError
 from persist_cache.fingerprint.model_files import folder_of
 from persist_cache.fingerprint.reading import CannotIdentify, open_regular, read_regular
 from persist_cache.prefill.loading import model_errors
+from persist_cache.prefill.tokenizer_file import read_in_part
 
 _MAX_HEADER_BYTES = 100_000_000
 """Limit of the safetensors format."""
@@ -39,7 +40,8 @@ def check_files(name: str, folder: Path, *, trust_remote_code: bool = False) -> 
         _check_weights(folder)
         from mlx_lm.utils import load_tokenizer
 
-        load_tokenizer(folder, {"trust_remote_code": trust_remote_code})
+        with read_in_part():
+            load_tokenizer(folder, {"trust_remote_code": trust_remote_code})
 
 
 def check_adapter(folder: Path) -> None:

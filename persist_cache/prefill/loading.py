@@ -129,8 +129,9 @@ def fetch(name: str, revision: str | None = None) -> Path:
 def evaluate(*models: Any) -> None:
     """Read all weights now: MLX does so lazily, and mlx-lm leaves an adapter's to be read.
 
-    The random numbers that stood in for them are not made, but what they would be made from is:
-    else each load would leave the operations of its draws in memory, 0.5 MiB for 30 layers.
+    mlx-lm draws random weights first. Those are never made, but the generator's keys are
+    evaluated, or each load would leave the operations of its draws in memory: 0.45 MiB for 30
+    layers.
     """
     import mlx.core as mx
 

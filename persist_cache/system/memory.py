@@ -41,16 +41,19 @@ def give_back() -> None:
 def page_out_programs() -> None:
     """Have Linux take back the pages of program files, which are read again when they are run.
 
-    By itself it does so when it is short of memory. What other processes use as well stays, and
-    so does all that was written to. Elsewhere nothing is done.
+    By itself it does so when it is short of memory. Pages that other processes use as well stay,
+    and so do files that this user may not write; what the loader has written to may go to swap.
+    On other systems nothing is done.
     """
     if sys.platform != "linux":
         return
-    with contextlib.suppress(AttributeError, OSError):
+    with contextlib.suppress(AttributeError, OSError, ValueError):
         madvise = ctypes.CDLL(None).madvise
-        for line in Path("/proc/self/maps").read_text().splitlines():
+        # Bytes: a path may be in any encoding, or none.
+        for line in Path("/proc/self/maps").read_bytes().split(b"\n"):
             # As proc_pid_maps(5) has it: first-end, access, offset, device, inode, path.
-            span, access, _, _, _, *path = line.split(maxsplit=5)
-            if access[:2] == "r-" and access[3] == "p" and path and path[0].startswith("/"):
-                first, end = (int(one, 16) for one in span.split("-"))
-                madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), _MADV_PAGEOUT)
+            span, _, rest = line.partition(b" ")
+            if rest[:2] == b"r-" and rest[3:4] == b"p" and b" /" in rest:
+                first, _, end = span.partition(b"-")
+                size = int(end, 16) - int(first, 16)
+                madvise(ctypes.c_void_p(int(first, 16)), ctypes.c_size_t(size), _MADV_PAGEOUT)

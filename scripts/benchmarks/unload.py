@@ -2,7 +2,7 @@
 
 Resident memory and threads are the system's numbers for the process, so it needs Linux's /proc.
 Of the resident memory, pages of program files are told apart: a server that lets its model go gives
-those back that no other process uses, and the system takes all of them when it needs room.
+those back that no other process uses, if its user may write them.
 """
 
 from __future__ import annotations
@@ -144,11 +144,18 @@ def _table(values: dict[str, Any]) -> Table:
         f"{len(threads)} times the same prompt of {values['tokens']:,} tokens, each but the first "
         f"after the model was let go: {first:.2f} s cold, then {Spread.of(later).show(1, 2)} s, "
         f"the load of the model included. All answers were equal. When idle after the first, the "
-        f"second and the last: {_at_ends(values['idle'], MIB)} MiB, {_at_ends(threads)} threads. "
+        f"second and the last: {_at_ends(values['idle'], MIB)} MiB, {_at_ends(threads)} threads; "
+        f"each cycle of the second half adds {_growth(values['idle']) / MIB:.2f} MiB. "
         f"Load of the machine: {values['load']:.1f}. Median of all answers: {seconds.median:.2f} s."
     )
     head = ["server", "MiB", "of the bare one", "of these no pages of files"]
     return Table("Resident memory", head, rows, note)
+
+
+def _growth(samples: list[int]) -> float:
+    """What a cycle of the second half adds, by the least-squares line."""
+    later = samples[len(samples) // 2 :]
+    return common.fit(range(len(later)), later)[1]
 
 
 def _at_ends(samples: list[int], unit: int = 1) -> str:

@@ -160,6 +160,7 @@ def _quotas(folder: Path, dice: random.Random, seconds: float) -> tuple[list[str
             samples += 1
             with stopped(children):
                 findings += _exceeded(root)
+            time.sleep(0.01)  # or they would hardly move between two samples
         for child in children:
             os.kill(child, signal.SIGKILL)
         kills += sum(os.waitpid(child, 0)[1] != 0 for child in children)

@@ -103,17 +103,17 @@ def in_child(function: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def stopped(children: Sequence[int]) -> Iterator[None]:
-    """Have nobody move in the block, who would remove what was counted, and make something else."""
-    held = []
-    for child in children:
-        os.kill(child, signal.SIGSTOP)
-        _, status = os.waitpid(child, os.WUNTRACED)
-        if os.WIFSTOPPED(status):
-            held.append(child)
+    """Stop the children during the block: they would replace what is being counted.
+
+    Whoever has ended can still be waited for.
+    """
     try:
+        for child in children:
+            os.kill(child, signal.SIGSTOP)
+            os.waitid(os.P_PID, child, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
         yield
     finally:
-        for child in held:
+        for child in children:
             os.kill(child, signal.SIGCONT)
 
 

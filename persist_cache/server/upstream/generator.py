@@ -253,7 +253,7 @@ class Generator(Bringing):
         with self._changed:
             seen = list(self._tickets)
         for ticket in seen:
-            ticket.tell_end()  # whether or not upstream had a cache for it
+            ticket.tell_end()  # if upstream had no cache to hand over
         self._leftovers.clear(self.requests)
         is_idle = timeout is not None and self.requests.empty()
         if is_idle or getattr(self.model_provider, "wants_spare", False):

@@ -26,6 +26,7 @@ from persist_cache.server.names import Names
 from persist_cache.server.privacy import Rules
 from persist_cache.server.protocols.asked import Asked
 from persist_cache.server.protocols.openai import one_head
+from persist_cache.server.quiet import quiet
 from persist_cache.server.rendering import decode, unrenderable
 from persist_cache.server.segments import (
     as_system,
@@ -277,7 +278,7 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
             raise ConnectionAbortedError("The client is gone.")
         prompt = ticket.prompt
         if prompt is None or prompt.tokenizer is not tokenizer:
-            prompt = self._cut(tokenizer, request, args)
+            prompt = self._cut_in_passing(tokenizer, request, args)
         args.max_tokens = self._room(prompt, args)
         args.sampling = _sampled_from(args.sampling, tokenizer, self.model_provider)
         if ticket.form is not None:
@@ -302,6 +303,22 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
         """Whether a request need not be computed any further."""
         # Only one of several ranks knows, and the others would wait for it.
         return not self._is_distributed and ticket.is_over
+
+    def _cut_in_passing(self, tokenizer: Any, request: Any, args: Any) -> CutPrompt:
+        """As `_cut`, on a thread that ends with it.
+
+        The `tokenizers` library keeps the words that a thread has had tokenized until the thread
+        ends, for each load of a tokenizer anew.
+        """
+        if any(upstream._image_parts(request.messages)):
+            return self._cut(tokenizer, request, args)
+
+        def cut() -> CutPrompt:
+            with quiet(request.ticket.privacy.no_store):
+                return self._cut(tokenizer, request, args)
+
+        with ThreadPoolExecutor(1, "persist-cache-tokenize") as passing:
+            return passing.submit(cut).result()
 
     def _cut(self, tokenizer: Any, request: Any, args: Any) -> CutPrompt:
         """Tokenize a request, and cut it into its system part and its turns."""
