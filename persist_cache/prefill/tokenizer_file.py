@@ -1,8 +1,8 @@
-"""tokenizer.json as mlx-lm reads it, of which it looks at one field.
+"""tokenizer.json, parsed no further than mlx-lm looks: at one field.
 
-It parses all of the file, and keeps that while transformers makes the tokenizer of the same file:
-5 bytes of Python objects for each byte of the file. The process keeps much of that memory after
-they are freed, because what is made meanwhile lies among them.
+By itself mlx-lm parses all of the file, and keeps that while transformers makes the tokenizer of
+the same file: 5 bytes of Python objects for each byte of the file. The process keeps much of that
+memory after they are freed, because what is made meanwhile lies among them.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _load(file: TextIO) -> TokenizerFile:
 
 @contextlib.contextmanager
 def read_in_part() -> Iterator[None]:
-    """Have mlx-lm read tokenizer.json so in the block, in all threads."""
+    """Have mlx-lm, in any thread, parse no more of a tokenizer.json than it looks at."""
     global _users
     from mlx_lm import tokenizer_utils
 
