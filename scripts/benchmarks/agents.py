@@ -70,7 +70,7 @@ def _table(values: dict[str, Any]) -> Table:
     if values["runs"] > 1:
         note += (
             " The medians of the two times differ by no more than the larger spread of their row"
-            + (f", but not in: {'; '.join(apart)}." if apart else ".")
+            + (f"; by more in: {'; '.join(apart)}." if apart else ".")
         )
     head = ["request", "tokens", "cached", "s", "s, again", "times sooner", "times sooner, again"]
     return Table("Seconds to the first token", head, rows, note)
