@@ -36,12 +36,15 @@ def folder_settings(folder: Path, **changes: Any) -> RemoteSettings:
 
 
 def objects(folder: Path) -> dict[str, bytes]:
-    """All objects of the remote in `folder`, by name."""
+    """All objects of the remote in `folder`, by name.
+
+    A writer that was killed may leave what it had not moved to its name yet: no reader sees it.
+    """
     bucket = folder / "bucket"
     return {
         str(path.relative_to(bucket)): path.read_bytes()
         for path in sorted(bucket.rglob("*"))
-        if path.is_file()
+        if path.is_file() and "#" not in path.name  # as `object_store` names it until then
     }
 
 

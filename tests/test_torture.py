@@ -74,7 +74,7 @@ def test_machines_that_share_a_remote_break_no_promise_when_they_are_killed() ->
 @pytest.mark.parametrize(
     ("name", "found"),
     [
-        ("checksum", ("wrong bytes were served", "wrong in a reader: bytes of")),
+        ("checksum", ("wrong bytes were served", ": bytes of Prompt(")),
         ("order", ("its file is missing", "no record names this file", "usage says")),
         pytest.param("budget", ("bytes on disk, the budget is",), marks=pytest.mark.long),
         pytest.param("memory-by-name", ("without a cache",), marks=pytest.mark.long),
