@@ -544,7 +544,8 @@ class Index:
         give_up = time.monotonic() + _OPENING_PATIENCE_S
         while True:
             try:
-                environment = self._opened_alone(size)
+                with lock_table.opening(self.root, self.read_only, self._spare) as readers:
+                    environment = self._opened(size, readers)
                 break
             except lmdb.MemoryError as error:
                 size //= 4
@@ -561,23 +562,6 @@ class Index:
                 time.sleep(0.005)
         self._table = lock_table.key(self.root)
         self._is_open = True
-        return environment
-
-    def _opened_alone(self, map_bytes: int) -> lmdb.Environment:
-        """Open it while no other process does; it is closed again if that cannot be ended."""
-        environment = None
-        try:
-            with lock_table.opening(self.root, self.read_only, self._spare) as readers:
-                environment = self._opened(map_bytes, readers)
-        except BaseException:
-            if environment is not None:
-                with (
-                    contextlib.nullcontext()
-                    if self.semaphores is None
-                    else (self.semaphores.closing())
-                ):
-                    environment.close()
-            raise
         return environment
 
     def _opened(self, map_bytes: int, readers: int) -> lmdb.Environment:
