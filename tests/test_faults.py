@@ -312,3 +312,21 @@ def test_symbolic_link_in_the_place_of_an_orphan_goes_and_its_target_stays(
     assert store.check() == []
     assert not link.is_symlink()
     assert target.read_text() == "mine"
+
+
+@pytest.mark.parametrize("part", ["is_erasing", "set_rules"])
+def test_an_open_that_fails_at_its_end_leaves_nothing_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """On a Mac the first look into the index takes a lock, which a disk may refuse."""
+
+    def failing(*arguments: object, **rules: object) -> bool:
+        raise StoreFullError("The disk is full.")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, part, property(failing) if part == "is_erasing" else failing)
+        with pytest.raises(StoreFullError):
+            Store.open(tmp_path / "store", min_free_bytes=0)
+
+    with Store.open(tmp_path / "store", min_free_bytes=0) as store:
+        assert store.entries() == []

@@ -135,11 +135,11 @@ class Store:
             check_rules(rules or {}, tiers=rules is ttl)
         disk = opening.open_disk(root, asked, read_only=read_only, clock=clock)
         store = cls(disk, run_tokens, asked)
-        if not read_only and store.is_erasing:
-            log.warning(
-                "an erasure at %s did not come to its end; run `persist-cache gc --erase`", root
-            )
         try:
+            if not read_only and store.is_erasing:
+                log.warning(
+                    "an erasure at %s did not come to its end; run `persist-cache gc --erase`", root
+                )
             store.set_rules(quotas=quotas, ttl=ttl)
         except BaseException:
             store.close()
