@@ -95,6 +95,43 @@ def test_processes_that_publish_one_prompt_at_once_make_one_set_of_objects(
         ) == 1
 
 
+# The library's thread wakes the loop and is slow to leave Python then.
+READER = """
+import asyncio.selector_events as events
+import sys, threading, time
+import msgspec
+from persist_cache.remote import RemoteSettings
+from persist_cache.remote.transport import Transport
+
+def wake(loop, wake=events.BaseSelectorEventLoop._write_to_self):
+    wake(loop)
+    if not isinstance(threading.current_thread(), threading._MainThread):
+        for _ in range(100):
+            time.sleep(0.002)
+
+settings = msgspec.json.decode(sys.argv[1], type=RemoteSettings)
+transport = Transport(settings, lambda *_: None)
+events.BaseSelectorEventLoop._write_to_self = wake
+transport.call(transport.read("pc1/a/00/" + "0" * 64, 1))
+print(transport.close(5.0))
+"""
+
+
+def test_process_that_ends_right_behind_a_request_ends_well(tmp_path: Path) -> None:
+    """No thread of the library is in Python any more, which would abort the process."""
+    import msgspec
+
+    settings = msgspec.json.encode(folder_settings(tmp_path)).decode()
+    done = subprocess.run(
+        [sys.executable, "-c", READER, settings],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr[-3000:]
+
+
 # Marked `long`: a process dies at each single step.
 @pytest.mark.parametrize("kind", ["pull", "publish"])
 @pytest.mark.parametrize("every", [9, pytest.param(1, marks=pytest.mark.long)])

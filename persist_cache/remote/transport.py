@@ -14,12 +14,14 @@ import enum
 import os
 import re
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from persist_cache.errors import RemoteError
+from persist_cache.remote.loop import Loop
 from persist_cache.remote.settings import RemoteSettings, folder_of
 from persist_cache.remote.trust import missing_extra
 
@@ -79,7 +81,7 @@ class Transport:
         self._folder = folder_of(settings.url)
         self._device_inode = None if self._folder is None else _device_inode(self._folder)
         self._count = count
-        self._loop = asyncio.new_event_loop()
+        self._loop = Loop()
         self._thread = threading.Thread(target=self._run, name="persist-cache-remote", daemon=True)
         self._lock = threading.Lock()
         self._is_closed = False
@@ -137,12 +139,14 @@ class Transport:
 
     def close(self, timeout_s: float) -> bool:
         """End all that is under way. Returns whether it has ended within that time."""
+        give_up = time.monotonic() + timeout_s
         with self._lock:
             if not self._is_closed:
                 self._is_closed = True
                 asyncio.run_coroutine_threadsafe(self._end(), self._loop)
         self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+        has_left = self._loop.wait_left(give_up - time.monotonic())
+        return has_left and not self._thread.is_alive()
 
     async def _end(self) -> None:
         others = asyncio.all_tasks() - {asyncio.current_task()}
@@ -196,12 +200,14 @@ class Transport:
         self._count("requests_get", 1)
         try:
             async with asyncio.timeout(STALL_S):
-                found = await self._obstore.get_async(self._store, _checked(name))
+                found = await self._loop.begun(
+                    lambda: self._obstore.get_async(self._store, _checked(name))
+                )
             stream = aiter(found.stream(min_chunk_size=_PIECE_BYTES))
             while True:
                 try:
                     async with asyncio.timeout(STALL_S):
-                        piece = await anext(stream)
+                        piece = await self._loop.begun(lambda: anext(stream))
                 except StopAsyncIteration:
                     return
                 self._count("received_bytes", len(piece))
@@ -222,8 +228,10 @@ class Transport:
         self._count("requests_create", 1)
         try:
             async with asyncio.timeout(CREATE_S):
-                await self._obstore.put_async(
-                    self._store, _checked(name), content, mode="create", use_multipart=False
+                await self._loop.begun(
+                    lambda: self._obstore.put_async(
+                        self._store, _checked(name), content, mode="create", use_multipart=False
+                    )
                 )
         except self._obstore.exceptions.AlreadyExistsError:
             return False
@@ -236,7 +244,9 @@ class Transport:
         """Remove what a probe made; it does not matter whether that is allowed."""
         try:
             async with asyncio.timeout(STALL_S):
-                await self._obstore.delete_async(self._store, _checked(name))
+                await self._loop.begun(
+                    lambda: self._obstore.delete_async(self._store, _checked(name))
+                )
         except Exception:
             return
 
