@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,7 @@ class HeldServer(CountedServer):
         folder: Path,
         *,
         patched: dict[str, float] | None = None,
+        refusing_s: float = 0,
         **options: Any,
     ) -> None:
         """As `CountedServer`.
@@ -39,11 +41,12 @@ class HeldServer(CountedServer):
             store: Folder of its store.
             folder: Where the log and the job file go.
             patched: Constants of `persist_cache.server.underway` that are others there.
+            refusing_s: What a refusal takes to be sent, as on a busy machine.
             options: Further fields of `ServeOptions`, and flags.
         """
         super().__init__(model, store, folder, **options)
         self._held = self.log.with_suffix(".held")
-        self.log.with_suffix(".patched").write_text(json.dumps(patched or {}))
+        self.log.with_suffix(".patched").write_text(json.dumps([patched or {}, refusing_s]))
 
     @contextmanager
     def held_up(self, num_tokens: int) -> Iterator[None]:
@@ -79,12 +82,22 @@ class HeldServer(CountedServer):
 
 def main() -> None:
     from persist_cache.server import underway
+    from persist_cache.server.upstream.handler import Handler
 
     job = Path(sys.argv[1])
     held = job.with_suffix(".held")
-    for name, value in json.loads(job.with_suffix(".patched").read_text()).items():
+    patched, refusing_s = json.loads(job.with_suffix(".patched").read_text())
+    for name, value in patched.items():
         assert hasattr(underway, name), name
         setattr(underway, name, value)
+    send = Handler.send_response
+
+    def send_slowly(handler: Handler, code: int, message: str | None = None) -> None:
+        if code >= 500:
+            threading.Event().wait(refusing_s)
+        send(handler, code, message)
+
+    Handler.send_response = send_slowly  # type: ignore[assignment, method-assign]
     computed = 0
 
     def wait(call: Call) -> None:

@@ -80,6 +80,7 @@ SLEEPERS = {
     "tests/waiting.py": "polls, with a deadline",
     "tests/server_process.py": "polls, with a deadline, while the process lives",
     "tests/proxy.py": "is slow, which is what it is for",
+    "tests/held_server.py": "is slow to refuse, where that is asked for",
     "tests/test_upstream.py": "polls in the place of a look-up",
 }
 

@@ -102,7 +102,8 @@ def test_server_that_is_told_to_end_keeps_what_it_computes(
     """After the grace; the client is told so, and the next server goes on from there."""
     body = text(1, **WAYS[way])
     options: dict[str, Any] = {"flags": FLAGS, "min_free_bytes": 0, "grace_s": 0.2}
-    with HeldServer(models[kind], tmp_path / "store", tmp_path / "logs", **options) as server:
+    store, logs = tmp_path / "store", tmp_path / "logs"
+    with HeldServer(models[kind], store, logs, refusing_s=0.3, **options) as server:
         ask(server, text(0, max_tokens=1))
         server.prefilled()
         with server.held_up(CUT), connected(server, body) as client:
@@ -118,7 +119,7 @@ def test_server_that_is_told_to_end_keeps_what_it_computes(
     assert b" 503 " in said
     assert b"The server is stopping; ask again when it is back." in said
     assert computed < LENGTH - 1
-    with HeldServer(models[kind], tmp_path / "store", tmp_path / "logs", **options) as server:
+    with HeldServer(models[kind], store, logs, **options) as server:
         again = ask(server, body)
         assert again.source == "disk"
         assert again.cached_tokens == computed

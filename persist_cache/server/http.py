@@ -105,6 +105,8 @@ class Front(BaseHTTPRequestHandler):
     _query = ""
     caching: Asked | None = None
     """What a chat or a text asks of the cache, with the messages that its marks are in."""
+    until_answered: contextlib.ExitStack
+    """What lasts until all of an answer, or of a refusal, is on its way to the client."""
     _ignored: list[str]
     """Fields of the request that are not done."""
 
@@ -129,6 +131,16 @@ class Front(BaseHTTPRequestHandler):
     def _dispatch(self, otherwise: Callable[[], None] | None) -> None:
         """Answer, or let `otherwise` do it; whatever goes wrong costs this request only."""
         before = set(vars(self))
+        try:
+            # A refusal is an answer, too, which the end of the server has to wait for.
+            with contextlib.ExitStack() as self.until_answered:
+                self._answer_or_refuse(otherwise)
+        finally:
+            # What is known of a request ends with it, not with the connection.
+            for name in set(vars(self)) - before:
+                delattr(self, name)
+
+    def _answer_or_refuse(self, otherwise: Callable[[], None] | None) -> None:
         self._sent = False
         self._ignored = []
         self._body_left = has_body(self.headers)
@@ -160,9 +172,6 @@ class Front(BaseHTTPRequestHandler):
         finally:
             if self._is_quiet:
                 quiet.end()
-            # What is known of a request ends with it, not with the connection.
-            for name in set(vars(self)) - before:
-                delattr(self, name)
 
     def _no_such_method(self) -> RefusedError:
         if self.path in _CHECKS:

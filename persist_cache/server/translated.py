@@ -6,6 +6,7 @@ queued as a chat's is, and what the model says is handed on as it comes.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +39,7 @@ class Translated(BaseHTTPRequestHandler):
     keeps: Part
     privacy: Privacy
     body_as_read: bytes
+    until_answered: contextlib.ExitStack
     _ignored: list[str]
     _answer: Answer | None = None
     _started = False
@@ -66,8 +68,8 @@ class Translated(BaseHTTPRequestHandler):
             ring = self.response_generator.recent
             answer.diagnose = functools.partial(diagnose, ring, ticket)
         try:
-            with self.response_generator.in_flight():
-                self._generate(asked, answer, ticket, form)
+            self.until_answered.enter_context(self.response_generator.in_flight())
+            self._generate(asked, answer, ticket, form)
         finally:
             self._answer = None
             self.conclude()  # type: ignore[attr-defined]
@@ -87,9 +89,9 @@ class Translated(BaseHTTPRequestHandler):
         ticket, form = self._begun(asked, None)
         generator = self.response_generator
         try:
-            with generator.in_flight():
-                counted = generator.count_tokens(asked, ticket)
-                self._say_whole(said(counted), form)
+            self.until_answered.enter_context(generator.in_flight())
+            counted = generator.count_tokens(asked, ticket)
+            self._say_whole(said(counted), form)
         except ConnectionError:
             raise
         except Exception as error:

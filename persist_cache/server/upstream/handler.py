@@ -34,8 +34,8 @@ class Handler(Messages, Responses, Diagnosing, Streaming, Front, upstream.APIHan
         ticket = Ticket(self.body_as_read, keeps=self.keeps, wishes=wishes, privacy=self.privacy)
         self.begin(ticket, self.request_id)
         try:
-            with self.response_generator.in_flight():
-                super().handle_completion(TicketedRequest.of(request, self.ticket), stop_words)
+            self.until_answered.enter_context(self.response_generator.in_flight())
+            super().handle_completion(TicketedRequest.of(request, self.ticket), stop_words)
         except ConnectionError:
             raise
         except Exception as error:
