@@ -24,7 +24,7 @@ def run(context: Context) -> Report:
 
     common.say("agents: the model")
     model = smollm2("float32")
-    runs, tokens = context.pick((1, 1000), (3, 6000))
+    runs, tokens = context.pick((1, 1000), (5, 2000))
     command = [
         str(Path(sys.executable).with_name("persist-cache")),
         *("bench", "agents", "--model", str(model), "--stock", "--json"),
