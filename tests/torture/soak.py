@@ -343,7 +343,8 @@ def main(arguments: list[str] | None = None) -> int:
     slow = [(ratio, one) for ratio, one in ratios if ratio > _TIMES_ALONE]
     report.findings += [
         f"{one.seconds:.2f} s, {ratio:.1f} times its time alone: {one.model}, "
-        f"{one.prompt_tokens - one.cached} of {one.prompt_tokens} tokens computed"
+        f"{one.prompt_tokens - one.cached} of {one.prompt_tokens} tokens computed, "
+        f"{len(one.text.split())} generated, {'a' if one.swapped else 'no'} change of the model"
         for ratio, one in slow
     ]
     _print(options, soak, alone, [ratio for ratio, _ in ratios])
@@ -368,7 +369,7 @@ def _print(options: argparse.Namespace, soak: Soak, alone: Alone, ratios: Sequen
         ("given up by the client", f"{report.counts['given up']:,}"),
         ("cut by a restart", f"{report.counts['cut by a restart']:,}"),
         ("servers stopped, killed", f"{report.counts['stopped']}, {report.counts['killed']}"),
-        ("changes of the model", f"{sum(one.swapped for one in asked):,}"),
+        ("requests that a model was loaded for", f"{sum(one.swapped for one in asked):,}"),
         ("tokens compared", f"{report.counts['tokens']:,}"),
         ("  wrong", f"{report.counts['wrong']:,}"),
         ("most bytes on disk, of the budget", f"{soak.most_disk / _DISK_BYTES:.1%}"),

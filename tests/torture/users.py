@@ -36,7 +36,8 @@ class Asked:
         cached: Tokens of it that were not computed, by the usage.
         source: Where they came from, by the header.
         seconds: From sending it to the last byte.
-        swapped: Whether the answer before it was another model's.
+        swapped: Whether its model had to be loaded for it, because the server had turned to another
+            one before it was sent, or did so before it was answered.
     """
 
     model: str
@@ -58,7 +59,7 @@ class Report:
     findings: list[str] = field(default_factory=list)
     asked: list[Asked] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _last_model: str = ""
+    _ended: list[tuple[str, int, bool]] = field(default_factory=list)
 
     def count(self, what: str, amount: int = 1) -> None:
         with self._lock:
@@ -71,11 +72,28 @@ class Report:
     def answered(self, asked: Asked) -> None:
         with self._lock:
             self.asked.append(asked)
-            self._last_model = asked.model
 
-    def would_swap(self, model: str) -> bool:
+    def begun(self) -> int:
+        """A place in the order of requests, which `ended` and `has_swapped` take."""
         with self._lock:
-            return self._last_model != model
+            return len(self._ended)
+
+    def ended(self, model: str, begun: int, *, answered: bool) -> None:
+        """Note that a request to a model is over that was sent at that place."""
+        with self._lock:
+            self._ended.append((model, begun, answered))
+
+    def has_swapped(self, model: str, begun: int) -> bool:
+        """Whether the server has turned to another model for a request, or just before it.
+
+        A request that was given up counts only if it was sent before this one: else it may have
+        waited behind it.
+        """
+        with self._lock:
+            before = self._ended[max(0, begun - 1) :]
+        return any(
+            other != model and (answered or place <= begun) for other, place, answered in before
+        )
 
 
 # ---- a request -----------------------------------------------------------------------------------
@@ -237,8 +255,8 @@ class User:
                 gate.wait()
                 done.wait(self._dice.uniform(0.0, self._think_s[1]))  # not all of them at once
             try:
-                started = time.monotonic()
-                swapped = report.would_swap(self._name)
+                started, begun = time.monotonic(), report.begun()
+                said: dict[str, Any] = {}
                 try:
                     said = ask(
                         self._port(),
@@ -253,9 +271,10 @@ class User:
                     continue
                 except Gone:
                     report.count("given up" if leave_s is not None else "cut by a restart")
-                    said = {}
                 seconds = time.monotonic() - started
+                swapped = report.has_swapped(self._name, begun)
             finally:
+                report.ended(self._name, begun, answered="text" in said)
                 gate.leave()
             if "text" in said:
                 one = Asked(self._name, tuple(messages), seconds=seconds, swapped=swapped, **said)
