@@ -5,10 +5,13 @@ from __future__ import annotations
 import plistlib
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from persist_cache_cli import blas
+from persist_cache_cli.demo import openblas
 from persist_cache_cli.service.units import Service, is_ours, launchd_agent, systemd_unit
 from tests.cli import Run, runner
 
@@ -124,7 +127,8 @@ def test_print_shows_the_file_and_changes_nothing(
         assert words[words.index("--store") + 1] == str(tmp_path / "my store")
     assert not asked.exists()
     assert not (tmp_path / "config").exists()
-    assert not (tmp_path / "home").exists()
+    # A cache may have got what OpenBLAS needs.
+    assert [one.name for one in (tmp_path / "home").glob("*")] in ([], [".cache"])
 
 
 def test_install_writes_and_starts_it_and_uninstall_takes_that_back(
@@ -227,3 +231,54 @@ def test_salts_of_the_configuration_stay_in_it(run: Run, asked: Path, tmp_path: 
     assert done.status == 0, done.err
     assert "s3cret" not in done.out
     assert "salt=7d" in done.out
+
+
+def of_unit(text: str, name: str) -> str | None:
+    """What a unit sets a variable to."""
+    lines = [one for one in text.splitlines() if one.startswith(f'Environment="{name}=')]
+    return lines[0].partition("=")[2].strip('"').partition("=")[2] if lines else None
+
+
+@pytest.fixture
+def slow_linux(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A plain install on Linux: MLX's own BLAS, and no other one preloaded."""
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(blas, "_has_reference_blas", lambda: True)
+    monkeypatch.setattr(blas, "_is_preloaded", lambda: False)
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    return monkeypatch
+
+
+def test_a_service_multiplies_by_the_openblas_that_is_there(
+    slow_linux: pytest.MonkeyPatch, run: Run, asked: Path, unit: Path
+) -> None:
+    variables = {"LD_PRELOAD": "/lib/libopenblas.so.0", "LD_LIBRARY_PATH": "/lib"}
+    slow_linux.setattr(openblas, "find", lambda: (Path("/lib"), variables))
+    done = run("service", "install", "--manager", "systemd")
+
+    assert (done.status, done.err) == (0, "")
+    assert {name: of_unit(unit.read_text(), name) for name in variables} == variables
+
+
+def test_a_service_multiplies_by_what_the_shell_preloads(
+    slow_linux: pytest.MonkeyPatch, run: Run, asked: Path, unit: Path
+) -> None:
+    slow_linux.setattr(blas, "_is_preloaded", lambda: True)
+    slow_linux.setenv("LD_PRELOAD", "")
+    slow_linux.setenv("LD_LIBRARY_PATH", "/own")
+    done = run("service", "install", "--manager", "systemd")
+
+    assert (done.status, done.err) == (0, "")
+    assert of_unit(unit.read_text(), "LD_LIBRARY_PATH") == "/own"
+    assert of_unit(unit.read_text(), "LD_PRELOAD") is None
+
+
+def test_a_service_without_openblas_is_told_where_it_comes_from(
+    slow_linux: pytest.MonkeyPatch, run: Run, asked: Path, unit: Path
+) -> None:
+    slow_linux.setattr(openblas, "find", lambda: None)
+    done = run("service", "install", "--manager", "systemd")
+
+    assert done.status == 0
+    assert blas.WHEEL in done.err
+    assert of_unit(unit.read_text(), "LD_PRELOAD") is None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import importlib.util
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -37,6 +38,18 @@ def advice(command: str) -> str:
         )
     variables = " ".join(f"{name}={value}" for name, value in found[1].items())
     return f"{slow} It is installed; start with `{variables} persist-cache {command}`."
+
+
+def variables_for_service() -> dict[str, str]:
+    """Variables by which a process multiplies fast that does not have those of this shell."""
+    if sys.platform != "linux" or not _has_reference_blas():
+        return {}
+    if _is_preloaded():
+        names = ("LD_PRELOAD", "LD_LIBRARY_PATH")
+        return {name: os.environ[name] for name in names if os.environ.get(name)}
+    from persist_cache_cli.demo.openblas import preload_env
+
+    return preload_env()
 
 
 def _has_reference_blas() -> bool:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 import click
 from click.core import ParameterSource
 
+from persist_cache_cli.blas import advice, variables_for_service
 from persist_cache_cli.config import config_of
 from persist_cache_cli.config_place import default_path
 from persist_cache_cli.service.managers import MANAGERS, Launchd, Manager, own_manager
@@ -88,6 +90,8 @@ def _install(
     ctx: click.Context, manager: Manager, arguments: tuple[str, ...], *, only_print: bool
 ) -> None:
     service = _service(ctx, arguments)
+    if not isinstance(manager, Launchd):
+        service = replace(service, variables={**service.variables, **variables_for_service()})
     try:
         text = manager.text(service)
     except ValueError as error:
@@ -118,6 +122,8 @@ def _install(
     ):
         if os.environ.get(name):
             click.echo(f"Note: {name} is not handed on to the service.", err=True)
+    if not service.variables.get("LD_PRELOAD") and (slow := advice("serve …")):
+        click.echo(f"Note: {slow}", err=True)
 
 
 def _service(ctx: click.Context, arguments: tuple[str, ...]) -> Service:
