@@ -93,6 +93,15 @@ def test_the_file_holds_where_nothing_else_is_said(file: Path, run: Run) -> None
     assert found["host"] == ("127.0.0.1", "default", "")
 
 
+def test_what_the_store_remembers_is_not_called_nothing(file: Path, run: Run) -> None:
+    rows = {line.split()[0]: line for line in run("config", "show").out.splitlines()[2:]}
+
+    assert rows["min-free"].split()[1:] == ["as", "last", "set", "default"]
+    assert "as last set" in rows["remote"]
+    assert "as last set" not in rows["disk-bytes"]
+    assert rows["while-locked"].split()[1] == "–"
+
+
 def test_flags_win_over_the_environment_and_that_over_the_file(
     file: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -249,7 +249,11 @@ def _locate(name: str, read: Callable[[Path], bytes]) -> tuple[Path, str]:
     try:
         commit = read(repository / "refs" / "main").decode().strip()
     except FileNotFoundError:
-        fetch = f"; `hf download {name}` fetches it" if "/" in name else ""
+        fetch = (
+            f"; `persist-cache warm` or `serve` with it, or `hf download {name}`, fetches it"
+            if "/" in name
+            else ""
+        )
         raise CannotIdentify(
             f"{name}: no such folder, and not in the Hugging Face cache{fetch}"
         ) from None

@@ -21,6 +21,12 @@ from persist_cache_cli.store_access import common_options
 _SECRETS = ("key", "token", "salt", "secret", "password")
 _NO_SECRETS = ("remote-secret-file", "remote-public-key")
 """A place, and what everybody may know."""
+_REMEMBERED = (
+    *("disk-bytes", "min-free", "daily-write-bytes", "quota", "ttl"),
+    *("remote", "remote-secret-file", "remote-public-key", "remote-budget"),
+    *("publish-plain", "publish-tiers", "publish-after"),
+)
+"""What the store remembers: it holds as last set where nothing is said."""
 _RULES = ("quota", "ttl")
 _SALT_OF_RULE = re.compile(r"\bsalt:.*(?==)", re.DOTALL)
 """What a rule is about may be a salt."""
@@ -72,9 +78,7 @@ def command(
         )
     elif not quiet:
         click.echo(f"File: {file or f'none ({default_path()} is not there)'}")
-        rows = [
-            [one.name, _shown(one.value), f"{one.source} {one.place}".rstrip()] for one in found
-        ]
+        rows = [[one.name, _shown(one), f"{one.source} {one.place}".rstrip()] for one in found]
         columns = [Column("setting"), Column("value", least=12), Column("from", least=38)]
         for line in table(columns, rows, width=terminal_width(), paint=plain):
             click.echo(line)
@@ -157,9 +161,11 @@ def _masked(name: str, value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _shown(value: Any) -> str:
+def _shown(setting: Setting) -> str:
+    value = setting.value
     if value is None or value in ("", [], {}):
-        return "–"
+        is_remembered = setting.name in _REMEMBERED and setting.source == "default"
+        return "as last set" if is_remembered else "–"
     if isinstance(value, bool):
         return "yes" if value else "no"
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
