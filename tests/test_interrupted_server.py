@@ -10,6 +10,7 @@ import json
 import signal
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,10 +46,12 @@ def text(number: int, **more: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def connected(server: HeldServer, body: dict[str, Any]) -> Iterator[socket.socket]:
+def connected(
+    server: HeldServer, body: dict[str, Any], path: str = "/v1/completions"
+) -> Iterator[socket.socket]:
     """A client that has sent a request; it leaves at the end of the block at the latest."""
     said = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(said)}\r\n\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(said)}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", server.port)) as client:
         client.sendall(head.encode() + said)
         yield client
@@ -124,6 +127,66 @@ def test_server_that_is_told_to_end_keeps_what_it_computes(
         assert again.source == "disk"
         assert again.cached_tokens == computed
         assert computed + sum(map(len, server.prefilled())) == LENGTH - 1
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/messages", {"messages": [{"role": "user", "content": words(1, LENGTH)}]}),
+        ("/v1/responses", {"input": words(1, LENGTH)}),
+    ],
+    ids=["messages", "responses"],
+)
+def test_clients_of_all_protocols_are_told_that_the_server_ends(
+    models: dict[str, Path], tmp_path: Path, path: str, body: dict[str, Any]
+) -> None:
+    """Also where that takes a while."""
+    options: dict[str, Any] = {"flags": FLAGS, "min_free_bytes": 0, "grace_s": 0.2}
+    limit = "max_tokens" if "messages" in body else "max_output_tokens"
+    body = {"model": "default_model", limit: 16, **body}
+    with HeldServer(
+        models["plain"], tmp_path / "store", tmp_path / "logs", refusing_s=0.3, **options
+    ) as server:
+        ask(server, text(0, max_tokens=1))
+        server.prefilled()
+        with server.held_up(CUT), connected(server, body, path) as client:
+            server.wait_for(CUT)
+            assert server.process is not None
+            server.process.send_signal(signal.SIGTERM)
+            until(lambda: "were cut" in server.log.read_text())
+            server.release()
+            said = client.makefile("rb").read()
+            assert server.process.wait(60) == 0
+
+    assert b" 503 " in said
+    assert b"The server is stopping; ask again when it is back." in said
+
+
+def test_end_waits_for_no_prompt_that_is_warmed(models: dict[str, Path], tmp_path: Path) -> None:
+    """What is computed of it is kept, and who asked for it is told."""
+    prompt = text(1)["prompt"]
+    options: dict[str, Any] = {"flags": FLAGS, "min_free_bytes": 0, "grace_s": 5}
+    with (
+        HeldServer(models["plain"], tmp_path / "store", tmp_path / "logs", **options) as server,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        ask(server, text(0, max_tokens=1))
+        server.prefilled()
+        with server.held_up(CUT):
+            warming = pool.submit(server.request, "POST", "/v1/cache/warm", json={"prompt": prompt})
+            computed = server.wait_for(CUT)
+            assert server.process is not None
+            server.process.send_signal(signal.SIGTERM)
+            until(lambda: "stopping: waiting" in server.log.read_text())
+            server.release()
+            assert server.process.wait(60) == 0
+        computed += sum(map(len, server.prefilled()))
+        assert "were cut" not in server.log.read_text()
+
+    assert warming.result().status_code == 503
+    assert "The server is stopping" in warming.result().text
+    with Store.open(tmp_path / "store", read_only=True) as opened:
+        assert partial_tokens(opened) == computed < LENGTH - 1
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -429,9 +429,16 @@ class Front(BaseHTTPRequestHandler):
             self.headers[STABILIZE_HEADER] = chosen
         answer = io.BytesIO()
         self.wfile = answer
+        whole = self.until_answered
+        own = self.until_answered = contextlib.ExitStack()
         try:
             self._post_own(body, protocol)
+        except BaseException:
+            whole.enter_context(own.pop_all())  # the refusal is yet to be sent
+            raise
         finally:
+            own.close()
+            self.until_answered = whole
             self.path, self.wfile, self.headers = outside
             self.keeps = ""
             self._headers_buffer = []

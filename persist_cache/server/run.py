@@ -282,7 +282,8 @@ def answer_until_ended(
         if not generator.drain(grace_s):
             log.warning("running requests were cut after %.0f s", grace_s)
         stop()
-        generator.drain(LAST_WORDS_S)
+        if not generator.drain(LAST_WORDS_S):
+            log.warning("some clients could not be told that their requests were cut")
 
     generator.stop_and_join = drain_then_stop
     try:

@@ -57,6 +57,7 @@ class Generator(Bringing):
         self.recent = Ring(decode=self.decode_beside, seconds=prompt_cache.prefill_s)
         self._changed = threading.Condition()
         self._leftovers = Leftovers()
+        self._has_cut_own = False
         self._tickets: WeakSet[Ticket] = WeakSet()
         """Those that the generation thread has seen."""
         prompt_cache.is_busy = self._is_busy
@@ -217,8 +218,9 @@ class Generator(Bringing):
             try:
                 one = answers.get(timeout=SIGN_S)
             except Empty:
-                # Wherever the request was when the thread died, nothing more will come.
-                if not self.generation_available():
+                # Wherever the request was when the thread died, nothing more will come; nor does
+                # it for one of our own that was cut.
+                if not self.generation_available() or (ticket.keeps and self._has_cut_own):
                     raise self._no_more() from None
                 ticket.waits()
             else:
@@ -237,7 +239,7 @@ class Generator(Bringing):
 
     def _no_more(self) -> Exception:
         """Why there will be no answer."""
-        if self._stop:
+        if self._stop or self._has_cut_own:
             return RefusedError(503, "The server is stopping; ask again when it is back.")
         return RuntimeError("generation thread died")
 
@@ -372,7 +374,8 @@ class Generator(Bringing):
             return [] if self._is_distributed else list(self._tickets)
 
     def cut_own(self) -> None:
-        """End prefills that are for no client, keeping what they have computed."""
+        """End prefills that are for no client, keeping what they have computed: the server ends."""
+        self._has_cut_own = True
         for ticket in self._running():
             if ticket.keeps:
                 ticket.underway.cut()
