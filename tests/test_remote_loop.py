@@ -40,7 +40,7 @@ def test_request_is_over_when_its_answer_was_handed_over(loop: Loop) -> None:
     assert loop.wait_left(0)
 
 
-def test_request_is_over_when_its_answer_comes_behind_the_end(loop: Loop) -> None:
+def test_request_is_over_when_its_answer_comes_after_the_end(loop: Loop) -> None:
     answer = begun(loop)
     loop.close()
     with pytest.raises(RuntimeError, match="closed"):

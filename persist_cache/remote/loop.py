@@ -3,9 +3,9 @@
 obstore answers an awaited call from a thread of its own: that takes the interpreter's lock, looks
 whether the future was cancelled, and hands the result to the loop
 (https://docs.rs/pyo3-async-runtimes). The loop may be through with the result before that thread
-is through with Python. Where the process ends just then, up to CPython 3.13 the thread is ended in
-the midst of frames that are not Python's, which aborts the process, after all was done well. So
-whoever closes the loop waits until these threads have left.
+is through with Python. Where the process ends just then, up to CPython 3.13 the thread is ended
+inside frames that are not Python's, which aborts the process although its work was done. So closing
+the loop waits until these threads have left.
 
 Thread safety: `begun` is for coroutines of the loop, `wait_left` for any thread.
 """
@@ -34,9 +34,10 @@ class Loop(asyncio.SelectorEventLoop):
         super().__init__()
         self._is_beginning = False
         self._owed: set[_Answer] = set()
+        self._left_at = 0.0
 
     def begun(self, begin: Callable[[], Awaitable[T]]) -> Awaitable[T]:
-        """Begin a request of the library: what it returns, whose end will be known."""
+        """Start a request of the library; `wait_left` waits for its thread."""
         self._is_beginning = True
         try:
             return begin()
@@ -60,10 +61,15 @@ class Loop(asyncio.SelectorEventLoop):
         finally:
             for one in args:
                 if isinstance(one, _Answer):
-                    self._owed.discard(one)
+                    self._has_left(one)
 
     def was_looked_at(self, answer: _Answer) -> None:
-        """Note that the library has seen of a future that nobody waits any more."""
+        """Note that the library has seen that this future was cancelled."""
+        self._has_left(answer)
+
+    def _has_left(self, answer: _Answer) -> None:
+        """Note that a thread has said the last of what it had to; it is still in Python."""
+        self._left_at = time.monotonic()
         self._owed.discard(answer)
 
     def wait_left(self, timeout_s: float) -> bool:
@@ -72,14 +78,12 @@ class Loop(asyncio.SelectorEventLoop):
         Returns:
             Whether that is so within the time.
         """
-        if not self._owed:
-            return True
         give_up = time.monotonic() + timeout_s
         while self._owed:
             if time.monotonic() > give_up:
                 return False
             time.sleep(_LOOK_S)
-        time.sleep(_LEAVING_S)
+        time.sleep(max(0.0, self._left_at + _LEAVING_S - time.monotonic()))
         return True
 
 
