@@ -258,6 +258,7 @@ class Soak:
         self._server = server
         assert server.process is not None
         self.calm.append([])
+        self.report.started("plain")
         gate.open()
         while time.monotonic() < end:
             calm = min(end, time.monotonic() + _CALM_EVERY_S)

@@ -78,6 +78,10 @@ class Report:
         with self._lock:
             return len(self._ended)
 
+    def started(self, model: str) -> None:
+        """Note that there is a new server, with a model."""
+        self.ended(model, 0, answered=True)
+
     def ended(self, model: str, begun: int, *, answered: bool) -> None:
         """Note that a request to a model is over that was sent at that place."""
         with self._lock:
@@ -86,13 +90,15 @@ class Report:
     def has_swapped(self, model: str, begun: int) -> bool:
         """Whether the server has turned to another model for a request, or just before it.
 
-        A request that was given up counts only if it was sent before this one: else it may have
-        waited behind it.
+        That is seen from the last answer before it on. A request that was given up counts only if
+        it was sent before this one: else it may have waited for it.
         """
         with self._lock:
-            before = self._ended[max(0, begun - 1) :]
+            ended = list(self._ended)
+        answers = (at for at in reversed(range(begun)) if ended[at][2])
         return any(
-            other != model and (answered or place <= begun) for other, place, answered in before
+            other != model and (answered or place <= begun)
+            for other, place, answered in ended[next(answers, 0) :]
         )
 
 
