@@ -94,12 +94,19 @@ def test_the_file_holds_where_nothing_else_is_said(file: Path, run: Run) -> None
 
 
 def test_what_the_store_remembers_is_not_called_nothing(file: Path, run: Run) -> None:
-    rows = {line.split()[0]: line for line in run("config", "show").out.splitlines()[2:]}
+    def rows(*flags: str) -> dict[str, str]:
+        lines = run("config", "show", *flags).out.splitlines()[2:]
+        return {line.split()[0]: line for line in lines}
 
-    assert rows["min-free"].split()[1:] == ["as", "last", "set", "default"]
-    assert "as last set" in rows["remote"]
-    assert "as last set" not in rows["disk-bytes"]
-    assert rows["while-locked"].split()[1] == "–"
+    said = rows()
+    assert said["min-free"].split()[1:] == ["as", "last", "set", "default"]
+    assert "as last set" in said["remote"]
+    assert "as last set" in said["publish-after"]
+    assert "as last set" not in said["disk-bytes"]
+    for name in ("while-locked", "daily-write-bytes"):
+        assert said[name].split()[1] == "–"
+    # What was last said of another remote does not hold for this one.
+    assert rows("--remote", "s3://other/x")["publish-after"].split()[1] == "–"
 
 
 def test_flags_win_over_the_environment_and_that_over_the_file(

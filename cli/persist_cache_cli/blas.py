@@ -17,11 +17,12 @@ from pathlib import Path
 WHEEL = "cmeel-openblas==0.3.31"
 
 
-def advice(command: str) -> str:
+def advice(command: str, then: str = "`persist-cache doctor` then says how to use it") -> str:
     """What to do to be faster, or "" where there is nothing to gain.
 
     Args:
         command: Of ours, as it would be called again.
+        then: What to do once OpenBLAS is installed.
     """
     if sys.platform != "linux" or not _has_reference_blas() or _is_preloaded():
         return ""
@@ -33,23 +34,22 @@ def advice(command: str) -> str:
     )
     found = find()
     if found is None:
-        return (
-            f"{slow} Install it by `{_install()}`; `persist-cache doctor` then says how to use it."
-        )
+        return f"{slow} Install it by `{_install()}`; {then}."
     variables = " ".join(f"{name}={value}" for name, value in found[1].items())
     return f"{slow} It is installed; start with `{variables} persist-cache {command}`."
 
 
 def variables_for_service() -> dict[str, str]:
-    """Variables by which a process multiplies fast that does not have those of this shell."""
+    """Variables that make a service use OpenBLAS, as it does not inherit those of this shell."""
     if sys.platform != "linux" or not _has_reference_blas():
         return {}
-    if _is_preloaded():
-        names = ("LD_PRELOAD", "LD_LIBRARY_PATH")
-        return {name: os.environ[name] for name in names if os.environ.get(name)}
     from persist_cache_cli.demo.openblas import preload_env
 
-    return preload_env()
+    here = {name: os.environ.get(name, "") for name in ("LD_PRELOAD", "LD_LIBRARY_PATH")}
+    if found := preload_env():
+        # What this shell preloads besides is no affair of the service.
+        return {name: value.removesuffix(f":{here[name]}") for name, value in found.items()}
+    return {name: value for name, value in here.items() if value} if _is_preloaded() else {}
 
 
 def _has_reference_blas() -> bool:

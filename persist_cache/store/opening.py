@@ -48,7 +48,7 @@ _IMPOSSIBLE = frozenset(
     (errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 )
 AskedLimits = tuple[int | None, int | None, int | None]
-"""Budget, bytes to leave free, bytes a day; None for what was last set."""
+"""Budget and bytes to leave free, None for what was last set; bytes a day, None for any."""
 _said_open: set[Path] = set()
 """Stores of this process that no permissions protect, and of which that was said."""
 _CACHEDIR_TAG = (

@@ -22,11 +22,11 @@ _SECRETS = ("key", "token", "salt", "secret", "password")
 _NO_SECRETS = ("remote-secret-file", "remote-public-key")
 """A place, and what everybody may know."""
 _REMEMBERED = (
-    *("disk-bytes", "min-free", "daily-write-bytes", "quota", "ttl"),
-    *("remote", "remote-secret-file", "remote-public-key", "remote-budget"),
+    *("disk-bytes", "min-free", "quota", "ttl", "remote"),
+    *("remote-secret-file", "remote-public-key", "remote-budget"),
     *("publish-plain", "publish-tiers", "publish-after"),
 )
-"""What the store remembers: it holds as last set where nothing is said."""
+"""What the store remembers: where nothing is said of it, what was said last holds."""
 _RULES = ("quota", "ttl")
 _SALT_OF_RULE = re.compile(r"\bsalt:.*(?==)", re.DOTALL)
 """What a rule is about may be a salt."""
@@ -78,7 +78,15 @@ def command(
         )
     elif not quiet:
         click.echo(f"File: {file or f'none ({default_path()} is not there)'}")
-        rows = [[one.name, _shown(one), f"{one.source} {one.place}".rstrip()] for one in found]
+        remembered = _remembered(found)
+        rows = [
+            [
+                one.name,
+                "as last set" if one.name in remembered else _shown(one.value),
+                f"{one.source} {one.place}".rstrip(),
+            ]
+            for one in found
+        ]
         columns = [Column("setting"), Column("value", least=12), Column("from", least=38)]
         for line in table(columns, rows, width=terminal_width(), paint=plain):
             click.echo(line)
@@ -161,11 +169,18 @@ def _masked(name: str, value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _shown(setting: Setting) -> str:
-    value = setting.value
+def _remembered(settings: Sequence[Setting]) -> set[str]:
+    """Names of those of which nothing is said, so that what the store remembers holds."""
+    unsaid = {one.name for one in settings if one.source == "default"} & set(_REMEMBERED)
+    if "remote" not in unsaid:
+        # What was said of another remote does not hold for this one, if it is another.
+        unsaid = {name for name in unsaid if not name.startswith(("remote-", "publish-"))}
+    return unsaid
+
+
+def _shown(value: Any) -> str:
     if value is None or value in ("", [], {}):
-        is_remembered = setting.name in _REMEMBERED and setting.source == "default"
-        return "as last set" if is_remembered else "–"
+        return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

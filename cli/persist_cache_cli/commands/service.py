@@ -30,7 +30,7 @@ _SECRETS = ("--api-key", "--admin-token", "--salt")
 @click.command("service", context_settings={"ignore_unknown_options": True})
 @click.argument("action", type=click.Choice(["install", "status", "logs", "uninstall"]))
 @click.argument("serve_arguments", nargs=-1, type=click.UNPROCESSED)
-@click.option("--print", "only_print", is_flag=True, help="Show the file, and change nothing.")
+@click.option("--print", "only_print", is_flag=True, help="Show the file, and install nothing.")
 @click.option(
     "--manager",
     type=click.Choice(list(MANAGERS)),
@@ -122,7 +122,9 @@ def _install(
     ):
         if os.environ.get(name):
             click.echo(f"Note: {name} is not handed on to the service.", err=True)
-    if not service.variables.get("LD_PRELOAD") and (slow := advice("serve …")):
+    if not service.variables.get("LD_PRELOAD") and (
+        slow := advice("serve …", "then install the service again")
+    ):
         click.echo(f"Note: {slow}", err=True)
 
 
