@@ -107,8 +107,7 @@ def test_signal_that_is_swallowed_ends_a_command_all_the_same(
     done = run(SWALLOWED, tmp_path, "mlx_lm.utils", how, int(ending), *words)
 
     assert done.returncode == 128 + ending, (done.stdout, done.stderr)
-    # Python itself tells of what it ignores.
-    assert done.stderr.count("Traceback") == (how in ("__del__", "weak reference"))
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -155,6 +154,7 @@ def test_signal_that_is_swallowed_ends_a_server_in_order(
 
     assert done.returncode == 0, (done.stdout, done.stderr)
     assert "stopping" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_model_that_cannot_be_loaded_ends_a_server_that_ignores_ctrl_c(tmp_path: Path) -> None:

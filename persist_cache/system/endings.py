@@ -2,7 +2,8 @@
 
 Its handler raises an exception in the main thread, wherever that is: in a `__del__`, in a weak
 reference's callback, or where somebody else's code catches everything, it goes no further. So it
-is raised again until it has arrived where the process ends.
+is raised again until it has arrived where the process ends. Python tells, with a traceback, of
+exceptions that go no further; of these it need not.
 
 Thread safety: for the main thread, where Python runs all handlers of signals.
 """
@@ -13,7 +14,7 @@ import contextlib
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ _wanted: Asked | None = None
 _since = 0.0
 """When that was asked for, by the monotonic clock."""
 _deferred = 0
+_tell_swallowed: Callable[[sys.UnraisableHookArgs], object] | None = None
+"""Tells of exceptions that go no further, while ours is in its place."""
 
 
 def insist(kind: type[BaseException], *arguments: Any) -> None:
@@ -45,11 +48,13 @@ def insist(kind: type[BaseException], *arguments: Any) -> None:
     but not while the process cleans up because of what came a moment ago. A terminal that is
     closed, a key that is held down, and what ends services send several signals at once.
     """
-    global _wanted, _since
+    global _wanted, _since, _tell_swallowed
     now = time.monotonic()
     if _wanted is not None and now - _since < _AT_ONCE_S and _is_under_way():
         return
     _wanted, _since = Asked(kind, arguments), now
+    if _tell_swallowed is None:
+        _tell_swallowed, sys.unraisablehook = sys.unraisablehook, _swallowed
     signal.signal(signal.SIGALRM, _again)
     signal.setitimer(signal.ITIMER_REAL, _AGAIN_S, _AGAIN_S)
     if not _deferred:
@@ -63,10 +68,12 @@ def asked() -> Asked | None:
 
 def arrived() -> None:
     """Say that the process ends in order, so that it is not raised again."""
-    global _wanted
+    global _wanted, _tell_swallowed
     if _wanted is not None:
         signal.setitimer(signal.ITIMER_REAL, 0)
         _wanted = None
+    if _tell_swallowed is not None:
+        sys.unraisablehook, _tell_swallowed = _tell_swallowed, None
 
 
 def rest() -> None:
@@ -98,6 +105,13 @@ def has_ended(process: subprocess.Popen[Any]) -> bool:
     """
     with deferred():
         return process.poll() is not None
+
+
+def _swallowed(said: sys.UnraisableHookArgs) -> None:
+    """Pass over what will be raised again."""
+    is_ours = _wanted is not None and said.exc_type is _wanted.kind
+    if not is_ours and _tell_swallowed is not None:
+        _tell_swallowed(said)
 
 
 def _again(signum: int, frame: object) -> None:
