@@ -1,7 +1,8 @@
-"""A server that comes up asks nobody for the name of the machine it runs on."""
+"""A server that comes up asks nobody for the name of its machine, and many may wait for it."""
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
@@ -63,3 +64,13 @@ def test_its_name_is_its_address(address: str) -> None:
     with NamelessServer((address, 0), BaseHTTPRequestHandler) as bound:
         assert bound.server_name == address
         assert bound.server_port == bound.server_address[1] > 0
+
+
+def test_many_clients_may_wait_while_none_is_accepted() -> None:
+    with (
+        NamelessServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as bound,
+        contextlib.ExitStack() as clients,
+    ):
+        for _ in range(100):
+            where = ("127.0.0.1", bound.server_port)
+            clients.enter_context(socket.create_connection(where, timeout=30))

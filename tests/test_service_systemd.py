@@ -38,10 +38,10 @@ def test_a_killed_service_comes_back_and_answers_from_the_disk(tmp_path: Path) -
 
         assert after["choices"] == before["choices"]
         assert after["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
-        status = run("service", "status")
+        # It is told once a second.
+        status = until(lambda: "Ready, " in (said := run("service", "status")).out and said)
         assert status.status == 0
         assert "active (running)" in status.out
-        assert "Ready, " in status.out
 
         done = run("service", "uninstall")
 
