@@ -186,3 +186,12 @@ def test_other_failures_are_not_blamed_on_mlx_lm(
 
     with pytest.raises(AttributeError):
         run("list")
+
+
+def test_what_is_tried_of_an_installation_holds_in_this_one(tmp_path: Path) -> None:
+    """Else it would be seen at the next release only."""
+    done = subprocess.run(
+        [sys.executable, "-c", smoke.LIBRARY], cwd=tmp_path, capture_output=True, text=True
+    )
+
+    assert (done.returncode, done.stdout.strip()) == (0, persist_cache.__version__), done.stderr

@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 CHECKS = ("platform", "index", "sigterm")
-_LIBRARY = """
+LIBRARY = """
 import importlib.resources, persist_cache, persist_cache_cli
 files = importlib.resources.files
 assert files("persist_cache").joinpath("py.typed").is_file()
 assert files("persist_cache_cli").joinpath("py.typed").is_file()
-assert files("persist_cache.server").joinpath("page.html").is_file()
+assert files("persist_cache.server.page").joinpath("page.html").is_file()
 with persist_cache.PromptCache() as cache:
     assert cache.fetch_nearest_cache("model", [1, 2, 3]) == (None, [1, 2, 3])
 print(persist_cache.__version__)
@@ -117,7 +117,7 @@ def use(binaries: Path, env: Mapping[str, str], home: Path, version: str) -> Non
     if _run([program, "list", "--json"], env, home) != "[]\n":
         raise SmokeError("list shows something, though the home is empty")
     if (binaries / "python").exists():
-        said = _run([str(binaries / "python"), "-c", _LIBRARY], env, home)
+        said = _run([str(binaries / "python"), "-c", LIBRARY], env, home)
         if said.strip() != version:
             raise SmokeError(f"__version__ is {said.strip()!r}, not {version}")
     only = [word for name in CHECKS for word in ("--only", name)]
