@@ -268,8 +268,7 @@ class Lookup:
         try:
             return store.match(owner.fingerprint, packed, limit=limit, trail=trail)
         except StoreError as error:
-            if self._saver.disk is not None:  # else it was closed by us while it was asked
-                self._saver.failed(error)
+            self._saver.failed(error)
             return nothing(MissReason.DISK_ERROR, str(error))
 
     def _prompt_tokens(self, owner: Owner, packed: bytes, trail: Trail | None) -> int:

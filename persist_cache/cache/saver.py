@@ -153,7 +153,9 @@ class Saver:
         return self._disk_error
 
     def failed(self, error: StoreError) -> None:
-        """Note that the disk could not be used."""
+        """Note that the disk could not be used; after `close` it is used no more."""
+        if self._closed:
+            return
         self._tally.problem(f"disk:{type(error).__name__}")
         if str(error) != str(self._disk_error):
             log.warning("the disk is not used: %s", error)
