@@ -28,6 +28,7 @@ from tests.waiting import until
 
 CUT = 3 * STEP
 FLAGS = ("--prefill-step-size", str(STEP))
+KV_BITS = ("--kv-bits", "8", "--kv-group-size", "32", "--quantized-kv-start", "0")
 LENGTH = 248
 """Of a prompt."""
 WAYS: dict[str, dict[str, Any]] = {"batched": {}, "alone": {"seed": 1}}
@@ -162,12 +163,14 @@ def test_clients_of_all_protocols_are_told_that_the_server_ends(
     assert b"The server is stopping; ask again when it is back." in said
 
 
-def test_end_waits_for_no_prompt_that_is_warmed(models: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("flags", [(), KV_BITS], ids=["batched", "alone"])
+def test_end_waits_for_no_prompt_that_is_warmed(tmp_path: Path, flags: tuple[str, ...]) -> None:
     """What is computed of it is kept, and who asked for it is told."""
+    model = write_model(tmp_path / "model", KINDS["plain"], 0, head_dim=32)
     prompt = text(1)["prompt"]
-    options: dict[str, Any] = {"flags": FLAGS, "min_free_bytes": 0, "grace_s": 5}
+    options: dict[str, Any] = {"flags": (*FLAGS, *flags), "min_free_bytes": 0, "grace_s": 5}
     with (
-        HeldServer(models["plain"], tmp_path / "store", tmp_path / "logs", **options) as server,
+        HeldServer(model, tmp_path / "store", tmp_path / "logs", **options) as server,
         ThreadPoolExecutor(1) as pool,
     ):
         ask(server, text(0, max_tokens=1))

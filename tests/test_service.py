@@ -264,6 +264,19 @@ def test_a_service_multiplies_by_the_openblas_that_is_there(
     assert {name: of_unit(unit.read_text(), name) for name in found} == found
 
 
+def test_a_service_has_the_folders_by_which_openblas_was_found(
+    slow_linux: pytest.MonkeyPatch, run: Run, unit: Path
+) -> None:
+    found = {"LD_PRELOAD": "/lib/libopenblas.so.0"}
+    slow_linux.setenv("LD_LIBRARY_PATH", "/fortran")
+    slow_linux.setattr(openblas, "find", lambda: (Path("/lib"), found))
+    done = run("service", "install", "--manager", "systemd")
+
+    assert (done.status, done.err) == (0, "")
+    assert of_unit(unit.read_text(), "LD_PRELOAD") == "/lib/libopenblas.so.0"
+    assert of_unit(unit.read_text(), "LD_LIBRARY_PATH") == "/fortran"
+
+
 def test_a_service_multiplies_by_what_the_shell_preloads(
     slow_linux: pytest.MonkeyPatch, run: Run, unit: Path
 ) -> None:

@@ -47,8 +47,10 @@ def variables_for_service() -> dict[str, str]:
 
     here = {name: os.environ.get(name, "") for name in ("LD_PRELOAD", "LD_LIBRARY_PATH")}
     if found := preload_env():
-        # What this shell preloads besides is no affair of the service.
-        return {name: value.removesuffix(f":{here[name]}") for name, value in found.items()}
+        # What this shell preloads besides is no affair of the service; folders that it needs are.
+        own = {name: value.removesuffix(f":{here[name]}") for name, value in found.items()}
+        folders = here["LD_LIBRARY_PATH"]
+        return {"LD_LIBRARY_PATH": folders, **own} if folders else own
     return {name: value for name, value in here.items() if value} if _is_preloaded() else {}
 
 

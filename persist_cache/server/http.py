@@ -419,7 +419,8 @@ class Front(BaseHTTPRequestHandler):
     def _ask(self, body: dict[str, Any], keeps: Part, protocol: str) -> tuple[int, dict[str, Any]]:
         """Answer a request of our own as if it had come from outside.
 
-        It leaves no more than `keeps` in the cache, and is not counted among the clients'.
+        It leaves no more than `keeps` in the cache, and is not counted among the clients'. The end
+        of the server waits until it is computed, but not until what becomes of it is told.
         """
         outside = self.path, self.wfile, self.headers
         self.keeps = keeps

@@ -12,6 +12,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from persist_cache.sharing import NO_REMOTE
 from persist_cache.store.store import default_store_path
 from persist_cache_cli.config import config_of
 from persist_cache_cli.config_place import default_path
@@ -82,7 +83,7 @@ def command(
         rows = [
             [
                 one.name,
-                "as last set" if one.name in remembered else _shown(one.value),
+                remembered.get(one.name) or _shown(one.value),
                 f"{one.source} {one.place}".rstrip(),
             ]
             for one in found
@@ -169,13 +170,18 @@ def _masked(name: str, value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _remembered(settings: Sequence[Setting]) -> set[str]:
-    """Names of those of which nothing is said, so that what the store remembers holds."""
+def _remembered(settings: Sequence[Setting]) -> dict[str, str]:
+    """What to say of those of which nothing is said, so that what the store remembers holds."""
     unsaid = {one.name for one in settings if one.source == "default"} & set(_REMEMBERED)
-    if "remote" not in unsaid:
-        # What was said of another remote does not hold for this one, if it is another.
-        unsaid = {name for name in unsaid if not name.startswith(("remote-", "publish-"))}
-    return unsaid
+    said = dict.fromkeys(unsaid, "as last set")
+    (remote,) = [one for one in settings if one.name == "remote"]
+    if remote.source != "default":
+        # What was said of another remote does not hold for this one.
+        held = None if remote.value == NO_REMOTE else "as last set for this remote"
+        for name in unsaid:
+            if name.startswith(("remote-", "publish-")):
+                said[name] = held or ""
+    return said
 
 
 def _shown(value: Any) -> str:

@@ -218,14 +218,17 @@ class Generator(Bringing):
             try:
                 one = answers.get(timeout=SIGN_S)
             except Empty:
-                # Wherever the request was when the thread died, nothing more will come; nor does
-                # it for one of our own that was cut.
-                if not self.generation_available() or (ticket.keeps and self._has_cut_own):
+                # Wherever the request was when the thread died, nothing more will come.
+                if not self.generation_available() or self._is_cut_own(ticket):
                     raise self._no_more() from None
                 ticket.waits()
             else:
-                cut = isinstance(one, ConnectionAbortedError) and self._stop
-                return self._no_more() if cut else one
+                cut = isinstance(one, ConnectionAbortedError)
+                return self._no_more() if cut and (self._stop or self._is_cut_own(ticket)) else one
+
+    def _is_cut_own(self, ticket: Ticket) -> bool:
+        """Whether a request is for no client, and was cut because the server ends."""
+        return bool(ticket.keeps) and self._has_cut_own
 
     def check_available(self) -> None:
         """See whether there can be an answer.
@@ -375,7 +378,7 @@ class Generator(Bringing):
 
     def cut_own(self) -> None:
         """End prefills that are for no client, keeping what they have computed: the server ends."""
-        self._has_cut_own = True
+        self._has_cut_own = not self._is_distributed
         for ticket in self._running():
             if ticket.keeps:
                 ticket.underway.cut()
