@@ -58,6 +58,15 @@ def connected(
         yield client
 
 
+def end(server: HeldServer, logged: str) -> None:
+    """Have a server end whose prefill is held up until it has logged that."""
+    assert server.process is not None
+    server.process.send_signal(signal.SIGTERM)
+    until(lambda: logged in server.log.read_text())
+    server.release()
+    assert server.process.wait(60) == 0
+
+
 def ask(server: HeldServer, body: dict[str, Any]) -> Told:
     answer = server.request("POST", "/v1/completions", json=body)
     return told(answer)
@@ -112,12 +121,8 @@ def test_server_that_is_told_to_end_keeps_what_it_computes(
         server.prefilled()
         with server.held_up(CUT), connected(server, body) as client:
             computed = server.wait_for(CUT)
-            assert server.process is not None
-            server.process.send_signal(signal.SIGTERM)
-            until(lambda: "were cut" in server.log.read_text())
-            server.release()
+            end(server, "were cut")
             said = client.makefile("rb").read()
-            assert server.process.wait(60) == 0
         computed += sum(map(len, server.prefilled()))
 
     assert b" 503 " in said
@@ -152,12 +157,8 @@ def test_clients_of_all_protocols_are_told_that_the_server_ends(
         server.prefilled()
         with server.held_up(CUT), connected(server, body, path) as client:
             server.wait_for(CUT)
-            assert server.process is not None
-            server.process.send_signal(signal.SIGTERM)
-            until(lambda: "were cut" in server.log.read_text())
-            server.release()
+            end(server, "were cut")
             said = client.makefile("rb").read()
-            assert server.process.wait(60) == 0
 
     assert b" 503 " in said
     assert b"The server is stopping; ask again when it is back." in said
@@ -178,11 +179,7 @@ def test_end_waits_for_no_prompt_that_is_warmed(tmp_path: Path, flags: tuple[str
         with server.held_up(CUT):
             warming = pool.submit(server.request, "POST", "/v1/cache/warm", json={"prompt": prompt})
             computed = server.wait_for(CUT)
-            assert server.process is not None
-            server.process.send_signal(signal.SIGTERM)
-            until(lambda: "stopping: waiting" in server.log.read_text())
-            server.release()
-            assert server.process.wait(60) == 0
+            end(server, "stopping: waiting")
         computed += sum(map(len, server.prefilled()))
         assert "were cut" not in server.log.read_text()
 

@@ -250,46 +250,35 @@ def slow_linux(asked: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPat
     return monkeypatch
 
 
+FOUND = {"LD_PRELOAD": "/lib/libopenblas.so.0", "LD_LIBRARY_PATH": "/lib"}
+UNKNOWN = {"LD_PRELOAD": "libm.so.6", "LD_LIBRARY_PATH": "/own"}
+
+
+@pytest.mark.parametrize(
+    ("found", "shell", "wanted"),
+    [
+        ({**FOUND, "LD_LIBRARY_PATH": "/lib:/own"}, {"LD_LIBRARY_PATH": "/own"}, FOUND),
+        ({"LD_PRELOAD": FOUND["LD_PRELOAD"]}, {"LD_LIBRARY_PATH": "/lib"}, FOUND),
+        (None, UNKNOWN, UNKNOWN),
+    ],
+    ids=["without the shell's own", "found by the shell's folders", "not known here"],
+)
 def test_a_service_multiplies_by_the_openblas_that_is_there(
-    slow_linux: pytest.MonkeyPatch, run: Run, unit: Path
+    slow_linux: pytest.MonkeyPatch,
+    run: Run,
+    unit: Path,
+    found: dict[str, str] | None,
+    shell: dict[str, str],
+    wanted: dict[str, str],
 ) -> None:
-    """And by nothing else that this shell has in front of it."""
-    found = {"LD_PRELOAD": "/lib/libopenblas.so.0", "LD_LIBRARY_PATH": "/lib"}
-    slow_linux.setenv("LD_LIBRARY_PATH", "/own")
-    with_own = {**found, "LD_LIBRARY_PATH": "/lib:/own"}
-    slow_linux.setattr(openblas, "find", lambda: (Path("/lib"), with_own))
-    done = run("service", "install", "--manager", "systemd")
-
-    assert (done.status, done.err) == (0, "")
-    assert {name: of_unit(unit.read_text(), name) for name in found} == found
-
-
-def test_a_service_has_the_folders_by_which_openblas_was_found(
-    slow_linux: pytest.MonkeyPatch, run: Run, unit: Path
-) -> None:
-    found = {"LD_PRELOAD": "/lib/libopenblas.so.0"}
-    slow_linux.setenv("LD_LIBRARY_PATH", "/fortran")
-    slow_linux.setattr(openblas, "find", lambda: (Path("/lib"), found))
-    done = run("service", "install", "--manager", "systemd")
-
-    assert (done.status, done.err) == (0, "")
-    assert of_unit(unit.read_text(), "LD_PRELOAD") == "/lib/libopenblas.so.0"
-    assert of_unit(unit.read_text(), "LD_LIBRARY_PATH") == "/fortran"
-
-
-def test_a_service_multiplies_by_what_the_shell_preloads(
-    slow_linux: pytest.MonkeyPatch, run: Run, unit: Path
-) -> None:
-    """Where that is a library of which nothing is known here."""
-    slow_linux.setattr(openblas, "find", lambda: None)
-    slow_linux.setattr(blas, "_is_preloaded", lambda: True)
-    preloaded = {"LD_PRELOAD": "libm.so.6", "LD_LIBRARY_PATH": "/own"}
-    for name, value in preloaded.items():
+    slow_linux.setattr(openblas, "find", lambda: found and (Path("/lib"), found))
+    slow_linux.setattr(blas, "_is_preloaded", lambda: found is None)
+    for name, value in shell.items():
         slow_linux.setenv(name, value)
     done = run("service", "install", "--manager", "systemd")
 
     assert (done.status, done.err) == (0, "")
-    assert {name: of_unit(unit.read_text(), name) for name in preloaded} == preloaded
+    assert {name: of_unit(unit.read_text(), name) for name in wanted} == wanted
 
 
 def test_a_service_without_openblas_is_told_where_it_comes_from(

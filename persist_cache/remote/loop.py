@@ -7,7 +7,7 @@ is through with Python. Where the process ends just then, up to CPython 3.13 the
 inside frames that are not Python's, which aborts the process although its work was done. So closing
 the loop waits until these threads have left.
 
-Thread safety: `begun` is for coroutines of the loop, `wait_left` for any thread.
+Thread safety: `begun` is for coroutines of the loop, everything else for any thread.
 """
 
 from __future__ import annotations
@@ -61,13 +61,9 @@ class Loop(asyncio.SelectorEventLoop):
         finally:
             for one in args:
                 if isinstance(one, _Answer):
-                    self._has_left(one)
+                    self.has_been_told(one)
 
-    def was_looked_at(self, answer: _Answer) -> None:
-        """Note that the library has seen that this future was cancelled."""
-        self._has_left(answer)
-
-    def _has_left(self, answer: _Answer) -> None:
+    def has_been_told(self, answer: _Answer) -> None:
         """Note that a thread has said the last of what it had to; it is still in Python."""
         self._left_at = time.monotonic()
         self._owed.discard(answer)
@@ -98,5 +94,5 @@ class _Answer(asyncio.Future[Any]):
         is_cancelled = super().cancelled()
         if is_cancelled and threading.get_ident() != self._thread:
             loop: Any = self.get_loop()
-            loop.was_looked_at(self)
+            loop.has_been_told(self)
         return is_cancelled

@@ -171,16 +171,14 @@ def _masked(name: str, value: Any) -> Any:
 
 
 def _remembered(settings: Sequence[Setting]) -> dict[str, str]:
-    """What to say of those of which nothing is said, so that what the store remembers holds."""
+    """What to say in place of values that the store remembers, by the names of the settings."""
     unsaid = {one.name for one in settings if one.source == "default"} & set(_REMEMBERED)
     said = dict.fromkeys(unsaid, "as last set")
     (remote,) = [one for one in settings if one.name == "remote"]
     if remote.source != "default":
         # What was said of another remote does not hold for this one.
-        held = None if remote.value == NO_REMOTE else "as last set for this remote"
-        for name in unsaid:
-            if name.startswith(("remote-", "publish-")):
-                said[name] = held or ""
+        holds = "" if remote.value == NO_REMOTE else "as last set for this remote"
+        said |= {name: holds for name in unsaid if name.startswith(("remote-", "publish-"))}
     return said
 
 
