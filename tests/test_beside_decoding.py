@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -163,6 +164,25 @@ def test_requests_that_wait_for_the_model_are_tokenized_beside_the_first(
 
     assert replies[0] == replies[1] == replies[2]
     assert [one.tokenized_by.startswith("client") for one in tickets] == [False, True, True]
+
+
+class _OneAnswered(Loop):
+    """What it is asked is a part of one request."""
+
+    def _answering(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+def test_the_tokenizer_is_not_copied_while_an_answer_is_told(
+    model: Callable[[str], Path], store: Store
+) -> None:
+    """The thread that tells it would wait for the copy at each of its steps."""
+    with _OneAnswered(model("plain"), store, waits=False) as loop:
+        with loop.generator.in_flight():
+            for _ in range(3):
+                loop.ask(QUESTION)
+                assert loop.provider.spare is None
+        until(lambda: loop.provider.spare is not None)
 
 
 def test_a_tokenizer_that_cannot_be_copied_keeps_nobody_waiting(

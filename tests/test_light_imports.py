@@ -119,3 +119,17 @@ def test_no_package_called_cli_is_installed() -> None:
 
     assert home.name == "persist_cache_cli"
     assert not (home.parent / "cli" / "__init__.py").exists()
+
+
+def test_the_modules_of_a_command_are_never_searched_for_garbage() -> None:
+    """A search of all that `serve` imports would take as long as our own part of it."""
+    done = run(
+        "import gc, sys\n"
+        "import persist_cache_cli.main as main\n"
+        "command = main.cli.get_command(None, 'serve')\n"
+        "searched = {id(one) for one in gc.get_objects()}\n"
+        "modules = [sys.modules[command.callback.__module__], sys.modules['mlx_lm.server']]\n"
+        "print(gc.isenabled(), [id(vars(one)) in searched for one in modules])"
+    )
+
+    assert done.stdout == "True [False, False]\n", done.stderr

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 _SAVED_S = 10.0
 """How long a request waits for what another one computed to be saved, if memory cannot hold it."""
+_TOLD_S = 0.05
+"""How long the generation thread waits for the end of an answer, once it has nothing to compute."""
 
 
 class Generator(Bringing):
@@ -260,9 +262,10 @@ class Generator(Bringing):
         for ticket in seen:
             ticket.tell_end()  # if upstream had no cache to hand over
         self._leftovers.clear(self.requests)
-        is_idle = timeout is not None and self.requests.empty()
-        if is_idle or getattr(self.model_provider, "wants_spare", False):
+        if getattr(self.model_provider, "wants_spare", False):
             self._make_spare()
+        elif timeout is not None and getattr(self.model_provider, "lacks_spare", False):
+            self._make_spare_in_peace()
         return super()._next_request(timeout)
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
@@ -283,6 +286,19 @@ class Generator(Bringing):
             if one.is_given_up() or (one.model == ticket.model and one.is_begun_for(ticket)):
                 one.underway.cut()
                 one.underway.keep_now()
+
+    def _make_spare_in_peace(self) -> None:
+        """Make the spare tokenizer if nobody waits for this thread, or for the end of an answer.
+
+        Threads that tell an answer would have to ask this one for the interpreter at each step.
+        """
+        give_up = time.monotonic() + _TOLD_S
+        with self._changed:
+            while self._in_flight > 0 and self.requests.empty() and time.monotonic() < give_up:
+                self._changed.wait(_TOLD_S / 10)
+            is_idle = self._in_flight <= 0 and self.requests.empty()
+        if is_idle:
+            self._make_spare()
 
     def _make_spare(self) -> None:
         if isinstance(self.model_provider, Provider):  # else it is upstream's

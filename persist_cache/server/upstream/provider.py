@@ -165,10 +165,15 @@ class Provider(upstream.ModelProvider):  # type: ignore[misc]
         self.state_layers = () if self.model is None else state_layers(self.model)
         self.is_trimmable = not self.state_layers
 
+    @property
+    def lacks_spare(self) -> bool:
+        """Whether a tokenizer is loaded of which there is no copy, but can be."""
+        return self.tokenizer is not None and self.spare is None and not self.has_no_spare
+
     def make_spare(self) -> None:
         """Copy the tokenizer of what is loaded, which can take as long as a short prompt does."""
         self.wants_spare = False
-        if self.tokenizer is None or self.spare is not None or self.has_no_spare:
+        if not self.lacks_spare:
             return
         try:
             self.spare = Spare(self.tokenizer, copy.deepcopy(self.tokenizer))
