@@ -56,7 +56,10 @@ class Leftovers:
         tickets = set(map(id, over))
         result = values.get("result")
         if id(_ticket_of(values.get("rqueue"))) in tickets:
-            _scrub_request(values)
+            _scrub_asked(values)
+        # Of a request that it could not tokenize, the loop has no more than that.
+        if id(_ticket_of(values.get("prompt"))) in tickets:
+            _scrub_prompt(values)
         if isinstance(result, dict) and id(_ticket_of(result.get("rqueue"))) in tickets:
             _scrub_result(result)
         if isinstance(values, dict):
@@ -72,20 +75,24 @@ def _at_work(values: Mapping[str, Any]) -> list[Any]:
 
 
 def _ticket_of(one: Any) -> Ticket | None:
-    """The ticket of a request, of its answers, or of both together."""
+    """The ticket of a request, of its answers, of its tokens, or of request and answers."""
     if isinstance(one, tuple):
         one = one[0] if one else None
     found: Ticket | None = getattr(one, "ticket", None)
     return found
 
 
-def _scrub_request(values: Mapping[str, Any]) -> None:
-    """Of the request that was taken last; the loop has let go of the request itself."""
+def _scrub_asked(values: Mapping[str, Any]) -> None:
+    """How the request that was taken last is to be answered; the loop has let go of the request."""
+    if (args := values.get("args")) is not None:
+        args.stop_words, args.chat_template_kwargs = [], None
+
+
+def _scrub_prompt(values: Mapping[str, Any]) -> None:
+    """Of the request that was tokenized last."""
     scrub(*map(values.get, ("prompt", "segments", "rest")))
     if (context := values.get("ctx")) is not None:
         scrub(context.prompt)
-    if (args := values.get("args")) is not None:
-        args.stop_words, args.chat_template_kwargs = [], None
 
 
 def _scrub_result(result: Mapping[str, Any]) -> None:
