@@ -302,6 +302,31 @@ def test_nothing_is_computed_for_those_who_have_left(
     assert computed < 600  # upstream looks every 25 calls, or every half second
 
 
+def test_a_retry_does_not_overtake_one_that_waits_for_the_end_of_the_batch(
+    model: Callable[..., Path],
+) -> None:
+    """Which came before it: what is computed is kept, and the retry goes on from there later."""
+    first, other = Ticket(), Ticket()
+    with held(model("plain"), prefill_step_size=16) as one:
+        one.hold(2)
+        asked = one.ask(chat((1, 600)), ticket=first)
+        one.reached()
+        before = one.ask(chat((2, 20)), ticket=other, seed=1)
+        until(lambda: one.loop.generator.requests.qsize() == 1)
+        leave(first)
+        retry = one.ask(chat((1, 600)))
+        one.followed_by(1)
+        one.go()
+        with pytest.raises(ConnectionAbortedError):
+            asked.result(TIMEOUT_S)
+        prompts = {tuple(each.result(TIMEOUT_S).prompt) for each in (before, retry)}
+        computed = one.loop.prefilled()
+
+    assert first.underway.computed_tokens < 600
+    assert retry.result().cached > 0
+    assert computed <= distinct_tokens(prompts)
+
+
 def test_one_that_leaves_the_line_is_waited_for_no_more(model: Callable[..., Path]) -> None:
     """It is not in upstream's queue, whose thread would note its end."""
     ticket = Ticket()

@@ -183,7 +183,7 @@ def test_prefill_that_another_request_waits_for_goes_on(
 ) -> None:
     client = Client()
     with Loop(model("plain"), prefill_step_size=STEP) as loop:
-        with client.ticket.underway.followed():
+        with client.ticket.underway.followed(0.0):
             with held_up(loop, CUT, client.ticket, **WAYS[way]) as asked:
                 client.leave()
                 with pytest.raises(ConnectionAbortedError):
@@ -496,12 +496,12 @@ BREAKS: dict[str, tuple[dict[tuple[Any, str], Any], Callable[..., None], tuple[A
         ("plain", "alone", "impatient"),
     ),
     "nobody is followed": (
-        {(underway.Underway, "followed"): lambda self: contextlib.nullcontext()},
+        {(underway.Underway, "followed"): lambda self, came: contextlib.nullcontext()},
         test_prefill_that_another_request_waits_for_goes_on,
         ("batched", "impatient"),
     ),
     "nothing is in the way": (
-        {(underway.Underway, "hurry"): lambda self: None},
+        {(underway.Underway, "hurry"): lambda self, came: None},
         test_prefill_of_nobody_makes_way_for_who_waits_for_the_end_of_the_batch,
         (),
     ),

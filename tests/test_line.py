@@ -299,8 +299,8 @@ def test_who_waits_is_woken_by_a_prompt_that_becomes_known() -> None:
 followed, entered = Underway.followed, list[Any]()
 
 
-def follow_for_ever(underway: Underway) -> AbstractContextManager[None]:
-    entered.append(followed(underway))
+def follow_for_ever(underway: Underway, came: float) -> AbstractContextManager[None]:
+    entered.append(followed(underway, came))
     entered[-1].__enter__()
     return nullcontext()
 

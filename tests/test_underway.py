@@ -138,7 +138,7 @@ def test_prefill_is_given_up_when_its_client_is_gone_for_long_and_nobody_else_wa
     now = PATIENCE_S - 1
     assert not underway.is_given_up()
     now = PATIENCE_S + 1
-    with underway.followed():
+    with underway.followed(0.0):
         assert underway.followers == 1
         assert not underway.is_given_up()
     assert underway.is_given_up()
@@ -150,12 +150,14 @@ def test_prefill_that_is_in_the_way_ends_when_its_client_is_gone() -> None:
     underway = Underway()
     underway.begin(0)
 
-    underway.hurry()
-    assert not underway.is_given_up()
-    underway.leave()
-    with underway.followed():
+    underway.hurry(5.0)
+    with underway.followed(4.0):
+        assert not underway.is_given_up()
+        underway.leave()
         assert not underway.is_given_up()
     assert underway.is_given_up()
+    with underway.followed(6.0):
+        assert underway.is_given_up(), "it came later than the one that waits for the end"
 
 
 def test_prefill_is_saved_at_growing_distances() -> None:

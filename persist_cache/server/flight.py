@@ -189,7 +189,7 @@ class Line:
         known_before: int | None = None
         while (lead := self._lead(mine, known_tokens)) is not None:
             known_before = lead.known_tokens if known_before is None else known_before
-            with lead.underway.followed():
+            with lead.underway.followed(mine.ticket.times.arrived):
                 lead.underway.keep_at(lead.num_tokens)
                 while not lead.underway.wait_kept(lead.num_tokens, pause_s):
                     pause()

@@ -7,6 +7,7 @@ a while, and longer if another request waits for it; then it is cut, and what wa
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -41,13 +42,13 @@ class Underway:
         self._clock = clock
         self._changed = threading.Condition()
         self._wanted: set[int] = set()
-        self._followers = 0
+        self._followers: list[float] = []
         self._found = 0
         self._kept = 0
         self._computed = 0
         self._anywhere = True
         self._left_at: float | None = None
-        self._is_in_the_way = False
+        self._in_the_way_since = math.inf
         self._begun_at = self._save_at = self._kept_at = 0.0
         self._states_bytes = 0
         self._is_cut = False
@@ -88,21 +89,27 @@ class Underway:
         return self._kept >= position or (not self._anywhere and self._computed >= position)
 
     @contextlib.contextmanager
-    def followed(self) -> Iterator[None]:
-        """Have it go on in the block, though its own client may be gone."""
+    def followed(self, came: float) -> Iterator[None]:
+        """Have it go on in the block, though its own client may be gone.
+
+        Unless it is in the way of a request that came earlier than its follower.
+
+        Args:
+            came: When the follower did, by `time.monotonic`.
+        """
         with self._changed:
-            self._followers += 1
+            self._followers.append(came)
         try:
             yield
         finally:
             with self._changed:
-                self._followers -= 1
+                self._followers.remove(came)
 
     @property
     def followers(self) -> int:
         """Requests that wait for it."""
         with self._changed:
-            return self._followers
+            return len(self._followers)
 
     @property
     def is_running(self) -> bool:
@@ -135,13 +142,16 @@ class Underway:
                 self._left_at = self._clock()
             return self._runs
 
-    def hurry(self) -> None:
+    def hurry(self, came: float = -math.inf) -> None:
         """Have it end as soon as its client is gone: another request waits for its end.
 
-        One that waits for what it computes is more than that, and keeps it going.
+        Those that waited before that one for what it computes keep it going.
+
+        Args:
+            came: When the request that waits did, by `time.monotonic`.
         """
         with self._changed:
-            self._is_in_the_way = True
+            self._in_the_way_since = min(self._in_the_way_since, came)
 
     def cut(self) -> None:
         """Have it end, whoever waits: so does the server."""
@@ -229,9 +239,10 @@ class Underway:
         with self._changed:
             if not self._runs or self._is_cut:
                 return self._runs
-            if self._left_at is None or self._followers:
+            is_kept_going = any(one < self._in_the_way_since for one in self._followers)
+            if self._left_at is None or is_kept_going:
                 return False
-            patience_s = 0.0 if self._is_in_the_way else PATIENCE_S
+            patience_s = PATIENCE_S if self._in_the_way_since == math.inf else 0.0
             return self._clock() - self._left_at >= patience_s
 
     def keep_now(self) -> None:

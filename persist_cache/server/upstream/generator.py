@@ -60,6 +60,7 @@ class Generator(Bringing):
         self._changed = threading.Condition()
         self._leftovers = Leftovers()
         self._has_cut_own = False
+        self._taken_came = 0.0
         self._tickets: WeakSet[Ticket] = WeakSet()
         """Those that the generation thread has seen."""
         prompt_cache.is_busy = self._is_busy
@@ -266,7 +267,10 @@ class Generator(Bringing):
             self._make_spare()
         elif timeout is not None and getattr(self.model_provider, "lacks_spare", False):
             self._make_spare_in_peace()
-        return super()._next_request(timeout)
+        taken = super()._next_request(timeout)
+        if taken is not None:
+            self._taken_came = taken[1].ticket.times.arrived
+        return taken
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
         if self.is_ending:
@@ -309,7 +313,7 @@ class Generator(Bringing):
         is_batchable: bool = super()._is_batchable(args)
         for ticket in self._running():
             if not is_batchable or args.model != ticket.model:
-                ticket.underway.hurry()
+                ticket.underway.hurry(self._taken_came)
         return is_batchable
 
     def _serve_single(self, request: Any, stream: Any) -> None:
@@ -338,8 +342,10 @@ class Generator(Bringing):
         """Whether a prefill beside which nothing else is computed is to end."""
         if self._is_distributed:
             return False
-        if not self.requests.empty():
-            ticket.underway.hurry()  # for its own client, it may be, who asks again
+        with self.requests.mutex:
+            waiting = [one.ticket.times.arrived for _, one, _ in self.requests.queue]
+        if waiting:
+            ticket.underway.hurry(min(waiting))  # for its own client, it may be, who asks again
         return ticket.is_given_up()
 
     def complete(
