@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -74,3 +75,79 @@ def test_many_clients_may_wait_while_none_is_accepted() -> None:
         for _ in range(100):
             where = ("127.0.0.1", bound.server_port)
             clients.enter_context(socket.create_connection(where, timeout=30))
+
+
+class Refusing(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self.send_response(503)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+ASKED = b"GET / HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n"
+
+
+def client_of(server: NamelessServer) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", server.server_port), 10)
+
+
+def whole(client: socket.socket) -> bytes:
+    """All that the server says until it closes the connection."""
+    with client.makefile("rb") as answer:
+        return answer.read()
+
+
+def test_those_who_wait_to_be_accepted_are_answered_at_the_end() -> None:
+    """By closing the socket they would be reset."""
+    with NamelessServer(("127.0.0.1", 0), Refusing) as server, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(client_of(server)) for _ in range(10)]
+        for client in clients:
+            client.sendall(ASKED)
+
+        server.answer_rest(10)
+
+        answers = [whole(client) for client in clients]
+    assert all(answer.startswith(b"HTTP/1.1 503 ") for answer in answers)
+
+
+def test_a_client_that_says_nothing_holds_the_end_up_no_longer_than_it_may() -> None:
+    with (
+        NamelessServer(("127.0.0.1", 0), Refusing) as server,
+        client_of(server) as silent,
+    ):
+        server.answer_rest(0.05)
+
+        silent.sendall(ASKED)
+        assert whole(silent).startswith(b"HTTP/1.1 503 "), "it was accepted"
+
+
+@pytest.mark.parametrize("begins", [False, True], ids=["before", "after"])
+def test_a_signal_while_a_client_gets_its_thread_does_not_reset_it(
+    monkeypatch: pytest.MonkeyPatch, begins: bool
+) -> None:
+    """It ends the loop before the thread has begun, or after that."""
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        monkeypatch.undo()
+        if begins:
+            start(thread)
+        raise KeyboardInterrupt
+
+    with (
+        NamelessServer(("127.0.0.1", 0), Refusing) as server,
+        client_of(server) as client,
+    ):
+        client.sendall(ASKED)
+        monkeypatch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            server.handle_request()
+
+        server.answer_rest(10)
+
+        assert whole(client).startswith(b"HTTP/1.1 503 ")

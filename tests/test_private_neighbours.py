@@ -15,7 +15,7 @@ from persist_cache.server.privacy import Privacy
 from persist_cache.server.ticket import Ticket
 from persist_cache.server.upstream.provider import Provider
 from persist_cache.server.validation import RefusedError
-from tests.computed import count_calls
+from tests.computed import Call, count_calls
 from tests.loops import Answered, Loop, words
 from tests.torture.tiny import KINDS, write_model
 from tests.waiting import until
@@ -61,10 +61,13 @@ def test_one_that_is_never_computed_leaves_the_one_before_it_alone(
     may_load, is_forgotten = threading.Event(), threading.Event()
     load = Provider.load_default
 
+    def wait(call: Call) -> None:
+        assert is_forgotten.wait(60)
+
     def slow(self: Provider) -> None:
         assert may_load.wait(60)
         load(self)
-        count_calls(self.model, "", lambda call: is_forgotten.wait(60))
+        count_calls(self.model, "", wait)
 
     monkeypatch.setattr(Provider, "load_default", slow)
     with _OneAnswered(model, waits=False) as loop:

@@ -542,6 +542,7 @@ def test_stream_that_is_cut_by_the_end_of_the_server_says_that_it_failed(
     names = re.findall(r"^event: (.*)$", text, re.MULTILINE)
     assert names == ["response.created", "response.in_progress", "response.failed"]
     assert "The server is stopping; ask again when it is back." in text
+    assert "ERROR" not in server.log.read_text(), "an end in order is no failure"
 
 
 def test_codex_gets_a_list_of_models_in_its_form_and_nobody_else(server: CountedServer) -> None:

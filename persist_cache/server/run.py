@@ -266,12 +266,28 @@ def answer_until_ended(
     Raises:
         PersistCacheError: It cannot listen.
     """
-    stop = generator.stop_and_join
+    stop_computing, has_stopped = generator.stop_and_join, False
+    listening: list[NamelessServer] = []
 
     class Listening(NamelessServer):
         def server_activate(self) -> None:
             super().server_activate()
-            tell(self.server_address[1])
+            listening.append(self)
+            try:
+                tell(self.server_address[1])
+            except KeyboardInterrupt:
+                endings.arrived()
+                stop()  # before its socket is closed, and with it those of the clients
+                raise
+
+    def stop() -> None:
+        nonlocal has_stopped
+        if has_stopped:
+            return
+        stop_computing()
+        for server in listening:
+            server.answer_rest(LAST_WORDS_S)
+        has_stopped = True
 
     def drain_then_stop() -> None:
         endings.arrived()

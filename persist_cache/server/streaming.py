@@ -23,6 +23,7 @@ from persist_cache.server.recent.ring import Ring
 from persist_cache.server.stabilizing import chosen_by
 from persist_cache.server.ticket import Ticket, cache_header
 from persist_cache.server.told import line_of
+from persist_cache.server.validation import RefusedError
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +127,11 @@ class Streaming(BaseHTTPRequestHandler):
         return f": keepalive {done}/{total}\n\n"
 
     def say_error(self, error: Exception) -> None:
-        """Say in a stream that has begun what went wrong; nothing follows it."""
+        """Say in a stream that has begun, and in the log, what went wrong; nothing follows it."""
+        # That the server stops, for instance, is no failure of it.
+        level = logging.INFO if isinstance(error, RefusedError) else logging.ERROR
+        log.log(level, "a request ended in its stream: %s", type(error).__name__)
+        log.debug("why", exc_info=error)
         self.close_connection = self._has_failed = True
         self._write(self.last_words(error))
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler
 from typing import Any
@@ -23,8 +22,6 @@ from persist_cache.server.protocols.openai import refusal_of
 from persist_cache.server.protocols.output import Call, Finish, OutputReader, Reasoning
 from persist_cache.server.recent.ring import Ring
 from persist_cache.server.ticket import Part, Ticket
-
-log = logging.getLogger(__name__)
 
 
 class Translated(BaseHTTPRequestHandler):
@@ -139,8 +136,6 @@ class Translated(BaseHTTPRequestHandler):
         except Exception as error:
             if not self.has_begun():  # type: ignore[attr-defined]
                 raise refusal_of(error, 500) from error
-            log.error("a request failed in its stream: %s", type(error).__name__)
-            log.debug("the failure", exc_info=True)
             self.say_error(error)  # type: ignore[attr-defined]
 
     def _say(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from mlx_lm import server as upstream
@@ -18,8 +17,6 @@ from persist_cache.server.streaming import Streaming
 from persist_cache.server.ticket import Ticket
 from persist_cache.server.translated import usage_of
 from persist_cache.server.upstream.requests import TicketedRequest
-
-log = logging.getLogger(__name__)
 
 
 class Handler(Messages, Responses, Diagnosing, Streaming, Front, upstream.APIHandler):  # type: ignore[misc]
@@ -41,8 +38,6 @@ class Handler(Messages, Responses, Diagnosing, Streaming, Front, upstream.APIHan
         except Exception as error:
             if not self.has_begun():
                 raise
-            log.error("a request failed in its stream: %s", type(error).__name__)
-            log.debug("the failure", exc_info=True)
             self.say_error(error)
         finally:
             self.conclude()
