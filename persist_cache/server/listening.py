@@ -13,6 +13,9 @@ from http.server import ThreadingHTTPServer
 from socketserver import TCPServer
 from typing import Any
 
+_ACCEPT_S = 0.1
+"""How long to wait at the end for a client that is there; it may be gone again."""
+
 
 class NamelessServer(ThreadingHTTPServer):
     """A `ThreadingHTTPServer` that goes by its address.
@@ -80,6 +83,7 @@ class NamelessServer(ThreadingHTTPServer):
             before, left_over = set(self._threads_at), dict(self._accepted)
         for request, address in left_over.items():
             super().process_request(request, address)
+        self.socket.settimeout(_ACCEPT_S)
         while time.monotonic() < give_up and select.select([self], [], [], 0)[0]:
             self.handle_request()
         with self._changed:
