@@ -77,11 +77,21 @@ def _held(texts: Sequence[str], tokens: Sequence[Sequence[int]]) -> Iterator[str
             said = ",".join(map(str, holder))
             if any(one in said for one in numbers):
                 yield f"{type(holder).__name__} of {len(holder)} tokens, in {_in(holder)}"
-        for one in gc.get_referents(holder):
+        for one in _referents(holder):
             if isinstance(one, str) and any(text in one for text in texts):
                 yield f"str in {type(holder).__name__}: {str(holder)[:200]}"
             elif isinstance(one, bytes | bytearray) and any(kind in one for kind in raw):
                 yield f"bytes in {type(holder).__name__}"
+
+
+def _referents(holder: object) -> Iterator[object]:
+    """What an object refers to, also by tuples that the collector does not follow."""
+    pending = gc.get_referents(holder)
+    while pending:
+        one = pending.pop()
+        yield one
+        if isinstance(one, tuple) and not gc.is_tracked(one):
+            pending += one
 
 
 def _in(value: object) -> list[str]:

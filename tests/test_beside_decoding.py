@@ -185,6 +185,18 @@ def test_the_tokenizer_is_not_copied_while_an_answer_is_told(
         until(lambda: loop.provider.spare is not None)
 
 
+def test_a_text_that_is_to_be_shown_has_the_tokenizer_copied(
+    model: Callable[[str], Path], store: Store
+) -> None:
+    with (
+        _OneAnswered(model("plain"), store, waits=False) as loop,
+        loop.generator.in_flight(),
+    ):
+        prompt = loop.ask(QUESTION).prompt
+
+        assert "w" in loop.generator.decode_beside(loop.provider.model_key, prompt)
+
+
 def test_a_tokenizer_that_cannot_be_copied_keeps_nobody_waiting(
     model: Callable[[str], Path], store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -115,15 +115,19 @@ def test_those_who_wait_to_be_accepted_are_answered_at_the_end() -> None:
     assert all(answer.startswith(b"HTTP/1.1 503 ") for answer in answers)
 
 
-def test_a_client_that_says_nothing_holds_the_end_up_no_longer_than_it_may() -> None:
-    with (
-        NamelessServer(("127.0.0.1", 0), Refusing) as server,
-        client_of(server) as silent,
-    ):
-        server.answer_rest(0.05)
+def test_a_client_that_says_nothing_does_not_hold_the_end_up() -> None:
+    with NamelessServer(("127.0.0.1", 0), Refusing) as server, client_of(server) as silent:
+        server.answer_rest(0.0)
 
         silent.sendall(ASKED)
         assert whole(silent).startswith(b"HTTP/1.1 503 "), "it was accepted"
+
+
+def test_a_server_that_is_closed_has_nobody_to_answer() -> None:
+    server = NamelessServer(("127.0.0.1", 0), Refusing)
+    server.server_close()
+
+    server.answer_rest(10)
 
 
 @pytest.mark.parametrize("begins", [False, True], ids=["before", "after"])

@@ -158,6 +158,17 @@ def test_a_private_request_that_is_served_alone_leaves_nothing(
     assert_nowhere(server, model, secret)
 
 
+@pytest.mark.parametrize("more", [{}, {"seed": 7}], ids=["batched", "alone"])
+def test_stop_words_of_a_private_request_are_forgotten(
+    server: SearchedServer, model: Path, more: dict[str, Any]
+) -> None:
+    word = next(secrets)
+
+    assert send(server, CHAT, body_of(CHAT, "What comes before it?", stop=[word], **more)).ok
+
+    assert_nowhere(server, model, word)
+
+
 def test_a_server_may_keep_nothing_unless_it_is_asked_to(model: Path, tmp_path: Path) -> None:
     rules = {"no_store": True, "respect_store": True, "min_tokens": 60}
     with SearchedServer(model, tmp_path / "store", tmp_path, min_free_bytes=0, rules=rules) as live:

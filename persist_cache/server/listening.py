@@ -6,6 +6,7 @@ it. Where no resolver answers, as in some virtual machines, that takes half a mi
 
 from __future__ import annotations
 
+import contextlib
 import select
 import threading
 import time
@@ -15,6 +16,7 @@ from typing import Any
 
 _ACCEPT_S = 0.1
 """How long to wait at the end for a client that is there; it may be gone again."""
+_LOOK_S = 0.01
 
 
 class NamelessServer(ThreadingHTTPServer):
@@ -27,11 +29,11 @@ class NamelessServer(ThreadingHTTPServer):
     request_queue_size = 128  # what macOS has at most, if nobody changed that
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        self._changed = threading.Condition()
+        # Changed by single steps, without a lock: a signal would leave that with the main thread.
         self._accepted: dict[Any, Any] = {}
-        """Connections, with their clients' addresses, that no thread has taken yet."""
-        self._threads_at: dict[Any, int] = {}
-        """Connections that a thread answers, and which."""
+        """Connections that were accepted and are not over, with their clients' addresses."""
+        self._taken: dict[Any, int] = {}
+        """Those that a thread answers, and which."""
         super().__init__(*arguments, **options)
 
     def server_bind(self) -> None:
@@ -40,54 +42,53 @@ class NamelessServer(ThreadingHTTPServer):
         self.server_name, self.server_port = str(host), port
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        with self._changed:
-            self._accepted[request] = client_address
+        self._accepted[request] = client_address
         try:
             super().process_request(request, client_address)
         except Exception:
-            with self._changed:
-                self._accepted.pop(request, None)
+            self._accepted.pop(request, None)
             raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        with self._changed:
-            if self._accepted.pop(request, None) is None:
-                return  # another thread has it, see `answer_rest`
-            self._threads_at[request] = threading.get_ident()
+        me = threading.get_ident()
+        if self._taken.setdefault(request, me) != me:
+            return  # another thread has it, see `answer_rest`
         try:
-            super().process_request_thread(request, client_address)
+            if request in self._accepted:  # else another thread had it
+                super().process_request_thread(request, client_address)
         finally:
-            with self._changed:
-                del self._threads_at[request]
-                self._changed.notify_all()
+            self._accepted.pop(request, None)
+            self._taken.pop(request, None)
 
     def shutdown_request(self, request: Any) -> None:
         """As the standard library's: not for a connection that another thread answers, or will.
 
         A signal that ends the loop while that starts a thread would close it.
         """
-        with self._changed:
-            is_anothers = self._threads_at.get(request) not in (None, threading.get_ident())
-            if request in self._accepted or is_anothers:
-                return
+        if request in self._accepted and self._taken.get(request) != threading.get_ident():
+            return
         super().shutdown_request(request)
 
     def answer_rest(self, timeout_s: float) -> None:
         """Answer those who wait for a thread, or to be accepted, when the loop was ended.
 
+        Does nothing once the server is closed.
+
         Args:
             timeout_s: What that may take.
         """
+        if self.socket.fileno() < 0:
+            return
         give_up = time.monotonic() + timeout_s
-        with self._changed:
-            before, left_over = set(self._threads_at), dict(self._accepted)
-        for request, address in left_over.items():
-            super().process_request(request, address)
+        before = set(self._taken)
+        for request, address in list(self._accepted.items()):
+            if request not in before:
+                with contextlib.suppress(RuntimeError):  # there are no more threads
+                    super().process_request(request, address)
         self.socket.settimeout(_ACCEPT_S)
-        while time.monotonic() < give_up and select.select([self], [], [], 0)[0]:
+        for _ in range(self.request_queue_size):
+            if not select.select([self], [], [], 0)[0]:
+                break
             self.handle_request()
-        with self._changed:
-            self._changed.wait_for(
-                lambda: not self._accepted and self._threads_at.keys() <= before,
-                max(0.0, give_up - time.monotonic()),
-            )
+        while set(self._accepted) - before and time.monotonic() < give_up:
+            time.sleep(_LOOK_S)

@@ -45,6 +45,7 @@ _TOLD_S = 0.05
 class Generator(Bringing):
     """Answers requests: as upstream's, which knows nothing of tickets."""
 
+    _state_machine_cache: dict[Any, Any]
     _alone: Alone | None = None
     """The request that is served alone."""
 
@@ -61,6 +62,7 @@ class Generator(Bringing):
         self._leftovers = Leftovers()
         self._has_cut_own = False
         self._taken_came = 0.0
+        self._is_private = False
         self._tickets: WeakSet[Ticket] = WeakSet()
         """Those that the generation thread has seen."""
         prompt_cache.is_busy = self._is_busy
@@ -276,6 +278,7 @@ class Generator(Bringing):
         if self.is_ending:
             raise self._no_more()
         request.ticket.model = args.model
+        self._is_private = request.ticket.privacy.no_store
         with quiet(request.ticket.privacy.no_store):
             prompt = super()._tokenize(tokenizer, request, args)
         request.ticket.model_key = self.model_provider.model_key
@@ -283,6 +286,17 @@ class Generator(Bringing):
         with self._changed:
             self._tickets.add(request.ticket)
         return prompt
+
+    def _make_state_machine(self, *arguments: Any) -> Any:
+        """As upstream's, which remembers the stop words of requests: not of private ones."""
+        if not self._is_private:
+            return super()._make_state_machine(*arguments)
+        remembered = self._state_machine_cache
+        self._state_machine_cache = {}
+        try:
+            return super()._make_state_machine(*arguments)
+        finally:
+            self._state_machine_cache = remembered
 
     def _take_over(self, ticket: Ticket) -> None:
         """End prefills of nobody that this request goes on with: it may be their client again."""

@@ -91,6 +91,9 @@ def _scrub_asked(values: Mapping[str, Any]) -> None:
 def _scrub_prompt(values: Mapping[str, Any]) -> None:
     """Of the request that was tokenized last."""
     scrub(*map(values.get, ("prompt", "segments", "rest")))
+    for words in map(values.get, ("stop_sequences", "text_sm")):
+        if words is not None:
+            scrub(vars(words))  # they are of this request alone, see `Generator`
     if (context := values.get("ctx")) is not None:
         scrub(context.prompt)
 

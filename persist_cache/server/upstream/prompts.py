@@ -46,6 +46,8 @@ from persist_cache.stability.conversation import stabilize
 from persist_cache.stability.moved import SaltedMoves
 from persist_cache.stability.names import DEFAULTS
 
+_SPARE_S = 1.0
+"""How long a text that is shown waits for a tokenizer."""
 _MIN_BRANCH_TOKENS = 64
 """A shared prefix beyond the last checkpoint is worth one of its own from this length on."""
 
@@ -199,9 +201,15 @@ class Prompts(upstream.ResponseGenerator):  # type: ignore[misc]
             self._tokenizing.release()
 
     def decode_beside(self, model: Any, tokens: Sequence[int]) -> str:
-        """Tokens as text; "" while there is no spare tokenizer of that model."""
+        """Tokens as text; "" where there is no spare tokenizer of that model, soon."""
+        provider = self.model_provider
+        give_up = time.monotonic() + _SPARE_S
+        while getattr(provider, "lacks_spare", False) and model == provider.model_key:
+            if time.monotonic() > give_up or not self.generation_available():
+                break
+            provider.wants_spare = True
+            time.sleep(SIGN_S / 10)
         with self._tokenizing:
-            provider = self.model_provider
             spare = getattr(provider, "spare", None)
             if spare is None or model != provider.model_key:
                 return ""
