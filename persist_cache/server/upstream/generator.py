@@ -48,6 +48,8 @@ class Generator(Bringing):
     _state_machine_cache: dict[Any, Any]
     _alone: Alone | None = None
     """The request that is served alone."""
+    _is_private = False
+    """Nothing is to be kept of the request that was tokenized last."""
 
     def __init__(self, model_provider: Any, prompt_cache: PromptCache) -> None:
         self._in_flight = 0
@@ -62,7 +64,6 @@ class Generator(Bringing):
         self._leftovers = Leftovers()
         self._has_cut_own = False
         self._taken_came = 0.0
-        self._is_private = False
         self._tickets: WeakSet[Ticket] = WeakSet()
         """Those that the generation thread has seen."""
         prompt_cache.is_busy = self._is_busy
@@ -287,14 +288,14 @@ class Generator(Bringing):
             self._tickets.add(request.ticket)
         return prompt
 
-    def _make_state_machine(self, *arguments: Any) -> Any:
+    def _make_state_machine(self, model_key: Any, tokenizer: Any, stop_words: Any) -> Any:
         """As upstream's, which remembers the stop words of requests: not of private ones."""
         if not self._is_private:
-            return super()._make_state_machine(*arguments)
+            return super()._make_state_machine(model_key, tokenizer, stop_words)
         remembered = self._state_machine_cache
         self._state_machine_cache = {}
         try:
-            return super()._make_state_machine(*arguments)
+            return super()._make_state_machine(model_key, tokenizer, stop_words)
         finally:
             self._state_machine_cache = remembered
 
