@@ -17,6 +17,7 @@ from typing import Any
 _ACCEPT_S = 0.1
 """How long to wait at the end for a client that is there; it may be gone again."""
 _LOOK_S = 0.01
+"""How often to see whether the last ones are answered."""
 
 
 class NamelessServer(ThreadingHTTPServer):
